@@ -1,0 +1,87 @@
+"""Everything llmc says while it works: progress with time left on a terminal, quiet lines in a log.
+
+Results go to stdout; everything else goes to stderr, so that `--json` output can be piped.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_quiet = False
+
+
+def set_quiet(quiet: bool) -> None:
+    """Silence `say` and progress (not warnings and errors)."""
+    global _quiet
+    _quiet = quiet
+
+
+def say(message: str) -> None:
+    """One line about what is going on."""
+    if not _quiet:
+        print(message, file=sys.stderr, flush=True)
+
+
+def warn(message: str) -> None:
+    """One line that the user must not miss."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """'8 s', '2 min 05 s', '1 h 07 min'."""
+    s = round(seconds)
+    if s < 60:
+        return f"{s} s"
+    return f"{s // 60} min {s % 60:02d} s" if s < 3600 else f"{s // 3600} h {s % 3600 // 60:02d} min"
+
+
+def size(n: float) -> str:
+    """Bytes in decimal units, as disks and shops count them: '91.7 MB'."""
+    for unit in ("B", "kB", "MB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    return f"{n:.2f} GB"
+
+
+class Progress:
+    """Steps of known number. On a terminal one line is redrawn; in a log a line appears at most every `log_every` s."""
+
+    def __init__(self, what: str, total: int, done: int = 0, log_every: float = 30.0) -> None:
+        self.what, self.total, self.done, self.log_every = what, total, done, log_every
+        self.resumed_at = done
+        self.start = self.last = time.monotonic()
+        self.terminal = sys.stderr.isatty() and not _quiet
+
+    def step(self, note: str = "", n: int = 1) -> None:
+        """`n` more steps are finished; `note` says something short about the last one."""
+        self.done += n
+        now = time.monotonic()
+        rate = (now - self.start) / max(1, self.done - self.resumed_at)
+        line = f"{self.what} {self.done}/{self.total}"
+        if self.done < self.total:
+            line += f", {duration(rate * (self.total - self.done))} left"
+        if note:
+            line += f"  {note}"
+        if self.terminal:
+            print(f"\r\x1b[2K{line[:118]}", end="", file=sys.stderr, flush=True)
+        elif not _quiet and (now - self.last >= self.log_every or self.done == self.total):
+            print(line, file=sys.stderr, flush=True)
+            self.last = now
+
+    def close(self) -> None:
+        if self.terminal:
+            print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress(what: str, total: int, done: int = 0) -> Iterator[Progress]:
+    """`with progress("quantising layer", 30) as p: p.step("error 0.012")`."""
+    p = Progress(what, total, done)
+    try:
+        yield p
+    finally:
+        p.close()

@@ -1,0 +1,23 @@
+"""What a user sees when something is wrong: one line that names it, one line with the next step."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Bad input or a bad environment. The command line prints it without a traceback and exits with 2.
+
+    problem: one sentence naming the thing, the value and what is allowed.  hint: the next step, one sentence.
+    """
+
+    exit_code = 2
+
+    def __init__(self, problem: str, hint: str = "") -> None:
+        super().__init__(f"{problem}\n{hint}" if hint else problem)
+        self.problem = problem
+        self.hint = hint
+
+
+class GateFailedError(UserError):
+    """A candidate missed a ship/no-ship gate of `llmc compare`. Exit code 1."""
+
+    exit_code = 1

@@ -1,0 +1,52 @@
+"""What a runtime is: an artifact opened by the program that will run it on the device.
+
+Every runtime is fed token ids and gives logits, so that figures from different runtimes can be held side by side.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from llmc.errors import UserError
+
+
+class Runtime(Protocol):
+    """One loaded artifact. Not safe for use from several threads."""
+
+    name: str
+    """'torch' or 'llama.cpp'."""
+    vocab_size: int
+
+    def logits(self, ids: np.ndarray, start: int = 0) -> np.ndarray:
+        """ids int [n] from an empty context -> float32 [n - start, vocab]; row i predicts token start + i + 1."""
+
+    def prefill(self, ids: np.ndarray) -> np.ndarray:
+        """Empty the KV cache, run ids int [n] through it; float32 [vocab], the logits after the last token."""
+
+    def decode(self, token: int) -> np.ndarray:
+        """One more token on the KV cache; float32 [vocab], the logits after it."""
+
+    def describe(self) -> dict[str, Any]:
+        """What really ran: runtime, version, device, threads, dtype, CPU features."""
+
+    def close(self) -> None:
+        """Free the model."""
+
+
+def open_runtime(artifact: Path, context: int, threads: int, device: str = "cpu") -> Runtime:
+    """Open an artifact in its own runtime: a folder (float or GPTQ) in torch, a .gguf file in llama.cpp.
+
+    context: the most tokens that will be in the KV cache at once.
+    """
+    if artifact.suffix == ".gguf":
+        from llmc.runtimes.llamacpp import LlamaCpp
+
+        return LlamaCpp(artifact, context=context, threads=threads, device=device)
+    if artifact.is_dir():
+        from llmc.runtimes.torch_model import TorchModel
+
+        return TorchModel(artifact, context=context, threads=threads, device=device)
+    raise UserError(f"{artifact} is neither a model folder nor a .gguf file", "give one of these")
