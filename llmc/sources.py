@@ -1,0 +1,236 @@
+"""Where a model comes from: turns what the user names (a folder, a .gguf file, a hub id) into a Hugging Face folder on
+this disk, and describes that folder for manifests."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmc.artifact import (
+    MANIFEST,
+    check_disk,
+    hash_folder,
+    new_manifest,
+    publish_folder,
+    read_manifest,
+    sha256,
+    write_json,
+)
+from llmc.checkpoint import CARD_FILES, INDEX, TOKENIZER_FILES, Checkpoint
+from llmc.console import say, size, warn
+from llmc.errors import UserError
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+
+HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+WHAT_TO_GIVE = "give a Hugging Face folder, a .gguf file or a hub id (org/name)"
+GO_BACK = "start from the Hugging Face folder it was made from"
+
+
+def resolve_model(model: str | Path) -> Path:
+    """The Hugging Face folder of `model`.
+
+    A folder is itself. A .gguf file is dequantised into the cache. `org/name` or `org/name@revision`, where no such
+    path exists, is fetched from the hub: safetensors, JSON, tokenizer and card, nothing else.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return _dequantized(path)
+        raise UserError(f"{model} is neither a model folder nor a .gguf file", WHAT_TO_GIVE)
+    if match := HUB_ID.fullmatch(str(model)):
+        return _download(match["repo"], match["revision"])
+    raise UserError(f"there is no folder or file {model}", WHAT_TO_GIVE)
+
+
+def cache_folder() -> Path:
+    """Where llmc keeps what it can make again: $LLMC_CACHE, else ~/.cache/llmc."""
+    return Path(os.environ.get("LLMC_CACHE") or Path.home() / ".cache" / "llmc")
+
+
+def describe_source(folder: Path) -> dict[str, Any]:
+    """What a manifest says of its input: name, sha256 of each file that decides the model, licence, base model, commit.
+
+    The licence is what the model's card says (or the .gguf said, if it was one), else 'unknown' and a warning.
+    """
+    names = ("config.json", "generation_config.json", INDEX, *TOKENIZER_FILES)
+    files = [folder / n for n in names if (folder / n).is_file()] + Checkpoint.open(folder).files
+    name, revision = _name_and_revision(folder)
+    before = (read_manifest(folder) or {}).get("source", {})
+    card = _front_matter(folder / "README.md")
+    licence = card.get("license") or before.get("licence") or "unknown"
+    if licence == "unknown":
+        warn(f"no licence found in {folder} (README.md front matter): the manifest says 'unknown'")
+    return {
+        "name": name,
+        "files": {p.name: sha256(p) for p in files},
+        "licence": licence,
+        "base_model": card.get("base_model") or before.get("base_model"),
+        "revision": revision or before.get("revision"),
+    }
+
+
+def _name_and_revision(folder: Path) -> tuple[str, str | None]:
+    """The hub's name and commit of a folder that huggingface_hub laid out, else the folder's own name and None.
+
+    Its cache is `models--org--name/snapshots/<commit>`; with `--local-dir` it leaves the commit on the first line of
+    `.cache/huggingface/download/<file>.metadata`.
+    """
+    path = folder.absolute()
+    repo = path.parent.parent.name
+    if path.parent.name == "snapshots" and repo.startswith("models--") and COMMIT.fullmatch(path.name):
+        return repo.removeprefix("models--").replace("--", "/"), path.name
+    note = path / ".cache" / "huggingface" / "download" / "config.json.metadata"
+    commit = note.read_text(encoding="utf-8").partition("\n")[0] if note.is_file() else ""
+    return path.resolve().name, commit if COMMIT.fullmatch(commit) else None
+
+
+def _front_matter(card: Path) -> dict[str, Any]:
+    """The YAML between the first two `---` lines of a model card; empty where there is none."""
+    import yaml
+
+    if not card.is_file():
+        return {}
+    text = card.read_text(encoding="utf-8", errors="replace").lstrip("\ufeff")
+    match = re.match(r"---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", text, re.DOTALL)
+    try:
+        values = yaml.safe_load(match[1]) if match else None
+    except yaml.YAMLError as e:
+        warn(f"the front matter of {card} is not valid YAML and was not read: {str(e).splitlines()[0]}")
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+# ---------------------------------------------------------------------------------------------------------------- hub
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    """A snapshot of the hub's `repo` in huggingface_hub's own cache; offline, a snapshot that is already there."""
+    from huggingface_hub import errors, snapshot_download
+
+    say(f"{repo} is no path here: looking for it on the Hugging Face hub")
+    try:
+        return Path(snapshot_download(
+            repo, revision=revision,
+            allow_patterns=["*.safetensors", "*.json", *TOKENIZER_FILES, *CARD_FILES],
+            ignore_patterns=["*/*", "consolidated*"],  # other formats' folders; Mistral's second copy of the weights
+        ))
+    except errors.GatedRepoError as e:
+        raise UserError(f"{repo} asks for its licence to be accepted first",
+                        f"accept it on the hub's page of {repo}, then run `hf auth login`") from e
+    except errors.RepositoryNotFoundError as e:
+        raise UserError(f"there is no folder {repo} here and no such model on the hub (or it is private)",
+                        "check the spelling, or run `hf auth login`") from e
+    except errors.RevisionNotFoundError as e:
+        raise UserError(f"{repo} has no revision {revision!r}", "give a branch, tag or commit of it") from e
+    except errors.HFValidationError as e:
+        raise UserError(f"there is no folder {repo} here and it is no hub id: {e}", WHAT_TO_GIVE) from e
+    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, ConnectionError, TimeoutError) as e:
+        raise UserError(f"there is no folder {repo} here and the hub cannot be reached",
+                        "give a folder or a .gguf file, or try again online") from e
+
+
+# --------------------------------------------------------------------------------------------------------------- gguf
+
+
+def _dequantized(file: Path) -> Path:
+    """A .gguf as a float16 Hugging Face folder in the cache, made once for each content."""
+    digest = sha256(file)
+    out = cache_folder() / "dequantized" / digest[:16] / f"{file.stem}-f16"
+    if not (out / MANIFEST).is_file():
+        with _work_folder(out) as work:
+            source = {**_dequantize(file, work), "files": {file.name: digest}}
+            manifest = new_manifest("hf", source, [{"name": "dequantize", "config": {"dtype": "float16"}}])
+            write_json(work / MANIFEST, {**manifest, "outputs": hash_folder(work)})
+            publish_folder(work, out)
+    warn(f"the weights are dequantised from {file.name}: its rounding errors stay in them")
+    return out
+
+
+@contextmanager
+def _work_folder(out: Path) -> Iterator[Path]:
+    """An empty folder beside `out` that is gone afterwards unless it was published."""
+    work = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        work.mkdir(parents=True)
+        yield work
+    except PermissionError as e:
+        raise UserError(f"no permission to write into {out.parent}", "name another cache with LLMC_CACHE") from e
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _dequantize(file: Path, work: Path) -> dict[str, Any]:
+    """Write model and tokenizer of a .gguf into `work` as float16; returns a manifest's `source` without hashes.
+
+    transformers reads the file: it undoes llama.cpp's row permutations and builds the tokenizer from the vocabulary.
+    What it would drop or leave at random is refused here.
+    """
+    reader = open_gguf(file)
+    import torch
+    import transformers
+
+    arch = str(field(reader, "general.architecture"))
+    if field(reader, f"{arch}.rope.scaling.type") not in (None, "none") or any(
+        t.name.startswith("rope_f") for t in reader.tensors
+    ):
+        raise UserError(f"{file} scales its rotary embedding, which is lost when a GGUF is read back", GO_BACK)
+    parameters = sum(int(t.n_elements) for t in reader.tensors)
+    _check_memory(6 * parameters, f"dequantising {file.name}")  # float32 as decoded, then float16
+    check_disk(work, 2 * parameters, f"the dequantised {file.name}")
+    say(f"dequantising {file.name} into {work.parent}")
+    transformers.utils.logging.disable_progress_bar()
+    # since 5.2x blocks may stay packed unless told otherwise; older versions always unpack and have no such config
+    config = getattr(transformers, "GgufConfig", None)
+    unpack = {"quantization_config": config(dequantize=True)} if config else {}
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float16, output_loading_info=True, **unpack)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except (ValueError, KeyError, NotImplementedError) as e:
+        raise UserError(f"{file} ({arch}) cannot be read back into a Hugging Face model: {e}", GO_BACK) from e
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"{file} lacks {len(missing)} tensors, first {missing[0]}", "download it again")
+    for name, t in model.state_dict().items():
+        if t.is_floating_point() and not bool(torch.isfinite(t).all()):
+            raise UserError(f"{name} of {file} holds values that float16 cannot", GO_BACK)
+    model.save_pretrained(work)
+    tokenizer.save_pretrained(work)
+    return {"name": file.name, "licence": field(reader, "general.license") or "unknown",
+            "base_model": field(reader, "general.base_model.0.repo_url"), "revision": None}
+
+
+def open_gguf(file: Path) -> GGUFReader:
+    """A GGUF file's metadata and tensor table (the weights stay on disk until they are touched)."""
+    try:
+        from gguf import GGUFReader
+    except ModuleNotFoundError as e:
+        raise UserError("reading a .gguf file needs the package `gguf`", "pip install 'llmc-toolkit[gguf]'") from e
+    try:
+        return GGUFReader(file)
+    except (ValueError, IndexError, KeyError) as e:
+        raise UserError(f"{file} is not a complete GGUF file: {e}", "download or export it again") from e
+
+
+def field(reader: GGUFReader, key: str) -> Any:
+    """A metadata value of a GGUF file, or None."""
+    found = reader.get_field(key)
+    return None if found is None else found.contents()
+
+
+def _check_memory(needed: int, what: str) -> None:
+    import psutil
+
+    free = psutil.virtual_memory().available
+    if free < needed:
+        raise UserError(f"{what} needs about {size(needed)} of memory and {size(free)} is free",
+                        f"close other programs, or {GO_BACK}")
