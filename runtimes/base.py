@@ -19,6 +19,7 @@ class Runtime(Protocol):
     name: str
     """'torch' or 'llama.cpp'."""
     vocab_size: int
+    context: int
 
     def logits(self, ids: np.ndarray, start: int = 0) -> np.ndarray:
         """ids int [n] from an empty context -> float32 [n - start, vocab]; row i predicts token start + i + 1."""
@@ -28,6 +29,19 @@ class Runtime(Protocol):
 
     def decode(self, token: int) -> np.ndarray:
         """One more token on the KV cache; float32 [vocab], the logits after it."""
+
+    def tokenise(self, text: str, special: bool = True) -> np.ndarray:
+        """The artifact's own tokenizer: int32 [n]; `special` adds BOS where the tokenizer does."""
+
+    def detokenise(self, ids: list[int]) -> str:
+        """Text of some tokens, special tokens left out."""
+
+    def chat(self, user: str) -> str:
+        """The prompt that the artifact's chat template makes of one user message, up to the answer's first token."""
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Ids that end a generation."""
 
     def describe(self) -> dict[str, Any]:
         """What really ran: runtime, version, device, threads, dtype, CPU features."""

@@ -1,0 +1,1 @@
+"""Where an artifact runs and is measured: this machine now; ssh, adb and device profiles have their place here."""

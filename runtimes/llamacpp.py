@@ -1,0 +1,237 @@
+"""A .gguf file run by llama.cpp, through the low-level (ctypes) interface of llama-cpp-python.
+
+The high-level class of that package keeps the logits of the last token only, or of every token at twice the memory;
+here batches ask for exactly the rows that are wanted.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmc.errors import UserError
+
+BATCH = 512  # tokens run at once, llama.cpp's own default for a micro-batch
+LOGITS_BYTES = 128 << 20  # most memory for the logits of one batch
+INSTALL = "pip install 'llmc-toolkit[gguf]'"
+OFFLOADED = re.compile(r"offloaded (\d+)/(\d+) layers to GPU")
+ERROR = 3  # GGML_LOG_LEVEL_ERROR in ggml.h
+
+_log: deque[tuple[int, str]] = deque(maxlen=10_000)  # (level, text), cleared once a model is loaded
+_log_callback: Any = None  # llama.cpp holds a bare pointer to it, so it must live as long as the process
+
+
+def _remember(level: int, text: bytes, _: object) -> None:
+    _log.append((level, text.decode(errors="replace")))
+
+
+def _library() -> Any:
+    """llama-cpp-python's ctypes module with its log captured instead of printed."""
+    global _log_callback
+    try:
+        from llama_cpp import llama_cpp as lib
+    except (ImportError, OSError, RuntimeError) as e:  # not installed, or its shared library does not load here
+        raise UserError(f"running a .gguf file needs the package `llama-cpp-python` ({e})", INSTALL) from e
+    if _log_callback is None:
+        _log_callback = lib.llama_log_callback(_remember)
+        lib.llama_log_set(_log_callback, ctypes.c_void_p(0))
+        lib.llama_backend_init()
+    return lib
+
+
+def _errors() -> str:
+    """What llama.cpp said last at the level of an error, in one line."""
+    lines = [text.strip() for level, text in _log if level == ERROR]
+    return lines[-1] if lines else "no reason given"
+
+
+class LlamaCpp:
+    """A runtime (see runtimes/base.py) over one llama.cpp context of `context` tokens.
+
+    flash_attention: None leaves the choice to llama.cpp.  kv_type: 'f16' (llama.cpp's default) or 'f32'; parity checks
+    against torch use False and 'f32'.
+    """
+
+    name = "llama.cpp"
+
+    def __init__(self, path: Path, context: int, threads: int, device: str = "cpu",
+                 flash_attention: bool | None = None, kv_type: str = "f16") -> None:
+        if not path.is_file():
+            raise UserError(f"there is no file {path}", "give a .gguf file")
+        if device not in ("cpu", "gpu"):
+            raise UserError(f"device {device!r} is not known to llama.cpp's runtime", "choose cpu or gpu")
+        self._lib = lib = _library()
+        self.path, self.threads, self.device, self.kv_type = path, threads, device, kv_type
+        self._model = self._ctx = None
+        self.offloaded = 0
+        _log.clear()
+        self._load_model(device)
+        self._vocab = lib.llama_model_get_vocab(self._model)
+        self.vocab_size = int(lib.llama_vocab_n_tokens(self._vocab))
+        params = lib.llama_context_default_params()
+        params.n_ctx = context
+        params.n_batch = params.n_ubatch = min(BATCH, context)
+        params.n_threads = params.n_threads_batch = threads
+        params.type_k = params.type_v = {"f16": lib.GGML_TYPE_F16, "f32": lib.GGML_TYPE_F32}[kv_type]
+        if flash_attention is not None:
+            params.flash_attn_type = int(flash_attention)  # LLAMA_FLASH_ATTN_TYPE_DISABLED = 0, _ENABLED = 1
+        if device == "cpu":
+            params.offload_kqv = params.op_offload = False
+        self._ctx = lib.llama_init_from_model(self._model, params)
+        if not self._ctx:
+            self.close()
+            raise UserError(f"llama.cpp cannot make a context of {context} tokens for {path}: {_errors()}",
+                            "choose a smaller context")
+        self.context, self._batch = int(lib.llama_n_ctx(self._ctx)), int(params.n_batch)
+        self._used = 0
+        _log.clear()
+
+    def _load_model(self, device: str) -> None:
+        lib = self._lib
+        params = lib.llama_model_default_params()
+        params.n_gpu_layers = 0
+        if device == "cpu":
+            self._no_devices = (ctypes.c_void_p * 1)(None)  # an empty NULL-terminated list: no GPU takes any part
+            params.devices = ctypes.cast(self._no_devices, ctypes.c_void_p)
+        else:
+            params.n_gpu_layers = 1_000_000
+            if not lib.llama_supports_gpu_offload():
+                raise UserError("--device gpu: this llama-cpp-python was built without a GPU backend",
+                                "install a build for your GPU (CUDA, Metal, Vulkan), or use --device cpu")
+        self._model = lib.llama_model_load_from_file(str(self.path).encode(), params)
+        if not self._model:
+            raise UserError(f"llama.cpp cannot load {self.path}: {_errors()}", "export or download it again")
+        self.offloaded = max((int(m[1]) for _, t in _log if (m := OFFLOADED.search(t))), default=0)
+        if device == "gpu" and self.offloaded == 0:
+            self.close()
+            raise UserError("--device gpu: llama.cpp found no GPU and put no layer on one",
+                            "check the driver with `llmc doctor`, or use --device cpu")
+
+    def logits(self, ids: np.ndarray, start: int = 0) -> np.ndarray:
+        self._clear()
+        out = np.empty((len(ids) - start, self.vocab_size), dtype=np.float32)
+        self._run(ids[:start], None)
+        rows = max(1, min(self._batch, LOGITS_BYTES // (4 * self.vocab_size)))
+        for i in range(start, len(ids), rows):
+            self._run(ids[i : i + rows], out[i - start : i - start + rows])
+        return out
+
+    def prefill(self, ids: np.ndarray) -> np.ndarray:
+        self._clear()
+        whole = (len(ids) - 1) // self._batch * self._batch
+        self._run(ids[:whole], None)
+        rest = ids[whole:]
+        out = np.empty((1, self.vocab_size), dtype=np.float32)
+        self._decode(rest, [0] * (len(rest) - 1) + [1], out)
+        return out[0]
+
+    def decode(self, token: int) -> np.ndarray:
+        out = np.empty((1, self.vocab_size), dtype=np.float32)
+        self._decode(np.array([token]), [1], out)
+        return out[0]
+
+    def _clear(self) -> None:
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._ctx), True)
+        self._used = 0
+
+    def _run(self, ids: np.ndarray, out: np.ndarray | None) -> None:
+        """Feed `ids` in batches; with `out` [len(ids), vocab] collect the logits of every one."""
+        for i in range(0, len(ids), self._batch):
+            part = ids[i : i + self._batch]
+            self._decode(part, [int(out is not None)] * len(part), None if out is None else out[i : i + self._batch])
+
+    def _decode(self, ids: np.ndarray, wanted: list[int], out: np.ndarray | None) -> None:
+        """One llama_decode; `out` gets the logits of the tokens whose `wanted` is 1, in order."""
+        lib, n = self._lib, len(ids)
+        if self._used + n > self.context:
+            raise UserError(f"{self._used + n} tokens do not fit the context of {self.context}", "raise the context")
+        token = (ctypes.c_int32 * n)(*(int(t) for t in ids))
+        pos = (ctypes.c_int32 * n)(*range(self._used, self._used + n))
+        n_seq = (ctypes.c_int32 * n)(*[1] * n)
+        zero = (ctypes.c_int32 * 1)(0)
+        one_seq = ctypes.POINTER(ctypes.c_int32)
+        seq = (one_seq * n)(*[ctypes.cast(zero, one_seq)] * n)
+        flags = (ctypes.c_int8 * n)(*wanted)
+        code = lib.llama_decode(self._ctx, lib.llama_batch(n, token, None, pos, n_seq, seq, flags))
+        if code:
+            raise UserError(f"llama.cpp could not run {n} tokens of {self.path} (code {code}): {_errors()}",
+                            "choose a smaller context, or close other programs if memory is short")
+        self._used += n
+        if out is not None:
+            pointer = lib.llama_get_logits(self._ctx)  # waits for the computation to end
+            np.copyto(out, np.ctypeslib.as_array(pointer, shape=out.shape))
+
+    def tokenise(self, text: str, special: bool = True) -> np.ndarray:
+        """Token ids int32 as llama.cpp makes them; `special` adds BOS (and EOS) where the file says so."""
+        raw = text.encode()
+        size = len(raw) + 8
+        buffer = (ctypes.c_int32 * size)()
+        n = self._lib.llama_tokenize(self._vocab, raw, len(raw), buffer, size, special, True)
+        if n < 0:
+            raise UserError(f"llama.cpp cannot tokenise this text with {self.path}", "export the file again")
+        return np.array(buffer[:n], dtype=np.int32)
+
+    def detokenise(self, ids: list[int]) -> str:
+        tokens = (ctypes.c_int32 * len(ids))(*ids)
+        size = 64 + 32 * len(ids)
+        n = -1
+        while n < 0:  # a negative answer is the size that it would need
+            buffer = ctypes.create_string_buffer(size)
+            n = self._lib.llama_detokenize(self._vocab, tokens, len(ids), buffer, size, True, False)
+            size = max(size, -n)
+        return buffer.raw[:n].decode(errors="replace")
+
+    def chat(self, user: str) -> str:
+        template = self.metadata.get("tokenizer.chat_template")
+        if template is None:
+            raise UserError(f"{self.path} has no chat template", "leave out --chat: the prompt is continued as it is")
+        from transformers.utils import chat_template_utils
+
+        render: Any = chat_template_utils.render_jinja_template  # in jinja2's immutable sandbox
+        lib, v = self._lib, self._vocab
+        special = {name: (lib.llama_vocab_get_text(v, i) or b"").decode() if i >= 0 else "" for name, i in
+                   (("bos_token", lib.llama_vocab_bos(v)), ("eos_token", lib.llama_vocab_eos(v)))}
+        messages = [{"role": "user", "content": user}]
+        rendered, _ = render([messages], chat_template=template, add_generation_prompt=True, **special)
+        return str(rendered[0])
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Every id at which generation ends, by the file's own words (EOS, EOT, EOM …)."""
+        return frozenset(i for i in range(self.vocab_size) if self._lib.llama_vocab_is_eog(self._vocab, i))
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The file's key-value pairs as llama.cpp prints them (long arrays are left out by it)."""
+        lib, m = self._lib, self._model
+
+        def read(call: Any, i: int) -> str:
+            buffer = ctypes.create_string_buffer(n := 1 + max(0, call(m, i, ctypes.create_string_buffer(1), 1)))
+            call(m, i, buffer, n)
+            return buffer.value.decode(errors="replace")
+
+        return {read(lib.llama_model_meta_key_by_index, i): read(lib.llama_model_meta_val_str_by_index, i)
+                for i in range(lib.llama_model_meta_count(m))}
+
+    def describe(self) -> dict[str, Any]:
+        from importlib.metadata import version
+
+        from llmc.runtimes.targets.this_machine import cpu_features
+
+        info = self._lib.llama_print_system_info().decode()
+        build = dict(re.findall(r"(\w+) = (\w+)", info))
+        return {"runtime": self.name, "version": version("llama-cpp-python"), "device": self.device,
+                "offloaded_layers": self.offloaded, "threads": self.threads, "kv_type": self.kv_type,
+                "build": build, "cpu_features": cpu_features()}
+
+    def close(self) -> None:
+        if self._ctx:
+            self._lib.llama_free(self._ctx)
+        if self._model:
+            self._lib.llama_model_free(self._model)
+        self._ctx = self._model = None

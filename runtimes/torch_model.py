@@ -1,0 +1,196 @@
+"""A Hugging Face folder run by transformers: a float model as it is, a GPTQ checkpoint with its weights dequantised.
+
+Evaluation runs in float32, so what is measured of a GPTQ folder is its codes and scales and not some kernel's rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from llmc.checkpoint import Checkpoint
+from llmc.errors import UserError
+from llmc.export.gptq import checkpoint as gptq
+
+
+class TorchModel:
+    """A runtime (see runtimes/base.py) over `load_torch_model`."""
+
+    name = "torch"
+
+    def __init__(self, folder: Path, context: int, threads: int, device: str = "cpu",
+                 dtype: torch.dtype = torch.float32) -> None:
+        torch.set_num_threads(threads)
+        self.folder, self.context, self.threads, self.dtype = folder, context, threads, dtype
+        self.device = torch_device(device)
+        self.model: Any = load_torch_model(folder, str(self.device), dtype)
+        limit = getattr(self.model.config, "max_position_embeddings", None) or context
+        if context > limit:
+            self.close()
+            raise UserError(f"{folder} has positions for {limit} tokens, {context} were asked for",
+                            f"choose a context of at most {limit}")
+        self.vocab_size = int(self.model.get_output_embeddings().weight.shape[0])
+        self._cache: Any = None
+        self._tokenizer: Any = None
+
+    @torch.inference_mode()
+    def logits(self, ids: np.ndarray, start: int = 0) -> np.ndarray:
+        out = self.model(self._batch(ids), use_cache=False, logits_to_keep=len(ids) - start).logits[0]
+        return out.float().cpu().numpy()
+
+    @torch.inference_mode()
+    def prefill(self, ids: np.ndarray) -> np.ndarray:
+        self._cache = None
+        return self._step(self._batch(ids))
+
+    @torch.inference_mode()
+    def decode(self, token: int) -> np.ndarray:
+        return self._step(self._batch(np.array([token])))
+
+    def _step(self, batch: torch.Tensor) -> np.ndarray:
+        out = self.model(batch, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        self._cache = out.past_key_values
+        return out.logits[0, -1].float().cpu().numpy()
+
+    def _batch(self, ids: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.asarray(ids, dtype=np.int64))[None].to(self.device)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The folder's own tokenizer."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.folder)
+        return self._tokenizer
+
+    def tokenise(self, text: str, special: bool = True) -> np.ndarray:
+        return np.array(self.tokenizer(text, add_special_tokens=special)["input_ids"], dtype=np.int32)
+
+    def detokenise(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def chat(self, user: str) -> str:
+        if not self.tokenizer.chat_template:
+            raise UserError(f"{self.folder} has no chat template", "leave out --chat: the prompt is continued as it is")
+        messages = [{"role": "user", "content": user}]
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Every id that config, generation config or tokenizer calls the end of a text."""
+        ids: set[int] = set()
+        for source in (self.model.config, self.model.generation_config, self.tokenizer):
+            found = getattr(source, "eos_token_id", None)
+            ids.update(found if isinstance(found, list) else [] if found is None else [found])
+        return frozenset(ids)
+
+    def describe(self) -> dict[str, Any]:
+        from importlib.metadata import version
+
+        from llmc.runtimes.targets.this_machine import cpu_features
+
+        return {"runtime": self.name, "version": version("torch"), "transformers": version("transformers"),
+                "device": str(self.device), "threads": self.threads, "dtype": str(self.dtype).removeprefix("torch."),
+                "build": {"cpu_capability": torch.backends.cpu.get_cpu_capability()}, "cpu_features": cpu_features()}
+
+    def close(self) -> None:
+        self.model = None
+        self._cache = None
+
+
+def torch_device(device: str) -> torch.device:
+    """'cpu', or 'gpu' for whatever accelerator torch sees; a torch device name is taken as it is."""
+    if device != "gpu":
+        return torch.device(device)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    raise UserError("--device gpu: torch sees no GPU here", "use --device cpu, or install a torch built for your GPU")
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder. No code from the folder is run."""
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as e:
+        raise UserError(f"{folder} has no tokenizer that transformers can read: {str(e).splitlines()[0]}",
+                        "copy the base model's tokenizer files into it") from e
+
+
+def load_torch_model(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The causal language model in `folder`, float or GPTQ (dequantised exactly, then cast to `dtype`), in eval mode.
+
+    Safetensors only, and no code from the folder is run. A tensor that the architecture needs and the folder lacks is
+    an error, not a random weight.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    ckpt = Checkpoint.open(folder)
+    auto: Any = AutoModelForCausalLM  # its annotations leave out output_loading_info
+    kwargs: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    try:
+        with quiet_transformers():
+            if ckpt.quantization is None:
+                model, info = auto.from_pretrained(
+                    folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, **kwargs)
+            else:
+                config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+                del config.quantization_config
+                with torch.device("meta"):
+                    skeleton = auto.from_config(config)
+                weights = _dequantized(ckpt, skeleton, dtype)
+                model, info = type(skeleton).from_pretrained(None, config=config, state_dict=weights, **kwargs)
+    except (ValueError, KeyError, OSError) as e:
+        raise UserError(f"transformers cannot load {folder}: {str(e).splitlines()[0]}",
+                        "llmc runs causal language models whose code is part of transformers") from e
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"{folder} lacks {len(missing)} tensors of its architecture, first {missing[0]}",
+                        "download or make it again")
+    module: nn.Module = model.eval().to(device)
+    return module
+
+
+def _dequantized(ckpt: Checkpoint, skeleton: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The state dict of a GPTQ checkpoint as a float model would have it.
+
+    transformers stores the weights of GPT-2's Conv1D modules as [in, out]; a QuantizedTensor is always [out, in].
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    conv1d = {name for name, module in skeleton.named_modules() if isinstance(module, Conv1D)}
+    prefix = getattr(skeleton, "base_model_prefix", "") + "."
+    grid = gptq.grid_of(ckpt)
+    linears = gptq.quantized_linears(ckpt)
+    packed = {f"{linear}.{part}" for linear in linears for part in gptq.PARTS}
+    weights = {name: ckpt.tensor(name).to(dtype) for name in ckpt.names() if name not in packed}
+    for linear in linears:
+        w = gptq.read(ckpt, linear, grid).dequantize()
+        if linear in conv1d or prefix + linear in conv1d:
+            w = w.t().contiguous()
+        weights[f"{linear}.weight"] = w.to(dtype)
+    return weights
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no load report from transformers inside the block (errors still show)."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
