@@ -29,7 +29,7 @@ class TorchModel:
         torch.set_num_threads(threads)
         self.folder, self.context, self.threads, self.dtype = folder, context, threads, dtype
         self.device = torch_device(device)
-        self.model: Any = load_torch_model(folder, str(self.device), dtype)
+        self.model = load_torch_model(folder, str(self.device), dtype)
         limit = getattr(self.model.config, "max_position_embeddings", None) or context
         if context > limit:
             self.close()
@@ -126,10 +126,10 @@ def load_tokenizer(folder: Path) -> Any:
                         "copy the base model's tokenizer files into it") from e
 
 
-def load_torch_model(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The causal language model in `folder`, float or GPTQ (dequantised exactly, then cast to `dtype`), in eval mode.
+def load_torch_model(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    """The causal language model (an nn.Module in eval mode) in `folder`, float or GPTQ.
 
-    Safetensors only, and no code from the folder is run. A tensor that the architecture needs and the folder lacks is
+    GPTQ weights are dequantised exactly in float32, then cast to `dtype`. Safetensors only, and no code from the folder is run. A tensor that the architecture needs and the folder lacks is
     an error, not a random weight.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -155,8 +155,7 @@ def load_torch_model(folder: Path, device: str = "cpu", dtype: torch.dtype = tor
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{folder} lacks {len(missing)} tensors of its architecture, first {missing[0]}",
                         "download or make it again")
-    module: nn.Module = model.eval().to(device)
-    return module
+    return model.eval().to(device)
 
 
 def _dequantized(ckpt: Checkpoint, skeleton: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:

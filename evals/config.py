@@ -1,0 +1,80 @@
+"""What can be asked of `llmc eval`, `bench` and `compare`. The command line takes its names and defaults from here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmc.errors import UserError
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """`llmc eval`. Defaults are the protocol of `llama-perplexity`, on the first 40 chunks."""
+
+    artifact: str
+    base: str | None = None
+    text: str = "python-docs"
+    second_text: str | None = None
+    context: int = 512
+    chunks: int = 40
+    """Chunks of each text that are evaluated; 0 for all."""
+    threads: int | None = None
+    """None: the physical cores."""
+    device: str = "cpu"
+    output: Path | None = None
+
+    def __post_init__(self) -> None:
+        _at_least("--context", self.context, 8)
+        _at_least("--chunks", self.chunks, 0)
+        _common(self.threads, self.device)
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """`llmc bench`."""
+
+    artifacts: tuple[str, ...]
+    prompt: int = 512
+    generate: int = 64
+    repetitions: int = 5
+    warmup: int = 2
+    threads: int | None = None
+    device: str = "cpu"
+    output: Path | None = None
+
+    def __post_init__(self) -> None:
+        _at_least("--prompt", self.prompt, 1)
+        _at_least("--generate", self.generate, 1)
+        _at_least("--repetitions", self.repetitions, 5)
+        _at_least("--warmup", self.warmup, 0)
+        _common(self.threads, self.device)
+        if not self.artifacts:
+            raise UserError("no artifact to bench", "name a model folder or a .gguf file")
+        if self.output is not None and len(self.artifacts) > 1:
+            raise UserError(f"-o {self.output} holds the report of one artifact and {len(self.artifacts)} were given",
+                            "leave out -o: each report is then written as <name>.report.json")
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """`llmc compare`. Gates are as typed: '5%', '0.1', '80%', '2x'."""
+
+    reports: tuple[Path, ...]
+    max_ppl_increase: str | None = None
+    max_kld: str | None = None
+    min_top1: str | None = None
+    min_decode_speedup: str | None = None
+    page: Path = Path("compare.html")
+
+
+def _at_least(option: str, value: int, low: int) -> None:
+    if value < low:
+        raise UserError(f"{option} {value} is out of range: at least {low}", f"try {option} {low}")
+
+
+def _common(threads: int | None, device: str) -> None:
+    if threads is not None:
+        _at_least("--threads", threads, 1)
+    if device not in ("cpu", "gpu"):
+        raise UserError(f"--device {device!r} is not known", "choose cpu or gpu")

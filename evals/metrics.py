@@ -1,0 +1,88 @@
+"""Perplexity, KL divergence and agreement from logits, and their standard errors. Pure numpy.
+
+Standard errors are given twice. `se_token` takes the tokens for independent, as llama-perplexity does. Tokens of one
+chunk are not, so `se` is computed from the spread of the chunks' means (clusters of equal size): it is the one to trust,
+and None where there is only one chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+ROWS = 32  # rows of logits worked on at once: a few tens of MB whatever the vocabulary
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """float32 [n, vocab] -> float32 [n, vocab]; the maximum is subtracted first, sums are float64."""
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    total = np.exp(shifted).sum(axis=1, dtype=np.float64, keepdims=True)
+    return np.asarray(shifted - np.log(total).astype(np.float32), dtype=np.float32)
+
+
+def nll(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Negative log likelihood of each target, nats: logits [n, vocab], targets int [n] -> float32 [n]."""
+    out = np.empty(len(targets), dtype=np.float32)
+    for i in range(0, len(targets), ROWS):
+        part = log_softmax(logits[i : i + ROWS])
+        out[i : i + ROWS] = -np.take_along_axis(part, targets[i : i + ROWS, None].astype(np.int64), axis=1)[:, 0]
+    return out
+
+
+def divergence(base: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """KL(base || other) of each row in nats, float32 [n], and whether both rank the same token first, bool [n]."""
+    kld = np.empty(len(base), dtype=np.float32)
+    for i in range(0, len(base), ROWS):
+        p, q = log_softmax(base[i : i + ROWS]), log_softmax(other[i : i + ROWS])
+        kld[i : i + ROWS] = (np.exp(p) * (p - q)).sum(axis=1, dtype=np.float64)
+    return kld, base.argmax(axis=1) == other.argmax(axis=1)
+
+
+def mean(values: np.ndarray) -> dict[str, float | None]:
+    """Mean of [chunks, tokens] and both standard errors: {value, se, se_token}."""
+    v = values.astype(np.float64)
+    chunks, n = len(v), v.size
+    return {
+        "value": float(v.mean()),
+        "se": float(v.mean(axis=1).std(ddof=1) / np.sqrt(chunks)) if chunks > 1 else None,
+        "se_token": float(v.std(ddof=1) / np.sqrt(n)) if n > 1 else None,
+    }
+
+
+def scaled(stat: dict[str, float | None], value: float, slope: float) -> dict[str, float | None]:
+    """A statistic after a smooth function: its `value` there, errors times the function's `slope` (delta method)."""
+    return {k: value if k == "value" else None if e is None else e * abs(slope) for k, e in stat.items()}
+
+
+def perplexity(token_nll: np.ndarray) -> dict[str, float | None]:
+    """exp(mean NLL) of [chunks, tokens]."""
+    m = mean(token_nll)
+    ppl = float(np.exp(m["value"]))
+    return scaled(m, ppl, ppl)
+
+
+def perplexity_ratio(token_nll: np.ndarray, reference_nll: np.ndarray) -> dict[str, float | None]:
+    """PPL / reference PPL from the paired differences of the same tokens, both [chunks, tokens]."""
+    m = mean(token_nll.astype(np.float64) - reference_nll)
+    ratio = float(np.exp(m["value"]))
+    return scaled(m, ratio, ratio)
+
+
+def summarise(token_nll: np.ndarray, scored_bytes: int, kld: np.ndarray | None, top1: np.ndarray | None,
+              base_nll: np.ndarray | None) -> dict[str, Any]:
+    """The figures of one text; arrays are [chunks, tokens]. Divergences are None where there is no base."""
+    m = mean(token_nll)
+    per_byte = token_nll.size / scored_bytes / np.log(2)
+    out: dict[str, Any] = {
+        "perplexity": perplexity(token_nll),
+        "bits_per_byte": scaled(m, float(m["value"] or 0.0) * per_byte, per_byte),
+        "kld": None, "top1": None, "base_perplexity": None, "perplexity_ratio": None,
+    }
+    if kld is not None and top1 is not None and base_nll is not None:
+        out["kld"] = {**mean(kld), "median": float(np.median(kld)), "p99": float(np.percentile(kld, 99)),
+                      "max": float(kld.max())}
+        out["top1"] = mean(top1)
+        out["base_perplexity"] = perplexity(base_nll)
+        out["perplexity_ratio"] = perplexity_ratio(token_nll, base_nll)
+    return out

@@ -1,0 +1,49 @@
+"""The texts that models are evaluated on: a file of the user's, CPython's own help, or WikiText-2 from the hub."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+from llmc.errors import UserError
+
+PYTHON_DOCS = "python-docs"
+WIKITEXT = "wikitext"
+
+
+def load_text(spec: str) -> tuple[str, str]:
+    """(name, text) of a file path, 'python-docs' or 'wikitext'."""
+    if spec == PYTHON_DOCS:
+        return spec, _python_docs()
+    if spec == WIKITEXT:
+        return spec, _wikitext()
+    path = Path(spec).expanduser()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, IsADirectoryError) as e:
+        raise UserError(f"there is no text file {spec}", f"give a text file, {WIKITEXT} or {PYTHON_DOCS}") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"{spec} is not UTF-8 text (byte {e.start})", "convert it to UTF-8") from e
+    if not text.strip():
+        raise UserError(f"{spec} is empty", "give a text of some thousand words")
+    return path.name, text
+
+
+def _python_docs() -> str:
+    """The topics that `help()` shows, by name. They change with Python's version; the text's hash in the protocol tells."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def _wikitext() -> str:
+    """wiki.test.raw of WikiText-2, from the archive that llama.cpp's own figures are made with."""
+    from huggingface_hub import errors, hf_hub_download
+
+    try:
+        archive = hf_hub_download("ggml-org/ci", "wikitext-2-raw-v1.zip", repo_type="dataset")
+    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, ConnectionError, TimeoutError) as e:
+        raise UserError("the text `wikitext` is not in the cache and the Hugging Face hub cannot be reached",
+                        f"use --text {PYTHON_DOCS}, or --text FILE with a wiki.test.raw of your own") from e
+    with zipfile.ZipFile(archive) as z:
+        return z.read("wikitext-2-raw/wiki.test.raw").decode("utf-8")
