@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +67,7 @@ def describe_source(folder: Path) -> dict[str, Any]:
     files = [folder / n for n in names if (folder / n).is_file()] + Checkpoint.open(folder).files
     name, revision = _name_and_revision(folder)
     before = (read_manifest(folder) or {}).get("source", {})
-    card = _front_matter(folder / "README.md")
+    card = front_matter(folder / "README.md")
     licence = card.get("license") or before.get("licence") or "unknown"
     if licence == "unknown":
         warn(f"no licence found in {folder} (README.md front matter): the manifest says 'unknown'")
@@ -94,7 +95,7 @@ def _name_and_revision(folder: Path) -> tuple[str, str | None]:
     return path.resolve().name, commit if COMMIT.fullmatch(commit) else None
 
 
-def _front_matter(card: Path) -> dict[str, Any]:
+def front_matter(card: Path) -> dict[str, Any]:
     """The YAML between the first two `---` lines of a model card; empty where there is none."""
     import yaml
 
@@ -179,6 +180,8 @@ def _dequantize(file: Path, work: Path) -> dict[str, Any]:
     import torch
     import transformers
 
+    from llmc.runtimes.torch_model import quiet_transformers
+
     arch = str(field(reader, "general.architecture"))
     if field(reader, f"{arch}.rope.scaling.type") not in (None, "none") or any(
         t.name.startswith("rope_f") for t in reader.tensors
@@ -188,14 +191,14 @@ def _dequantize(file: Path, work: Path) -> dict[str, Any]:
     _check_memory(6 * parameters, f"dequantising {file.name}")  # float32 as decoded, then float16
     check_disk(work, 2 * parameters, f"the dequantised {file.name}")
     say(f"dequantising {file.name} into {work.parent}")
-    transformers.utils.logging.disable_progress_bar()
     # since 5.2x blocks may stay packed unless told otherwise; older versions always unpack and have no such config
     config = getattr(transformers, "GgufConfig", None)
     unpack = {"quantization_config": config(dequantize=True)} if config else {}
     try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.float16, output_loading_info=True, **unpack)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        with quiet_transformers():
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, dtype=torch.float16, output_loading_info=True, **unpack)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except (ValueError, KeyError, NotImplementedError) as e:
         raise UserError(f"{file} ({arch}) cannot be read back into a Hugging Face model: {e}", GO_BACK) from e
     if missing := sorted(info["missing_keys"]):
@@ -203,14 +206,21 @@ def _dequantize(file: Path, work: Path) -> dict[str, Any]:
     for name, t in model.state_dict().items():
         if t.is_floating_point() and not bool(torch.isfinite(t).all()):
             raise UserError(f"{name} of {file} holds values that float16 cannot", GO_BACK)
-    model.save_pretrained(work)
-    tokenizer.save_pretrained(work)
+    with quiet_transformers():
+        model.save_pretrained(work)
+        tokenizer.save_pretrained(work)
     return {"name": file.name, "licence": field(reader, "general.license") or "unknown",
             "base_model": field(reader, "general.base_model.0.repo_url"), "revision": None}
 
 
 def open_gguf(file: Path) -> GGUFReader:
     """A GGUF file's metadata and tensor table (the weights stay on disk until they are touched)."""
+    stat = file.stat()
+    return _open_gguf(file, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=1)  # reading a vocabulary takes seconds, and one command asks for several things of one file
+def _open_gguf(file: Path, modified: int, length: int) -> GGUFReader:
     try:
         from gguf import GGUFReader
     except ModuleNotFoundError as e:

@@ -1,0 +1,125 @@
+"""The command line, `llmc COMMAND …`. One module a command; here is what all share: errors, exit codes, verbosity.
+
+Exit codes: 0 done, 1 a gate of `llmc compare` failed, 2 bad input or environment, 70 a bug in llmc, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+import warnings
+from types import TracebackType
+
+import typer
+
+from llmc.cli import doctor, inspect, verify
+from llmc.console import set_quiet
+from llmc.errors import UserError
+
+BUG = 70  # EX_SOFTWARE of sysexits.h; Python's own 1 would read as a failed gate
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
+
+app = typer.Typer(
+    name="llmc", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(show: bool) -> None:
+    if show:
+        from importlib.metadata import version
+
+        print(f"llmc {version('llmc-toolkit')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+    verbose: bool = typer.Option(False, "--verbose", help="Show the warnings and logs of the libraries underneath."),
+    quiet: bool = typer.Option(False, "--quiet", help="Say nothing but results, warnings and errors."),
+) -> None:
+    """Make an LLM fit a device: quantise it, export it, and measure the file that ships.
+
+    llmc quantize MODEL, llmc export --format gguf, llmc eval FILE --base MODEL, llmc compare A.json B.json
+    """
+    set_quiet(quiet)
+    if quiet or not (verbose or sys.stderr.isatty()):  # libraries' progress bars have no place in a log
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not verbose:
+        # read by transformers when a command imports it
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
+
+
+for command in (inspect, verify, doctor):
+    command.register(app)
+
+
+def _explain(error: BaseException) -> UserError | None:
+    """The user's side of an error that Python or a library raised; None for a bug."""
+    if isinstance(error, UserError):
+        return error
+    text = str(error)
+    # torch and safetensors wrap both conditions in errors of their own: the text is all they share
+    if isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text:
+        return UserError("out of memory", "close other programs, or lower --samples or --seq-len")
+    if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left on device" in text:
+        return UserError(f"the disk is full: {text}", "free some space or choose another disk with -o")
+    if isinstance(error, PermissionError):
+        return UserError(f"no permission: {text}", "check who owns it, or choose another place with -o")
+    return None
+
+
+class _Boundary:
+    """Turns whatever leaves a command into lines on stderr and an exit code; a bug keeps its traceback."""
+
+    code = 0
+
+    def __enter__(self) -> _Boundary:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> bool:
+        if error is None or isinstance(error, SystemExit):
+            return False
+        if isinstance(error, KeyboardInterrupt):
+            self.code = INTERRUPTED
+        elif show := getattr(error, "show", None):  # a usage error, of click's or of the click inside newer typers
+            show()
+            self.code = 2
+        elif (known := _explain(error)) is not None:
+            print(f"error: {known.problem}", file=sys.stderr)
+            if known.hint:
+                print(f"next: {known.hint}", file=sys.stderr)
+            self.code = known.exit_code
+        else:
+            traceback.print_exception(error)
+            print("This is a bug in llmc: please report it with the lines above.", file=sys.stderr)
+            self.code = BUG
+        return True
+
+
+def run(args: list[str] | None = None) -> int:
+    """Run one command line (default: this process's) and return its exit code."""
+    with _Boundary() as boundary:
+        # Outside standalone mode typer returns the code of typer.Exit, and turns Ctrl-C into Exit(130); commands
+        # themselves return None.
+        boundary.code = app(args, prog_name="llmc", standalone_mode=False) or 0
+    if boundary.code == INTERRUPTED:
+        print("interrupted; nothing half-written was left behind", file=sys.stderr)
+    return boundary.code
+
+
+def main() -> None:
+    """The `llmc` command."""
+    code = run()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # `llmc … | head`: the reader has gone, and Python would complain at its own last flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)

@@ -1,0 +1,27 @@
+"""`llmc inspect`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(inspect)
+
+
+def inspect(
+    artifact: Path = typer.Argument(..., metavar="ARTIFACT", help="A model folder or .gguf file, llmc's or not."),
+    tensors: bool = typer.Option(False, "--tensors", help="List every tensor with its shape, type and bytes."),
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
+) -> None:
+    """Show what is inside an artifact.
+
+    Architecture, grid, bits per weight, bytes by class, tokenizer, chat template, licence and provenance.
+    """
+    from llmc.inspection import describe, inspect
+
+    report = inspect(artifact, tensors=tensors)
+    print(json.dumps(report, indent=2) if as_json else describe(report))

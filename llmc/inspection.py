@@ -1,0 +1,187 @@
+"""`llmc inspect`: what is inside an artifact, whoever made it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmc.artifact import read_manifest, sha256
+from llmc.checkpoint import TOKENIZER_FILES, Checkpoint
+from llmc.console import size
+from llmc.errors import UserError
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+
+
+def inspect(artifact: str | Path, tensors: bool = False) -> dict[str, Any]:
+    """Contents of a model folder (float or GPTQ) or a .gguf file.
+
+    Returns {'artifact', 'format', 'architecture', 'model', 'grid', 'weights' (llmc.evals.weigh), 'tokenizer',
+    'licence', 'provenance' (the manifest without its file hashes, None where llmc did not make it)} and with `tensors`
+    'tensors', one object each. Keys that the artifact does not tell are None.
+    """
+    from llmc.evals.weigh import tensors as list_tensors
+    from llmc.evals.weigh import weigh
+
+    path = Path(artifact)
+    if path.is_dir():
+        found = _folder(path)
+    elif path.is_file() and path.suffix == ".gguf":
+        found = _gguf(path)
+    else:
+        raise UserError(f"{artifact} is neither a model folder nor a .gguf file", "give one of these")
+    manifest = read_manifest(path)
+    if manifest:
+        found["licence"] = manifest.get("source", {}).get("licence") or found["licence"]
+        manifest = {k: v for k, v in manifest.items() if k != "outputs"}
+    report = {"artifact": str(artifact), **found, "weights": weigh(path), "provenance": manifest}
+    if tensors:
+        report["tensors"] = [asdict(t) for t in list_tensors(path)]
+    return report
+
+
+def _folder(folder: Path) -> dict[str, Any]:
+    """A Hugging Face folder, from its config and headers."""
+    from llmc.sources import front_matter
+
+    ckpt = Checkpoint.open(folder)
+    # models that see and hear keep the language model's numbers one level down
+    config = ckpt.config | ckpt.config.get("text_config", {})
+    quantization = ckpt.quantization or {}
+    tokenizer = {
+        "files": {n: sha256(folder / n) for n in TOKENIZER_FILES if (folder / n).is_file()},
+        "vocabulary": config.get("vocab_size"),
+        "chat_template_sha256": _hash(_folder_template(folder)),
+    }
+    method = quantization.get("quant_method")
+    grid = None
+    if method == "gptq":
+        from llmc.export.gptq.checkpoint import grid_of
+
+        grid = grid_of(ckpt).name
+    return {
+        "format": f"Hugging Face folder, {method or 'float'}",
+        "architecture": (ckpt.config.get("architectures") or [config.get("model_type")])[0],
+        "model": {
+            "layers": config.get("num_hidden_layers") or config.get("n_layer"),
+            "hidden": config.get("hidden_size") or config.get("n_embd"),
+            "heads": config.get("num_attention_heads") or config.get("n_head"),
+            "kv_heads": config.get("num_key_value_heads"),
+            "context": config.get("max_position_embeddings") or config.get("n_positions"),
+        },
+        "grid": grid,
+        "tokenizer": tokenizer,
+        "licence": front_matter(folder / "README.md").get("license"),
+    }
+
+
+def _folder_template(folder: Path) -> str | None:
+    """The chat template, from its own file or from tokenizer_config.json."""
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return None
+    try:
+        template = json.loads(path.read_text(encoding="utf-8")).get("chat_template")
+    except ValueError as e:
+        raise UserError(f"{path} is not valid JSON: {e}", "download the model again") from e
+    return json.dumps(template) if isinstance(template, list) else template  # a list: several templates by name
+
+
+def _gguf(file: Path) -> dict[str, Any]:
+    """A GGUF file, from its metadata."""
+    from llmc.sources import field, open_gguf
+
+    reader = open_gguf(file)
+    arch = field(reader, "general.architecture")
+    tokens = reader.get_field("tokenizer.ggml.tokens")
+    blocks = {t.tensor_type.name for t in reader.tensors if t.name.startswith("blk.") and len(t.shape) > 1}
+    return {
+        "format": f"GGUF version {field(reader, 'GGUF.version')}",
+        "architecture": arch,
+        "model": {
+            "layers": field(reader, f"{arch}.block_count"),
+            "hidden": field(reader, f"{arch}.embedding_length"),
+            "heads": field(reader, f"{arch}.attention.head_count"),
+            "kv_heads": field(reader, f"{arch}.attention.head_count_kv"),
+            "context": field(reader, f"{arch}.context_length"),
+        },
+        "grid": " + ".join(sorted(blocks)) or None,
+        "tokenizer": {
+            "model": field(reader, "tokenizer.ggml.model"), "pre": field(reader, "tokenizer.ggml.pre"),
+            "vocabulary": None if tokens is None else len(tokens.data), "eos": _end_ids(reader),
+            "chat_template_sha256": _hash(field(reader, "tokenizer.chat_template")),
+        },
+        "licence": field(reader, "general.license"),
+        "metadata": {k: v for k in _short_keys(reader) if not isinstance(v := field(reader, k), list)},
+    }
+
+
+def _short_keys(reader: GGUFReader) -> Iterator[str]:
+    """The keys whose values are worth a line: no vocabularies, no chat template."""
+    for key in reader.fields:
+        if not key.startswith("GGUF.") and key != "tokenizer.chat_template":
+            yield key
+
+
+def _end_ids(reader: GGUFReader) -> list[int]:
+    from llmc.sources import field
+
+    ids = (field(reader, f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+    return sorted({i for i in ids if i is not None})
+
+
+def _hash(text: str | None) -> str | None:
+    return None if text is None else hashlib.sha256(text.encode()).hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------------------- text
+
+
+def describe(report: dict[str, Any]) -> str:
+    """The report as a page of plain text."""
+    w, m, t = report["weights"], report["model"], report["tokenizer"]
+    shape = ", ".join(f"{v} {k.replace('_', ' ')}" for k, v in m.items() if v is not None)
+    lines = [
+        f"{report['artifact']}: {report['format']}",
+        f"architecture  {report['architecture']}: {shape}",
+        f"parameters    {w['parameters'] / 1e6:,.1f} M, {'tied' if w['tied'] else 'untied'} embedding and head",
+        f"grid          {report['grid'] or 'none: float weights'}",
+        f"size          {size(w['file_bytes'])}; {w['bits_per_weight']:.2f} bits per weight in all, "
+        f"{w['decoder_bits_per_weight']:.2f} in the decoder's matrices; {size(w['token_bytes'])} read per token",
+    ]
+    for name, c in w["classes"].items():
+        if c["parameters"]:
+            share = 100 * c["bytes"] / w["tensor_bytes"]
+            lines.append(f"  {name:<11} {size(c['bytes']):>9}  {share:4.1f} %  {', '.join(c['types'])}")
+    template = t["chat_template_sha256"]
+    kind = f"{t['model']} ({t['pre']}), " if "model" in t else ""
+    lines += [
+        f"tokenizer     {kind}{t['vocabulary']} tokens" + (f", ends at {t['eos']}" if "eos" in t else ""),
+        f"chat template {'none' if template is None else 'sha256 ' + template[:16] + '…'}",
+        f"licence       {report['licence'] or 'unknown'}",
+        *_describe_provenance(report["provenance"]),
+    ]
+    for tensor in report.get("tensors", []):
+        lines.append(f"{tensor['type']:>10} {tensor['parameters']:>12,} {size(tensor['nbytes']):>9}  {tensor['name']}")
+    return "\n".join(lines)
+
+
+def _describe_provenance(manifest: dict[str, Any] | None) -> Iterator[str]:
+    if manifest is None:
+        yield "made by       not llmc (no manifest)"
+        return
+    source = manifest.get("source", {})
+    revision = f" at {source['revision'][:12]}" if source.get("revision") else ""
+    yield f"made from     {source.get('name')}{revision}, {manifest.get('created')}"
+    for p in manifest.get("passes", []):
+        config = ", ".join(f"{k} {v}" for k, v in p.get("config", {}).items() if v is not None)
+        yield f"  pass        {p['name']}: {config}"
+    if calibration := manifest.get("calibration"):
+        yield f"  calibration {', '.join(f'{k} {v}' for k, v in calibration.items())}"

@@ -1,0 +1,104 @@
+"""`llmc verify`: is an artifact still what its manifest says, and does it hold together?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from llmc.artifact import MANIFEST, hash_folder, manifest_path, read_manifest, sha256
+from llmc.errors import UserError
+
+
+def verify(artifact: str | Path) -> dict[str, Any]:
+    """Check an artifact's files against its manifest and against each other; works offline and changes nothing.
+
+    Returns {'artifact', 'kind', 'files' (how many were hashed), 'problems' (one line each; empty: all is well)}.
+    """
+    path = Path(artifact)
+    if not path.exists():
+        raise UserError(f"there is no artifact {artifact}", "give a model folder or a .gguf file")
+    problems: list[str] = []
+    manifest = _collect(problems, partial(read_manifest, path)) or {}
+    found = hash_folder(path) if path.is_dir() else {path.name: sha256(path)}
+    if manifest:
+        problems += _against_manifest(found, manifest.get("outputs"))
+    elif not problems:
+        problems.append(f"there is no {manifest_path(path)}: llmc did not make this, or its manifest was lost")
+    _collect(problems, lambda: problems.extend(_folder_problems(path) if path.is_dir() else _gguf_problems(path)))
+    return {"artifact": str(artifact), "kind": manifest.get("kind"), "files": len(found), "problems": problems}
+
+
+def _collect(problems: list[str], check: Callable[[], Any]) -> Any:
+    """Run a check; the UserError that stops it becomes one of the problems."""
+    try:
+        return check()
+    except UserError as e:
+        problems.append(e.problem)
+        return None
+
+
+def _against_manifest(found: dict[str, str], outputs: dict[str, str] | None) -> Iterator[str]:
+    """Files that changed, are missing or were added since the manifest was written."""
+    if not outputs:
+        yield f"{MANIFEST} lists no output files"
+        return
+    if len(found) == len(outputs) == 1:  # a single file keeps its identity when it and its manifest are renamed
+        outputs = dict.fromkeys(found, next(iter(outputs.values())))
+    for name in sorted(outputs.keys() | found.keys()):
+        if name not in found:
+            yield f"{name} is missing"
+        elif name not in outputs:
+            yield f"{name} is not in {MANIFEST}: it was added afterwards"
+        elif found[name] != outputs[name]:
+            yield f"{name} has changed: sha256 {found[name][:16]}…, {MANIFEST} says {outputs[name][:16]}…"
+
+
+def _folder_problems(folder: Path) -> Iterator[str]:
+    """Does a model folder hold together: every tensor readable and finite, and the GPTQ labels true."""
+    from llmc.checkpoint import Checkpoint
+
+    ckpt = Checkpoint.open(folder)
+    problems: list[str] = []
+    packed: tuple[str, ...] = ()
+    if ckpt.quantization is not None:
+        from llmc.export.gptq import checkpoint as gptq
+
+        grid = gptq.grid_of(ckpt)
+        linears = gptq.quantized_linears(ckpt)
+        packed = tuple(f"{linear}.{part}" for linear in linears for part in gptq.PARTS)
+        yield from _quantize_config_problems(ckpt.quantization, folder / "quantize_config.json")
+        if not linears:
+            yield "config.json says GPTQ, but there is no quantised linear"
+        yield from (f"{name} is missing" for name in packed if name not in ckpt and not name.endswith(".g_idx"))
+        for linear in linears:
+            if all(f"{linear}.{part}" in ckpt for part in gptq.PARTS[:3]):
+                _collect(problems, partial(gptq.read, ckpt, linear, grid))
+    for name in sorted(set(ckpt.names()) - {p for p in packed if not p.endswith(".scales")}):
+        _collect(problems, partial(ckpt.tensor, name))
+    yield from problems
+
+
+def _quantize_config_problems(config: dict[str, Any], copy: Path) -> Iterator[str]:
+    """transformers reads config.json, GPTQ tools the copy: they must say the same."""
+    if not copy.is_file():
+        yield f"{copy.name} is missing"
+        return
+    try:
+        other = json.loads(copy.read_text(encoding="utf-8"))
+    except ValueError as e:
+        yield f"{copy.name} is not valid JSON: {e}"
+        return
+    for key in sorted(config.keys() | other.keys()):
+        if config.get(key) != other.get(key):
+            yield f"{copy.name} says {key} = {other.get(key)!r}, config.json says {config.get(key)!r}"
+
+
+def _gguf_problems(file: Path) -> Iterator[str]:
+    """Can a GGUF's metadata and every tensor of its table be read?"""
+    from llmc.sources import open_gguf
+
+    if not open_gguf(file).tensors:  # opening maps each tensor, so a file that ends too early is refused there
+        yield f"{file.name} holds no tensors"
