@@ -11,8 +11,10 @@ import sys
 import traceback
 import warnings
 from types import TracebackType
+from typing import Any
 
 import typer
+import typer.core
 
 from llmc.cli import doctor, inspect, verify
 from llmc.console import set_quiet
@@ -21,8 +23,20 @@ from llmc.errors import UserError
 BUG = 70  # EX_SOFTWARE of sysexits.h; Python's own 1 would read as a failed gate
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
+class _Commands(typer.core.TyperGroup):
+    """The group of commands. Its flags that typer leaves at None are False here: to find out that None is no bool,
+    typer imports pydantic, which would be half the time of every --help."""
+
+    def get_params(self, ctx: Any) -> Any:
+        params = super().get_params(ctx)
+        for param in params:
+            if param.name in ("help", "install_completion", "show_completion"):
+                param.default = False
+        return params
+
+
 app = typer.Typer(
-    name="llmc", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    name="llmc", cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
