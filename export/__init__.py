@@ -1,0 +1,35 @@
+"""Exporters, one sub-package a format. The package itself can be called: `llmc.export("small-4bit", format="gguf")`.
+
+A function `llmc.export` and a package `llmc.export` would share one name, and whichever was imported last would hide the
+other. So they are one object: a module whose class has `__call__`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from llmc.errors import UserError
+
+FORMATS = ("gguf",)
+
+
+class Export(ModuleType):
+    """The type of this module."""
+
+    def __call__(self, model: str | Path | None = None, format: str = "gguf", **options: Any) -> dict[str, Any]:
+        """Write `model` (None: the newest artifact made in this folder) for a runtime.
+
+        Options are the fields of the format's config (`llmc.export.gguf.config.GgufExportConfig`).
+        """
+        if format not in FORMATS:
+            raise UserError(f"format {format!r} is not known", f"choose one of {', '.join(FORMATS)}")
+        from llmc import _config
+        from llmc.export.gguf import GgufExportConfig, export_gguf
+
+        return export_gguf(_config(GgufExportConfig, {"model": model, **options}))
+
+
+sys.modules[__name__].__class__ = Export

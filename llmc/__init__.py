@@ -1,0 +1,75 @@
+"""llmc makes an LLM fit a device: quantise it, export it, and measure the file that ships.
+
+    import llmc
+    llmc.quantize("base", bits=4, out="small-4bit")
+    llmc.export("small-4bit", format="gguf", out="small.gguf")
+    llmc.evaluate("small.gguf", base="base", output="small.json")
+
+Each function is the command of that name: the same options by the same names (`--group-size` is `group_size`), the same
+defaults, and as its result the object that the command prints with `--json`. Bad input raises llmc.errors.UserError.
+Importing llmc imports nothing heavy; each function imports what it needs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from llmc.export import Export
+
+    export: Export
+
+__all__ = ["__version__", "bench", "compare", "evaluate", "export", "generate", "inspect", "quantize", "verify"]
+
+Config = TypeVar("Config")
+
+
+def quantize(model: str | Path, **options: Any) -> dict[str, Any]:
+    """Quantise a model folder, .gguf file or hub id; options are the fields of QuantizeConfig."""
+    from llmc.compress.quantize.config import QuantizeConfig
+    from llmc.compress.quantize.run import quantize as run
+
+    return run(model, _config(QuantizeConfig, options))
+
+
+def evaluate(artifact: str | Path, **options: Any) -> dict[str, Any]:
+    """Perplexity, and divergence from `base`, of a model folder or .gguf file; options are the fields of EvalConfig."""
+    from llmc.evals.config import EvalConfig
+    from llmc.evals.evaluate import evaluate as run
+
+    return run(_config(EvalConfig, {"artifact": str(artifact), **options}))
+
+
+def inspect(artifact: str | Path, tensors: bool = False) -> dict[str, Any]:
+    """What is inside a model folder or .gguf file."""
+    from llmc.inspection import inspect as run
+
+    return run(artifact, tensors=tensors)
+
+
+def verify(artifact: str | Path) -> dict[str, Any]:
+    """Check an artifact against its manifest; 'problems' is empty when all is well."""
+    from llmc.verification import verify as run
+
+    return run(artifact)
+
+
+def _config(cls: type[Config], options: dict[str, Any]) -> Config:
+    """A config from a caller's options; paths may be given as text, and None stays None."""
+    from dataclasses import fields
+
+    paths = {f.name for f in fields(cls) if f.type in ("Path", "Path | None")}  # type: ignore[arg-type]
+    return cls(**{k: Path(v) if k in paths and isinstance(v, str) else v for k, v in options.items()})
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("llmc-toolkit")
+    if name == "export":  # the sub-package, which can be called
+        from importlib import import_module
+
+        return import_module("llmc.export")
+    raise AttributeError(f"module 'llmc' has no attribute {name!r}")

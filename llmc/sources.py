@@ -27,7 +27,9 @@ from llmc.console import say, size, warn
 from llmc.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
     from gguf import GGUFReader
+    from transformers import PreTrainedModel
 
 HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -171,46 +173,61 @@ def _work_folder(out: Path) -> Iterator[Path]:
 
 
 def _dequantize(file: Path, work: Path) -> dict[str, Any]:
-    """Write model and tokenizer of a .gguf into `work` as float16; returns a manifest's `source` without hashes.
-
-    transformers reads the file: it undoes llama.cpp's row permutations and builds the tokenizer from the vocabulary.
-    What it would drop or leave at random is refused here.
-    """
-    reader = open_gguf(file)
+    """Write model and tokenizer of a .gguf into `work` as float16; returns a manifest's `source` without hashes."""
     import torch
-    import transformers
 
     from llmc.runtimes.torch_model import quiet_transformers
 
-    arch = str(field(reader, "general.architecture"))
-    if field(reader, f"{arch}.rope.scaling.type") not in (None, "none") or any(
-        t.name.startswith("rope_f") for t in reader.tensors
-    ):
-        raise UserError(f"{file} scales its rotary embedding, which is lost when a GGUF is read back", GO_BACK)
-    parameters = sum(int(t.n_elements) for t in reader.tensors)
-    _check_memory(6 * parameters, f"dequantising {file.name}")  # float32 as decoded, then float16
-    check_disk(work, 2 * parameters, f"the dequantised {file.name}")
+    reader = open_gguf(file)
+    check_disk(work, 2 * _count(reader), f"the dequantised {file.name}")
     say(f"dequantising {file.name} into {work.parent}")
-    # since 5.2x blocks may stay packed unless told otherwise; older versions always unpack and have no such config
-    config = getattr(transformers, "GgufConfig", None)
-    unpack = {"quantization_config": config(dequantize=True)} if config else {}
-    try:
-        with quiet_transformers():
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                file.parent, gguf_file=file.name, dtype=torch.float16, output_loading_info=True, **unpack)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except (ValueError, KeyError, NotImplementedError) as e:
-        raise UserError(f"{file} ({arch}) cannot be read back into a Hugging Face model: {e}", GO_BACK) from e
-    if missing := sorted(info["missing_keys"]):
-        raise UserError(f"{file} lacks {len(missing)} tensors, first {missing[0]}", "download it again")
-    for name, t in model.state_dict().items():
-        if t.is_floating_point() and not bool(torch.isfinite(t).all()):
-            raise UserError(f"{name} of {file} holds values that float16 cannot", GO_BACK)
+    model, tokenizer = load_gguf(file, torch.float16)
     with quiet_transformers():
         model.save_pretrained(work)
         tokenizer.save_pretrained(work)
     return {"name": file.name, "licence": field(reader, "general.license") or "unknown",
             "base_model": field(reader, "general.base_model.0.repo_url"), "revision": None}
+
+
+def load_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
+    """The model in a .gguf file, dequantised, and its tokenizer.
+
+    transformers reads the file: it undoes llama.cpp's row permutations and builds the tokenizer from the vocabulary.
+    What it would drop or leave at random is refused here.
+    """
+    import torch
+    import transformers
+
+    from llmc.runtimes.torch_model import quiet_transformers
+
+    reader = open_gguf(file)
+    arch = str(field(reader, "general.architecture"))
+    if field(reader, f"{arch}.rope.scaling.type") not in (None, "none") or any(
+        t.name.startswith("rope_f") for t in reader.tensors
+    ):
+        raise UserError(f"{file} scales its rotary embedding, which is lost when a GGUF is read back", GO_BACK)
+    _check_memory((4 + dtype.itemsize) * _count(reader), f"dequantising {file.name}")  # float32 as decoded, then dtype
+    # newer versions may keep blocks packed unless told otherwise; older ones always unpack and have no such config
+    config = getattr(transformers, "GgufConfig", None)
+    unpack = {"quantization_config": config(dequantize=True)} if config else {}
+    try:
+        with quiet_transformers():
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, dtype=dtype, output_loading_info=True, **unpack)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except (ValueError, KeyError, NotImplementedError) as e:
+        raise UserError(f"{file} ({arch}) cannot be read back into a Hugging Face model: {e}", GO_BACK) from e
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"{file} lacks {len(missing)} tensors, first {missing[0]}", "download it again")
+    for name, t in model.state_dict().items():
+        if t.is_floating_point() and not bool(torch.isfinite(t).all()):
+            raise UserError(f"{name} of {file} holds values that {dtype} cannot", GO_BACK)
+    return model.eval(), tokenizer
+
+
+def _count(reader: GGUFReader) -> int:
+    return sum(int(t.n_elements) for t in reader.tensors)
 
 
 def open_gguf(file: Path) -> GGUFReader:

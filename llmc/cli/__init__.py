@@ -57,7 +57,12 @@ def _options(
 ) -> None:
     """Make an LLM fit a device: quantise it, export it, and measure the file that ships.
 
-    llmc quantize MODEL, llmc export --format gguf, llmc eval FILE --base MODEL, llmc compare A.json B.json
+    \b
+      llmc quantize MODEL --bits 4
+      llmc export --format gguf -o small.gguf
+      llmc eval small.gguf --base MODEL
+      llmc bench small.gguf
+      llmc compare base.json small.json
     """
     set_quiet(quiet)
     if quiet or not (verbose or sys.stderr.isatty()):  # libraries' progress bars have no place in a log

