@@ -1,8 +1,8 @@
 """Perplexity, KL divergence and agreement from logits, and their standard errors. Pure numpy.
 
 Standard errors are given twice. `se_token` takes the tokens for independent, as llama-perplexity does. Tokens of one
-chunk are not, so `se` is computed from the spread of the chunks' means (clusters of equal size): it is the one to trust,
-and None where there is only one chunk.
+chunk are not, so `se` is computed from the spread of the chunks' means (clusters of equal size): it is the one to
+trust, and None where there is only one chunk.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def divergence(base: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndar
     return kld, base.argmax(axis=1) == other.argmax(axis=1)
 
 
-def mean(values: np.ndarray) -> dict[str, float | None]:
+def mean(values: np.ndarray) -> dict[str, Any]:
     """Mean of [chunks, tokens] and both standard errors: {value, se, se_token}."""
     v = values.astype(np.float64)
     chunks, n = len(v), v.size
@@ -50,19 +50,19 @@ def mean(values: np.ndarray) -> dict[str, float | None]:
     }
 
 
-def scaled(stat: dict[str, float | None], value: float, slope: float) -> dict[str, float | None]:
+def scaled(stat: dict[str, Any], value: float, slope: float) -> dict[str, Any]:
     """A statistic after a smooth function: its `value` there, errors times the function's `slope` (delta method)."""
     return {k: value if k == "value" else None if e is None else e * abs(slope) for k, e in stat.items()}
 
 
-def perplexity(token_nll: np.ndarray) -> dict[str, float | None]:
+def perplexity(token_nll: np.ndarray) -> dict[str, Any]:
     """exp(mean NLL) of [chunks, tokens]."""
     m = mean(token_nll)
     ppl = float(np.exp(m["value"]))
     return scaled(m, ppl, ppl)
 
 
-def perplexity_ratio(token_nll: np.ndarray, reference_nll: np.ndarray) -> dict[str, float | None]:
+def perplexity_ratio(token_nll: np.ndarray, reference_nll: np.ndarray) -> dict[str, Any]:
     """PPL / reference PPL from the paired differences of the same tokens, both [chunks, tokens]."""
     m = mean(token_nll.astype(np.float64) - reference_nll)
     ratio = float(np.exp(m["value"]))
@@ -76,7 +76,7 @@ def summarise(token_nll: np.ndarray, scored_bytes: int, kld: np.ndarray | None, 
     per_byte = token_nll.size / scored_bytes / np.log(2)
     out: dict[str, Any] = {
         "perplexity": perplexity(token_nll),
-        "bits_per_byte": scaled(m, float(m["value"] or 0.0) * per_byte, per_byte),
+        "bits_per_byte": scaled(m, m["value"] * per_byte, per_byte),
         "kld": None, "top1": None, "base_perplexity": None, "perplexity_ratio": None,
     }
     if kld is not None and top1 is not None and base_nll is not None:

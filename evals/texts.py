@@ -30,7 +30,7 @@ def load_text(spec: str) -> tuple[str, str]:
 
 
 def _python_docs() -> str:
-    """The topics that `help()` shows, by name. They change with Python's version; the text's hash in the protocol tells."""
+    """The topics that `help()` shows, by name. They change with Python's version: the protocol's hash tells."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))

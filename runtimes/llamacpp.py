@@ -7,6 +7,7 @@ here batches ask for exactly the rows that are wanted.
 from __future__ import annotations
 
 import ctypes
+import functools
 import re
 from collections import deque
 from pathlib import Path
@@ -14,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from llmc.console import warn
 from llmc.errors import UserError
+from llmc.runtimes import amx
 
 BATCH = 512  # tokens run at once, llama.cpp's own default for a micro-batch
 LOGITS_BYTES = 128 << 20  # most memory for the logits of one batch
@@ -44,6 +47,21 @@ def _library() -> Any:
     return lib
 
 
+def _build(lib: Any) -> dict[str, str]:
+    """The instruction sets and options that llama.cpp was built with and finds here."""
+    return dict(re.findall(r"(\w+) = (\w+)", lib.llama_print_system_info().decode()))
+
+
+@functools.cache
+def _extra_buffers(lib: Any) -> bool:
+    """Whether weights may be repacked for AMX and the like; a build that would crash on it is named."""
+    if _build(lib).get("AMX_INT8") != "1" or not amx.broken():
+        return True
+    warn("llama.cpp's AMX kernels crash in this build (ggml-org/llama.cpp#26954): running without them and without "
+         f"repacked weights, which is slower. To cure it: {amx.HOW_TO_FIX}")
+    return False
+
+
 def _errors() -> str:
     """What llama.cpp said last at the level of an error, in one line."""
     lines = [text.strip() for level, text in _log if level == ERROR]
@@ -53,14 +71,16 @@ def _errors() -> str:
 class LlamaCpp:
     """A runtime (see runtimes/base.py) over one llama.cpp context of `context` tokens.
 
-    flash_attention: None leaves the choice to llama.cpp.  kv_type: 'f16' (llama.cpp's default) or 'f32'; parity checks
-    against torch use False and 'f32'.
+    flash_attention: None leaves the choice to llama.cpp
+    kv_type: 'f16' (llama.cpp's default) or 'f32'; parity checks against torch use False and 'f32'
+    extra_buffers: let llama.cpp repack weights for this CPU; None: unless that crashes (see amx.py), which is then said
     """
 
     name = "llama.cpp"
 
     def __init__(self, path: Path, context: int, threads: int, device: str = "cpu",
-                 flash_attention: bool | None = None, kv_type: str = "f16") -> None:
+                 flash_attention: bool | None = None, kv_type: str = "f16",
+                 extra_buffers: bool | None = None) -> None:
         if not path.is_file():
             raise UserError(f"there is no file {path}", "give a .gguf file")
         if device not in ("cpu", "gpu"):
@@ -69,6 +89,7 @@ class LlamaCpp:
         self.path, self.threads, self.device, self.kv_type = path, threads, device, kv_type
         self._model = self._ctx = None
         self.offloaded = 0
+        self.extra_buffers = _extra_buffers(lib) if extra_buffers is None else extra_buffers
         _log.clear()
         self._load_model(device)
         self._vocab = lib.llama_model_get_vocab(self._model)
@@ -95,6 +116,7 @@ class LlamaCpp:
         lib = self._lib
         params = lib.llama_model_default_params()
         params.n_gpu_layers = 0
+        params.use_extra_bufts = self.extra_buffers
         if device == "cpu":
             self._no_devices = (ctypes.c_void_p * 1)(None)  # an empty NULL-terminated list: no GPU takes any part
             params.devices = ctypes.cast(self._no_devices, ctypes.c_void_p)
@@ -223,11 +245,9 @@ class LlamaCpp:
 
         from llmc.runtimes.targets.this_machine import cpu_features
 
-        info = self._lib.llama_print_system_info().decode()
-        build = dict(re.findall(r"(\w+) = (\w+)", info))
         return {"runtime": self.name, "version": version("llama-cpp-python"), "device": self.device,
                 "offloaded_layers": self.offloaded, "threads": self.threads, "kv_type": self.kv_type,
-                "build": build, "cpu_features": cpu_features()}
+                "extra_buffers": self.extra_buffers, "build": _build(self._lib), "cpu_features": cpu_features()}
 
     def close(self) -> None:
         if self._ctx:

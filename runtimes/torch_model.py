@@ -129,8 +129,8 @@ def load_tokenizer(folder: Path) -> Any:
 def load_torch_model(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
     """The causal language model (an nn.Module in eval mode) in `folder`, float or GPTQ.
 
-    GPTQ weights are dequantised exactly in float32, then cast to `dtype`. Safetensors only, and no code from the folder is run. A tensor that the architecture needs and the folder lacks is
-    an error, not a random weight.
+    GPTQ weights are dequantised exactly in float32, then cast to `dtype`. Safetensors only, and no code from the folder
+    is run. A tensor that the architecture needs and the folder lacks is an error, not a random weight.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -1,0 +1,138 @@
+"""`llmc eval`: an artifact in its own runtime against its base, on the same token ids, chunk by chunk.
+
+Both models stay loaded and the base's logits live for one chunk only, so nothing of the size text x vocabulary is ever
+held or written.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmc.console import progress, say, warn
+from llmc.errors import UserError
+from llmc.evals import metrics, report
+from llmc.evals.config import EvalConfig
+from llmc.evals.protocol import Chunks, FolderTokenizer, RuntimeTokenizer, Tokenizer, cut
+from llmc.evals.texts import load_text
+from llmc.runtimes.base import Runtime, open_runtime
+from llmc.runtimes.targets.this_machine import physical_cores
+from llmc.sources import resolve_model
+
+# What tokenizers get wrong first: runs of spaces, digits, case, accents, scripts, code, emoji, special-looking text.
+SAMPLE = ("Hello  world, it's 2024-11-05;\n\n\tdef f(x):  return x*100000  # naïve Ünïcode"
+          " 日本語 Привет العربية 🙂👍🏽 <|x|>\r\n")
+
+
+def evaluate(config: EvalConfig) -> dict[str, Any]:
+    """The report of `config.artifact` with its `quality` section; written to `config.output` where that is given.
+
+    Raises UserError for bad input, before anything long where that can be known.
+    """
+    artifact = locate(config.artifact)
+    base = locate(config.base) if config.base is not None else None
+    texts = [load_text(t) for t in (config.text, config.second_text) if t is not None]
+    described = report.describe_artifact(artifact)
+    report.check_output(config.output, described["sha256"])
+    base_digest = None if base is None else report.hash_artifact(base)
+    is_base = base_digest == described["sha256"]
+    if config.second_text is None:
+        say("hint: --second-text FILE, unlike the first, shows whether the calibration text was learned by heart")
+    if base is None:
+        say("hint: without --base there is a perplexity but no divergence from the base model")
+
+    threads = config.threads or physical_cores()
+    start = time.monotonic()
+    runtime = open_runtime(artifact, config.context, threads, config.device)
+    try:
+        base_runtime = open_runtime(base, config.context, threads, config.device) if base and not is_base else None
+        try:
+            tokenizer = _tokenizer(base or artifact, base_runtime or runtime)
+            agrees = _check_tokenizer(runtime, tokenizer, artifact)
+            jobs = [cut(name, text, tokenizer, config.context, config.chunks) for name, text in texts]
+            results = [_run(job, runtime, base_runtime, is_base) for job in jobs]
+            quality: dict[str, Any] = {
+                "texts": results, "runtime": runtime.describe(), "tokenizer_agrees": agrees,
+                "base": None if base is None else {
+                    "name": base.name, "sha256": base_digest, "is_artifact": is_base,
+                    "runtime": (base_runtime or runtime).describe()},
+                "seconds": round(time.monotonic() - start, 1),
+            }
+        finally:
+            if base_runtime:
+                base_runtime.close()
+    finally:
+        runtime.close()
+    made = report.new_report(described, "quality", quality)
+    if config.output is not None:
+        report.save(config.output, made)
+    return made
+
+
+def locate(artifact: str) -> Path:
+    """The file or folder that the user means: a .gguf stays one (it runs as it is), a hub id becomes its folder."""
+    path = Path(artifact).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return path
+    return resolve_model(artifact)
+
+
+def _tokenizer(source: Path, runtime: Runtime) -> Tokenizer:
+    """The tokenizer of the base (or of the artifact, where no base is given)."""
+    return FolderTokenizer(source) if source.is_dir() else RuntimeTokenizer(runtime)
+
+
+def _check_tokenizer(runtime: Runtime, tokenizer: Tokenizer, artifact: Path) -> bool:
+    """Whether the artifact's own tokenizer gives the ids that it will be fed. A difference is the user's to know: the
+    figures here would not show it, and whoever runs the file would suffer from it."""
+    ours = tokenizer.encode(SAMPLE)
+    if tokenizer.bos is not None:
+        ours = np.concatenate([[tokenizer.bos], ours])
+    agrees = bool(np.array_equal(ours, runtime.tokenise(SAMPLE, special=True)))
+    if agrees:
+        say(f"the tokenizer in {artifact.name} gives the same ids as the base's")
+    else:
+        warn(f"the tokenizer in {artifact.name} gives other ids than the base's: the figures are for the base's ids, "
+             "but whoever runs this artifact feeds it others")
+    return agrees
+
+
+def _run(job: Chunks, runtime: Runtime, base: Runtime | None, is_base: bool) -> dict[str, Any]:
+    """The figures of one text, with the per-token values that paired comparisons need."""
+    n = job.ids.shape[1] - 1 - job.first
+    shape = (len(job.ids), n)
+    vocab = min(runtime.vocab_size, base.vocab_size if base else runtime.vocab_size)
+    if int(job.ids.max()) >= vocab:
+        raise UserError(f"the text has token {int(job.ids.max())} and the smaller model knows {vocab} tokens",
+                        "check that the artifact was made from this base")
+    nll, kld = np.empty(shape, np.float32), np.zeros(shape, np.float32)
+    top1, base_nll = np.ones(shape, bool), np.empty(shape, np.float32)
+    with progress(f"evaluating {job.protocol.text}, chunk", len(job.ids)) as p:
+        for i, ids in enumerate(job.ids):
+            targets = ids[job.first + 1 :]
+            got = _logits(runtime, ids, job.first, vocab)
+            nll[i] = metrics.nll(got, targets)
+            if base:
+                wanted = _logits(base, ids, job.first, vocab)
+                base_nll[i] = metrics.nll(wanted, targets)
+                kld[i], top1[i] = metrics.divergence(wanted, got)
+            p.step(f"perplexity {np.exp(nll[: i + 1].mean(dtype=np.float64)):.3f}"
+                   + (f"  KLD {kld[: i + 1].mean():.4f}" if base else ""))
+    known = base is not None or is_base
+    figures = metrics.summarise(nll, job.protocol.bytes, kld if known else None, top1 if known else None,
+                                (nll if is_base else base_nll) if known else None)
+    arrays = {"nll": nll, "kld": kld, "top1": top1} if known else {"nll": nll}
+    return {"protocol": {**job.protocol.as_dict(), "vocabulary": vocab}, **figures,
+            "per_token": {k: report.pack(v) for k, v in arrays.items()}}
+
+
+def _logits(runtime: Runtime, ids: np.ndarray, first: int, vocab: int) -> np.ndarray:
+    """Logits float32 [scored, vocab] of one chunk; what follows its last token is not asked."""
+    logits = runtime.logits(ids[:-1], first)[:, :vocab]
+    if not np.isfinite(logits).all():
+        raise UserError(f"the {runtime.name} runtime gave NaN or infinite logits",
+                        "the artifact is damaged, or its type overflows: make it again")
+    return logits

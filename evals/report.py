@@ -1,0 +1,102 @@
+"""The report of one artifact: one JSON file that `llmc eval` and `llmc bench` both write into and `llmc compare` reads.
+
+    {"schema": 1, "kind": "llmc-report", "artifact": {…}, "quality": {…}, "speed": {…}, "versions": {…}}
+
+`quality` and `speed` are there once they were measured. The artifact's sha256 says whose figures they are.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmc.artifact import read_manifest, sha256, versions, write_json
+from llmc.errors import UserError
+from llmc.evals.weigh import weigh
+
+SCHEMA = 1
+KIND = "llmc-report"
+
+
+def hash_artifact(artifact: Path) -> str:
+    """sha256 of a .gguf file; of a folder, of the names and sha256s of its config and weight files."""
+    if artifact.is_file():
+        return sha256(artifact)
+    files = sorted([artifact / "config.json", *artifact.glob("*.safetensors")])
+    return hashlib.sha256("".join(f"{p.name} {sha256(p)}\n" for p in files).encode()).hexdigest()
+
+
+def describe_artifact(artifact: Path) -> dict[str, Any]:
+    """Identity, weight and provenance of an artifact, as far as its manifest tells."""
+    manifest = read_manifest(artifact) or {}
+    passes = manifest.get("passes", [])
+    layers = [layer for p in passes for layer in p.get("layers") or []]
+    return {
+        "name": artifact.name, "path": str(artifact), "sha256": hash_artifact(artifact),
+        "kind": manifest.get("kind") or ("gguf" if artifact.is_file() else "hf"), "size": weigh(artifact),
+        "source": manifest.get("source"), "created": manifest.get("created"),
+        "passes": [{k: v for k, v in p.items() if k != "layers"} for p in passes],
+        "layers": [{"layer": x.get("layer"), "error": x.get("error"), "events": x.get("events") or []} for x in layers],
+    }
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """A report as written by `save_section`, its frame checked."""
+    try:
+        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise UserError(f"there is no report {path}", "make it with `llmc eval ARTIFACT --base BASE -o FILE`") from e
+    except (ValueError, IsADirectoryError) as e:
+        raise UserError(f"{path} is not a JSON file: {e}", "give reports of `llmc eval` or `llmc bench`") from e
+    if not isinstance(report, dict) or report.get("kind") != KIND:
+        raise UserError(f"{path} is not a report of llmc", "give reports of `llmc eval` or `llmc bench`")
+    if report.get("schema") != SCHEMA:
+        raise UserError(f"{path} has report schema {report.get('schema')!r}; this llmc reads {SCHEMA}",
+                        "make the report again with this version")
+    return report
+
+
+def check_output(path: Path | None, digest: str) -> None:
+    """Before any work: an existing file at `path` must be a report of the same artifact."""
+    if path is not None and path.exists():
+        other = read_report(path)["artifact"]
+        if other["sha256"] != digest:
+            theirs = f"{other['name']} (sha256 {other['sha256'][:12]}…, not {digest[:12]}…)"
+            raise UserError(f"{path} is the report of another artifact, {theirs}",
+                            "choose another file with -o, or delete that one")
+
+
+def new_report(artifact: dict[str, Any], section: str, value: dict[str, Any]) -> dict[str, Any]:
+    """A report with one section: 'quality' or 'speed'."""
+    return {"schema": SCHEMA, "kind": KIND, "artifact": artifact, section: value, "versions": versions()}
+
+
+def save(path: Path, report: dict[str, Any]) -> None:
+    """Write `report`; sections that the file has and `report` lacks stay in it."""
+    check_output(path, report["artifact"]["sha256"])
+    before = read_report(path) if path.exists() else {}
+    write_json(path, {**before, **report})
+
+
+def without_arrays(report: dict[str, Any]) -> dict[str, Any]:
+    """The report without its per-token arrays, for people and pipes."""
+    texts = [{k: v for k, v in t.items() if k != "per_token"} for t in report.get("quality", {}).get("texts", [])]
+    return {**report, "quality": {**report["quality"], "texts": texts}} if texts else report
+
+
+def pack(values: np.ndarray) -> dict[str, Any]:
+    """An array as JSON: floats as little-endian float32, booleans as bytes, base64."""
+    kind = "|b1" if values.dtype == bool else "<f4"
+    data = base64.b64encode(values.astype(kind).tobytes()).decode()
+    return {"dtype": kind, "shape": list(values.shape), "data": data}
+
+
+def unpack(packed: dict[str, Any]) -> np.ndarray:
+    """The inverse of `pack`."""
+    raw = base64.b64decode(packed["data"], validate=True)
+    return np.frombuffer(raw, dtype=packed["dtype"]).reshape(packed["shape"])
