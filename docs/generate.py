@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write docs/cli.md, the help of every command, from the commands themselves; `--check` only says whether it is current."""
+"""Write docs/cli.md, the help of every command, from the commands themselves; `--check` only tells if it is current."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llmc.cli import app
 
 PAGE = Path(__file__).with_name("cli.md")
 WIDTH = 100
-INTRODUCTION = """What `llmc --help` and `llmc COMMAND --help` print. Written by `make docs`: change the code, not this page.
+INTRODUCTION = """What `llmc --help` and `llmc COMMAND --help` print. Written by `make docs`: change the code instead.
 
 Exit codes: 0 done; 1 a gate of `llmc compare` was missed; 2 bad input or environment; 70 a bug in llmc; 130 Ctrl-C."""
 

@@ -1,7 +1,7 @@
 """Exporters, one sub-package a format. The package itself can be called: `llmc.export("small-4bit", format="gguf")`.
 
-A function `llmc.export` and a package `llmc.export` would share one name, and whichever was imported last would hide the
-other. So they are one object: a module whose class has `__call__`.
+A function `llmc.export` and a package `llmc.export` would share one name, and whichever was imported last would hide
+the other. So they are one object: a module whose class has `__call__`.
 """
 
 from __future__ import annotations

@@ -33,11 +33,11 @@ def read_header(path: Path) -> dict[str, Any]:
             if not 0 < n <= min(100_000_000, actual - 8):
                 raise UserError(f"{path} is not a complete safetensors file", "download it again")
             header: dict[str, Any] = json.loads(f.read(n))
+        end = 8 + n + max((int(v["data_offsets"][1]) for k, v in header.items() if k != "__metadata__"), default=0)
     except FileNotFoundError as e:
         raise UserError(f"the shard {path} is missing", "download the whole model folder again") from e
-    except ValueError as e:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
         raise UserError(f"{path} has a damaged safetensors header", "download it again") from e
-    end = 8 + n + max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
     if actual < end:
         raise UserError(f"{path} is {actual:,} bytes long and should be {end:,}: half a download", "download it again")
     return header
@@ -118,6 +118,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as e:
         raise UserError(f"{path} is not valid JSON: {e}", "download the model again") from e
+    if not isinstance(config, dict):
+        raise UserError(f"{path} holds no JSON object", "download the model again")
     return config
 
 
@@ -126,7 +128,7 @@ def _shards(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
         try:
             names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise UserError(f"{folder / INDEX} is damaged", "download the model again") from e
         for n in names:
             if not isinstance(n, str) or "/" in n or "\\" in n or n in ("", "..") or not n.endswith(".safetensors"):
