@@ -32,7 +32,7 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """`llmc bench`."""
+    """`llmc bench`. Several artifacts are measured in turns (A B A B …): a drift of the machine then hits all alike."""
 
     artifacts: tuple[str, ...]
     prompt: int = 512
@@ -41,7 +41,8 @@ class BenchConfig:
     warmup: int = 2
     threads: int | None = None
     device: str = "cpu"
-    output: Path | None = None
+    outputs: tuple[Path, ...] = ()
+    """One report file for each artifact, in their order, or none."""
 
     def __post_init__(self) -> None:
         _at_least("--prompt", self.prompt, 1)
@@ -51,9 +52,9 @@ class BenchConfig:
         _common(self.threads, self.device)
         if not self.artifacts:
             raise UserError("no artifact to bench", "name a model folder or a .gguf file")
-        if self.output is not None and len(self.artifacts) > 1:
-            raise UserError(f"-o {self.output} holds the report of one artifact and {len(self.artifacts)} were given",
-                            "leave out -o: each report is then written as <name>.report.json")
+        if self.outputs and len(self.outputs) != len(self.artifacts):
+            raise UserError(f"{len(self.artifacts)} artifacts and {len(self.outputs)} report files were given",
+                            "give one -o for each artifact, in the same order, or none")
 
 
 @dataclass(frozen=True)

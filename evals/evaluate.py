@@ -18,9 +18,8 @@ from llmc.evals import metrics, report
 from llmc.evals.config import EvalConfig
 from llmc.evals.protocol import Chunks, FolderTokenizer, RuntimeTokenizer, Tokenizer, cut
 from llmc.evals.texts import load_text
-from llmc.runtimes.base import Runtime, open_runtime
+from llmc.runtimes.base import Runtime, locate, open_runtime
 from llmc.runtimes.targets.this_machine import physical_cores
-from llmc.sources import resolve_model
 
 # What tokenizers get wrong first: runs of spaces, digits, case, accents, scripts, code, emoji, special-looking text.
 SAMPLE = ("Hello  world, it's 2024-11-05;\n\n\tdef f(x):  return x*100000  # naïve Ünïcode"
@@ -50,6 +49,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     try:
         base_runtime = open_runtime(base, config.context, threads, config.device) if base and not is_base else None
         try:
+            _check_context(config.context, runtime, *([base_runtime] if base_runtime else []))
             tokenizer = _tokenizer(base or artifact, base_runtime or runtime)
             agrees = _check_tokenizer(runtime, tokenizer, artifact)
             jobs = [cut(name, text, tokenizer, config.context, config.chunks) for name, text in texts]
@@ -72,12 +72,11 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     return made
 
 
-def locate(artifact: str) -> Path:
-    """The file or folder that the user means: a .gguf stays one (it runs as it is), a hub id becomes its folder."""
-    path = Path(artifact).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
-        return path
-    return resolve_model(artifact)
+def _check_context(wanted: int, *runtimes: Runtime) -> None:
+    limit = min(r.context for r in runtimes)
+    if limit < wanted:
+        raise UserError(f"--context {wanted} is more than the {limit} tokens that the model was trained for",
+                        f"try --context {limit}")
 
 
 def _tokenizer(source: Path, runtime: Runtime) -> Tokenizer:

@@ -12,6 +12,8 @@ import numpy as np
 
 from llmc.errors import UserError
 
+TOO_LONG = "shorten the text, or raise the context as far as the model was trained for"
+
 
 class Runtime(Protocol):
     """One loaded artifact. Not safe for use from several threads."""
@@ -20,6 +22,7 @@ class Runtime(Protocol):
     """'torch' or 'llama.cpp'."""
     vocab_size: int
     context: int
+    """The most tokens that fit: what was asked for, or fewer where the model was trained for fewer."""
 
     def logits(self, ids: np.ndarray, start: int = 0) -> np.ndarray:
         """ids int [n] from an empty context -> float32 [n - start, vocab]; row i predicts token start + i + 1."""
@@ -50,10 +53,20 @@ class Runtime(Protocol):
         """Free the model."""
 
 
+def locate(artifact: str) -> Path:
+    """The file or folder that the user means: a .gguf stays one (it runs as it is), a hub id becomes its folder."""
+    from llmc.sources import resolve_model
+
+    path = Path(artifact).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return path
+    return resolve_model(artifact)
+
+
 def open_runtime(artifact: Path, context: int, threads: int, device: str = "cpu") -> Runtime:
     """Open an artifact in its own runtime: a folder (float or GPTQ) in torch, a .gguf file in llama.cpp.
 
-    context: the most tokens that will be in the KV cache at once.
+    context: the most tokens that will be in the KV cache at once (a model trained for fewer takes fewer).
     """
     if artifact.suffix == ".gguf":
         from llmc.runtimes.llamacpp import LlamaCpp

@@ -18,12 +18,13 @@ import numpy as np
 from llmc.console import warn
 from llmc.errors import UserError
 from llmc.runtimes import amx
+from llmc.runtimes.base import TOO_LONG
 
 BATCH = 512  # tokens run at once, llama.cpp's own default for a micro-batch
 LOGITS_BYTES = 128 << 20  # most memory for the logits of one batch
 INSTALL = "pip install 'llmc-toolkit[gguf]'"
 OFFLOADED = re.compile(r"offloaded (\d+)/(\d+) layers to GPU")
-ERROR = 3  # GGML_LOG_LEVEL_ERROR in ggml.h
+ERROR = 4  # GGML_LOG_LEVEL_ERROR in ggml.h
 
 _log: deque[tuple[int, str]] = deque(maxlen=10_000)  # (level, text), cleared once a model is loaded
 _log_callback: Any = None  # llama.cpp holds a bare pointer to it, so it must live as long as the process
@@ -53,9 +54,9 @@ def _build(lib: Any) -> dict[str, str]:
 
 
 @functools.cache
-def _extra_buffers(lib: Any) -> bool:
+def use_extra_buffers() -> bool:
     """Whether weights may be repacked for AMX and the like; a build that would crash on it is named."""
-    if _build(lib).get("AMX_INT8") != "1" or not amx.broken():
+    if _build(_library()).get("AMX_INT8") != "1" or not amx.broken():
         return True
     warn("llama.cpp's AMX kernels crash in this build (ggml-org/llama.cpp#26954): running without them and without "
          f"repacked weights, which is slower. To cure it: {amx.HOW_TO_FIX}")
@@ -89,14 +90,16 @@ class LlamaCpp:
         self.path, self.threads, self.device, self.kv_type = path, threads, device, kv_type
         self._model = self._ctx = None
         self.offloaded = 0
-        self.extra_buffers = _extra_buffers(lib) if extra_buffers is None else extra_buffers
+        self.extra_buffers = use_extra_buffers() if extra_buffers is None else extra_buffers
         _log.clear()
         self._load_model(device)
         self._vocab = lib.llama_model_get_vocab(self._model)
         self.vocab_size = int(lib.llama_vocab_n_tokens(self._vocab))
         params = lib.llama_context_default_params()
-        params.n_ctx = context
-        params.n_batch = params.n_ubatch = min(BATCH, context)
+        self.context = min(context, int(lib.llama_model_n_ctx_train(self._model)) or context)
+        self._batch = min(BATCH, self.context)
+        params.n_ctx = self.context
+        params.n_batch = params.n_ubatch = self._batch
         params.n_threads = params.n_threads_batch = threads
         params.type_k = params.type_v = {"f16": lib.GGML_TYPE_F16, "f32": lib.GGML_TYPE_F32}[kv_type]
         if flash_attention is not None:
@@ -106,9 +109,8 @@ class LlamaCpp:
         self._ctx = lib.llama_init_from_model(self._model, params)
         if not self._ctx:
             self.close()
-            raise UserError(f"llama.cpp cannot make a context of {context} tokens for {path}: {_errors()}",
+            raise UserError(f"llama.cpp cannot make a context of {self.context} tokens for {path}: {_errors()}",
                             "choose a smaller context")
-        self.context, self._batch = int(lib.llama_n_ctx(self._ctx)), int(params.n_batch)
         self._used = 0
         _log.clear()
 
@@ -171,7 +173,7 @@ class LlamaCpp:
         """One llama_decode; `out` gets the logits of the tokens whose `wanted` is 1, in order."""
         lib, n = self._lib, len(ids)
         if self._used + n > self.context:
-            raise UserError(f"{self._used + n} tokens do not fit the context of {self.context}", "raise the context")
+            raise UserError(f"{self._used + n} tokens do not fit {self.path}'s context of {self.context}", TOO_LONG)
         token = (ctypes.c_int32 * n)(*(int(t) for t in ids))
         pos = (ctypes.c_int32 * n)(*range(self._used, self._used + n))
         n_seq = (ctypes.c_int32 * n)(*[1] * n)

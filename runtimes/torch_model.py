@@ -17,6 +17,7 @@ from torch import nn
 from llmc.checkpoint import Checkpoint
 from llmc.errors import UserError
 from llmc.export.gptq import checkpoint as gptq
+from llmc.runtimes.base import TOO_LONG
 
 
 class TorchModel:
@@ -27,36 +28,39 @@ class TorchModel:
     def __init__(self, folder: Path, context: int, threads: int, device: str = "cpu",
                  dtype: torch.dtype = torch.float32) -> None:
         torch.set_num_threads(threads)
-        self.folder, self.context, self.threads, self.dtype = folder, context, threads, dtype
+        self.folder, self.threads, self.dtype = folder, threads, dtype
         self.device = torch_device(device)
         self.model = load_torch_model(folder, str(self.device), dtype)
-        limit = getattr(self.model.config, "max_position_embeddings", None) or context
-        if context > limit:
-            self.close()
-            raise UserError(f"{folder} has positions for {limit} tokens, {context} were asked for",
-                            f"choose a context of at most {limit}")
+        self.context = min(context, getattr(self.model.config, "max_position_embeddings", None) or context)
         self.vocab_size = int(self.model.get_output_embeddings().weight.shape[0])
         self._cache: Any = None
+        self._used = 0
         self._tokenizer: Any = None
 
     @torch.inference_mode()
     def logits(self, ids: np.ndarray, start: int = 0) -> np.ndarray:
+        self._fit(len(ids))
         out = self.model(self._batch(ids), use_cache=False, logits_to_keep=len(ids) - start).logits[0]
         return out.float().cpu().numpy()
 
     @torch.inference_mode()
     def prefill(self, ids: np.ndarray) -> np.ndarray:
-        self._cache = None
-        return self._step(self._batch(ids))
+        self._cache, self._used = None, 0
+        return self._step(ids)
 
     @torch.inference_mode()
     def decode(self, token: int) -> np.ndarray:
-        return self._step(self._batch(np.array([token])))
+        return self._step(np.array([token]))
 
-    def _step(self, batch: torch.Tensor) -> np.ndarray:
-        out = self.model(batch, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-        self._cache = out.past_key_values
+    def _step(self, ids: np.ndarray) -> np.ndarray:
+        self._fit(self._used + len(ids))
+        out = self.model(self._batch(ids), past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        self._cache, self._used = out.past_key_values, self._used + len(ids)
         return out.logits[0, -1].float().cpu().numpy()
+
+    def _fit(self, tokens: int) -> None:
+        if tokens > self.context:
+            raise UserError(f"{tokens} tokens do not fit {self.folder}'s context of {self.context}", TOO_LONG)
 
     def _batch(self, ids: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.asarray(ids, dtype=np.int64))[None].to(self.device)

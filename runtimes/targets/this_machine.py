@@ -52,6 +52,20 @@ def load_average() -> list[float] | None:
     return [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None
 
 
+def peak_rss() -> int:
+    """The most memory this process ever held, bytes.
+
+    On Linux VmHWM, because ru_maxrss of a new process starts at what its parent held when it was forked.
+    """
+    for line in _read("/proc/self/status").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
+
+
 def describe() -> dict[str, Any]:
     """The facts that do not change while a benchmark runs. Memory in bytes."""
     import psutil

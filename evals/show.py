@@ -1,0 +1,84 @@
+"""Figures as people read them: value ± standard error, with units."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def pm(stat: dict[str, Any] | None, digits: int = 3, factor: float = 1.0, unit: str = "", sign: bool = False) -> str:
+    """'28.69 ± 0.41' of {value, se}, times `factor`; '–' where there is none, no ± where no error is known."""
+    if stat is None:
+        return "–"
+    text = f"{stat['value'] * factor:{'+' if sign else ''}.{digits}f}"
+    if stat.get("se") is not None:
+        text += f" ± {stat['se'] * factor:.{digits}f}"
+    return text + (f" {unit}" if unit else "")
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns set under each other; the first row is the heading, the first column is flush left, the rest right."""
+    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))).rstrip()
+             for r in rows]
+    return "\n".join([lines[0], "  ".join("─" * w for w in widths), *lines[1:]])
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """The same rows as a Markdown table; names may hold pipes."""
+    lines = ["| " + " | ".join(c.replace("|", "\\|") for c in r) + " |" for r in rows]
+    return "\n".join([lines[0], "|---" + "|---:" * (len(rows[0]) - 1) + "|", *lines[1:]])
+
+
+def quality_lines(report: dict[str, Any]) -> str:
+    """What `llmc eval` prints."""
+    from llmc.console import size
+
+    artifact, quality = report["artifact"], report["quality"]
+    weight = artifact["size"]
+    lines = [f"{artifact['name']}  {size(weight['file_bytes'])}, {weight['bits_per_weight']:.2f} bits per weight "
+             f"({weight['decoder_bits_per_weight']:.2f} in attention and MLP), run by {quality['runtime']['runtime']}"]
+    for t in quality["texts"]:
+        p = t["protocol"]
+        lines.append(f"\n{p['text']}: {p['chunks']} chunks of {p['context']} tokens, {p['scored_tokens']} scored")
+        base = f"  (base {t['base_perplexity']['value']:.3f}; {change(t['perplexity_ratio'])})" if t["kld"] else ""
+        lines.append(f"  perplexity       {pm(t['perplexity'])}{base}")
+        lines.append(f"  bits per byte    {pm(t['bits_per_byte'], 4)}")
+        if t["kld"]:
+            k = t["kld"]
+            lines.append(f"  KL divergence    {pm(k, 4)} nats  (median {k['median']:.4f}, p99 {k['p99']:.3f}, "
+                         f"max {k['max']:.3f})")
+            lines.append(f"  top-1 agreement  {pm(t['top1'], 1, 100)} %")
+    lines.append("\n± is one standard error, from the spread between chunks (unknown for a single chunk)")
+    return "\n".join(lines)
+
+
+def change(ratio: dict[str, Any]) -> str:
+    """A ratio as '+22.4 ± 0.8 %'."""
+    return pm({"value": ratio["value"] - 1, "se": ratio["se"]}, 1, 100, "%", sign=True)
+
+
+def speed_lines(report: dict[str, Any]) -> str:
+    """What `llmc bench` prints of one artifact."""
+    from llmc.console import size
+
+    s, p = report["speed"], report["speed"]["protocol"]
+    copied = s["read_bandwidth"] / s["copy_bandwidth"]
+    lines = [
+        f"{report['artifact']['name']}  {size(report['artifact']['size']['file_bytes'])}, run by "
+        f"{s['runtime']['runtime']} on {s['machine']['cpu']}, {p['threads']} threads, {p['device']}",
+        f"  load                 {s['load_s']:.2f} s  (file in the page cache)",
+        f"  time to first token  {spread(s['first_token'], 3)} s  ({p['prompt']} tokens)",
+        f"  prefill              {spread(s['prefill'])} tokens/s",
+        f"  decode               {spread(s['decode'])} tokens/s  ({p['generate']} tokens)",
+        f"  peak memory          {size(s['peak_rss'])}",
+        f"  read per token       {size(s['token_bytes'])} of weights: {s['read_bandwidth'] / 1e9:.1f} GB/s, "
+        f"{copied:.0%} of the copy bandwidth ({s['copy_bandwidth'] / 1e9:.1f} GB/s read plus written)",
+        f"  medians [IQR] of {s['repetitions']} repetitions after {s['warmup']} warm-ups",
+    ]
+    return "\n".join([*lines, *(f"  UNSTABLE: {why}" for why in s["unstable"])])
+
+
+def spread(s: dict[str, Any], digits: int = 1) -> str:
+    """'41.2 [0.8]': median and interquartile range."""
+    return f"{s['median']:.{digits}f} [{s['iqr']:.{digits}f}]"

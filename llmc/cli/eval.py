@@ -1,0 +1,41 @@
+"""`llmc eval`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import typer
+
+from llmc.evals.config import EvalConfig
+
+
+def register(app: typer.Typer) -> None:
+    app.command("eval")(evaluate)
+
+
+def evaluate(
+    artifact: str = typer.Argument(..., metavar="ARTIFACT", help="A model folder, a .gguf file or a hub id."),
+    base: str | None = typer.Option(EvalConfig.base, help="The model it was made from: a folder, .gguf or hub id.",
+                                    show_default=False),
+    text: str = typer.Option(EvalConfig.text, help="A text file, wikitext (from the hub) or python-docs."),
+    second_text: str | None = typer.Option(EvalConfig.second_text, show_default=False,
+                                           help="Another text, unlike the first: shows overfitting to it."),
+    context: int = typer.Option(EvalConfig.context, help="Tokens in a chunk; the second half of each is scored."),
+    chunks: int = typer.Option(EvalConfig.chunks, help="Chunks of each text that are evaluated; 0 for all."),
+    threads: int | None = typer.Option(EvalConfig.threads, help="Default: the physical cores.", show_default=False),
+    device: str = typer.Option(EvalConfig.device, help="cpu or gpu."),
+    output: Path | None = typer.Option(EvalConfig.output, "--out", "-o", show_default=False,
+                                       help="The report; one of the same artifact is added to."),
+    as_json: bool = typer.Option(False, "--json", help="Print the report (without per-token values) as JSON."),
+) -> None:
+    """Measure what an artifact lost: perplexity, KL divergence to its base and agreement with it.
+
+    The file itself is measured, in its own runtime, on the token ids of the base's tokenizer.
+    """
+    from llmc.evals import report
+    from llmc.evals.evaluate import evaluate
+    from llmc.evals.show import quality_lines
+
+    made = evaluate(EvalConfig(artifact, base, text, second_text, context, chunks, threads, device, output))
+    print(json.dumps(report.without_arrays(made), indent=2, ensure_ascii=False) if as_json else quality_lines(made))

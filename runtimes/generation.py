@@ -1,0 +1,71 @@
+"""Text from an artifact, token by token, whatever its runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from llmc.errors import UserError
+from llmc.runtimes.base import Runtime, open_runtime
+from llmc.runtimes.config import GenerateConfig
+from llmc.runtimes.targets.this_machine import physical_cores
+
+TEMPLATE_ROOM = 1024  # tokens that a chat template may put around the prompt
+
+
+def generate(artifact: Path, prompt: str, config: GenerateConfig,
+             show: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+    """Continue `prompt`; `show` gets each piece of text as it comes. The same seed gives the same text.
+
+    Returns {text, tokens, prompt_tokens, stopped: 'end of text' or 'max tokens', first_token_s, tokens_per_second}.
+    """
+    room = len(prompt.encode()) + TEMPLATE_ROOM + config.max_tokens  # a token is at least a byte
+    runtime = open_runtime(artifact, room, config.threads or physical_cores(), config.device)
+    try:
+        return _generate(runtime, prompt, config, show)
+    finally:
+        runtime.close()
+
+
+def _generate(runtime: Runtime, prompt: str, config: GenerateConfig, show: Callable[[str], None]) -> dict[str, Any]:
+    text = runtime.chat(prompt) if config.chat else prompt
+    ids = runtime.tokenise(text, special=not config.chat)  # a template writes its own BOS
+    if len(ids) == 0:
+        raise UserError("the prompt is empty and this tokenizer puts nothing in front of it", "give a prompt")
+    end, rng = runtime.end_tokens, np.random.default_rng(config.seed)
+    start = perf_counter()
+    token = choose(runtime.prefill(ids), config.temperature, rng)
+    first = perf_counter()
+    prefix = ids.tolist()
+    known = runtime.detokenise(prefix)
+    out: list[int] = []
+    shown = 0
+    while token not in end:
+        out.append(token)
+        # decoded with the prompt in front, since some tokenizers drop the space before a first word
+        written = runtime.detokenise(prefix + out)[len(known):]
+        if not written.endswith("\ufffd"):  # half a character: wait for its other bytes
+            show(written[shown:])
+            shown = len(written)
+        if len(out) == config.max_tokens:
+            break
+        token = choose(runtime.decode(token), config.temperature, rng)
+    seconds = perf_counter() - first
+    written = runtime.detokenise(prefix + out)[len(known):]
+    show(written[shown:])
+    return {"text": written, "tokens": len(out), "prompt_tokens": len(ids),
+            "stopped": "max tokens" if len(out) == config.max_tokens else "end of text",
+            "first_token_s": first - start, "tokens_per_second": (len(out) - 1) / seconds if len(out) > 1 else None}
+
+
+def choose(logits: np.ndarray, temperature: float, rng: np.random.Generator) -> int:
+    """The likeliest token at temperature 0, else one drawn from softmax(logits / temperature); logits [vocab]."""
+    if temperature == 0:
+        return int(logits.argmax())
+    scaled = logits.astype(np.float64) / temperature
+    # Gumbel's trick: argmax of logits plus Gumbel noise is a draw from their softmax
+    return int((scaled + rng.gumbel(size=len(scaled))).argmax())
