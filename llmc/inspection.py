@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmc.artifact import read_manifest, sha256
+from llmc.artifact import MANIFEST, read_manifest, sha256
 from llmc.checkpoint import TOKENIZER_FILES, Checkpoint
 from llmc.console import size
 from llmc.errors import UserError
@@ -183,5 +183,8 @@ def _describe_provenance(manifest: dict[str, Any] | None) -> Iterator[str]:
     for p in manifest.get("passes", []):
         config = ", ".join(f"{k} {v}" for k, v in p.get("config", {}).items() if v is not None)
         yield f"  pass        {p['name']}: {config}"
-    if calibration := manifest.get("calibration"):
-        yield f"  calibration {', '.join(f'{k} {v}' for k, v in calibration.items())}"
+        if text := p.get("calibration"):
+            yield f"  calibration {text['name']}: {text['tokens']:,} tokens, sha256 {text['sha256'][:16]}…"
+        counts = [f"{p[k]} {k.replace('_', ' ')}" for k in ("fallbacks", "dead_columns", "events") if p.get(k)]
+        if counts:
+            yield f"  events      {', '.join(counts)} (see {MANIFEST})"

@@ -210,20 +210,27 @@ def load_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
     # newer versions may keep blocks packed unless told otherwise; older ones always unpack and have no such config
     config = getattr(transformers, "GgufConfig", None)
     unpack = {"quantization_config": config(dequantize=True)} if config else {}
-    try:
-        with quiet_transformers():
-            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                file.parent, gguf_file=file.name, dtype=dtype, output_loading_info=True, **unpack)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except (ValueError, KeyError, NotImplementedError) as e:
-        raise UserError(f"{file} ({arch}) cannot be read back into a Hugging Face model: {e}", GO_BACK) from e
+    with quiet_transformers(), _reading_back(file):
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=dtype, output_loading_info=True, **unpack)
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{file} lacks {len(missing)} tensors, first {missing[0]}", "download it again")
     for name, t in model.state_dict().items():
         if t.is_floating_point() and not bool(torch.isfinite(t).all()):
             raise UserError(f"{name} of {file} holds values that {dtype} cannot", GO_BACK)
+    with quiet_transformers(), _reading_back(file):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     return model.eval(), tokenizer
+
+
+@contextmanager
+def _reading_back(file: Path) -> Iterator[None]:
+    """transformers says in many ways that it does not know an architecture or a tokenizer, or misses a key."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, RuntimeError) as e:
+        raise UserError(f"{file} cannot be read back into a Hugging Face model: {e!r}", GO_BACK) from e
 
 
 def _count(reader: GGUFReader) -> int:
