@@ -1,4 +1,4 @@
-"""Tiny random models of every family, with a real byte-level BPE tokenizer trained here on CPython's own help text."""
+"""Tiny random models of every family, with real tokenizers trained here on CPython's own help text."""
 
 from __future__ import annotations
 
@@ -38,11 +38,21 @@ def corpus() -> str:
     return "\n\n".join(topics[k] for k in sorted(topics))
 
 
+# Qwen's splitting: transformers gives it to every tokenizer of a Qwen 2 model, whatever tokenizer.json says
+QWEN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN_STEPS = {"type": "Sequence", "pretokenizers": [
+    {"type": "Split", "pattern": {"Regex": QWEN}, "behavior": "Isolated", "invert": False},
+    {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}]}
+# GPT-2's own splitting: llama.cpp knows it as pre-tokenizer "gpt-2"
+GPT2_STEPS = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+
+
 @functools.cache
-def _trained() -> str:
-    tok = Tokenizer(models.BPE())
-    # GPT-2's own splitting: llama.cpp knows it as pre-tokenizer "gpt-2"
-    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+def _trained(steps: str) -> str:
+    """A byte-level BPE that splits text by the pre-tokenizer `steps` (JSON of tokenizer.json)."""
+    empty = json.loads(Tokenizer(models.BPE()).to_str())
+    tok = Tokenizer.from_str(json.dumps({**empty, "pre_tokenizer": json.loads(steps)}))
     tok.decoder = decoders.ByteLevel()
     tok.train_from_iterator(
         [corpus()[:200_000]],
@@ -52,8 +62,48 @@ def _trained() -> str:
     return tok.to_str()
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(_trained()), bos_token="<s>", eos_token="</s>")
+@functools.cache
+def _sentencepiece(leading_space: bool) -> str:
+    """A BPE with byte fallback in SentencePiece's manner (Llama 2 with a leading space, Gemma without).
+
+    As in a converted SentencePiece model, every pair of pieces that makes a piece is a merge, in the pieces' order.
+    """
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always" if leading_space else "never")
+    tok.train_from_iterator([corpus()[:200_000]], trainers.BpeTrainer(
+        vocab_size=VOCAB - 259, limit_alphabet=80, show_progress=False))
+    trained = json.loads(tok.to_str())
+    pieces = sorted(trained["model"]["vocab"], key=trained["model"]["vocab"].get)
+    special = ["<unk>", "<s>", "</s>"]
+    vocab = {t: i for i, t in enumerate([*special, *(f"<0x{i:02X}>" for i in range(256)), *pieces])}
+    known = set(pieces)
+    merges = [[p[:i], p[i:]] for p in pieces for i in range(1, len(p)) if p[:i] in known and p[i:] in known]
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    prepend = [{"type": "Prepend", "prepend": "▁"}] if leading_space else []
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if leading_space else []
+    begin = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return json.dumps({
+        **trained, "added_tokens": [{"id": i, "content": t, **flags} for i, t in enumerate(special)],
+        "normalizer": {"type": "Sequence", "normalizers": [*prepend, spaces]}, "pre_tokenizer": None,
+        "post_processor": {"type": "TemplateProcessing", "single": [begin, text], "pair": [begin, text, text],
+                           "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}},
+        "decoder": {"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
+            *strip]},
+        "model": {**trained["model"], "vocab": vocab, "merges": merges, "unk_token": "<unk>", "byte_fallback": True,
+                  "fuse_unk": True},
+    })
+
+
+def tokenizer(style: str = "gpt2") -> PreTrainedTokenizerFast:
+    """style: 'gpt2' or 'qwen2' (byte-level BPE), 'llama' or 'gemma' (in SentencePiece's manner)."""
+    if style in ("gpt2", "qwen2"):
+        text = _trained(json.dumps(QWEN_STEPS if style == "qwen2" else GPT2_STEPS))
+        return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text), bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(_sentencepiece(style == "llama")),
+                                   bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 def config(family: str, **overrides: Any) -> Any:
@@ -61,12 +111,17 @@ def config(family: str, **overrides: Any) -> Any:
     return AutoConfig.for_model(family, **kwargs)
 
 
-def build(family: str, folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Path:
+def build(family: str, folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, style: str | None = None,
+          **overrides: Any) -> Path:
     """Write a tiny model of `family` with its tokenizer as an ordinary Hugging Face folder; returns the folder.
 
+    style: of the tokenizer (see `tokenizer`); None: what transformers makes of the family's tokenizers anyhow.
     Weights are drawn wide enough (std 0.15) that logits are far from uniform and a wrong permutation or scale shows.
     """
     torch.manual_seed(seed)
+    style = style or ("qwen2" if family == "qwen2" else "gpt2")
+    if style in ("llama", "gemma"):
+        overrides = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, **overrides}
     model = AutoModelForCausalLM.from_config(config(family, **overrides)).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -78,7 +133,7 @@ def build(family: str, folder: Path, seed: int = 0, dtype: torch.dtype = torch.f
                 p.normal_(0.0, 0.1)
     model.tie_weights()
     model.to(dtype).save_pretrained(folder, max_shard_size=overrides.get("max_shard_size", "5GB"))
-    tokenizer().save_pretrained(folder)
+    tokenizer(style).save_pretrained(folder)
     return folder
 
 

@@ -1,0 +1,17 @@
+"""GGUF files for llama.cpp: the codes that a quantiser chose, carried over bit for bit, and the file proved before it is
+given its name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmc.export.gguf.config import GgufExportConfig
+
+__all__ = ["GgufExportConfig", "export_gguf"]
+
+
+def export_gguf(config: GgufExportConfig) -> dict[str, Any]:
+    """Write a model folder as one .gguf file, verify it, and return the report (JSON-able; see export.py)."""
+    from llmc.export.gguf.export import run
+
+    return run(config)

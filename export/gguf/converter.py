@@ -1,0 +1,294 @@
+"""Architectures that llmc does not know: llama.cpp's own converter lays the file out, llmc puts its codes in.
+
+The converter is run on a float copy of the model, dequantised and so free of rounding, and writes float32. Every row of
+every quantised linear is then looked for, by value, in the matrices of that file: whatever the converter permuted, fused,
+split or stacked, it moved whole rows. A matrix whose rows are found is written from their codes; the rest stays float.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from gguf import GGUFReader, GGUFValueType, GGUFWriter, ReaderTensor
+from safetensors.torch import save_file
+
+from llmc.artifact import check_disk, write_json
+from llmc.checkpoint import INDEX, TOKENIZER_FILES, Checkpoint
+from llmc.console import progress, say
+from llmc.errors import UserError
+from llmc.export.gguf import blocks, pretokenizers, tokenizer
+from llmc.export.gguf.blocks import Kind
+from llmc.export.gguf.config import GgufExportConfig
+from llmc.export.gguf.plan import Plan, Types
+from llmc.export.gguf.writer import Entry, Source
+from llmc.export.gptq import checkpoint as gptq
+from llmc.grids import Grid, QuantizedTensor
+from llmc.sources import field, open_gguf
+
+SCRIPT = "convert_hf_to_gguf.py"
+SHARD = 1_000_000_000
+MATRIX = re.compile(r"blk\.\d+\.(attn_(q|k|v|qkv|output)|ffn_(up|down|gate)(_exps)?)\.weight")
+OURS = ("general.architecture", "general.type", "general.name", "general.size_label", "general.license",
+        "general.quantized_by", "general.base_model.", "general.file_type", "general.quantization_version",
+        "tokenizer.chat_template", "tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_eos_token", "GGUF.")
+# Runs the converter's script with llmc's finding of the pre-tokenizer, where the checkout lets itself be told: it knows
+# tokenizers by a hash of their output, which one added token changes. llmc proves the choice afterwards.
+LAUNCHER = """
+import os, runpy, sys
+script, pre, sys.argv = sys.argv[1], sys.argv[2], sys.argv[1:2] + sys.argv[3:]
+here = os.path.dirname(script)
+sys.path[:0] = [os.path.join(here, "gguf-py"), here]
+if pre:
+    try:
+        from conversion.base import TextModel
+        TextModel.get_vocab_base_pre = lambda self, tokenizer: pre
+    except (ImportError, AttributeError):
+        pass
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+@contextmanager
+def converted(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, types: Types) -> Iterator[Plan]:
+    """The plan of a file whose layout llama.cpp's converter decided; its float file lives as long as the block."""
+    assert config.converter is not None
+    script = config.converter.expanduser() / SCRIPT
+    if not script.is_file():
+        raise UserError(f"{config.converter} has no {SCRIPT}", "give the folder of a llama.cpp checkout")
+    parent = (config.out or Path("x")).absolute().parent
+    linears = gptq.quantized_linears(ckpt)
+    weights = sum(_weights(ckpt, name, set(linears)) for name in ckpt.names())
+    check_disk(parent, 4 * weights * (2 if linears else 1), "the float copies that llama.cpp's converter reads and writes")
+    with tempfile.TemporaryDirectory(prefix=".llmc-convert-", dir=parent) as temporary:
+        work = Path(temporary)
+        folder = _write_skeleton(ckpt, linears, work / ckpt.folder.resolve().name) if linears else ckpt.folder
+        float_file = work / "float.gguf"
+        _run(script, folder, float_file, _pre(config, ckpt.folder, tok))
+        yield _plan(config, ckpt, tok, types, open_gguf(float_file))
+
+
+def _weights(ckpt: Checkpoint, name: str, linears: set[str]) -> int:
+    """Weights that a tensor of the checkpoint stands for."""
+    module, _, part = name.rpartition(".")
+    n = int(np.prod(ckpt.shape(name)))
+    if module in linears and part in gptq.PARTS:
+        return n * 32 // gptq.grid_of(ckpt).bits if part == "qweight" else 0
+    return n
+
+
+def _write_skeleton(ckpt: Checkpoint, linears: list[str], folder: Path) -> Path:
+    """The float model as a Hugging Face folder, a shard of about a gigabyte at a time."""
+    folder.mkdir()
+    for name in (*TOKENIZER_FILES, "generation_config.json"):
+        if (ckpt.folder / name).is_file():
+            shutil.copy(ckpt.folder / name, folder)
+    write_json(folder / "config.json", {k: v for k, v in ckpt.config.items() if k != "quantization_config"})
+    grid = gptq.grid_of(ckpt)
+    packed = {f"{linear}.{part}" for linear in linears for part in gptq.PARTS}
+    weight_map: dict[str, str] = {}
+    shard: dict[str, torch.Tensor] = {}
+
+    def flush() -> None:
+        name = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
+        save_file(shard, folder / name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, name))
+        shard.clear()
+
+    with progress("dequantising tensor", len(linears)) as p:
+        for name in [n for n in ckpt.names() if n not in packed] + [f"{linear}.weight" for linear in linears]:
+            linear = name.removesuffix(".weight")
+            if name in ckpt:
+                shard[name] = ckpt.tensor(name)
+            else:
+                shard[name] = gptq.read(ckpt, linear, grid).dequantize()
+                p.step(linear)
+            if sum(t.nbytes for t in shard.values()) > SHARD:
+                flush()
+        flush()
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
+    return folder
+
+
+def _pre(config: GgufExportConfig, folder: Path, tok: Any) -> str:
+    """llama.cpp's name of the pre-tokenizer, '' where llmc knows none and the converter must."""
+    if config.pre:
+        return config.pre
+    spec = tokenizer.tokenizer_spec(folder, tok)
+    return pretokenizers.known_pre(spec.get("pre_tokenizer"), bool(spec["model"].get("ignore_merges"))) or ""
+
+
+def _run(script: Path, folder: Path, out: Path, pre: str) -> None:
+    say(f"running {script}")
+    child = subprocess.run(
+        [sys.executable, "-c", LAUNCHER, str(script.resolve()), pre, str(folder.resolve()), "--outfile", str(out),
+         "--outtype", "f32"],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"},
+        capture_output=True, text=True, check=False)
+    if child.returncode or not out.is_file():
+        lines = [line for line in child.stderr.splitlines() if line.strip()] or ["it said nothing"]
+        raise UserError(f"llama.cpp's converter failed on {folder.name} (code {child.returncode}): {lines[-1].strip()}",
+                        f"`python {script} {folder.name}` shows all it says; a newer checkout may know the architecture")
+
+
+# ------------------------------------------------------------------------------------------------------ matching rows
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a quantised linear, by their numbers."""
+
+    linear: int
+    row: int
+
+
+class RowIndex:
+    """Finds the rows of quantised linears by their float32 values."""
+
+    def __init__(self) -> None:
+        self.rows: dict[bytes, list[Row]] = {}
+        self.widths: set[int] = set()
+        self.left: set[Row] = set()
+
+    def add(self, linear: int, values: np.ndarray) -> None:
+        """values: float32 [out, in]."""
+        self.widths.add(values.shape[1])
+        for i, key in enumerate(_keys(values)):
+            row = Row(linear, i)
+            self.rows.setdefault(key, []).append(row)
+            self.left.add(row)
+
+    def find(self, name: str, values: np.ndarray) -> list[Row] | None:
+        """Where each row of a matrix float32 [rows, in] comes from; None when none of them comes from a linear.
+
+        Rows of zeros say nothing and follow the others. Of equal rows one that is not placed yet is taken, beside its
+        neighbour where there is one.
+        """
+        if values.shape[1] not in self.widths:
+            return None
+        keys = _keys(values)
+        known = [key in self.rows for key in keys]
+        telling = [bool(k) for k, row in zip(known, values, strict=True) if row.any()]
+        if not any(telling):
+            return None
+        if not all(known):
+            raise UserError(f"{known.count(False)} of the {len(known)} rows of {name} are rows of no quantised linear and "
+                            "the others are: the converter mixed them with float weights, or scaled some",
+                            "this architecture cannot carry its codes into GGUF")
+        found: list[Row] = []
+        for key in keys:
+            candidates = self.rows[key]
+            before = found[-1].linear if found else -1
+            row = max(candidates, key=lambda r: (r in self.left, r.linear == before, -r.row))
+            self.left.discard(row)
+            found.append(row)
+        return found
+
+
+def _keys(values: np.ndarray) -> list[bytes]:
+    """A digest for each row; -0.0 counts as 0.0."""
+    return [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in np.ascontiguousarray(values) + np.float32(0)]
+
+
+def _plan(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, types: Types, reader: GGUFReader) -> Plan:
+    """The same file with codes in the place of the floats that they stand for."""
+    linears = gptq.quantized_linears(ckpt)
+    grid = gptq.grid_of(ckpt) if linears else Grid(4, blocks.BLOCK)
+    index = RowIndex()
+    with progress("indexing linear", len(linears)) as p:
+        for i, linear in enumerate(linears):
+            index.add(i, gptq.read(ckpt, linear, grid).dequantize().numpy())
+            p.step(linear)
+    entries, placed = [], 0
+    for t in reader.tensors:
+        shape = tuple(int(n) for n in reversed(t.shape))
+        rows = None
+        if linears and t.tensor_type == Kind.F32 and len(shape) > 1:
+            rows = index.find(t.name, t.data.reshape(-1, shape[-1]))
+        if rows is None:
+            entries.append(_float_entry(t, shape, types))
+        else:
+            placed += 1
+            entries.append(_code_entry(t.name, shape, ckpt, grid, linears, rows))
+    if index.left:
+        names = sorted({linears[row.linear] for row in index.left})
+        raise UserError(f"{len(index.left)} rows of {len(names)} quantised linears (first {names[0]}) are nowhere in what "
+                        "llama.cpp's converter wrote: it changed their values", "this architecture cannot carry its codes "
+                        "into GGUF")
+    arch = str(field(reader, "general.architecture"))
+    writer = GGUFWriter(None, arch)
+    vocabulary = _copy_metadata(config, ckpt.folder, tok, reader, writer)
+    note = (f"llama.cpp's converter laid the file out; {len(linears)} quantised linears were found by value in {placed} of "
+            f"its {len(entries)} tensors")
+    return Plan(writer, entries, vocabulary, int(field(reader, f"{arch}.context_length") or 512),
+                [note, *vocabulary.notes])
+
+
+def _float_entry(t: ReaderTensor, shape: tuple[int, ...], types: Types) -> Entry:
+    """A tensor that carries no codes: matrices of layers, embedding and head by the policy, all else float32."""
+    if t.tensor_type not in (Kind.F32, Kind.F16, Kind.BF16):
+        raise UserError(f"llama.cpp's converter wrote {t.name} as {t.tensor_type.name}", "this model cannot be converted")
+    table = t.name in ("token_embd.weight", "output.weight")
+    kind = types.of(t.name, shape) if table or MATRIX.fullmatch(t.name) else Kind.F32
+    blocks.check_rows(t.name, shape, kind)
+
+    def source() -> Source:
+        data = np.array(t.data)
+        return torch.from_numpy(data.view(np.int16)).view(torch.bfloat16) if t.tensor_type == Kind.BF16 else (
+            torch.from_numpy(data))
+
+    return Entry(t.name, shape, kind, source)
+
+
+def _code_entry(name: str, shape: tuple[int, ...], ckpt: Checkpoint, grid: Grid, linears: list[str],
+                rows: list[Row]) -> Entry:
+    """A tensor whose rows are gathered from one or more quantised linears."""
+    linear = np.array([r.linear for r in rows])
+    row = np.array([r.row for r in rows])
+    if grid.group_size <= 0:
+        grid = Grid(grid.bits, shape[-1], grid.symmetric)
+    kind = blocks.kind_of_grid(grid)
+    blocks.check_rows(name, shape, kind)
+
+    def source() -> Source:
+        whole: QuantizedTensor | None = None
+        for i in np.unique(linear):
+            q = gptq.read(ckpt, linears[i], grid)
+            if whole is None:
+                whole = QuantizedTensor(q.grid, *(None if part is None else part.new_empty((len(rows), *part.shape[1:]))
+                                                  for part in (q.codes, q.scales, q.zeros)))  # type: ignore[arg-type]
+            here, there = torch.from_numpy(np.flatnonzero(linear == i)), torch.from_numpy(row[linear == i])
+            for target, part in ((whole.codes, q.codes), (whole.scales, q.scales), (whole.zeros, q.zeros)):
+                if target is not None and part is not None:
+                    target[here] = part[there]
+        assert whole is not None
+        return whole
+
+    return Entry(name, shape, kind, source, codes=True)
+
+
+def _copy_metadata(config: GgufExportConfig, folder: Path, tok: Any, reader: GGUFReader,
+                   writer: GGUFWriter) -> tokenizer.Vocabulary:
+    """Every key of the converter's file that llmc does not write itself; returns the vocabulary as it lies in there."""
+    for key, f in reader.fields.items():
+        if not key.startswith(OURS) and not (f.types[0] == GGUFValueType.ARRAY and len(f.types) == 1):
+            writer.add_key_value(key, f.contents(), f.types[0], f.types[-1] if len(f.types) > 1 else None)
+    v = tokenizer.Vocabulary(
+        str(field(reader, "tokenizer.ggml.model")), str(field(reader, "tokenizer.ggml.pre") or "default"),
+        list(field(reader, "tokenizer.ggml.tokens") or []), list(field(reader, "tokenizer.ggml.token_type") or []))
+    tokenizer.complete(v, folder, tok, config.chat_template)
+    tokenizer.add_behaviour(writer, v, present=set(reader.fields))
+    return v

@@ -1,0 +1,143 @@
+"""The GGUF export from end to end: plan, write, verify, publish."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGML_QUANT_VERSION, GGUFWriter
+
+from llmc.artifact import (
+    check_disk,
+    check_output,
+    last_artifact,
+    manifest_path,
+    new_manifest,
+    note_last,
+    read_manifest,
+    sha256,
+    staged_file,
+    write_json,
+)
+from llmc.checkpoint import Checkpoint
+from llmc.console import say, size, warn
+from llmc.errors import UserError
+from llmc.export.gguf import metadata, tokenizer, verify, writer
+from llmc.export.gguf.architectures import add_hyperparameters, find_architecture
+from llmc.export.gguf.blocks import Kind
+from llmc.export.gguf.config import GgufExportConfig
+from llmc.export.gguf.plan import Plan, Planner, Types
+from llmc.export.gguf.writer import Entry
+from llmc.runtimes.targets.this_machine import physical_cores
+from llmc.runtimes.torch_model import load_tokenizer
+from llmc.sources import resolve_model
+
+
+def run(config: GgufExportConfig) -> dict[str, Any]:
+    """See `llmc.export.gguf.export_gguf`. Nothing is left behind when a check fails."""
+    _need_packages()
+    folder = _model_folder(config)
+    ckpt = Checkpoint.open(folder)
+    threads = config.threads or physical_cores()
+    types = Types.choose(config, quantised=ckpt.quantization is not None)
+    tok = load_tokenizer(folder)
+    source = metadata.source_of(folder)
+    if config.converter is None:
+        return _finish(config, ckpt, tok, source, threads, types, _plan(config, ckpt, tok, types))
+    from llmc.export.gguf.converter import converted
+
+    with converted(config, ckpt, tok, types) as plan:
+        return _finish(config, ckpt, tok, source, threads, types, plan)
+
+
+def _need_packages() -> None:
+    missing = [name for name in ("gguf", "llama_cpp") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"exporting GGUF needs {' and '.join(missing)}: the file is written with the one and checked in "
+                        "the other", "pip install 'llmc-toolkit[gguf]'")
+
+
+def _model_folder(config: GgufExportConfig) -> Path:
+    model = config.model
+    if model is None:
+        model = last_artifact()
+        if model.is_file():
+            raise UserError(f"the newest artifact made here, {model}, is a file already", "name the model folder to export")
+        say(f"exporting {model}, the newest model made in this folder")
+    return resolve_model(model)
+
+
+def _plan(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, types: Types) -> Plan:
+    """Decide the whole file for an architecture that llmc knows."""
+    from transformers import AutoConfig
+
+    arch = find_architecture(ckpt.config)
+    hf = AutoConfig.from_pretrained(ckpt.folder, local_files_only=True, trust_remote_code=False)
+    w = GGUFWriter(None, arch.name)
+    rope_tensors, notes = add_hyperparameters(w, arch, hf)
+    planner = Planner(ckpt, arch, hf, types)
+    entries = planner.entries()
+    rows = next(e.shape[0] for e in entries if e.name == "token_embd.weight")
+    w.add_vocab_size(rows)
+    vocabulary = tokenizer.read_vocabulary(ckpt.folder, tok, rows, config.pre, config.chat_template)
+    tokenizer.add_vocabulary(w, vocabulary)
+    metadata.add_sampling(w, ckpt.folder)
+    entries += [_constant(name, values) for name, values in rope_tensors.items()]
+    return Plan(w, entries, vocabulary, int(hf.max_position_embeddings), notes + planner.notes + vocabulary.notes)
+
+
+def _constant(name: str, values: np.ndarray) -> Entry:
+    import torch
+
+    tensor = torch.from_numpy(values)
+    return Entry(name, values.shape, Kind.F32, lambda: tensor)
+
+
+def _finish(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, source: dict[str, Any], threads: int, types: Types,
+            plan: Plan) -> dict[str, Any]:
+    """Complete the metadata, write, verify, publish; returns the report."""
+    entries, w = plan.entries, plan.writer
+    number, type_name = writer.file_type(entries)
+    parameters = sum(int(np.prod(e.shape)) for e in entries)
+    metadata.add_provenance(w, source, plan.vocabulary, parameters)
+    w.add_file_type(number)
+    w.add_quantization_version(GGML_QUANT_VERSION)
+    out = config.out or Path(f"{ckpt.folder.resolve().name}-{type_name}.gguf")
+    check_output(out)
+    total = sum(e.nbytes for e in entries)
+    check_disk(out, total + (64 << 20), f"writing {out}")
+    for note in plan.notes:
+        warn(note)
+    say(f"writing {out}: {size(total)} of tensors, mostly {type_name}; embedding "
+        f"{types.embedding.name} ({types.reason})")
+    with staged_file(out) as tmp:
+        writer.write(w, tmp, entries)
+        verified = verify.tensors(tmp, entries)
+        checks = verify.in_llama_cpp(tmp, ckpt, tok, plan.vocabulary, entries, plan.context_length, threads)
+    if not checks["token_ids"]["leading_space_alike"]:
+        warn("a text that begins with a space is tokenised differently by llama.cpp and by transformers")
+    v = plan.vocabulary
+    report = {
+        "path": str(out), "source": str(ckpt.folder), "architecture": w.arch, "file_type": type_name,
+        "bytes": out.stat().st_size, "bytes_by_class": writer.bytes_by_role(entries), "parameters": parameters,
+        "tensor_types": dict(Counter(e.kind.name for e in entries)), "verified": verified,
+        "pre_tokenizer": v.pre, "chat_template_sha256": v.template_sha256, "notes": plan.notes, **checks,
+    }
+    _record(out, ckpt, config, source, report)
+    return report
+
+
+def _record(out: Path, ckpt: Checkpoint, config: GgufExportConfig, source: dict[str, Any], report: dict[str, Any]) -> None:
+    """The manifest beside the file, continuing the chain of passes of the model it was made from."""
+    before = read_manifest(ckpt.folder) or {}
+    options = {"embedding": config.embedding, "head": config.head, "float_type": config.float_type,
+               "pre": config.pre, "chat_template": config.chat_template,
+               "converter": config.converter is not None}
+    measured = {k: v for k, v in report.items() if k not in ("path", "source")}
+    this = {"name": "export-gguf", "config": options, **measured}
+    manifest = new_manifest("gguf", source, [*before.get("passes", []), this], outputs={out.name: sha256(out)})
+    write_json(manifest_path(out), manifest)
+    note_last(out, "gguf")

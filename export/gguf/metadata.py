@@ -1,0 +1,97 @@
+"""Where a GGUF file says it comes from, and how its author would sample from it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from gguf import GGUFWriter
+
+from llmc.artifact import read_manifest
+from llmc.errors import UserError
+from llmc.export.gguf.tokenizer import Vocabulary
+from llmc.sources import HUB_ID, describe_source
+
+HUB = "https://huggingface.co/"
+PHI3 = re.compile("phi-?3", re.IGNORECASE)
+PHI3_TOKENS = {"<unk>", "<s>", "</s>", "<|endoftext|>"}
+SAMPLING = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
+            "repetition_penalty": "penalty_repeat"}
+
+
+def source_of(folder: Path) -> dict[str, Any]:
+    """What the manifest of an artifact of llmc says of the model it was made from, else the folder itself."""
+    manifest = read_manifest(folder)
+    return dict(manifest["source"]) if manifest else describe_source(folder)
+
+
+def name_in_file(name: str, v: Vocabulary) -> str:
+    """The model's own name, unless llama.cpp would read something into it.
+
+    With `phi-3` or `phi3` in general.name it lets special tokens swallow the spaces after them, and cannot load a
+    vocabulary without PHI3_TOKENS (src/llama-vocab.cpp). The file says so exactly when the tokenizer does that.
+    """
+    swallows = v.strips_right and PHI3_TOKENS <= set(v.tokens)
+    if swallows and not PHI3.search(name):
+        return f"{name} (phi-3)"
+    return name if swallows else PHI3.sub("phi 3", name)
+
+
+def add_provenance(writer: GGUFWriter, source: dict[str, Any], v: Vocabulary, parameters: int) -> None:
+    """general.*: type, name, size, licence, base model, who quantised.
+
+    The base model is the hub's model that this file was made from; where that has no hub name, the one on its card.
+    """
+    name = str(source["name"])
+    writer.add_type("model")
+    writer.add_name(name_in_file(name.rpartition("/")[2], v))
+    writer.add_size_label(size_label(parameters))
+    licence = source.get("licence") or "unknown"
+    writer.add_license(licence if isinstance(licence, str) else ", ".join(map(str, licence)))
+    writer.add_quantized_by("llmc")
+    if HUB_ID.fullmatch(name):
+        bases = [name]
+    else:
+        stated = source.get("base_model") or []
+        bases = [stated] if isinstance(stated, str) else [str(b) for b in stated]
+    if bases:
+        writer.add_base_model_count(len(bases))
+    for i, base in enumerate(bases):
+        base = base.removeprefix(HUB)
+        owner, _, short = base.rpartition("/")
+        writer.add_base_model_name(i, short)
+        if owner:
+            writer.add_base_model_organization(i, owner)
+            writer.add_base_model_repo_url(i, HUB + base)
+
+
+def size_label(parameters: int) -> str:
+    """'135M', '1.5B': as llama.cpp's naming convention has it."""
+    for unit, divisor in (("B", 1e9), ("M", 1e6)):
+        if parameters >= divisor:
+            n = parameters / divisor
+            digits = 0 if n >= 10 else 1
+            return re.sub(r"\.0$", "", f"{n:.{digits}f}") + unit
+    return f"{math.ceil(parameters / 1e3)}K"
+
+
+def add_sampling(writer: GGUFWriter, folder: Path) -> None:
+    """general.sampling.*: the author's sampling values of generation_config.json, where it has any."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise UserError(f"{path} is not valid JSON: {e}", "download it again") from e
+    for ours, theirs in SAMPLING.items():
+        value = values.get(ours)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            key = f"general.sampling.{theirs}"
+            if theirs == "top_k":
+                writer.add_int32(key, int(value))
+            else:
+                writer.add_float32(key, float(value))

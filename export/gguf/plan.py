@@ -1,0 +1,209 @@
+"""Which tensor of a checkpoint goes where in the file, in which type: everything is decided before a byte is written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter, get_tensor_name_map
+
+from llmc.checkpoint import Checkpoint
+from llmc.errors import UserError
+from llmc.export.gguf import blocks
+from llmc.export.gguf.architectures import Architecture, interleave
+from llmc.export.gguf.blocks import Kind
+from llmc.export.gguf.config import GgufExportConfig
+from llmc.export.gguf.tokenizer import Vocabulary
+from llmc.export.gguf.writer import Entry, Source
+from llmc.export.gptq import checkpoint as gptq
+from llmc.grids import Grid, QuantizedTensor
+
+HEAD = "lm_head.weight"
+COMPUTED = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(bias|masked_bias)$")  # buffers that old checkpoints carry along
+
+
+@dataclass(frozen=True)
+class Types:
+    """The type of each float matrix, and why."""
+
+    matrix: Kind
+    embedding: Kind
+    head: Kind
+    head_given: bool
+    reason: str
+
+    @classmethod
+    def choose(cls, config: GgufExportConfig, quantised: bool) -> Types:
+        embedding, reason = config.embedding, "as asked"
+        if embedding is None:
+            embedding = "q8_0" if quantised else config.float_type
+            reason = "8 bits beside a quantised decoder" if quantised else "the same as --float-type"
+        return cls(Kind[config.float_type.upper()], Kind[embedding.upper()], Kind[(config.head or embedding).upper()],
+                   config.head is not None, reason)
+
+    def of(self, name: str, shape: tuple[int, ...]) -> Kind:
+        """Vectors and position tables stay F32: llama.cpp adds them to float32 values."""
+        if name == "token_embd.weight":
+            return self.embedding
+        if name == "output.weight":
+            return self.head
+        return Kind.F32 if len(shape) == 1 or name == "position_embd.weight" else self.matrix
+
+
+@dataclass
+class Plan:
+    """A file that is decided but not written. `writer` holds its metadata."""
+
+    writer: GGUFWriter
+    entries: list[Entry]
+    vocabulary: Vocabulary
+    context_length: int
+    notes: list[str] = field(default_factory=list)
+
+
+def reorder(source: Source, rows: np.ndarray) -> Source:
+    """The same weights with rows in another order. Blocks run along a row, so no block is broken."""
+    index = torch.from_numpy(rows)
+    if isinstance(source, QuantizedTensor):
+        zeros = None if source.zeros is None else source.zeros[index]
+        return QuantizedTensor(source.grid, source.codes[index], source.scales[index], zeros)
+    return source[index]
+
+
+class Planner:
+    """Makes the entries of a checkpoint for one architecture."""
+
+    def __init__(self, ckpt: Checkpoint, arch: Architecture, hf: Any, types: Types) -> None:
+        self.ckpt, self.arch, self.hf, self.types = ckpt, arch, hf, types
+        kind = next(k for k in MODEL_ARCH if MODEL_ARCH_NAMES[k] == arch.name)
+        self.names = get_tensor_name_map(kind, hf.num_hidden_layers)
+        self.linears = set(gptq.quantized_linears(ckpt))
+        self.grid: Grid | None = gptq.grid_of(ckpt) if self.linears else None
+        self.notes: list[str] = []
+
+    def entries(self) -> list[Entry]:
+        found = [self._quantised(linear) for linear in self.linears]
+        packed = {f"{linear}.{part}" for linear in self.linears for part in gptq.PARTS}
+        zero_biases = 0
+        for name in self.ckpt.names():
+            if name in packed or COMPUTED.search(name):
+                continue
+            if name.endswith(".bias") and name.removesuffix(".bias") in self.linears and self._is_spare(name):
+                zero_biases += 1
+                continue
+            found.append(self._float(name))
+        if zero_biases:
+            self.notes.append(f"{zero_biases} biases that are all zero were left out")
+        found = self._tie(found)
+        names = [e.name for e in found]
+        if twice := next((n for n in names if names.count(n) > 1), None):
+            raise UserError(f"two tensors of {self.ckpt.folder} map to {twice}", "the checkpoint holds a weight twice")
+        self._check_mins(found)
+        return sorted(found, key=lambda e: e.order)
+
+    def _gguf_name(self, name: str) -> str:
+        """llama.cpp's name. GPT-2's own checkpoints leave out the prefix that transformers gives its tensors."""
+        for candidate in (name, f"transformer.{name}"):
+            if mapped := self.names.get_name(candidate, try_suffixes=(".weight", ".bias")):
+                return mapped
+        raise UserError(f"{name} of {self.ckpt.folder} has no place in llama.cpp's {self.arch.name} architecture",
+                        "the checkpoint holds more than the architecture that its config.json names")
+
+    def _is_spare(self, bias: str) -> bool:
+        """AutoGPTQ gives every linear a bias, all zero where the model has none. GPT-2 has one everywhere."""
+        return not self.arch.transposed and not bool(self.ckpt.tensor(bias).any())
+
+    def _rows(self, module: str, rows: int) -> np.ndarray | None:
+        """The order of the rows in the file, None where it is the checkpoint's own."""
+        if self.arch.interleaved and module.endswith((".q_proj", ".k_proj")):
+            heads = self.hf.num_attention_heads if module.endswith("q_proj") else self.hf.num_key_value_heads
+            return interleave(rows, heads)
+        return None
+
+    def _quantised(self, linear: str) -> Entry:
+        assert self.grid is not None
+        grid = self.grid
+        words, out = self.ckpt.shape(f"{linear}.qweight")
+        width = words * 32 // grid.bits
+        if grid.group_size <= 0:  # one group a row
+            grid = Grid(grid.bits, width, grid.symmetric)
+        kind = blocks.kind_of_grid(grid)
+        blocks.check_rows(linear, (out, width), kind)
+        rows = self._rows(linear, out)
+
+        def source() -> Source:
+            q = gptq.read(self.ckpt, linear, grid)
+            return q if rows is None else reorder(q, rows)
+
+        return Entry(self._gguf_name(f"{linear}.weight"), (out, width), kind, source, codes=True)
+
+    def _float(self, name: str) -> Entry:
+        module, _, what = name.rpartition(".")
+        shape = self.ckpt.shape(name)
+        transposed = what == "weight" and module.endswith(self.arch.transposed or (" ",))
+        if transposed:
+            shape = shape[::-1]
+        mapped = self._gguf_name(name)
+        kind = self.types.of(mapped, shape)
+        blocks.check_rows(mapped, shape, kind)
+        rows = self._rows(module, shape[0])
+        one_plus = self.arch.one_plus_norm and name.endswith("norm.weight")
+
+        def source() -> Source:
+            t = self.ckpt.tensor(name)
+            if transposed:
+                t = t.t()
+            if one_plus:
+                t = t.to(torch.float32) + 1.0
+            return t if rows is None else reorder(t, rows)
+
+        return Entry(mapped, shape, kind, source)
+
+    def _tie(self, found: list[Entry]) -> list[Entry]:
+        """Leave out a head that equals the embedding (llama.cpp then uses the one matrix twice); refuse contradictions."""
+        embedding = next((e for e in found if e.name == "token_embd.weight"), None)
+        if embedding is None:
+            raise UserError(f"{self.ckpt.folder} has no token embedding", "download the model again")
+        head = next((e for e in found if e.name == "output.weight"), None)
+        says_tied = bool(getattr(self.hf, "tie_word_embeddings", False))
+        equal = head is None or (not head.codes and _same(embedding.source(), head.source()))
+        if says_tied and not equal:
+            raise UserError(f"config.json of {self.ckpt.folder} says that head and embedding are one matrix, but its "
+                            f"{HEAD} differs", "set tie_word_embeddings to false in config.json if the head is right")
+        if head is None and not says_tied:
+            raise UserError(f"config.json of {self.ckpt.folder} says that the head is a matrix of its own, and there is "
+                            f"no {HEAD}", "download the model again, or correct tie_word_embeddings")
+        if not equal and not self.arch.own_head:
+            raise UserError(f"the head differs from the embedding, and llama.cpp's {self.arch.name} has only one matrix",
+                            "this model cannot be run by llama.cpp as it is")
+        if equal and self.types.head != self.types.embedding:
+            raise UserError(f"head and embedding of {self.ckpt.folder} are one matrix: it cannot be "
+                            f"{self.types.head.name} and {self.types.embedding.name}",
+                            "leave --head out; --embedding sets the type of both")
+        if head is not None and head.codes and self.types.head_given:
+            raise UserError(f"the head of {self.ckpt.folder} is quantised: its codes are carried over as {head.kind.name}",
+                            "leave --head out")
+        return [e for e in found if not (equal and e is head)]
+
+    def _check_mins(self, entries: list[Entry]) -> None:
+        """Asymmetric 4-bit codes fit Q4_1 only where -scale * zero is a float16."""
+        wrong = [e.name for e in entries if e.kind == Kind.Q4_1 and e.codes and _inexact_mins(e.source)]
+        if wrong:
+            raise UserError(f"{len(wrong)} layers (first {wrong[0]}) have a minimum, -scale * zero, that Q4_1's float16 "
+                            "cannot hold exactly", "quantise with --sym: its codes fit Q4_0 bit for bit")
+
+
+def _inexact_mins(source: Callable[[], Source]) -> bool:
+    q = source()
+    assert isinstance(q, QuantizedTensor)
+    return blocks.block_mins(q)[1] > 0
+
+
+def _same(a: Source, b: Source) -> bool:
+    assert isinstance(a, torch.Tensor)
+    assert isinstance(b, torch.Tensor)
+    return a.dtype == b.dtype and torch.equal(a, b)

@@ -1,0 +1,114 @@
+"""Which of llama.cpp's pre-tokenizers splits text as a tokenizer.json does.
+
+llama.cpp knows pre-tokenizers by name (src/llama-vocab.cpp), a tokenizer.json spells out the steps. Its steps are reduced
+to a signature, which is looked up. Names that stand for the same splitting share a row; the one that llama.cpp gives no
+other meaning is chosen. The exporter then proves the choice by tokenising the same text on both sides.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmc.errors import UserError
+
+Signature = tuple[str, ...]
+
+ENDINGS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+SYMBOLS = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
+SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*"
+SLASHED = r" ?[^\s\p{L}\p{N}]+[\r\n/]*"
+CL100K = rf"{ENDINGS}|{LETTERS}|\p{{N}}{{1,3}}|{SYMBOLS}|{SPACES}"
+QWEN = rf"{ENDINGS}|{LETTERS}|\p{{N}}|{SYMBOLS}|{SPACES}"
+QWEN35 = (rf"{ENDINGS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{SPACES}")
+TEKKEN = rf"{CASED[0]}|{CASED[1]}|\p{{N}}|{SLASHED}|{SPACES}"
+O200K = rf"{CASED[0]}{ENDINGS}?|{CASED[1]}{ENDINGS}?|\p{{N}}{{1,3}}|{SLASHED}|{SPACES}"
+DEEPSEEK3 = (r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+             r"| ?[\p{P}\p{S}]+[\r\n]*|" + SPACES)
+
+# signature -> (name without, name with `ignore_merges`: a word that is in the vocabulary is taken whole)
+TABLE: dict[Signature, tuple[str | None, str | None]] = {
+    ("words",): ("gpt-2", None),
+    ("digit", "words"): ("smollm", None),
+    (CL100K, "bytes"): ("dbrx", "llama-bpe"),
+    (QWEN, "bytes"): ("qwen2", None),
+    (QWEN35, "bytes"): ("qwen35", None),
+    (TEKKEN, "bytes"): ("tekken", "tekken"),  # llama.cpp takes whole words either way; the check decides
+    (O200K, "bytes"): ("gpt-4o", None),
+    ("punctuation", "words", "digits", "[0-9][0-9][0-9]"): ("falcon", None),
+    ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", "digit", "bytes"): ("deepseek-coder", None),
+    (r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", DEEPSEEK3, "bytes"): ("deepseek-v3", None),
+}
+
+
+def _steps(node: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """A pre-tokenizer or normaliser as a flat list of its steps."""
+    if node is None:
+        return []
+    if node["type"] == "Sequence":
+        inner = node.get("pretokenizers") or node.get("normalizers") or []
+        return [step for n in inner for step in _steps(n)]
+    return [node]
+
+
+def signature(pre_tokenizer: dict[str, Any] | None) -> Signature:
+    """What the steps do, in the words of TABLE; a step that has no word there is spelt out."""
+    return tuple(_word(step) for step in _steps(pre_tokenizer))
+
+
+def _word(step: dict[str, Any]) -> str:
+    kind = step["type"]
+    if kind == "ByteLevel" and not step.get("add_prefix_space", True):
+        return "words" if step.get("use_regex", True) else "bytes"
+    if kind == "Digits":
+        return "digit" if step.get("individual_digits") else "digits"
+    if kind == "Punctuation" and step.get("behavior", "Isolated") == "Contiguous":
+        return "punctuation"
+    if kind == "Split" and (step["behavior"], bool(step.get("invert"))) in (("Isolated", False), ("Removed", True)):
+        pattern: str = step["pattern"].get("Regex") or step["pattern"].get("String")
+        return pattern.replace("'(?i:[sdmt]|ll|ve|re)", ENDINGS)
+    return f"{kind} {({k: v for k, v in step.items() if k != 'type'})}"
+
+
+def known_pre(pre_tokenizer: dict[str, Any] | None, ignore_merges: bool) -> str | None:
+    """llama.cpp's name for the pre-tokenizer of a byte-level BPE, None where the table has none."""
+    return TABLE.get(signature(pre_tokenizer), (None, None))[int(ignore_merges)]
+
+
+def find_pre(pre_tokenizer: dict[str, Any] | None, ignore_merges: bool) -> str:
+    """The same, or an error that spells out what was looked for."""
+    name = known_pre(pre_tokenizer, ignore_merges)
+    if name is None:
+        steps = " then ".join(signature(pre_tokenizer)) or "none"
+        raise UserError(
+            "llmc knows no llama.cpp pre-tokenizer that splits like this tokenizer.json: "
+            f"{steps}{' (with ignore_merges)' if ignore_merges else ''}",
+            "if you know llama.cpp's name for it, give it with --pre NAME: the file is checked either way")
+    return name
+
+
+def adds_leading_space(normalizer: dict[str, Any] | None, pre_tokenizer: dict[str, Any] | None) -> bool:
+    """For a SentencePiece-style tokenizer: is a space put before the text? Steps that llama.cpp does not do are refused."""
+    leading = False
+    for step in _steps(normalizer) + _steps(pre_tokenizer):
+        kind = step["type"]
+        if kind == "Prepend" and step["prepend"] == "▁":
+            leading = True
+        elif kind == "Metaspace" and step.get("replacement", "▁") == "▁":
+            scheme = step.get("prepend_scheme") or ("always" if step.get("add_prefix_space", True) else "never")
+            leading = leading or scheme != "never"
+        elif kind == "Replace" and step["pattern"] == {"String": " "} and step["content"] == "▁":
+            continue
+        elif kind == "Split" and step["pattern"] == {"String": " "}:
+            continue  # Gemma's; the spaces are gone by then
+        else:
+            raise UserError(f"llama.cpp's SentencePiece tokenizer has no step like {step}",
+                            "this tokenizer cannot be carried into GGUF")
+    return leading
+
+
+def unsupported_normalizers(normalizer: dict[str, Any] | None) -> list[str]:
+    """Normalisers of a byte-level BPE beyond NFC (which leaves composed text, as nearly all text is, alone)."""
+    return [step["type"] for step in _steps(normalizer) if step["type"] != "NFC"]

@@ -1,0 +1,97 @@
+"""The logits that the file must give: the source model run by transformers in float32, dequantised where it has codes.
+
+Every module's weights are read when it runs and dropped afterwards, so a model of any size needs the memory of its
+largest matrix only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from llmc.checkpoint import Checkpoint
+from llmc.errors import UserError
+from llmc.export.gptq import checkpoint as gptq
+from llmc.runtimes.torch_model import load_torch_model
+
+
+@torch.no_grad()
+def reference_logits(ckpt: Checkpoint, ids: np.ndarray) -> np.ndarray:
+    """ids int [n] -> float32 [n, vocab]."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(ckpt.folder, local_files_only=True, trust_remote_code=False)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with init_empty_weights(include_buffers=False):
+        # only the eager attention computes every variant (Gemma 2's soft cap is ignored by sdpa)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager",
+                                                 trust_remote_code=False)
+    weights = _Weights(ckpt, model)
+    if all(weights.has(name) for name, _ in model.named_parameters()):
+        for name, module in model.named_modules():
+            if any(True for _ in module.parameters(recurse=False)):
+                module.register_forward_pre_hook(weights.fetch(name))
+                module.register_forward_hook(weights.drop)
+    else:  # transformers renames or stacks this architecture's tensors when it loads them: leave it to that
+        model = load_torch_model(ckpt.folder)
+    model.eval()
+    out = model(input_ids=torch.from_numpy(np.asarray(ids, dtype=np.int64))[None], use_cache=False).logits
+    return np.asarray(out[0].float().numpy())
+
+
+class _Weights:
+    """Reads the parameters of a module of `model` from a float or GPTQ checkpoint."""
+
+    def __init__(self, ckpt: Checkpoint, model: nn.Module) -> None:
+        self.ckpt = ckpt
+        self.linears = set(gptq.quantized_linears(ckpt))
+        self.grid = gptq.grid_of(ckpt) if self.linears else None
+        self.prefix = f"{getattr(model, 'base_model_prefix', '')}."
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
+        names = {id(m): n for n, m in model.named_modules()}
+        self.head, self.embedding = names[id(head)], names[id(embedding)]
+
+    def has(self, name: str) -> bool:
+        return self._locate(name) is not None
+
+    def _locate(self, name: str) -> tuple[str, bool] | None:
+        """The checkpoint's name of a parameter (with or without the base model's prefix), and whether it is codes."""
+        for candidate in (name, name.removeprefix(self.prefix), self.prefix + name):
+            if candidate in self.ckpt:
+                return candidate, False
+            if (linear := candidate.removesuffix(".weight")) in self.linears:
+                return linear, True
+        # a tied head has no tensor; the planner has made sure that it is tied
+        return self._locate(f"{self.embedding}.weight") if name == f"{self.head}.weight" else None
+
+    def fetch(self, module_name: str) -> Any:
+        def hook(module: nn.Module, _args: Any) -> None:
+            for name, p in list(module.named_parameters(recurse=False)):
+                value = self._read(f"{module_name}.{name}", module)
+                if value.shape != p.shape:
+                    raise UserError(f"{module_name}.{name} has shape {list(value.shape)}, config.json says "
+                                    f"{list(p.shape)}", "the checkpoint and its config.json do not belong together")
+                setattr(module, name, nn.Parameter(value, requires_grad=False))
+        return hook
+
+    @staticmethod
+    def drop(module: nn.Module, _args: Any, _out: Any) -> None:
+        for name, p in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(p.data.to("meta"), requires_grad=False))
+
+    def _read(self, name: str, module: nn.Module) -> torch.Tensor:
+        from transformers.pytorch_utils import Conv1D
+
+        found = self._locate(name)
+        assert found is not None
+        stored, is_codes = found
+        if not is_codes:
+            return self.ckpt.tensor(stored).to(torch.float32)
+        assert self.grid is not None
+        w = gptq.read(self.ckpt, stored, self.grid).dequantize()
+        return w.t().contiguous() if isinstance(module, Conv1D) else w

@@ -1,0 +1,144 @@
+"""Rotary embeddings: transformers' parameters as llama.cpp's metadata and tensors.
+
+Both spellings are read: `rope_parameters` (transformers 5; Gemma 3 nests one dict for each kind of layer) and
+`rope_scaling` beside `rope_theta` (before). Sources: transformers/modeling_rope_utils.py; llama.cpp's src/llama-context.cpp
+and ggml_rope_ext. A variant that llama.cpp has no place for is an error: ignored, it would spoil long texts silently.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmc.errors import UserError
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+ADVICE = "use --converter with a llama.cpp checkout, if that can convert it"
+
+
+@dataclass(frozen=True)
+class RopeParameters:
+    """kind: 'default', 'linear', 'yarn', 'llama3' or 'longrope'.  local_theta: of sliding layers, where it differs."""
+
+    kind: str
+    theta: float
+    values: dict[str, Any]
+    local_theta: float | None = None
+
+
+def rope_parameters(config: dict[str, Any]) -> RopeParameters:
+    """Read config.json (as transformers completes it, or as it is) in either spelling."""
+    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    local: dict[str, Any] = {}
+    if isinstance(found.get("full_attention"), dict):
+        local = found.get("sliding_attention") or {}
+        found = found["full_attention"]
+    elif config.get("rope_local_base_freq") is not None:
+        local = {"rope_theta": config["rope_local_base_freq"]}
+    if (kind := _kind(local)) != "default":
+        raise UserError(f"the sliding layers use rope type {kind!r}, for which GGUF has no place", ADVICE)
+    values = {k: v for k, v in found.items() if v is not None}
+    for key in ("partial_rotary_factor", "original_max_position_embeddings"):
+        if config.get(key) is not None:
+            values.setdefault(key, config[key])
+    theta = float(values.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    if "mrope_section" in values:
+        raise UserError("this model rotates by sections (mrope), a multimodal architecture", ADVICE)
+    return RopeParameters(_kind(found), theta, values, float(local["rope_theta"]) if "rope_theta" in local else None)
+
+
+def _kind(values: dict[str, Any]) -> str:
+    kind = str(values.get("rope_type") or values.get("type") or "default")
+    return "longrope" if kind == "su" else kind
+
+
+def add_rope(writer: GGUFWriter, config: dict[str, Any], head_dim: int, context: int) -> dict[str, np.ndarray]:
+    """Write the metadata; returns the extra tensors (float32 [dims / 2]) by name.
+
+    context: max_position_embeddings.
+    """
+    from gguf import RopeScalingType
+
+    rope = rope_parameters(config)
+    dims = int(head_dim * float(rope.values.get("partial_rotary_factor", 1.0)))
+    if writer.arch != "phi3" and dims != head_dim:
+        raise UserError(f"only {dims} of {head_dim} dimensions of a head are rotated, and llama.cpp's {writer.arch} "
+                        "architecture rotates all", ADVICE)
+    writer.add_rope_dimension_count(dims)
+    writer.add_rope_freq_base(rope.theta)
+    if rope.local_theta is not None:
+        writer.add_rope_freq_base_swa(rope.local_theta)
+    if rope.kind == "default":
+        return {}
+    if rope.kind == "linear":
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(float(rope.values["factor"]))
+        return {}
+    if rope.kind == "yarn":
+        _add_yarn(writer, rope.values, context)
+        return {}
+    if rope.kind == "llama3" and writer.arch == "llama":
+        return {"rope_freqs.weight": _llama3_factors(rope, dims, context)}
+    if rope.kind == "longrope" and writer.arch in ("llama", "phi3"):
+        return _add_longrope(writer, rope.values, dims, context)
+    raise UserError(f"llama.cpp's {writer.arch} architecture has no place for the rope type {rope.kind!r}", ADVICE)
+
+
+def _add_yarn(writer: GGUFWriter, v: dict[str, Any], context: int) -> None:
+    from gguf import RopeScalingType
+
+    for key, only in (("beta_fast", 32), ("beta_slow", 1), ("truncate", True)):
+        if v.get(key, only) != only:
+            raise UserError(f"yarn with {key} = {v[key]}: llama.cpp's {writer.arch} architecture knows {only} only", ADVICE)
+    original = int(v.get("original_max_position_embeddings") or context)
+    factor = float(v.get("factor") or context / original)
+    writer.add_rope_scaling_type(RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(factor)
+    writer.add_rope_scaling_orig_ctx_len(original)
+
+    def growth(m: float) -> float:
+        return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    attention = v.get("attention_factor")
+    if attention is None:
+        m, all_dims = v.get("mscale"), v.get("mscale_all_dim")
+        attention = growth(m) / growth(all_dims) if m and all_dims else growth(1.0)
+    # llama.cpp multiplies by growth(1) of its own accord
+    if not math.isclose(attention, growth(1.0), rel_tol=1e-6):
+        writer.add_rope_scaling_attn_factors(float(attention) / growth(1.0))
+
+
+def _llama3_factors(rope: RopeParameters, dims: int, context: int) -> np.ndarray:
+    """Divisors of the frequencies (Llama 3.1): 1 for short waves, `factor` for long ones, between them a blend."""
+    v = rope.values
+    factor, low, high = float(v["factor"]), float(v["low_freq_factor"]), float(v["high_freq_factor"])
+    turns = int(v.get("original_max_position_embeddings") or context)
+    turns_of = turns * rope.theta ** -(np.arange(0, dims, 2, dtype=np.float64) / dims) / (2 * math.pi)
+    smooth = np.clip((turns_of - low) / (high - low), 0.0, 1.0)
+    return (1.0 / ((1.0 - smooth) / factor + smooth)).astype(np.float32)
+
+
+def _add_longrope(writer: GGUFWriter, v: dict[str, Any], dims: int, context: int) -> dict[str, np.ndarray]:
+    from gguf import RopeScalingType
+
+    original = int(v.get("original_max_position_embeddings") or context)
+    factor = float(v.get("factor") or context / original)
+    attention = v.get("attention_factor")
+    if attention is None:
+        attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    writer.add_rope_scaling_type(RopeScalingType.LONGROPE)
+    writer.add_rope_scaling_orig_ctx_len(original)
+    writer.add_rope_scaling_attn_factors(float(attention))
+    tensors = {}
+    for name in ("long", "short"):
+        factors = np.asarray(v[f"{name}_factor"], dtype=np.float32)
+        if factors.shape != (dims // 2,):
+            raise UserError(f"longrope's {name}_factor has {factors.size} values for {dims // 2} frequencies",
+                            "correct rope_scaling in config.json")
+        tensors[f"rope_factors_{name}.weight"] = factors
+    return tensors

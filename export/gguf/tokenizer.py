@@ -1,0 +1,284 @@
+"""The tokenizer of a model folder as GGUF metadata.
+
+Two kinds fit llama.cpp's model families: byte-level BPE (`gpt2`) and BPE with byte fallback in SentencePiece's manner
+(`llama`). Both are read from tokenizer.json; where a folder has none, transformers builds it from the other files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gguf import GGUFWriter, TokenType
+
+from llmc.console import warn
+from llmc.errors import UserError
+from llmc.export.gguf import pretokenizers
+
+# Texts that llama.cpp takes for the end of a generation by themselves (src/llama-vocab.cpp, "eog")
+ENDS_BY_TEXT = {
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>", "</s>",
+    "<|eom_id|>", "<EOT>", "[EOT]", "<|end_of_text|>", "<end_of_utterance>", "<eos>",
+}
+SUSPICIOUS = re.compile(r"__\w+__|\|\s*attr\b|\b(import|eval|exec|popen|subprocess)\s*\(")
+BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+KEY_NAMES = {"unk": "unknown", "pad": "padding"}
+NEVER = -1e9  # score of a token that no merge makes
+
+
+@dataclass
+class Vocabulary:
+    """What is written; `size` tokens, one for each row of the embedding."""
+
+    model: str
+    pre: str
+    tokens: list[str]
+    types: list[int]
+    scores: list[float] | None = None
+    merges: list[str] | None = None
+    space_prefix: bool | None = None
+    strips_right: bool = False
+    """Special tokens swallow the spaces after them."""
+    add_bos: bool = False
+    add_eos: bool = False
+    special_ids: dict[str, int] = field(default_factory=dict)
+    ends: list[int] = field(default_factory=list)
+    """Every id that ends a generation, the tokenizer's own first."""
+    template: str | list[dict[str, str]] | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def template_sha256(self) -> str | None:
+        if self.template is None:
+            return None
+        text = self.template if isinstance(self.template, str) else json.dumps(self.template, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_vocabulary(folder: Path, tokenizer: Any, size: int, pre: str | None, chat_template: str) -> Vocabulary:
+    """The tokenizer of `folder` for an embedding of `size` rows.
+
+    tokenizer: the same, opened by transformers.  pre: llama.cpp's name, None to find it.
+    """
+    spec = tokenizer_spec(folder, tokenizer)
+    model = spec["model"]
+    if model.get("type", "BPE") != "BPE":
+        raise UserError(f"the tokenizer of {folder} is of type {model['type']}; GGUF's causal models use BPE",
+                        "this tokenizer cannot be carried into GGUF")
+    tokens, types, notes = _tokens(spec, size)
+    if _is_byte_level(spec):
+        if strange := pretokenizers.unsupported_normalizers(spec.get("normalizer")):
+            raise UserError(f"the tokenizer of {folder} normalises text with {', '.join(strange)}, which llama.cpp "
+                            "does not", "this tokenizer cannot be carried into GGUF")
+        merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+        v = Vocabulary("gpt2", pre or pretokenizers.find_pre(spec.get("pre_tokenizer"),
+                                                            bool(model.get("ignore_merges"))), tokens, types, merges=merges)
+        if spec.get("normalizer"):
+            notes.append("the tokenizer composes Unicode (NFC) and llama.cpp does not: decomposed text differs")
+    else:
+        v = _sentencepiece(folder, spec, tokens, types)
+    v.notes = notes
+    _check_distinct(folder, v.tokens)
+    complete(v, folder, tokenizer, chat_template)
+    return v
+
+
+def complete(v: Vocabulary, folder: Path, tokenizer: Any, chat_template: str) -> None:
+    """Add to the tokens how the tokenizer uses them."""
+    added = tokenizer_spec(folder, tokenizer).get("added_tokens", [])
+    v.strips_right = any(a["special"] and a.get("rstrip") for a in added)
+    _add_affixes(v, tokenizer)
+    _add_special_ids(v, folder, tokenizer)
+    v.template = _chat_template(folder, tokenizer, chat_template)
+
+
+def tokenizer_spec(folder: Path, tokenizer: Any) -> dict[str, Any]:
+    """tokenizer.json as it lies in the folder, else what transformers made of the files that are there."""
+    path = folder / "tokenizer.json"
+    try:
+        text = path.read_text(encoding="utf-8") if path.is_file() else tokenizer.backend_tokenizer.to_str()
+        spec: dict[str, Any] = json.loads(text)
+    except AttributeError as e:
+        raise UserError(f"{folder} has no tokenizer.json and transformers cannot make one", "add the tokenizer.json") from e
+    except ValueError as e:
+        raise UserError(f"{path} is not valid JSON: {e}", "download it again") from e
+    return spec
+
+
+def _is_byte_level(spec: dict[str, Any]) -> bool:
+    return any(_mentions(spec.get(part), "ByteLevel") for part in ("pre_tokenizer", "decoder"))
+
+
+def _mentions(node: Any, kind: str) -> bool:
+    if isinstance(node, dict):
+        return node.get("type") == kind or any(_mentions(v, kind) for v in node.values())
+    return isinstance(node, list) and any(_mentions(v, kind) for v in node)
+
+
+def _tokens(spec: dict[str, Any], size: int) -> tuple[list[str], list[int], list[str]]:
+    """Text and type of each of `size` ids; ids without a token become unused ones."""
+    notes = []
+    text_of = {i: t for t, i in spec["model"]["vocab"].items()}
+    added = {a["id"]: a for a in spec.get("added_tokens", [])}
+    text_of.update({i: a["content"] for i, a in added.items()})
+    beyond = sorted(i for i in text_of if i >= size)
+    if any(i not in added for i in beyond):
+        raise UserError(f"the tokenizer has the id {beyond[-1]} and the embedding only {size} rows",
+                        "tokenizer and weights do not belong together: download both again")
+    if beyond:
+        notes.append(f"{len(beyond)} added tokens beyond the embedding's {size} rows were left out "
+                     f"(first {text_of[beyond[0]]!r})")
+    tokens, types = [], []
+    unknown = spec["model"].get("unk_token")
+    for i in range(size):
+        text = text_of.get(i)
+        if text is None:
+            tokens.append(f"[PAD{i}]")
+            types.append(TokenType.UNUSED)
+        elif text == unknown:
+            tokens.append(text)
+            types.append(TokenType.UNKNOWN)
+        elif i in added:
+            special = bool(added[i]["special"])
+            # llama.cpp looks for these in the text before it turns spaces into ▁
+            tokens.append(text if special or _is_byte_level(spec) else text.replace("▁", " "))
+            types.append(TokenType.CONTROL if special else TokenType.USER_DEFINED)
+        else:
+            tokens.append(text)
+            types.append(TokenType.NORMAL)
+    return tokens, [int(t) for t in types], notes
+
+
+def _sentencepiece(folder: Path, spec: dict[str, Any], tokens: list[str], types: list[int]) -> Vocabulary:
+    """Byte-fallback BPE. llama.cpp merges by a token's score where tokenizers merge by a pair's rank.
+
+    A piece's score is minus the rank of the first merge that makes it, which orders the merges alike: all pairs that make
+    one piece lie together, because the list was made from the pieces in the order of their scores.
+    """
+    model = spec["model"]
+    if not model.get("byte_fallback"):
+        raise UserError(f"the tokenizer of {folder} is a BPE that is neither byte-level nor falls back to bytes",
+                        "this tokenizer cannot be carried into GGUF")
+    for i, text in enumerate(tokens):
+        if BYTE_TOKEN.fullmatch(text):
+            types[i] = int(TokenType.BYTE)
+    if (n := sum(t == TokenType.BYTE for t in types)) != 256:
+        raise UserError(f"the tokenizer of {folder} has {n} of the 256 byte tokens <0x00> … <0xFF>, and llama.cpp needs all",
+                        "this tokenizer cannot be carried into GGUF")
+    rank: dict[str, int] = {}
+    for i, merge in enumerate(model["merges"]):
+        rank.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), i)
+    scores = [float(-rank[t]) if t in rank else NEVER for t in tokens]
+    return Vocabulary("llama", "default", tokens, types, scores=scores,
+                      space_prefix=pretokenizers.adds_leading_space(spec.get("normalizer"), spec.get("pre_tokenizer")))
+
+
+def _check_distinct(folder: Path, tokens: list[str]) -> None:
+    """llama.cpp aborts the whole process on a vocabulary with two equal texts."""
+    text, n = Counter(tokens).most_common(1)[0]
+    if n > 1:
+        raise UserError(f"{n} tokens of {folder} have the text {text!r}, and llama.cpp needs distinct ones",
+                        "correct the added tokens in tokenizer.json")
+
+
+def _add_affixes(v: Vocabulary, tokenizer: Any) -> None:
+    """What the tokenizer really puts before and after a text."""
+    bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    whole = list(tokenizer("a")["input_ids"])
+    at = next((i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare), None)
+    before, after = (whole[:at], whole[at + len(bare) :]) if at is not None else (whole, [])
+    if at is None or len(before) > 1 or len(after) > 1:
+        raise UserError(f"the tokenizer makes {whole} of 'a', whose own ids are {bare}; GGUF can only add one token before "
+                        "and one after", "this tokenizer cannot be carried into GGUF")
+    v.add_bos, v.add_eos = bool(before), bool(after)
+    if before:
+        v.special_ids["bos"] = before[0]
+    if after:
+        v.special_ids["eos"] = after[0]
+
+
+def _add_special_ids(v: Vocabulary, folder: Path, tokenizer: Any) -> None:
+    """BOS, EOS, padding and unknown ids, and every id that ends a generation, from all files that name one."""
+    files = [_read_json(folder / name) for name in ("config.json", "generation_config.json")]
+    for name in ("bos", "eos", "unk", "pad"):
+        for value in [getattr(tokenizer, f"{name}_token_id", None), *(f.get(f"{name}_token_id") for f in files)]:
+            for i in value if isinstance(value, list) else [value]:
+                if i is None or not 0 <= i < len(v.tokens):
+                    continue
+                v.special_ids.setdefault(name, i)
+                if name == "eos" and i not in v.ends:
+                    v.ends.append(i)
+    if "eos" in v.special_ids and v.special_ids["eos"] not in v.ends:
+        v.ends.insert(0, v.special_ids["eos"])
+    # llama.cpp ends at EOS, EOT, EOM and at tokens that it knows by their text: the places go to those it does not know
+    others = [i for i in v.ends if i != v.special_ids.get("eos")]
+    others.sort(key=lambda i: v.tokens[i] in ENDS_BY_TEXT)
+    if sum(v.tokens[i] not in ENDS_BY_TEXT for i in others) > 2:
+        raise UserError(f"{len(v.ends)} tokens end a generation: {', '.join(repr(v.tokens[i]) for i in v.ends)}; GGUF has "
+                        "places for three beside those that llama.cpp knows by text",
+                        "leave some out of eos_token_id in generation_config.json")
+    v.special_ids.update(zip(("eot", "eom"), others, strict=False))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise UserError(f"{path} is not valid JSON: {e}", "download it again") from e
+    return values
+
+
+def _chat_template(folder: Path, tokenizer: Any, choice: str) -> str | list[dict[str, str]] | None:
+    """'keep' the model's, 'drop' it, or read another from a file. It is carried as text and not run."""
+    if choice == "drop":
+        return None
+    template: Any = getattr(tokenizer, "chat_template", None)
+    if choice != "keep":
+        try:
+            template = Path(choice).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f"--chat-template {choice} is not a text file that can be read: {e}",
+                            "give keep, drop or the path of a Jinja file") from e
+    if not template:
+        return None
+    if isinstance(template, dict):
+        template = [{"name": k, "template": t} for k, t in sorted(template.items())]
+    if found := SUSPICIOUS.search(json.dumps(template)):
+        warn(f"the chat template of {folder} holds {found[0]!r}, which templates have no need of: look at it before you run "
+             "it (--chat-template drop leaves it out)")
+    return template  # type: ignore[no-any-return]
+
+
+def add_vocabulary(writer: GGUFWriter, v: Vocabulary) -> None:
+    """Write it all as metadata."""
+    writer.add_tokenizer_model(v.model)
+    writer.add_tokenizer_pre(v.pre)
+    writer.add_token_list(v.tokens)
+    writer.add_token_types(v.types)
+    if v.scores is not None:
+        writer.add_token_scores(v.scores)
+    if v.merges is not None:
+        writer.add_token_merges(v.merges)
+    if v.space_prefix is not None:
+        writer.add_add_space_prefix(v.space_prefix)
+    add_behaviour(writer, v)
+
+
+def add_behaviour(writer: GGUFWriter, v: Vocabulary, present: Collection[str] = ()) -> None:
+    """Special ids, what is put around a text, chat template. present: keys that are in the file already."""
+    for name, i in v.special_ids.items():
+        key = f"tokenizer.ggml.{KEY_NAMES.get(name, name)}_token_id"
+        if key not in present:
+            writer.add_uint32(key, i)
+    writer.add_add_bos_token(v.add_bos)
+    writer.add_add_eos_token(v.add_eos)
+    if v.template is not None:
+        writer.add_chat_template(v.template)

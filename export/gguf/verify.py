@@ -1,0 +1,209 @@
+"""Proof that the file is what it should be. None of it can be skipped.
+
+1. Every tensor is read back and held against its source: codes and scales bit for bit, floats in their type.
+2. llama.cpp opens the file and must make the token ids of the model's own tokenizer, know every end token, and give the
+   logits that torch gives. 3. It generates 16 tokens, for a person to look at.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGUFReader
+from gguf.quants import dequantize
+
+from llmc.checkpoint import Checkpoint
+from llmc.console import progress
+from llmc.errors import UserError
+from llmc.export.gguf import blocks
+from llmc.export.gguf.blocks import Kind
+from llmc.export.gguf.reference import reference_logits
+from llmc.export.gguf.tokenizer import Vocabulary
+from llmc.export.gguf.writer import Entry
+from llmc.grids import QuantizedTensor
+from llmc.runtimes.llamacpp import LlamaCpp
+
+REPORT = "please report this with the model's name: the file was not kept"
+CHECK_TEXT = (
+    "The river's level rose 3 cm in 24 hours; by 1987 it'd passed 1,234.5 m and nobody'd noticed. DON'T PANIC!\n\n"
+    "def area(r: float) -> float:\n    \"\"\"π·r², in m²\"\"\"\n\treturn 3.14159 * r ** 2  # TODO\n\n\n"
+    "if (a[i] != b[j] && x >= 0x1F) { return \"%s\\n\"; }  // C, or nearly\n"
+    "Schöne Grüße aus Köln – à bientôt, señor! Żółć. Κόσμος. Привет, как дела? 你好，世界。日本語のテキスト、"
+    "한국어 문장. مرحبا بالعالم हिन्दी में\n"
+    "two  spaces   three    four\ttab \t mixed \n \n  end of line \n"
+    "https://example.org/a-b_c?d=1&e=%20 me@example.org 12 123 1234 12345 123456 1.000.000\n"
+    "🙂 🚀🚀 👩‍💻 🇪🇺 ✅ …—“quoted” ‘single’ «bas» ©®™ ½ × ÷ ≠ ∞\n"
+    "I'm you're he'll we've they'd it's I'M WE'LL snake_case camelCase HTTPServer ALLCAPS x=y+z; e.g. etc.)]}>"
+)
+PROMPT = "The river's level rose"
+GENERATED = 16
+FEW, MANY = 32, 128  # tokens of the logits check: few when the model has more than BIG weights
+BIG = 3_000_000_000
+
+
+def tensors(path: Path, entries: list[Entry]) -> dict[str, int]:
+    """Read every tensor back. Returns how many tensors and weights were compared, in all and those carried as codes."""
+    stored = {t.name: t for t in GGUFReader(path).tensors}
+    if stored.keys() != {e.name for e in entries}:
+        raise _damaged(path, "holds other tensors than were planned")
+    counts = {"tensors": 0, "weights": 0, "code_tensors": 0, "code_weights": 0}
+    with progress("reading back tensor", len(entries)) as p:
+        for e in entries:
+            t = stored[e.name]
+            if t.tensor_type != e.kind or tuple(int(n) for n in reversed(t.shape)) != e.shape:
+                raise _damaged(path, f"{e.name} has the type {t.tensor_type.name} and shape {list(t.shape)}")
+            _compare(path, e, t.data.view(np.uint8).reshape(-1, blocks.nbytes(e.kind, e.shape[-1:])))
+            for prefix in ("", "code_")[: 1 + e.codes]:
+                counts[f"{prefix}tensors"] += 1
+                counts[f"{prefix}weights"] += int(np.prod(e.shape))
+            p.step(e.name)
+    return counts
+
+
+def _damaged(path: Path, what: str) -> UserError:
+    return UserError(f"{path.name.removeprefix('.').removesuffix('.partial')} does not read back as it was written: {what}",
+                     f"check the disk and export again; if it stays, {REPORT}")
+
+
+def _compare(path: Path, e: Entry, data: np.ndarray) -> None:
+    """data: uint8 [rows, bytes of a row] of the file."""
+    source = e.source()
+    if not isinstance(source, QuantizedTensor):
+        if not np.array_equal(data, blocks.encode_float(e.name, source, e.kind)):
+            raise _damaged(path, f"{e.name} differs from its source in {e.kind.name}")
+        return
+    codes, scales, mins = blocks.unpack_codes(data, e.kind)
+    if not np.array_equal(codes, source.codes.numpy()):
+        raise _damaged(path, f"{e.name} has other codes")
+    if not np.array_equal(scales.view(np.uint16), blocks.block_scales(source).view(np.uint16)):
+        raise _damaged(path, f"{e.name} has other scales")
+    if mins is not None and not np.array_equal(mins.view(np.uint16), blocks.block_mins(source)[0].view(np.uint16)):
+        raise _damaged(path, f"{e.name} has other minima")
+    step = max(1, blocks.CHUNK // e.shape[-1])
+    for i in range(0, len(data), step):  # and gguf's own reading of the blocks gives the source's values
+        part = slice(i, i + step)
+        zeros = None if source.zeros is None else source.zeros[part]
+        expected = QuantizedTensor(source.grid, source.codes[part], source.scales[part], zeros).dequantize()
+        if not np.array_equal(dequantize(data[part], e.kind), expected.numpy()):
+            raise _damaged(path, f"{e.name} has other values")
+
+
+@dataclass(frozen=True)
+class Bound:
+    """How far llama.cpp's logits may lie from torch's.
+
+    relative: root mean square of the difference over that of the logits, both centred for each token.
+    kld: mean Kullback-Leibler divergence from torch's distribution to llama.cpp's, in nats.
+    """
+
+    relative: float
+    kld: float
+
+    @classmethod
+    def of(cls, entries: list[Entry]) -> Bound:
+        """By the coarsest type in the file. llama.cpp rounds activations to the type that a matrix asks for: 8 bits for
+        quantised ones (relative errors of 0.02 to 0.15 were seen, the most with untrained weights and with experts),
+        bfloat16 for BF16, float16 for F16; its GELU comes from a float16 table. A wrong layout gives about 1."""
+        kinds = {e.kind for e in entries}
+        if kinds - {Kind.F32, Kind.F16, Kind.BF16}:
+            return cls(0.3, 0.15)
+        return cls(0.05, 0.01) if Kind.BF16 in kinds else cls(0.01, 1e-3)
+
+
+def logits(runtime: LlamaCpp, ckpt: Checkpoint, ids: np.ndarray, bound: Bound) -> dict[str, Any]:
+    """Run the same ids in torch and in llama.cpp; beyond the bound is an error."""
+    theirs = runtime.logits(ids).astype(np.float64)
+    ours = reference_logits(ckpt, ids)[:, : theirs.shape[1]].astype(np.float64)
+    a, b = (x - x.mean(axis=1, keepdims=True) for x in (ours, theirs))
+    relative = float(np.sqrt(((a - b) ** 2).mean() / (a**2).mean()))
+    p, q = _log_softmax(ours), _log_softmax(theirs)
+    kld = float((np.exp(p) * (p - q)).sum(axis=1).mean())
+    top1 = float((ours.argmax(axis=1) == theirs.argmax(axis=1)).mean())
+    if not (relative <= bound.relative and kld <= bound.kld):  # NaN must fail too
+        raise UserError(f"llama.cpp's logits are not torch's: relative error {relative:.3g} (at most {bound.relative:g}), "
+                        f"mean KL divergence {kld:.3g} (at most {bound.kld:g}), top-1 agreement {top1:.0%}", REPORT)
+    return {"tokens": len(ids), "relative_error": relative, "max_relative_error": bound.relative, "mean_kld": kld,
+            "max_mean_kld": bound.kld, "top1_agreement": top1}
+
+
+def _log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x - x.max(axis=1, keepdims=True)
+    return np.asarray(x - np.log(np.exp(x).sum(axis=1, keepdims=True)))
+
+
+def tokens(runtime: LlamaCpp, tokenizer: Any, folder: Path, v: Vocabulary) -> dict[str, Any]:
+    """The same ids from tokenizer.json, from transformers and from llama.cpp; every added token; every end token."""
+    ids = list(tokenizer(CHECK_TEXT, add_special_tokens=False)["input_ids"])
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        from tokenizers import Tokenizer
+
+        plain = Tokenizer.from_file(str(path)).encode(CHECK_TEXT, add_special_tokens=False).ids
+        if at := _first_difference(plain, ids):
+            raise UserError(f"transformers does not tokenise as {path} says: {_show(at[0], plain, ids, tokenizer)}",
+                            "every tool that uses transformers sees wrong tokens: try another version of it")
+    found = runtime.tokenise(CHECK_TEXT, special=False).tolist()
+    if at := _first_difference(ids, found):
+        raise UserError(f"llama.cpp does not tokenise as the model does (pre-tokenizer {v.pre!r}): "
+                        f"{_show(at[0], ids, found, tokenizer)}", "give another with --pre NAME, if you know a better one")
+    whole = list(tokenizer(PROMPT)["input_ids"])
+    if runtime.tokenise(PROMPT).tolist() != whole:
+        raise UserError(f"llama.cpp begins or ends a text with other tokens than the model: {whole} in transformers, "
+                        f"{runtime.tokenise(PROMPT).tolist()} in llama.cpp", REPORT)
+    added = {i: t for t, i in tokenizer.get_added_vocab().items() if i < len(v.tokens)}
+    for i, text in added.items():
+        if (got := runtime.tokenise(text, special=False).tolist()) != [i]:
+            raise UserError(f"llama.cpp does not see the added token {text!r} (id {i}) in a text: it makes {got}", REPORT)
+    ends = runtime.end_tokens
+    if missing := [i for i in v.ends if i not in ends]:
+        raise UserError(f"llama.cpp would not stop at {', '.join(repr(v.tokens[i]) for i in missing)}, which ends a "
+                        "generation of this model", "try a newer llama-cpp-python")
+    return {"text_tokens": len(ids), "added_tokens": len(added), "end_tokens": sorted(ends),
+            "leading_space_alike": runtime.tokenise(" a", special=False).tolist()
+            == list(tokenizer(" a", add_special_tokens=False)["input_ids"])}
+
+
+def _first_difference(a: list[int], b: list[int]) -> tuple[int] | None:
+    """Index of the first difference in a tuple (so that 0 counts as true), None where there is none."""
+    if a == b:
+        return None
+    return (next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))),)
+
+
+def _show(at: int, expected: list[int], found: list[int], tokenizer: Any) -> str:
+    def words(ids: list[int]) -> list[str]:
+        return [str(t) for t in tokenizer.convert_ids_to_tokens(ids[at : at + 3])]
+
+    return (f"after {tokenizer.decode(expected[max(0, at - 8) : at])!r} come {words(expected)} and not {words(found)} "
+            f"(token {at} of {len(expected)})")
+
+
+def generate(runtime: LlamaCpp) -> str:
+    """Greedy continuation of PROMPT, 16 tokens or up to an end token."""
+    token = int(runtime.prefill(runtime.tokenise(PROMPT)).argmax())
+    made: list[int] = []
+    ends = runtime.end_tokens
+    while len(made) < GENERATED and token not in ends:
+        made.append(token)
+        token = int(runtime.decode(token).argmax())
+    return PROMPT + runtime.detokenise(made) if made else PROMPT
+
+
+def in_llama_cpp(path: Path, ckpt: Checkpoint, tokenizer: Any, v: Vocabulary, entries: list[Entry],
+                 context_length: int, threads: int) -> dict[str, Any]:
+    """Open the file and make every check that needs it to run."""
+    weights = sum(int(np.prod(e.shape)) for e in entries)
+    n = min(FEW if weights > BIG else MANY, context_length)
+    ids = np.array(tokenizer(CHECK_TEXT)["input_ids"][:n])
+    runtime = LlamaCpp(path, context=max(n, 64), threads=threads, flash_attention=False, kv_type="f32")
+    try:
+        return {
+            "token_ids": tokens(runtime, tokenizer, ckpt.folder, v),
+            "logits": logits(runtime, ckpt, ids, Bound.of(entries)),
+            "generated": generate(runtime),
+        }
+    finally:
+        runtime.close()

@@ -1,0 +1,97 @@
+"""The tensors of a GGUF file, each read from its source when its turn comes, and the writing of the file.
+
+One tensor is in memory at a time, so the peak is bounded by the largest one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from gguf import GGUFWriter
+
+from llmc.console import progress
+from llmc.export.gguf import blocks
+from llmc.export.gguf.blocks import Kind
+from llmc.grids import QuantizedTensor
+
+Source = QuantizedTensor | torch.Tensor
+ROLES = ("embedding", "head", "attention", "mlp", "other")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of the file.
+
+    shape: rows first, as numpy and torch have it (the file stores it reversed).
+    source: reads what the tensor must hold, rows already in the file's order: codes on a grid, or floats.
+    codes: the source is codes, which are carried over and not rounded again.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: Kind
+    source: Callable[[], Source]
+    codes: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return blocks.nbytes(self.kind, self.shape)
+
+    @property
+    def role(self) -> str:
+        """Which class of bytes it counts to, one of ROLES."""
+        if self.name.startswith(("token_embd.", "position_embd.")):
+            return "embedding"
+        if self.name == "output.weight":
+            return "head"
+        if len(self.shape) > 1 and (found := re.search(r"\.(attn|ffn)_", self.name)):
+            return "attention" if found[1] == "attn" else "mlp"
+        return "other"
+
+    @property
+    def order(self) -> tuple[int, str]:
+        """Position in the file: embedding, layers, the rest."""
+        if self.name.startswith("token_embd."):
+            return -1, self.name
+        layer = re.match(r"blk\.(\d+)\.", self.name)
+        return (int(layer[1]) if layer else 1 << 30), self.name
+
+
+def write(writer: GGUFWriter, path: Path, entries: list[Entry]) -> None:
+    """Write metadata (already collected in `writer`) and tensors to `path`."""
+    for e in entries:
+        # the dtype only matters where gguf derives the type from it; here the type is given
+        writer.add_tensor_info(e.name, e.shape, np.dtype(np.float32), e.nbytes, raw_dtype=e.kind)
+    writer.write_header_to_file(path)
+    try:
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        with progress("writing tensor", len(entries)) as p:
+            for e in entries:
+                writer.write_tensor_data(blocks.encode(e.name, e.source(), e.kind))
+                p.step(e.name)
+    finally:
+        writer.close()
+
+
+def bytes_by_role(entries: list[Entry]) -> dict[str, int]:
+    """Bytes of the tensors of each class."""
+    return {role: sum(e.nbytes for e in entries if e.role == role) for role in ROLES}
+
+
+def file_type(entries: list[Entry]) -> tuple[int, str]:
+    """general.file_type and its name: the type that most of the decoder's weights have."""
+    from gguf import LlamaFileType
+
+    count: dict[Kind, int] = {}
+    for e in entries:
+        if e.role in ("attention", "mlp"):
+            count[e.kind] = count.get(e.kind, 0) + int(np.prod(e.shape))
+    kind = max(count, key=lambda k: count[k]) if count else Kind.F32
+    member = LlamaFileType.ALL_F32 if kind == Kind.F32 else LlamaFileType[f"MOSTLY_{kind.name}"]
+    return int(member), kind.name

@@ -1,0 +1,62 @@
+"""Turns a tiny float model into a GPTQ folder by plain rounding, so that exporters can be tested without a quantiser."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from llmc.checkpoint import TOKENIZER_FILES, Checkpoint
+from llmc.export.gptq import checkpoint as gptq
+from llmc.grids import Grid, QuantizedTensor
+
+
+def round_to(grid: Grid, w: torch.Tensor) -> QuantizedTensor:
+    """float [out, in] -> the grid, scales from the largest weight of each group."""
+    groups = w.float().view(w.shape[0], -1, grid.group_size)
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    if grid.symmetric:
+        scales = (groups.abs().amax(-1) / (grid.zero - 0.5)).clamp(min=1e-6).half()
+        zeros, zero = None, torch.tensor(float(grid.zero))
+    else:
+        scales = ((high - low) / grid.max_code).clamp(min=1e-6).half()
+        zeros = (-low / scales).round().clamp(1, grid.max_code).to(torch.uint8)
+        zero = zeros.float().unsqueeze(-1)
+    codes = (groups / scales.float().unsqueeze(-1) + zero).round().clamp(0, grid.max_code).to(torch.uint8)
+    return QuantizedTensor(grid, codes.view(w.shape), scales, zeros)
+
+
+def is_decoder_linear(name: str) -> bool:
+    inside = ".layers." in name or ".h." in name
+    return inside and name.endswith(".weight") and not any(x in name for x in ("norm", "ln_"))
+
+
+def gptq_folder(
+    source: Path, out: Path, grid: Grid, chosen: Callable[[str], bool] = is_decoder_linear,
+    change: Callable[[QuantizedTensor], QuantizedTensor] = lambda q: q,
+) -> dict[str, QuantizedTensor]:
+    """Write `out`; returns what was stored by linear. `change` may replace a rounded tensor before it is stored."""
+    ckpt = Checkpoint.open(source)
+    conv1d = ckpt.config["model_type"] == "gpt2"
+    stored: dict[str, QuantizedTensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    for name in ckpt.names():
+        t = ckpt.tensor(name)
+        if not chosen(name):
+            tensors[name] = t
+            continue
+        linear = name.removesuffix(".weight")
+        q = stored[linear] = change(round_to(grid, t.t() if conv1d else t))
+        tensors.update({f"{linear}.{part}": v for part, v in gptq.encode(q).items()})
+    out.mkdir()
+    for file in source.iterdir():
+        if file.name in (*TOKENIZER_FILES, "generation_config.json"):
+            shutil.copy(file, out)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    config = {**ckpt.config, "quantization_config": gptq.config(grid, 0.01, True, None)}
+    (out / "config.json").write_text(json.dumps(config))
+    return stored
