@@ -64,8 +64,8 @@ def use_extra_buffers() -> bool:
 
 
 def _errors() -> str:
-    """What llama.cpp said last at the level of an error, in one line."""
-    lines = [text.strip() for level, text in _log if level == ERROR]
+    """What llama.cpp said last at the level of an error, in one line: the cause, not that loading failed for it."""
+    lines = [text.strip() for level, text in _log if level == ERROR and "failed to load model" not in text]
     return lines[-1] if lines else "no reason given"
 
 
