@@ -1,0 +1,262 @@
+"""The one layer-by-layer loop of every pass that looks at activations.
+
+    for each decoder layer:  read its weights → find the linears that share an input → gather what the pass needs about each
+    input → let the pass change the weights → run the layer as it will ship → keep its output for the next layer
+
+The loop knows no algorithm: a pass is an object with the methods of `LayerPass`. Only one layer's weights are in memory.
+Every finished layer and the states that leave it are on the disk before the next one starts.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from llmc.artifact import fsync, staged_file, write_json
+from llmc.compress.precision import fast_matmul, matmul_precision
+from llmc.compress.skeleton import LayerTrace, LinearGroup, Skeleton, StopForward, trace_layer
+from llmc.compress.states import Scratch, StateStore
+from llmc.console import progress
+from llmc.errors import UserError
+
+
+@dataclass
+class InputStatistics:
+    """What a group of linears sees.
+
+    hessian: float32 [in, in], the sum of w x x^T over tokens (the 2 of the paper's definition is left out: it cancels)
+    tokens: how many x there were
+    """
+
+    hessian: torch.Tensor
+    tokens: int
+
+
+class LayerPass(Protocol):
+    """What the loop asks of a pass."""
+
+    def begin(self, index: int, layer: nn.Module, groups: list[LinearGroup]) -> None:
+        """A layer is in memory; `groups` are all of its linears that ran. Raise UserError if the pass cannot serve it."""
+
+    def change(self, layer: nn.Module, group: LinearGroup, statistics: InputStatistics) -> None:
+        """Change the weights of the group's linears in place."""
+
+    def finish(self, index: int, layer: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """(tensors to keep, by their names in the output checkpoint; what to record about the layer)."""
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """batch: sequences run at once.  true_sequential: gather each group's statistics after the groups before it were
+    changed, not all of them on the unchanged layer."""
+
+    batch: int = 8
+    true_sequential: bool = True
+
+
+class Workspace:
+    """The folder of an unfinished run: `state.json`, `layers/`, the hidden states. Guarded by a fingerprint."""
+
+    def __init__(self, folder: Path, fingerprint: dict[str, Any], resume: bool) -> None:
+        self.folder, self.layers = folder, folder / "layers"
+        self.state: dict[str, Any] = {"fingerprint": fingerprint, "done": 0}
+        found = folder / "state.json"
+        if resume and found.is_file():
+            old = json.loads(found.read_text(encoding="utf-8"))
+            differing = sorted(k for k in {*fingerprint, *old["fingerprint"]}
+                               if fingerprint.get(k) != old["fingerprint"].get(k))
+            if differing:
+                raise UserError(f"cannot resume: the unfinished run in {folder} differs in {', '.join(differing)}",
+                                "run with the same model and options, or without --resume to start again")
+            self.state = old
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+        self.layers.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def done(self) -> int:
+        """Layers that are finished and on the disk."""
+        return int(self.state["done"])
+
+    def save_layer(self, index: int, tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
+        with staged_file(self.layer_file(index)) as tmp:
+            save_file({k: v.contiguous() for k, v in tensors.items()}, tmp, metadata={"format": "pt"})
+        write_json(self.layer_file(index).with_suffix(".json"), record)
+
+    def commit(self, done: int, side: int, checksum: int) -> None:
+        self.state |= {"done": done, "side": side, "checksum": checksum}
+        write_json(self.folder / "state.json", self.state)
+        fsync(self.folder)
+
+    def layer_file(self, index: int) -> Path:
+        return self.layers / f"{index:04d}.safetensors"
+
+    def records(self) -> list[dict[str, Any]]:
+        files = sorted(self.layers.glob("*.json"))
+        return [json.loads(p.read_text(encoding="utf-8")) for p in files]
+
+
+class Loop:
+    """Runs a pass over every decoder layer of a skeleton."""
+
+    def __init__(self, skeleton: Skeleton, sequences: torch.Tensor, work: Workspace, settings: LoopSettings) -> None:
+        self.skeleton, self.work, self.settings = skeleton, work, settings
+        hidden = skeleton.config.get_text_config().hidden_size
+        shape = (sequences.shape[0], sequences.shape[1], hidden)
+        self.store = StateStore(work.folder, "hidden", shape, settings.batch)
+        batches = (sequences[a:b] for a, b in self.store.starts())
+        self.arguments, entering = skeleton.enter(batches, sequences.shape[1])
+        state = work.state
+        if work.done == 0:
+            checksum = self.store.replace(entering)
+            self.store.commit()
+            work.commit(0, self.store.side, checksum)
+        elif not self.store.restore(state["side"], state["checksum"]):
+            raise UserError(f"the hidden states in {work.folder} are damaged", "run without --resume to start again")
+
+    def run(self, pass_: LayerPass, done: Callable[[dict[str, Any]], str]) -> None:
+        """Every layer that is not finished yet. `done` turns a layer's record into a short note for the progress line."""
+        layers = len(self.skeleton.layers)
+        with progress("layer", layers, self.work.done) as p, torch.no_grad():
+            for index in range(self.work.done, layers):
+                start = time.monotonic()
+                with self.skeleton.layer(index) as layer:
+                    record = self._one(pass_, index, layer)
+                self.work.commit(index + 1, self.store.side, record.pop("_checksum"))
+                record["seconds"] = round(time.monotonic() - start, 3)
+                p.step(done(record))
+
+    def _one(self, pass_: LayerPass, index: int, layer: nn.Module) -> dict[str, Any]:
+        arguments, device = self.arguments[index], self.skeleton.device
+        trace = trace_layer(layer, self.store.read(0, 1).to(device), arguments)
+        ran = {name for group in trace.groups for name in group.names}
+        if idle := sorted(set(self.skeleton.linears(index)) - ran):
+            raise UserError(f"{self.skeleton.layer_name(index)}.{idle[0]} did not run on the calibration text",
+                            "mixtures of experts are not supported yet")
+        pass_.begin(index, layer, trace.groups)
+        sequential = self.settings.true_sequential
+        run = LayerRun(layer, arguments, trace, self.store, self.work.folder if sequential else None)
+        try:
+            for stage in [[g] for g in trace.groups] if sequential else [trace.groups]:
+                for group, statistics in zip(stage, run.gather(stage), strict=True):
+                    pass_.change(layer, group, statistics)
+            checksum = self.store.replace(run.outputs())
+        finally:
+            run.close()
+        tensors, record = pass_.finish(index, layer)
+        self.work.save_layer(index, tensors, record)
+        self.store.commit()
+        return {**record, "_checksum": checksum}
+
+
+class LayerRun:
+    """One layer, run over all sequences once for each group and once for its output.
+
+    scratch: a folder for the inputs of the linears that end a child module. Given, no linear runs twice: once such an
+    input is known, the module is replaced by its last linear on that input (in a Llama layer the attention runs once, not
+    four times). That is only right when everything before that linear is final, hence only when groups are worked on one
+    after another; None otherwise.
+    """
+
+    def __init__(self, layer: nn.Module, arguments: dict[str, Any], trace: LayerTrace, store: StateStore,
+                 scratch: Path | None) -> None:
+        self.layer, self.arguments, self.store = layer, arguments, store
+        self.device = next(layer.parameters()).device
+        dtype = torch.bfloat16 if matmul_precision() == "bf16" else torch.float32
+        self.batch = 0
+        self.endings = {} if scratch is None else trace.endings
+        self.inputs = {linear: Scratch(scratch / f"input-{part}", dtype)
+                       for part, (linear, _) in self.endings.items() if scratch is not None}
+
+    def gather(self, groups: list[LinearGroup]) -> list[InputStatistics]:
+        """Run every sequence up to the last of `groups` and sum x x^T over each group's input."""
+        found = [InputStatistics(torch.zeros(g.in_features, g.in_features, device=self.device), 0) for g in groups]
+
+        def hook(position: int) -> Any:
+            kept = self.inputs.get(groups[position].names[0])
+
+            def accumulate(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+                x = args[0].reshape(-1, groups[position].in_features)
+                add_gram(found[position].hessian, x)
+                found[position].tokens += x.shape[0]
+                if kept is not None:
+                    kept.put(self.batch, args[0])
+                if position == len(groups) - 1:
+                    raise StopForward
+            return accumulate
+
+        handles = [self.layer.get_submodule(g.names[0]).register_forward_pre_hook(hook(i)) for i, g in enumerate(groups)]
+        try:
+            for _ in self.outputs():
+                pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        for statistics in found:
+            mirror_upper(statistics.hessian)
+        return found
+
+    def outputs(self) -> Iterator[torch.Tensor]:
+        """What leaves the layer as it is now, batch by batch (nothing for a batch that a hook stopped)."""
+        for batch, (first, last) in enumerate(self.store.starts()):
+            self.batch = batch  # hooks and shortcuts work on this one
+            hidden = self.store.read(first, last).to(self.device)
+            with self._shortcuts(), fast_matmul():
+                try:
+                    out = self.layer(hidden, **self.arguments)
+                except StopForward:
+                    continue
+            yield out[0] if isinstance(out, tuple) else out
+
+    @contextmanager
+    def _shortcuts(self) -> Iterator[None]:
+        """Child modules whose last linear's input is known for this batch are replaced by that linear."""
+        replaced = []
+        for name, (linear, nones) in self.endings.items():
+            if self.batch in self.inputs[linear].places:
+                part = self.layer.get_submodule(name)
+                replaced.append((part, part.forward))
+                part.forward = self._ending(linear, nones)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            for part, forward in replaced:
+                part.forward = forward  # type: ignore[method-assign]
+
+    def _ending(self, linear: str, nones: int | None) -> Callable[..., Any]:
+        def run(*_args: Any, **_kwargs: Any) -> Any:
+            out = self.layer.get_submodule(linear)(self.inputs[linear].get(self.batch).to(self.device))
+            return out if nones is None else (out, *[None] * nones)
+        return run
+
+    def close(self) -> None:
+        for scratch in self.inputs.values():
+            scratch.close()
+
+
+def add_gram(hessian: torch.Tensor, x: torch.Tensor) -> None:
+    """Add x^T x, for x [tokens, in], to the upper triangle of `hessian` [in, in] (in blocks: 5/8 of the full product)."""
+    n = x.shape[1]
+    step = max(128, -(-n // 4))
+    with fast_matmul():
+        for i in range(0, n, step):
+            hessian[i : i + step, i:].addmm_(x[:, i : i + step].t(), x[:, i:])
+
+
+def mirror_upper(square: torch.Tensor) -> None:
+    """Copy the upper triangle to the lower one in place, a band at a time (no second matrix)."""
+    for i in range(0, square.shape[0], 256):
+        band = square[i : i + 256, i:]
+        corner = band[:, : band.shape[0]]
+        corner.copy_(corner.triu() + corner.triu(1).t())
+        square[i + band.shape[0] :, i : i + band.shape[0]] = band[:, band.shape[0] :].t()

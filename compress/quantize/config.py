@@ -1,0 +1,63 @@
+"""The settings of `llmc quantize`: one place for names, defaults and what is allowed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llmc.errors import UserError
+
+METHODS = ("gptq", "rtn")
+BITS = (4, 8)
+GROUP_SIZES = (32, 64, 128)
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """What `llmc quantize` and `llmc.quantize` take; see `llmc quantize --help` for what each means."""
+
+    bits: int = 4
+    method: str = "gptq"
+    group_size: int = 32
+    sym: bool = True
+    calibration: str = "self"
+    samples: int = 128
+    seq_len: int = 512
+    seed: int = 0
+    damp: float = 0.01
+    true_sequential: bool = True
+    device: str = "cpu"
+    threads: int | None = None
+    out: Path | None = None
+    resume: bool = False
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.bits not in BITS:
+            problems.append(f"--bits {self.bits}: must be 4 or 8")
+        if self.method not in METHODS:
+            problems.append(f"--method {self.method}: must be gptq or rtn")
+        if self.group_size not in GROUP_SIZES:
+            problems.append(f"--group-size {self.group_size}: must be 32, 64 or 128")
+        if self.samples < 1:
+            problems.append(f"--samples {self.samples}: must be at least 1")
+        if not 16 <= self.seq_len <= 32768:
+            problems.append(f"--seq-len {self.seq_len}: must be 16 … 32768")
+        if not 0 < self.damp < 1:
+            problems.append(f"--damp {self.damp}: must lie between 0 and 1")
+        if self.threads is not None and self.threads < 1:
+            problems.append(f"--threads {self.threads}: must be at least 1")
+        if problems:
+            raise UserError("; ".join(problems), "see `llmc quantize --help`")
+
+    def numbers(self) -> dict[str, Any]:
+        """The settings that decide the result, for manifests and for the fingerprint of `--resume`."""
+        deciding = asdict(self)
+        for name in ("out", "resume", "dry_run"):
+            del deciding[name]
+        if self.method == "rtn":
+            for name in ("calibration", "samples", "seq_len", "seed", "damp", "true_sequential"):
+                del deciding[name]
+        return deciding

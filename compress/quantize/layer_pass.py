@@ -1,0 +1,98 @@
+"""Quantisation as the calibration loop sees it: one group of linears at a time, a record for each layer."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmc.compress.calibration import InputStatistics
+from llmc.compress.quantize.gptq import gptq, objective
+from llmc.compress.quantize.rtn import rtn
+from llmc.compress.skeleton import LinearGroup, Skeleton, get_weight, set_weight
+from llmc.console import warn
+from llmc.export.gptq import checkpoint as gptq_format
+from llmc.grids import Grid, QuantizedTensor
+
+
+class QuantizePass:
+    """A `LayerPass`: GPTQ on every group of linears, each layer's tensors in the GPTQ checkpoint format.
+
+    A layer's record: {'layer', 'error' (share of the output energy lost, all linears), 'events' [in words],
+    'linears': {name: {'error', 'method' ('gptq' | 'rtn'), 'damp', 'dead_columns', 'tokens_per_column', 'sha256'}}}.
+    """
+
+    def __init__(self, skeleton: Skeleton, grid: Grid, damp: float) -> None:
+        self.skeleton, self.grid, self.damp = skeleton, grid, damp
+
+    def begin(self, index: int, layer: nn.Module, groups: list[LinearGroup]) -> None:
+        self.prefix = self.skeleton.layer_name(index)
+        self.quantized: dict[str, QuantizedTensor] = {}
+        self.linears: dict[str, dict[str, Any]] = {}
+        self.events: list[str] = []
+        self.lost = self.energy = 0.0
+
+    def change(self, layer: nn.Module, group: LinearGroup, statistics: InputStatistics) -> None:
+        """GPTQ on the group's weights, stacked: they share the Hessian, and rows do not touch each other."""
+        linears = [layer.get_submodule(n) for n in group.names]
+        weights = [get_weight(m) for m in linears]
+        result = gptq(torch.cat(weights), statistics.hessian, self.grid, self.damp)
+        for event in result.events:
+            self._note(f"{group.names[0]}: {event}")
+        if result.weight is None:
+            self._note(f"{', '.join(group.names)}: rounded to nearest, no damping made the Hessian invertible")
+        row = 0
+        for name, linear, weight in zip(group.names, linears, weights, strict=True):
+            rows = slice(row, row := row + weight.shape[0])
+            if result.weight is None:
+                q, method = rtn(weight, self.grid), "rtn"
+                error = objective((q.dequantize() - weight).t(), statistics.hessian)
+            else:
+                zeros = result.weight.zeros
+                q = QuantizedTensor(self.grid, result.weight.codes[rows], result.weight.scales[rows],
+                                    None if zeros is None else zeros[rows])
+                method, error = "gptq", result.error[rows]
+            lost, energy = float(error.double().sum()), float(result.energy[rows].double().sum())
+            self._keep(name, linear, q, lost, energy, method=method, damp=result.damp, dead_columns=result.dead,
+                       tokens_per_column=round(statistics.tokens / group.in_features, 2))
+
+    def round(self, name: str, linear: nn.Module) -> None:
+        """Round one linear to nearest; its error is the plain squared one, relative to the weights."""
+        weight = get_weight(linear)
+        q = rtn(weight, self.grid)
+        lost, energy = float((q.dequantize() - weight).square().sum()), float(weight.square().sum())
+        self._keep(name, linear, q, lost, energy, method="rtn")
+
+    def finish(self, index: int, layer: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        tensors = {}
+        for name, q in self.quantized.items():
+            stored = self.skeleton.stored_name(f"{self.prefix}.{name}.weight")
+            assert stored is not None  # the layer was loaded from it
+            for part, tensor in gptq_format.encode(q).items():
+                tensors[f"{stored.removesuffix('.weight')}.{part}"] = tensor
+        error = self.lost / self.energy if self.energy else 0.0
+        return tensors, {"layer": index, "error": error, "events": self.events, "linears": self.linears}
+
+    def _keep(self, name: str, linear: nn.Module, q: QuantizedTensor, lost: float, energy: float, **record: Any) -> None:
+        """From here on the layer runs with the weights that ship."""
+        set_weight(linear, q.dequantize())
+        cpu = QuantizedTensor(q.grid, q.codes.cpu(), q.scales.cpu(), None if q.zeros is None else q.zeros.cpu())
+        self.quantized[name] = cpu
+        self.linears[name] = {"error": lost / energy if energy else 0.0, **record, "sha256": digest(cpu)}
+        self.lost += lost
+        self.energy += energy
+
+    def _note(self, event: str) -> None:
+        self.events.append(event)
+        warn(f"{self.prefix}.{event}")
+
+
+def digest(q: QuantizedTensor) -> str:
+    """sha256 over codes, scales and zero points."""
+    h = hashlib.sha256(q.codes.contiguous().numpy().tobytes())
+    h.update(q.scales.contiguous().numpy().tobytes())
+    if q.zeros is not None:
+        h.update(q.zeros.contiguous().numpy().tobytes())
+    return h.hexdigest()

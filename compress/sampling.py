@@ -1,0 +1,48 @@
+"""Calibration text that the model writes itself, for when there is no text and no network.
+
+Liu et al., "LLM-QAT: Data-Free Quantization Aware Training", 2023 (arXiv:2305.17888), section 2.1: text sampled from the
+model covers what the model has learned. Each sequence starts with the model's own start token and one token drawn
+uniformly from the vocabulary, so that the sequences differ; the rest is sampled at temperature 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmc.console import progress
+
+
+@torch.no_grad()
+def sample_from_model(model: nn.Module, tokenizer: Any, samples: int, seq_len: int, seed: int, batch: int) -> torch.Tensor:
+    """int64 [samples, seq_len] on the CPU, sampled `batch` sequences at a time with a KV cache.
+
+    Reproducible for the same model, seed, batch and thread count: the generator is local.
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    special = torch.tensor(sorted(set(tokenizer.all_special_ids)), dtype=torch.int64)
+    vocabulary = len(tokenizer)
+    ordinary = torch.ones(vocabulary)
+    ordinary[special[special < vocabulary]] = 0
+    done = []
+    with progress("sampling calibration text, token", seq_len * -(-samples // batch)) as p:
+        for first in range(0, samples, batch):
+            n = min(batch, samples - first)
+            ids = torch.multinomial(ordinary, n, replacement=True, generator=generator)[:, None]
+            if tokenizer.bos_token_id is not None:
+                ids = torch.cat([torch.full((n, 1), tokenizer.bos_token_id), ids], dim=1)
+            feed, cache = ids, None
+            p.step(n=ids.shape[1])
+            while ids.shape[1] < seq_len:
+                out = model(feed.to(device), past_key_values=cache, use_cache=True)
+                cache = out.past_key_values
+                probabilities = torch.softmax(out.logits[:, -1].float().cpu(), dim=-1)
+                probabilities[:, vocabulary:] = 0  # padding rows of the head are no tokens
+                feed = torch.multinomial(probabilities, 1, generator=generator)
+                ids = torch.cat([ids, feed], dim=1)
+                p.step()
+            done.append(ids[:, :seq_len])
+    return torch.cat(done)

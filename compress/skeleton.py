@@ -1,0 +1,258 @@
+"""A model whose weights are not in memory: built on the meta device, filled one decoder layer at a time.
+
+Nothing here knows an architecture by name. The decoder layers are the module list whose length the config states; the
+linears of a layer that share an input are found by running one sequence through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmc.checkpoint import Checkpoint
+from llmc.errors import UserError
+
+
+@dataclass(frozen=True)
+class LinearGroup:
+    """Linears (names inside the layer) that see the same input of width `in_features`, in the order they run."""
+
+    names: tuple[str, ...]
+    in_features: int
+
+
+class StopForward(Exception):  # noqa: N818 - not an error: it ends a forward pass that has served its purpose
+    """Raised from a hook."""
+
+
+def is_linear(module: nn.Module) -> bool:
+    """nn.Linear, or transformers' Conv1D (GPT-2), which stores its weight transposed."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def get_weight(linear: nn.Module) -> torch.Tensor:
+    """The weight as [out, in] (a view)."""
+    weight = linear.weight.data
+    assert isinstance(weight, torch.Tensor)
+    return weight if isinstance(linear, nn.Linear) else weight.t()
+
+
+def set_weight(linear: nn.Module, weight: torch.Tensor) -> None:
+    """Replace the weight by `weight` [out, in]."""
+    get_weight(linear).copy_(weight)
+
+
+class Skeleton:
+    """The model of a checkpoint on the meta device, its parts loaded and freed by the caller."""
+
+    def __init__(self, checkpoint: Checkpoint, device: str) -> None:
+        from accelerate import init_empty_weights
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        self.checkpoint, self.device = checkpoint, torch.device(device)
+        folder = str(checkpoint.folder)
+        try:
+            self.config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            with init_empty_weights(include_buffers=False):
+                self.model = AutoModelForCausalLM.from_config(
+                    self.config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False)
+        except (ValueError, KeyError, ImportError) as e:
+            kind = checkpoint.config.get("model_type", "unknown")
+            raise UserError(f"transformers cannot build the architecture {kind!r} of {folder}: {str(e).splitlines()[0]}",
+                            "llmc needs a causal language model that transformers knows without remote code") from e
+        self.model.eval()
+        self.layers_name, self.layers = _find_layers(self.model)
+        self.known = set(checkpoint.names())
+
+    def stored_name(self, name: str) -> str | None:
+        """The checkpoint's name of a parameter: as it is, or with the base model's prefix left out or added."""
+        prefix = self.model.base_model_prefix + "."
+        for candidate in (name, name.removeprefix(prefix), prefix + name):
+            if candidate in self.known:
+                return candidate
+        return None
+
+    def load(self, module: nn.Module, prefix: str) -> None:
+        """Fill a module's parameters and persistent buffers from the checkpoint, in float32.
+
+        Embedding tables keep their stored type (they can be gigabytes); their output is raised to float32 by a hook.
+        """
+        for path, sub in module.named_modules():
+            here = f"{prefix}.{path}".strip(".")
+            table = isinstance(sub, nn.Embedding)
+            for name, _ in [*sub.named_parameters(recurse=False), *sub.named_buffers(recurse=False)]:
+                full = f"{here}.{name}"
+                stored = self.stored_name(full)
+                if stored is None:
+                    if name in sub._buffers:  # computed when the module is built
+                        sub._buffers[name] = sub._buffers[name].to(self.device)  # type: ignore[union-attr]
+                        continue
+                    raise UserError(f"{self.checkpoint.folder} has no tensor {full}", "the checkpoint is incomplete")
+                value = self.checkpoint.tensor(stored)
+                if value.is_floating_point() and not table:
+                    value = value.to(torch.float32)
+                value = value.to(self.device)
+                if name in sub._buffers:
+                    sub._buffers[name] = value
+                    continue
+                expected = sub._parameters[name]
+                if expected is not None and expected.shape != value.shape:
+                    raise UserError(f"{stored} has shape {list(value.shape)}, config.json says {list(expected.shape)}",
+                                    "the checkpoint and its config.json do not belong together")
+                sub._parameters[name] = nn.Parameter(value, requires_grad=False)
+            if table and not sub._forward_hooks:
+                sub.register_forward_hook(lambda _m, _args, out: out.float())
+
+    @staticmethod
+    def free(module: nn.Module) -> None:
+        """Send a module's parameters back to the meta device."""
+        for sub in module.modules():
+            for name, p in sub._parameters.items():
+                if p is not None and p.device.type != "meta":
+                    sub._parameters[name] = nn.Parameter(p.data.to("meta"), requires_grad=False)
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """One decoder layer with its weights, freed at the end."""
+        layer = self.layers[index]
+        self.load(layer, self.layer_name(index))
+        try:
+            yield layer
+        finally:
+            self.free(layer)
+
+    def layer_name(self, index: int) -> str:
+        return f"{self.layers_name}.{index}"
+
+    def linears(self, index: int) -> dict[str, nn.Module]:
+        """Every linear of a decoder layer by its name inside the layer."""
+        return {n: m for n, m in self.layers[index].named_modules() if is_linear(m)}
+
+    @torch.no_grad()
+    def enter(self, batches: Iterator[torch.Tensor], width: int) -> tuple[list[dict[str, Any]], Iterator[torch.Tensor]]:
+        """What the model does before its first layer.
+
+        width: tokens of a sequence.  Returns the keyword arguments that the model hands to each decoder layer (recorded
+        with one sequence, so they broadcast), and the hidden states that enter layer 0, float32 [n, width, hidden].
+        """
+        arguments: list[dict[str, Any]] = []
+        entering: list[torch.Tensor] = []
+        forwards = [layer.forward for layer in self.layers]
+
+        def record(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if args:
+                raise UserError("this architecture hands positional arguments to its decoder layers",
+                                "please report the model's type: llmc cannot stream it yet")
+            if not arguments:
+                entering.append(hidden)
+            arguments.append({k: _to(v, self.device) for k, v in kwargs.items()})
+            if len(arguments) == len(forwards):
+                raise StopForward
+            return hidden
+
+        def take(hidden: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+            entering.append(hidden)
+            raise StopForward
+
+        for part, prefix in self._outside():
+            self.load(part, prefix)
+
+        def run(ids: torch.Tensor) -> torch.Tensor:
+            try:
+                self.model(input_ids=ids.to(self.device), use_cache=False)
+            except StopForward:
+                return entering.pop()
+            raise UserError("the model did not run its decoder layers", "please report the model's type")
+
+        try:
+            for layer in self.layers:
+                layer.forward = record  # type: ignore[method-assign]
+            run(torch.zeros(1, width, dtype=torch.int64))
+            self.layers[0].forward = take  # type: ignore[method-assign]
+            states = [run(ids).float() for ids in batches]
+        finally:
+            for layer, forward in zip(self.layers, forwards, strict=True):
+                layer.forward = forward  # type: ignore[method-assign]
+            for part, _ in self._outside():
+                self.free(part)
+        return arguments, iter(states)
+
+    def _outside(self) -> list[tuple[nn.Module, str]]:
+        """The modules that hold parameters of their own outside the decoder layers and the head, with their names."""
+        head = self.model.get_output_embeddings()
+        found = []
+        for name, module in self.model.named_modules():
+            inside = name.startswith(self.layers_name + ".") or module is head
+            if not inside and (module._parameters or module._buffers):
+                found.append((module, name))
+        return found
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    """Move what a model hands to its layers to the device the layers run on."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return tuple(_to(v, device) for v in value)
+    return value
+
+
+def _find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The decoder layers: the longest module list whose members hold linears."""
+    lists = [(n, m) for n, m in model.named_modules()
+             if isinstance(m, nn.ModuleList) and len(m) and any(is_linear(x) for x in m[0].modules())]
+    if not lists:
+        raise UserError(f"{type(model).__name__} has no list of decoder layers", "llmc needs a decoder-only model")
+    return max(lists, key=lambda pair: len(pair[1]))
+
+
+@dataclass(frozen=True)
+class LayerTrace:
+    """groups: linears by shared input, in the order they run.
+    endings: for each child module of the layer that ends in a linear, so that its output is that linear's (in a Llama
+    layer: self_attn in o_proj, mlp in down_proj), the linear's name and how many Nones follow the output."""
+
+    groups: list[LinearGroup]
+    endings: dict[str, tuple[str, int | None]]
+
+
+@torch.no_grad()
+def trace_layer(layer: nn.Module, hidden: torch.Tensor, arguments: dict[str, Any]) -> LayerTrace:
+    """Run one sequence [1, n, hidden] through a layer and see which linears are given the very same tensor."""
+    seen: list[tuple[torch.Tensor, list[str]]] = []  # keeps the inputs alive, so identity cannot be reused
+    made: dict[int, tuple[str, torch.Tensor]] = {}  # by address; alive for the same reason
+    endings: dict[str, tuple[str, int | None]] = {}
+
+    def linear(name: str) -> Any:
+        def note(_module: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+            made[out.data_ptr()] = (name, out)
+            for tensor, names in seen:
+                if tensor is args[0]:
+                    names.append(name)
+                    return
+            seen.append((args[0], [name]))
+        return note
+
+    def part(name: str) -> Any:
+        def note(_module: nn.Module, _args: tuple[Any, ...], out: Any) -> None:
+            first, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
+            source = made.get(first.data_ptr(), ("", None))[0]
+            if source.startswith(name + ".") and (rest is None or all(x is None for x in rest)):
+                endings[name] = (source, None if rest is None else len(rest))
+        return note
+
+    handles = [m.register_forward_hook(linear(n)) for n, m in layer.named_modules() if is_linear(m)]
+    handles += [m.register_forward_hook(part(n)) for n, m in layer.named_children()]
+    try:
+        layer(hidden, **arguments)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return LayerTrace([LinearGroup(tuple(names), tensor.shape[-1]) for tensor, names in seen], endings)

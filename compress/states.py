@@ -1,0 +1,101 @@
+"""The hidden states of the calibration sequences, in files: bounded memory, and durable for `--resume`.
+
+Two files take turns: layer k reads `current` and writes `following`, and `commit` swaps them. Plain reads and writes leave
+the bytes in the page cache, so on a machine with memory to spare this runs at memory speed and costs no resident memory.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+class StateStore:
+    """float32 hidden states [samples, seq_len, hidden] of one stream of sequences."""
+
+    def __init__(self, folder: Path, name: str, shape: tuple[int, int, int], batch: int) -> None:
+        self.files = [folder / f"{name}.{side}.f32" for side in "ab"]
+        self.shape, self.batch, self.side = shape, batch, 0
+        self.row = shape[1] * shape[2] * 4  # bytes of one sequence
+        self._checksum = 0
+
+    def starts(self) -> Iterator[tuple[int, int]]:
+        """(first, last + 1) of each batch of sequences."""
+        for first in range(0, self.shape[0], self.batch):
+            yield first, min(first + self.batch, self.shape[0])
+
+    def read(self, first: int, last: int) -> torch.Tensor:
+        """Sequences `first` … `last - 1` as they enter the present layer, float32 [n, seq_len, hidden]."""
+        count = (last - first) * self.row // 4
+        flat = np.fromfile(self.files[self.side], dtype=np.float32, count=count, offset=first * self.row)
+        return torch.from_numpy(flat).view(last - first, *self.shape[1:])
+
+    def replace(self, batches: Iterable[torch.Tensor]) -> int:
+        """Write what leaves the layer, batch by batch in order, to the other file. Returns its CRC-32."""
+        checksum = 0
+        with self.files[1 - self.side].open("wb") as f:
+            for states in batches:
+                raw = memoryview(states.to("cpu", torch.float32).contiguous().numpy()).cast("B")
+                checksum = zlib.crc32(raw, checksum)
+                f.write(raw)
+            f.flush()
+            os.fsync(f.fileno())
+        return checksum
+
+    def commit(self) -> None:
+        """What `replace` wrote is now what enters the next layer."""
+        self.side = 1 - self.side
+
+    def restore(self, side: int, checksum: int) -> bool:
+        """Go on from the file `side` of an interrupted run; False if it is not what was written then."""
+        self.side = side
+        path = self.files[side]
+        if not path.is_file() or path.stat().st_size != self.shape[0] * self.row:
+            return False
+        found = 0
+        with path.open("rb") as f:
+            while block := f.read(1 << 24):
+                found = zlib.crc32(block, found)
+        return found == checksum
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both files."""
+        return 2 * self.shape[0] * self.row
+
+
+class Scratch:
+    """The input of one linear for every batch, kept in a file while its layer is worked on.
+
+    bf16 where products round their factors to bf16 anyway (nothing is lost then), else float32.
+    """
+
+    def __init__(self, path: Path, dtype: torch.dtype) -> None:
+        self.path, self.dtype = path, dtype
+        self.places: dict[int, tuple[int, tuple[int, ...]]] = {}  # batch -> (byte offset, shape)
+        self.end = 0
+        path.unlink(missing_ok=True)
+
+    def put(self, key: int, value: torch.Tensor) -> None:
+        """Append the input [n, seq_len, in] of batch `key`."""
+        raw = value.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy()
+        with self.path.open("ab") as f:
+            raw.tofile(f)
+        self.places[key] = (self.end, tuple(value.shape))
+        self.end += raw.nbytes
+
+    def get(self, key: int) -> torch.Tensor:
+        """float32, as it was put (rounded to `dtype`)."""
+        offset, shape = self.places[key]
+        count = math.prod(shape) * self.dtype.itemsize
+        raw = torch.from_numpy(np.fromfile(self.path, dtype=np.uint8, count=count, offset=offset))
+        return raw.view(self.dtype).view(shape).float()
+
+    def close(self) -> None:
+        self.path.unlink(missing_ok=True)

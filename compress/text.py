@@ -1,0 +1,123 @@
+"""Calibration text: read, rendered, tokenised, packed into full sequences, with what the manifest must say about it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmc.errors import UserError
+from llmc.overlap import sketch
+
+SELF = "self"
+HUB = "hf:"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """sequences: int64 [samples, seq_len], every one full.  origin: what the manifest records."""
+
+    sequences: torch.Tensor
+    origin: dict[str, Any]
+
+    @property
+    def tokens(self) -> int:
+        return self.sequences.numel()
+
+
+def load_calibration(spec: str, tokenizer: Any, samples: int, seq_len: int) -> Calibration:
+    """Sequences from a text file, a .jsonl file (`text` or `messages` in each line) or `hf:NAME`.
+
+    The documents are joined, tokenised and cut into sequences of `seq_len`; where there are more than `samples`, they are
+    taken evenly spaced over the whole text, so that a file that holds one kind of text after another is sampled from each.
+    """
+    documents = _from_hub(spec.removeprefix(HUB), tokenizer, samples * seq_len) if spec.startswith(HUB) else _read(
+        Path(spec), tokenizer)
+    text = "\n\n".join(documents)
+    if not text.strip():
+        raise UserError(f"the calibration text {spec} is empty", "give a file with text like what the model will see")
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    available = len(ids) // seq_len
+    if available < samples:
+        raise UserError(
+            f"the calibration text {spec} has {len(ids):,} tokens, and {samples} sequences of {seq_len} need "
+            f"{samples * seq_len:,}", f"use --samples {max(1, available)}, a smaller --seq-len, or more text")
+    packed = torch.tensor(ids[: available * seq_len], dtype=torch.int64).view(available, seq_len)
+    chosen = [i * available // samples for i in range(samples)]
+    used = tokenizer.decode(packed[chosen].flatten().tolist())
+    return Calibration(packed[chosen], {
+        "name": spec if spec.startswith(HUB) else Path(spec).name, "sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "samples": samples, "seq_len": seq_len, "tokens": samples * seq_len, "tokens_in_text": len(ids),
+        "sketch": sketch(used),
+    })
+
+
+def from_model(text_ids: torch.Tensor, tokenizer: Any, origin: dict[str, Any]) -> Calibration:
+    """Sequences that the model sampled itself (`sampling.sample_from_model`)."""
+    text = tokenizer.decode(text_ids.flatten().tolist())
+    return Calibration(text_ids, {
+        "name": SELF, "sha256": hashlib.sha256(text_ids.numpy().tobytes()).hexdigest(), "samples": text_ids.shape[0],
+        "seq_len": text_ids.shape[1], "tokens": text_ids.numel(), "sketch": sketch(text), **origin,
+    })
+
+
+def _read(path: Path, tokenizer: Any) -> list[str]:
+    try:
+        raw = path.read_text(encoding="utf-8")
+    except FileNotFoundError as e:
+        raise UserError(f"the calibration file {path} does not exist", "give a text or .jsonl file, `self` or hf:NAME") from e
+    except (IsADirectoryError, PermissionError) as e:
+        raise UserError(f"the calibration file {path} cannot be read: {e.strerror}", "give a text or .jsonl file") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"the calibration file {path} is not UTF-8 text (byte {e.start})", "save it as UTF-8") from e
+    if path.suffix != ".jsonl":
+        return [raw]
+    documents = []
+    for number, line in enumerate(raw.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as e:
+            raise UserError(f"{path}, line {number} is not JSON: {e}", "each line must be one JSON object") from e
+        documents.append(_document(row, tokenizer, f"{path}, line {number}"))
+    return documents
+
+
+def _document(row: Any, tokenizer: Any, where: str) -> str:
+    """One row: `text` as it is, or `messages` through the model's chat template (transformers renders it sandboxed)."""
+    from jinja2 import TemplateError
+
+    if isinstance(row, dict) and isinstance(row.get("text"), str):
+        return str(row["text"])
+    if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
+        raise UserError(f"{where} has neither `text` nor `messages`", 'write {"text": "…"} or {"messages": […]}')
+    if not tokenizer.chat_template:
+        raise UserError(f"{where} has `messages` and the model has no chat template", "give plain `text` instead")
+    try:
+        return str(tokenizer.apply_chat_template(row["messages"], tokenize=False))
+    except (TemplateError, TypeError, KeyError, ValueError) as e:
+        raise UserError(f"{where}: the model's chat template refused the messages: {e}", "check roles and contents") from e
+
+
+def _from_hub(name: str, tokenizer: Any, tokens: int) -> list[str]:
+    """Rows of a data set's train split, streamed until they hold about twice the tokens that are needed."""
+    try:
+        from datasets import load_dataset
+    except ImportError as e:
+        raise UserError("--calibration hf:NAME needs the package datasets", "pip install datasets") from e
+    try:
+        rows = load_dataset(name, split="train", streaming=True)
+        documents, characters = [], 0
+        for number, row in enumerate(rows, 1):
+            documents.append(_document(row, tokenizer, f"{name}, row {number}"))
+            characters += len(documents[-1])
+            if characters > tokens * 10:  # a token is rarely more than five characters
+                break
+    except (OSError, ValueError) as e:  # the hub's own errors and "no such data set" derive from these
+        raise UserError(f"the data set {name} could not be read: {e}", "check its name and the network") from e
+    return documents

@@ -1,0 +1,72 @@
+"""llmc quantize"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llmc.compress.quantize.config import QuantizeConfig
+from llmc.console import duration, set_quiet, size
+
+D = QuantizeConfig()
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help="A Hugging Face folder, a .gguf file, or a hub id (org/name).")],
+    bits: Annotated[int, typer.Option(help="4 or 8.")] = D.bits,
+    method: Annotated[str, typer.Option(help="gptq (error-compensated, needs text) or rtn (no data).")] = D.method,
+    group_size: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64 or 128.")] = D.group_size,
+    sym: Annotated[bool, typer.Option("--sym/--asym", help="Fixed or stored zero point. Only --sym fits Q4_0 and Q8_0."),
+                   ] = D.sym,
+    calibration: Annotated[str, typer.Option(
+        help="A text or .jsonl file, hf:NAME, or self: text sampled from the model.")] = D.calibration,
+    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = D.samples,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a calibration sequence.")] = D.seq_len,
+    seed: Annotated[int, typer.Option(help="Seed of --calibration self.")] = D.seed,
+    damp: Annotated[float, typer.Option(help="Added to the Hessian's diagonal, as a share of its mean.")] = D.damp,
+    true_sequential: Annotated[bool, typer.Option(
+        "--true-sequential/--one-pass", help="Calibrate each linear on the quantised ones before it, or all at once."),
+    ] = D.true_sequential,
+    device: Annotated[str, typer.Option(help="cpu, gpu, or a torch device.")] = D.device,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="physical cores")] = D.threads,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Output folder.",
+                                             show_default="MODEL-METHOD-BITSbit")] = D.out,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after the last finished layer.")] = D.resume,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and what it needs; do nothing.")] = D.dry_run,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Quantise a model's linears to 4 or 8 bits and write a GPTQ checkpoint folder.
+
+    The grid is that of the file that will ship: `llmc export --format gguf` then keeps every code bit for bit.
+    """
+    config = QuantizeConfig(bits, method, group_size, sym, calibration, samples, seq_len, seed, damp, true_sequential,
+                            device, threads, out, resume, dry_run)
+    if as_json:
+        set_quiet(True)
+    from llmc.compress.quantize.run import quantize as run
+
+    result = run(model, config)
+    print(json.dumps(result, indent=2) if as_json else _plan(result) if dry_run else _summary(result))
+
+
+def _plan(p: dict[str, Any]) -> str:
+    text = f"calibrated on {p['tokens']:,} tokens of {p['calibration']}" if p["calibration"] else "no data"
+    return (f"{p['source']} -> {p['out']}\n"
+            f"  {p['method']} on the grid {p['grid']}, {text}\n"
+            f"  {p['layers']} layers, {p['linear_weights'] / 1e6:.1f} M weights, {size(p['out_bytes'])} when done\n"
+            f"  at most about {size(p['memory_bytes'])} of memory and {size(p['disk_bytes'])} of disk\n"
+            f"  on {p['device']}, {p['threads']} threads, activation products in {p['matmul']}")
+
+
+def _summary(r: dict[str, Any]) -> str:
+    departures = f", {r['fallbacks']} layers fell back to RTN" if r["fallbacks"] else ""
+    return (f"{r['out']}: {r['grid']}, {r['bits_per_weight']:.3g} bits per linear weight, {size(r['bytes'])}, "
+            f"mean layer error {100 * r['error']:.2f} %{departures}, {duration(r['seconds'])}\n"
+            f"next: llmc export --format gguf {r['out']}")
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(quantize)
