@@ -35,7 +35,8 @@ def describe_artifact(artifact: Path) -> dict[str, Any]:
     """Identity, weight and provenance of an artifact, as far as its manifest tells."""
     manifest = read_manifest(artifact) or {}
     passes = manifest.get("passes", [])
-    layers = [layer for p in passes for layer in p.get("layers") or []]
+    # of the last pass that has any
+    layers: list[dict[str, Any]] = next((p["layers"] for p in reversed(passes) if p.get("layers")), [])
     return {
         "name": artifact.name, "path": str(artifact), "sha256": hash_artifact(artifact),
         "kind": manifest.get("kind") or ("gguf" if artifact.is_file() else "hf"), "size": weigh(artifact),
@@ -55,6 +56,8 @@ def read_report(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a JSON file: {e}", "give reports of `llmc eval` or `llmc bench`") from e
     if not isinstance(report, dict) or report.get("kind") != KIND:
         raise UserError(f"{path} is not a report of llmc", "give reports of `llmc eval` or `llmc bench`")
+    if lacking := [k for k in ("schema", "artifact", "versions") if k not in report]:
+        raise UserError(f"{path} is not a whole report: {', '.join(lacking)} missing", "make the report again")
     if report.get("schema") != SCHEMA:
         raise UserError(f"{path} has report schema {report.get('schema')!r}; this llmc reads {SCHEMA}",
                         "make the report again with this version")

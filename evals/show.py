@@ -66,7 +66,7 @@ def speed_lines(report: dict[str, Any]) -> str:
     copied = s["read_bandwidth"] / s["copy_bandwidth"]
     lines = [
         f"{report['artifact']['name']}  {size(report['artifact']['size']['file_bytes'])}, run by "
-        f"{s['runtime']['runtime']} on {s['machine']['cpu']}, {p['threads']} threads, {p['device']}",
+        f"{s['runtime']['runtime']} on {s['machine']['cpu']}, threads {p['threads']}, {p['device']}",
         f"  load                 {s['load_s']:.2f} s  (file in the page cache)",
         f"  time to first token  {spread(s['first_token'], 3)} s  ({p['prompt']} tokens)",
         f"  prefill              {spread(s['prefill'])} tokens/s",

@@ -1,0 +1,178 @@
+"""Small SVG charts, drawn by hand so that the page needs nothing from anywhere. Colours are CSS variables of the page.
+
+All text that comes from outside is escaped here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, HEIGHT = 560, 360
+LEFT, RIGHT, TOP, BOTTOM = 64, 20, 18, 52
+LETTER = 6.6  # width of a letter at 12 px, about
+
+
+@dataclass(frozen=True)
+class Point:
+    """A mark of a scatter chart. error: half-length of the vertical bar. hollow: drawn as a ring (a second text)."""
+
+    x: float
+    y: float
+    label: str
+    colour: int
+    error: float | None = None
+    hollow: bool = False
+
+
+@dataclass(frozen=True)
+class Line:
+    """A series over whole numbers."""
+
+    label: str
+    colour: int
+    points: Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A stacked horizontal bar: parts in the order of the legend."""
+
+    label: str
+    parts: Sequence[float]
+    note: str
+
+
+def ticks(top: float, about: int = 5) -> list[float]:
+    """Round numbers from 0 to at least `top`: steps of 1, 2 or 5 times a power of ten."""
+    if top <= 0:
+        return [0.0, 1.0]
+    raw = top / about
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * (1 - 1e-9))
+    return [i * step for i in range(math.ceil(top / step - 1e-9) + 1)]
+
+
+def number(value: float) -> str:
+    """A tick's label, without noise from binary fractions: 0.3, 150."""
+    return f"{value:.6g}"
+
+
+class _Axes:
+    """Linear axes from zero, in a frame of WIDTH x HEIGHT."""
+
+    def __init__(self, x_top: float, y_top: float, x_label: str, y_label: str) -> None:
+        self.xs, self.ys = ticks(x_top), ticks(y_top)
+        right, bottom, centre = WIDTH - RIGHT, HEIGHT - BOTTOM, (LEFT + WIDTH - RIGHT) / 2
+        name = escape(f"{y_label}, against {x_label}")
+        self.out = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{name}">']
+        for t in self.ys:
+            y = self.y(t)
+            self.out.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+            self.out.append(text(LEFT - 8, y + 4, number(t), "tick", "end"))
+        for t in self.xs:
+            x = self.x(t)
+            self.out.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{bottom}"/>')
+            self.out.append(text(x, bottom + 18, number(t), "tick", "middle"))
+        self.out.append(f'<path class="axis" d="M{LEFT} {TOP}V{bottom}H{right}"/>')
+        self.out.append(text(centre, HEIGHT - 10, x_label, "label", "middle"))
+        self.out.append(f'<g transform="translate(16 {(TOP + bottom) / 2}) rotate(-90)">'
+                        f'{text(0, 0, y_label, "label", "middle")}</g>')
+
+    def x(self, v: float) -> float:
+        return LEFT + v / self.xs[-1] * (WIDTH - RIGHT - LEFT)
+
+    def y(self, v: float) -> float:
+        return HEIGHT - BOTTOM - v / self.ys[-1] * (HEIGHT - BOTTOM - TOP)
+
+    def close(self) -> str:
+        return "".join([*self.out, "</svg>"])
+
+
+def text(x: float, y: float, content: str, style: str, anchor: str = "start") -> str:
+    """One escaped line of text at (x, y); style is a CSS class."""
+    return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(content)}</text>'
+
+
+def scatter(points: Sequence[Point], x_label: str, y_label: str) -> str:
+    """Points with error bars, each labelled beside it where there is room."""
+    top = max((p.y + (p.error or 0) for p in points), default=1)
+    axes = _Axes(max((p.x for p in points), default=1) * 1.02, top or 1, x_label, y_label)
+    # boxes (left, top, right, bottom) that a label must not touch: the marks, then the labels already set
+    taken = [(axes.x(p.x) - 9, axes.y(p.y) - 9, axes.x(p.x) + 9, axes.y(p.y) + 9) for p in points]
+    for p in points:
+        x, y = axes.x(p.x), axes.y(p.y)
+        colour = f"var(--c{p.colour})"
+        shape = 'r="8" fill="none"' if p.hollow else f'r="5" fill="{colour}"'
+        bar = ""
+        if p.error:
+            low, high = axes.y(max(0.0, p.y - p.error)), axes.y(p.y + p.error)
+            bar = f'<path class="error" stroke="{colour}" d="M{x:.1f} {low:.1f}V{high:.1f}M{x - 4:.1f} ' \
+                  f'{high:.1f}h8M{x - 4:.1f} {low:.1f}h8"/>'
+        circle = f'<circle cx="{x:.1f}" cy="{y:.1f}" {shape} stroke="{colour}" stroke-width="2"/>'
+        axes.out.append(f"<g><title>{escape(p.label)}: {p.x:.4g}, {p.y:.4g}</title>{bar}{circle}</g>")
+        if not p.hollow:
+            axes.out.append(_label(x, y, p.label, taken))
+    return axes.close()
+
+
+def _label(x: float, y: float, label: str, taken: list[tuple[float, float, float, float]]) -> str:
+    """Set `label` at the first of some places around (x, y) that is inside the frame and free, else above the mark."""
+    shown = label if len(label) <= 34 else label[:33] + "…"
+    width = LETTER * len(shown)
+    places = [(x + 13, y + 4, "start"), (x - 13 - width, y + 4, "end"), (x - width / 2, y - 14, "middle"),
+              (x - width / 2, y + 22, "middle"), (x + 9, y - 13, "start"), (x - 9 - width, y - 13, "end"),
+              (x + 9, y + 21, "start"), (x - 9 - width, y + 21, "end")]
+
+    def box(place: tuple[float, float, str]) -> tuple[float, float, float, float]:
+        return place[0], place[1] - 11, place[0] + width, place[1] + 3
+
+    def free(b: tuple[float, float, float, float]) -> bool:
+        inside = b[0] >= LEFT + 2 and b[2] <= WIDTH and b[1] >= 0 and b[3] <= HEIGHT - BOTTOM
+        return inside and not any(b[0] < t[2] and t[0] < b[2] and b[1] < t[3] and t[1] < b[3] for t in taken)
+
+    place = next((p for p in places if free(box(p))), places[2])
+    taken.append(box(place))
+    at = {"start": place[0], "end": place[0] + width, "middle": place[0] + width / 2}[place[2]]
+    return text(at, place[1], shown, "mark", place[2])
+
+
+def lines(series: Sequence[Line], x_label: str, y_label: str) -> str:
+    """Lines with a dot at every point; the page's legend names them."""
+    every = [p for s in series for p in s.points]
+    x_top, y_top = (max((p[i] for p in every), default=1) or 1 for i in (0, 1))
+    axes = _Axes(x_top, y_top, x_label, y_label)
+    for s in series:
+        path = "L".join(f"{axes.x(x):.1f} {axes.y(y):.1f}" for x, y in s.points)
+        axes.out.append(f'<path class="line" stroke="var(--c{s.colour})" d="M{path}"/>')
+        for x, y in s.points:
+            axes.out.append(f'<circle cx="{axes.x(x):.1f}" cy="{axes.y(y):.1f}" r="3" fill="var(--c{s.colour})">'
+                            f"<title>{escape(s.label)}, {number(x)}: {y:.4g}</title></circle>")
+    return axes.close()
+
+
+def bars(rows: Sequence[Bar], kinds: Sequence[str], x_label: str) -> str:
+    """Stacked horizontal bars, one above the other, each with its name over it and its note behind it."""
+    left, bar = 8, 22
+    step = max(52, min(84, 300 // len(rows)))
+    height = step * len(rows) + 44
+    xs = ticks(max((sum(r.parts) for r in rows), default=1))
+    scale = (WIDTH - left - 110) / xs[-1]
+    out = [f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(x_label)}">']
+    for t in xs:
+        x = left + t * scale
+        out.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="{height - 40}"/>')
+        out.append(text(x, height - 24, number(t), "tick", "middle" if t else "start"))
+    out.append(text(left + xs[-1] * scale / 2, height - 5, x_label, "label", "middle"))
+    for i, row in enumerate(rows):
+        x, y = float(left), i * step + 22
+        out.append(text(left, y - 6, row.label, "mark"))
+        for k, (kind, part) in enumerate(zip(kinds, row.parts, strict=True)):
+            if part > 0:
+                out.append(f'<rect x="{x:.1f}" y="{y}" width="{part * scale:.1f}" height="{bar}" fill="var(--k{k})">'
+                           f"<title>{escape(row.label)}, {escape(kind)}: {part:.4g}</title></rect>")
+            x += part * scale
+        out.append(text(x + 8, y + 15, row.note, "tick"))
+    return "".join([*out, "</svg>"])

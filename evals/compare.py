@@ -1,0 +1,131 @@
+"""`llmc compare`: reports side by side, with paired differences to the first, and ship/no-ship gates.
+
+A difference between two artifacts on the same tokens is far better known than either figure, so differences and their
+standard errors are computed from the per-token values that the reports carry.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmc.errors import UserError
+from llmc.evals import gates, metrics
+from llmc.evals.config import CompareConfig
+from llmc.evals.report import read_report, unpack
+from llmc.evals.report import without_arrays as report_without_arrays
+
+
+def compare(config: CompareConfig) -> dict[str, Any]:
+    """{baseline, artifacts: […], gates: […], passed}; the first artifact is the baseline.
+
+    Each artifact: {name, report, differences}; differences (None for the baseline) are {size_ratio, texts: [{text,
+    perplexity_ratio, kld, top1}], decode_speedup, first_token_ratio, peak_rss_ratio}, None where not measured of both.
+    Raises UserError where figures are not comparable or a gate has no figure to look at.
+    """
+    limits = gates.parse(config)
+    reports = join([read_report(p) for p in config.reports], config.reports)
+    check_comparable(reports)
+    baseline = reports[0]
+    artifacts = [{"name": r["artifact"]["name"], "report": r,
+                  "differences": None if r is baseline else differences(baseline, r)} for r in reports]
+    results = gates.apply(limits, artifacts[1:] or artifacts)
+    return {"baseline": baseline["artifact"]["name"], "artifacts": artifacts, "gates": results,
+            "passed": all(g["passed"] for g in results)}
+
+
+def join(reports: list[dict[str, Any]], paths: tuple[Path, ...]) -> list[dict[str, Any]]:
+    """One report for each artifact (by sha256), in order of appearance; equal names are told apart by their path."""
+    joined: dict[str, dict[str, Any]] = {}
+    for report, path in zip(reports, paths, strict=True):
+        digest = report["artifact"]["sha256"]
+        before = joined.setdefault(digest, {})
+        for section in ("quality", "speed"):
+            if section in report and section in before:
+                raise UserError(f"{path} is the second report with a {section} section of {report['artifact']['name']}",
+                                "leave one of them out")
+        joined[digest] = {**report, **before}
+    found = list(joined.values())
+    names = [r["artifact"]["name"] for r in found]
+    return [{**r, "artifact": {**r["artifact"], "name": r["artifact"]["path"]}}
+            if names.count(r["artifact"]["name"]) > 1 else r for r in found]
+
+
+def check_comparable(reports: list[dict[str, Any]]) -> None:
+    """Every pair of figures must have been measured in the same way; the first field that differs is named."""
+    for section, command, read in (("quality", "eval", _quality_fields), ("speed", "bench", _speed_fields)):
+        measured = [r for r in reports if section in r]
+        for other in measured[1:]:
+            first = measured[0]
+            a, b = read(first), read(other)
+            for field in [*a, *(f for f in b if f not in a)]:
+                x, y = a.get(field), b.get(field)
+                if x != y:
+                    raise UserError(f"{_unequal(first, other)}: {field} is {x!r} in one and {y!r} in the other",
+                                    f"measure both with the same options of `llmc {command}`")
+    digests = {r["quality"]["base"]["sha256"]: r for r in reports if "quality" in r and r["quality"]["base"]}
+    if len(digests) > 1:
+        one, two = list(digests.values())[:2]
+        a, b = (r["quality"]["base"] for r in (one, two))
+        raise UserError(f"{_unequal(one, two)}: the base is {a['name']} ({a['sha256'][:12]}…) in one and {b['name']} "
+                        f"({b['sha256'][:12]}…) in the other", "evaluate both with the same --base")
+
+
+def _unequal(one: dict[str, Any], two: dict[str, Any]) -> str:
+    return f"{one['artifact']['name']} and {two['artifact']['name']} cannot be compared"
+
+
+def _quality_fields(report: dict[str, Any]) -> dict[str, Any]:
+    texts = report["quality"]["texts"]
+    fields: dict[str, Any] = {"texts": [t["protocol"]["text"] for t in texts]}
+    for t in texts:
+        fields |= {f"{k} (of the text {t['protocol']['text']})": v for k, v in t["protocol"].items()}
+    return fields
+
+
+def _speed_fields(report: dict[str, Any]) -> dict[str, Any]:
+    return dict(report["speed"]["protocol"])
+
+
+def differences(baseline: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """`other` against `baseline`, both measured alike."""
+    out: dict[str, Any] = {
+        "size_ratio": other["artifact"]["size"]["file_bytes"] / baseline["artifact"]["size"]["file_bytes"],
+        "texts": None, "decode_speedup": None, "first_token_ratio": None, "peak_rss_ratio": None,
+    }
+    if "quality" in baseline and "quality" in other:
+        pairs = zip(baseline["quality"]["texts"], other["quality"]["texts"], strict=True)
+        out["texts"] = [_paired(a, b) for a, b in pairs]
+    if "speed" in baseline and "speed" in other:
+        a, b = baseline["speed"], other["speed"]
+        out["decode_speedup"] = _ratio(b["decode"], a["decode"])
+        out["first_token_ratio"] = _ratio(b["first_token"], a["first_token"])
+        out["peak_rss_ratio"] = b["peak_rss"] / a["peak_rss"]
+    return out
+
+
+def _paired(baseline: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Differences on one text, token by token: the perplexities' ratio, the rises of KLD and of top-1 agreement."""
+    a = {k: unpack(v) for k, v in baseline["per_token"].items()}
+    b = {k: unpack(v) for k, v in other["per_token"].items()}
+    ratio = metrics.perplexity_ratio(b["nll"], a["nll"])
+    out: dict[str, Any] = {"text": other["protocol"]["text"], "perplexity_ratio": ratio, "kld": None, "top1": None}
+    if "kld" in a and "kld" in b:
+        out["kld"] = metrics.mean(b["kld"].astype(np.float64) - a["kld"])
+        out["top1"] = metrics.mean(b["top1"].astype(np.float64) - a["top1"])
+    return out
+
+
+def _ratio(other: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any]:
+    """Ratio of two medians; its error from the spread of the repetitions' logarithms."""
+    value = other["median"] / baseline["median"]
+    logs = [np.log(s["values"]) for s in (other, baseline)]
+    return {"value": value, "se": value * float(np.sqrt(sum(x.var(ddof=1) / len(x) for x in logs)))}
+
+
+def without_arrays(comparison: dict[str, Any]) -> dict[str, Any]:
+    """The comparison without per-token arrays, for `--json`."""
+    artifacts = [{**a, "report": report_without_arrays(a["report"])} for a in comparison["artifacts"]]
+    return {**comparison, "artifacts": artifacts}

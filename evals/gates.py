@@ -1,0 +1,90 @@
+"""Ship or do not ship: limits that a candidate must keep, on every text that it was evaluated on."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from llmc.errors import GateFailedError, UserError
+from llmc.evals.config import CompareConfig
+
+
+@dataclass(frozen=True)
+class Gate:
+    """option: as on the command line  attribute: of CompareConfig  unit: as written  factor: from the written number
+    most: an upper limit, otherwise a lower one  measure: how to get the figure, for the error where there is none."""
+
+    option: str
+    attribute: str
+    unit: str
+    factor: float
+    most: bool
+    measure: str
+
+
+GATES = (
+    Gate("--max-ppl-increase", "max_ppl_increase", "%", 0.01, True, "`llmc eval` the first report's artifact too"),
+    Gate("--max-kld", "max_kld", "", 1.0, True, "`llmc eval … --base BASE`"),
+    Gate("--min-top1", "min_top1", "%", 0.01, False, "`llmc eval … --base BASE`"),
+    Gate("--min-decode-speedup", "min_decode_speedup", "x", 1.0, False, "`llmc bench` both artifacts"),
+)
+EXAMPLES = {"--max-ppl-increase": "5%", "--max-kld": "0.1", "--min-top1": "80%", "--min-decode-speedup": "2x"}
+
+
+def parse(config: CompareConfig) -> list[tuple[Gate, float]]:
+    """The gates that were asked for, with their limits as fractions, nats and factors."""
+    limits = []
+    for gate in GATES:
+        written = getattr(config, gate.attribute)
+        if written is None:
+            continue
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)" + re.escape(gate.unit), written.strip())
+        if not match:
+            raise UserError(f"{gate.option} {written!r} is not a number{' with ' + gate.unit if gate.unit else ''}",
+                            f"write it like {gate.option} {EXAMPLES[gate.option]}")
+        limits.append((gate, float(match[1]) * gate.factor))
+    return limits
+
+
+def apply(limits: list[tuple[Gate, float]], candidates: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """[{gate, artifact, text, limit, value, passed}]: every candidate of `compare` against every limit."""
+    results = []
+    for gate, limit in limits:
+        for candidate in candidates:
+            figures = _figures(gate, candidate)
+            if not figures:
+                raise UserError(f"{gate.option}: the reports hold no such figure for {candidate['name']}",
+                                f"measure it first: {gate.measure}")
+            for text, value in figures:
+                results.append({"gate": gate.option, "artifact": candidate["name"], "text": text, "limit": limit,
+                                "value": value, "passed": value <= limit if gate.most else value >= limit})
+    return results
+
+
+def _figures(gate: Gate, candidate: dict[str, Any]) -> list[tuple[str | None, float]]:
+    """(text, value) of each figure that a gate looks at; empty where it was not measured."""
+    changes = candidate["differences"] or {}
+    if gate.attribute == "min_decode_speedup":
+        speedup = changes.get("decode_speedup")
+        return [(None, speedup["value"])] if speedup else []
+    if gate.attribute == "max_ppl_increase":
+        return [(t["text"], t["perplexity_ratio"]["value"] - 1) for t in changes.get("texts") or []]
+    key = {"max_kld": "kld", "min_top1": "top1"}[gate.attribute]
+    texts = candidate["report"].get("quality", {}).get("texts", [])
+    return [(t["protocol"]["text"], t[key]["value"]) for t in texts if t[key] is not None]
+
+
+def describe(result: dict[str, Any]) -> str:
+    """'small.gguf on wiki: --max-kld 0.1, measured 0.271'."""
+    gate = next(g for g in GATES if g.option == result["gate"])
+    limit, value = (f"{result[k] / gate.factor:.4g}{gate.unit}" for k in ("limit", "value"))
+    where = f" on {result['text']}" if result["text"] else ""
+    return f"{result['artifact']}{where}: {gate.option} {limit}, measured {value}"
+
+
+def enforce(results: list[dict[str, Any]]) -> None:
+    """Raise GateFailedError naming every gate that was missed."""
+    if missed := [describe(r) for r in results if not r["passed"]]:
+        raise GateFailedError(f"{len(missed)} of {len(results)} gates missed:\n  " + "\n  ".join(missed),
+                              "do not ship it, or change the gate on purpose")

@@ -1,0 +1,83 @@
+"""A comparison as tables, for the terminal, for Markdown and for the page alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmc.console import size
+from llmc.evals.show import change, pm, spread
+
+Table = tuple[str, str, list[list[str]]]
+"""Title, note, rows; the first row is the heading."""
+
+
+def tables(comparison: dict[str, Any]) -> list[Table]:
+    """Size, then quality on each text, then speed, then gates; what nobody measured is left out."""
+    artifacts = comparison["artifacts"]
+    out = [_sizes(artifacts)]
+    evaluated = [a for a in artifacts if "quality" in a["report"]]
+    if evaluated:
+        out += [_quality(evaluated, i) for i in range(len(evaluated[0]["report"]["quality"]["texts"]))]
+    benched = [a for a in artifacts if "speed" in a["report"]]
+    if benched:
+        out.append(_speed(benched))
+    if comparison["gates"]:
+        out.append(_gates(comparison["gates"]))
+    return out
+
+
+def _sizes(artifacts: list[dict[str, Any]]) -> Table:
+    rows = [["artifact", "file", "of baseline", "bits/weight", "in decoder", "types"]]
+    for a in artifacts:
+        w = a["report"]["artifact"]["size"]
+        ratio = f"{a['differences']['size_ratio']:.1%}" if a["differences"] else "100%"
+        rows.append([a["name"], size(w["file_bytes"]), ratio, f"{w['bits_per_weight']:.2f}",
+                     f"{w['decoder_bits_per_weight']:.2f}", " ".join(w["types"])])
+    return "Size", "in decoder: bits per weight of attention and MLP", rows
+
+
+def _quality(artifacts: list[dict[str, Any]], index: int) -> Table:
+    """One text. Differences of KLD and top-1 are shown where the baseline has lost something itself."""
+    p = artifacts[0]["report"]["quality"]["texts"][index]["protocol"]
+    baseline = artifacts[0]["report"]["quality"]["texts"][index]["kld"]
+    lossy = baseline is not None and baseline["value"] > 0
+    head = ["artifact", "perplexity", "to baseline", "bits/byte", "KLD, nats", *(["Δ KLD"] if lossy else []), "p99 KLD",
+            "top-1 %", *(["Δ top-1"] if lossy else [])]
+    rows = [head]
+    for a in artifacts:
+        t = a["report"]["quality"]["texts"][index]
+        d = (a["differences"] or {}).get("texts")
+        paired = d[index] if d else None
+        rows.append([
+            a["name"], pm(t["perplexity"], 2), change(paired["perplexity_ratio"]) if paired else "–",
+            pm(t["bits_per_byte"], 3), pm(t["kld"], 4),
+            *([pm(paired["kld"] if paired else None, 4, sign=True)] if lossy else []),
+            f"{t['kld']['p99']:.3f}" if t["kld"] else "–", pm(t["top1"], 1, 100),
+            *([pm(paired["top1"] if paired else None, 1, 100, sign=True)] if lossy else []),
+        ])
+    return (f"Quality on {p['text']}", f"{p['chunks']} chunks of {p['context']} tokens; ± is one standard error, "
+            "differences to the baseline are paired by token", rows)
+
+
+def _speed(artifacts: list[dict[str, Any]]) -> Table:
+    rows = [["artifact", "load s", "first token s", "prefill tok/s", "decode tok/s", "speedup", "peak memory", "GB/s",
+             "verdict"]]
+    for a in artifacts:
+        s = a["report"]["speed"]
+        speedup = (a["differences"] or {}).get("decode_speedup")
+        rows.append([
+            a["name"], f"{s['load_s']:.2f}", spread(s["first_token"], 3), spread(s["prefill"]), spread(s["decode"]),
+            pm(speedup, 2, unit="x") if speedup else "–", size(s["peak_rss"]), f"{s['read_bandwidth'] / 1e9:.1f}",
+            "UNSTABLE" if s["unstable"] else "stable",
+        ])
+    p, s = artifacts[0]["report"]["speed"]["protocol"], artifacts[0]["report"]["speed"]
+    return ("Speed", f"{p['cpu']}, threads {p['threads']}, {p['device']}; prompt of {p['prompt']} tokens, then "
+            f"{p['generate']} decoded; medians [IQR] of {s['repetitions']}; GB/s of weights read, memory copies at "
+            f"{s['copy_bandwidth'] / 1e9:.1f}", rows)
+
+
+def _gates(results: list[dict[str, Any]]) -> Table:
+    from llmc.evals.gates import describe
+
+    rows = [["gate", "verdict"], *([describe(r), "passed" if r["passed"] else "MISSED"] for r in results)]
+    return "Gates", "held for every candidate and every text", rows

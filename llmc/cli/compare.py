@@ -1,0 +1,55 @@
+"""`llmc compare`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import typer
+
+from llmc.evals.config import CompareConfig
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(compare)
+
+
+def compare(
+    reports: list[Path] = typer.Argument(..., metavar="REPORT…", show_default=False,
+                                         help="Reports of llmc eval and llmc bench; the first is the baseline."),
+    max_ppl_increase: str | None = typer.Option(CompareConfig.max_ppl_increase, metavar="5%", show_default=False,
+                                                help="Gate: rise of the perplexity over the baseline's."),
+    max_kld: str | None = typer.Option(CompareConfig.max_kld, metavar="0.1", show_default=False,
+                                       help="Gate: mean KL divergence to the base, nats."),
+    min_top1: str | None = typer.Option(CompareConfig.min_top1, metavar="80%", show_default=False,
+                                        help="Gate: top-1 agreement with the base."),
+    min_decode_speedup: str | None = typer.Option(CompareConfig.min_decode_speedup, metavar="2x", show_default=False,
+                                                  help="Gate: decode speed over the baseline's."),
+    page: Path = typer.Option(CompareConfig.page, help="The HTML page to write."),
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
+    markdown: bool = typer.Option(False, "--markdown", help="Print the tables as Markdown."),
+) -> None:
+    """Hold reports side by side: a table, a page with pictures, and gates (exit code 1 where one is missed).
+
+    Gates hold for every candidate and every text. Reports with unequal protocols are refused.
+    """
+    from llmc.artifact import staged_file
+    from llmc.console import say
+    from llmc.evals import gates
+    from llmc.evals import page as html
+    from llmc.evals.compare import compare, without_arrays
+    from llmc.evals.show import markdown as to_markdown
+    from llmc.evals.show import table
+    from llmc.evals.tables import tables
+
+    config = CompareConfig(tuple(reports), max_ppl_increase, max_kld, min_top1, min_decode_speedup, page)
+    result = compare(config)
+    with staged_file(page) as tmp:
+        tmp.write_text(html.page(result), encoding="utf-8")
+    if as_json:
+        print(json.dumps(without_arrays(result), indent=2, ensure_ascii=False))
+    else:
+        show, heading = (to_markdown, "### {}\n\n{}\n") if markdown else (table, "{}  ({})")
+        print("\n\n".join(f"{heading.format(title, note)}\n{show(rows)}" for title, note, rows in tables(result)))
+    say(f"the page is {page}")
+    gates.enforce(result["gates"])
