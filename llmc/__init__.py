@@ -3,7 +3,7 @@
     import llmc
     llmc.quantize("base", bits=4, out="small-4bit")
     llmc.export("small-4bit", format="gguf", out="small.gguf")
-    llmc.evaluate("small.gguf", base="base", output="small.json")
+    llmc.evaluate("small.gguf", base="base", out="small.json")
 
 Each function is the command of that name: the same options by the same names (`--group-size` is `group_size`), the same
 defaults, and as its result the object that the command prints with `--json`. Bad input raises llmc.errors.UserError.
@@ -12,6 +12,7 @@ Importing llmc imports nothing heavy; each function imports what it needs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -33,12 +34,49 @@ def quantize(model: str | Path, **options: Any) -> dict[str, Any]:
     return run(model, _config(QuantizeConfig, options))
 
 
-def evaluate(artifact: str | Path, **options: Any) -> dict[str, Any]:
+def evaluate(artifact: str | Path, out: str | Path | None = None, **options: Any) -> dict[str, Any]:
     """Perplexity, and divergence from `base`, of a model folder or .gguf file; options are the fields of EvalConfig."""
     from llmc.evals.config import EvalConfig
     from llmc.evals.evaluate import evaluate as run
 
-    return run(_config(EvalConfig, {"artifact": str(artifact), **options}))
+    options |= {"artifact": str(artifact), "output": out}
+    return run(_config(EvalConfig, {k: str(v) if k == "base" and v is not None else v for k, v in options.items()}))
+
+
+def bench(*artifacts: str | Path, out: Sequence[str | Path] = (), **options: Any) -> list[dict[str, Any]]:
+    """Speed and memory on this machine, one report an artifact; options are the fields of BenchConfig."""
+    from llmc.evals.bench import bench as run
+    from llmc.evals.config import BenchConfig
+
+    names = tuple(str(a) for a in artifacts)
+    return run(BenchConfig(artifacts=names, outputs=tuple(Path(p) for p in out), **options))
+
+
+def compare(*reports: str | Path, **options: Any) -> dict[str, Any]:
+    """Hold report files side by side and write the page; options are the fields of CompareConfig.
+
+    A missed gate raises nothing here: look at 'passed' and 'gates' of the result.
+    """
+    from llmc.artifact import staged_file
+    from llmc.evals.compare import compare as run
+    from llmc.evals.compare import without_arrays
+    from llmc.evals.config import CompareConfig
+    from llmc.evals.page import page
+
+    config = _config(CompareConfig, {"reports": tuple(Path(r) for r in reports), **options})
+    result = run(config)
+    with staged_file(config.page) as tmp:
+        tmp.write_text(page(result), encoding="utf-8")
+    return without_arrays(result)
+
+
+def generate(artifact: str | Path, prompt: str, **options: Any) -> dict[str, Any]:
+    """Text from an artifact in its own runtime; options are the fields of GenerateConfig."""
+    from llmc.runtimes.base import locate
+    from llmc.runtimes.config import GenerateConfig
+    from llmc.runtimes.generation import generate as run
+
+    return run(locate(str(artifact)), prompt, GenerateConfig(**options))
 
 
 def inspect(artifact: str | Path, tensors: bool = False) -> dict[str, Any]:

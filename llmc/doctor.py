@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import shutil
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,7 @@ def examine() -> dict[str, Any]:
     packages = {extra: {d: _package(d, module) for d, module in group.items()} for extra, group in PACKAGES.items()}
     problems = {extra: {d: p["problem"] for d, p in group.items() if p["problem"]} for extra, group in packages.items()}
     ok = not problems["core"]
-    runtimes = {
-        "torch": _torch() if ok else None,
-        "llama.cpp": _llama_cpp() if not problems["gguf"].get("llama-cpp-python") else None,
-        "onnxruntime": _onnxruntime() if not problems["onnx"].get("onnxruntime") else None,
-    }
+    runtimes = {name: look() if _works(packages, d) else None for name, (d, look) in RUNTIMES.items()}
     return {
         "ok": ok,
         "machine": {**this_machine.describe(), "memory_available": psutil.virtual_memory().available},
@@ -93,6 +90,16 @@ def _onnxruntime() -> dict[str, Any]:
     import onnxruntime
 
     return {"providers": onnxruntime.get_available_providers()}
+
+
+# the distribution that each runtime needs, and what to say of it
+RUNTIMES: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
+    "torch": ("torch", _torch), "llama.cpp": ("llama-cpp-python", _llama_cpp), "onnxruntime": ("onnxruntime", _onnxruntime),
+}
+
+
+def _works(packages: dict[str, dict[str, dict[str, str | None]]], distribution: str) -> bool:
+    return any(distribution in group and group[distribution]["problem"] is None for group in packages.values())
 
 
 def _free(folder: Path) -> int:

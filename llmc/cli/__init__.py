@@ -16,7 +16,7 @@ from typing import Any
 import typer
 import typer.core
 
-from llmc.cli import doctor, inspect, verify
+from llmc.cli import bench, compare, doctor, eval, export, generate, inspect, quantize, verify
 from llmc.console import set_quiet
 from llmc.errors import UserError
 
@@ -76,7 +76,7 @@ def _options(
             warnings.simplefilter("ignore")
 
 
-for command in (inspect, verify, doctor):
+for command in (quantize, export, eval, bench, compare, generate, inspect, verify, doctor):
     command.register(app)
 
 
@@ -130,7 +130,7 @@ def run(args: list[str] | None = None) -> int:
         # themselves return None.
         boundary.code = app(args, prog_name="llmc", standalone_mode=False) or 0
     if boundary.code == INTERRUPTED:
-        print("interrupted; nothing half-written was left behind", file=sys.stderr)
+        print("interrupted; no half-written artifact was left", file=sys.stderr)
     return boundary.code
 
 

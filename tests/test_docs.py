@@ -1,0 +1,71 @@
+"""The pages say what the program says."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+from pathlib import Path
+from types import ModuleType
+
+import typer
+
+from llmc.cli import app
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("examples/*.md"))]
+
+
+def generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_cli_page_is_current() -> None:
+    assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == generator().page(), "run `make docs`"
+
+
+def commands() -> dict[str, set[str]]:
+    group = typer.main.get_command(app)
+    return {
+        name: {o for p in command.params for o in (*p.opts, *p.secondary_opts) if o.startswith("-")} | {"--help", "-h"}
+        for name, command in group.commands.items()  # type: ignore[attr-defined]
+    }
+
+
+def test_commands_in_the_pages_exist_with_their_options() -> None:
+    """Every `llmc …` line of a code block names a command and options that there are."""
+    known = commands()
+    files = [*PAGES, ROOT / "examples" / "demo.sh"]
+    seen = 0
+    for page in files:
+        if page.name == "cli.md":
+            continue
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        for line in re.findall(r"^\s*\$?\s*llmc (.*)$", text, re.MULTILINE):
+            words = re.sub(r"#.*", "", line).split()
+            name = next(w for w in words if not w.startswith("-"))
+            assert name in known, f"{page.name}: llmc {line}"
+            options = {w.split("=")[0] for w in words if re.match(r"--?[a-z]", w)} - {"--quiet", "--verbose"}
+            assert options <= known[name], f"{page.name}: llmc {line}: {options - known[name]}"
+            seen += 1
+    assert seen > 8
+
+
+def test_links_inside_the_repository_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_make_help_names_real_targets() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    named = set(re.findall(r"`make ([a-z]+)", "\n".join(p.read_text(encoding="utf-8") for p in PAGES)))
+    targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
+    assert named <= targets
+    listed = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {"demo", "test"} <= set(re.findall(r"make ([a-z]+)", listed))
