@@ -6,6 +6,7 @@ linears of a layer that share an input are found by running one sequence through
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ class Skeleton:
             self.config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
             with init_empty_weights(include_buffers=False):
                 self.model = AutoModelForCausalLM.from_config(
-                    self.config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False)
+                    self.config, dtype=torch.float32, trust_remote_code=False)
         except (ValueError, KeyError, ImportError) as e:
             kind = checkpoint.config.get("model_type", "unknown")
             raise UserError(f"transformers cannot build the architecture {kind!r} of {folder}: {str(e).splitlines()[0]}",
@@ -146,19 +147,21 @@ class Skeleton:
         entering: list[torch.Tensor] = []
         forwards = [layer.forward for layer in self.layers]
 
-        def record(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            if args:
-                raise UserError("this architecture hands positional arguments to its decoder layers",
-                                "please report the model's type: llmc cannot stream it yet")
+        # positional arguments are kept by name, so that a layer can be called with keywords alone
+        names = list(inspect.signature(type(self.layers[0]).forward).parameters)[1:]
+
+        def record(*args: Any, **kwargs: Any) -> torch.Tensor:
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            hidden: torch.Tensor = given.pop(names[0])
             if not arguments:
                 entering.append(hidden)
-            arguments.append({k: _to(v, self.device) for k, v in kwargs.items()})
+            arguments.append({k: _to(v, self.device) for k, v in given.items()})
             if len(arguments) == len(forwards):
                 raise StopForward
             return hidden
 
-        def take(hidden: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
-            entering.append(hidden)
+        def take(*args: Any, **kwargs: Any) -> torch.Tensor:
+            entering.append(args[0] if args else kwargs[names[0]])
             raise StopForward
 
         for part, prefix in self._outside():

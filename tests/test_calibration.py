@@ -1,0 +1,137 @@
+"""The calibration loop against a whole model in memory, on every family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import FAMILIES, build
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from llmc.checkpoint import Checkpoint
+from llmc.compress import calibration, precision
+from llmc.compress.calibration import InputStatistics, Loop, LoopSettings, Workspace, add_gram, mirror_upper
+from llmc.compress.skeleton import LinearGroup, Skeleton, get_weight, set_weight
+
+SEQUENCES = torch.randint(0, 512, (5, 48), generator=torch.Generator().manual_seed(1))
+EXPECTED_GROUPS = {
+    "llama": [3, 1, 2, 1], "mistral": [3, 1, 2, 1], "qwen2": [3, 1, 2, 1], "qwen3": [3, 1, 2, 1], "gemma2": [3, 1, 2, 1],
+    "gemma3_text": [3, 1, 2, 1], "phi3": [1, 1, 1, 1], "gpt2": [1, 1, 1, 1], "opt": [3, 1, 1, 1], "gpt_neox": [1, 1, 1, 1],
+}
+
+
+@pytest.fixture(autouse=True)
+def _full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (precision, calibration):
+        monkeypatch.setattr(module, "matmul_precision", lambda: "ieee")
+
+
+def coarse(weight: torch.Tensor) -> torch.Tensor:
+    """A change of weights that is easy to repeat."""
+    return (weight * 8).round() / 8
+
+
+class Recorder:
+    """A pass that rounds coarsely and keeps what it was shown."""
+
+    def __init__(self) -> None:
+        self.groups: list[tuple[int, LinearGroup]] = []
+        self.hessians: list[torch.Tensor] = []
+
+    def begin(self, index: int, layer: nn.Module, groups: list[LinearGroup]) -> None:
+        self.index = index
+
+    def change(self, layer: nn.Module, group: LinearGroup, statistics: InputStatistics) -> None:
+        assert statistics.tokens == SEQUENCES.numel()
+        self.groups.append((self.index, group))
+        self.hessians.append(statistics.hessian.clone())
+        for name in group.names:
+            linear = layer.get_submodule(name)
+            set_weight(linear, coarse(get_weight(linear)))
+
+    def finish(self, index: int, layer: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        return {}, {"layer": index}
+
+
+def stream(folder: Path, work: Path, settings: LoopSettings) -> tuple[Recorder, Loop, str]:
+    skeleton = Skeleton(Checkpoint.open(folder), "cpu")
+    loop = Loop(skeleton, SEQUENCES, Workspace(work, {}, resume=False), settings)
+    recorder = Recorder()
+    loop.run(recorder, lambda r: "")
+    return recorder, loop, skeleton.layers_name
+
+
+@torch.no_grad()
+def whole_model(folder: Path, layers_name: str, groups: list[tuple[int, LinearGroup]], sequential: bool) -> list[torch.Tensor]:
+    """The same statistics from the whole model in memory, run once more for every group."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    layers = model.get_submodule(layers_name)
+    found: list[torch.Tensor] = []
+
+    def gram(index: int, group: LinearGroup) -> torch.Tensor:
+        inputs = []
+        linear = layers[index].get_submodule(group.names[0])
+        handle = linear.register_forward_pre_hook(lambda _m, args: inputs.append(args[0].reshape(-1, group.in_features)))
+        model(SEQUENCES)
+        handle.remove()
+        return inputs[0].t() @ inputs[0]
+
+    for index in range(len(layers)):
+        mine = [g for i, g in groups if i == index]
+        if not sequential:
+            found += [gram(index, g) for g in mine]
+        for group in mine:
+            if sequential:
+                found.append(gram(index, group))
+            for name in group.names:
+                linear = layers[index].get_submodule(name)
+                set_weight(linear, coarse(get_weight(linear)))
+    return found
+
+
+@pytest.mark.parametrize("sequential", [True, False], ids=["true-sequential", "one-pass"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_statistics_equal_those_of_the_whole_model(family: str, sequential: bool, tmp_path: Path) -> None:
+    folder = build(family, tmp_path / "model")
+    recorder, _, layers_name = stream(folder, tmp_path / "work", LoopSettings(batch=2, true_sequential=sequential))
+    first_layer = [g for i, g in recorder.groups if i == 0]
+    assert [len(g.names) for g in first_layer] == EXPECTED_GROUPS[family]
+    expected = whole_model(folder, layers_name, recorder.groups, sequential)
+    assert len(expected) == len(recorder.hessians)
+    for ours, theirs in zip(recorder.hessians, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.diagonal().mean()))
+
+
+def test_no_linear_runs_twice_on_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = build("llama", tmp_path / "model")
+    counts: dict[int, int] = {}
+    forward = nn.Linear.forward
+
+    def counted(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        counts[id(self)] = counts.get(id(self), 0) + 1
+        return forward(self, x)
+
+    monkeypatch.setattr(nn.Linear, "forward", counted)
+    stream(folder, tmp_path / "work", LoopSettings(batch=5))
+    # once in the trace; o_proj twice more, as it feeds the two stages after it; the stages before a linear stop at it
+    assert sorted(counts.values()) == sorted([2, 2, 2, 4, 2, 2, 2] * 2)
+
+
+def test_gram_and_mirror_equal_the_full_product() -> None:
+    x = torch.randn(700, 600)
+    h = torch.zeros(600, 600)
+    add_gram(h, x[:300])
+    add_gram(h, x[300:])
+    mirror_upper(h)
+    torch.testing.assert_close(h, x.t() @ x, rtol=1e-4, atol=1e-2)
+    assert torch.equal(h, h.t())
+
+
+def test_weights_are_freed_and_the_scratch_files_gone(tmp_path: Path) -> None:
+    folder = build("llama", tmp_path / "model")
+    _, loop, _ = stream(folder, tmp_path / "work", LoopSettings())
+    assert all(p.is_meta for p in loop.skeleton.model.parameters())
+    assert not list((tmp_path / "work").glob("input-*"))

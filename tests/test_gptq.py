@@ -1,0 +1,179 @@
+"""GPTQ and its parts against slow and obvious references."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmc.compress.quantize.gptq import descend, gptq, inverse_factor, objective, sweep
+from llmc.compress.quantize.rtn import rtn
+from llmc.compress.quantize.scales import Scales, least_squares, nearest, search
+from llmc.grids import Grid
+
+GRIDS = [Grid(4, 32), Grid(8, 32), Grid(4, 64), Grid(4, 32, False), Grid(8, 32, False)]
+
+
+def problem(out: int, n: int, seed: int = 0, tokens: int = 400) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight [out, n] and the Hessian of correlated inputs of very unequal size."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, n, generator=g) @ torch.randn(n, n, generator=g) * torch.rand(n, generator=g)
+    return torch.randn(out, n, generator=g), x.t() @ x
+
+
+def lost(q: torch.Tensor, w: torch.Tensor, h: torch.Tensor) -> float:
+    d = (q - w).double()
+    return float(((d @ h.double()) * d).sum())
+
+
+def test_inverse_factor_is_the_upper_cholesky_factor_of_the_inverse() -> None:
+    _, h = problem(1, 48)
+    h = h.double() + torch.eye(48)
+    u = inverse_factor(h)
+    assert u is not None
+    torch.testing.assert_close(u, torch.linalg.cholesky(torch.linalg.inv(h), upper=True))
+
+
+def test_inverse_factor_refuses_what_is_not_positive_definite() -> None:
+    assert inverse_factor(torch.diag(torch.tensor([1.0, -1.0, 2.0]))) is None
+
+
+def test_sweep_equals_optimal_brain_quantisation_done_the_slow_way() -> None:
+    """Reference: after each column is rounded, the columns left are re-solved with the inverse of their own Hessian."""
+    n, out = 150, 5  # more than two blocks
+    w, h = problem(out, n)
+    w, h = w.double(), h.double() + torch.eye(n) * 0.01 * h.diagonal().mean()
+    scale, zero = torch.full((n, out), 0.3).double(), torch.full((n, out), 8.0).double()
+    left, expected = w.clone(), torch.empty(n, out).double()
+    for j in range(n):
+        expected[j] = (left[:, j] / 0.3 + 8).round().clamp(0, 15)
+        error = left[:, j] - (expected[j] - 8) * 0.3
+        if j + 1 < n:
+            # minimise over the rest r: (e, r) H (e, r)^T with e fixed  ->  r = -e H_jr H_rr^-1
+            rest = torch.linalg.solve(h[j + 1 :, j + 1 :], h[j + 1 :, j])
+            left[:, j + 1 :] += error[:, None] * rest
+    factor = inverse_factor(h)
+    assert factor is not None
+    assert torch.equal(sweep(w.t().contiguous(), factor, scale, zero, 15), expected)
+
+
+def test_scale_search_weighs_a_group_by_what_is_left_when_the_others_compensate() -> None:
+    """The Schur complement block is the smallest error over all values of the other columns."""
+    _, h = problem(1, 64)
+    h = h.double() + torch.eye(64)
+    d = torch.randn(32, dtype=torch.float64)
+    others = -torch.linalg.solve(h[32:, 32:], h[32:, :32] @ d)
+    best = torch.cat([d, others])
+    factor = inverse_factor(h)
+    assert factor is not None
+    block = torch.linalg.inv(factor[:, :32].t() @ factor[:, :32])
+    torch.testing.assert_close(best @ h @ best, d @ block @ d)
+
+
+def test_scale_search_finds_the_scale_of_weights_that_lie_on_a_grid() -> None:
+    codes = torch.randint(0, 16, (64, 7), dtype=torch.float32)
+    codes[::32] = 0  # the full range is used
+    scale = (torch.rand(2, 7) + 0.5).half().float()
+    w = (codes - 8) * scale.repeat_interleave(32, 0)
+    found = search(w, torch.eye(64), None, Grid(4, 32))
+    assert torch.equal(found.values(nearest(w, *found.columns(None), 15)), w)
+
+
+def test_least_squares_equals_the_explicit_regression() -> None:
+    w, h = problem(3, 64)
+    h = h.double() + 1e-3 * h.double().diagonal().mean() * torch.eye(64)
+    wt = w.t().double().contiguous()
+    scales = Scales(Grid(4, 32), torch.full((2, 3), 0.31).double(), torch.full((2, 3), 8.0).double())
+    codes = nearest(wt, *scales.columns(None), 15)
+    root = torch.linalg.cholesky(h, upper=True)
+    found = least_squares(wt, h, codes, scales)
+    for row in range(3):
+        design = torch.zeros(64, 2, dtype=torch.float64)
+        design[:32, 0], design[32:, 1] = codes[:32, row] - 8, codes[32:, row] - 8
+        best = torch.linalg.lstsq(root @ design, root @ wt[:, row : row + 1]).solution[:, 0]
+        torch.testing.assert_close(found.scale[:, row].double(), best, rtol=2e-3, atol=0)  # rounded to fp16
+
+
+def test_coordinate_descent_ends_where_no_single_code_can_improve() -> None:
+    w, h = problem(4, 32, tokens=60)
+    wt, h = w.t().double().contiguous(), h.double() + torch.eye(32)
+    scale, zero = torch.full((32, 4), 0.4).double(), torch.full((32, 4), 8.0).double()
+    codes = nearest(wt, scale, zero, 15)
+    for _ in range(50):
+        codes = descend(wt, h, codes, scale, zero, 15)
+    error = objective((codes - 8) * 0.4 - wt, h)
+    for column in range(32):
+        for step in (-1, 1):
+            other = codes.clone()
+            other[column] = (other[column] + step).clamp(0, 15)
+            assert bool((objective((other - 8) * 0.4 - wt, h) >= error - 1e-9).all())
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda g: g.name)
+def test_gptq_beats_rtn_and_stays_on_the_grid(grid: Grid) -> None:
+    w, h = problem(24, 128)
+    result = gptq(w, h.clone(), grid)
+    assert result.weight is not None
+    q = result.weight
+    assert int(q.codes.max()) <= grid.max_code
+    assert q.scales.dtype == torch.float16
+    assert (q.zeros is None) == grid.symmetric
+    assert lost(q.dequantize(), w, h) < 0.7 * lost(rtn(w, grid).dequantize(), w, h)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000), out=st.integers(1, 9), groups=st.integers(1, 4), tokens=st.integers(1, 200))
+def test_gptq_never_loses_to_rtn_on_the_hessian_it_was_given(seed: int, out: int, groups: int, tokens: int) -> None:
+    w, h = problem(out, 32 * groups, seed, tokens)
+    damped = h.clone()
+    result = gptq(w, damped, Grid(4, 32))  # `damped` now is the Hessian that was really used
+    assert result.weight is not None
+    assert lost(result.weight.dequantize(), w, damped) <= lost(rtn(w, Grid(4, 32)).dequantize(), w, damped) * (1 + 1e-4)
+
+
+def test_reported_error_is_the_error_of_what_ships() -> None:
+    w, h = problem(8, 96)
+    damped = h.clone()
+    result = gptq(w, damped, Grid(4, 32))
+    assert result.weight is not None
+    assert float(result.error.sum()) == pytest.approx(lost(result.weight.dequantize(), w, damped), rel=1e-3)
+    assert float(result.energy.sum()) == pytest.approx(lost(torch.zeros_like(w), w, damped), rel=1e-3)
+
+
+def test_refinement_only_ever_helps() -> None:
+    w, h = problem(16, 128)
+    errors = [gptq(w, h.clone(), Grid(4, 32), refinements=r).error for r in (0, 1, 2, 4)]
+    for before, after in zip(errors, errors[1:], strict=False):
+        assert bool((after <= before * (1 + 1e-5)).all())
+
+
+def test_dead_columns_are_rounded_not_zeroed() -> None:
+    w, h = problem(8, 64)
+    h[5], h[:, 5] = 0, 0
+    result = gptq(w, h, Grid(4, 32))
+    assert result.dead == 1
+    assert result.weight is not None
+    assert float((result.weight.dequantize()[:, 5] - w[:, 5]).abs().max()) < 0.6 * float(w.abs().max()) / 8
+
+
+def test_damping_is_raised_until_the_hessian_can_be_factored_and_said() -> None:
+    w, h = problem(4, 64)
+    h[3, 3] -= 1.5 * h[3, 3]  # indefinite by more than 1 % of the mean
+    h[3, 3] = -0.05 * h.diagonal().mean()
+    result = gptq(w, h, Grid(4, 32))
+    assert result.events
+    assert result.damp > 0.01
+
+
+def test_a_hessian_beyond_repair_gives_no_weight() -> None:
+    w, h = problem(4, 64)
+    result = gptq(w, -h, Grid(4, 32))
+    assert result.weight is None
+
+
+def test_zero_weights_stay_zero() -> None:
+    _, h = problem(4, 64)
+    result = gptq(torch.zeros(4, 64), h, Grid(4, 32))
+    assert result.weight is not None
+    assert bool((result.weight.dequantize() == 0).all())
