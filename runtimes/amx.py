@@ -15,7 +15,7 @@ from pathlib import Path
 
 WIDTH = 64  # the least that the AMX kernels take: two tiles
 HOW_TO_FIX = ("CMAKE_ARGS='-DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8' "
-              "pip install --force-reinstall --no-deps llama-cpp-python")
+              "pip install --force-reinstall --no-deps --no-cache-dir llama-cpp-python")
 
 
 @functools.cache
