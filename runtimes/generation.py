@@ -32,7 +32,7 @@ def generate(artifact: Path, prompt: str, config: GenerateConfig,
 
 
 def _generate(runtime: Runtime, prompt: str, config: GenerateConfig, show: Callable[[str], None]) -> dict[str, Any]:
-    text = runtime.chat(prompt) if config.chat else prompt
+    text = _chat(runtime, prompt) if config.chat else prompt
     ids = runtime.tokenise(text, special=not config.chat)  # a template writes its own BOS
     if len(ids) == 0:
         raise UserError("the prompt is empty and this tokenizer puts nothing in front of it", "give a prompt")
@@ -60,6 +60,16 @@ def _generate(runtime: Runtime, prompt: str, config: GenerateConfig, show: Calla
     return {"text": written, "tokens": len(out), "prompt_tokens": len(ids),
             "stopped": "max tokens" if len(out) == config.max_tokens else "end of text",
             "first_token_s": first - start, "tokens_per_second": (len(out) - 1) / seconds if len(out) > 1 else None}
+
+
+def _chat(runtime: Runtime, prompt: str) -> str:
+    from jinja2.exceptions import TemplateError
+
+    try:
+        return runtime.chat(prompt)
+    except TemplateError as e:  # also what the sandbox forbids
+        raise UserError(f"the artifact's chat template cannot be rendered: {e}",
+                        "leave out --chat: the prompt is continued as it is") from e
 
 
 def choose(logits: np.ndarray, temperature: float, rng: np.random.Generator) -> int:
