@@ -1,4 +1,4 @@
-"""Turns a tiny float model into a GPTQ folder by plain rounding, so that exporters can be tested without a quantiser."""
+"""Turns a tiny float model into a GPTQ folder by plain rounding: exporters are tested without a quantiser."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""GGUF files for llama.cpp: the codes that a quantiser chose, carried over bit for bit, and the file proved before it is
-given its name."""
+"""GGUF files for llama.cpp: the codes that a quantiser chose are carried over bit for bit, and a file is proved before it
+is given its name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The architectures that llmc writes into GGUF by itself: what llama.cpp must be told, and what it expects of the weights.
+"""The architectures that llmc writes into GGUF by itself: what llama.cpp must be told, what it expects of the weights.
 
 Names of tensors come from the gguf package's own table. Where a model asks for something that llama.cpp's code for the
 architecture does not do, that is an error here, or a note on the report where only long texts differ.

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES
+from gguf import GGMLQuantizationType as Kind
 from gguf.quants import quantize
 
 from llmc.errors import UserError
 from llmc.grids import Grid, QuantizedTensor
 
-Kind = GGMLQuantizationType
 BLOCK = 32
 SUPER = 256
 CHUNK = 1 << 22  # weights encoded at once: bounds the temporaries to a few tens of megabytes
@@ -150,12 +150,13 @@ def quantize_q6_k(x: np.ndarray) -> np.ndarray:
 
     A weight is d * scale * (q - 32) with q of 6 bits, an int8 `scale` for every 16 weights and a float16 d for 256.
     The scale of each 16 is the best (least squared error weighted with x², as ggml weights it) of those that put its
-    largest weight at 24 … 40 steps; d then puts the largest scale at 127, and q is rounded once more on what is stored.
+    largest weight at 28 … 36 steps; d then puts the largest scale at 127, and q is rounded once more on what is stored.
     """
     blocks = x.reshape(-1, SUPER // 16, 16)
     ideal = _best_scales(blocks)
     largest = np.abs(ideal).max(axis=1, keepdims=True)
     d = (largest / 127).astype(np.float16)
+    d = np.where(127.5 * d.astype(np.float32) < largest, np.nextafter(d, np.float16(np.inf)), d)  # where d is subnormal
     step = d.astype(np.float32)
     with np.errstate(divide="ignore", invalid="ignore"):
         scales = np.where(step > 0, np.clip(np.rint(ideal / step), -127, 127), 0).astype(np.int8)
@@ -174,14 +175,15 @@ def _best_scales(blocks: np.ndarray) -> np.ndarray:
     """float32 [n, 16, 16] -> [n, 16]: for each run of 16 weights the scale s with the least error of s * (-32 … 31)."""
     weight = blocks * blocks
     index = np.abs(blocks).argmax(axis=2)[..., None]
-    extreme = np.take_along_axis(blocks, index, axis=2)[..., 0]
-    best = np.zeros_like(extreme)
-    gain = np.zeros_like(extreme)
-    for steps in range(24, 41):  # the extreme lands on -steps, clipped to -32
-        with np.errstate(divide="ignore", invalid="ignore"):
-            q = np.nan_to_num(np.clip(np.rint(blocks * (-steps / extreme)[..., None]), -32, 31))
-            cross, power = (weight * blocks * q).sum(axis=2), (weight * q * q).sum(axis=2)
-            scale = np.nan_to_num(cross / power, posinf=0, neginf=0)
+    extreme = np.take_along_axis(blocks, index, axis=2)
+    extreme[extreme == 0] = 1  # a run of zeros: every q is 0 below, and so is the scale
+    best = np.zeros(blocks.shape[:2], dtype=np.float32)
+    gain = np.zeros_like(best)
+    for steps in range(28, 37):  # the extreme lands on -steps, clipped to -32
+        q = np.clip(np.rint(blocks * (np.float32(-steps) / extreme)), -32, 31)
+        weighted = weight * q
+        cross, power = (weighted * blocks).sum(axis=2), (weighted * q).sum(axis=2)
+        scale = cross / np.maximum(power, np.finfo(np.float32).tiny)
         better = scale * cross > gain  # the error of the best scale is const - cross² / power
         best = np.where(better, scale, best)
         gain = np.where(better, scale * cross, gain)

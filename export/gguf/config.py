@@ -37,8 +37,9 @@ class GgufExportConfig:
     def __post_init__(self) -> None:
         wrong = [
             f"{name} {value!r} (one of {', '.join(allowed)})"
-            for name, value, allowed in (("--embedding", self.embedding, TABLE_TYPES), ("--head", self.head, TABLE_TYPES),
-                                         ("--float-type", self.float_type, MATRIX_TYPES))
+            for name, value, allowed in (
+                ("--embedding", self.embedding, TABLE_TYPES), ("--head", self.head, TABLE_TYPES),
+                ("--float-type", self.float_type, MATRIX_TYPES))
             if value is not None and value not in allowed
         ]
         if self.threads is not None and self.threads < 1:

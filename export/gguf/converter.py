@@ -1,8 +1,9 @@
 """Architectures that llmc does not know: llama.cpp's own converter lays the file out, llmc puts its codes in.
 
 The converter is run on a float copy of the model, dequantised and so free of rounding, and writes float32. Every row of
-every quantised linear is then looked for, by value, in the matrices of that file: whatever the converter permuted, fused,
-split or stacked, it moved whole rows. A matrix whose rows are found is written from their codes; the rest stays float.
+every quantised linear is then looked for, by value, in the matrices of that file: whatever the converter permuted,
+fused, split or stacked, it moved whole rows. A matrix whose rows are found is written from their codes, the rest stays
+float.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +42,7 @@ from llmc.sources import field, open_gguf
 
 SCRIPT = "convert_hf_to_gguf.py"
 SHARD = 1_000_000_000
+NO_WAY = "this architecture cannot carry its codes into GGUF"
 MATRIX = re.compile(r"blk\.\d+\.(attn_(q|k|v|qkv|output)|ffn_(up|down|gate)(_exps)?)\.weight")
 OURS = ("general.architecture", "general.type", "general.name", "general.size_label", "general.license",
         "general.quantized_by", "general.base_model.", "general.file_type", "general.quantization_version",
@@ -72,7 +74,8 @@ def converted(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, types: Types
     parent = (config.out or Path("x")).absolute().parent
     linears = gptq.quantized_linears(ckpt)
     weights = sum(_weights(ckpt, name, set(linears)) for name in ckpt.names())
-    check_disk(parent, 4 * weights * (2 if linears else 1), "the float copies that llama.cpp's converter reads and writes")
+    copies = 2 if linears else 1
+    check_disk(parent, 4 * weights * copies, "the float copies that llama.cpp's converter reads and writes")
     with tempfile.TemporaryDirectory(prefix=".llmc-convert-", dir=parent) as temporary:
         work = Path(temporary)
         folder = _write_skeleton(ckpt, linears, work / ckpt.folder.resolve().name) if linears else ckpt.folder
@@ -140,8 +143,9 @@ def _run(script: Path, folder: Path, out: Path, pre: str) -> None:
         capture_output=True, text=True, check=False)
     if child.returncode or not out.is_file():
         lines = [line for line in child.stderr.splitlines() if line.strip()] or ["it said nothing"]
-        raise UserError(f"llama.cpp's converter failed on {folder.name} (code {child.returncode}): {lines[-1].strip()}",
-                        f"`python {script} {folder.name}` shows all it says; a newer checkout may know the architecture")
+        raise UserError(
+            f"llama.cpp's converter failed on {folder.name} (code {child.returncode}): {lines[-1].strip()}",
+            f"`python {script} {folder.name}` shows all it says; a newer checkout may know the architecture")
 
 
 # ------------------------------------------------------------------------------------------------------ matching rows
@@ -187,7 +191,7 @@ class RowIndex:
         if not all(known):
             raise UserError(f"{known.count(False)} of the {len(known)} rows of {name} are rows of no quantised linear and "
                             "the others are: the converter mixed them with float weights, or scaled some",
-                            "this architecture cannot carry its codes into GGUF")
+                            NO_WAY)
         found: list[Row] = []
         for key in keys:
             candidates = self.rows[key]
@@ -199,8 +203,9 @@ class RowIndex:
 
 
 def _keys(values: np.ndarray) -> list[bytes]:
-    """A digest for each row; -0.0 counts as 0.0."""
-    return [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in np.ascontiguousarray(values) + np.float32(0)]
+    """A digest for each row."""
+    positive_zeros = values + np.float32(0)  # -0.0 becomes 0.0
+    return [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in positive_zeros]
 
 
 def _plan(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, types: Types, reader: GGUFReader) -> Plan:
@@ -225,14 +230,13 @@ def _plan(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, types: Types, re
             entries.append(_code_entry(t.name, shape, ckpt, grid, linears, rows))
     if index.left:
         names = sorted({linears[row.linear] for row in index.left})
-        raise UserError(f"{len(index.left)} rows of {len(names)} quantised linears (first {names[0]}) are nowhere in what "
-                        "llama.cpp's converter wrote: it changed their values", "this architecture cannot carry its codes "
-                        "into GGUF")
+        raise UserError(f"{len(index.left)} rows of {len(names)} quantised linears (first {names[0]}) are nowhere in "
+                        "what llama.cpp's converter wrote: it changed their values", NO_WAY)
     arch = str(field(reader, "general.architecture"))
     writer = GGUFWriter(None, arch)
     vocabulary = _copy_metadata(config, ckpt.folder, tok, reader, writer)
-    note = (f"llama.cpp's converter laid the file out; {len(linears)} quantised linears were found by value in {placed} of "
-            f"its {len(entries)} tensors")
+    note = (f"llama.cpp's converter laid the file out; {len(linears)} quantised linears were found by value in {placed} "
+            f"of its {len(entries)} tensors")
     return Plan(writer, entries, vocabulary, int(field(reader, f"{arch}.context_length") or 512),
                 [note, *vocabulary.notes])
 
@@ -247,8 +251,9 @@ def _float_entry(t: ReaderTensor, shape: tuple[int, ...], types: Types) -> Entry
 
     def source() -> Source:
         data = np.array(t.data)
-        return torch.from_numpy(data.view(np.int16)).view(torch.bfloat16) if t.tensor_type == Kind.BF16 else (
-            torch.from_numpy(data))
+        if t.tensor_type == Kind.BF16:
+            return torch.from_numpy(data.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(data)
 
     return Entry(t.name, shape, kind, source)
 
@@ -264,25 +269,24 @@ def _code_entry(name: str, shape: tuple[int, ...], ckpt: Checkpoint, grid: Grid,
     blocks.check_rows(name, shape, kind)
 
     def source() -> Source:
-        whole: QuantizedTensor | None = None
+        groups = shape[-1] // grid.group_size
+        codes = torch.empty(len(rows), shape[-1], dtype=torch.uint8)
+        scales = torch.empty(len(rows), groups, dtype=torch.float16)
+        zeros = None if grid.symmetric else torch.empty(len(rows), groups, dtype=torch.uint8)
         for i in np.unique(linear):
             q = gptq.read(ckpt, linears[i], grid)
-            if whole is None:
-                whole = QuantizedTensor(q.grid, *(None if part is None else part.new_empty((len(rows), *part.shape[1:]))
-                                                  for part in (q.codes, q.scales, q.zeros)))  # type: ignore[arg-type]
             here, there = torch.from_numpy(np.flatnonzero(linear == i)), torch.from_numpy(row[linear == i])
-            for target, part in ((whole.codes, q.codes), (whole.scales, q.scales), (whole.zeros, q.zeros)):
-                if target is not None and part is not None:
-                    target[here] = part[there]
-        assert whole is not None
-        return whole
+            codes[here], scales[here] = q.codes[there], q.scales[there]
+            if zeros is not None and q.zeros is not None:
+                zeros[here] = q.zeros[there]
+        return QuantizedTensor(grid, codes, scales, zeros)
 
     return Entry(name, shape, kind, source, codes=True)
 
 
 def _copy_metadata(config: GgufExportConfig, folder: Path, tok: Any, reader: GGUFReader,
                    writer: GGUFWriter) -> tokenizer.Vocabulary:
-    """Every key of the converter's file that llmc does not write itself; returns the vocabulary as it lies in there."""
+    """Copy every key that llmc does not write itself; returns the vocabulary as the converter wrote it."""
     for key, f in reader.fields.items():
         if not key.startswith(OURS) and not (f.types[0] == GGUFValueType.ARRAY and len(f.types) == 1):
             writer.add_key_value(key, f.contents(), f.types[0], f.types[-1] if len(f.types) > 1 else None)

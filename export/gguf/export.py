@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from gguf import GGML_QUANT_VERSION, GGUFWriter
 
 from llmc.artifact import (
@@ -30,10 +31,11 @@ from llmc.export.gguf.architectures import add_hyperparameters, find_architectur
 from llmc.export.gguf.blocks import Kind
 from llmc.export.gguf.config import GgufExportConfig
 from llmc.export.gguf.plan import Plan, Planner, Types
+from llmc.export.gguf.pretokenizers import WITHOUT_MARKS
 from llmc.export.gguf.writer import Entry
 from llmc.runtimes.targets.this_machine import physical_cores
 from llmc.runtimes.torch_model import load_tokenizer
-from llmc.sources import resolve_model
+from llmc.sources import COMMIT, resolve_model
 
 
 def run(config: GgufExportConfig) -> dict[str, Any]:
@@ -43,21 +45,23 @@ def run(config: GgufExportConfig) -> dict[str, Any]:
     ckpt = Checkpoint.open(folder)
     threads = config.threads or physical_cores()
     types = Types.choose(config, quantised=ckpt.quantization is not None)
-    tok = load_tokenizer(folder)
-    source = metadata.source_of(folder)
+    torch.set_num_threads(threads)
     if config.converter is None:
-        return _finish(config, ckpt, tok, source, threads, types, _plan(config, ckpt, tok, types))
+        find_architecture(ckpt.config)  # before anything that takes time
+    tok = load_tokenizer(folder)
+    if config.converter is None:
+        return _finish(config, ckpt, tok, threads, types, _plan(config, ckpt, tok, types))
     from llmc.export.gguf.converter import converted
 
     with converted(config, ckpt, tok, types) as plan:
-        return _finish(config, ckpt, tok, source, threads, types, plan)
+        return _finish(config, ckpt, tok, threads, types, plan)
 
 
 def _need_packages() -> None:
     missing = [name for name in ("gguf", "llama_cpp") if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"exporting GGUF needs {' and '.join(missing)}: the file is written with the one and checked in "
-                        "the other", "pip install 'llmc-toolkit[gguf]'")
+        raise UserError(f"exporting GGUF needs {' and '.join(missing)}: gguf to write the file, llama_cpp to check it",
+                        "pip install 'llmc-toolkit[gguf]'")
 
 
 def _model_folder(config: GgufExportConfig) -> Path:
@@ -65,7 +69,7 @@ def _model_folder(config: GgufExportConfig) -> Path:
     if model is None:
         model = last_artifact()
         if model.is_file():
-            raise UserError(f"the newest artifact made here, {model}, is a file already", "name the model folder to export")
+            raise UserError(f"the newest artifact made here, {model}, is a file already", "name the model folder")
         say(f"exporting {model}, the newest model made in this folder")
     return resolve_model(model)
 
@@ -90,22 +94,21 @@ def _plan(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, types: Types) ->
 
 
 def _constant(name: str, values: np.ndarray) -> Entry:
-    import torch
-
     tensor = torch.from_numpy(values)
     return Entry(name, values.shape, Kind.F32, lambda: tensor)
 
 
-def _finish(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, source: dict[str, Any], threads: int, types: Types,
+def _finish(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, threads: int, types: Types,
             plan: Plan) -> dict[str, Any]:
     """Complete the metadata, write, verify, publish; returns the report."""
+    source = metadata.source_of(ckpt.folder)
     entries, w = plan.entries, plan.writer
     number, type_name = writer.file_type(entries)
     parameters = sum(int(np.prod(e.shape)) for e in entries)
     metadata.add_provenance(w, source, plan.vocabulary, parameters)
     w.add_file_type(number)
     w.add_quantization_version(GGML_QUANT_VERSION)
-    out = config.out or Path(f"{ckpt.folder.resolve().name}-{type_name}.gguf")
+    out = config.out or Path(f"{_stem(ckpt.folder, source)}-{type_name}.gguf")
     check_output(out)
     total = sum(e.nbytes for e in entries)
     check_disk(out, total + (64 << 20), f"writing {out}")
@@ -117,9 +120,13 @@ def _finish(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, source: dict[s
         writer.write(w, tmp, entries)
         verified = verify.tensors(tmp, entries)
         checks = verify.in_llama_cpp(tmp, ckpt, tok, plan.vocabulary, entries, plan.context_length, threads)
+    v = plan.vocabulary
     if not checks["token_ids"]["leading_space_alike"]:
         warn("a text that begins with a space is tokenised differently by llama.cpp and by transformers")
-    v = plan.vocabulary
+    if not checks["token_ids"]["combining_marks_alike"]:
+        other = WITHOUT_MARKS[v.pre]
+        warn(f"words with combining marks (Hindi, Tamil, Thai …) are tokenised differently by llama.cpp's {v.pre!r}"
+             + (f"; --pre {other} keeps them whole, in versions of llama.cpp that know it" if other else ""))
     report = {
         "path": str(out), "source": str(ckpt.folder), "architecture": w.arch, "file_type": type_name,
         "bytes": out.stat().st_size, "bytes_by_class": writer.bytes_by_role(entries), "parameters": parameters,
@@ -130,7 +137,14 @@ def _finish(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, source: dict[s
     return report
 
 
-def _record(out: Path, ckpt: Checkpoint, config: GgufExportConfig, source: dict[str, Any], report: dict[str, Any]) -> None:
+def _stem(folder: Path, source: dict[str, Any]) -> str:
+    """The folder's name; a snapshot in the hub's cache is called by a commit and takes the model's name."""
+    name = folder.resolve().name
+    return str(source["name"]).rpartition("/")[2] if COMMIT.fullmatch(name) else name
+
+
+def _record(out: Path, ckpt: Checkpoint, config: GgufExportConfig, source: dict[str, Any],
+            report: dict[str, Any]) -> None:
     """The manifest beside the file, continuing the chain of passes of the model it was made from."""
     before = read_manifest(ckpt.folder) or {}
     options = {"embedding": config.embedding, "head": config.head, "float_type": config.float_type,

@@ -34,7 +34,7 @@ def name_in_file(name: str, v: Vocabulary) -> str:
     With `phi-3` or `phi3` in general.name it lets special tokens swallow the spaces after them, and cannot load a
     vocabulary without PHI3_TOKENS (src/llama-vocab.cpp). The file says so exactly when the tokenizer does that.
     """
-    swallows = v.strips_right and PHI3_TOKENS <= set(v.tokens)
+    swallows = v.strips_right and set(v.tokens) >= PHI3_TOKENS
     if swallows and not PHI3.search(name):
         return f"{name} (phi-3)"
     return name if swallows else PHI3.sub("phi 3", name)

@@ -1,4 +1,4 @@
-"""Which tensor of a checkpoint goes where in the file, in which type: everything is decided before a byte is written."""
+"""Which tensor of a checkpoint goes where in the file, in which type: all is decided before a byte is written."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ class Planner:
         return Entry(mapped, shape, kind, source)
 
     def _tie(self, found: list[Entry]) -> list[Entry]:
-        """Leave out a head that equals the embedding (llama.cpp then uses the one matrix twice); refuse contradictions."""
+        """Leave out a head that equals the embedding (llama.cpp then uses it for both); refuse contradictions."""
         embedding = next((e for e in found if e.name == "token_embd.weight"), None)
         if embedding is None:
             raise UserError(f"{self.ckpt.folder} has no token embedding", "download the model again")
@@ -175,26 +175,26 @@ class Planner:
             raise UserError(f"config.json of {self.ckpt.folder} says that head and embedding are one matrix, but its "
                             f"{HEAD} differs", "set tie_word_embeddings to false in config.json if the head is right")
         if head is None and not says_tied:
-            raise UserError(f"config.json of {self.ckpt.folder} says that the head is a matrix of its own, and there is "
-                            f"no {HEAD}", "download the model again, or correct tie_word_embeddings")
+            raise UserError(f"config.json of {self.ckpt.folder} says that the head is a matrix of its own, and there "
+                            f"is no {HEAD}", "download the model again, or correct tie_word_embeddings")
         if not equal and not self.arch.own_head:
-            raise UserError(f"the head differs from the embedding, and llama.cpp's {self.arch.name} has only one matrix",
+            raise UserError(f"the head differs from the embedding, and llama.cpp's {self.arch.name} has one matrix",
                             "this model cannot be run by llama.cpp as it is")
         if equal and self.types.head != self.types.embedding:
             raise UserError(f"head and embedding of {self.ckpt.folder} are one matrix: it cannot be "
                             f"{self.types.head.name} and {self.types.embedding.name}",
                             "leave --head out; --embedding sets the type of both")
         if head is not None and head.codes and self.types.head_given:
-            raise UserError(f"the head of {self.ckpt.folder} is quantised: its codes are carried over as {head.kind.name}",
-                            "leave --head out")
+            raise UserError(f"the head of {self.ckpt.folder} is quantised: its codes are carried over as "
+                            f"{head.kind.name}", "leave --head out")
         return [e for e in found if not (equal and e is head)]
 
     def _check_mins(self, entries: list[Entry]) -> None:
         """Asymmetric 4-bit codes fit Q4_1 only where -scale * zero is a float16."""
         wrong = [e.name for e in entries if e.kind == Kind.Q4_1 and e.codes and _inexact_mins(e.source)]
         if wrong:
-            raise UserError(f"{len(wrong)} layers (first {wrong[0]}) have a minimum, -scale * zero, that Q4_1's float16 "
-                            "cannot hold exactly", "quantise with --sym: its codes fit Q4_0 bit for bit")
+            raise UserError(f"{len(wrong)} layers (first {wrong[0]}) have a minimum, -scale * zero, that Q4_1's "
+                            "float16 cannot hold exactly", "quantise with --sym: its codes fit Q4_0 bit for bit")
 
 
 def _inexact_mins(source: Callable[[], Source]) -> bool:

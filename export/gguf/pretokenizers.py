@@ -1,8 +1,8 @@
 """Which of llama.cpp's pre-tokenizers splits text as a tokenizer.json does.
 
-llama.cpp knows pre-tokenizers by name (src/llama-vocab.cpp), a tokenizer.json spells out the steps. Its steps are reduced
-to a signature, which is looked up. Names that stand for the same splitting share a row; the one that llama.cpp gives no
-other meaning is chosen. The exporter then proves the choice by tokenising the same text on both sides.
+llama.cpp knows pre-tokenizers by name (src/llama-vocab.cpp), a tokenizer.json spells out the steps. Its steps are
+reduced to a signature, which is looked up. Of the names that stand for the same splitting, one is chosen that means
+nothing else besides. The exporter then proves the choice by tokenising the same text on both sides.
 """
 
 from __future__ import annotations
@@ -38,9 +38,13 @@ TABLE: dict[Signature, tuple[str | None, str | None]] = {
     (TEKKEN, "bytes"): ("tekken", "tekken"),  # llama.cpp takes whole words either way; the check decides
     (O200K, "bytes"): ("gpt-4o", None),
     ("punctuation", "words", "digits", "[0-9][0-9][0-9]"): ("falcon", None),
-    ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", "digit", "bytes"): ("deepseek-coder", None),
+    (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", "digit", "bytes"): ("deepseek-coder", None),
     (r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", DEEPSEEK3, "bytes"): ("deepseek-v3", None),
 }
+
+# llama.cpp's regular expressions for these leave combining marks out of words; the name after them stands for nearly
+# the same splitting with the marks, but only newer versions of llama.cpp know it
+WITHOUT_MARKS = {"gpt-4o": "granite-embed-multi-97m", "tekken": None}
 
 
 def _steps(node: dict[str, Any] | None) -> list[dict[str, Any]]:
@@ -68,6 +72,8 @@ def _word(step: dict[str, Any]) -> str:
         return "punctuation"
     if kind == "Split" and (step["behavior"], bool(step.get("invert"))) in (("Isolated", False), ("Removed", True)):
         pattern: str = step["pattern"].get("Regex") or step["pattern"].get("String")
+        # some files hold the control characters themselves
+        pattern = pattern.replace("\r", r"\r").replace("\n", r"\n")
         return pattern.replace("'(?i:[sdmt]|ll|ve|re)", ENDINGS)
     return f"{kind} {({k: v for k, v in step.items() if k != 'type'})}"
 
@@ -90,7 +96,7 @@ def find_pre(pre_tokenizer: dict[str, Any] | None, ignore_merges: bool) -> str:
 
 
 def adds_leading_space(normalizer: dict[str, Any] | None, pre_tokenizer: dict[str, Any] | None) -> bool:
-    """For a SentencePiece-style tokenizer: is a space put before the text? Steps that llama.cpp does not do are refused."""
+    """For a SentencePiece-style tokenizer: is a space put before the text? Steps that llama.cpp lacks are refused."""
     leading = False
     for step in _steps(normalizer) + _steps(pre_tokenizer):
         kind = step["type"]
@@ -109,6 +115,6 @@ def adds_leading_space(normalizer: dict[str, Any] | None, pre_tokenizer: dict[st
     return leading
 
 
-def unsupported_normalizers(normalizer: dict[str, Any] | None) -> list[str]:
-    """Normalisers of a byte-level BPE beyond NFC (which leaves composed text, as nearly all text is, alone)."""
-    return [step["type"] for step in _steps(normalizer) if step["type"] != "NFC"]
+def normalizers(normalizer: dict[str, Any] | None) -> list[str]:
+    """The kinds of a normaliser's steps."""
+    return [step["type"] for step in _steps(normalizer)]

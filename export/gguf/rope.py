@@ -1,8 +1,9 @@
 """Rotary embeddings: transformers' parameters as llama.cpp's metadata and tensors.
 
 Both spellings are read: `rope_parameters` (transformers 5; Gemma 3 nests one dict for each kind of layer) and
-`rope_scaling` beside `rope_theta` (before). Sources: transformers/modeling_rope_utils.py; llama.cpp's src/llama-context.cpp
-and ggml_rope_ext. A variant that llama.cpp has no place for is an error: ignored, it would spoil long texts silently.
+`rope_scaling` beside `rope_theta` (before). Sources: transformers/modeling_rope_utils.py; src/llama-context.cpp and
+ggml_rope_ext of llama.cpp. A variant that llama.cpp has no place for is an error: ignored, it would spoil long texts
+silently.
 """
 
 from __future__ import annotations
@@ -43,9 +44,10 @@ def rope_parameters(config: dict[str, Any]) -> RopeParameters:
     if (kind := _kind(local)) != "default":
         raise UserError(f"the sliding layers use rope type {kind!r}, for which GGUF has no place", ADVICE)
     values = {k: v for k, v in found.items() if v is not None}
-    for key in ("partial_rotary_factor", "original_max_position_embeddings"):
-        if config.get(key) is not None:
-            values.setdefault(key, config[key])
+    if config.get("partial_rotary_factor") is not None:
+        values.setdefault("partial_rotary_factor", config["partial_rotary_factor"])
+    if config.get("original_max_position_embeddings") is not None:  # Phi-3 keeps it outside, and that is the one it uses
+        values["original_max_position_embeddings"] = config["original_max_position_embeddings"]
     theta = float(values.get("rope_theta") or config.get("rope_theta") or 10000.0)
     if "mrope_section" in values:
         raise UserError("this model rotates by sections (mrope), a multimodal architecture", ADVICE)
@@ -94,7 +96,8 @@ def _add_yarn(writer: GGUFWriter, v: dict[str, Any], context: int) -> None:
 
     for key, only in (("beta_fast", 32), ("beta_slow", 1), ("truncate", True)):
         if v.get(key, only) != only:
-            raise UserError(f"yarn with {key} = {v[key]}: llama.cpp's {writer.arch} architecture knows {only} only", ADVICE)
+            raise UserError(f"yarn with {key} = {v[key]}: llama.cpp's {writer.arch} architecture knows {only} only",
+                            ADVICE)
     original = int(v.get("original_max_position_embeddings") or context)
     factor = float(v.get("factor") or context / original)
     writer.add_rope_scaling_type(RopeScalingType.YARN)

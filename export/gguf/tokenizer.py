@@ -29,6 +29,7 @@ ENDS_BY_TEXT = {
 SUSPICIOUS = re.compile(r"__\w+__|\|\s*attr\b|\b(import|eval|exec|popen|subprocess)\s*\(")
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 KEY_NAMES = {"unk": "unknown", "pad": "padding"}
+NO_WAY = "this tokenizer cannot be carried into GGUF"
 NEVER = -1e9  # score of a token that no merge makes
 
 
@@ -69,17 +70,17 @@ def read_vocabulary(folder: Path, tokenizer: Any, size: int, pre: str | None, ch
     spec = tokenizer_spec(folder, tokenizer)
     model = spec["model"]
     if model.get("type", "BPE") != "BPE":
-        raise UserError(f"the tokenizer of {folder} is of type {model['type']}; GGUF's causal models use BPE",
-                        "this tokenizer cannot be carried into GGUF")
+        raise UserError(f"the tokenizer of {folder} is of type {model['type']}; GGUF's causal models use BPE", NO_WAY)
     tokens, types, notes = _tokens(spec, size)
     if _is_byte_level(spec):
-        if strange := pretokenizers.unsupported_normalizers(spec.get("normalizer")):
+        normalizers = pretokenizers.normalizers(spec.get("normalizer"))
+        if strange := [kind for kind in normalizers if kind != "NFC"]:
             raise UserError(f"the tokenizer of {folder} normalises text with {', '.join(strange)}, which llama.cpp "
-                            "does not", "this tokenizer cannot be carried into GGUF")
+                            "does not", NO_WAY)
         merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
-        v = Vocabulary("gpt2", pre or pretokenizers.find_pre(spec.get("pre_tokenizer"),
-                                                            bool(model.get("ignore_merges"))), tokens, types, merges=merges)
-        if spec.get("normalizer"):
+        pre = pre or pretokenizers.find_pre(spec.get("pre_tokenizer"), bool(model.get("ignore_merges")))
+        v = Vocabulary("gpt2", pre, tokens, types, merges=merges)
+        if normalizers:  # composed text, as nearly all text is, is left alone by NFC
             notes.append("the tokenizer composes Unicode (NFC) and llama.cpp does not: decomposed text differs")
     else:
         v = _sentencepiece(folder, spec, tokens, types)
@@ -105,7 +106,8 @@ def tokenizer_spec(folder: Path, tokenizer: Any) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8") if path.is_file() else tokenizer.backend_tokenizer.to_str()
         spec: dict[str, Any] = json.loads(text)
     except AttributeError as e:
-        raise UserError(f"{folder} has no tokenizer.json and transformers cannot make one", "add the tokenizer.json") from e
+        raise UserError(f"{folder} has no tokenizer.json and transformers cannot make one",
+                        "add the tokenizer.json") from e
     except ValueError as e:
         raise UserError(f"{path} is not valid JSON: {e}", "download it again") from e
     return spec
@@ -158,19 +160,18 @@ def _tokens(spec: dict[str, Any], size: int) -> tuple[list[str], list[int], list
 def _sentencepiece(folder: Path, spec: dict[str, Any], tokens: list[str], types: list[int]) -> Vocabulary:
     """Byte-fallback BPE. llama.cpp merges by a token's score where tokenizers merge by a pair's rank.
 
-    A piece's score is minus the rank of the first merge that makes it, which orders the merges alike: all pairs that make
-    one piece lie together, because the list was made from the pieces in the order of their scores.
+    A piece's score is minus the rank of the first merge that makes it, which orders the merges alike: all pairs that
+    make one piece lie together, because the list was made from the pieces in the order of their scores.
     """
     model = spec["model"]
     if not model.get("byte_fallback"):
-        raise UserError(f"the tokenizer of {folder} is a BPE that is neither byte-level nor falls back to bytes",
-                        "this tokenizer cannot be carried into GGUF")
+        raise UserError(f"the tokenizer of {folder} is a BPE that is neither byte-level nor falls back to bytes", NO_WAY)
     for i, text in enumerate(tokens):
         if BYTE_TOKEN.fullmatch(text):
             types[i] = int(TokenType.BYTE)
     if (n := sum(t == TokenType.BYTE for t in types)) != 256:
-        raise UserError(f"the tokenizer of {folder} has {n} of the 256 byte tokens <0x00> … <0xFF>, and llama.cpp needs all",
-                        "this tokenizer cannot be carried into GGUF")
+        raise UserError(f"the tokenizer of {folder} has {n} of the 256 byte tokens <0x00> … <0xFF>, and llama.cpp needs "
+                        "all", NO_WAY)
     rank: dict[str, int] = {}
     for i, merge in enumerate(model["merges"]):
         rank.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), i)
@@ -194,8 +195,8 @@ def _add_affixes(v: Vocabulary, tokenizer: Any) -> None:
     at = next((i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare), None)
     before, after = (whole[:at], whole[at + len(bare) :]) if at is not None else (whole, [])
     if at is None or len(before) > 1 or len(after) > 1:
-        raise UserError(f"the tokenizer makes {whole} of 'a', whose own ids are {bare}; GGUF can only add one token before "
-                        "and one after", "this tokenizer cannot be carried into GGUF")
+        raise UserError(f"the tokenizer makes {whole} of 'a', whose own ids are {bare}; GGUF can only add one token "
+                        "before and one after", NO_WAY)
     v.add_bos, v.add_eos = bool(before), bool(after)
     if before:
         v.special_ids["bos"] = before[0]
@@ -220,8 +221,8 @@ def _add_special_ids(v: Vocabulary, folder: Path, tokenizer: Any) -> None:
     others = [i for i in v.ends if i != v.special_ids.get("eos")]
     others.sort(key=lambda i: v.tokens[i] in ENDS_BY_TEXT)
     if sum(v.tokens[i] not in ENDS_BY_TEXT for i in others) > 2:
-        raise UserError(f"{len(v.ends)} tokens end a generation: {', '.join(repr(v.tokens[i]) for i in v.ends)}; GGUF has "
-                        "places for three beside those that llama.cpp knows by text",
+        raise UserError(f"{len(v.ends)} tokens end a generation: {', '.join(repr(v.tokens[i]) for i in v.ends)}; GGUF "
+                        "has places for three beside those that llama.cpp knows by text",
                         "leave some out of eos_token_id in generation_config.json")
     v.special_ids.update(zip(("eot", "eom"), others, strict=False))
 
@@ -252,8 +253,8 @@ def _chat_template(folder: Path, tokenizer: Any, choice: str) -> str | list[dict
     if isinstance(template, dict):
         template = [{"name": k, "template": t} for k, t in sorted(template.items())]
     if found := SUSPICIOUS.search(json.dumps(template)):
-        warn(f"the chat template of {folder} holds {found[0]!r}, which templates have no need of: look at it before you run "
-             "it (--chat-template drop leaves it out)")
+        warn(f"the chat template of {folder} holds {found[0]!r}, which templates have no need of: look at it before you "
+             "run it (--chat-template drop leaves it out)")
     return template  # type: ignore[no-any-return]
 
 

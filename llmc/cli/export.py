@@ -18,13 +18,14 @@ def export(
                                            "Left out: the newest model made in this folder."),
     format: str = typer.Option("gguf", "--format", help="The format: gguf, for llama.cpp."),
     out: Path = typer.Option(None, "--out", "-o", help="The file to write. Left out: <model>-<file type>.gguf here."),
-    embedding: str = typer.Option(None, help="Type of the token embedding: q8_0, q6_k, f16, bf16 or f32. Left out: q8_0 "
-                                             "with a quantised model, else as --float-type."),
+    embedding: str = typer.Option(None, help="Type of the token embedding: q8_0, q6_k, f16, bf16 or f32. Left out: "
+                                             "q8_0 with a quantised model, else as --float-type."),
     head: str = typer.Option(None, help="Type of the output matrix. Left out: as --embedding. "
                                         "A tied model has no output matrix of its own."),
     float_type: str = typer.Option("f16", help="Type of matrices that are not quantised: f32, f16, bf16 or q8_0."),
-    converter: Path = typer.Option(None, help="A llama.cpp checkout whose converter lays the file out, for architectures "
-                                              "that llmc does not write by itself. Its Python code is run."),
+    converter: Path = typer.Option(None, help="A llama.cpp checkout whose converter lays the file out, for "
+                                              "architectures that llmc does not write by itself. Its Python code is "
+                                              "run."),
     pre: str = typer.Option(None, help="llama.cpp's name of the pre-tokenizer. Left out: found from tokenizer.json."),
     chat_template: str = typer.Option("keep", help="keep, drop, or a Jinja file to carry instead."),
     threads: int = typer.Option(None, help="Threads of the checks. Left out: this machine's physical cores."),
@@ -54,12 +55,12 @@ def describe(report: dict[str, Any]) -> str:
         f"{report['path']}: {size(report['bytes'])}, {report['architecture']}, {report['file_type']}",
         f"  bytes      {classes}",
         f"  tensors    {types}",
-        f"  read back  {verified['weights']:,} weights equal their source; {verified['code_weights']:,} of them are codes, "
-        "bit for bit",
+        f"  read back  {verified['weights']:,} weights equal their source, {verified['code_weights']:,} of them codes bit "
+        "for bit",
         f"  token ids  {ids['text_tokens']} of the check text and {ids['added_tokens']} added tokens are the same; "
         f"pre-tokenizer {report['pre_tokenizer']}",
-        f"  logits     relative error {logits['relative_error']:.2g}, mean KL divergence {logits['mean_kld']:.2g}, top-1 "
-        f"agreement {logits['top1_agreement']:.1%} over {logits['tokens']} tokens",
+        f"  logits     relative error {logits['relative_error']:.2g}, mean KL divergence {logits['mean_kld']:.2g}, "
+        f"top-1 agreement {logits['top1_agreement']:.1%} over {logits['tokens']} tokens",
         f"  says       {report['generated']!r}",
     ]
     return "\n".join(lines)
