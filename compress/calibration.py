@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from llmc.artifact import fsync, staged_file, write_json
-from llmc.compress.precision import fast_matmul, matmul_precision
+from llmc.compress.precision import fast_forward, fast_matmul, matmul_precision
 from llmc.compress.skeleton import LayerTrace, LinearGroup, Skeleton, StopForward, trace_layer
 from llmc.compress.states import Scratch, StateStore
 from llmc.console import progress
@@ -34,11 +33,18 @@ from llmc.errors import UserError
 class InputStatistics:
     """What a group of linears sees.
 
-    hessian: float32 [in, in], the sum of w x x^T over tokens (the 2 of the paper's definition is left out: it cancels)
+    hessian: float32 [in, in], the sum of x x^T over tokens (the 2 of the paper's definition is left out: it cancels)
+    drift: float32 [in, in], the sum of (x' - x) x^T, where x' is what the same linear sees in the unchanged model; None
+    where no reference runs along
     tokens: how many x there were
+
+    Inputs of linears that write to the residual stream (those that end a child module of the layer) are divided by the
+    root mean square of the stream at their token: what follows normalises the stream, so an error counts relative to it,
+    and the few tokens with enormous states do not drown the others.
     """
 
     hessian: torch.Tensor
+    drift: torch.Tensor | None
     tokens: int
 
 
@@ -58,10 +64,11 @@ class LayerPass(Protocol):
 @dataclass(frozen=True)
 class LoopSettings:
     """batch: sequences run at once.  true_sequential: gather each group's statistics after the groups before it were
-    changed, not all of them on the unchanged layer."""
+    changed, not all of them on the unchanged layer.  reference: run the unchanged model along, for `drift`."""
 
     batch: int = 8
     true_sequential: bool = True
+    reference: bool = True
 
 
 class Workspace:
@@ -93,8 +100,8 @@ class Workspace:
             save_file({k: v.contiguous() for k, v in tensors.items()}, tmp, metadata={"format": "pt"})
         write_json(self.layer_file(index).with_suffix(".json"), record)
 
-    def commit(self, done: int, side: int, checksum: int) -> None:
-        self.state |= {"done": done, "side": side, "checksum": checksum}
+    def commit(self, done: int, side: int = 0, checksums: list[int] | None = None) -> None:
+        self.state |= {"done": done, "side": side, "checksums": checksums or []}
         write_json(self.folder / "state.json", self.state)
         fsync(self.folder)
 
@@ -114,29 +121,37 @@ class Loop:
         hidden = skeleton.config.get_text_config().hidden_size
         shape = (sequences.shape[0], sequences.shape[1], hidden)
         self.store = StateStore(work.folder, "hidden", shape, settings.batch)
+        self.reference = StateStore(work.folder, "reference", shape, settings.batch) if settings.reference else None
+        self.stores = [s for s in (self.store, self.reference) if s is not None]
         batches = (sequences[a:b] for a, b in self.store.starts())
         self.arguments, entering = skeleton.enter(batches, sequences.shape[1])
         state = work.state
         if work.done == 0:
             checksum = self.store.replace(entering)
-            self.store.commit()
-            work.commit(0, self.store.side, checksum)
-        elif not self.store.restore(state["side"], state["checksum"]):
+            if self.reference is not None:  # both streams start from the same states
+                shutil.copyfile(self.store.files[1], self.reference.files[1])
+            self._commit(0, [checksum] * len(self.stores))
+        elif not all(s.restore(state["side"], c) for s, c in zip(self.stores, state["checksums"], strict=True)):
             raise UserError(f"the hidden states in {work.folder} are damaged", "run without --resume to start again")
+
+    def _commit(self, done: int, checksums: list[int]) -> None:
+        """From here on a resumed run starts after layer `done`."""
+        for store in self.stores:
+            store.commit()
+        self.work.commit(done, self.store.side, checksums)
 
     def run(self, pass_: LayerPass, done: Callable[[dict[str, Any]], str]) -> None:
         """Every layer that is not finished yet. `done` turns a layer's record into a short note for the progress line."""
         layers = len(self.skeleton.layers)
         with progress("layer", layers, self.work.done) as p, torch.no_grad():
             for index in range(self.work.done, layers):
-                start = time.monotonic()
                 with self.skeleton.layer(index) as layer:
-                    record = self._one(pass_, index, layer)
-                self.work.commit(index + 1, self.store.side, record.pop("_checksum"))
-                record["seconds"] = round(time.monotonic() - start, 3)
+                    record, checksums = self._one(pass_, index, layer)
+                self._commit(index + 1, checksums)
                 p.step(done(record))
 
-    def _one(self, pass_: LayerPass, index: int, layer: nn.Module) -> dict[str, Any]:
+    def _one(self, pass_: LayerPass, index: int, layer: nn.Module) -> tuple[dict[str, Any], list[int]]:
+        """Returns the layer's record and the checksums of the states that leave it."""
         arguments, device = self.arguments[index], self.skeleton.device
         trace = trace_layer(layer, self.store.read(0, 1).to(device), arguments)
         ran = {name for group in trace.groups for name in group.names}
@@ -145,50 +160,60 @@ class Loop:
                             "mixtures of experts are not supported yet")
         pass_.begin(index, layer, trace.groups)
         sequential = self.settings.true_sequential
-        run = LayerRun(layer, arguments, trace, self.store, self.work.folder if sequential else None)
+        run = LayerRun(layer, arguments, trace, self.store, self.work.folder, sequential)
         try:
+            checksums = [] if self.reference is None else [self.reference.replace(run.refer(self.reference))]
             for stage in [[g] for g in trace.groups] if sequential else [trace.groups]:
                 for group, statistics in zip(stage, run.gather(stage), strict=True):
                     pass_.change(layer, group, statistics)
-            checksum = self.store.replace(run.outputs())
+            checksums.insert(0, self.store.replace(run.outputs()))
         finally:
             run.close()
         tensors, record = pass_.finish(index, layer)
         self.work.save_layer(index, tensors, record)
-        self.store.commit()
-        return {**record, "_checksum": checksum}
+        return record, checksums
 
 
 class LayerRun:
     """One layer, run over all sequences once for each group and once for its output.
 
-    scratch: a folder for the inputs of the linears that end a child module. Given, no linear runs twice: once such an
-    input is known, the module is replaced by its last linear on that input (in a Llama layer the attention runs once, not
-    four times). That is only right when everything before that linear is final, hence only when groups are worked on one
-    after another; None otherwise.
+    scratch: a folder for inputs of linears.  sequential: groups are worked on one after another. Then no linear runs twice:
+    once the input of the linear that ends a child module is known, the module is replaced by that linear on that input (in
+    a Llama layer the attention runs once, not four times). That is right only when everything before the linear is final.
     """
 
-    def __init__(self, layer: nn.Module, arguments: dict[str, Any], trace: LayerTrace, store: StateStore,
-                 scratch: Path | None) -> None:
+    def __init__(self, layer: nn.Module, arguments: dict[str, Any], trace: LayerTrace, store: StateStore, scratch: Path,
+                 sequential: bool) -> None:
         self.layer, self.arguments, self.store = layer, arguments, store
+        self.groups, self.batch = trace.groups, 0
         self.device = next(layer.parameters()).device
         dtype = torch.bfloat16 if matmul_precision() == "bf16" else torch.float32
-        self.batch = 0
-        self.endings = {} if scratch is None else trace.endings
-        self.inputs = {linear: Scratch(scratch / f"input-{part}", dtype)
-                       for part, (linear, _) in self.endings.items() if scratch is not None}
+        self.writers = trace.writers
+        self.endings = trace.endings if sequential else {}
+        self.inputs = {linear: Scratch(scratch / f"input-{part}", dtype) for part, (linear, _) in self.endings.items()}
+        self.unchanged = {g.names[0]: Scratch(scratch / f"unchanged-{i}", dtype) for i, g in enumerate(trace.groups)}
+
+    def refer(self, store: StateStore) -> Iterator[torch.Tensor]:
+        """Run the unchanged layer over the reference's states: keeps the input of every group, yields the outputs."""
+        handles = [self.layer.get_submodule(g.names[0]).register_forward_pre_hook(
+            lambda _m, args, name=g.names[0]: self.unchanged[name].put(self.batch, args[0])) for g in self.groups]
+        try:
+            yield from self._forward(store)
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def gather(self, groups: list[LinearGroup]) -> list[InputStatistics]:
-        """Run every sequence up to the last of `groups` and sum x x^T over each group's input."""
-        found = [InputStatistics(torch.zeros(g.in_features, g.in_features, device=self.device), 0) for g in groups]
+        """Run every sequence up to the last of `groups` and sum what InputStatistics says over each group's input."""
+        found = [self._nothing_yet(g) for g in groups]
 
         def hook(position: int) -> Any:
-            kept = self.inputs.get(groups[position].names[0])
+            name = groups[position].names[0]
+            kept = self.inputs.get(name)
 
             def accumulate(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-                x = args[0].reshape(-1, groups[position].in_features)
-                add_gram(found[position].hessian, x)
-                found[position].tokens += x.shape[0]
+                with torch.autocast(self.device.type, enabled=False):
+                    self._add(found[position], name, args[0])
                 if kept is not None:
                     kept.put(self.batch, args[0])
                 if position == len(groups) - 1:
@@ -206,17 +231,41 @@ class LayerRun:
             mirror_upper(statistics.hessian)
         return found
 
+    def _nothing_yet(self, group: LinearGroup) -> InputStatistics:
+        n = group.in_features
+        drift = torch.zeros(n, n, device=self.device) if self.unchanged[group.names[0]].places else None
+        return InputStatistics(torch.zeros(n, n, device=self.device), drift, 0)
+
+    def _add(self, statistics: InputStatistics, name: str, x: torch.Tensor) -> None:
+        """Add one batch x [n, seq_len, in] of the input of linear `name`."""
+        rows = x.reshape(-1, x.shape[-1]).float()
+        weight = self.relative if name in self.writers else None
+        if weight is not None:
+            rows = rows * weight
+        add_gram(statistics.hessian, rows)
+        statistics.tokens += rows.shape[0]
+        if statistics.drift is not None:
+            apart = self.unchanged[name].get(self.batch).to(self.device).sub_(x).view(rows.shape)
+            if weight is not None:
+                apart.mul_(weight)
+            with fast_matmul():
+                statistics.drift.addmm_(apart.t(), rows)
+
     def outputs(self) -> Iterator[torch.Tensor]:
         """What leaves the layer as it is now, batch by batch (nothing for a batch that a hook stopped)."""
-        for batch, (first, last) in enumerate(self.store.starts()):
+        yield from self._forward(self.store)
+
+    def _forward(self, store: StateStore) -> Iterator[torch.Tensor]:
+        for batch, (first, last) in enumerate(store.starts()):
             self.batch = batch  # hooks and shortcuts work on this one
-            hidden = self.store.read(first, last).to(self.device)
-            with self._shortcuts(), fast_matmul():
+            hidden = store.read(first, last).to(self.device)
+            self.relative = hidden.square().mean(-1).clamp_min_(1e-12).rsqrt_().view(-1, 1)
+            with self._shortcuts(), fast_forward(self.device):
                 try:
                     out = self.layer(hidden, **self.arguments)
                 except StopForward:
                     continue
-            yield out[0] if isinstance(out, tuple) else out
+            yield (out[0] if isinstance(out, tuple) else out).float()
 
     @contextmanager
     def _shortcuts(self) -> Iterator[None]:
@@ -240,7 +289,7 @@ class LayerRun:
         return run
 
     def close(self) -> None:
-        for scratch in self.inputs.values():
+        for scratch in [*self.inputs.values(), *self.unchanged.values()]:
             scratch.close()
 
 

@@ -1,8 +1,9 @@
-"""Where reduced precision is good enough, and only there: the products of activations.
+"""Where reduced precision is good enough, and only there: running layers over calibration text, and summing products.
 
-Running layers and summing Hessians are long sums over tens of thousands of tokens. On processors with bf16 instructions
-(AVX-512 BF16, AMX) oneDNN can round the factors of a float32 product to bf16 and keep the sum in float32, which is three
-to five times as fast. The algorithms themselves (Cholesky factors, sweeps, least squares) always run in full float32.
+These are sums over tens of thousands of tokens. On processors that multiply bf16 natively (AVX-512 BF16, AMX) layers run
+under autocast (linears and attention in bf16, the residual stream and the norms in float32), and products of activations
+round their factors to bf16 and keep the sum in float32. Together three to five times as fast as float32. The algorithms
+themselves (Cholesky factors, sweeps, least squares) always run in full float32.
 """
 
 from __future__ import annotations
@@ -31,3 +32,10 @@ def fast_matmul() -> Iterator[None]:
         yield
     finally:
         backend.fp32_precision = before
+
+
+@contextmanager
+def fast_forward(device: torch.device) -> Iterator[None]:
+    """Inside, layers run under autocast to bf16 where that is native; else `fast_matmul` alone."""
+    with fast_matmul(), torch.autocast(device.type, torch.bfloat16, enabled=matmul_precision() == "bf16"):
+        yield

@@ -141,7 +141,8 @@ class Skeleton:
         """What the model does before its first layer.
 
         width: tokens of a sequence.  Returns the keyword arguments that the model hands to each decoder layer (recorded
-        with one sequence, so they broadcast), and the hidden states that enter layer 0, float32 [n, width, hidden].
+        with one sequence, so they broadcast), and the hidden states that enter layer 0, float32 [n, width, hidden], batch by
+        batch; the embedding is freed when they end.
         """
         arguments: list[dict[str, Any]] = []
         entering: list[torch.Tensor] = []
@@ -178,14 +179,21 @@ class Skeleton:
             for layer in self.layers:
                 layer.forward = record  # type: ignore[method-assign]
             run(torch.zeros(1, width, dtype=torch.int64))
-            self.layers[0].forward = take  # type: ignore[method-assign]
-            states = [run(ids).float() for ids in batches]
         finally:
             for layer, forward in zip(self.layers, forwards, strict=True):
                 layer.forward = forward  # type: ignore[method-assign]
-            for part, _ in self._outside():
-                self.free(part)
-        return arguments, iter(states)
+
+        def states() -> Iterator[torch.Tensor]:
+            self.layers[0].forward = take  # type: ignore[method-assign]
+            try:
+                for ids in batches:
+                    yield run(ids).float()
+            finally:
+                self.layers[0].forward = forwards[0]  # type: ignore[method-assign]
+                for part, _ in self._outside():
+                    self.free(part)
+
+        return arguments, states()
 
     def _outside(self) -> list[tuple[nn.Module, str]]:
         """The modules that hold parameters of their own outside the decoder layers and the head, with their names."""
@@ -219,10 +227,12 @@ def _find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 @dataclass(frozen=True)
 class LayerTrace:
     """groups: linears by shared input, in the order they run.
-    endings: for each child module of the layer that ends in a linear, so that its output is that linear's (in a Llama
-    layer: self_attn in o_proj, mlp in down_proj), the linear's name and how many Nones follow the output."""
+    writers: linears whose output is that of a child module of the layer (in a Llama layer o_proj of self_attn and down_proj
+    of mlp), which is what is added to the residual stream.
+    endings: those children that return nothing else, with their writer and how many Nones follow it (None: no tuple)."""
 
     groups: list[LinearGroup]
+    writers: set[str]
     endings: dict[str, tuple[str, int | None]]
 
 
@@ -231,6 +241,7 @@ def trace_layer(layer: nn.Module, hidden: torch.Tensor, arguments: dict[str, Any
     """Run one sequence [1, n, hidden] through a layer and see which linears are given the very same tensor."""
     seen: list[tuple[torch.Tensor, list[str]]] = []  # keeps the inputs alive, so identity cannot be reused
     made: dict[int, tuple[str, torch.Tensor]] = {}  # by address; alive for the same reason
+    writers: set[str] = set()
     endings: dict[str, tuple[str, int | None]] = {}
 
     def linear(name: str) -> Any:
@@ -247,8 +258,10 @@ def trace_layer(layer: nn.Module, hidden: torch.Tensor, arguments: dict[str, Any
         def note(_module: nn.Module, _args: tuple[Any, ...], out: Any) -> None:
             first, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
             source = made.get(first.data_ptr(), ("", None))[0]
-            if source.startswith(name + ".") and (rest is None or all(x is None for x in rest)):
-                endings[name] = (source, None if rest is None else len(rest))
+            if source.startswith(name + "."):
+                writers.add(source)
+                if rest is None or all(x is None for x in rest):
+                    endings[name] = (source, None if rest is None else len(rest))
         return note
 
     handles = [m.register_forward_hook(linear(n)) for n, m in layer.named_modules() if is_linear(m)]
@@ -258,4 +271,4 @@ def trace_layer(layer: nn.Module, hidden: torch.Tensor, arguments: dict[str, Any
     finally:
         for handle in handles:
             handle.remove()
-    return LayerTrace([LinearGroup(tuple(names), tensor.shape[-1]) for tensor, names in seen], endings)
+    return LayerTrace([LinearGroup(tuple(names), tensor.shape[-1]) for tensor, names in seen], writers, endings)

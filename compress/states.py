@@ -23,7 +23,6 @@ class StateStore:
         self.files = [folder / f"{name}.{side}.f32" for side in "ab"]
         self.shape, self.batch, self.side = shape, batch, 0
         self.row = shape[1] * shape[2] * 4  # bytes of one sequence
-        self._checksum = 0
 
     def starts(self) -> Iterator[tuple[int, int]]:
         """(first, last + 1) of each batch of sequences."""

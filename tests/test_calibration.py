@@ -39,7 +39,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.groups: list[tuple[int, LinearGroup]] = []
-        self.hessians: list[torch.Tensor] = []
+        self.statistics: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def begin(self, index: int, layer: nn.Module, groups: list[LinearGroup]) -> None:
         self.index = index
@@ -47,7 +47,8 @@ class Recorder:
     def change(self, layer: nn.Module, group: LinearGroup, statistics: InputStatistics) -> None:
         assert statistics.tokens == SEQUENCES.numel()
         self.groups.append((self.index, group))
-        self.hessians.append(statistics.hessian.clone())
+        assert statistics.drift is not None
+        self.statistics.append((statistics.hessian.clone(), statistics.drift.clone()))
         for name in group.names:
             linear = layer.get_submodule(name)
             set_weight(linear, coarse(get_weight(linear)))
@@ -64,28 +65,44 @@ def stream(folder: Path, work: Path, settings: LoopSettings) -> tuple[Recorder, 
     return recorder, loop, skeleton.layers_name
 
 
+WRITERS = ("o_proj", "down_proj", "c_proj", "out_proj", "dense", "dense_4h_to_h")  # linears that end a child module
+
+
 @torch.no_grad()
-def whole_model(folder: Path, layers_name: str, groups: list[tuple[int, LinearGroup]], sequential: bool) -> list[torch.Tensor]:
-    """The same statistics from the whole model in memory, run once more for every group."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    layers = model.get_submodule(layers_name)
-    found: list[torch.Tensor] = []
+def whole_model(
+    folder: Path, layers_name: str, groups: list[tuple[int, LinearGroup]], sequential: bool,
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(Hessian, drift) from two whole models in memory, run once more for every group."""
+    changed, original = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval() for _ in range(2))
 
-    def gram(index: int, group: LinearGroup) -> torch.Tensor:
-        inputs = []
-        linear = layers[index].get_submodule(group.names[0])
-        handle = linear.register_forward_pre_hook(lambda _m, args: inputs.append(args[0].reshape(-1, group.in_features)))
+    def seen(model: nn.Module, index: int, group: LinearGroup) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the group sees, and the root mean square of the stream that enters its layer."""
+        layer = model.get_submodule(layers_name)[index]
+        caught: list[torch.Tensor] = []
+        handles = [module.register_forward_pre_hook(lambda _m, args, kwargs: caught.append((args or [*kwargs.values()])[0]),
+                                                    with_kwargs=True)
+                   for module in (layer, layer.get_submodule(group.names[0]))]
         model(SEQUENCES)
-        handle.remove()
-        return inputs[0].t() @ inputs[0]
+        for handle in handles:
+            handle.remove()
+        return caught[1].reshape(-1, group.in_features), caught[0].square().mean(-1).sqrt().view(-1, 1)
 
+    def statistics(index: int, group: LinearGroup) -> tuple[torch.Tensor, torch.Tensor]:
+        x, rms = seen(changed, index, group)
+        unchanged, _ = seen(original, index, group)
+        if group.names[0].endswith(WRITERS) and "." in group.names[0]:
+            x, unchanged = x / rms, unchanged / rms
+        return x.t() @ x, (unchanged - x).t() @ x
+
+    layers = changed.get_submodule(layers_name)
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
     for index in range(len(layers)):
         mine = [g for i, g in groups if i == index]
         if not sequential:
-            found += [gram(index, g) for g in mine]
+            found += [statistics(index, g) for g in mine]
         for group in mine:
             if sequential:
-                found.append(gram(index, group))
+                found.append(statistics(index, group))
             for name in group.names:
                 linear = layers[index].get_submodule(name)
                 set_weight(linear, coarse(get_weight(linear)))
@@ -100,9 +117,10 @@ def test_statistics_equal_those_of_the_whole_model(family: str, sequential: bool
     first_layer = [g for i, g in recorder.groups if i == 0]
     assert [len(g.names) for g in first_layer] == EXPECTED_GROUPS[family]
     expected = whole_model(folder, layers_name, recorder.groups, sequential)
-    assert len(expected) == len(recorder.hessians)
-    for ours, theirs in zip(recorder.hessians, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.diagonal().mean()))
+    for ours, theirs in zip(recorder.statistics, expected, strict=True):
+        size = float(theirs[0].diagonal().mean())
+        torch.testing.assert_close(ours[0], theirs[0], rtol=1e-3, atol=1e-3 * size)
+        torch.testing.assert_close(ours[1], theirs[1], rtol=1e-3, atol=1e-3 * size)
 
 
 def test_no_linear_runs_twice_on_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,8 +134,8 @@ def test_no_linear_runs_twice_on_a_batch(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(nn.Linear, "forward", counted)
     stream(folder, tmp_path / "work", LoopSettings(batch=5))
-    # once in the trace; o_proj twice more, as it feeds the two stages after it; the stages before a linear stop at it
-    assert sorted(counts.values()) == sorted([2, 2, 2, 4, 2, 2, 2] * 2)
+    # once in the trace, once for the reference, once for the stages after it; o_proj feeds three of these
+    assert sorted(counts.values()) == sorted([3, 3, 3, 5, 3, 3, 3] * 2)
 
 
 def test_gram_and_mirror_equal_the_full_product() -> None:
@@ -134,4 +152,5 @@ def test_weights_are_freed_and_the_scratch_files_gone(tmp_path: Path) -> None:
     folder = build("llama", tmp_path / "model")
     _, loop, _ = stream(folder, tmp_path / "work", LoopSettings())
     assert all(p.is_meta for p in loop.skeleton.model.parameters())
-    assert not list((tmp_path / "work").glob("input-*"))
+    assert sorted(p.name for p in (tmp_path / "work").iterdir()) == [
+        "hidden.a.f32", "hidden.b.f32", "layers", "reference.a.f32", "reference.b.f32", "state.json"]

@@ -51,18 +51,40 @@ class GPTQResult:
     events: list[str] = field(default_factory=list)
 
 
-def inverse_factor(h: torch.Tensor) -> torch.Tensor | None:
-    """Upper triangular U with U^T U = h^-1 for a symmetric positive definite h [n, n]; None if h is not that.
+def inverse_factor(h: torch.Tensor, order: torch.Tensor | None = None) -> torch.Tensor | None:
+    """Upper triangular U with U^T U = h[order, order]^-1 for a symmetric positive definite h [n, n]; None if h is not that.
 
     With J the reversal of rows and columns and J h J = L L^T, R = J L J is upper triangular and h = R R^T, so U = R^-1.
+    At most two matrices beside h are alive at a time.
     """
-    lower, info = torch.linalg.cholesky_ex(h.flip(0, 1))
+    n = h.shape[0]
+    reverse = torch.arange(n - 1, -1, -1, device=h.device) if order is None else order.flip(0)
+    lower, info = torch.linalg.cholesky_ex(h.index_select(0, reverse).index_select(1, reverse))
     if int(info) != 0:
         return None
     upper = lower.flip(0, 1)
     del lower
-    eye = torch.eye(h.shape[0], dtype=h.dtype, device=h.device)
+    eye = torch.eye(n, dtype=h.dtype, device=h.device)
     return torch.linalg.solve_triangular(upper, eye, upper=True, out=eye)
+
+
+def compensate(weight: torch.Tensor, hessian: torch.Tensor, drift: torch.Tensor, damp: float) -> torch.Tensor | None:
+    """The weight [out, in] that makes up for what was lost before this layer.
+
+    The layer now sees x where the unchanged model saw x'. Over real-valued W', sum |W x' - W' x|^2 is least at
+
+        W' = W + W D H^-1,   D = sum (x' - x) x^T [in, in],   H = sum x x^T [in, in]
+
+    and differs from that minimum by tr((W' - Q) H (W' - Q)^T): quantising W' under H is the whole problem. (The aim is
+    that of Li et al., "GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration", 2025,
+    arXiv:2504.02692; they fold a first-order form of it into the sweep.) `damp` as in `gptq`. None where H cannot be
+    factored.
+    """
+    ridge = hessian.clone()
+    ridge.diagonal().add_(damp * float(hessian.diagonal().mean()))
+    lower, info = torch.linalg.cholesky_ex(ridge)
+    del ridge
+    return None if int(info) != 0 else weight + torch.cholesky_solve((weight @ drift).t(), lower).t()
 
 
 def gptq(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, damp: float = 0.01,
@@ -80,7 +102,7 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, damp: float = 
     while factor is None and damp <= MAX_DAMP:
         diagonal += mean * (damp - raised)
         raised = damp
-        factor = inverse_factor(hessian[order][:, order])
+        factor = inverse_factor(hessian, order)
         if factor is None:
             events.append(f"the Hessian could not be factored at damp {damp:g}")
             damp *= 10

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from llmc.compress.calibration import InputStatistics
-from llmc.compress.quantize.gptq import gptq, objective
+from llmc.compress.quantize.gptq import compensate, gptq, objective
 from llmc.compress.quantize.rtn import rtn
 from llmc.compress.skeleton import LinearGroup, Skeleton, get_weight, set_weight
 from llmc.console import warn
@@ -38,7 +38,14 @@ class QuantizePass:
         """GPTQ on the group's weights, stacked: they share the Hessian, and rows do not touch each other."""
         linears = [layer.get_submodule(n) for n in group.names]
         weights = [get_weight(m) for m in linears]
-        result = gptq(torch.cat(weights), statistics.hessian, self.grid, self.damp)
+        target = torch.cat(weights)
+        if statistics.drift is not None:
+            moved = compensate(target, statistics.hessian, statistics.drift, self.damp)
+            if moved is None:
+                self._note(f"{', '.join(group.names)}: what was lost before could not be made up for")
+            target = target if moved is None else moved
+            statistics.drift = None  # a matrix of [in, in] that is needed no more
+        result = gptq(target, statistics.hessian, self.grid, self.damp)
         for event in result.events:
             self._note(f"{group.names[0]}: {event}")
         if result.weight is None:
@@ -48,7 +55,7 @@ class QuantizePass:
             rows = slice(row, row := row + weight.shape[0])
             if result.weight is None:
                 q, method = rtn(weight, self.grid), "rtn"
-                error = objective((q.dequantize() - weight).t(), statistics.hessian)
+                error = objective((q.dequantize() - target[rows]).t(), statistics.hessian)
             else:
                 zeros = result.weight.zeros
                 q = QuantizedTensor(self.grid, result.weight.codes[rows], result.weight.scales[rows],

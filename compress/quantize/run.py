@@ -196,7 +196,7 @@ class _Job:
                     for name, linear in self.skeleton.linears(index).items():
                         pass_.round(name, linear)
                     work.save_layer(index, *pass_.finish(index, layer))
-                work.commit(index + 1, 0, 0)
+                work.commit(index + 1)
                 p.step()
 
     def _publish(self, work: Workspace, source: dict[str, Any], calibration: Calibration | None) -> dict[str, Any]:
