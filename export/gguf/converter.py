@@ -72,6 +72,8 @@ def converted(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, types: Types
     if not script.is_file():
         raise UserError(f"{config.converter} has no {SCRIPT}", "give the folder of a llama.cpp checkout")
     parent = (config.out or Path("x")).absolute().parent
+    while not parent.exists():
+        parent = parent.parent
     linears = gptq.quantized_linears(ckpt)
     weights = sum(_weights(ckpt, name, set(linears)) for name in ckpt.names())
     copies = 2 if linears else 1

@@ -33,6 +33,7 @@ from llmc.export.gguf.config import GgufExportConfig
 from llmc.export.gguf.plan import Plan, Planner, Types
 from llmc.export.gguf.pretokenizers import WITHOUT_MARKS
 from llmc.export.gguf.writer import Entry
+from llmc.export.gptq import checkpoint as gptq
 from llmc.runtimes.targets.this_machine import physical_cores
 from llmc.runtimes.torch_model import load_tokenizer
 from llmc.sources import COMMIT, resolve_model
@@ -43,11 +44,16 @@ def run(config: GgufExportConfig) -> dict[str, Any]:
     _need_packages()
     folder = _model_folder(config)
     ckpt = Checkpoint.open(folder)
+    # what can be refused is refused before anything that takes time
+    if ckpt.quantization is not None:
+        gptq.grid_of(ckpt)
+    if config.out is not None:
+        check_output(config.out)
+    if config.converter is None:
+        find_architecture(ckpt.config)
     threads = config.threads or physical_cores()
     types = Types.choose(config, quantised=ckpt.quantization is not None)
     torch.set_num_threads(threads)
-    if config.converter is None:
-        find_architecture(ckpt.config)  # before anything that takes time
     tok = load_tokenizer(folder)
     if config.converter is None:
         return _finish(config, ckpt, tok, threads, types, _plan(config, ckpt, tok, types))

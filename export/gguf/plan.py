@@ -121,6 +121,9 @@ class Planner:
         """The order of the rows in the file, None where it is the checkpoint's own."""
         if self.arch.interleaved and module.endswith((".q_proj", ".k_proj")):
             heads = self.hf.num_attention_heads if module.endswith("q_proj") else self.hf.num_key_value_heads
+            if rows % (2 * heads):
+                raise UserError(f"{module} has {rows} rows, which {heads} heads do not divide in pairs",
+                                "the checkpoint and its config.json do not belong together")
             return interleave(rows, heads)
         return None
 

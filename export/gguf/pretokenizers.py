@@ -37,7 +37,6 @@ TABLE: dict[Signature, tuple[str | None, str | None]] = {
     (QWEN35, "bytes"): ("qwen35", None),
     (TEKKEN, "bytes"): ("tekken", "tekken"),  # llama.cpp takes whole words either way; the check decides
     (O200K, "bytes"): ("gpt-4o", None),
-    ("punctuation", "words", "digits", "[0-9][0-9][0-9]"): ("falcon", None),
     (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", "digit", "bytes"): ("deepseek-coder", None),
     (r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", DEEPSEEK3, "bytes"): ("deepseek-v3", None),
 }
@@ -66,10 +65,8 @@ def _word(step: dict[str, Any]) -> str:
     kind = step["type"]
     if kind == "ByteLevel" and not step.get("add_prefix_space", True):
         return "words" if step.get("use_regex", True) else "bytes"
-    if kind == "Digits":
-        return "digit" if step.get("individual_digits") else "digits"
-    if kind == "Punctuation" and step.get("behavior", "Isolated") == "Contiguous":
-        return "punctuation"
+    if kind == "Digits" and step.get("individual_digits"):
+        return "digit"
     if kind == "Split" and (step["behavior"], bool(step.get("invert"))) in (("Isolated", False), ("Removed", True)):
         pattern: str = step["pattern"].get("Regex") or step["pattern"].get("String")
         # some files hold the control characters themselves

@@ -210,7 +210,10 @@ def _add_special_ids(v: Vocabulary, folder: Path, tokenizer: Any) -> None:
     for name in ("bos", "eos", "unk", "pad"):
         for value in [getattr(tokenizer, f"{name}_token_id", None), *(f.get(f"{name}_token_id") for f in files)]:
             for i in value if isinstance(value, list) else [value]:
-                if i is None or not 0 <= i < len(v.tokens):
+                if i is None:
+                    continue
+                if not 0 <= i < len(v.tokens):
+                    v.notes.append(f"{name}_token_id {i} is no token of this vocabulary and was left out")
                     continue
                 v.special_ids.setdefault(name, i)
                 if name == "eos" and i not in v.ends:

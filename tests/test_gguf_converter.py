@@ -1,0 +1,199 @@
+"""llama.cpp's converter lays the file out, llmc puts its codes in: rows are found by value wherever they went."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from gguf import GGUFReader
+from gguf.quants import dequantize
+from rounding import gptq_folder
+from tiny import build
+
+from llmc.errors import UserError
+from llmc.export.gguf import GgufExportConfig, export_gguf
+from llmc.export.gguf.converter import Row, RowIndex
+from llmc.grids import Grid
+from llmc.sources import field
+
+# A stand-in for convert_hf_to_gguf.py with the same command line: a Llama in float32, the rows of Q and K permuted, and
+# Q, K and V in one tensor, which llmc's own writer never makes
+SCRIPT = """
+import json, sys
+from pathlib import Path
+import numpy as np
+from gguf import GGUFWriter
+from safetensors.numpy import load_file
+
+folder, flag, out, kind, f32 = sys.argv[1:]
+assert (flag, kind, f32) == ("--outfile", "--outtype", "f32")
+folder = Path(folder)
+c = json.loads((folder / "config.json").read_text())
+assert "quantization_config" not in c
+w = GGUFWriter(out, "llama")
+w.add_block_count(c["num_hidden_layers"])
+w.add_context_length(c["max_position_embeddings"])
+w.add_embedding_length(c["hidden_size"])
+w.add_feed_forward_length(c["intermediate_size"])
+w.add_head_count(c["num_attention_heads"])
+w.add_head_count_kv(c["num_key_value_heads"])
+w.add_layer_norm_rms_eps(c["rms_norm_eps"])
+spec = json.loads((folder / "tokenizer.json").read_text())
+w.add_tokenizer_model("gpt2")
+w.add_tokenizer_pre("gpt-2")
+w.add_token_list(sorted(spec["model"]["vocab"], key=spec["model"]["vocab"].get))
+w.add_token_types([3, 3] + [1] * (len(spec["model"]["vocab"]) - 2))
+w.add_token_merges([" ".join(m) for m in spec["model"]["merges"]])
+
+def interleave(x, heads):
+    return x.reshape(heads, 2, len(x) // heads // 2, -1).swapaxes(1, 2).reshape(x.shape)
+
+weights = {k: v.astype(np.float32) for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+CHANGE
+for i in range(c["num_hidden_layers"]):
+    p = f"model.layers.{i}."
+    q, k, v = (weights.pop(p + f"self_attn.{x}_proj.weight") for x in "qkv")
+    w.add_tensor(f"blk.{i}.attn_qkv.weight", np.concatenate([
+        interleave(q, c["num_attention_heads"]), interleave(k, c["num_key_value_heads"]), v]))
+    for theirs, ours in {"self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+                         "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
+                         "post_attention_layernorm": "ffn_norm"}.items():
+        w.add_tensor(f"blk.{i}.{ours}.weight", weights.pop(p + theirs + ".weight"))
+w.add_tensor("token_embd.weight", weights.pop("model.embed_tokens.weight"))
+w.add_tensor("output_norm.weight", weights.pop("model.norm.weight"))
+assert not weights
+w.write_header_to_file()
+w.write_kv_data_to_file()
+w.write_tensors_to_file()
+w.close()
+"""
+
+
+def checkout(folder: Path, change: str = "") -> Path:
+    folder.mkdir()
+    (folder / "convert_hf_to_gguf.py").write_text(SCRIPT.replace("CHANGE", change))
+    return folder
+
+
+def export(folder: Path, converter: Path, **options: Any) -> dict[str, Any]:
+    return export_gguf(GgufExportConfig(model=folder, out=folder.with_suffix(".gguf"), converter=converter, threads=1,
+                                        **options))
+
+
+def test_codes_are_found_through_permuting_and_fusing(tmp_path):
+    source = gptq_folder(build("llama", tmp_path / "m"), tmp_path / "q", Grid(4, 32))
+    report = export(tmp_path / "q", checkout(tmp_path / "llama.cpp"))
+    assert report["verified"]["code_weights"] == sum(q.codes.numel() for q in source.values())
+    assert report["tensor_types"] == {"Q4_0": 10, "Q8_0": 1, "F32": 5}
+    assert "14 quantised linears were found by value in 10 of its 16 tensors" in report["notes"][0]
+    fused = next(t for t in GGUFReader(report["path"]).tensors if t.name == "blk.1.attn_qkv.weight")
+    q, k, v = (source[f"model.layers.1.self_attn.{x}_proj"].dequantize().numpy() for x in "qkv")
+    order = [0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15]  # heads of 16 rows: 4 of Q, 2 of K
+    expected = [x[h * 16 + i] for x, heads in ((q, 4), (k, 2)) for h in range(heads) for i in order] + list(v)
+    assert np.array_equal(dequantize(fused.data, fused.tensor_type), np.stack(expected))
+
+
+def test_a_float_model_goes_through_too(tmp_path):
+    report = export(build("llama", tmp_path / "m"), checkout(tmp_path / "llama.cpp"), float_type="q8_0")
+    assert report["tensor_types"] == {"Q8_0": 11, "F32": 5}
+    assert not list(tmp_path.glob(".llmc-convert-*"))
+
+
+def test_metadata_is_the_converters_and_what_llmc_knows_better(tmp_path):
+    folder = build("llama", tmp_path / "m", style="gpt2")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 9]}')
+    gptq_folder(folder, tmp_path / "q", Grid(4, 32))
+    report = export(tmp_path / "q", checkout(tmp_path / "llama.cpp"))
+    reader = GGUFReader(report["path"])
+    assert field(reader, "llama.attention.head_count_kv") == 2
+    assert field(reader, "general.quantized_by") == "llmc"
+    assert field(reader, "tokenizer.ggml.add_bos_token") is False
+    assert {1, 9} <= set(report["token_ids"]["end_tokens"])
+
+
+def test_values_that_the_converter_changed_are_an_error(tmp_path):
+    gptq_folder(build("llama", tmp_path / "m"), tmp_path / "q", Grid(4, 32))
+    scaled = checkout(tmp_path / "scaled", 'weights["model.layers.1.mlp.down_proj.weight"] *= 2')
+    with pytest.raises(UserError, match=r"64 rows of 1 quantised linears \(first model\.layers\.1\.mlp\.down_proj\)"):
+        export(tmp_path / "q", scaled)
+    partly = checkout(tmp_path / "partly", 'weights["model.layers.1.self_attn.v_proj.weight"] *= 2')
+    with pytest.raises(UserError, match=r"32 of the 128 rows of blk\.1\.attn_qkv\.weight are rows of no quantised"):
+        export(tmp_path / "q", partly)
+    assert not (tmp_path / "q.gguf").exists()
+
+
+def test_a_converter_that_fails_is_quoted(tmp_path):
+    broken = checkout(tmp_path / "llama.cpp", 'raise NotImplementedError("no such model")')
+    with pytest.raises(UserError, match=r"converter failed on m \(code 1\): NotImplementedError: no such model"):
+        export(build("llama", tmp_path / "m"), broken)
+    with pytest.raises(UserError, match=r"has no convert_hf_to_gguf\.py"):
+        export(tmp_path / "m", tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------- rows by value
+
+
+def index_of(*linears: np.ndarray) -> RowIndex:
+    index = RowIndex()
+    for i, values in enumerate(linears):
+        index.add(i, values)
+    return index
+
+
+def test_rows_are_found_through_permuting_fusing_and_stacking():
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((6, 32)).astype(np.float32), rng.standard_normal((4, 32)).astype(np.float32)
+    order = rng.permutation(10)
+    index = index_of(a, b)
+    found = index.find("fused", np.concatenate([a, b])[order])
+    assert found == [Row(0, i) if i < 6 else Row(1, i - 6) for i in order]
+    assert not index.left
+    assert index_of(a, b).find("other", rng.standard_normal((6, 32)).astype(np.float32)) is None
+    assert index_of(a, b).find("narrow", a[:, :16].copy()) is None
+
+
+def test_a_matrix_of_which_only_some_rows_are_known_is_an_error():
+    a = np.random.default_rng(0).standard_normal((6, 32)).astype(np.float32)
+    mixed = np.concatenate([a, a[:2] * 2])
+    with pytest.raises(UserError, match="2 of the 8 rows of mixed"):
+        index_of(a).find("mixed", mixed)
+
+
+def test_equal_rows_are_each_used_once_and_zero_rows_prove_nothing():
+    a = np.random.default_rng(0).standard_normal((4, 32)).astype(np.float32)
+    a[1] = a[0]
+    a[3] = 0
+    index = index_of(a, a.copy())
+    assert index.find("padding", np.zeros((5, 32), np.float32)) is None  # an embedding's unused rows, say
+    found = index.find("both", np.concatenate([a[::-1], -0.0 * a[3:], a[:3]]))
+    assert len(set(found)) == 8
+    assert not index.left
+
+
+# --------------------------------------------------------------------------------------------------- the real converter
+
+
+LLAMA_CPP = os.environ.get("LLMC_LLAMA_CPP")
+OTHERS = {"bloom": {"n_layer": 2, "n_head": 4}, "starcoder2": {"sliding_window": None},
+          "mixtral": {"num_local_experts": 4, "sliding_window": None}}
+
+
+@pytest.mark.skipif(not LLAMA_CPP, reason="LLMC_LLAMA_CPP does not name a llama.cpp checkout")
+@pytest.mark.parametrize("family", OTHERS)
+def test_llama_cpps_own_converter(family, tmp_path, monkeypatch):
+    """Bloom's converter takes Q, K and V apart and Mixtral's stacks experts; llmc knows neither architecture."""
+    assert LLAMA_CPP is not None
+    monkeypatch.setitem(tiny.FAMILIES, family, OTHERS[family])
+    folder = build(family, tmp_path / "m", hidden_size=128)
+    source = gptq_folder(folder, tmp_path / "q", Grid(4, 32), lambda n: (
+        (".layers." in n or ".h." in n or n.startswith("h.")) and n.endswith(".weight")
+        and not any(x in n for x in ("norm", "gate.weight"))))
+    with pytest.raises(UserError, match="does not write the architecture"):
+        export_gguf(GgufExportConfig(model=tmp_path / "q"))
+    report = export(tmp_path / "q", Path(LLAMA_CPP))
+    assert report["verified"]["code_weights"] == sum(q.codes.numel() for q in source.values())
+    assert report["logits"]["mean_kld"] < 0.05
