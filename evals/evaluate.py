@@ -25,6 +25,8 @@ from llmc.runtimes.targets.this_machine import physical_cores
 SAMPLE = ("Hello  world, it's 2024-11-05;\n\n\tdef f(x):  return x*100000  # naïve Ünïcode"
           " 日本語 Привет العربية 🙂👍🏽 <|x|>\r\n")
 
+SAME_TEXT = 0.02  # a share of common 13-word runs beyond chance and quotation
+
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
     """The report of `config.artifact` with its `quality` section; written to `config.output` where that is given.
@@ -34,6 +36,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     artifact = locate(config.artifact)
     base = locate(config.base) if config.base is not None else None
     texts = [load_text(t) for t in (config.text, config.second_text) if t is not None]
+    overlaps = {name: _overlap(artifact, name, text) for name, text in texts}
     described = report.describe_artifact(artifact)
     report.check_output(config.output, described["sha256"])
     base_digest = None if base is None else report.hash_artifact(base)
@@ -54,6 +57,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
             agrees = _check_tokenizer(runtime, tokenizer, artifact)
             jobs = [cut(name, text, tokenizer, config.context, config.chunks) for name, text in texts]
             results = [_run(job, runtime, base_runtime, is_base) for job in jobs]
+            for result in results:
+                result["calibration_overlap"] = overlaps[result["protocol"]["text"]]
             quality: dict[str, Any] = {
                 "texts": results, "runtime": runtime.describe(), "tokenizer_agrees": agrees,
                 "base": None if base is None else {
@@ -70,6 +75,16 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     if config.output is not None:
         report.save(config.output, made)
     return made
+
+
+def _overlap(artifact: Path, name: str, text: str) -> float:
+    """Share of the artifact's calibration text that occurs in the evaluation text, by its manifest's sketch; warned about."""
+    sketches = [p["calibration"]["sketch"] for p in (read_manifest(artifact) or {}).get("passes", [])
+                if (p.get("calibration") or {}).get("sketch")]
+    share = max((overlap(sketch, text) for sketch in sketches), default=0.0)
+    if share > SAME_TEXT:
+        warn(f"about {share:.0%} of the calibration text occurs in {name}: its figures flatter the artifact; use another text")
+    return share
 
 
 def _check_context(wanted: int, *runtimes: Runtime) -> None:

@@ -100,7 +100,7 @@ def _charts(artifacts: list[dict[str, Any]]) -> Iterable[str]:
     yield _figure("Speed against divergence", "Down and right is better." + rings, _legend(artifacts),
                   charts.scatter(by_speed, "decode, tokens/s", kld) if by_speed else "",
                   "llmc bench ARTIFACT -o REPORT (into the report of llmc eval)")
-    yield _figure("Error by layer", "Share of each layer's output energy that quantisation lost, on calibration text.",
+    yield _figure("Error by layer", "Share of each layer's output energy that was lost, as the pass recorded it.",
                   _legend([a for a in artifacts if a["report"]["artifact"]["layers"]], artifacts),
                   charts.lines(layers, "decoder layer", "output energy lost, %") if layers else "",
                   "llmc quantize (the manifest beside the artifact records it)")
