@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from llmc.artifact import read_manifest
 from llmc.console import progress, say, warn
 from llmc.errors import UserError
 from llmc.evals import metrics, report
 from llmc.evals.config import EvalConfig
 from llmc.evals.protocol import Chunks, FolderTokenizer, RuntimeTokenizer, Tokenizer, cut
 from llmc.evals.texts import load_text
+from llmc.overlap import overlap
 from llmc.runtimes.base import Runtime, locate, open_runtime
 from llmc.runtimes.targets.this_machine import physical_cores
 

@@ -1,0 +1,101 @@
+"""The same base, the same calibration text, the same file formats: llmc against llama.cpp with its importance matrix.
+
+llama-imatrix gets the very text that llmc calibrates on (the sequences it chose, decoded). All files are then evaluated by
+`llmc eval` in llama.cpp: KL divergence to the float base on every text given. Prints a table and one JSON line; exit code 1
+where llmc loses a text at 4 bits or at 8 bits.
+
+    python benchmarks/against_llama_cpp.py --bin llama.cpp/build/bin --base MODEL_FOLDER --calibration mixed.txt \
+        --text wiki.test.raw --text tinystories.txt --work /some/empty/folder
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from llmc.compress.text import load_calibration
+from llmc.evals.config import EvalConfig
+from llmc.evals.evaluate import evaluate
+from llmc.evals.show import table
+from llmc.runtimes.llamacpp import use_extra_buffers
+from llmc.runtimes.targets.this_machine import physical_cores
+from llmc.runtimes.torch_model import load_tokenizer
+
+
+def timed(*command: object) -> dict[str, float]:
+    """Run a command; wall seconds and the peak resident memory of the largest child so far, in bytes."""
+    start = time.monotonic()
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{command[0]} failed:\n{done.stderr[-3000:]}")
+    return {"seconds": time.monotonic() - start, "peak_rss": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024}
+
+
+def make(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Every candidate: {name: {'file', 'seconds'}}; files that are there already are taken as they are."""
+    work, llmc = args.work, [sys.executable, "-m", "llmc"]
+    work.mkdir(parents=True, exist_ok=True)
+    made: dict[str, dict[str, Any]] = {}
+
+    def candidate(name: str, *commands: tuple[object, ...]) -> Path:
+        path = work / f"{name}.gguf"
+        runs = [] if path.exists() else [timed(*c) for c in commands]
+        made[name] = {"file": path, "seconds": sum(r["seconds"] for r in runs), "peak_rss": max((r["peak_rss"] for r in runs), default=0)}
+        return path
+
+    common = ["--calibration", args.calibration, "--samples", args.samples, "--seq-len", 512, "--threads", args.threads]
+    for bits in (4, 8):
+        folder = work / f"llmc-{bits}bit"
+        candidate(f"llmc-{bits}bit", (*llmc, "quantize", args.base, "--bits", bits, *common, "-o", folder),
+                  (*llmc, "export", folder, "--format", "gguf", "-o", work / f"llmc-{bits}bit.gguf"))
+    f16 = candidate("f16", (*llmc, "export", args.base, "--format", "gguf", "-o", work / "f16.gguf"))
+    tokenizer = load_tokenizer(Path(args.base))
+    chosen = load_calibration(args.calibration, tokenizer, args.samples, 512).sequences
+    text, matrix = work / "calibration.txt", work / "imatrix.gguf"
+    text.write_text(tokenizer.decode(chosen.flatten().tolist()), encoding="utf-8")
+    plain = [] if use_extra_buffers() else ["--no-repack"]  # a build with broken AMX kernels crashes without it
+    imatrix = (args.bin / "llama-imatrix", "-m", f16, "-f", text, "-o", matrix, "-c", 512, "-t", args.threads, *plain)
+    quantize = (args.bin / "llama-quantize", "--imatrix", matrix, "--token-embedding-type", "q8_0", f16)
+    candidate("llama.cpp-q4_0", imatrix, (*quantize, work / "llama.cpp-q4_0.gguf", "Q4_0", args.threads))
+    candidate("llama.cpp-q8_0", (*quantize, work / "llama.cpp-q8_0.gguf", "Q8_0", args.threads))
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bin", type=Path, required=True, help="folder of llama-imatrix and llama-quantize")
+    parser.add_argument("--base", required=True)
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--text", action="append", required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--chunks", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=physical_cores())
+    args = parser.parse_args()
+    made = make(args)
+    header = ["", "bytes", "seconds", *(f"{Path(t).name}: PPL, KLD, top-1" for t in args.text)]
+    rows, figures = [header], {}
+    for name, candidate in made.items():
+        row, kld = [name, f"{candidate['file'].stat().st_size:,}", f"{candidate['seconds']:.0f}"], []
+        for text in args.text:
+            report = evaluate(EvalConfig(str(candidate["file"]), base=args.base, text=text, chunks=args.chunks, threads=args.threads))
+            q = report["quality"]["texts"][0]
+            row.append(f"{q['perplexity']['value']:.2f}  {q['kld']['value']:.4f} ± {q['kld']['se']:.4f}  {q['top1']['value']:.3f}")
+            kld.append(q["kld"]["value"])
+        rows.append(row)
+        figures[name] = {"kld": kld, "bytes": candidate["file"].stat().st_size, "seconds": round(candidate["seconds"], 1)}
+        print(table(rows), flush=True)
+    ratios = {bits: [a / b for a, b in zip(figures[f"llmc-{bits}bit"]["kld"], figures[f"llama.cpp-q{bits}_0"]["kld"], strict=True)]
+              for bits in (4, 8)}
+    print(json.dumps({"texts": args.text, "chunks": args.chunks, "figures": figures, "kld_ratios": ratios}))
+    sys.exit(0 if all(r <= 1 for pair in ratios.values() for r in pair) else 1)
+
+
+if __name__ == "__main__":
+    main()
