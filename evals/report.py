@@ -47,7 +47,7 @@ def describe_artifact(artifact: Path) -> dict[str, Any]:
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """A report as written by `save_section`, its frame checked."""
+    """A report as written by `save`, its frame checked."""
     try:
         report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as e:
