@@ -118,13 +118,11 @@ class Bound:
 
 def logits(runtime: LlamaCpp, ckpt: Checkpoint, ids: np.ndarray, bound: Bound) -> dict[str, Any]:
     """Run the same ids in torch and in llama.cpp; beyond the bound is an error."""
-    theirs = runtime.logits(ids).astype(np.float64)
-    ours = reference_logits(ckpt, ids)[:, : theirs.shape[1]].astype(np.float64)
-    a, b = (x - x.mean(axis=1, keepdims=True) for x in (ours, theirs))
-    relative = float(np.sqrt(((a - b) ** 2).mean() / (a**2).mean()))
-    p, q = _log_softmax(ours), _log_softmax(theirs)
-    kld = float((np.exp(p) * (p - q)).sum(axis=1).mean())
-    top1 = float((ours.argmax(axis=1) == theirs.argmax(axis=1)).mean())
+    theirs = runtime.logits(ids)
+    ours = reference_logits(ckpt, ids)[:, : theirs.shape[1]]
+    rows = np.array([_compare_logits(a, b) for a, b in zip(ours, theirs, strict=True)])
+    relative = float(np.sqrt(rows[:, 0].sum() / rows[:, 1].sum()))
+    kld, top1 = (float(x) for x in rows[:, 2:].mean(axis=0))
     if not (relative <= bound.relative and kld <= bound.kld):  # NaN must fail too
         raise UserError(
             f"llama.cpp's logits are not torch's: relative error {relative:.3g} (at most {bound.relative:g}), mean KL "
@@ -133,9 +131,11 @@ def logits(runtime: LlamaCpp, ckpt: Checkpoint, ids: np.ndarray, bound: Bound) -
             "max_mean_kld": bound.kld, "top1_agreement": top1}
 
 
-def _log_softmax(x: np.ndarray) -> np.ndarray:
-    x = x - x.max(axis=1, keepdims=True)
-    return np.asarray(x - np.log(np.exp(x).sum(axis=1, keepdims=True)))
+def _compare_logits(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float, bool]:
+    """One token's logits [vocab]: squared difference, squared size (both centred), divergence in nats, same top."""
+    a, b = (x.astype(np.float64) - x.mean(dtype=np.float64) for x in (ours, theirs))
+    p, q = (x - x.max() - np.log(np.exp(x - x.max()).sum()) for x in (a, b))
+    return ((a - b) ** 2).sum(), (a**2).sum(), (np.exp(p) * (p - q)).sum(), ours.argmax() == theirs.argmax()
 
 
 def tokens(runtime: LlamaCpp, tokenizer: Any, folder: Path, v: Vocabulary) -> dict[str, Any]:
