@@ -46,7 +46,8 @@ def make(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     def candidate(name: str, *commands: tuple[object, ...]) -> Path:
         path = work / f"{name}.gguf"
         runs = [] if path.exists() else [timed(*c) for c in commands]
-        made[name] = {"file": path, "seconds": sum(r["seconds"] for r in runs), "peak_rss": max((r["peak_rss"] for r in runs), default=0)}
+        made[name] = {"file": path, "seconds": sum(r["seconds"] for r in runs),
+                      "peak_rss": max((r["peak_rss"] for r in runs), default=0)}
         return path
 
     common = ["--calibration", args.calibration, "--samples", args.samples, "--seq-len", 512, "--threads", args.threads]
@@ -84,15 +85,20 @@ def main() -> None:
     for name, candidate in made.items():
         row, kld = [name, f"{candidate['file'].stat().st_size:,}", f"{candidate['seconds']:.0f}"], []
         for text in args.text:
-            report = evaluate(EvalConfig(str(candidate["file"]), base=args.base, text=text, chunks=args.chunks, threads=args.threads))
+            report = evaluate(EvalConfig(str(candidate["file"]), base=args.base, text=text, chunks=args.chunks,
+                                         threads=args.threads))
             q = report["quality"]["texts"][0]
-            row.append(f"{q['perplexity']['value']:.2f}  {q['kld']['value']:.4f} ± {q['kld']['se']:.4f}  {q['top1']['value']:.3f}")
+            row.append(f"{q['perplexity']['value']:.2f}  {q['kld']['value']:.4f} ± {q['kld']['se']:.4f}"
+                       f"  {100 * q['top1']['value']:.1f} %")
             kld.append(q["kld"]["value"])
         rows.append(row)
-        figures[name] = {"kld": kld, "bytes": candidate["file"].stat().st_size, "seconds": round(candidate["seconds"], 1)}
+        figures[name] = {"kld": kld, "bytes": candidate["file"].stat().st_size, "seconds": round(candidate["seconds"], 1),
+                         "peak_rss": candidate["peak_rss"]}
         print(table(rows), flush=True)
-    ratios = {bits: [a / b for a, b in zip(figures[f"llmc-{bits}bit"]["kld"], figures[f"llama.cpp-q{bits}_0"]["kld"], strict=True)]
-              for bits in (4, 8)}
+    ratios = {}
+    for bits in (4, 8):
+        ours, theirs = figures[f"llmc-{bits}bit"]["kld"], figures[f"llama.cpp-q{bits}_0"]["kld"]
+        ratios[bits] = [a / b for a, b in zip(ours, theirs, strict=True)]
     print(json.dumps({"texts": args.text, "chunks": args.chunks, "figures": figures, "kld_ratios": ratios}))
     sys.exit(0 if all(r <= 1 for pair in ratios.values() for r in pair) else 1)
 

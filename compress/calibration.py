@@ -133,6 +133,8 @@ class Loop:
             self._commit(0, [checksum] * len(self.stores))
         elif not all(s.restore(state["side"], c) for s, c in zip(self.stores, state["checksums"], strict=True)):
             raise UserError(f"the hidden states in {work.folder} are damaged", "run without --resume to start again")
+        else:
+            skeleton.leave()
 
     def _commit(self, done: int, checksums: list[int]) -> None:
         """From here on a resumed run starts after layer `done`."""

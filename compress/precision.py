@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ def matmul_precision() -> str:
 @contextmanager
 def fast_matmul() -> Iterator[None]:
     """Inside, float32 products on the CPU may round their factors to bf16 (sums stay float32)."""
-    backend = torch.backends.mkldnn.matmul
+    backend: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = backend.fp32_precision
     backend.fp32_precision = matmul_precision()
     try:

@@ -190,10 +190,14 @@ class Skeleton:
                     yield run(ids).float()
             finally:
                 self.layers[0].forward = forwards[0]  # type: ignore[method-assign]
-                for part, _ in self._outside():
-                    self.free(part)
+                self.leave()
 
         return arguments, states()
+
+    def leave(self) -> None:
+        """Free what `enter` loaded."""
+        for part, _ in self._outside():
+            self.free(part)
 
     def _outside(self) -> list[tuple[nn.Module, str]]:
         """The modules that hold parameters of their own outside the decoder layers and the head, with their names."""

@@ -40,7 +40,7 @@ class StateStore:
         checksum = 0
         with self.files[1 - self.side].open("wb") as f:
             for states in batches:
-                raw = memoryview(states.to("cpu", torch.float32).contiguous().numpy()).cast("B")
+                raw = states.to("cpu", torch.float32).contiguous().numpy().view(np.uint8).data
                 checksum = zlib.crc32(raw, checksum)
                 f.write(raw)
             f.flush()

@@ -85,7 +85,8 @@ def _overlap(artifact: Path, name: str, text: str) -> float:
                 if (p.get("calibration") or {}).get("sketch")]
     share = max((overlap(sketch, text) for sketch in sketches), default=0.0)
     if share > SAME_TEXT:
-        warn(f"about {share:.0%} of the calibration text occurs in {name}: its figures flatter the artifact; use another text")
+        warn(f"about {share:.0%} of the calibration text occurs in {name}: its figures flatter the artifact; "
+             "use another text")
     return share
 
 

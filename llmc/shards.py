@@ -57,7 +57,7 @@ def write_checkpoint(folder: Path, pieces: list[Piece], max_shard: int = MAX_SHA
     if len(shards) == 1:
         _write(folder / SINGLE, pieces)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         _write(folder / name, shard)

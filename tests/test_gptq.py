@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -144,7 +146,7 @@ def test_reported_error_is_the_error_of_what_ships() -> None:
 def test_refinement_only_ever_helps() -> None:
     w, h = problem(16, 128)
     errors = [gptq(w, h.clone(), Grid(4, 32), refinements=r).error for r in (0, 1, 2, 4)]
-    for before, after in zip(errors, errors[1:], strict=False):
+    for before, after in itertools.pairwise(errors):
         assert bool((after <= before * (1 + 1e-5)).all())
 
 

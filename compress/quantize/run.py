@@ -43,7 +43,7 @@ from llmc.runtimes.torch_model import load_tokenizer, load_torch_model, torch_de
 from llmc.shards import Piece, pieces_of, write_checkpoint
 from llmc.sources import describe_source, resolve_model
 
-BATCH_BYTES = 64 << 20  # activations of one batch of sequences (hidden and the widest linear), float32
+BATCH_BYTES = 32 << 20  # activations of one batch of sequences (hidden and the widest linear), float32
 SAMPLING_BATCH = 32
 
 
@@ -280,7 +280,7 @@ def _code_digest() -> str:
     """Changes when the code that decides the result does, so that `--resume` never mixes two versions."""
     h = hashlib.sha256()
     for module in (compress, grids, gptq_format):
-        path = Path(module.__file__)
+        path = Path(str(module.__file__))
         for file in sorted(path.parent.rglob("*.py")) if path.name == "__init__.py" else [path]:
             h.update(file.read_bytes())
     return h.hexdigest()
