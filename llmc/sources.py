@@ -5,36 +5,21 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmc.artifact import (
-    MANIFEST,
-    check_disk,
-    hash_folder,
-    new_manifest,
-    publish_folder,
-    read_manifest,
-    sha256,
-    write_json,
-)
+from llmc.artifact import read_manifest, sha256
 from llmc.checkpoint import CARD_FILES, INDEX, TOKENIZER_FILES, Checkpoint
-from llmc.console import say, size, warn
+from llmc.console import say, warn
 from llmc.errors import UserError
 
 if TYPE_CHECKING:
-    import torch
     from gguf import GGUFReader
-    from transformers import PreTrainedModel
 
 HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 WHAT_TO_GIVE = "give a Hugging Face folder, a .gguf file or a hub id (org/name)"
-GO_BACK = "start from the Hugging Face folder it was made from"
 
 
 def resolve_model(model: str | Path) -> Path:
@@ -48,7 +33,9 @@ def resolve_model(model: str | Path) -> Path:
         return path
     if path.is_file():
         if path.suffix == ".gguf":
-            return _dequantized(path)
+            from llmc.dequantize import dequantized_folder
+
+            return dequantized_folder(path)
         raise UserError(f"{model} is neither a model folder nor a .gguf file", WHAT_TO_GIVE)
     if match := HUB_ID.fullmatch(str(model)):
         return _download(match["repo"], match["revision"])
@@ -145,98 +132,6 @@ def _download(repo: str, revision: str | None) -> Path:
 # --------------------------------------------------------------------------------------------------------------- gguf
 
 
-def _dequantized(file: Path) -> Path:
-    """A .gguf as a float16 Hugging Face folder in the cache, made once for each content."""
-    digest = sha256(file)
-    out = cache_folder() / "dequantized" / digest[:16] / f"{file.stem}-f16"
-    if not (out / MANIFEST).is_file():
-        with _work_folder(out) as work:
-            source = {**_dequantize(file, work), "files": {file.name: digest}}
-            manifest = new_manifest("hf", source, [{"name": "dequantize", "config": {"dtype": "float16"}}])
-            write_json(work / MANIFEST, {**manifest, "outputs": hash_folder(work)})
-            publish_folder(work, out)
-    warn(f"the weights are dequantised from {file.name}: its rounding errors stay in them")
-    return out
-
-
-@contextmanager
-def _work_folder(out: Path) -> Iterator[Path]:
-    """An empty folder beside `out` that is gone afterwards unless it was published."""
-    work = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        work.mkdir(parents=True)
-        yield work
-    except PermissionError as e:
-        raise UserError(f"no permission to write into {out.parent}", "name another cache with LLMC_CACHE") from e
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _dequantize(file: Path, work: Path) -> dict[str, Any]:
-    """Write model and tokenizer of a .gguf into `work` as float16; returns a manifest's `source` without hashes."""
-    import torch
-
-    from llmc.runtimes.torch_model import quiet_transformers
-
-    reader = open_gguf(file)
-    check_disk(work, 2 * _count(reader), f"the dequantised {file.name}")
-    say(f"dequantising {file.name} into {work.parent}")
-    model, tokenizer = load_gguf(file, torch.float16)
-    with quiet_transformers():
-        model.save_pretrained(work)
-        tokenizer.save_pretrained(work)
-    return {"name": file.name, "licence": field(reader, "general.license") or "unknown",
-            "base_model": field(reader, "general.base_model.0.repo_url"), "revision": None}
-
-
-def load_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
-    """The model in a .gguf file, dequantised, and its tokenizer.
-
-    transformers reads the file: it undoes llama.cpp's row permutations and builds the tokenizer from the vocabulary.
-    What it would drop or leave at random is refused here.
-    """
-    import torch
-    import transformers
-
-    from llmc.runtimes.torch_model import quiet_transformers
-
-    reader = open_gguf(file)
-    arch = str(field(reader, "general.architecture"))
-    if field(reader, f"{arch}.rope.scaling.type") not in (None, "none") or any(
-        t.name.startswith("rope_f") for t in reader.tensors
-    ):
-        raise UserError(f"{file} scales its rotary embedding, which is lost when a GGUF is read back", GO_BACK)
-    _check_memory((4 + dtype.itemsize) * _count(reader), f"dequantising {file.name}")  # float32 as decoded, then dtype
-    # newer versions may keep blocks packed unless told otherwise; older ones always unpack and have no such config
-    config = getattr(transformers, "GgufConfig", None)
-    unpack = {"quantization_config": config(dequantize=True)} if config else {}
-    with quiet_transformers(), _reading_back(file):
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=dtype, output_loading_info=True, **unpack)
-    model, info = loaded
-    if missing := sorted(info["missing_keys"]):
-        raise UserError(f"{file} lacks {len(missing)} tensors, first {missing[0]}", "download it again")
-    for name, t in model.state_dict().items():
-        if t.is_floating_point() and not bool(torch.isfinite(t).all()):
-            raise UserError(f"{name} of {file} holds values that {dtype} cannot", GO_BACK)
-    with quiet_transformers(), _reading_back(file):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    return model.eval(), tokenizer
-
-
-@contextmanager
-def _reading_back(file: Path) -> Iterator[None]:
-    """transformers says in many ways that it does not know an architecture or a tokenizer, or misses a key."""
-    try:
-        yield
-    except (ValueError, KeyError, TypeError, RuntimeError) as e:
-        raise UserError(f"{file} cannot be read back into a Hugging Face model: {e!r}", GO_BACK) from e
-
-
-def _count(reader: GGUFReader) -> int:
-    return sum(int(t.n_elements) for t in reader.tensors)
-
-
 def open_gguf(file: Path) -> GGUFReader:
     """A GGUF file's metadata and tensor table (the weights stay on disk until they are touched)."""
     stat = file.stat()
@@ -259,12 +154,3 @@ def field(reader: GGUFReader, key: str) -> Any:
     """A metadata value of a GGUF file, or None."""
     found = reader.get_field(key)
     return None if found is None else found.contents()
-
-
-def _check_memory(needed: int, what: str) -> None:
-    import psutil
-
-    free = psutil.virtual_memory().available
-    if free < needed:
-        raise UserError(f"{what} needs about {size(needed)} of memory and {size(free)} is free",
-                        f"close other programs, or {GO_BACK}")

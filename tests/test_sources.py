@@ -11,12 +11,15 @@ from types import SimpleNamespace
 import gguf
 import numpy as np
 import pytest
+import tiny
 import torch
+from tokenizers import Regex, Tokenizer, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmc
 from llmc.artifact import read_manifest
 from llmc.errors import UserError
+from llmc.export.gguf.pretokenizers import CL100K, QWEN
 from llmc.sources import describe_source, resolve_model
 
 
@@ -86,6 +89,55 @@ def test_gguf_is_dequantised_once(made: SimpleNamespace, tmp_path: Path) -> None
     assert resolve_model(shutil.copy(made.gguf, tmp_path)) == first
     assert (first / "llmc.json").stat().st_mtime_ns == stamp
     assert [p.name for p in first.parent.iterdir()] == [first.name], "a work folder was left behind"
+
+
+WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False)
+BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+SPLITTINGS = {
+    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), WORDS]),
+    "qwen2": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(QWEN), "isolated"), BYTES]),
+    "llama-bpe": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(CL100K), "isolated"), BYTES]),
+}
+
+
+@pytest.fixture(params=sorted(SPLITTINGS))
+def other_splitting(request: pytest.FixtureRequest, made: SimpleNamespace, tmp_path: Path) -> tuple[Path, Path, str]:
+    """A model whose tokenizer does not split as GPT-2's, and its GGUF."""
+    folder = Path(shutil.copytree(made.base, tmp_path / "base"))
+    tok = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    # a vocabulary in which the splitting shows: with numbers that `smollm` never uses, or learned by the others' own
+    tok.pre_tokenizer = WORDS if request.param == "smollm" else SPLITTINGS[request.param]
+    trainer = trainers.BpeTrainer(vocab_size=tiny.VOCAB, special_tokens=["<s>", "</s>"], show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tok.train_from_iterator([tiny.corpus()[:100_000], " 3.14159 ** 2 = 12345" * 2000], trainer)
+    tok.pre_tokenizer = SPLITTINGS[request.param]
+    tok.model.ignore_merges = request.param == "llama-bpe"
+    tok.save(str(folder / "tokenizer.json"))
+    file = tmp_path / "base.gguf"
+    llmc.export(folder, format="gguf", float_type="f32", embedding="f32", out=file)
+    return folder, file, request.param
+
+
+def test_the_tokenizer_of_a_gguf_splits_as_the_models_own(other_splitting: tuple[Path, Path, str]) -> None:
+    """transformers alone does not know `smollm`: numbers, spaces and newlines become other tokens."""
+    folder, file, name = other_splitting
+    text = tiny.corpus()[:20_000] + "\n\n  12345  6 v1.2.3\r\n\t\t'Tis DON'T x²½ \n   7"
+    ids = AutoTokenizer.from_pretrained(folder)(text).input_ids
+    assert AutoTokenizer.from_pretrained(resolve_model(file))(text).input_ids == ids
+    if name == "smollm":
+        assert AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)(text).input_ids != ids, "nothing to restore"
+
+
+@pytest.mark.parametrize("other_splitting", ["smollm"], indirect=True)
+def test_a_tokenizer_that_cannot_be_rebuilt_is_refused(other_splitting: tuple[Path, Path, str], cache: Path) -> None:
+    """llama.cpp splits for `refact` as for `smollm`; llmc does not know the name, so it cannot restore the splitting."""
+    _, file, _ = other_splitting
+    raw = file.read_bytes()
+    assert raw.count(b"smollm") == 1
+    file.write_bytes(raw.replace(b"smollm", b"refact"))
+    with pytest.raises(UserError, match=r"the tokenizer in .* cannot be rebuilt"):
+        resolve_model(file)
+    assert not [p for p in cache.rglob("*") if p.is_file()]
 
 
 def write_gguf(path: Path, **metadata: str) -> Path:
