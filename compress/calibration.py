@@ -34,8 +34,8 @@ class InputStatistics:
     """What a group of linears sees.
 
     hessian: float32 [in, in], the sum of x x^T over tokens (the 2 of the paper's definition is left out: it cancels)
-    drift: float32 [in, in], the sum of (x' - x) x^T, where x' is what the same linear sees in the unchanged model; None
-    where no reference runs along
+    drift: float32 [in, in], the sum of (x' - x) x^T, where x' is what the same linear sees in the unchanged model,
+    estimated from the sequences that the unchanged model ran along on; None where it ran on none
     tokens: how many x there were
 
     Inputs of linears that write to the residual stream (those that end a child module of the layer) are divided by the
@@ -64,11 +64,12 @@ class LayerPass(Protocol):
 @dataclass(frozen=True)
 class LoopSettings:
     """batch: sequences run at once.  true_sequential: gather each group's statistics after the groups before it were
-    changed, not all of them on the unchanged layer.  reference: run the unchanged model along, for `drift`."""
+    changed, not all of them on the unchanged layer.  reference: the first so many sequences (whole batches) run through
+    the unchanged model too, for `drift`; 0 for none."""
 
     batch: int = 8
     true_sequential: bool = True
-    reference: bool = True
+    reference: int = 0
 
 
 class Workspace:
@@ -121,16 +122,19 @@ class Loop:
         hidden = skeleton.config.get_text_config().hidden_size
         shape = (sequences.shape[0], sequences.shape[1], hidden)
         self.store = StateStore(work.folder, "hidden", shape, settings.batch)
-        self.reference = StateStore(work.folder, "reference", shape, settings.batch) if settings.reference else None
+        along = min(shape[0], -(-settings.reference // settings.batch) * settings.batch)
+        self.reference = StateStore(work.folder, "reference", (along, *shape[1:]), settings.batch) if along else None
         self.stores = [s for s in (self.store, self.reference) if s is not None]
         batches = (sequences[a:b] for a, b in self.store.starts())
         self.arguments, entering = skeleton.enter(batches, sequences.shape[1])
         state = work.state
         if work.done == 0:
-            checksum = self.store.replace(entering)
+            checksums = [self.store.replace(entering)]
             if self.reference is not None:  # both streams start from the same states
-                shutil.copyfile(self.store.files[1], self.reference.files[1])
-            self._commit(0, [checksum] * len(self.stores))
+                self.store.commit()
+                checksums.append(self.reference.replace(self.store.read(a, b) for a, b in self.reference.starts()))
+                self.store.commit()
+            self._commit(0, checksums)
         elif not all(s.restore(state["side"], c) for s, c in zip(self.stores, state["checksums"], strict=True)):
             raise UserError(f"the hidden states in {work.folder} are damaged", "run without --resume to start again")
         else:
@@ -229,8 +233,10 @@ class LayerRun:
         finally:
             for handle in handles:
                 handle.remove()
-        for statistics in found:
+        for group, statistics in zip(groups, found, strict=True):
             mirror_upper(statistics.hessian)
+            if statistics.drift is not None:
+                statistics.drift.mul_(statistics.tokens / self.unchanged[group.names[0]].rows)
         return found
 
     def _nothing_yet(self, group: LinearGroup) -> InputStatistics:
@@ -246,7 +252,7 @@ class LayerRun:
             rows = rows * weight
         add_gram(statistics.hessian, rows)
         statistics.tokens += rows.shape[0]
-        if statistics.drift is not None:
+        if statistics.drift is not None and self.batch in self.unchanged[name].places:
             apart = self.unchanged[name].get(self.batch).to(self.device).sub_(x).view(rows.shape)
             if weight is not None:
                 apart.mul_(weight)

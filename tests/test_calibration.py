@@ -113,7 +113,8 @@ def whole_model(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_statistics_equal_those_of_the_whole_model(family: str, sequential: bool, tmp_path: Path) -> None:
     folder = build(family, tmp_path / "model")
-    recorder, _, layers_name = stream(folder, tmp_path / "work", LoopSettings(batch=2, true_sequential=sequential))
+    settings = LoopSettings(batch=2, true_sequential=sequential, reference=5)
+    recorder, _, layers_name = stream(folder, tmp_path / "work", settings)
     first_layer = [g for i, g in recorder.groups if i == 0]
     assert [len(g.names) for g in first_layer] == EXPECTED_GROUPS[family]
     expected = whole_model(folder, layers_name, recorder.groups, sequential)
@@ -121,6 +122,15 @@ def test_statistics_equal_those_of_the_whole_model(family: str, sequential: bool
         size = float(theirs[0].diagonal().mean())
         torch.testing.assert_close(ours[0], theirs[0], rtol=1e-3, atol=1e-3 * size)
         torch.testing.assert_close(ours[1], theirs[1], rtol=1e-3, atol=1e-3 * size)
+
+
+def test_a_reference_on_some_sequences_estimates_the_drift_of_all(tmp_path: Path) -> None:
+    folder = build("llama", tmp_path / "model")
+    whole, _, _ = stream(folder, tmp_path / "a", LoopSettings(batch=1, reference=5))
+    part, _, _ = stream(folder, tmp_path / "b", LoopSettings(batch=1, reference=4))
+    for (h, drift), (h2, estimate) in zip(whole.statistics[1:], part.statistics[1:], strict=True):
+        assert torch.equal(h, h2)
+        assert 0 < float((drift - estimate).norm()) < 0.8 * float(drift.norm())
 
 
 def test_no_linear_runs_twice_on_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +143,7 @@ def test_no_linear_runs_twice_on_a_batch(tmp_path: Path, monkeypatch: pytest.Mon
         return forward(self, x)
 
     monkeypatch.setattr(nn.Linear, "forward", counted)
-    stream(folder, tmp_path / "work", LoopSettings(batch=5))
+    stream(folder, tmp_path / "work", LoopSettings(batch=5, reference=5))
     # once in the trace, once for the reference, once for the stages after it; o_proj feeds three of these
     assert sorted(counts.values()) == sorted([3, 3, 3, 5, 3, 3, 3] * 2)
 
@@ -150,7 +160,7 @@ def test_gram_and_mirror_equal_the_full_product() -> None:
 
 def test_weights_are_freed_and_the_scratch_files_gone(tmp_path: Path) -> None:
     folder = build("llama", tmp_path / "model")
-    _, loop, _ = stream(folder, tmp_path / "work", LoopSettings())
+    _, loop, _ = stream(folder, tmp_path / "work", LoopSettings(reference=5))
     assert all(p.is_meta for p in loop.skeleton.model.parameters())
     assert sorted(p.name for p in (tmp_path / "work").iterdir()) == [
         "hidden.a.f32", "hidden.b.f32", "layers", "reference.a.f32", "reference.b.f32", "state.json"]

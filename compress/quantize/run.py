@@ -45,6 +45,9 @@ from llmc.sources import describe_source, resolve_model
 
 BATCH_BYTES = 32 << 20  # activations of one batch of sequences (hidden and the widest linear), float32
 SAMPLING_BATCH = 32
+# The unchanged model runs along on a quarter of the sequences, at least 32: it costs as much as the rest of a forward pass,
+# and 32 x 512 tokens are enough for the drift.
+REFERENCE_SHARE, REFERENCE_LEAST = 4, 32
 
 
 def quantize(model: str | Path, config: QuantizeConfig) -> dict[str, Any]:
@@ -141,8 +144,10 @@ class _Job:
         pass_ = QuantizePass(self.skeleton, self.grid, self.config.damp)
         if calibration is not None:
             self._explain(calibration)
-            loop = Loop(self.skeleton, calibration.sequences, work, LoopSettings(
-                batch=self._batch(calibration), true_sequential=self.config.true_sequential))
+            n = self.config.samples
+            along = max(min(n, REFERENCE_LEAST), n // REFERENCE_SHARE)
+            settings = LoopSettings(self._batch(calibration), self.config.true_sequential, along)
+            loop = Loop(self.skeleton, spread(calibration.sequences, along), work, settings)
             loop.run(pass_, lambda r: f"error {100 * r['error']:.2f} %")
         else:
             self._round_all(pass_, work)
@@ -253,6 +258,13 @@ class _Job:
                 q = gptq_format.read(written, stored.removesuffix(".weight"), self.grid)
                 if digest(q) != linear["sha256"]:
                     raise RuntimeError(f"{stored} was not written as it was computed")
+
+
+def spread(sequences: torch.Tensor, first: int) -> torch.Tensor:
+    """The sequences reordered so that the first `first` are evenly spaced over all."""
+    n = sequences.shape[0]
+    chosen = [i * n // first for i in range(first)]
+    return sequences[chosen + sorted(set(range(n)) - set(chosen))]
 
 
 def _summary(records: list[dict[str, Any]]) -> dict[str, Any]:
