@@ -34,8 +34,9 @@ class InputStatistics:
     """What a group of linears sees.
 
     hessian: float32 [in, in], the sum of x x^T over tokens (the 2 of the paper's definition is left out: it cancels)
-    drift: float32 [in, in], the sum of (x' - x) x^T, where x' is what the same linear sees in the unchanged model,
-    estimated from the sequences that the unchanged model ran along on; None where it ran on none
+    drift, drift_hessian: float32 [in, in], the sums of (x' - x) x^T and of x x^T over the sequences that the unchanged model
+    ran along on, where x' is what the same linear sees there; None where it ran on none. They belong together: drift under
+    the Hessian of other tokens over- or undershoots wherever a few tokens dominate.
     tokens: how many x there were
 
     Inputs of linears that write to the residual stream (those that end a child module of the layer) are divided by the
@@ -44,8 +45,9 @@ class InputStatistics:
     """
 
     hessian: torch.Tensor
-    drift: torch.Tensor | None
-    tokens: int
+    tokens: int = 0
+    drift: torch.Tensor | None = None
+    drift_hessian: torch.Tensor | None = None
 
 
 class LayerPass(Protocol):
@@ -233,16 +235,18 @@ class LayerRun:
         finally:
             for handle in handles:
                 handle.remove()
-        for group, statistics in zip(groups, found, strict=True):
+        for statistics in found:
             mirror_upper(statistics.hessian)
-            if statistics.drift is not None:
-                statistics.drift.mul_(statistics.tokens / self.unchanged[group.names[0]].rows)
+            if statistics.drift_hessian is not None:
+                mirror_upper(statistics.drift_hessian)
         return found
 
     def _nothing_yet(self, group: LinearGroup) -> InputStatistics:
         n = group.in_features
-        drift = torch.zeros(n, n, device=self.device) if self.unchanged[group.names[0]].places else None
-        return InputStatistics(torch.zeros(n, n, device=self.device), drift, 0)
+        found = InputStatistics(torch.zeros(n, n, device=self.device))
+        if self.unchanged[group.names[0]].places:
+            found.drift = torch.zeros(n, n, device=self.device)
+        return found
 
     def _add(self, statistics: InputStatistics, name: str, x: torch.Tensor) -> None:
         """Add one batch x [n, seq_len, in] of the input of linear `name`."""
@@ -252,12 +256,15 @@ class LayerRun:
             rows = rows * weight
         add_gram(statistics.hessian, rows)
         statistics.tokens += rows.shape[0]
-        if statistics.drift is not None and self.batch in self.unchanged[name].places:
-            apart = self.unchanged[name].get(self.batch).to(self.device).sub_(x).view(rows.shape)
+        unchanged = self.unchanged[name]
+        if statistics.drift is not None and self.batch in unchanged.places:
+            apart = unchanged.get(self.batch).to(self.device).sub_(x).view(rows.shape)
             if weight is not None:
                 apart.mul_(weight)
             with fast_matmul():
                 statistics.drift.addmm_(apart.t(), rows)
+            if self.batch == len(unchanged.places) - 1:
+                statistics.drift_hessian = statistics.hessian.clone()  # of just the batches with a reference: they come first
 
     def outputs(self) -> Iterator[torch.Tensor]:
         """What leaves the layer as it is now, batch by batch (nothing for a batch that a hook stopped)."""

@@ -96,10 +96,5 @@ class Scratch:
         raw = torch.from_numpy(np.fromfile(self.path, dtype=np.uint8, count=count, offset=offset))
         return raw.view(self.dtype).view(shape).float()
 
-    @property
-    def rows(self) -> int:
-        """Tokens kept so far."""
-        return sum(math.prod(shape[:-1]) for _, shape in self.places.values())
-
     def close(self) -> None:
         self.path.unlink(missing_ok=True)

@@ -39,12 +39,13 @@ class QuantizePass:
         linears = [layer.get_submodule(n) for n in group.names]
         weights = [get_weight(m) for m in linears]
         target = torch.cat(weights)
-        if statistics.drift is not None:
-            moved = compensate(target, statistics.hessian, statistics.drift, self.damp)
+        if statistics.drift is not None and statistics.drift_hessian is not None:
+            moved = compensate(target, statistics.drift_hessian, statistics.drift, self.damp)
+            statistics.drift = statistics.drift_hessian = None  # large, and needed no more
             if moved is None:
                 self._note(f"{', '.join(group.names)}: what was lost before could not be made up for")
-            target = target if moved is None else moved
-            statistics.drift = None  # a matrix of [in, in] that is needed no more
+            else:
+                target = moved
         result = gptq(target, statistics.hessian, self.grid, self.damp)
         for event in result.events:
             self._note(f"{group.names[0]}: {event}")
