@@ -141,7 +141,7 @@ def test_wrong_version_label(folder: Path) -> None:
 
 def test_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["verify", str(folder)]) == 0
-    assert "files are as made" in capsys.readouterr().out
+    assert "every file is as made" in capsys.readouterr().out
     (folder / "tokenizer.json").unlink()
     assert run(["verify", str(folder)]) == 2
     assert "tokenizer.json is missing" in capsys.readouterr().out

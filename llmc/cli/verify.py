@@ -31,7 +31,7 @@ def verify(
     else:
         for problem in problems:
             print(problem)
-        verdict = f"problems: {len(problems)}" if problems else f"all {report['files']} files are as made"
+        verdict = f"problems: {len(problems)}" if problems else f"every file is as made ({report['files']})"
         print(f"{artifact}: {verdict}")
     if problems:
         raise typer.Exit(2)
