@@ -2,8 +2,8 @@
 
 These are sums over tens of thousands of tokens. On processors that multiply bf16 natively (AVX-512 BF16, AMX) layers run
 under autocast (linears and attention in bf16, the residual stream and the norms in float32), and products of activations
-round their factors to bf16 and keep the sum in float32. Together three to five times as fast as float32. The algorithms
-themselves (Cholesky factors, sweeps, least squares) always run in full float32.
+round their factors to bf16 and keep the sum in float32. Both are several times as fast there. The algorithms themselves
+(Cholesky factors, sweeps, least squares) always run in full float32.
 """
 
 from __future__ import annotations

@@ -45,8 +45,7 @@ from llmc.sources import describe_source, resolve_model
 
 BATCH_BYTES = 32 << 20  # activations of one batch of sequences (hidden and the widest linear), float32
 SAMPLING_BATCH = 32
-# The unchanged model runs along on a quarter of the sequences, at least 32: it costs as much as the rest of a forward pass,
-# and 32 x 512 tokens are plenty for the drift.
+# The unchanged model runs along on a quarter of the sequences, at least 32, for time: it is a second forward pass.
 REFERENCE_SHARE, REFERENCE_LEAST = 4, 32
 
 
