@@ -1,0 +1,259 @@
+"""Block grids and their bytes against gguf's readers, llama.cpp's own C, and numbers worked out by hand."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from functools import cache
+from pathlib import Path
+
+import gguf.quants
+import numpy as np
+import pytest
+import torch
+from gguf import GGML_QUANT_SIZES
+from gguf import GGMLQuantizationType as Kind
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmc.block_grids import GRIDS, BlockGrid, BlockTensor, grid_named
+from llmc.errors import UserError
+from llmc.export.gguf.packing import LAYOUTS, pack, unpack
+
+every_grid = pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+FIELDS = ("codes", "d", "m", "scales", "mins")
+
+
+def kind(grid: BlockGrid) -> Kind:
+    return Kind[grid.gguf_type]
+
+
+def random_tensor(grid: BlockGrid, rows: int = 3, width: int = 768, seed: int = 0) -> BlockTensor:
+    """Codes and integers over their whole ranges; d and dmin of all sizes and signs, zeros of both signs among them."""
+    g = torch.Generator().manual_seed(seed)
+
+    def factors() -> torch.Tensor:
+        x = torch.randn(rows, width // grid.block, generator=g) * 10 ** (torch.rand(1, generator=g) * 9 - 6)
+        x[torch.rand(x.shape, generator=g) < 0.1] *= 0  # -0 from negative ones
+        return x.half()
+
+    def integers(allowed: tuple[int, int] | None) -> torch.Tensor | None:
+        if allowed is None:
+            return None
+        x = torch.randint(allowed[0], allowed[1] + 1, (rows, width // grid.group), generator=g)
+        return x.where(torch.rand(x.shape, generator=g) > 0.2, torch.tensor(allowed)[x % 2]).to(torch.int8)
+
+    codes = torch.randint(0, len(grid.levels), (rows, width), generator=g, dtype=torch.uint8)
+    m = factors() if grid.has_min else None
+    return BlockTensor(grid, codes, factors(), m, integers(grid.scale_range), integers(grid.min_range))
+
+
+def constant(grid: BlockGrid, code: int, scale: int, minimum: int, d: float, m: float, width: int = 256) -> BlockTensor:
+    """One row in which every number of a kind is the same."""
+
+    def integers(value: int, allowed: tuple[int, int] | None) -> torch.Tensor | None:
+        return None if allowed is None else torch.full((1, width // grid.group), value, dtype=torch.int8)
+
+    def factors(value: float) -> torch.Tensor:
+        return torch.full((1, width // grid.block), value, dtype=torch.float16)
+
+    return BlockTensor(grid, torch.full((1, width), code, dtype=torch.uint8), factors(d),
+                       factors(m) if grid.has_min else None,
+                       integers(scale, grid.scale_range), integers(minimum, grid.min_range))
+
+
+@cache
+def ggml() -> ctypes.CDLL:
+    spec = importlib.util.find_spec("llama_cpp")
+    assert spec is not None
+    assert spec.origin is not None
+    library = ctypes.CDLL(str(next((Path(spec.origin).parent / "lib").glob("*ggml-base.*"))))
+    number, pointer = ctypes.c_int64, ctypes.c_void_p
+    library.ggml_quantize_init.argtypes = [ctypes.c_int]
+    library.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, number, number, number, pointer]
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    return library
+
+
+def ggml_quantize(x: np.ndarray, grid: BlockGrid, importance: np.ndarray | None = None) -> np.ndarray:
+    """float32 [rows, n] -> uint8 [rows, bytes of a row] by llama.cpp's quantiser."""
+    out = np.zeros((x.shape[0], x.shape[1] // grid.block * grid.block_bytes), np.uint8)
+    weights = None if importance is None else importance.ctypes.data
+    ggml().ggml_quantize_init(int(kind(grid)))
+    assert ggml().ggml_quantize_chunk(int(kind(grid)), x.ctypes.data, out.ctypes.data, 0, *x.shape, weights) == out.size
+    return out
+
+
+def ggml_dequantize(data: np.ndarray, grid: BlockGrid) -> np.ndarray:
+    """uint8 [rows, bytes of a row] -> float32 [rows, n] by llama.cpp's reader."""
+    read = getattr(ggml(), f"dequantize_row_{grid.name.replace('_k', '_K')}")
+    read.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    read.restype = None
+    out = np.zeros((data.shape[0], data.shape[1] // grid.block_bytes * grid.block), np.float32)
+    read(data.ctypes.data, out.ctypes.data, out.size)
+    return out
+
+
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    """-0 is not +0 here."""
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+def assert_read_alike(t: BlockTensor) -> None:
+    data, ours = pack(t), t.dequantize().numpy()
+    assert same_bits(ours, gguf.quants.dequantize(data, kind(t.grid)))
+    assert same_bits(ours, ggml_dequantize(data, t.grid))
+
+
+def assert_same(a: BlockTensor, b: BlockTensor) -> None:
+    assert a.grid is b.grid
+    for name in FIELDS:
+        x, y = getattr(a, name), getattr(b, name)
+        if x is None or y is None:
+            assert x is y, name
+        else:
+            assert same_bits(x.numpy(), y.numpy()), name
+
+
+def weights(seed: int, rows: int = 8, width: int = 1024) -> np.ndarray:
+    """Heavy-tailed rows of different sizes, with a block of zeros."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_t(3, (rows, width)) * 10.0 ** rng.uniform(-4, 1, (rows, 1))
+    x[0, :256] = 0
+    return x.astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------------------------------ the table
+
+
+@every_grid
+def test_sizes_are_ggmls(grid):
+    block, size = GGML_QUANT_SIZES[kind(grid)]
+    assert (grid.block, grid.block_bytes) == (block, size)
+    assert grid.bits_per_weight == 8 * size / block
+
+
+def test_every_grid_has_a_layout_and_its_name():
+    assert GRIDS.keys() == LAYOUTS.keys()
+    assert all(grid_named(name).name == name for name in GRIDS)
+    assert {name for name, grid in GRIDS.items() if not grid.uniform} == {"iq4_nl", "iq4_xs"}
+    assert GRIDS["iq4_xs"].levels == gguf.quants.IQ4_NL.kvalues
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(UserError, match="'q7_k'") as e:
+        grid_named("q7_k")
+    assert all(name in e.value.hint for name in GRIDS)
+
+
+# ------------------------------------------------------------------------------------------------ values, and the bytes
+
+
+@every_grid
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), blocks=st.integers(1, 4), rows=st.integers(1, 5))
+def test_random_tensors_are_read_alike_and_unpacking_undoes_packing(grid, seed, blocks, rows):
+    t = random_tensor(grid, rows, blocks * grid.block, seed)
+    assert_read_alike(t)
+    assert_same(unpack(pack(t), grid), t)
+
+
+@every_grid
+@pytest.mark.parametrize("d", [0.0, -0.0, 1.0, -0.3, 2.0**-24, 65504.0, -65504.0])
+def test_extremes_are_read_alike(grid, d):
+    scales, minimums = grid.scale_range or (0, 0), grid.min_range or (0, 0)
+    for code in (0, len(grid.levels) // 2, len(grid.levels) - 1):
+        for scale in scales:
+            for minimum in minimums:
+                for m in (0.0, 1.0 / 3, -d):
+                    t = constant(grid, code, scale, minimum, d, m)
+                    assert_read_alike(t)
+                    assert_same(unpack(pack(t), grid), t)
+
+
+@every_grid
+def test_a_weight_is_what_the_definition_says(grid):
+    t = random_tensor(grid, rows=2, width=512)
+    values, scales, lows = t.dequantize(), t.group_scales(), t.group_lows()
+    assert scales.shape == lows.shape == (2, 512 // grid.group)
+    f = np.float32
+    for row in range(2):
+        for column in range(0, 512, 7):
+            b, g = (row, column // grid.block), (row, column // grid.group)
+            scale = f(t.d[b]) * (f(1) if t.scales is None else f(t.scales[g]))
+            low = f(0)
+            if t.m is not None:
+                low = f(t.m[b]) if t.mins is None else -(f(t.m[b]) * f(t.mins[g]))
+            assert scales[g] == scale
+            assert lows[g] == low
+            assert values[row, column] == scale * f(grid.levels[t.codes[row, column]]) + low
+
+
+@every_grid
+def test_the_widest_products_are_exact(grid):
+    """So the order of the products, or a fused multiply-add, cannot change a bit."""
+    odd = torch.tensor(2047.0).half()  # all 11 bits of a float16
+    scales = grid.scale_range or (1, 1)
+    products = [float(odd) * scale * level for scale in range(scales[0], scales[1] + 1) for level in grid.levels]
+    assert all(float(np.float32(p)) == p for p in products)
+
+
+@every_grid
+@pytest.mark.parametrize("weighted", [False, True])
+def test_llama_cpps_own_blocks_survive(grid, weighted):
+    x = weights(seed=1)
+    importance = np.random.default_rng(2).uniform(0.1, 10, x.shape[1]).astype(np.float32) if weighted else None
+    data = ggml_quantize(x, grid, importance)
+    t = unpack(data, grid)
+    assert np.array_equal(pack(t), data)
+    assert same_bits(t.dequantize().numpy(), ggml_dequantize(data, grid))
+    assert np.square(t.dequantize().numpy() - x).mean() < 0.15 * np.square(x).mean()  # weights in their own places
+
+
+@pytest.mark.parametrize("name", ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0"])  # those that gguf can write
+def test_ggufs_own_blocks_survive(name):
+    data = gguf.quants.quantize(weights(seed=3), Kind[name.upper()])
+    t = unpack(data, GRIDS[name])
+    assert np.array_equal(pack(t), data)
+    assert same_bits(t.dequantize().numpy(), gguf.quants.dequantize(data, Kind[name.upper()]))
+
+
+@every_grid
+def test_any_bytes_survive(grid):
+    """The layouts leave no bit of a block out."""
+    data = np.random.default_rng(4).integers(0, 256, (5, 3 * grid.block_bytes), dtype=np.uint8)
+    assert np.array_equal(pack(unpack(data, grid)), data)
+
+
+def test_q4_k_scales_by_hand():
+    t = constant(GRIDS["q4_k"], 0, 0, 0, 1.0, -2.0)
+    assert t.scales is not None
+    assert t.mins is not None
+    t.scales[0, 1], t.scales[0, 5] = 0b000111, 0b101010
+    t.mins[0, 1], t.mins[0, 5] = 0b111000, 0b010101
+    t.codes[0, 32], t.codes[0, 3] = 9, 6
+    data = pack(t)[0].tobytes()
+    assert data[:4] == np.array([1, -2], np.float16).tobytes()
+    assert data[4:16] == bytes([0, 0b10_000111, 0, 0, 0, 0b01_111000, 0, 0, 0, 0b0101_1010, 0, 0])
+    assert data[16:20] == bytes([0x90, 0, 0, 0x06])
+    assert not any(data[20:])
+
+
+def test_scales_may_be_int16():
+    t = random_tensor(GRIDS["q6_k"])
+    data = pack(t)
+    assert t.scales is not None
+    t.scales = t.scales.to(torch.int16)
+    assert np.array_equal(pack(t), data)
+
+
+def test_numbers_outside_their_range_do_not_spill():
+    t = random_tensor(GRIDS["q3_k"])
+    t.codes[0, 0] = 8
+    with pytest.raises(ValueError, match=r"0 … 8 where the format holds 0 … 7"):
+        pack(t)
+    t.codes[0, 0] = 7
+    assert t.scales is not None
+    t.scales[0, 0] = 32
+    with pytest.raises(ValueError, match=r"-32 … 32 where the format holds -32 … 31"):
+        pack(t)
