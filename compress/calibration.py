@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +22,7 @@ from torch import nn
 
 from llmc.artifact import fsync, staged_file, write_json
 from llmc.compress.precision import fast_forward, fast_matmul, matmul_precision
-from llmc.compress.skeleton import LayerTrace, LinearGroup, Skeleton, StopForward, trace_layer
+from llmc.compress.skeleton import Ending, LayerTrace, LinearGroup, Skeleton, StopForward, replaced, trace_layer
 from llmc.compress.states import Scratch, StateStore
 from llmc.console import progress
 from llmc.errors import UserError
@@ -198,7 +197,7 @@ class LayerRun:
         dtype = torch.bfloat16 if matmul_precision() == "bf16" else torch.float32
         self.writers = trace.writers
         self.endings = trace.endings if sequential else {}
-        self.inputs = {linear: Scratch(scratch / f"input-{part}", dtype) for part, (linear, _) in self.endings.items()}
+        self.inputs = {e.linear: Scratch(scratch / f"input-{part}", dtype) for part, e in self.endings.items()}
         self.unchanged = {g.names[0]: Scratch(scratch / f"unchanged-{i}", dtype) for i, g in enumerate(trace.groups)}
 
     def refer(self, store: StateStore) -> Iterator[torch.Tensor]:
@@ -250,19 +249,18 @@ class LayerRun:
 
     def _add(self, statistics: InputStatistics, name: str, x: torch.Tensor) -> None:
         """Add one batch x [n, seq_len, in] of the input of linear `name`."""
-        rows = x.reshape(-1, x.shape[-1]).float()
-        weight = self.relative if name in self.writers else None
-        if weight is not None:
-            rows = rows * weight
+        weight = None
+        if name in self.writers:
+            weight = self.hidden.square().mean(-1).clamp_min_(1e-12).rsqrt_().view(-1, 1)
+        rows = x.reshape(-1, x.shape[-1])
+        rows = rows.float() if weight is None else rows * weight  # float32 either way
         add_gram(statistics.hessian, rows)
         statistics.tokens += rows.shape[0]
         unchanged = self.unchanged[name]
         if statistics.drift is not None and self.batch in unchanged.places:
-            apart = unchanged.get(self.batch).to(self.device).sub_(x).view(rows.shape)
-            if weight is not None:
-                apart.mul_(weight)
+            apart = (unchanged.get(self.batch).to(self.device) - x).view(rows.shape)
             with fast_matmul():
-                statistics.drift.addmm_(apart.t(), rows)
+                statistics.drift.addmm_((apart.float() if weight is None else apart * weight).t(), rows)
             if self.batch == len(unchanged.places) - 1:
                 statistics.drift_hessian = statistics.hessian.clone()  # of just the batches with a reference: they come first
 
@@ -274,33 +272,27 @@ class LayerRun:
         for batch, (first, last) in enumerate(store.starts()):
             self.batch = batch  # hooks and shortcuts work on this one
             hidden = store.read(first, last).to(self.device)
-            self.relative = hidden.square().mean(-1).clamp_min_(1e-12).rsqrt_().view(-1, 1)
-            with self._shortcuts(), fast_forward(self.device):
+            self.hidden = hidden
+            with replaced(self.layer, self._shortcuts()), fast_forward(self.device):
                 try:
                     out = self.layer(hidden, **self.arguments)
                 except StopForward:
                     continue
             yield (out[0] if isinstance(out, tuple) else out).float()
 
-    @contextmanager
-    def _shortcuts(self) -> Iterator[None]:
-        """Child modules whose last linear's input is known for this batch are replaced by that linear."""
-        replaced = []
-        for name, (linear, nones) in self.endings.items():
-            if self.batch in self.inputs[linear].places:
-                part = self.layer.get_submodule(name)
-                replaced.append((part, part.forward))
-                part.forward = self._ending(linear, nones)  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            for part, forward in replaced:
-                part.forward = forward  # type: ignore[method-assign]
+    def _shortcuts(self) -> dict[str, Callable[..., Any]]:
+        """For the child modules whose last linear's input is known for this batch: that linear, and nothing before it."""
+        forwards: dict[str, Callable[..., Any]] = {}
+        for name, ending in self.endings.items():
+            if self.batch in self.inputs[ending.linear].places:
+                forwards[name] = self._ending(ending)
+                forwards |= dict.fromkeys(ending.feeders, lambda states, *_args, **_kwargs: states)
+        return forwards
 
-    def _ending(self, linear: str, nones: int | None) -> Callable[..., Any]:
+    def _ending(self, ending: Ending) -> Callable[..., Any]:
         def run(*_args: Any, **_kwargs: Any) -> Any:
-            out = self.layer.get_submodule(linear)(self.inputs[linear].get(self.batch).to(self.device))
-            return out if nones is None else (out, *[None] * nones)
+            known = self.inputs[ending.linear].get(self.batch)
+            return ending.wrap(self.layer.get_submodule(ending.linear)(known.to(self.device)))
         return run
 
     def close(self) -> None:
@@ -309,9 +301,8 @@ class LayerRun:
 
 
 def add_gram(hessian: torch.Tensor, x: torch.Tensor) -> None:
-    """Add x^T x, for x [tokens, in], to the upper triangle of `hessian` [in, in] (in blocks: 5/8 of the full product)."""
-    n = x.shape[1]
-    step = max(128, -(-n // 4))
+    """Add x^T x, for x [tokens, in], to the upper triangle of `hessian` [in, in] (in bands: little more than half of the product)."""
+    n, step = x.shape[1], 256
     with fast_matmul():
         for i in range(0, n, step):
             hessian[i : i + step, i:].addmm_(x[:, i : i + step].t(), x[:, i:])

@@ -7,9 +7,9 @@ linears of a layer that share an input are found by running one sequence through
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -229,15 +229,32 @@ def _find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 @dataclass(frozen=True)
+class Ending:
+    """A child module of a layer that ends in a linear and returns nothing else.
+
+    linear: its name in the layer.  nones: how many Nones follow its output (None: no tuple).
+    feeders: children without linears (norms) whose output this child alone uses: idle where the child is replaced.
+    """
+
+    linear: str
+    nones: int | None
+    feeders: tuple[str, ...] = ()
+
+    def wrap(self, out: torch.Tensor) -> Any:
+        """What the child returns, given the linear's output."""
+        return out if self.nones is None else (out, *[None] * self.nones)
+
+
+@dataclass(frozen=True)
 class LayerTrace:
     """groups: linears by shared input, in the order they run.
     writers: linears whose output is that of a child module of the layer (in a Llama layer o_proj of self_attn and down_proj
     of mlp), which is what is added to the residual stream.
-    endings: those children that return nothing else, with their writer and how many Nones follow it (None: no tuple)."""
+    endings: by the name of the child, those that return nothing else."""
 
     groups: list[LinearGroup]
     writers: set[str]
-    endings: dict[str, tuple[str, int | None]]
+    endings: dict[str, Ending]
 
 
 @torch.no_grad()
@@ -245,8 +262,9 @@ def trace_layer(layer: nn.Module, hidden: torch.Tensor, arguments: dict[str, Any
     """Run one sequence [1, n, hidden] through a layer and see which linears are given the very same tensor."""
     seen: list[tuple[torch.Tensor, list[str]]] = []  # keeps the inputs alive, so identity cannot be reused
     made: dict[int, tuple[str, torch.Tensor]] = {}  # by address; alive for the same reason
+    outputs: dict[str, torch.Tensor] = {}
     writers: set[str] = set()
-    endings: dict[str, tuple[str, int | None]] = {}
+    endings: dict[str, Ending] = {}
 
     def linear(name: str) -> Any:
         def note(_module: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
@@ -261,18 +279,49 @@ def trace_layer(layer: nn.Module, hidden: torch.Tensor, arguments: dict[str, Any
     def part(name: str) -> Any:
         def note(_module: nn.Module, _args: tuple[Any, ...], out: Any) -> None:
             first, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
+            outputs[name] = first
             source = made.get(first.data_ptr(), ("", None))[0]
             if source.startswith(name + "."):
                 writers.add(source)
                 if rest is None or all(x is None for x in rest):
-                    endings[name] = (source, None if rest is None else len(rest))
+                    endings[name] = Ending(source, None if rest is None else len(rest))
         return note
 
     handles = [m.register_forward_hook(linear(n)) for n, m in layer.named_modules() if is_linear(m)]
     handles += [m.register_forward_hook(part(n)) for n, m in layer.named_children()]
     try:
-        layer(hidden, **arguments)
+        leaving = layer(hidden, **arguments)
     finally:
         for handle in handles:
             handle.remove()
+
+    def idle(child: str, ending: str) -> bool:
+        """Nothing changes when `child` puts out NaN while `ending` puts out what it did."""
+        given = {child: torch.full_like(outputs[child], torch.nan), ending: endings[ending].wrap(outputs[ending])}
+        with replaced(layer, {name: lambda *_a, value=value, **_k: value for name, value in given.items()}):
+            return torch.equal(_states(layer(hidden, **arguments)), _states(leaving))
+
+    norms = [n for n, m in layer.named_children() if n in outputs and not any(is_linear(x) for x in m.modules())]
+    for name in endings:
+        endings[name] = replace(endings[name], feeders=tuple(n for n in norms if idle(n, name)))
     return LayerTrace([LinearGroup(tuple(names), tensor.shape[-1]) for tensor, names in seen], writers, endings)
+
+
+@contextmanager
+def replaced(layer: nn.Module, forwards: dict[str, Callable[..., Any]]) -> Iterator[None]:
+    """Inside, these submodules of a layer run other functions."""
+    parts = [(layer.get_submodule(name), forward) for name, forward in forwards.items()]
+    before = [part.forward for part, _ in parts]
+    for part, forward in parts:
+        part.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for (part, _), forward in zip(parts, before, strict=True):
+            part.forward = forward  # type: ignore[method-assign]
+
+
+def _states(out: Any) -> torch.Tensor:
+    """The hidden states that a layer returns, some in a tuple."""
+    states: torch.Tensor = out[0] if isinstance(out, tuple) else out
+    return states

@@ -90,11 +90,11 @@ class Scratch:
         self.end += raw.nbytes
 
     def get(self, key: int) -> torch.Tensor:
-        """float32, as it was put (rounded to `dtype`)."""
+        """As it was put, in `dtype`."""
         offset, shape = self.places[key]
         count = math.prod(shape) * self.dtype.itemsize
         raw = torch.from_numpy(np.fromfile(self.path, dtype=np.uint8, count=count, offset=offset))
-        return raw.view(self.dtype).view(shape).float()
+        return raw.view(self.dtype).view(shape)
 
     def close(self) -> None:
         self.path.unlink(missing_ok=True)

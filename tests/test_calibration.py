@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from llmc.checkpoint import Checkpoint
 from llmc.compress import calibration, precision
 from llmc.compress.calibration import InputStatistics, Loop, LoopSettings, Workspace, add_gram, mirror_upper
-from llmc.compress.skeleton import LinearGroup, Skeleton, get_weight, set_weight
+from llmc.compress.skeleton import LinearGroup, Skeleton, get_weight, set_weight, trace_layer
 
 SEQUENCES = torch.randint(0, 512, (5, 48), generator=torch.Generator().manual_seed(1))
 EXPECTED_GROUPS = {
@@ -145,13 +145,26 @@ def test_no_linear_runs_twice_on_a_batch(tmp_path: Path, monkeypatch: pytest.Mon
     forward = nn.Linear.forward
 
     def counted(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-        counts[id(self)] = counts.get(id(self), 0) + 1
+        if x.shape[0] > 1:  # not the trace, which runs one sequence
+            counts[id(self)] = counts.get(id(self), 0) + 1
         return forward(self, x)
 
     monkeypatch.setattr(nn.Linear, "forward", counted)
     stream(folder, tmp_path / "work", LoopSettings(batch=5, reference=5))
-    # once in the trace, once for the reference, once for the stages after it; o_proj feeds three of these
-    assert sorted(counts.values()) == sorted([3, 3, 3, 5, 3, 3, 3] * 2)
+    # once for the reference, once for the stages after it; o_proj feeds three of these
+    assert sorted(counts.values()) == sorted([2, 2, 2, 4, 2, 2, 2] * 2)
+
+
+def test_norms_are_idle_where_the_part_they_feed_is_replaced(tmp_path: Path) -> None:
+    expected = {"llama": {"self_attn": ("input_layernorm",), "mlp": ("post_attention_layernorm",)},
+                "gemma2": {"self_attn": ("input_layernorm",), "mlp": ("pre_feedforward_layernorm",)},
+                "gpt_neox": {"attention": ("input_layernorm",), "mlp": ("post_attention_layernorm",)}}
+    for family, feeders in expected.items():
+        skeleton = Skeleton(Checkpoint.open(build(family, tmp_path / family)), "cpu")
+        arguments, entering = skeleton.enter(iter([SEQUENCES[:1]]), SEQUENCES.shape[1])
+        with skeleton.layer(0) as layer:
+            trace = trace_layer(layer, next(entering), arguments[0])
+        assert {name: ending.feeders for name, ending in trace.endings.items()} == feeders
 
 
 def test_gram_and_mirror_equal_the_full_product() -> None:

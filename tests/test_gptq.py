@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from llmc.compress.quantize.gptq import descend, gptq, inverse_factor, objective, sweep
 from llmc.compress.quantize.rtn import rtn
-from llmc.compress.quantize.scales import Scales, least_squares, nearest, search
+from llmc.compress.quantize.scales import Columns, Scales, least_squares, search
 from llmc.grids import Grid
 
 GRIDS = [Grid(4, 32), Grid(8, 32), Grid(4, 64), Grid(4, 32, False), Grid(8, 32, False)]
@@ -57,7 +57,7 @@ def test_sweep_equals_optimal_brain_quantisation_done_the_slow_way() -> None:
             left[:, j + 1 :] += error[:, None] * rest
     factor = inverse_factor(h)
     assert factor is not None
-    assert torch.equal(sweep(w.t().contiguous(), factor, scale, zero, 15), expected)
+    assert torch.equal(sweep(w.t().contiguous(), factor, Columns(scale, -8 * scale, 1 / scale, zero, 15)), expected)
 
 
 def test_scale_search_weighs_a_group_by_what_is_left_when_the_others_compensate() -> None:
@@ -79,7 +79,7 @@ def test_scale_search_finds_the_scale_of_weights_that_lie_on_a_grid() -> None:
     scale = (torch.rand(2, 7) + 0.5).half().float()
     w = (codes - 8) * scale.repeat_interleave(32, 0)
     found = search(w, torch.eye(64), None, Grid(4, 32))
-    assert torch.equal(found.values(nearest(w, *found.columns(None), 15)), w)
+    assert torch.equal(found.values(found.nearest(w)), w)
 
 
 def test_least_squares_equals_the_explicit_regression() -> None:
@@ -87,9 +87,9 @@ def test_least_squares_equals_the_explicit_regression() -> None:
     h = h.double() + 1e-3 * h.double().diagonal().mean() * torch.eye(64)
     wt = w.t().double().contiguous()
     scales = Scales(Grid(4, 32), torch.full((2, 3), 0.31).double(), torch.full((2, 3), 8.0).double())
-    codes = nearest(wt, *scales.columns(None), 15)
+    codes = scales.nearest(wt)
     root = torch.linalg.cholesky(h, upper=True)
-    found = least_squares(wt, h, codes, scales)
+    found = least_squares(h, codes, h @ (scales.values(codes) - wt), scales)
     for row in range(3):
         design = torch.zeros(64, 2, dtype=torch.float64)
         design[:32, 0], design[32:, 1] = codes[:32, row] - 8, codes[32:, row] - 8
@@ -100,10 +100,14 @@ def test_least_squares_equals_the_explicit_regression() -> None:
 def test_coordinate_descent_ends_where_no_single_code_can_improve() -> None:
     w, h = problem(4, 32, tokens=60)
     wt, h = w.t().double().contiguous(), h.double() + torch.eye(32)
-    scale, zero = torch.full((32, 4), 0.4).double(), torch.full((32, 4), 8.0).double()
-    codes = nearest(wt, scale, zero, 15)
+    scales = Scales(Grid(4, 32), torch.full((1, 4), 0.4).double(), torch.full((1, 4), 8.0).double())
+    codes = scales.nearest(wt)
+    values = scales.values(codes)
+    gradient = h @ (values - wt)
     for _ in range(50):
-        codes = descend(wt, h, codes, scale, zero, 15)
+        descend(h, codes, values, gradient, scales.columns())
+    torch.testing.assert_close(values, scales.values(codes))
+    torch.testing.assert_close(gradient, h @ (values - wt))
     error = objective((codes - 8) * 0.4 - wt, h)
     for column in range(32):
         for step in (-1, 1):

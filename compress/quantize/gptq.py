@@ -17,7 +17,7 @@ What differs from the GPTQ paper
   about the deployment.
 * The upper Cholesky factor of H^-1 comes from one reversed Cholesky and one triangular inverse.
 * After the sweep, scales (least squares with the codes fixed) and codes (coordinate descent with the scales fixed) are
-  improved in turns; each half-step is kept, row by row, only where it lowers the error.
+  improved in turns. New scales are kept, row by row, where they lower the error; a step of descent cannot raise it.
 
 Matrices are kept as [in, out] here, the transpose of a linear's weight: the sweep works on one input column at a time,
 which then is one contiguous row (several times as fast on a CPU).
@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from llmc.compress.quantize.scales import Scales, least_squares, nearest, search
+from llmc.compress.quantize.scales import Columns, Scales, least_squares, search
 from llmc.grids import Grid, QuantizedTensor
 
 BLOCK = 64  # columns swept before the rest of the matrix is updated
@@ -111,11 +111,9 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, damp: float = 
         return GPTQResult(None, energy.clone(), energy, raised, int(dead.sum()), events)
     back = torch.argsort(order)
     scales = search(w, hessian, factor[:, back], grid)
-    codes = sweep(w[order], factor, *scales.columns(order), grid.max_code)[back]
+    codes = sweep(w[order], factor, scales.columns(order))[back]
     del factor
-    error = objective(scales.values(codes).sub_(w), hessian)
-    for _ in range(refinements):
-        error = _keep_better(w, hessian, scales, codes, error, grid)
+    codes, scales, error = refine(w, hessian, codes, scales, refinements)
     stored = QuantizedTensor(grid, codes.t().to(torch.uint8).contiguous(), scales.stored(), scales.stored_zeros())
     return GPTQResult(stored, error, energy, raised, int(dead.sum()), events)
 
@@ -125,56 +123,64 @@ def objective(delta: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     return (hessian @ delta).mul_(delta).sum(0)
 
 
-def sweep(w: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, max_code: int) -> torch.Tensor:
-    """Algorithm 1 of the GPTQ paper. w, scale, zero: [in, out] in the order of the sweep; factor: U of that order.
+def sweep(w: torch.Tensor, factor: torch.Tensor, columns: Columns) -> torch.Tensor:
+    """Algorithm 1 of the GPTQ paper. w: [in, out], columns: its grid, both in the order of the sweep; factor: U of that order.
 
     Returns codes (as floats) [in, out]. w is used as working memory.
     """
     n = w.shape[0]
     codes = torch.empty_like(w)
+    errors = torch.empty_like(w[:BLOCK])
+    scaled = factor / factor.diagonal()[:, None]
+    weights, rounded, grid = w.unbind(), codes.unbind(), iter(columns)
     for start in range(0, n, BLOCK):
         end = min(start + BLOCK, n)
-        errors = torch.empty_like(w[start:end])
-        for i in range(start, end):
-            codes[i] = nearest(w[i], scale[i], zero[i], max_code)
-            error = torch.sub(w[i], (codes[i] - zero[i]).mul_(scale[i]), out=errors[i - start]).div_(factor[i, i])
-            w[i + 1 : end].addr_(factor[i, i + 1 : end], error, alpha=-1)
-        w[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
+        for i, error in zip(range(start, end), errors.unbind(), strict=False):
+            scale, low, inverse, zero = next(grid)
+            code = torch.addcmul(zero, weights[i], inverse, out=rounded[i]).round_().clamp_(0, columns.max_code)
+            torch.addcmul(low, code, scale, out=error).sub_(weights[i])
+            w[i + 1 : end].addr_(scaled[i, i + 1 : end], error)
+        w[end:].addmm_(scaled[start:end, end:].t(), errors[: end - start])
     return codes
 
 
-def descend(w: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor,
-            max_code: int) -> torch.Tensor:
+def descend(hessian: torch.Tensor, codes: torch.Tensor, values: torch.Tensor, gradient: torch.Tensor,
+            columns: Columns) -> None:
     """One pass of coordinate descent (QuantEase, eq. 7): each code in turn to the grid value that is best given all
-    others, w_j - sum_{k != j} H_kj (q_k - w_k) / H_jj. All [in, out]; returns new codes."""
-    n = w.shape[0]
-    codes = codes.clone()
-    delta = (codes - zero).mul_(scale).sub_(w)
-    gradient = hessian @ delta
+    others, q_j - gradient_j / H_jj.
+
+    All [in, out], in place: codes, their values q, gradient = H (q - w)^T.
+    """
+    n = codes.shape[0]
+    shrink = (-1 / hessian.diagonal()).tolist()
+    held, rounded, grid = values.unbind(), codes.unbind(), iter(columns)
     for start in range(0, n, BLOCK):
         end = min(start + BLOCK, n)
-        before = delta[start:end].clone()
-        inside = gradient[start:end]
-        for i in range(start, end):
-            target = w[i] + delta[i] - inside[i - start] / hessian[i, i]
-            codes[i] = nearest(target, scale[i], zero[i], max_code)
-            moved = (codes[i] - zero[i]).mul_(scale[i]).sub_(w[i])
-            step = moved - delta[i]
-            delta[i] = moved
+        before, inside = values[start:end].clone(), gradient[start:end].clone()
+        for i, slope in zip(range(start, end), inside.unbind(), strict=True):
+            scale, low, inverse, zero = next(grid)
+            target = torch.add(held[i], slope, alpha=shrink[i])
+            code = torch.addcmul(zero, target, inverse, out=rounded[i]).round_().clamp_(0, columns.max_code)
+            value = torch.addcmul(low, code, scale, out=target)
+            step = value - held[i]
+            held[i].copy_(value)
             inside[i - start + 1 :].addr_(hessian[i, i + 1 : end], step)
-        gradient[end:].addmm_(hessian[end:, start:end], delta[start:end] - before)
-    return codes
+        gradient.addmm_(hessian[:, start:end], values[start:end] - before)
 
 
-def _keep_better(w: torch.Tensor, hessian: torch.Tensor, scales: Scales, codes: torch.Tensor, error: torch.Tensor,
-                 grid: Grid) -> torch.Tensor:
-    """One turn of scales, then codes, in place; a row keeps a half-step only where it lowers its error."""
-    tried = least_squares(w, hessian, codes, scales)
-    new = objective(tried.values(codes).sub_(w), hessian)
-    scales.take(tried, new < error)
-    error = torch.minimum(error, new)
-    scale, zero = scales.columns(None)
-    moved = descend(w, hessian, codes, scale, zero, grid.max_code)
-    new = objective(scales.values(moved).sub_(w), hessian)
-    codes.copy_(torch.where(new < error, moved, codes))
-    return torch.minimum(error, new)
+def refine(w: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor, scales: Scales,
+           turns: int) -> tuple[torch.Tensor, Scales, torch.Tensor]:
+    """Scales, then codes, in turns. codes [in, out] are changed in place. Returns codes, scales and the error [out]."""
+    values = scales.values(codes)
+    gradient = hessian @ (values - w)
+    error = (gradient * (values - w)).sum(0)
+    for _ in range(turns):
+        tried = least_squares(hessian, codes, gradient, scales)
+        new_values = tried.values(codes)
+        new_gradient = hessian @ (new_values - w)
+        better = (new_gradient * (new_values - w)).sum(0) < error
+        scales = Scales(scales.grid, torch.where(better, tried.scale, scales.scale), scales.zero)
+        values, gradient = torch.where(better, new_values, values), torch.where(better, new_gradient, gradient)
+        descend(hessian, codes, values, gradient, scales.columns())
+        error = (gradient * (values - w)).sum(0)
+    return codes, scales, error

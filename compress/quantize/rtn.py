@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from llmc.compress.quantize.scales import nearest, search
+from llmc.compress.quantize.scales import search
 from llmc.grids import Grid, QuantizedTensor
 
 
@@ -13,5 +13,5 @@ def rtn(weight: torch.Tensor, grid: Grid) -> QuantizedTensor:
     """Quantise `weight` float32 [out, in]; the scale of a group minimises the squared error over its columns."""
     w = weight.t().contiguous()
     scales = search(w, torch.eye(w.shape[0], device=w.device), None, grid)
-    codes = nearest(w, *scales.columns(None), grid.max_code)
+    codes = scales.nearest(w)
     return QuantizedTensor(grid, codes.t().to(torch.uint8).contiguous(), scales.stored(), scales.stored_zeros())

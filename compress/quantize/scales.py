@@ -11,6 +11,7 @@ All matrices are [in, out] as in gptq.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,12 +25,35 @@ ROWS = 1024  # rows of the weight searched at once, to bound memory
 
 def nearest(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, max_code: int) -> torch.Tensor:
     """Codes (as floats) of the grid values nearest to `w`; a scale of 0 gives the code of zero. Shapes broadcast."""
-    return torch.where(scale == 0, 0.0, w / scale).add_(zero).round_().clamp_(0, max_code)
+    return torch.addcmul(zero, w, reciprocal(scale)).round_().clamp_(0, max_code)
+
+
+def reciprocal(scale: torch.Tensor) -> torch.Tensor:
+    """1 / scale, and 0 where the scale is 0."""
+    return torch.where(scale == 0, 0.0, 1 / scale)
 
 
 def stored(scale: torch.Tensor) -> torch.Tensor:
     """float32 after rounding to fp16, kept finite."""
     return scale.clamp(-65504, 65504).to(torch.float16).to(torch.float32)
+
+
+@dataclass
+class Columns:
+    """The grid of every input column, ready to round one column after the other: value = low + code * scale.
+
+    scale, low, inverse (1 / scale, or 0), zero (the code of 0): float32 [in, out].
+    """
+
+    scale: torch.Tensor
+    low: torch.Tensor
+    inverse: torch.Tensor
+    zero: torch.Tensor
+    max_code: int
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """(scale, low, inverse, zero), each [out], of one column after the other."""
+        return zip(self.scale.unbind(), self.low.unbind(), self.inverse.unbind(), self.zero.unbind(), strict=True)
 
 
 @dataclass
@@ -40,20 +64,22 @@ class Scales:
     scale: torch.Tensor
     zero: torch.Tensor
 
-    def columns(self, order: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """(scale, zero) of every input column, [in, out], in the given order of columns."""
-        g = self.grid.group_size
-        scale, zero = self.scale.repeat_interleave(g, 0), self.zero.repeat_interleave(g, 0)
-        return (scale, zero) if order is None else (scale[order], zero[order])
+    def columns(self, order: torch.Tensor | None = None) -> Columns:
+        """The grid of every input column, in the given order of columns."""
+        groups = torch.arange(self.scale.shape[0], device=self.scale.device).repeat_interleave(self.grid.group_size)
+        groups = groups if order is None else groups[order]
+        low, inverse = -self.zero * self.scale, reciprocal(self.scale)
+        return Columns(self.scale[groups], low[groups], inverse[groups], self.zero[groups], self.grid.max_code)
+
+    def nearest(self, w: torch.Tensor) -> torch.Tensor:
+        """Codes (as floats) of the values nearest to w [in, out]."""
+        grouped = w.view(self.scale.shape[0], self.grid.group_size, -1)
+        return nearest(grouped, self.scale[:, None], self.zero[:, None], self.grid.max_code).view(w.shape)
 
     def values(self, codes: torch.Tensor) -> torch.Tensor:
         """The weights [in, out] that codes [in, out] stand for."""
         grouped = codes.view(self.scale.shape[0], self.grid.group_size, -1)
         return ((grouped - self.zero[:, None]) * self.scale[:, None]).view(codes.shape)
-
-    def take(self, other: Scales, rows: torch.Tensor) -> None:
-        """Take over the scales of `other` for the rows of the weight where `rows` [out] is true."""
-        self.scale = torch.where(rows, other.scale, self.scale)
 
     def stored(self) -> torch.Tensor:
         """float16 [out, groups], as files hold them."""
@@ -126,22 +152,22 @@ def _candidates(wg: torch.Tensor, grid: Grid):  # type: ignore[no-untyped-def]
             yield scale, (zero + shift).clamp(1, grid.max_code)  # 0 has no place in a version-1 checkpoint
 
 
-def least_squares(w: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor, scales: Scales) -> Scales:
+def least_squares(hessian: torch.Tensor, codes: torch.Tensor, gradient: torch.Tensor, scales: Scales) -> Scales:
     """The scales that are best for fixed codes: for each row of the weight, the step s from the present scales that solves
-    A s = b,  A_gh = c_g H_gh c_h^T,  b_g = c_g H (w - q)^T  with c the codes less their zero point.
+    A s = b,  A_gh = c_g H_gh c_h^T,  b_g = -c_g gradient_g  with c the codes less their zero point.
 
-    A row whose A cannot be factored keeps its scales. w, codes: [in, out].
+    codes: [in, out]; gradient: H (q - w)^T [in, out] at the present scales.  A row whose A cannot be factored keeps its scales.
     """
     groups, g = scales.scale.shape[0], scales.grid.group_size
-    out = w.shape[1]
-    centred = (codes.view(groups, g, out) - scales.zero[:, None]).view(w.shape)
-    a = torch.empty(out, groups, groups, dtype=w.dtype, device=w.device)
-    for h in range(groups):
+    out = codes.shape[1]
+    centred = (codes.view(groups, g, out) - scales.zero[:, None]).view(codes.shape)
+    a = torch.empty(groups, groups, out, dtype=codes.dtype, device=codes.device)
+    for h in range(groups):  # A is symmetric: from the diagonal down
         columns = slice(h * g, (h + 1) * g)
-        product = (hessian[:, columns] @ centred[columns]).mul_(centred)
-        a[:, h] = product.view(groups, g, out).sum(1).t()
-    a = (a + a.transpose(1, 2)).div_(2)
-    b = (hessian @ (w - scales.values(codes))).mul_(centred).view(groups, g, out).sum(1).t()
+        product = (hessian[h * g :, columns] @ centred[columns]).mul_(centred[h * g :])
+        a[h:, h] = product.view(groups - h, g, out).sum(1)
+    b = (gradient * centred).view(groups, g, out).sum(1).t().neg_()
+    a = a.permute(2, 0, 1).contiguous()  # only its lower triangle is set, and read
     diagonal = a.diagonal(dim1=1, dim2=2)
     diagonal.mul_(1 + 1e-4).add_(diagonal.mean(-1, keepdim=True) * 1e-6 + 1e-20)
     lower, info = torch.linalg.cholesky_ex(a)
