@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from llmc.errors import UserError
-from llmc.evals import gates, metrics
+from llmc.evals import gates, metrics, tasks
 from llmc.evals.config import CompareConfig
 from llmc.evals.report import read_report, unpack
 from llmc.evals.report import without_arrays as report_without_arrays
@@ -22,7 +22,8 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     """{baseline, artifacts: […], gates: […], passed}; the first artifact is the baseline.
 
     Each artifact: {name, report, differences}; differences (None for the baseline) are {size_ratio, texts: [{text,
-    perplexity_ratio, kld, top1}], decode_speedup, first_token_ratio, peak_rss_ratio}, None where not measured of both.
+    perplexity_ratio, kld, top1}], tasks: {name: {acc, acc_norm, perplexity_ratio}}, decode_speedup, first_token_ratio,
+    peak_rss_ratio}, None where not measured of both.
     Raises UserError where figures are not comparable or a gate has no figure to look at.
     """
     limits = gates.parse(config)
@@ -58,19 +59,33 @@ def check_comparable(reports: list[dict[str, Any]]) -> None:
     for section, command, read in (("quality", "eval", _quality_fields), ("speed", "bench", _speed_fields)):
         measured = [r for r in reports if section in r]
         for other in measured[1:]:
-            first = measured[0]
-            a, b = read(first), read(other)
-            for field in [*a, *(f for f in b if f not in a)]:
-                x, y = a.get(field), b.get(field)
-                if x != y:
-                    raise UserError(f"{_unequal(first, other)}: {field} is {x!r} in one and {y!r} in the other",
-                                    f"measure both with the same options of `llmc {command}`")
+            _check_equal(measured[0], other, read(measured[0]), read(other), command)
+    # a task that one report lacks is a gap in the table; one that both hold must have the same items
+    first_with: dict[str, dict[str, Any]] = {}
+    for report in reports:
+        for name in tasks_of(report):
+            first = first_with.setdefault(name, report)
+            _check_equal(first, report, _task_fields(first, name), _task_fields(report, name), "eval")
     digests = {r["quality"]["base"]["sha256"]: r for r in reports if "quality" in r and r["quality"]["base"]}
     if len(digests) > 1:
         one, two = list(digests.values())[:2]
         a, b = (r["quality"]["base"] for r in (one, two))
         raise UserError(f"{_unequal(one, two)}: the base is {a['name']} ({a['sha256'][:12]}…) in one and {b['name']} "
                         f"({b['sha256'][:12]}…) in the other", "evaluate both with the same --base")
+
+
+def _check_equal(one: dict[str, Any], two: dict[str, Any], a: dict[str, Any], b: dict[str, Any], command: str) -> None:
+    """Raise UserError at the first field of two reports' protocols `a` and `b` that differs."""
+    for field in [*a, *(f for f in b if f not in a)]:
+        x, y = a.get(field), b.get(field)
+        if x != y:
+            raise UserError(f"{_unequal(one, two)}: {field} is {x!r} in one and {y!r} in the other",
+                            f"measure both with the same options of `llmc {command}`")
+
+
+def tasks_of(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """A report's tasks by name."""
+    return {t["protocol"]["task"]: t for t in report.get("quality", {}).get("tasks", [])}
 
 
 def _unequal(one: dict[str, Any], two: dict[str, Any]) -> str:
@@ -85,6 +100,12 @@ def _quality_fields(report: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
+def _task_fields(report: dict[str, Any], name: str) -> dict[str, Any]:
+    """The ids' hash comes last: it differs for every other reason too, which then is the one to name."""
+    protocol = sorted(tasks_of(report)[name]["protocol"].items(), key=lambda field: field[0] == "ids_sha256")
+    return {f"{k} (of the task {name})": v for k, v in protocol}
+
+
 def _speed_fields(report: dict[str, Any]) -> dict[str, Any]:
     return dict(report["speed"]["protocol"])
 
@@ -93,11 +114,14 @@ def differences(baseline: dict[str, Any], other: dict[str, Any]) -> dict[str, An
     """`other` against `baseline`, both measured alike."""
     out: dict[str, Any] = {
         "size_ratio": other["artifact"]["size"]["file_bytes"] / baseline["artifact"]["size"]["file_bytes"],
-        "texts": None, "decode_speedup": None, "first_token_ratio": None, "peak_rss_ratio": None,
+        "texts": None, "tasks": None, "decode_speedup": None, "first_token_ratio": None, "peak_rss_ratio": None,
     }
     if "quality" in baseline and "quality" in other:
         pairs = zip(baseline["quality"]["texts"], other["quality"]["texts"], strict=True)
         out["texts"] = [_paired(a, b) for a, b in pairs]
+        before, after = tasks_of(baseline), tasks_of(other)
+        out["tasks"] = {name: tasks.differences(tasks.values_of(after[name]), tasks.values_of(before[name]))
+                        for name in before if name in after} or None
     if "speed" in baseline and "speed" in other:
         a, b = baseline["speed"], other["speed"]
         out["decode_speedup"] = _ratio(b["decode"], a["decode"])

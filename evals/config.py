@@ -23,11 +23,22 @@ class EvalConfig:
     """None: the physical cores."""
     device: str = "cpu"
     output: Path | None = None
+    tasks: tuple[str, ...] = ()
+    """As typed: 'arc_easy=FILE', 'piqa', or several with commas between."""
+    task_items: int = 200
+    """Items of each task that are evaluated, evenly spaced; 0 for all."""
+    no_text: bool = False
+    """Only the tasks."""
 
     def __post_init__(self) -> None:
         _at_least("--context", self.context, 8)
         _at_least("--chunks", self.chunks, 0)
+        _at_least("--task-items", self.task_items, 0)
         _common(self.threads, self.device)
+        if isinstance(self.tasks, str):
+            object.__setattr__(self, "tasks", (self.tasks,))
+        if self.no_text and not self.tasks:
+            raise UserError("--no-text leaves nothing to evaluate", "name some --tasks, or leave it out")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ held or written.
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 from llmc.artifact import read_manifest
 from llmc.console import progress, say, warn
 from llmc.errors import UserError
-from llmc.evals import metrics, report
+from llmc.evals import metrics, report, tasks
 from llmc.evals.config import EvalConfig
 from llmc.evals.protocol import Chunks, FolderTokenizer, RuntimeTokenizer, Tokenizer, cut
 from llmc.evals.texts import load_text
@@ -37,36 +38,42 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     """
     artifact = locate(config.artifact)
     base = locate(config.base) if config.base is not None else None
-    texts = [load_text(t) for t in (config.text, config.second_text) if t is not None]
-    overlaps = {name: _overlap(artifact, name, text) for name, text in texts}
+    wanted = () if config.no_text else (config.text, config.second_text)
+    texts = [load_text(t) for t in wanted if t is not None]
+    asked = tasks.load(config.tasks, config.task_items)
+    overlaps = {name: _overlap(artifact, name, text) for name, text in [*texts, *((t.name, t.text) for t in asked)]}
     described = report.describe_artifact(artifact)
     report.check_output(config.output, described["sha256"])
     base_digest = None if base is None else report.hash_artifact(base)
     is_base = base_digest == described["sha256"]
-    if config.second_text is None:
+    if config.second_text is None and texts:
         say("hint: --second-text FILE, unlike the first, shows whether the calibration text was learned by heart")
-    if base is None:
+    if base is None and texts:
         say("hint: without --base there is a perplexity but no divergence from the base model")
 
     threads = config.threads or physical_cores()
     start = time.monotonic()
-    runtime = open_runtime(artifact, config.context, threads, config.device)
+    context = max(config.context, tasks.WINDOW) if asked else config.context
+    runtime = open_runtime(artifact, context, threads, config.device)
     try:
-        base_runtime = open_runtime(base, config.context, threads, config.device) if base and not is_base else None
+        base_runtime = open_runtime(base, context, threads, config.device) if base and not is_base else None
         try:
-            _check_context(config.context, runtime, *([base_runtime] if base_runtime else []))
+            if texts:
+                _check_context(config.context, runtime, *([base_runtime] if base_runtime else []))
             tokenizer = _tokenizer(base or artifact, base_runtime or runtime)
             agrees = _check_tokenizer(runtime, tokenizer, artifact)
             jobs = [cut(name, text, tokenizer, config.context, config.chunks) for name, text in texts]
             results = [_run(job, runtime, base_runtime, is_base) for job in jobs]
             for result in results:
                 result["calibration_overlap"] = overlaps[result["protocol"]["text"]]
+            sections = [{**_run_task(task, tokenizer, runtime, base_runtime, is_base),
+                         "calibration_overlap": overlaps[task.name]} for task in asked]
             quality: dict[str, Any] = {
                 "texts": results, "runtime": runtime.describe(), "tokenizer_agrees": agrees,
                 "base": None if base is None else {
                     "name": base.name, "sha256": base_digest, "is_artifact": is_base,
                     "runtime": (base_runtime or runtime).describe()},
-                "seconds": round(time.monotonic() - start, 1),
+                "seconds": round(time.monotonic() - start, 1), **({"tasks": sections} if asked else {}),
             }
         finally:
             if base_runtime:
@@ -121,10 +128,7 @@ def _run(job: Chunks, runtime: Runtime, base: Runtime | None, is_base: bool) -> 
     """The figures of one text, with the per-token values that paired comparisons need."""
     n = job.ids.shape[1] - 1 - job.first
     shape = (len(job.ids), n)
-    vocab = min(runtime.vocab_size, base.vocab_size if base else runtime.vocab_size)
-    if int(job.ids.max()) >= vocab:
-        raise UserError(f"the text has token {int(job.ids.max())} and the smaller model knows {vocab} tokens",
-                        "check that the artifact was made from this base")
+    vocab = _vocabulary(int(job.ids.max()), runtime, base)
     nll, kld = np.empty(shape, np.float32), np.zeros(shape, np.float32)
     top1, base_nll = np.ones(shape, bool), np.empty(shape, np.float32)
     with progress(f"evaluating {job.protocol.text}, chunk", len(job.ids)) as p:
@@ -144,6 +148,35 @@ def _run(job: Chunks, runtime: Runtime, base: Runtime | None, is_base: bool) -> 
     arrays = {"nll": nll, "kld": kld, "top1": top1} if known else {"nll": nll}
     return {"protocol": {**job.protocol.as_dict(), "vocabulary": vocab}, **figures,
             "per_token": {k: report.pack(v) for k, v in arrays.items()}}
+
+
+def _run_task(task: tasks.Task, tokenizer: Tokenizer, runtime: Runtime, base: Runtime | None,
+              is_base: bool) -> dict[str, Any]:
+    """The figures of one task, with the per-item values that paired comparisons need."""
+    both = [runtime, *([base] if base else [])]
+    prepared = tasks.prepare(task, tokenizer, min(tasks.WINDOW, *(r.context for r in both)))
+    if prepared.cut:
+        warn(f"{prepared.cut} items of {task.name} do not fit {prepared.window} tokens and lose their beginning")
+    vocab = _vocabulary(prepared.highest, runtime, base)
+    measures = tasks.KINDS[task.name].measures
+    values: list[list[dict[str, Any]]] = [[] for _ in both]
+    with progress(f"evaluating {task.name}, item", len(task.items)) as p:
+        for item, requests in zip(task.items, prepared.requests, strict=True):
+            for one, out in zip(both, values, strict=True):
+                out.append(tasks.judge(item, *tasks.score(requests, partial(_logits, one, vocab=vocab)), measures))
+            p.step(" against ".join(f"{np.mean([v['acc'] for v in out]):.1%}" for out in values))
+    mine, *others = [tasks.gather(v) for v in values]
+    prepared.protocol["vocabulary"] = vocab
+    return tasks.section(prepared, mine, mine if is_base else others[0] if others else None)
+
+
+def _vocabulary(highest: int, runtime: Runtime, base: Runtime | None) -> int:
+    """Tokens that both models know; `highest` is the highest id that they will be fed."""
+    vocab = min(runtime.vocab_size, base.vocab_size if base else runtime.vocab_size)
+    if highest >= vocab:
+        raise UserError(f"the text has token {highest} and the smaller model knows {vocab} tokens",
+                        "check that the artifact was made from this base")
+    return vocab
 
 
 def _logits(runtime: Runtime, ids: np.ndarray, first: int, vocab: int) -> np.ndarray:

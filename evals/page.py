@@ -12,6 +12,7 @@ from typing import Any
 
 from llmc.console import size
 from llmc.evals import charts
+from llmc.evals.compare import tasks_of
 from llmc.evals.show import pm
 from llmc.evals.tables import tables
 from llmc.evals.weigh import CLASSES
@@ -147,6 +148,9 @@ def _protocols(artifacts: list[dict[str, Any]]) -> Iterable[str]:
     evaluated = next((a["report"] for a in artifacts if "quality" in a["report"]), None)
     for t in evaluated["quality"]["texts"] if evaluated else []:
         yield _section(f"Protocol: {t['protocol']['text']}", _pairs(t["protocol"].items()), folded=True)
+    seen = {name: t for a in reversed(artifacts) for name, t in tasks_of(a["report"]).items()}
+    for name, t in seen.items():
+        yield _section(f"Protocol: {name}", _pairs({**t["protocol"], "items from": t["source"]}.items()), folded=True)
     benched = next((a["report"] for a in artifacts if "speed" in a["report"]), None)
     if benched:
         s = benched["speed"]

@@ -87,9 +87,12 @@ def save(path: Path, report: dict[str, Any]) -> None:
 
 
 def without_arrays(report: dict[str, Any]) -> dict[str, Any]:
-    """The report without its per-token arrays, for people and pipes."""
-    texts = [{k: v for k, v in t.items() if k != "per_token"} for t in report.get("quality", {}).get("texts", [])]
-    return {**report, "quality": {**report["quality"], "texts": texts}} if texts else report
+    """The report without its per-token and per-item arrays, for people and pipes."""
+    if "quality" not in report:
+        return report
+    lists = {k: [{n: v for n, v in t.items() if n not in ("per_token", "per_item")} for t in report["quality"][k]]
+             for k in ("texts", "tasks") if k in report["quality"]}
+    return {**report, "quality": {**report["quality"], **lists}}
 
 
 def pack(values: np.ndarray) -> dict[str, Any]:

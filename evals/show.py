@@ -49,8 +49,33 @@ def quality_lines(report: dict[str, Any]) -> str:
             lines.append(f"  KL divergence    {pm(k, 4)} nats  (median {k['median']:.4f}, p99 {k['p99']:.3f}, "
                          f"max {k['max']:.3f})")
             lines.append(f"  top-1 agreement  {pm(t['top1'], 1, 100)} %")
-    lines.append("\n± is one standard error, from the spread between chunks (unknown for a single chunk)")
+    if quality["texts"]:
+        lines.append("\n± is one standard error, from the spread between chunks (unknown for a single chunk)")
+    if quality.get("tasks"):
+        lines.append("\nzero-shot tasks, scored by log-likelihood as lm-evaluation-harness does\n"
+                     + table(_task_rows(quality["tasks"])))
+        lines.append("\n± is one standard error, from the spread between items; Δ is to the base, paired by item")
     return "\n".join(lines)
+
+
+def _task_rows(tasks: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """A row for each task; columns that no task fills are left out."""
+    rows = [["task", "items", "acc %", "base acc %", "Δ acc", "acc_norm %", "base acc_norm %", "Δ acc_norm", "perplexity",
+             "base perplexity", "to base"]]
+    for t in tasks:
+        base, rise = t["base"] or {}, t["difference"] or {}
+        row = [t["protocol"]["task"], str(t["protocol"]["items"])]
+        for k in ("acc", "acc_norm"):
+            row += [pm(t[k], 1, 100), pm(base.get(k), 1, 100), pm(rise.get(k), 1, 100, sign=True)]
+        ratio = rise.get("perplexity_ratio")
+        rows.append([*row, pm(t["perplexity"], 2), pm(base.get("perplexity"), 2), change(ratio) if ratio else "–"])
+    return filled(rows)
+
+
+def filled(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Rows without the columns that hold nothing but '–' under their heading."""
+    kept = [i for i in range(len(rows[0])) if any(r[i] != "–" for r in rows[1:])]
+    return [[r[i] for i in kept] for r in rows]
 
 
 def change(ratio: dict[str, Any]) -> str:

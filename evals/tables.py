@@ -5,19 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 from llmc.console import size
-from llmc.evals.show import change, pm, spread
+from llmc.evals.compare import tasks_of
+from llmc.evals.show import change, filled, pm, spread
 
 Table = tuple[str, str, list[list[str]]]
 """Title, note, rows; the first row is the heading."""
 
 
 def tables(comparison: dict[str, Any]) -> list[Table]:
-    """Size, then quality on each text, then speed, then gates; what nobody measured is left out."""
+    """Size, then quality on each text and on tasks, then speed, then gates; what nobody measured is left out."""
     artifacts = comparison["artifacts"]
     out = [_sizes(artifacts)]
     evaluated = [a for a in artifacts if "quality" in a["report"]]
     if evaluated:
         out += [_quality(evaluated, i) for i in range(len(evaluated[0]["report"]["quality"]["texts"]))]
+        if any(tasks_of(a["report"]) for a in evaluated):
+            out.append(_tasks(evaluated))
     benched = [a for a in artifacts if "speed" in a["report"]]
     if benched:
         out.append(_speed(benched))
@@ -57,6 +60,23 @@ def _quality(artifacts: list[dict[str, Any]], index: int) -> Table:
         ])
     return (f"Quality on {p['text']}", f"{p['chunks']} chunks of {p['context']} tokens; ± is one standard error, "
             "differences to the baseline are paired by token", rows)
+
+
+def _tasks(artifacts: list[dict[str, Any]]) -> Table:
+    """A row for each task and artifact that has it."""
+    rows = [["task", "artifact", "items", "acc %", "Δ acc", "acc_norm %", "Δ acc_norm", "perplexity", "to baseline"]]
+    names = dict.fromkeys(name for a in artifacts for name in tasks_of(a["report"]))
+    for name, a in ((name, a) for name in names for a in artifacts if name in tasks_of(a["report"])):
+        t = tasks_of(a["report"])[name]
+        rise = ((a["differences"] or {}).get("tasks") or {}).get(name) or {}
+        ratio = rise.get("perplexity_ratio")
+        rows.append([name, a["name"], f"{t['protocol']['items']} of {t['protocol']['of']}",
+                     pm(t["acc"], 1, 100), pm(rise.get("acc"), 1, 100, sign=True),
+                     pm(t["acc_norm"], 1, 100), pm(rise.get("acc_norm"), 1, 100, sign=True),
+                     pm(t["perplexity"], 2), change(ratio) if ratio else "–"])
+    return ("Tasks", "zero-shot, scored by log-likelihood as lm-evaluation-harness does; acc_norm: by the answer's length; "
+            "perplexity: of the last word; ± is one standard error, differences to the baseline are paired by item",
+            filled(rows))
 
 
 def _speed(artifacts: list[dict[str, Any]]) -> Table:

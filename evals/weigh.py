@@ -23,13 +23,13 @@ _RULES = (
 
 @dataclass(frozen=True)
 class Tensor:
-    """One weight: a stored tensor, or the four tensors of a GPTQ linear taken together."""
+    """One weight: a stored tensor, or the tensors of a quantised linear taken together."""
 
     name: str
     kind: str
     """One of CLASSES."""
     type: str
-    """'F32', 'BF16', 'Q4_0', 'GPTQ int4', …"""
+    """'F32', 'BF16', 'Q4_0', 'GPTQ int4', …; llmc's blocks have their GGUF type's name."""
     parameters: int
     nbytes: int
 
@@ -40,7 +40,7 @@ def classify(name: str) -> str:
 
 
 def tensors(artifact: Path) -> list[Tensor]:
-    """Every weight of a folder (float or GPTQ) or a .gguf file, in file order."""
+    """Every weight of a folder (float or quantised) or a .gguf file, in file order."""
     if artifact.is_dir():
         return list(_folder_tensors(artifact))
     if artifact.suffix == ".gguf" and artifact.is_file():
@@ -55,10 +55,17 @@ def _folder_tensors(folder: Path) -> Iterator[Tensor]:
     from llmc.checkpoint import Checkpoint
 
     ckpt = Checkpoint.open(folder)
-    bits = (ckpt.quantization or {}).get("bits", 0)
+    quantization = ckpt.quantization or {}
+    bits = quantization.get("bits", 0)
     for name in ckpt.names():
         linear, _, part = name.rpartition(".")
-        if f"{linear}.qweight" not in ckpt:
+        if part == "blocks" and quantization.get("quant_method") == "llmc-blocks":
+            from llmc.export.blocks.checkpoint import grid_of, shape
+
+            out, width = shape(ckpt, linear)
+            yield Tensor(f"{linear}.weight", classify(linear), grid_of(ckpt, linear).gguf_type, out * width,
+                         ckpt.nbytes(name))
+        elif f"{linear}.qweight" not in ckpt:
             n = 1
             for d in ckpt.shape(name):
                 n *= d

@@ -23,6 +23,12 @@ def evaluate(
                                            help="Another text, unlike the first: shows overfitting to it."),
     context: int = typer.Option(EvalConfig.context, help="Tokens in a chunk; the second half of each is scored."),
     chunks: int = typer.Option(EvalConfig.chunks, help="Chunks of each text that are evaluated; 0 for all."),
+    tasks: list[str] = typer.Option(list(EvalConfig.tasks), metavar="TASK[=FILE],…", show_default=False,
+                                    help="Zero-shot tasks too, each with a JSONL file of items (from the hub without): "
+                                         "lambada, arc_easy, arc_challenge, piqa, hellaswag, winogrande, boolq, "
+                                         "openbookqa."),
+    task_items: int = typer.Option(EvalConfig.task_items, help="Items of each task, evenly spaced; 0 for all."),
+    no_text: bool = typer.Option(EvalConfig.no_text, "--no-text", help="Only the tasks, no text."),
     threads: int | None = typer.Option(EvalConfig.threads, help="Default: the physical cores.", show_default=False),
     device: str = typer.Option(EvalConfig.device, help="cpu or gpu."),
     output: Path | None = typer.Option(EvalConfig.output, "--out", "-o", show_default=False,
@@ -31,11 +37,13 @@ def evaluate(
 ) -> None:
     """Measure what an artifact lost: perplexity, KL divergence to its base and agreement with it.
 
-    The file itself is measured, in its own runtime, on the token ids of the base's tokenizer.
+    The file itself is measured, in its own runtime, on the token ids of the base's tokenizer. --tasks adds the accuracy
+    on multiple-choice and last-word tasks, scored as lm-evaluation-harness does.
     """
     from llmc.evals import report
     from llmc.evals.evaluate import evaluate
     from llmc.evals.show import quality_lines
 
-    made = evaluate(EvalConfig(artifact, base, text, second_text, context, chunks, threads, device, output))
+    made = evaluate(EvalConfig(artifact, base, text, second_text, context, chunks, threads, device, output,
+                               tuple(tasks), task_items, no_text))
     print(json.dumps(report.without_arrays(made), indent=2, ensure_ascii=False) if as_json else quality_lines(made))

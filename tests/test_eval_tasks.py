@@ -1,0 +1,411 @@
+"""llmc eval --tasks: the harness's prompts, scores and errors, the same in every runtime, and paired by item."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llmc.cli import run
+from llmc.errors import UserError
+from llmc.evals import tasks
+from llmc.evals.compare import compare
+from llmc.evals.config import CompareConfig, EvalConfig
+from llmc.evals.evaluate import evaluate
+from llmc.evals.page import page
+from llmc.evals.show import quality_lines
+from llmc.evals.tables import tables
+
+COLOURS = ["red", "blue as ice", "a dark green", "no colour"]
+ROWS: dict[str, dict[str, Any]] = {  # one item of each task as its dataset on the hub has it
+    "arc_easy": {"id": "x", "question": "What colour is a ripe tomato?", "answerKey": "2",
+                 "choices": {"text": COLOURS, "label": ["1", "2", "3", "4"]}},
+    "piqa": {"goal": "open a jar", "sol1": "turn the lid", "sol2": "read to it", "label": 1},
+    "hellaswag": {"activity_label": "Making tea [title]", "ctx_a": "A woman boils water. [header] She waits.",
+                  "ctx_b": "then SHE", "endings": ["pours  it.", "[step] sings.", "runs.", ", too"], "label": "3"},
+    "winogrande": {"sentence": "The cup did not fit the box as _ was too big.", "option1": "the cup",
+                   "option2": "the box", "answer": "2"},
+    "boolq": {"passage": "Tin is a metal.", "question": "is tin a metal", "label": 1},
+    "openbookqa": {"id": "x", "question_stem": "Rain falls from", "answerKey": "D ",
+                   "choices": {"text": COLOURS, "label": ["A", "B", "C", "D"]}},
+    "lambada": {"text": "He took the key and opened the door"},
+}
+FLAT: dict[str, dict[str, Any]] = {  # the same items as mosaicml/llm-foundry has them
+    "arc_easy": {"query": "Question: What colour is a ripe tomato?", "choices": COLOURS, "gold": 1},
+    "piqa": {"query": "Question: open a jar\n", "choices": ["turn the lid", "read to it"], "gold": 1},
+    "winogrande": {"context_options": ["The cup did not fit the box as the cup", "The cup did not fit the box as the box"],
+                   "continuation": "was too big.", "gold": 1},
+    "boolq": {"query": "Passage: Tin is a metal.\nQuestion: is tin a metal?", "choices": ["no", "yes"], "gold": 1},
+    "openbookqa": {"query": "Rain falls from", "choices": COLOURS, "gold": 3},
+}
+
+
+def answers(context: str, choices: list[str]) -> tuple[tuple[str, str], ...]:
+    return tuple((context, " " + c) for c in choices)
+
+
+PROMPTS: dict[str, tuple[tuple[tuple[str, str], ...], int]] = {
+    "arc_easy": (answers("Question: What colour is a ripe tomato?\nAnswer:", COLOURS), 1),
+    "piqa": (answers("Question: open a jar\nAnswer:", ["turn the lid", "read to it"]), 1),
+    # the harness's own spelling: title to a full stop, other brackets to nothing, double spaces once
+    "hellaswag": (answers("Making tea. : A woman boils water. She waits. Then she",
+                          ["pours it.", " sings.", "runs.", ", too"]), 3),
+    "winogrande": ((("The cup did not fit the box as the cup", " was too big."),
+                    ("The cup did not fit the box as the box", " was too big.")), 1),
+    "boolq": (answers("Tin is a metal.\nQuestion: is tin a metal?\nAnswer:", ["no", "yes"]), 1),
+    "openbookqa": (answers("Rain falls from", COLOURS), 3),
+    "lambada": ((("He took the key and opened the", " door"),), 0),
+}
+
+
+def write(path: Path, *rows: Any) -> Path:
+    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    """Several items of four tasks: multiple choice, one-token answers, unequal contexts, last word."""
+    words = ["with", "the", "class", "expression", "value", "as", "an", "object", "statement", "name"]
+    arc = [{"question": f"Which {w} is the {v} of a function?", "answerKey": "ABCD"[i % 4],
+            "choices": {"text": [f"the {v}", w, f"an import {w} of {v}", f"not {v}"], "label": list("ABCD")}}
+           for i, (w, v) in enumerate(zip(words, reversed(words), strict=True))]
+    boolq = [{"passage": f"The {w} is evaluated first.", "question": f"is the {w} first", "answer": i % 3 == 0}
+             for i, w in enumerate(words)]
+    wino = [{"sentence": f"The {w} names the {v} because _ is bound.", "option1": f"the {w}", "option2": f"the {v}",
+             "answer": str(1 + i % 2)} for i, (w, v) in enumerate(zip(words, reversed(words), strict=True))]
+    lambada = [{"text": f"If the object is not found then the {w} of the {v}"} for w in words for v in words[:2]]
+    rows = {"arc_easy": arc, "boolq": boolq, "winogrande": wino, "lambada": lambada}
+    return {name: write(tmp_path / f"{name}.jsonl", *r) for name, r in rows.items()}
+
+
+def settings(files: dict[str, Path], **more: Any) -> dict[str, Any]:
+    return {"tasks": tuple(f"{n}={p}" for n, p in files.items()), "threads": 1, "no_text": True, **more}
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize("name", sorted(ROWS))
+def test_prompts_from_the_hubs_fields(name: str, tmp_path: Path) -> None:
+    task = tasks.load([f"{name}={write(tmp_path / 'f.jsonl', ROWS[name])}"], 0)[0]
+    assert (task.items[0].pairs, task.items[0].gold) == PROMPTS[name]
+    assert (task.name, task.source, task.total) == (name, "f.jsonl", 1)
+
+
+@pytest.mark.parametrize("name", sorted(FLAT))
+def test_prompts_from_flat_fields(name: str, tmp_path: Path) -> None:
+    item = tasks.load([f"{name}={write(tmp_path / 'f.jsonl', FLAT[name])}"], 0)[0].items[0]
+    assert (item.pairs, item.gold) == PROMPTS[name]
+
+
+def test_other_spellings(tmp_path: Path) -> None:
+    """A JSON list, BOM, blank lines, answers as booleans, labels as letters, names as people write them."""
+    rows = [{**ROWS["boolq"], "answer": value} for value in (True, False)]
+    (tmp_path / "list.json").write_text(json.dumps(rows))
+    assert [i.gold for i in tasks.load([f"boolq={tmp_path / 'list.json'}"], 0)[0].items] == [1, 0]
+    (tmp_path / "bom.jsonl").write_text("\ufeff" + json.dumps(ROWS["piqa"]) + "\r\n\r\n" + json.dumps(ROWS["piqa"]))
+    assert tasks.load([f"piqa={tmp_path / 'bom.jsonl'}"], 0)[0].total == 2
+    assert tasks.parse(["arc-easy=a,b.jsonl,PIQA", "lambada_openai=c"]) == {
+        "arc_easy": "a,b.jsonl", "piqa": None, "lambada": "c"}
+
+
+def test_items_are_evenly_spaced(tmp_path: Path) -> None:
+    path = write(tmp_path / "f.jsonl", *({"text": f"word {i}"} for i in range(10)))
+    for limit, expected in ((4, [0, 2, 5, 7]), (0, range(10)), (99, range(10)), (1, [0])):
+        task = tasks.load([f"lambada={path}"], limit)[0]
+        assert [int(i.pairs[0][1]) for i in task.items] == list(expected)
+        assert task.total == 10
+
+
+BAD: list[tuple[str, list[Any], str]] = [
+    ("piqa", [ROWS["piqa"], {"goal": "x", "sol1": "y"}], r"f\.jsonl, line 2: the field sol2 is missing"),
+    ("piqa", [{**ROWS["piqa"], "sol1": 3}], "line 1: the field sol1 is not text"),
+    ("piqa", [ROWS["piqa"], "{", ROWS["piqa"], "[]"], r"line 2: not JSON.*\(and 1 more bad items\)"),
+    ("piqa", ["7"], "line 1: not a JSON object"),
+    ("hellaswag", [{**ROWS["hellaswag"], "label": ""}], "right answer '' is none of 0, 1, 2, 3"),
+    ("arc_easy", [{**ROWS["arc_easy"], "answerKey": "E"}], "right answer 'E' is none of 1, 2, 3, 4"),
+    ("arc_easy", [{**ROWS["arc_easy"], "choices": {"text": COLOURS, "label": ["A", "B"]}}], "as many labels"),
+    ("arc_easy", [{**FLAT["arc_easy"], "choices": ["one"]}], "choices is not a list of two or more texts"),
+    ("openbookqa", [{**FLAT["openbookqa"], "query": " "}], "nothing before the answer"),
+    ("winogrande", [{**ROWS["winogrande"], "sentence": "no blank"}], "the sentence has no _"),
+    ("lambada", [{"text": "alone"}], "does not end with a space and a word"),
+    ("lambada", [{"query": "x"}], r"the field text is missing \(there are query\)"),
+    ("lambada", [""], "holds no items"),
+]
+
+
+@pytest.mark.parametrize(("name", "rows", "words"), BAD)
+def test_bad_items_are_named_by_their_line(name: str, rows: list[Any], words: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "f.jsonl", *rows)
+    with pytest.raises(UserError, match=words):
+        tasks.load([f"{name}={path}"], 0)
+
+
+@pytest.mark.parametrize(("written", "words"), [
+    ("chess=x.jsonl", "'chess' is not known"), ("piqa=nowhere.jsonl", r"nowhere\.jsonl cannot be read"),
+    ("piqa=", "names no file"), ("piqa=a,piqa=b", "names piqa twice"), ("piqa=.", "cannot be read"),
+    ("piqa", "needs the package `datasets`"),
+])
+def test_bad_names_and_files(written: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=words) as e:
+        tasks.load([written], 0)
+    assert "\n" not in e.value.problem
+    assert e.value.hint
+
+
+def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "f.parquet").write_bytes(b"PAR1\xff\xfe")
+    with pytest.raises(UserError, match="not UTF-8"):
+        tasks.load([f"piqa={tmp_path / 'f.parquet'}"], 0)
+
+
+def test_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(repo: str, config: str, split: str) -> list[dict[str, Any]]:
+        if repo == "baber/piqa":
+            raise ConnectionError("offline mode is on")
+        return [ROWS["arc_easy"]] * 3
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(__version__="4.1.0", load_dataset=load_dataset))
+    task = tasks.load(["arc_easy"], 2)[0]
+    assert (task.source, task.total, len(task.items)) == ("allenai/ai2_arc ARC-Easy test", 3, 2)
+    with pytest.raises(UserError, match="offline mode is on") as e:
+        tasks.load(["piqa"], 2)
+    assert "piqa=FILE" in e.value.hint
+
+
+# ------------------------------------------------------------------------------------------------------------- scoring
+
+
+class Letters:
+    """A tokenizer of one id a byte."""
+
+    sha256 = "0" * 64
+
+    def __init__(self, bos: int | None = None) -> None:
+        self.bos = bos
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+    def decode(self, ids: np.ndarray) -> str:
+        return bytes(ids.astype(np.uint8)).decode()
+
+
+@pytest.mark.parametrize("bos", [None, 42])
+def test_spaces_at_the_end_of_a_context_belong_to_the_continuation(bos: int | None) -> None:
+    ids, n = tasks.encode(Letters(bos), "ab \n", "cd")
+    assert bytes(ids.astype(np.uint8)).decode() == ("*" if bos else "") + "ab \ncd"
+    assert n == 4
+    assert tasks.encode(Letters(bos), "ab", " cd")[1] == 3
+
+
+def test_the_left_is_cut_off(tmp_path: Path) -> None:
+    path = write(tmp_path / "f.jsonl", {"text": "0123456789 ab"}, {"text": "01 ab"})
+    task = tasks.load([f"lambada={path}"], 0)[0]
+    prepared = tasks.prepare(task, Letters(42), 6)
+    # 6 tokens are fed; the last one of the 7 is only looked up
+    assert [bytes(ids.astype(np.uint8)).decode() for (ids, _), in prepared.requests] == ["6789 ab", "*01 ab"]
+    assert prepared.cut == 1
+    seen = []
+
+    def ask(ids: np.ndarray, first: int) -> np.ndarray:
+        seen.append((len(ids), first))
+        return np.zeros((len(ids) - 1 - first, 256), dtype=np.float32)
+
+    likelihoods, _ = tasks.score(prepared.requests[0], ask)
+    assert likelihoods[0] == pytest.approx(-3 * math.log(256), rel=1e-6)
+    assert seen == [(7, 3)]
+    with pytest.raises(UserError, match="has 3 tokens beside its context and must have 1 to 2"):
+        tasks.prepare(task, Letters(42), 2)
+
+
+def test_length_decides_acc_norm() -> None:
+    item = tasks.Item((("c", " a"),) * 3, 1, (2, 10, 0))
+    got = tasks.judge(item, np.array([-4.0, -8.0, -5.0]), False, ("acc_norm",))
+    assert got == {"acc": False, "acc_norm": True}
+
+
+def slow(model: Any, tokenizer: Any, context: str, continuation: str) -> tuple[float, bool]:
+    """Log-likelihood of a continuation, nats, from the whole model's log_softmax in float64, one token at a time."""
+    whole, head = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (context + continuation, context))
+    with torch.no_grad():
+        logp = torch.log_softmax(model(torch.tensor([whole])).logits[0].double(), -1)
+    where = range(len(head), len(whole))
+    return (sum(float(logp[i - 1, whole[i]]) for i in where), all(int(logp[i - 1].argmax()) == whole[i] for i in where))
+
+
+def test_every_figure_by_hand(made: SimpleNamespace, files: dict[str, Path]) -> None:
+    got = evaluate(EvalConfig(str(made.base), **settings(files)))["quality"]
+    assert got["texts"] == []
+    model = AutoModelForCausalLM.from_pretrained(made.base, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(made.base)
+    for entry, task in zip(got["tasks"], tasks.load(settings(files)["tasks"], 0), strict=True):
+        acc, norm, nll = [], [], []
+        for item in task.items:
+            scores = [slow(model, tokenizer, *pair) for pair in item.pairs]
+            sums = [s for s, _ in scores]
+            acc.append(scores[0][1] if task.name == "lambada" else sums.index(max(sums)) == item.gold)
+            per = [s / (len(c) - 1) for s, (_, c) in zip(sums, item.pairs, strict=True)]
+            norm.append(per.index(max(per)) == item.gold)
+            nll.append(-sums[0])
+        values = tasks.values_of(entry)
+        assert values["acc"].tolist() == acc
+        p = np.mean(acc)
+        assert entry["acc"]["value"] == pytest.approx(p)
+        assert entry["acc"]["se"] == pytest.approx(math.sqrt(p * (1 - p) / (len(acc) - 1)))
+        assert (entry["acc_norm"] is not None) == (task.name == "arc_easy")
+        if task.name == "arc_easy":
+            assert values["acc_norm"].tolist() == norm
+            assert entry["acc_norm"]["value"] == pytest.approx(np.mean(norm))
+        if task.name == "lambada":
+            np.testing.assert_allclose(values["nll"], nll, rtol=1e-4)
+            assert entry["perplexity"]["value"] == pytest.approx(math.exp(np.mean(nll)), rel=1e-4)
+        assert entry["protocol"]["items"] == len(acc) == entry["protocol"]["of"]
+        assert entry["base"] is entry["difference"] is None
+    assert 0 < got["tasks"][0]["acc"]["value"] < 1
+
+
+def test_answers_fed_the_same_ids_share_a_run(made: SimpleNamespace, files: dict[str, Path],
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmc.evals import evaluate as module
+
+    calls = []
+    original = module._logits
+    monkeypatch.setattr(module, "_logits", lambda *a, **k: calls.append(1) or original(*a, **k))
+    one = {"text": "a b"}
+    path = write(files["lambada"].with_name("one.jsonl"), one)
+    evaluate(EvalConfig(str(made.base), **settings({"lambada": path, "winogrande": files["winogrande"]}, task_items=1)))
+    assert len(calls) == 1 + 2
+    ids = np.array([1, 2, 3])
+    requests = [(ids, 1), (np.array([1, 2, 4]), 1), (np.array([1, 2, 3, 4]), 2)]
+    runs = []
+    logits = np.log(np.arange(1, 11, dtype=np.float32))[None]
+
+    def ask(ids: np.ndarray, first: int) -> np.ndarray:
+        runs.append(len(ids))
+        return np.repeat(logits, len(ids) - 1 - first, axis=0)
+
+    got, greedy = tasks.score(requests, ask)
+    assert runs == [3, 4]
+    assert np.exp(got) == pytest.approx([4 / 55, 5 / 55, 20 / 55**2], rel=1e-5)
+    assert not greedy
+    likeliest = [(np.array([1, 9, 9]), 2)]  # of ten ids the last has the highest logit
+    assert tasks.score(likeliest, ask)[1]
+
+
+def test_folder_and_file_answer_alike(made: SimpleNamespace, files: dict[str, Path]) -> None:
+    """The same codes in torch and in llama.cpp; the base beside both is the same base."""
+    folder, file = (evaluate(EvalConfig(str(a), base=str(made.base), **settings(files)))["quality"]
+                    for a in (made.gptq, made.gguf))
+    assert file["runtime"]["runtime"] == "llama.cpp"
+    for a, b in zip(folder["tasks"], file["tasks"], strict=True):
+        assert a["protocol"] == b["protocol"]
+        assert a["base"] == b["base"]
+        assert (tasks.values_of(a)["acc"] == tasks.values_of(b)["acc"]).mean() >= 0.8  # near ties may turn
+        if a["perplexity"]:
+            np.testing.assert_allclose(tasks.values_of(b)["nll"], tasks.values_of(a)["nll"], atol=0.3)
+            assert a["perplexity"]["value"] == pytest.approx(b["perplexity"]["value"], rel=0.05)
+
+
+def test_difference_to_the_base_is_paired(made: SimpleNamespace, files: dict[str, Path]) -> None:
+    base = evaluate(EvalConfig(str(made.base), **settings(files)))["quality"]["tasks"]
+    small = evaluate(EvalConfig(str(made.gptq), base=str(made.base), **settings(files)))["quality"]["tasks"]
+    for a, b in zip(base, small, strict=True):
+        assert b["base"] == {k: a[k] for k in ("acc", "acc_norm", "perplexity")}
+        d = tasks.values_of(b)["acc"].astype(float) - tasks.values_of(a)["acc"]
+        assert b["difference"]["acc"]["value"] == pytest.approx(d.mean())
+        assert b["difference"]["acc"]["se"] == pytest.approx(d.std(ddof=1) / math.sqrt(len(d)))
+    ratio = small[3]["difference"]["perplexity_ratio"]["value"]
+    assert ratio == pytest.approx(small[3]["perplexity"]["value"] / base[3]["perplexity"]["value"], rel=1e-5)
+    itself = evaluate(EvalConfig(str(made.base), base=str(made.base), **settings(files)))["quality"]["tasks"]
+    assert all(t["difference"]["acc"] == {"value": 0, "se": 0} for t in itself)
+
+
+def test_a_short_window_is_told(made: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The tiny model takes 256 tokens, however many are asked for."""
+    path = write(tmp_path / "f.jsonl", {"text": "the value " * 400 + "of the name"}, {"text": "of the name"})
+    got = evaluate(EvalConfig(str(made.gguf), **settings({"lambada": path})))["quality"]["tasks"][0]
+    assert (got["cut"], got["window"]) == (1, 256)
+    assert "1 items of lambada do not fit 256 tokens" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------- reports, commands
+
+
+def reports(made: SimpleNamespace, files: dict[str, Path], folder: Path, **more: Any) -> list[Path]:
+    paths = []
+    for artifact in (made.base, made.gguf):
+        paths.append(folder / f"{artifact.name}.json")
+        evaluate(EvalConfig(str(artifact), base=str(made.base), output=paths[-1], **settings(files, **more)))
+    return paths
+
+
+def test_compare_pairs_items(made: SimpleNamespace, files: dict[str, Path], tmp_path: Path) -> None:
+    paths = reports(made, files, tmp_path)
+    result = compare(CompareConfig(tuple(paths)))
+    changes = result["artifacts"][1]["differences"]["tasks"]
+    small = json.loads(paths[1].read_text())["quality"]["tasks"]
+    assert changes == {t["protocol"]["task"]: t["difference"] for t in small}  # the baseline is the base itself
+    title, _, rows = tables(result)[-1]
+    assert title == "Tasks"
+    assert [r[:3] for r in rows[1:3]] == [["arc_easy", "base", "10 of 10"], ["arc_easy", "small.gguf", "10 of 10"]]
+    assert "acc_norm %" in rows[0]
+    html = page(result)
+    assert "<td>winogrande</td>" in html
+    assert "Protocol: lambada" in html
+
+
+def test_compare_refuses_other_items_and_bears_missing_tasks(made: SimpleNamespace, files: dict[str, Path],
+                                                             tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    paths = reports(made, files, tmp_path / "a")
+    some = {n: files[n] for n in ("boolq", "lambada")}
+    fewer = tmp_path / "fewer.json"
+    evaluate(EvalConfig(str(made.gguf), base=str(made.base), output=fewer, **settings(some)))
+    result = compare(CompareConfig((paths[0], fewer)))
+    assert set(result["artifacts"][1]["differences"]["tasks"]) == set(some)
+    evaluate(EvalConfig(str(made.gguf), base=str(made.base), output=fewer, **settings(some, task_items=5)))
+    with pytest.raises(UserError, match=r"items \(of the task boolq\) is 10 in one and 5 in the other"):
+        compare(CompareConfig((paths[0], fewer)))
+    write(some["boolq"], *reversed(some["boolq"].read_text().splitlines()))
+    evaluate(EvalConfig(str(made.gguf), base=str(made.base), output=fewer, **settings(some)))
+    with pytest.raises(UserError, match=r"sha256 \(of the task boolq\)"):
+        compare(CompareConfig((paths[0], fewer)))
+
+
+def test_command_line(made: SimpleNamespace, files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["eval", str(made.gguf), "--base", str(made.base), "--context", "64", "--chunks", "2", "--threads", "1"]
+    more = ["--tasks", f"arc_easy={files['arc_easy']},boolq={files['boolq']}", "--tasks", f"lambada={files['lambada']}",
+            "--task-items", "6"]
+    assert run([*args, *more, "-o", "r.json"]) == 0
+    out = capsys.readouterr().out
+    assert "KL divergence" in out
+    assert all(name in out for name in ("arc_easy", "boolq", "lambada", "Δ acc_norm"))
+    assert run([*args, *more, "--no-text", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert [t["protocol"]["items"] for t in printed["quality"]["tasks"]] == [6, 6, 6]
+    assert "per_item" not in json.dumps(printed)
+    assert "spread between chunks" not in quality_lines(printed)
+    assert run([*args, "--json"]) == 0
+    assert "tasks" not in json.loads(capsys.readouterr().out)["quality"]
+    for bad, words in ((["--no-text"], "nothing to evaluate"), (["--tasks", "piqa=no.jsonl"], "no.jsonl cannot be read"),
+                       (["--tasks", "go"], "choose from lambada"), ([*more, "--task-items", "-1"], "--task-items -1")):
+        assert run([*args, *bad]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_text_figures_are_the_same_beside_tasks(made: SimpleNamespace, files: dict[str, Path]) -> None:
+    common: dict[str, Any] = {"base": str(made.base), "context": 256, "chunks": 2, "threads": 1}
+    alone = evaluate(EvalConfig(str(made.gguf), **common))["quality"]
+    both = evaluate(EvalConfig(str(made.gguf), tasks=settings(files)["tasks"], **common))["quality"]
+    assert both["texts"] == alone["texts"]
