@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def inspect(artifact: str | Path, tensors: bool = False) -> dict[str, Any]:
-    """Contents of a model folder (float or GPTQ) or a .gguf file.
+    """Contents of a model folder (float or quantised) or a .gguf file.
 
     Returns {'artifact', 'format', 'architecture', 'model', 'grid', 'weights' (llmc.evals.weigh), 'tokenizer',
     'licence', 'provenance' (the manifest without its file hashes, None where llmc did not make it)} and with `tensors`
@@ -60,10 +60,11 @@ def _folder(folder: Path) -> dict[str, Any]:
     }
     method = quantization.get("quant_method")
     grid = None
-    if method == "gptq":
-        from llmc.export.gptq.checkpoint import grid_of
+    if method is not None:
+        from llmc.export import quantized
 
-        grid = grid_of(ckpt).name
+        if method in quantized.METHODS:
+            grid = " + ".join(sorted({quantized.grid_name(ckpt, linear) for linear in quantized.linears(ckpt)})) or None
     return {
         "format": f"Hugging Face folder, {method or 'float'}",
         "architecture": (ckpt.config.get("architectures") or [config.get("model_type")])[0],

@@ -57,26 +57,25 @@ def _against_manifest(found: dict[str, str], outputs: dict[str, str] | None) -> 
 
 
 def _folder_problems(folder: Path) -> Iterator[str]:
-    """Does a model folder hold together: every tensor readable and finite, and the GPTQ labels true."""
+    """Does a model folder hold together: every tensor readable and finite, and what says how to read the codes true."""
     from llmc.checkpoint import Checkpoint
 
     ckpt = Checkpoint.open(folder)
     problems: list[str] = []
-    packed: tuple[str, ...] = ()
+    packed: set[str] = set()
     if ckpt.quantization is not None:
-        from llmc.export.gptq import checkpoint as gptq
+        from llmc.export import quantized
 
-        grid = gptq.grid_of(ckpt)
-        linears = gptq.quantized_linears(ckpt)
-        packed = tuple(f"{linear}.{part}" for linear in linears for part in gptq.PARTS)
-        yield from _quantize_config_problems(ckpt.quantization, folder / "quantize_config.json")
+        method = ckpt.quantization.get("quant_method")
+        linears = quantized.linears(ckpt)
+        packed = {name for linear in linears for name in quantized.parts(linear)}
+        if method == "gptq":
+            yield from _quantize_config_problems(ckpt.quantization, folder / "quantize_config.json")
         if not linears:
-            yield "config.json says GPTQ, but there is no quantised linear"
-        yield from (f"{name} is missing" for name in packed if name not in ckpt and not name.endswith(".g_idx"))
+            yield f"config.json says {method}, but there is no quantised linear"
         for linear in linears:
-            if all(f"{linear}.{part}" in ckpt for part in gptq.PARTS[:3]):
-                _collect(problems, partial(gptq.read, ckpt, linear, grid))
-    for name in sorted(set(ckpt.names()) - {p for p in packed if not p.endswith(".scales")}):
+            _collect(problems, partial(quantized.read, ckpt, linear))
+    for name in sorted(set(ckpt.names()) - packed):
         _collect(problems, partial(ckpt.tensor, name))
     yield from problems
 

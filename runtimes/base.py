@@ -64,7 +64,7 @@ def locate(artifact: str) -> Path:
 
 
 def open_runtime(artifact: Path, context: int, threads: int, device: str = "cpu") -> Runtime:
-    """Open an artifact in its own runtime: a folder (float or GPTQ) in torch, a .gguf file in llama.cpp.
+    """Open an artifact in its own runtime: a folder (float or quantised) in torch, a .gguf file in llama.cpp.
 
     context: the most tokens that will be in the KV cache at once (a model trained for fewer takes fewer).
     """

@@ -1,6 +1,7 @@
-"""A Hugging Face folder run by transformers: a float model as it is, a GPTQ checkpoint with its weights dequantised.
+"""A Hugging Face folder run by transformers: a float model as it is, a quantised one with its weights dequantised.
 
-Evaluation runs in float32, so what is measured of a GPTQ folder is its codes and scales and not some kernel's rounding.
+Evaluation runs in float32, so what is measured of a quantised folder is its codes and scales and not some kernel's
+rounding.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import nn
 
 from llmc.checkpoint import Checkpoint
 from llmc.errors import UserError
-from llmc.export.gptq import checkpoint as gptq
+from llmc.export import quantized
 from llmc.runtimes.base import TOO_LONG
 
 
@@ -131,10 +132,10 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def load_torch_model(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
-    """The causal language model (an nn.Module in eval mode) in `folder`, float or GPTQ.
+    """The causal language model (an nn.Module in eval mode) in `folder`, float or quantised.
 
-    GPTQ weights are dequantised exactly in float32, then cast to `dtype`. Safetensors only, and no code from the folder
-    is run. A tensor that the architecture needs and the folder lacks is an error, not a random weight.
+    Quantised weights are dequantised exactly in float32, then cast to `dtype`. Safetensors only, and no code from the
+    folder is run. A tensor that the architecture needs and the folder lacks is an error, not a random weight.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -143,7 +144,7 @@ def load_torch_model(folder: Path, device: str = "cpu", dtype: torch.dtype = tor
     kwargs: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
     try:
         with quiet_transformers():
-            if ckpt.quantization is None:
+            if not quantized.is_quantized(ckpt):
                 model, info = auto.from_pretrained(
                     folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, **kwargs)
             else:
@@ -163,22 +164,26 @@ def load_torch_model(folder: Path, device: str = "cpu", dtype: torch.dtype = tor
 
 
 def _dequantized(ckpt: Checkpoint, skeleton: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The state dict of a GPTQ checkpoint as a float model would have it.
+    """The state dict of a quantised checkpoint as a float model would have it.
 
-    transformers stores the weights of GPT-2's Conv1D modules as [in, out]; a QuantizedTensor is always [out, in].
+    transformers stores the weights of GPT-2's Conv1D modules as [in, out]; what is quantised is always [out, in].
     """
     from transformers.pytorch_utils import Conv1D
 
-    conv1d = {name for name, module in skeleton.named_modules() if isinstance(module, Conv1D)}
+    modules = dict(skeleton.named_modules())
     prefix = getattr(skeleton, "base_model_prefix", "") + "."
-    grid = gptq.grid_of(ckpt)
-    linears = gptq.quantized_linears(ckpt)
-    packed = {f"{linear}.{part}" for linear in linears for part in gptq.PARTS}
+    linears = quantized.linears(ckpt)
+    packed = {name for linear in linears for name in quantized.parts(linear)}
     weights = {name: ckpt.tensor(name).to(dtype) for name in ckpt.names() if name not in packed}
     for linear in linears:
-        w = gptq.read(ckpt, linear, grid).dequantize()
-        if linear in conv1d or prefix + linear in conv1d:
+        w = quantized.read(ckpt, linear).dequantize()
+        module = modules.get(linear) or modules.get(prefix + linear)
+        if isinstance(module, Conv1D):
             w = w.t().contiguous()
+        expected = getattr(module, "weight", w)  # transformers may stack or rename what it loads
+        if expected.shape != w.shape:
+            raise UserError(f"{linear} of {ckpt.folder} has shape {list(w.shape)}, config.json says "
+                            f"{list(expected.shape)}", "the checkpoint and its config.json do not belong together")
         weights[f"{linear}.weight"] = w.to(dtype)
     return weights
 

@@ -1,4 +1,4 @@
-"""Turns a tiny float model into a GPTQ folder by plain rounding: exporters are tested without a quantiser."""
+"""Turns a tiny float model into a quantised folder by plain rounding: exporters are tested without a quantiser."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -35,28 +36,40 @@ def is_decoder_linear(name: str) -> bool:
     return inside and name.endswith(".weight") and not any(x in name for x in ("norm", "ln_"))
 
 
-def gptq_folder(
-    source: Path, out: Path, grid: Grid, chosen: Callable[[str], bool] = is_decoder_linear,
-    change: Callable[[QuantizedTensor], QuantizedTensor] = lambda q: q,
-) -> dict[str, QuantizedTensor]:
-    """Write `out`; returns what was stored by linear. `change` may replace a rounded tensor before it is stored."""
+def write_folder(source: Path, out: Path, encode: Callable[[str, torch.Tensor], dict[str, torch.Tensor] | None],
+                 quantization: dict[str, Any]) -> None:
+    """Write `out`: the float folder `source` with other weights and a `quantization_config`.
+
+    encode: what a tensor, given by its name and as [out, in], is stored as by part of its module (None: as it is).
+    """
     ckpt = Checkpoint.open(source)
     conv1d = ckpt.config["model_type"] == "gpt2"
-    stored: dict[str, QuantizedTensor] = {}
     tensors: dict[str, torch.Tensor] = {}
     for name in ckpt.names():
         t = ckpt.tensor(name)
-        if not chosen(name):
-            tensors[name] = t
-            continue
-        linear = name.removesuffix(".weight")
-        q = stored[linear] = change(round_to(grid, t.t() if conv1d else t))
-        tensors.update({f"{linear}.{part}": v for part, v in gptq.encode(q).items()})
+        parts = encode(name, t.t() if conv1d else t)
+        module = name.removesuffix(".weight")
+        tensors.update({name: t} if parts is None else {f"{module}.{part}": v for part, v in parts.items()})
     out.mkdir()
     for file in source.iterdir():
         if file.name in (*TOKENIZER_FILES, "generation_config.json"):
             shutil.copy(file, out)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    config = {**ckpt.config, "quantization_config": gptq.config(grid, 0.01, True, None)}
-    (out / "config.json").write_text(json.dumps(config))
+    (out / "config.json").write_text(json.dumps({**ckpt.config, "quantization_config": quantization}))
+
+
+def gptq_folder(
+    source: Path, out: Path, grid: Grid, chosen: Callable[[str], bool] = is_decoder_linear,
+    change: Callable[[QuantizedTensor], QuantizedTensor] = lambda q: q,
+) -> dict[str, QuantizedTensor]:
+    """Write `out`; returns what was stored by linear. `change` may replace a rounded tensor before it is stored."""
+    stored: dict[str, QuantizedTensor] = {}
+
+    def encode(name: str, t: torch.Tensor) -> dict[str, torch.Tensor] | None:
+        if not chosen(name):
+            return None
+        q = stored[name.removesuffix(".weight")] = change(round_to(grid, t))
+        return gptq.encode(q)
+
+    write_folder(source, out, encode, gptq.config(grid, 0.01, True, None))
     return stored

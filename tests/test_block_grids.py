@@ -77,6 +77,7 @@ def ggml() -> ctypes.CDLL:
 
 def ggml_quantize(x: np.ndarray, grid: BlockGrid, importance: np.ndarray | None = None) -> np.ndarray:
     """float32 [rows, n] -> uint8 [rows, bytes of a row] by llama.cpp's quantiser."""
+    assert x.shape[1] % grid.block == 0  # llama.cpp would write past the end
     out = np.zeros((x.shape[0], x.shape[1] // grid.block * grid.block_bytes), np.uint8)
     weights = None if importance is None else importance.ctypes.data
     ggml().ggml_quantize_init(int(kind(grid)))

@@ -140,7 +140,7 @@ def test_a_converter_that_fails_is_quoted(tmp_path):
 def index_of(*linears: np.ndarray) -> RowIndex:
     index = RowIndex()
     for i, values in enumerate(linears):
-        index.add(i, values)
+        index.add(i, values, "q4_k")
     return index
 
 

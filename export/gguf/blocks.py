@@ -18,7 +18,9 @@ from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Kind
 from gguf.quants import quantize
 
+from llmc.block_grids import BlockGrid, BlockTensor
 from llmc.errors import UserError
+from llmc.export.gguf import packing
 from llmc.grids import Grid, QuantizedTensor
 
 BLOCK = 32
@@ -27,8 +29,10 @@ CHUNK = 1 << 22  # weights encoded at once: bounds the temporaries to a few tens
 BYTES = np.dtype(np.uint8)
 
 
-def kind_of_grid(grid: Grid) -> Kind:
+def kind_of_grid(grid: Grid | BlockGrid) -> Kind:
     """The GGUF type that holds the grid's codes as they are."""
+    if isinstance(grid, BlockGrid):
+        return Kind[grid.gguf_type]
     if grid.group_size % BLOCK == 0 and grid.bits == 4:
         return Kind.Q4_0 if grid.symmetric else Kind.Q4_1
     if grid.group_size % BLOCK == 0 and grid.bits == 8 and grid.symmetric:
@@ -190,8 +194,12 @@ def _best_scales(blocks: np.ndarray) -> np.ndarray:
     return best
 
 
-def encode(name: str, source: QuantizedTensor | torch.Tensor, kind: Kind) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def encode(
+    name: str, source: QuantizedTensor | BlockTensor | torch.Tensor, kind: Kind
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """The bytes of one tensor of the file."""
+    if isinstance(source, BlockTensor):
+        return packing.pack(source)
     if isinstance(source, QuantizedTensor):
         return pack_codes(source)
     return encode_float(name, source, kind)

@@ -16,7 +16,7 @@ class GgufExportConfig:
     """Options of the GGUF exporter; the command line has the same names and defaults."""
 
     model: Path | str | None = None
-    """Model folder, float or GPTQ (or a hub id). None: the newest artifact made in this working folder."""
+    """Model folder, float or quantised (or a hub id). None: the newest artifact made in this working folder."""
     out: Path | None = None
     """The file to write. None: `<model folder>-<file type>.gguf` in the working folder."""
     embedding: str | None = None

@@ -31,13 +31,12 @@ from llmc.artifact import check_disk, write_json
 from llmc.checkpoint import INDEX, TOKENIZER_FILES, Checkpoint
 from llmc.console import progress, say
 from llmc.errors import UserError
+from llmc.export import quantized
 from llmc.export.gguf import blocks, pretokenizers, tokenizer
 from llmc.export.gguf.blocks import Kind
 from llmc.export.gguf.config import GgufExportConfig
 from llmc.export.gguf.plan import Plan, Types
 from llmc.export.gguf.writer import Entry, Source
-from llmc.export.gptq import checkpoint as gptq
-from llmc.grids import Grid, QuantizedTensor
 from llmc.sources import field, open_gguf
 
 SCRIPT = "convert_hf_to_gguf.py"
@@ -74,8 +73,10 @@ def converted(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, types: Types
     parent = (config.out or Path("x")).absolute().parent
     while not parent.exists():
         parent = parent.parent
-    linears = gptq.quantized_linears(ckpt)
-    weights = sum(_weights(ckpt, name, set(linears)) for name in ckpt.names())
+    linears = quantized.linears(ckpt)
+    packed = {name for linear in linears for name in quantized.parts(linear)}
+    shapes = [ckpt.shape(name) for name in ckpt.names() if name not in packed]
+    weights = sum(int(np.prod(shape)) for shape in [*shapes, *(quantized.shape(ckpt, linear) for linear in linears)])
     copies = 2 if linears else 1
     check_disk(parent, 4 * weights * copies, "the float copies that llama.cpp's converter reads and writes")
     with tempfile.TemporaryDirectory(prefix=".llmc-convert-", dir=parent) as temporary:
@@ -86,15 +87,6 @@ def converted(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, types: Types
         yield _plan(config, ckpt, tok, types, open_gguf(float_file))
 
 
-def _weights(ckpt: Checkpoint, name: str, linears: set[str]) -> int:
-    """Weights that a tensor of the checkpoint stands for."""
-    module, _, part = name.rpartition(".")
-    n = int(np.prod(ckpt.shape(name)))
-    if module in linears and part in gptq.PARTS:
-        return n * 32 // gptq.grid_of(ckpt).bits if part == "qweight" else 0
-    return n
-
-
 def _write_skeleton(ckpt: Checkpoint, linears: list[str], folder: Path) -> Path:
     """The float model as a Hugging Face folder, a shard of about a gigabyte at a time."""
     folder.mkdir()
@@ -102,8 +94,7 @@ def _write_skeleton(ckpt: Checkpoint, linears: list[str], folder: Path) -> Path:
         if (ckpt.folder / name).is_file():
             shutil.copy(ckpt.folder / name, folder)
     write_json(folder / "config.json", {k: v for k, v in ckpt.config.items() if k != "quantization_config"})
-    grid = gptq.grid_of(ckpt)
-    packed = {f"{linear}.{part}" for linear in linears for part in gptq.PARTS}
+    packed = {name for linear in linears for name in quantized.parts(linear)}
     weight_map: dict[str, str] = {}
     shard: dict[str, torch.Tensor] = {}
 
@@ -119,7 +110,7 @@ def _write_skeleton(ckpt: Checkpoint, linears: list[str], folder: Path) -> Path:
             if name in ckpt:
                 shard[name] = ckpt.tensor(name)
             else:
-                shard[name] = gptq.read(ckpt, linear, grid).dequantize()
+                shard[name] = quantized.read(ckpt, linear).dequantize()
                 p.step(linear)
             if sum(t.nbytes for t in shard.values()) > SHARD:
                 flush()
@@ -166,12 +157,14 @@ class RowIndex:
 
     def __init__(self) -> None:
         self.rows: dict[bytes, list[Row]] = {}
+        self.grids: dict[int, str] = {}
         self.widths: set[int] = set()
         self.left: set[Row] = set()
 
-    def add(self, linear: int, values: np.ndarray) -> None:
-        """values: float32 [out, in]."""
+    def add(self, linear: int, values: np.ndarray, grid: str) -> None:
+        """values: float32 [out, in]. grid: the name of the linear's."""
         self.widths.add(values.shape[1])
+        self.grids[linear] = grid
         for i, key in enumerate(_keys(values)):
             row = Row(linear, i)
             self.rows.setdefault(key, []).append(row)
@@ -181,7 +174,7 @@ class RowIndex:
         """Where each row of a matrix float32 [rows, in] comes from; None when none of them comes from a linear.
 
         Rows of zeros say nothing and follow the others. Of equal rows one that is not placed yet is taken, beside its
-        neighbour where there is one.
+        neighbour where there is one. All are of one grid, as a tensor of the file has one type.
         """
         if values.shape[1] not in self.widths:
             return None
@@ -194,14 +187,24 @@ class RowIndex:
             raise UserError(f"{known.count(False)} of the {len(known)} rows of {name} are rows of no quantised linear and "
                             "the others are: the converter mixed them with float weights, or scaled some",
                             NO_WAY)
+        grid = self._grid(name, keys)
         found: list[Row] = []
         for key in keys:
-            candidates = self.rows[key]
+            candidates = [r for r in self.rows[key] if self.grids[r.linear] == grid]
             before = found[-1].linear if found else -1
             row = max(candidates, key=lambda r: (r in self.left, r.linear == before, -r.row))
             self.left.discard(row)
             found.append(row)
         return found
+
+    def _grid(self, name: str, keys: list[bytes]) -> str:
+        """The grid that every row of a matrix can be of. Equal rows may be of several."""
+        possible = [{self.grids[r.linear] for r in self.rows[key]} for key in keys]
+        if common := set.intersection(*possible):
+            return min(common)
+        names = ", ".join(sorted(set.union(*possible)))
+        raise UserError(f"{name} is made of linears on different grids ({names}), and a tensor has one type",
+                        "give these linears the same grid when you quantise")
 
 
 def _keys(values: np.ndarray) -> list[bytes]:
@@ -212,12 +215,12 @@ def _keys(values: np.ndarray) -> list[bytes]:
 
 def _plan(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, types: Types, reader: GGUFReader) -> Plan:
     """The same file with codes in the place of the floats that they stand for."""
-    linears = gptq.quantized_linears(ckpt)
-    grid = gptq.grid_of(ckpt) if linears else Grid(4, blocks.BLOCK)
+    linears = quantized.linears(ckpt)
     index = RowIndex()
     with progress("indexing linear", len(linears)) as p:
         for i, linear in enumerate(linears):
-            index.add(i, gptq.read(ckpt, linear, grid).dequantize().numpy())
+            values = quantized.read(ckpt, linear).dequantize().numpy()
+            index.add(i, values, quantized.grid_name(ckpt, linear))
             p.step(linear)
     entries, placed = [], 0
     for t in reader.tensors:
@@ -229,7 +232,7 @@ def _plan(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, types: Types, re
             entries.append(_float_entry(t, shape, types))
         else:
             placed += 1
-            entries.append(_code_entry(t.name, shape, ckpt, grid, linears, rows))
+            entries.append(_code_entry(t.name, shape, ckpt, linears, rows))
     if index.left:
         names = sorted({linears[row.linear] for row in index.left})
         raise UserError(f"{len(index.left)} rows of {len(names)} quantised linears (first {names[0]}) are nowhere in "
@@ -260,28 +263,21 @@ def _float_entry(t: ReaderTensor, shape: tuple[int, ...], types: Types) -> Entry
     return Entry(t.name, shape, kind, source)
 
 
-def _code_entry(name: str, shape: tuple[int, ...], ckpt: Checkpoint, grid: Grid, linears: list[str],
-                rows: list[Row]) -> Entry:
-    """A tensor whose rows are gathered from one or more quantised linears."""
+def _code_entry(name: str, shape: tuple[int, ...], ckpt: Checkpoint, linears: list[str], rows: list[Row]) -> Entry:
+    """A tensor whose rows are gathered from one or more quantised linears of one grid."""
     linear = np.array([r.linear for r in rows])
     row = np.array([r.row for r in rows])
-    if grid.group_size <= 0:
-        grid = Grid(grid.bits, shape[-1], grid.symmetric)
-    kind = blocks.kind_of_grid(grid)
+    kind = blocks.kind_of_grid(quantized.grid(ckpt, linears[rows[0].linear]))
     blocks.check_rows(name, shape, kind)
 
     def source() -> Source:
-        groups = shape[-1] // grid.group_size
-        codes = torch.empty(len(rows), shape[-1], dtype=torch.uint8)
-        scales = torch.empty(len(rows), groups, dtype=torch.float16)
-        zeros = None if grid.symmetric else torch.empty(len(rows), groups, dtype=torch.uint8)
+        gathered: dict[str, torch.Tensor] = {}
         for i in np.unique(linear):
-            q = gptq.read(ckpt, linears[i], grid)
+            q = quantized.read(ckpt, linears[i])
             here, there = torch.from_numpy(np.flatnonzero(linear == i)), torch.from_numpy(row[linear == i])
-            codes[here], scales[here] = q.codes[there], q.scales[there]
-            if zeros is not None and q.zeros is not None:
-                zeros[here] = q.zeros[there]
-        return QuantizedTensor(grid, codes, scales, zeros)
+            for part, t in quantized.tensors_of(q).items():
+                gathered.setdefault(part, t.new_empty(len(rows), t.shape[1]))[here] = t[there]
+        return quantized.with_tensors(q, gathered)
 
     return Entry(name, shape, kind, source, codes=True)
 

@@ -26,6 +26,7 @@ from llmc.artifact import (
 from llmc.checkpoint import Checkpoint
 from llmc.console import say, size, warn
 from llmc.errors import UserError
+from llmc.export import quantized
 from llmc.export.gguf import metadata, tokenizer, verify, writer
 from llmc.export.gguf.architectures import add_hyperparameters, find_architecture
 from llmc.export.gguf.blocks import Kind
@@ -33,7 +34,6 @@ from llmc.export.gguf.config import GgufExportConfig
 from llmc.export.gguf.plan import Plan, Planner, Types
 from llmc.export.gguf.pretokenizers import WITHOUT_MARKS
 from llmc.export.gguf.writer import Entry
-from llmc.export.gptq import checkpoint as gptq
 from llmc.runtimes.targets.this_machine import physical_cores
 from llmc.runtimes.torch_model import load_tokenizer
 from llmc.sources import COMMIT, resolve_model
@@ -45,14 +45,13 @@ def run(config: GgufExportConfig) -> dict[str, Any]:
     folder = _model_folder(config)
     ckpt = Checkpoint.open(folder)
     # what can be refused is refused before anything that takes time
-    if ckpt.quantization is not None:
-        gptq.grid_of(ckpt)
+    quantized.linears(ckpt)
     if config.out is not None:
         check_output(config.out)
     if config.converter is None:
         find_architecture(ckpt.config)
     threads = config.threads or physical_cores()
-    types = Types.choose(config, quantised=ckpt.quantization is not None)
+    types = Types.choose(config, quantised=quantized.is_quantized(ckpt))
     torch.set_num_threads(threads)
     tok = load_tokenizer(folder)
     if config.converter is None:

@@ -13,14 +13,14 @@ from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter, get_tensor_name_map
 
 from llmc.checkpoint import Checkpoint
 from llmc.errors import UserError
+from llmc.export import quantized
 from llmc.export.gguf import blocks
 from llmc.export.gguf.architectures import Architecture, interleave
 from llmc.export.gguf.blocks import Kind
 from llmc.export.gguf.config import GgufExportConfig
 from llmc.export.gguf.tokenizer import Vocabulary
 from llmc.export.gguf.writer import Entry, Source
-from llmc.export.gptq import checkpoint as gptq
-from llmc.grids import Grid, QuantizedTensor
+from llmc.grids import QuantizedTensor
 
 HEAD = "lm_head.weight"
 COMPUTED = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(bias|masked_bias)$")  # buffers that old checkpoints carry along
@@ -66,12 +66,9 @@ class Plan:
 
 
 def reorder(source: Source, rows: np.ndarray) -> Source:
-    """The same weights with rows in another order. Blocks run along a row, so no block is broken."""
+    """The same weights with rows in another order."""
     index = torch.from_numpy(rows)
-    if isinstance(source, QuantizedTensor):
-        zeros = None if source.zeros is None else source.zeros[index]
-        return QuantizedTensor(source.grid, source.codes[index], source.scales[index], zeros)
-    return source[index]
+    return source[index] if isinstance(source, torch.Tensor) else quantized.rows_of(source, index)
 
 
 class Planner:
@@ -81,13 +78,12 @@ class Planner:
         self.ckpt, self.arch, self.hf, self.types = ckpt, arch, hf, types
         kind = next(k for k in MODEL_ARCH if MODEL_ARCH_NAMES[k] == arch.name)
         self.names = get_tensor_name_map(kind, hf.num_hidden_layers)
-        self.linears = set(gptq.quantized_linears(ckpt))
-        self.grid: Grid | None = gptq.grid_of(ckpt) if self.linears else None
+        self.linears = set(quantized.linears(ckpt))
         self.notes: list[str] = []
 
     def entries(self) -> list[Entry]:
         found = [self._quantised(linear) for linear in self.linears]
-        packed = {f"{linear}.{part}" for linear in self.linears for part in gptq.PARTS}
+        packed = {name for linear in self.linears for name in quantized.parts(linear)}
         zero_biases = 0
         for name in self.ckpt.names():
             if name in packed or COMPUTED.search(name):
@@ -128,21 +124,16 @@ class Planner:
         return None
 
     def _quantised(self, linear: str) -> Entry:
-        assert self.grid is not None
-        grid = self.grid
-        words, out = self.ckpt.shape(f"{linear}.qweight")
-        width = words * 32 // grid.bits
-        if grid.group_size <= 0:  # one group a row
-            grid = Grid(grid.bits, width, grid.symmetric)
-        kind = blocks.kind_of_grid(grid)
-        blocks.check_rows(linear, (out, width), kind)
-        rows = self._rows(linear, out)
+        shape = quantized.shape(self.ckpt, linear)
+        kind = blocks.kind_of_grid(quantized.grid(self.ckpt, linear))
+        blocks.check_rows(linear, shape, kind)
+        rows = self._rows(linear, shape[0])
 
         def source() -> Source:
-            q = gptq.read(self.ckpt, linear, grid)
+            q = quantized.read(self.ckpt, linear)
             return q if rows is None else reorder(q, rows)
 
-        return Entry(self._gguf_name(f"{linear}.weight"), (out, width), kind, source, codes=True)
+        return Entry(self._gguf_name(f"{linear}.weight"), shape, kind, source, codes=True)
 
     def _float(self, name: str) -> Entry:
         module, _, what = name.rpartition(".")
@@ -193,7 +184,7 @@ class Planner:
         return [e for e in found if not (equal and e is head)]
 
     def _check_mins(self, entries: list[Entry]) -> None:
-        """Asymmetric 4-bit codes fit Q4_1 only where -scale * zero is a float16."""
+        """GPTQ's asymmetric 4-bit codes fit Q4_1 only where -scale * zero is a float16."""
         wrong = [e.name for e in entries if e.kind == Kind.Q4_1 and e.codes and _inexact_mins(e.source)]
         if wrong:
             raise UserError(f"{len(wrong)} layers (first {wrong[0]}) have a minimum, -scale * zero, that Q4_1's "
@@ -202,8 +193,7 @@ class Planner:
 
 def _inexact_mins(source: Callable[[], Source]) -> bool:
     q = source()
-    assert isinstance(q, QuantizedTensor)
-    return blocks.block_mins(q)[1] > 0
+    return isinstance(q, QuantizedTensor) and blocks.block_mins(q)[1] > 0
 
 
 def _same(a: Source, b: Source) -> bool:

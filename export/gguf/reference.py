@@ -14,7 +14,7 @@ from torch import nn
 
 from llmc.checkpoint import Checkpoint
 from llmc.errors import UserError
-from llmc.export.gptq import checkpoint as gptq
+from llmc.export import quantized
 from llmc.runtimes.torch_model import load_torch_model
 
 
@@ -45,12 +45,11 @@ def reference_logits(ckpt: Checkpoint, ids: np.ndarray) -> np.ndarray:
 
 
 class _Weights:
-    """Reads the parameters of a module of `model` from a float or GPTQ checkpoint."""
+    """Reads the parameters of a module of `model` from a float or quantised checkpoint."""
 
     def __init__(self, ckpt: Checkpoint, model: nn.Module) -> None:
         self.ckpt = ckpt
-        self.linears = set(gptq.quantized_linears(ckpt))
-        self.grid = gptq.grid_of(ckpt) if self.linears else None
+        self.linears = set(quantized.linears(ckpt))
         self.prefix = f"{getattr(model, 'base_model_prefix', '')}."
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
         names = {id(m): n for n, m in model.named_modules()}
@@ -92,6 +91,5 @@ class _Weights:
         stored, is_codes = found
         if not is_codes:
             return self.ckpt.tensor(stored).to(torch.float32)
-        assert self.grid is not None
-        w = gptq.read(self.ckpt, stored, self.grid).dequantize()
+        w = quantized.read(self.ckpt, stored).dequantize()
         return w.t().contiguous() if isinstance(module, Conv1D) else w

@@ -12,18 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from gguf import GGUFReader
 from gguf.quants import dequantize
 
+from llmc.block_grids import BlockTensor
 from llmc.checkpoint import Checkpoint
 from llmc.console import progress
 from llmc.errors import UserError
-from llmc.export.gguf import blocks
+from llmc.export.gguf import blocks, packing
 from llmc.export.gguf.blocks import Kind
 from llmc.export.gguf.pretokenizers import WITHOUT_MARKS
 from llmc.export.gguf.reference import reference_logits
 from llmc.export.gguf.tokenizer import Vocabulary
 from llmc.export.gguf.writer import Entry
+from llmc.export.quantized import rows_of
 from llmc.grids import QuantizedTensor
 from llmc.runtimes.llamacpp import LlamaCpp
 
@@ -74,10 +77,24 @@ def _damaged(path: Path, what: str) -> UserError:
 def _compare(path: Path, e: Entry, data: np.ndarray) -> None:
     """data: uint8 [rows, bytes of a row] of the file."""
     source = e.source()
-    if not isinstance(source, QuantizedTensor):
+    if isinstance(source, torch.Tensor):
         if not np.array_equal(data, blocks.encode_float(e.name, source, e.kind)):
             raise _damaged(path, f"{e.name} differs from its source in {e.kind.name}")
         return
+    if isinstance(source, BlockTensor):
+        if not np.array_equal(data, packing.pack(source)):
+            raise _damaged(path, f"{e.name} has other blocks")
+    else:
+        _compare_codes(path, e, data, source)
+    step = max(1, blocks.CHUNK // e.shape[-1])
+    for i in range(0, len(data), step):  # and gguf's own reading of the blocks gives the source's values
+        part = slice(i, i + step)
+        if not np.array_equal(dequantize(data[part], e.kind), rows_of(source, part).dequantize().numpy()):
+            raise _damaged(path, f"{e.name} has other values")
+
+
+def _compare_codes(path: Path, e: Entry, data: np.ndarray, source: QuantizedTensor) -> None:
+    """The codes, scales and minima of GPTQ's grids, taken apart."""
     codes, scales, mins = blocks.unpack_codes(data, e.kind)
     if not np.array_equal(codes, source.codes.numpy()):
         raise _damaged(path, f"{e.name} has other codes")
@@ -85,13 +102,6 @@ def _compare(path: Path, e: Entry, data: np.ndarray) -> None:
         raise _damaged(path, f"{e.name} has other scales")
     if mins is not None and not np.array_equal(mins.view(np.uint16), blocks.block_mins(source)[0].view(np.uint16)):
         raise _damaged(path, f"{e.name} has other minima")
-    step = max(1, blocks.CHUNK // e.shape[-1])
-    for i in range(0, len(data), step):  # and gguf's own reading of the blocks gives the source's values
-        part = slice(i, i + step)
-        zeros = None if source.zeros is None else source.zeros[part]
-        expected = QuantizedTensor(source.grid, source.codes[part], source.scales[part], zeros).dequantize()
-        if not np.array_equal(dequantize(data[part], e.kind), expected.numpy()):
-            raise _damaged(path, f"{e.name} has other values")
 
 
 @dataclass(frozen=True)

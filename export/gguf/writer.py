@@ -17,9 +17,9 @@ from gguf import GGUFWriter
 from llmc.console import progress
 from llmc.export.gguf import blocks
 from llmc.export.gguf.blocks import Kind
-from llmc.grids import QuantizedTensor
+from llmc.export.quantized import Quantized
 
-Source = QuantizedTensor | torch.Tensor
+Source = Quantized | torch.Tensor
 ROLES = ("embedding", "head", "attention", "mlp", "other")
 
 
@@ -93,5 +93,9 @@ def file_type(entries: list[Entry]) -> tuple[int, str]:
         if e.role in ("attention", "mlp"):
             count[e.kind] = count.get(e.kind, 0) + int(np.prod(e.shape))
     kind = max(count, key=lambda k: count[k]) if count else Kind.F32
-    member = LlamaFileType.ALL_F32 if kind == Kind.F32 else LlamaFileType[f"MOSTLY_{kind.name}"]
-    return int(member), kind.name
+    if kind == Kind.F32:
+        return int(LlamaFileType.ALL_F32), kind.name
+    names = LlamaFileType.__members__
+    plain = f"MOSTLY_{kind.name}"
+    # llama.cpp calls a file whose commonest type is Q3_K, Q4_K or Q5_K the medium one when it has to guess
+    return int(names[plain] if plain in names else names[f"{plain}_M"]), kind.name

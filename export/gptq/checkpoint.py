@@ -90,9 +90,17 @@ def grid_of(ckpt: Checkpoint) -> Grid:
     return Grid(c["bits"], c["group_size"], c.get("sym", True))
 
 
+def shape(ckpt: Checkpoint, linear: str) -> tuple[int, int]:
+    """[out, in] of a quantised linear, from the header of its codes."""
+    words, out = ckpt.shape(f"{linear}.qweight")
+    return out, words * 32 // grid_of(ckpt).bits
+
+
 def read(ckpt: Checkpoint, linear: str, grid: Grid) -> QuantizedTensor:
     """One quantised linear, codes [out, in]. Accepts versions 1 and 2; a label that the values deny is refused."""
     bits = grid.bits
+    if missing := [part for part in PARTS[:3] if f"{linear}.{part}" not in ckpt]:
+        raise UserError(f"{linear}.{' and '.join(missing)} is missing from {ckpt.folder}", "make or download it again")
     codes = unpack(ckpt.tensor(f"{linear}.qweight"), bits).t().contiguous()
     scales = ckpt.tensor(f"{linear}.scales").to(torch.float16).t().contiguous()
     stored = unpack(ckpt.tensor(f"{linear}.qzeros").t().contiguous(), bits)

@@ -1,0 +1,1 @@
+"""llmc's own folder form for weights on GGUF's block grids."""
