@@ -301,7 +301,7 @@ class LayerRun:
 
 
 def add_gram(hessian: torch.Tensor, x: torch.Tensor) -> None:
-    """Add x^T x, for x [tokens, in], to the upper triangle of `hessian` [in, in] (in bands: little more than half of the product)."""
+    """Add x^T x, for x [tokens, in], to the upper triangle of `hessian` [in, in], in bands: about half of the work."""
     n, step = x.shape[1], 256
     with fast_matmul():
         for i in range(0, n, step):

@@ -88,6 +88,10 @@ GRIDS: dict[str, BlockGrid] = {
 }
 
 
+# what llama.cpp takes too for rows that are no multiple of 256
+FALLBACK = {"q2_k": "iq4_nl", "q3_k": "iq4_nl", "iq4_xs": "iq4_nl", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
+
+
 def grid_named(name: str) -> BlockGrid:
     if name not in GRIDS:
         raise UserError(f"no GGUF block grid is named {name!r}", f"choose one of {', '.join(GRIDS)}")

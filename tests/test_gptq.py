@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from llmc.compress.quantize.gptq import descend, gptq, inverse_factor, objective, sweep
 from llmc.compress.quantize.rtn import rtn
-from llmc.compress.quantize.scales import Columns, Scales, least_squares, search
+from llmc.compress.quantize.scales import Columns, Scales, search
 from llmc.grids import Grid
 
 GRIDS = [Grid(4, 32), Grid(8, 32), Grid(4, 64), Grid(4, 32, False), Grid(8, 32, False)]
@@ -57,7 +57,7 @@ def test_sweep_equals_optimal_brain_quantisation_done_the_slow_way() -> None:
             left[:, j + 1 :] += error[:, None] * rest
     factor = inverse_factor(h)
     assert factor is not None
-    assert torch.equal(sweep(w.t().contiguous(), factor, Columns(scale, -8 * scale, 1 / scale, zero, 15)), expected)
+    assert torch.equal(sweep(w.t().contiguous(), factor, Columns(scale, -8 * scale, zero, 15)), expected)
 
 
 def test_scale_search_weighs_a_group_by_what_is_left_when_the_others_compensate() -> None:
@@ -89,7 +89,7 @@ def test_least_squares_equals_the_explicit_regression() -> None:
     scales = Scales(Grid(4, 32), torch.full((2, 3), 0.31).double(), torch.full((2, 3), 8.0).double())
     codes = scales.nearest(wt)
     root = torch.linalg.cholesky(h, upper=True)
-    found = least_squares(h, codes, h @ (scales.values(codes) - wt), scales)
+    found = scales.refit(h, codes, h @ (scales.values(codes) - wt))
     for row in range(3):
         design = torch.zeros(64, 2, dtype=torch.float64)
         design[:32, 0], design[32:, 1] = codes[:32, row] - 8, codes[32:, row] - 8

@@ -6,7 +6,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llmc.block_grids import FALLBACK, GRIDS, BlockGrid
 from llmc.errors import UserError
+from llmc.grids import Grid
+
+AnyGrid = Grid | BlockGrid
+INTEGER = {"q4_0": 4, "q8_0": 8}  # block grids that are integer grids, which GPTQ checkpoints hold too
 
 METHODS = ("gptq", "rtn")
 BITS = (4, 8)
@@ -18,6 +23,8 @@ class QuantizeConfig:
     """What `llmc quantize` and `llmc.quantize` take; see `llmc quantize --help` for what each means."""
 
     bits: int = 4
+    grid: str | None = None
+    fallback: str | None = None
     method: str = "gptq"
     group_size: int = 32
     sym: bool = True
@@ -41,6 +48,14 @@ class QuantizeConfig:
             problems.append(f"--method {self.method}: must be gptq or rtn")
         if self.group_size not in GROUP_SIZES:
             problems.append(f"--group-size {self.group_size}: must be 32, 64 or 128")
+        problems += [f"--{option} {name}: must be one of {', '.join(GRIDS)}"
+                     for option, name in (("grid", self.grid), ("fallback", self.fallback)) if name and name not in GRIDS]
+        if self.grid and (self.bits, self.group_size, self.sym) != (4, 32, True):
+            problems.append("--grid names bits, group and symmetry itself: leave out --bits, --group-size and --asym")
+        if self.fallback in GRIDS and GRIDS[self.fallback].block != 32:
+            problems.append(f"--fallback {self.fallback}: must be a grid with blocks of 32")
+        if self.fallback and not self.grid:
+            problems.append("--fallback says what to do with rows that --grid cannot hold: give --grid")
         if self.samples < 1:
             problems.append(f"--samples {self.samples}: must be at least 1")
         if not 16 <= self.seq_len <= 32768:
@@ -51,6 +66,15 @@ class QuantizeConfig:
             problems.append(f"--threads {self.threads}: must be at least 1")
         if problems:
             raise UserError("; ".join(problems), "see `llmc quantize --help`")
+
+    def grid_of(self, width: int) -> AnyGrid:
+        """The grid of a linear with rows of `width` weights."""
+        if self.grid is None:
+            return Grid(self.bits, self.group_size, self.sym)
+        if self.grid in INTEGER:
+            return Grid(INTEGER[self.grid], 32)
+        grid = GRIDS[self.grid]
+        return GRIDS[self.fallback or FALLBACK.get(self.grid, self.grid)] if width % grid.block else grid
 
     def numbers(self) -> dict[str, Any]:
         """The settings that decide the result, for manifests and for the fingerprint of `--resume`."""

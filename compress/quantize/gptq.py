@@ -29,7 +29,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from llmc.compress.quantize.scales import Columns, Scales, least_squares, search
+from llmc.block_grids import BlockTensor
+from llmc.compress.quantize.block_factors import search_blocks
+from llmc.compress.quantize.config import AnyGrid
+from llmc.compress.quantize.scales import Columns, Factors, search
 from llmc.grids import Grid, QuantizedTensor
 
 BLOCK = 64  # columns swept before the rest of the matrix is updated
@@ -43,7 +46,7 @@ class GPTQResult:
     error: per row, (q - w) H (q - w)^T;  energy: per row, w H w^T (both float32 [out]).
     damp: the damping that was needed.  dead: how many columns the calibration text never used."""
 
-    weight: QuantizedTensor | None
+    weight: QuantizedTensor | BlockTensor | None
     error: torch.Tensor
     energy: torch.Tensor
     damp: float
@@ -87,7 +90,7 @@ def compensate(weight: torch.Tensor, hessian: torch.Tensor, drift: torch.Tensor,
     return None if int(info) != 0 else weight + torch.cholesky_solve((weight @ drift).t(), lower).t()
 
 
-def gptq(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, damp: float = 0.01,
+def gptq(weight: torch.Tensor, hessian: torch.Tensor, grid: AnyGrid, damp: float = 0.01,
          refinements: int = REFINEMENTS) -> GPTQResult:
     """Quantise `weight` float32 [out, in] under `hessian` float32 [in, in] (destroyed: it is damped in place).
 
@@ -110,12 +113,16 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, damp: float = 
     if factor is None:
         return GPTQResult(None, energy.clone(), energy, raised, int(dead.sum()), events)
     back = torch.argsort(order)
-    scales = search(w, hessian, factor[:, back], grid)
-    codes = sweep(w[order], factor, scales.columns(order))[back]
+    factors = search_factors(w, hessian, factor[:, back], grid)
+    codes = sweep(w[order], factor, factors.columns(order))[back]
     del factor
-    codes, scales, error = refine(w, hessian, codes, scales, refinements)
-    stored = QuantizedTensor(grid, codes.t().to(torch.uint8).contiguous(), scales.stored(), scales.stored_zeros())
-    return GPTQResult(stored, error, energy, raised, int(dead.sum()), events)
+    codes, factors, error = refine(w, hessian, codes, factors, refinements)
+    return GPTQResult(factors.tensor(codes), error, energy, raised, int(dead.sum()), events)
+
+
+def search_factors(w: torch.Tensor, hessian: torch.Tensor, factor: torch.Tensor | None, grid: AnyGrid) -> Factors:
+    """The factors of `grid` for w [in, out] before any code is chosen."""
+    return search(w, hessian, factor, grid) if isinstance(grid, Grid) else search_blocks(w, hessian, factor, grid)
 
 
 def objective(delta: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
@@ -124,7 +131,7 @@ def objective(delta: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
 
 
 def sweep(w: torch.Tensor, factor: torch.Tensor, columns: Columns) -> torch.Tensor:
-    """Algorithm 1 of the GPTQ paper. w: [in, out], columns: its grid, both in the order of the sweep; factor: U of that order.
+    """Algorithm 1 of the GPTQ paper. w: [in, out], columns: its grid, both in the order of the sweep; factor: U of it.
 
     Returns codes (as floats) [in, out]. w is used as working memory.
     """
@@ -132,13 +139,11 @@ def sweep(w: torch.Tensor, factor: torch.Tensor, columns: Columns) -> torch.Tens
     codes = torch.empty_like(w)
     errors = torch.empty_like(w[:BLOCK])
     scaled = factor / factor.diagonal()[:, None]
-    weights, rounded, grid = w.unbind(), codes.unbind(), iter(columns)
+    weights, rounded = w.unbind(), codes.unbind()
     for start in range(0, n, BLOCK):
         end = min(start + BLOCK, n)
         for i, error in zip(range(start, end), errors.unbind(), strict=False):
-            scale, low, inverse, zero = next(grid)
-            code = torch.addcmul(zero, weights[i], inverse, out=rounded[i]).round_().clamp_(0, columns.max_code)
-            torch.addcmul(low, code, scale, out=error).sub_(weights[i])
+            torch.sub(columns.round(i, weights[i], rounded[i]), weights[i], out=error)
             w[i + 1 : end].addr_(scaled[i, i + 1 : end], error)
         w[end:].addmm_(scaled[start:end, end:].t(), errors[: end - start])
     return codes
@@ -153,34 +158,32 @@ def descend(hessian: torch.Tensor, codes: torch.Tensor, values: torch.Tensor, gr
     """
     n = codes.shape[0]
     shrink = (-1 / hessian.diagonal()).tolist()
-    held, rounded, grid = values.unbind(), codes.unbind(), iter(columns)
+    held, rounded = values.unbind(), codes.unbind()
     for start in range(0, n, BLOCK):
         end = min(start + BLOCK, n)
         before, inside = values[start:end].clone(), gradient[start:end].clone()
         for i, slope in zip(range(start, end), inside.unbind(), strict=True):
-            scale, low, inverse, zero = next(grid)
-            target = torch.add(held[i], slope, alpha=shrink[i])
-            code = torch.addcmul(zero, target, inverse, out=rounded[i]).round_().clamp_(0, columns.max_code)
-            value = torch.addcmul(low, code, scale, out=target)
+            value = columns.round(i, torch.add(held[i], slope, alpha=shrink[i]), rounded[i])
             step = value - held[i]
             held[i].copy_(value)
             inside[i - start + 1 :].addr_(hessian[i, i + 1 : end], step)
         gradient.addmm_(hessian[:, start:end], values[start:end] - before)
 
 
-def refine(w: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor, scales: Scales,
-           turns: int) -> tuple[torch.Tensor, Scales, torch.Tensor]:
-    """Scales, then codes, in turns. codes [in, out] are changed in place. Returns codes, scales and the error [out]."""
-    values = scales.values(codes)
+def refine(w: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor, factors: Factors,
+           turns: int) -> tuple[torch.Tensor, Factors, torch.Tensor]:
+    """Factors, then codes, in turns. codes [in, out] are changed in place. Returns codes, factors and the error [out]."""
+    values = factors.values(codes)
     gradient = hessian @ (values - w)
     error = (gradient * (values - w)).sum(0)
     for _ in range(turns):
-        tried = least_squares(hessian, codes, gradient, scales)
+        tried = factors.refit(hessian, codes, gradient)
         new_values = tried.values(codes)
         new_gradient = hessian @ (new_values - w)
         better = (new_gradient * (new_values - w)).sum(0) < error
-        scales = Scales(scales.grid, torch.where(better, tried.scale, scales.scale), scales.zero)
+        factors = factors.where(better, tried)
         values, gradient = torch.where(better, new_values, values), torch.where(better, new_gradient, gradient)
-        descend(hessian, codes, values, gradient, scales.columns())
+        factors = factors.descend(hessian, codes, values, gradient)
+        descend(hessian, codes, values, gradient, factors.columns())
         error = (gradient * (values - w)).sum(0)
-    return codes, scales, error
+    return codes, factors, error

@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from llmc.compress.calibration import InputStatistics
+from llmc.compress.quantize.config import AnyGrid
 from llmc.compress.quantize.gptq import compensate, gptq, objective
 from llmc.compress.quantize.rtn import rtn
 from llmc.compress.skeleton import LinearGroup, Skeleton, get_weight, set_weight
 from llmc.console import warn
-from llmc.export.gptq import checkpoint as gptq_format
-from llmc.grids import Grid, QuantizedTensor
+from llmc.export.quantized import Quantized, encode, rows_of, tensors_of, with_tensors
 
 
 class QuantizePass:
-    """A `LayerPass`: GPTQ on every group of linears, each layer's tensors in the GPTQ checkpoint format.
+    """A `LayerPass`: GPTQ on every group of linears, each layer's tensors in the form of the checkpoint.
+
+    grid_of: the grid for rows of a width.
 
     A layer's record: {'layer', 'error' (share of the output energy lost, all linears), 'events' [in words],
-    'linears': {name: {'error', 'method' ('gptq' | 'rtn'), 'damp', 'dead_columns', 'tokens_per_column', 'sha256'}}}.
+    'linears': {name: {'grid', 'error', 'method' ('gptq' | 'rtn'), 'damp', 'dead_columns', 'tokens_per_column', 'sha256'}}}.
     """
 
-    def __init__(self, skeleton: Skeleton, grid: Grid, damp: float) -> None:
-        self.skeleton, self.grid, self.damp = skeleton, grid, damp
+    def __init__(self, skeleton: Skeleton, grid_of: Callable[[int], AnyGrid], damp: float) -> None:
+        self.skeleton, self.grid_of, self.damp = skeleton, grid_of, damp
 
     def begin(self, index: int, layer: nn.Module, groups: list[LinearGroup]) -> None:
         self.prefix = self.skeleton.layer_name(index)
-        self.quantized: dict[str, QuantizedTensor] = {}
+        self.quantized: dict[str, Quantized] = {}
         self.linears: dict[str, dict[str, Any]] = {}
         self.events: list[str] = []
         self.lost = self.energy = 0.0
@@ -46,7 +49,8 @@ class QuantizePass:
                 self._note(f"{', '.join(group.names)}: what was lost before could not be made up for")
             else:
                 target = moved
-        result = gptq(target, statistics.hessian, self.grid, self.damp)
+        grid = self.grid_of(group.in_features)
+        result = gptq(target, statistics.hessian, grid, self.damp)
         for event in result.events:
             self._note(f"{group.names[0]}: {event}")
         if result.weight is None:
@@ -55,13 +59,10 @@ class QuantizePass:
         for name, linear, weight in zip(group.names, linears, weights, strict=True):
             rows = slice(row, row := row + weight.shape[0])
             if result.weight is None:
-                q, method = rtn(weight, self.grid), "rtn"
+                q, method = rtn(weight, grid), "rtn"
                 error = objective((q.dequantize() - target[rows]).t(), statistics.hessian)
             else:
-                zeros = result.weight.zeros
-                q = QuantizedTensor(self.grid, result.weight.codes[rows], result.weight.scales[rows],
-                                    None if zeros is None else zeros[rows])
-                method, error = "gptq", result.error[rows]
+                q, method, error = rows_of(result.weight, rows), "gptq", result.error[rows]
             lost, energy = float(error.double().sum()), float(result.energy[rows].double().sum())
             self._keep(name, linear, q, lost, energy, method=method, damp=result.damp, dead_columns=result.dead,
                        tokens_per_column=round(statistics.tokens / group.in_features, 2))
@@ -69,7 +70,7 @@ class QuantizePass:
     def round(self, name: str, linear: nn.Module) -> None:
         """Round one linear to nearest; its error is the plain squared one, relative to the weights."""
         weight = get_weight(linear)
-        q = rtn(weight, self.grid)
+        q = rtn(weight, self.grid_of(weight.shape[1]))
         lost, energy = float((q.dequantize() - weight).square().sum()), float(weight.square().sum())
         self._keep(name, linear, q, lost, energy, method="rtn")
 
@@ -78,17 +79,17 @@ class QuantizePass:
         for name, q in self.quantized.items():
             stored = self.skeleton.stored_name(f"{self.prefix}.{name}.weight")
             assert stored is not None  # the layer was loaded from it
-            for part, tensor in gptq_format.encode(q).items():
+            for part, tensor in encode(q).items():
                 tensors[f"{stored.removesuffix('.weight')}.{part}"] = tensor
         error = self.lost / self.energy if self.energy else 0.0
         return tensors, {"layer": index, "error": error, "events": self.events, "linears": self.linears}
 
-    def _keep(self, name: str, linear: nn.Module, q: QuantizedTensor, lost: float, energy: float, **record: Any) -> None:
+    def _keep(self, name: str, linear: nn.Module, q: Quantized, lost: float, energy: float, **record: Any) -> None:
         """From here on the layer runs with the weights that ship."""
         set_weight(linear, q.dequantize())
-        cpu = QuantizedTensor(q.grid, q.codes.cpu(), q.scales.cpu(), None if q.zeros is None else q.zeros.cpu())
+        cpu = with_tensors(q, {field: tensor.cpu() for field, tensor in tensors_of(q).items()})
         self.quantized[name] = cpu
-        self.linears[name] = {"error": lost / energy if energy else 0.0, **record, "sha256": digest(cpu)}
+        self.linears[name] = {"grid": q.grid.name, "error": lost / energy if energy else 0.0, **record, "sha256": digest(cpu)}
         self.lost += lost
         self.energy += energy
 
@@ -97,10 +98,9 @@ class QuantizePass:
         warn(f"{self.prefix}.{event}")
 
 
-def digest(q: QuantizedTensor) -> str:
-    """sha256 over codes, scales and zero points."""
-    h = hashlib.sha256(q.codes.contiguous().numpy().tobytes())
-    h.update(q.scales.contiguous().numpy().tobytes())
-    if q.zeros is not None:
-        h.update(q.zeros.contiguous().numpy().tobytes())
+def digest(q: Quantized) -> str:
+    """sha256 over what is stored: the tensors of the checkpoint's form, in the order of their names."""
+    h = hashlib.sha256()
+    for _, tensor in sorted(encode(q).items()):
+        h.update(tensor.contiguous().numpy().tobytes())
     return h.hexdigest()

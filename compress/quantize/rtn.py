@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import torch
 
-from llmc.compress.quantize.scales import search
-from llmc.grids import Grid, QuantizedTensor
+from llmc.block_grids import BlockTensor
+from llmc.compress.quantize.config import AnyGrid
+from llmc.compress.quantize.gptq import search_factors
+from llmc.grids import QuantizedTensor
 
 
-def rtn(weight: torch.Tensor, grid: Grid) -> QuantizedTensor:
-    """Quantise `weight` float32 [out, in]; the scale of a group minimises the squared error over its columns."""
+def rtn(weight: torch.Tensor, grid: AnyGrid) -> QuantizedTensor | BlockTensor:
+    """Quantise `weight` float32 [out, in]; the factors of a group minimise the squared error over its columns."""
     w = weight.t().contiguous()
-    scales = search(w, torch.eye(w.shape[0], device=w.device), None, grid)
-    codes = scales.nearest(w)
-    return QuantizedTensor(grid, codes.t().to(torch.uint8).contiguous(), scales.stored(), scales.stored_zeros())
+    factors = search_factors(w, torch.eye(w.shape[0], device=w.device), None, grid)
+    return factors.tensor(factors.nearest(w))

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from llmc import compress, grids
+from llmc import block_grids, compress, grids
 from llmc.artifact import (
     MANIFEST,
     check_disk,
@@ -27,17 +27,21 @@ from llmc.artifact import (
     staged_file,
     write_json,
 )
+from llmc.block_grids import GRIDS
 from llmc.checkpoint import CARD_FILES, TOKENIZER_FILES, Checkpoint
 from llmc.compress.calibration import Loop, LoopSettings, Workspace
 from llmc.compress.precision import matmul_precision
-from llmc.compress.quantize.config import QuantizeConfig
+from llmc.compress.quantize.config import INTEGER, AnyGrid, QuantizeConfig
 from llmc.compress.quantize.layer_pass import QuantizePass, digest
 from llmc.compress.sampling import sample_from_model
 from llmc.compress.skeleton import Skeleton, get_weight
 from llmc.compress.text import SELF, Calibration, from_model, load_calibration
 from llmc.console import progress, say, warn
 from llmc.errors import UserError
+from llmc.export.blocks import checkpoint as blocks_format
+from llmc.export.gguf import packing
 from llmc.export.gptq import checkpoint as gptq_format
+from llmc.export.quantized import read
 from llmc.grids import Grid
 from llmc.runtimes.targets.this_machine import physical_cores
 from llmc.runtimes.torch_model import load_tokenizer, load_torch_model, torch_device
@@ -70,7 +74,7 @@ def quantize(model: str | Path, config: QuantizeConfig) -> dict[str, Any]:
     check_disk(job.out, plan["disk_bytes"], "quantising")
     job.check_weights()
     result = job.run()
-    note_last(job.out, "gptq")
+    note_last(job.out, job.kind)
     return {**result, "seconds": round(time.monotonic() - start, 1)}
 
 
@@ -83,20 +87,41 @@ class _Job:
         if self.checkpoint.quantization is not None:
             raise UserError(f"{source} is quantised already ({self.checkpoint.quantization.get('quant_method')})",
                             "start from the float model")
-        self.grid = Grid(config.bits, config.group_size, config.sym)
         self.skeleton = Skeleton(self.checkpoint, str(torch_device(config.device)))
-        self.out = config.out or Path(f"{source.resolve().name}-{config.method}-{config.bits}bit")
+        self.out = config.out or Path(f"{source.resolve().name}-{config.method}-{config.grid or f'{config.bits}bit'}")
         self.work = self.out.with_name(f".{self.out.name}.unfinished")
         self._check_rows()
 
+    @property
+    def kind(self) -> str:
+        """Of the artifact: 'gptq', or 'blocks' for grids that no GPTQ checkpoint holds."""
+        return "gptq" if isinstance(self.config.grid_of(0), Grid) else "blocks"
+
     def _check_rows(self) -> None:
-        """Every linear's rows must divide into groups."""
+        """Every linear's rows must divide into groups; where --grid has a fallback, say which linears take it."""
+        c, fallen = self.config, self._fallbacks()
         widths = {get_weight(m).shape[1] for i in range(len(self.skeleton.layers)) for m in self.skeleton.linears(i).values()}
-        g = self.config.group_size
-        if uneven := sorted(w for w in widths if w % g):
+        sizes = {w: block_size(c.grid_of(w)) for w in widths}
+        if uneven := sorted(w for w in widths if w % sizes[w]):
             fits = [s for s in (128, 64, 32) if all(w % s == 0 for w in widths)]
-            raise UserError(f"rows of {uneven[0]} weights do not divide into groups of {g} in {self.source}",
-                            f"use --group-size {fits[0]}" if fits else "no group size of 32, 64 or 128 fits this model")
+            raise UserError(
+                f"rows of {uneven[0]} weights do not divide into groups of {sizes[uneven[0]]} in {self.source}",
+                f"use --group-size {fits[0]}" if fits and not c.grid else "no group size of 32, 64 or 128 fits this model"
+                if not c.grid else "no GGUF block grid fits rows that are no multiple of 32")
+        if fallen:
+            first, grid = next(iter(fallen.items()))
+            warn(f"{len(fallen)} of {self._linear_count()} linears have rows that are no multiple of "
+                 f"{block_size(GRIDS[str(c.grid)])} and take {grid} instead of {c.grid} (first {first}; --fallback chooses)")
+
+    def _fallbacks(self) -> dict[str, str]:
+        """The linears that --grid cannot hold, with the grid they take."""
+        c = self.config
+        named = {f"{self.skeleton.layer_name(i)}.{n}": c.grid_of(get_weight(m).shape[1]).name
+                 for i in range(len(self.skeleton.layers)) for n, m in self.skeleton.linears(i).items()}
+        return {n: grid for n, grid in named.items() if c.grid not in (None, grid, *INTEGER)}
+
+    def _linear_count(self) -> int:
+        return sum(len(self.skeleton.linears(i)) for i in range(len(self.skeleton.layers)))
 
     def check_weights(self) -> None:
         """Read every tensor once: a damaged one is found now and not at layer 30."""
@@ -111,15 +136,24 @@ class _Job:
         layer = sum(get_weight(m).numel() for m in self.skeleton.linears(0).values()) * 4
         states = c.samples * c.seq_len * hidden * 4 if c.method == "gptq" else 0
         other = sum(self.checkpoint.nbytes(n) for n in set(self.checkpoint.names()) - self._linear_names())
-        out_bytes = other + round(weights * self.grid.bits_per_weight / 8)
+        out_bytes = other + round(self._bits() / 8)
         return {
-            "source": str(self.source), "out": str(self.out), "grid": self.grid.name, "method": c.method,
+            "source": str(self.source), "out": str(self.out), "grid": self._grid_name(),
+            "fallback_grids": self._fallbacks(), "method": c.method,
             "layers": len(self.skeleton.layers), "linear_weights": weights, "out_bytes": out_bytes,
             "disk_bytes": 2 * out_bytes + 3 * states,  # parts and their copy; two sides and one scratch of the states
             "memory_bytes": 600_000_000 + 2 * layer + 4 * widest * widest * 4 + BATCH_BYTES * 4,
             "device": c.device, "threads": self.threads, "matmul": matmul_precision(),
             "calibration": c.calibration if c.method == "gptq" else None, "tokens": c.samples * c.seq_len,
         }
+
+    def _grid_name(self) -> str:
+        return self.config.grid or self.config.grid_of(0).name
+
+    def _bits(self) -> float:
+        """Bits of all quantised weights, factors included."""
+        return sum(get_weight(m).numel() * self.config.grid_of(get_weight(m).shape[1]).bits_per_weight
+                   for i in range(len(self.skeleton.layers)) for m in self.skeleton.linears(i).values())
 
     def _linear_weights(self) -> int:
         return sum(get_weight(m).numel() for i in range(len(self.skeleton.layers))
@@ -143,7 +177,7 @@ class _Job:
         work = Workspace(self.work, fingerprint, self.config.resume)
         if work.done:
             say(f"resuming after layer {work.done} of {len(self.skeleton.layers)}")
-        pass_ = QuantizePass(self.skeleton, self.grid, self.config.damp)
+        pass_ = QuantizePass(self.skeleton, self.config.grid_of, self.config.damp)
         if calibration is not None:
             self._explain(calibration)
             settings = LoopSettings(self._batch(calibration), self.config.true_sequential, self._along())
@@ -215,27 +249,27 @@ class _Job:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         write_checkpoint(folder, self._pieces(work))
-        quantization = gptq_format.config(self.grid, self.config.damp, self.config.true_sequential, None)
-        self._write_configs(folder, quantization)
+        self._write_configs(folder)
         for name in (*TOKENIZER_FILES, *CARD_FILES, "generation_config.json"):
             if (self.source / name).is_file():
                 shutil.copyfile(self.source / name, folder / name)
         records = work.records()
         self._verify(folder, records)
         summary = _summary(records)
-        entry = {"name": "quantize", "grid": self.grid.name, "config": self.config.numbers(), "threads": self.threads,
+        entry = {"name": "quantize", "grid": self._grid_name(), "fallback_grids": self._fallbacks(),
+                 "config": self.config.numbers(), "threads": self.threads,
                  "device": str(self.skeleton.device), "matmul": matmul_precision(),
                  "calibration": calibration.origin if calibration else None,
                  "reference_sequences": self._along() if calibration else None, "layers": records, **summary}
         before = read_manifest(self.source) or {}
-        manifest = new_manifest("gptq", source, [*before.get("passes", []), entry])
+        manifest = new_manifest(self.kind, source, [*before.get("passes", []), entry])
         manifest["outputs"] = hash_folder(folder)
         write_json(folder / MANIFEST, manifest)
         publish_folder(folder, self.out)
         shutil.rmtree(work.folder)
         self.work.with_suffix(".sampled.safetensors").unlink(missing_ok=True)
         total = sum(p.stat().st_size for p in self.out.glob("*.safetensors"))
-        return {"out": str(self.out), "grid": self.grid.name, "bits_per_weight": self.grid.bits_per_weight,
+        return {"out": str(self.out), "grid": self._grid_name(), "bits_per_weight": self._bits() / self._linear_weights(),
                 "bytes": total, "weights_sha256": {k: v for k, v in manifest["outputs"].items() if "safetensors" in k},
                 **{k: v for k, v in summary.items() if k != "layers"}}
 
@@ -249,10 +283,19 @@ class _Job:
             pieces += pieces_of(shard, set(self.checkpoint.headers[shard]) - replaced)
         return pieces
 
-    def _write_configs(self, folder: Path, quantization: dict[str, Any]) -> None:
-        """config.json with `quantization_config`, and the identical quantize_config.json."""
+    def _write_configs(self, folder: Path) -> None:
+        """config.json with `quantization_config`; for the GPTQ form the identical quantize_config.json too."""
+        grids = {}
+        for index in range(len(self.skeleton.layers)):
+            for name, linear in self.skeleton.linears(index).items():
+                stored = self.skeleton.stored_name(f"{self.skeleton.layer_name(index)}.{name}.weight")
+                grids[str(stored).removesuffix(".weight")] = self.config.grid_of(get_weight(linear).shape[1])
+        common = next(iter(grids.values()))
+        portable = isinstance(common, Grid)
+        quantization = (gptq_format.config(common, self.config.damp, self.config.true_sequential, None)
+                        if isinstance(common, Grid) else blocks_format.config({n: g.name for n, g in grids.items()}))
         config = {**self.checkpoint.config, "quantization_config": quantization}
-        for name, value in (("config.json", config), ("quantize_config.json", quantization)):
+        for name, value in (("config.json", config), ("quantize_config.json", quantization))[: 1 + portable]:
             (folder / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def _verify(self, folder: Path, records: list[dict[str, Any]]) -> None:
@@ -261,9 +304,13 @@ class _Job:
         for index, record in enumerate(records):
             for name, linear in record["linears"].items():
                 stored = self.skeleton.stored_name(f"{self.skeleton.layer_name(index)}.{name}.weight") or name
-                q = gptq_format.read(written, stored.removesuffix(".weight"), self.grid)
-                if digest(q) != linear["sha256"]:
+                if digest(read(written, stored.removesuffix(".weight"))) != linear["sha256"]:
                     raise RuntimeError(f"{stored} was not written as it was computed")
+
+
+def block_size(grid: AnyGrid) -> int:
+    """Weights of a row that belong together: its length must be a multiple."""
+    return grid.group_size if isinstance(grid, Grid) else grid.block
 
 
 def spread(sequences: torch.Tensor, first: int) -> torch.Tensor:
@@ -297,7 +344,7 @@ def _sampled_before(kept: Path, key: dict[str, Any]) -> torch.Tensor | None:
 def _code_digest() -> str:
     """Changes when the code that decides the result does, so that `--resume` never mixes two versions."""
     h = hashlib.sha256()
-    for module in (compress, grids, gptq_format):
+    for module in (compress, grids, block_grids, packing, gptq_format, blocks_format):
         path = Path(str(module.__file__))
         for file in sorted(path.parent.rglob("*.py")) if path.name == "__init__.py" else [path]:
             h.update(file.read_bytes())

@@ -11,12 +11,13 @@ All matrices are [in, out] as in gptq.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol, Self
 
 import torch
 
-from llmc.grids import Grid
+from llmc.block_grids import BlockTensor
+from llmc.grids import Grid, QuantizedTensor
 
 SHRINKS = 12  # candidates: the full range times 0.72 … 1.10
 POLISH = 2  # least-squares steps from the best candidate
@@ -38,56 +39,104 @@ def stored(scale: torch.Tensor) -> torch.Tensor:
     return scale.clamp(-65504, 65504).to(torch.float16).to(torch.float32)
 
 
-@dataclass
 class Columns:
-    """The grid of every input column, ready to round one column after the other: value = low + code * scale.
+    """The grid of every input column, ready to round one column after the other: value = low + scale * code, or
+    scale * levels[code] where levels are not evenly spaced.
 
-    scale, low, inverse (1 / scale, or 0), zero (the code of 0): float32 [in, out].
+    scale, low: float32 [in, out].  start: the code (not rounded) of the value 0, [in, out].
     """
 
-    scale: torch.Tensor
-    low: torch.Tensor
-    inverse: torch.Tensor
-    zero: torch.Tensor
-    max_code: int
+    def __init__(self, scale: torch.Tensor, low: torch.Tensor, start: torch.Tensor, max_code: int,
+                 levels: torch.Tensor | None = None) -> None:
+        self.rows = list(zip(scale.unbind(), low.unbind(), reciprocal(scale).unbind(), start.unbind(), strict=True))
+        self.max_code, self.levels = max_code, levels
+        self.borders = None if levels is None else (levels[1:] + levels[:-1]) / 2
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """(scale, low, inverse, zero), each [out], of one column after the other."""
-        return zip(self.scale.unbind(), self.low.unbind(), self.inverse.unbind(), self.zero.unbind(), strict=True)
+    def round(self, column: int, target: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
+        """Put the codes nearest to `target` [out] into `code`; returns their values."""
+        scale, low, inverse, start = self.rows[column]
+        if self.levels is None or self.borders is None:
+            torch.addcmul(start, target, inverse, out=code).round_().clamp_(0, self.max_code)
+            return torch.addcmul(low, code, scale)
+        index = torch.bucketize(target * inverse, self.borders)
+        code.copy_(index)
+        return self.levels[index] * scale
+
+
+class Factors(Protocol):
+    """What codes are multiplied with: all that GPTQ needs to know about a grid."""
+
+    def columns(self, order: torch.Tensor | None = None) -> Columns:
+        """The grid of every input column, in the given order of columns."""
+
+    def nearest(self, w: torch.Tensor) -> torch.Tensor:
+        """Codes (as floats) of the values nearest to w [in, out]."""
+
+    def values(self, codes: torch.Tensor) -> torch.Tensor:
+        """The weights [in, out] that codes [in, out] stand for."""
+
+    def refit(self, hessian: torch.Tensor, codes: torch.Tensor, gradient: torch.Tensor) -> Self:
+        """Better factors for these codes, in the precision they are stored in. gradient: H (q - w)^T [in, out]."""
+
+    def where(self, rows: torch.Tensor, other: Self) -> Self:
+        """The factors of `other` for the rows of the weight where `rows` [out] is true, else these."""
+
+    def descend(self, hessian: torch.Tensor, codes: torch.Tensor, values: torch.Tensor, gradient: torch.Tensor) -> Self:
+        """Factors that are integers, one group after the other to the best given all else; values and gradient follow."""
+
+    def tensor(self, codes: torch.Tensor) -> QuantizedTensor | BlockTensor:
+        """What is stored."""
 
 
 @dataclass
 class Scales:
-    """scale, zero: float32 [groups, out]; values are scale * (code - zero)."""
+    """The factors of an integer grid. scale, zero: float32 [groups, out]; values are scale * (code - zero)."""
 
     grid: Grid
     scale: torch.Tensor
     zero: torch.Tensor
 
     def columns(self, order: torch.Tensor | None = None) -> Columns:
-        """The grid of every input column, in the given order of columns."""
-        groups = torch.arange(self.scale.shape[0], device=self.scale.device).repeat_interleave(self.grid.group_size)
-        groups = groups if order is None else groups[order]
-        low, inverse = -self.zero * self.scale, reciprocal(self.scale)
-        return Columns(self.scale[groups], low[groups], inverse[groups], self.zero[groups], self.grid.max_code)
+        groups = column_groups(self.scale.shape[0], self.grid.group_size, order, self.scale.device)
+        return Columns(self.scale[groups], (-self.zero * self.scale)[groups], self.zero[groups], self.grid.max_code)
 
     def nearest(self, w: torch.Tensor) -> torch.Tensor:
-        """Codes (as floats) of the values nearest to w [in, out]."""
         grouped = w.view(self.scale.shape[0], self.grid.group_size, -1)
         return nearest(grouped, self.scale[:, None], self.zero[:, None], self.grid.max_code).view(w.shape)
 
     def values(self, codes: torch.Tensor) -> torch.Tensor:
-        """The weights [in, out] that codes [in, out] stand for."""
         grouped = codes.view(self.scale.shape[0], self.grid.group_size, -1)
         return ((grouped - self.zero[:, None]) * self.scale[:, None]).view(codes.shape)
 
-    def stored(self) -> torch.Tensor:
-        """float16 [out, groups], as files hold them."""
-        return self.scale.t().to(torch.float16).contiguous()
+    def refit(self, hessian: torch.Tensor, codes: torch.Tensor, gradient: torch.Tensor) -> Scales:
+        units = codes.view(*self.scale.shape[:1], self.grid.group_size, -1) - self.zero[:, None]
+        step = least_squares(hessian, [units.view(codes.shape)], gradient, self.grid.group_size)[0]
+        return Scales(self.grid, stored(self.scale + step), self.zero)
 
-    def stored_zeros(self) -> torch.Tensor | None:
-        """uint8 [out, groups], None for a symmetric grid."""
-        return None if self.grid.symmetric else self.zero.t().to(torch.uint8).contiguous()
+    def where(self, rows: torch.Tensor, other: Scales) -> Scales:
+        return Scales(self.grid, torch.where(rows, other.scale, self.scale), self.zero)
+
+    def descend(self, hessian: torch.Tensor, codes: torch.Tensor, values: torch.Tensor, gradient: torch.Tensor) -> Scales:
+        return self
+
+    def tensor(self, codes: torch.Tensor) -> QuantizedTensor:
+        zeros = None if self.grid.symmetric else self.zero.t().to(torch.uint8).contiguous()
+        return QuantizedTensor(self.grid, codes.t().to(torch.uint8).contiguous(),
+                               self.scale.t().to(torch.float16).contiguous(), zeros)
+
+
+def column_groups(groups: int, size: int, order: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    """int64 [in]: the group of each column, in the given order of columns."""
+    found = torch.arange(groups, device=device).repeat_interleave(size)
+    return found if order is None else found[order]
+
+
+def metric(w: torch.Tensor, hessian: torch.Tensor, factor: torch.Tensor | None, g: int) -> torch.Tensor:
+    """[groups, g, g]: what an error inside a group costs, see above. Without `factor` it is H_gg."""
+    if factor is None:
+        return torch.stack([hessian[i : i + g, i : i + g] for i in range(0, w.shape[0], g)])
+    blocks = torch.stack([f.t() @ f for f in factor.split(g, dim=1)])
+    return torch.linalg.inv(blocks.double()).to(w.dtype)
 
 
 def search(w: torch.Tensor, hessian: torch.Tensor, factor: torch.Tensor | None, grid: Grid) -> Scales:
@@ -95,12 +144,7 @@ def search(w: torch.Tensor, hessian: torch.Tensor, factor: torch.Tensor | None, 
 
     hessian: [in, in]; factor: U with U^T U = hessian^-1, its columns in the order of w; without it, H_gg is used.
     """
-    n, g = w.shape[0], grid.group_size
-    if factor is not None:
-        blocks = torch.stack([f.t() @ f for f in factor.split(g, dim=1)])
-        blocks = torch.linalg.inv(blocks.double()).to(w.dtype)
-    else:
-        blocks = torch.stack([hessian[i : i + g, i : i + g] for i in range(0, n, g)])
+    blocks = metric(w, hessian, factor, grid.group_size)
     parts = [_search_rows(rows.contiguous(), blocks, grid) for rows in w.split(ROWS, dim=1)]
     return Scales(grid, torch.cat([p[0] for p in parts], 1), torch.cat([p[1] for p in parts], 1))
 
@@ -152,24 +196,37 @@ def _candidates(wg: torch.Tensor, grid: Grid):  # type: ignore[no-untyped-def]
             yield scale, (zero + shift).clamp(1, grid.max_code)  # 0 has no place in a version-1 checkpoint
 
 
-def least_squares(hessian: torch.Tensor, codes: torch.Tensor, gradient: torch.Tensor, scales: Scales) -> Scales:
-    """The scales that are best for fixed codes: for each row of the weight, the step s from the present scales that solves
-    A s = b,  A_gh = c_g H_gh c_h^T,  b_g = -c_g gradient_g  with c the codes less their zero point.
+def least_squares(hessian: torch.Tensor, units: list[torch.Tensor], gradient: torch.Tensor,
+                  block: int) -> list[torch.Tensor]:
+    """How far the factors of fixed codes are from the best ones, for weights that are sums of factor * unit.
 
-    codes: [in, out]; gradient: H (q - w)^T [in, out] at the present scales.  A row whose A cannot be factored keeps its scales.
+    units: for each kind of factor [in, out], what one step of it adds to the weights; a factor belongs to `block` columns.
+    gradient: H (q - w)^T [in, out] at the present factors.  Returns a step [blocks, out] for each kind: for each row of the
+    weight the solution of  A s = b,  A_gh = u_g H_gh u_h^T,  b_g = -u_g gradient_g;  0 where A cannot be factored.
     """
-    groups, g = scales.scale.shape[0], scales.grid.group_size
-    out = codes.shape[1]
-    centred = (codes.view(groups, g, out) - scales.zero[:, None]).view(codes.shape)
-    a = torch.empty(groups, groups, out, dtype=codes.dtype, device=codes.device)
-    for h in range(groups):  # A is symmetric: from the diagonal down
-        columns = slice(h * g, (h + 1) * g)
-        product = (hessian[h * g :, columns] @ centred[columns]).mul_(centred[h * g :])
-        a[h:, h] = product.view(groups - h, g, out).sum(1)
-    b = (gradient * centred).view(groups, g, out).sum(1).t().neg_()
-    a = a.permute(2, 0, 1).contiguous()  # only its lower triangle is set, and read
-    diagonal = a.diagonal(dim1=1, dim2=2)
+    parts = [_least_squares(hessian, [u[:, i : i + ROWS] for u in units], gradient[:, i : i + ROWS], block)
+             for i in range(0, gradient.shape[1], ROWS)]
+    return list(torch.cat(parts, -1))
+
+
+def _least_squares(hessian: torch.Tensor, units: list[torch.Tensor], gradient: torch.Tensor, block: int) -> torch.Tensor:
+    """`least_squares` for some rows of the weight -> [kinds, blocks, rows]."""
+    kinds, (n, out) = len(units), gradient.shape
+    blocks = n // block
+    a = torch.empty(kinds, blocks, kinds, blocks, out, dtype=gradient.dtype, device=gradient.device)
+    for kind, unit in enumerate(units):
+        for h in range(blocks):
+            columns = slice(h * block, (h + 1) * block)
+            product = hessian[:, columns] @ unit[columns]
+            for other in range(kind, kinds):  # A is symmetric: only its lower triangle is read
+                first = h if other == kind else 0
+                rows = slice(first * block, n)
+                summed = (product[rows] * units[other][rows]).view(blocks - first, block, out).sum(1)
+                a[other, first:, kind, h] = summed
+    b = torch.stack([(gradient * u).view(blocks, block, out).sum(1) for u in units]).view(-1, out).t().neg()
+    square = a.view(kinds * blocks, kinds * blocks, out).permute(2, 0, 1).contiguous()
+    diagonal = square.diagonal(dim1=1, dim2=2)
     diagonal.mul_(1 + 1e-4).add_(diagonal.mean(-1, keepdim=True) * 1e-6 + 1e-20)
-    lower, info = torch.linalg.cholesky_ex(a)
+    lower, info = torch.linalg.cholesky_ex(square)
     step = torch.cholesky_solve(b.unsqueeze(-1), lower)[..., 0].t()
-    return Scales(scales.grid, stored(scales.scale + torch.where(info == 0, step, 0.0)), scales.zero)
+    return torch.where(info == 0, step, 0.0).view(kinds, blocks, out)

@@ -17,6 +17,11 @@ D = QuantizeConfig()
 def quantize(
     model: Annotated[str, typer.Argument(help="A Hugging Face folder, a .gguf file, or a hub id (org/name).")],
     bits: Annotated[int, typer.Option(help="4 or 8.")] = D.bits,
+    grid: Annotated[str | None, typer.Option(
+        help="Any GGUF weight type instead of --bits: q2_k … q6_k, q4_0, q4_1, q5_0, q5_1, q8_0, iq4_nl, iq4_xs.")] = D.grid,
+    fallback: Annotated[str | None, typer.Option(
+        help="The grid for rows that --grid cannot hold (types in blocks of 256).",
+        show_default="what llama.cpp takes")] = D.fallback,
     method: Annotated[str, typer.Option(help="gptq (error-compensated, needs text) or rtn (no data).")] = D.method,
     group_size: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64 or 128.")] = D.group_size,
     sym: Annotated[bool, typer.Option("--sym/--asym", help="Fixed or stored zero point. Only --sym fits Q4_0 and Q8_0."),
@@ -38,12 +43,12 @@ def quantize(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and what it needs; do nothing.")] = D.dry_run,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Quantise a model's linears to 4 or 8 bits and write a GPTQ checkpoint folder.
+    """Quantise a model's linears and write a GPTQ checkpoint folder, or with --grid one of any GGUF weight type.
 
     The grid is that of the file that will ship: `llmc export --format gguf` then keeps every code bit for bit.
     """
-    config = QuantizeConfig(bits, method, group_size, sym, calibration, samples, seq_len, seed, damp, true_sequential,
-                            device, threads, out, resume, dry_run)
+    config = QuantizeConfig(bits, grid, fallback, method, group_size, sym, calibration, samples, seq_len, seed, damp,
+                            true_sequential, device, threads, out, resume, dry_run)
     if as_json:
         set_quiet(True)
     from llmc.compress.quantize.run import quantize as run

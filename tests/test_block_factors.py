@@ -1,0 +1,106 @@
+"""GPTQ on GGUF's block grids."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_block_grids import ggml_quantize
+from test_gptq import lost, problem
+
+from llmc.block_grids import GRIDS, BlockGrid, BlockTensor
+from llmc.compress.quantize.block_factors import BlockFactors, search_blocks
+from llmc.compress.quantize.gptq import descend, gptq, sweep
+from llmc.compress.quantize.rtn import rtn
+from llmc.export.gguf.packing import pack, unpack
+
+ALL = pytest.mark.parametrize("grid", GRIDS.values(), ids=lambda g: g.name)
+
+
+def found(grid: BlockGrid, n: int = 512, out: int = 12) -> tuple[torch.Tensor, torch.Tensor, BlockFactors]:
+    w, h = problem(out, n, tokens=900)
+    wt = w.t().contiguous()
+    return wt, h, search_blocks(wt, h, None, grid)
+
+
+@ALL
+def test_factors_are_stored_without_loss(grid: BlockGrid) -> None:
+    w, _, factors = found(grid)
+    codes = factors.nearest(w)
+    stored = factors.tensor(codes)
+    assert torch.equal(stored.dequantize().t(), factors.values(codes))
+    again = unpack(pack(stored), grid)
+    assert torch.equal(again.dequantize(), stored.dequantize())
+
+
+@ALL
+def test_columns_round_to_the_nearest_value(grid: BlockGrid) -> None:
+    w, _, factors = found(grid)
+    columns, codes = factors.columns(), torch.empty_like(w)
+    values = torch.stack([columns.round(i, w[i], codes[i]) for i in range(w.shape[0])])
+    assert torch.equal(values, factors.values(codes))
+    possible = torch.tensor(grid.levels).float()[:, None, None] * factors.group_scales() + factors.group_lows()
+    best = (possible.repeat_interleave(grid.group, 1) - w).abs().amin(0)
+    torch.testing.assert_close((values - w).abs(), best, rtol=1e-4, atol=1e-5)
+
+
+@ALL
+def test_plain_rounding_loses_no_more_than_llama_cpps_own(grid: BlockGrid) -> None:
+    w = torch.randn(16, 512, generator=torch.Generator().manual_seed(1))
+    ours, theirs = rtn(w, grid).dequantize(), unpack(ggml_quantize(w.numpy(), grid), grid).dequantize()
+    assert float((ours - w).square().sum()) <= 1.01 * float((theirs - w).square().sum())
+
+
+@ALL
+def test_gptq_beats_rtn(grid: BlockGrid) -> None:
+    w, h = problem(24, 512, tokens=900)
+    damped = h.clone()
+    result = gptq(w, damped, grid)
+    assert isinstance(result.weight, BlockTensor)
+    assert lost(result.weight.dequantize(), w, h) < 0.7 * lost(rtn(w, grid).dequantize(), w, h)
+    assert float(result.error.sum()) == pytest.approx(lost(result.weight.dequantize(), w, damped), rel=1e-3)
+
+
+@ALL
+def test_descent_on_the_groups_integers_only_ever_helps(grid: BlockGrid) -> None:
+    w, h, factors = found(grid)
+    codes = factors.nearest(w)
+    values = factors.values(codes)
+    gradient = h @ (values - w)
+    before = (gradient * (values - w)).sum(0)
+    moved = factors.descend(h, codes, values, gradient)
+    torch.testing.assert_close(values, moved.values(codes), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gradient, h @ (moved.values(codes) - w), rtol=1e-3, atol=1e-2 * float(gradient.abs().max()))
+    after = (gradient * (values - w)).sum(0)
+    assert bool((after <= before * (1 + 1e-4)).all())
+    if grid.scale_range is not None:
+        assert float(after.sum()) < float(before.sum())
+
+
+def test_least_squares_over_scale_and_minimum_equals_the_explicit_regression() -> None:
+    grid = GRIDS["q2_k"]
+    w, h = problem(2, 512, tokens=900)
+    wt, h = w.t().double().contiguous(), h.double() + 1e-3 * h.double().diagonal().mean() * torch.eye(512)
+    start = search_blocks(wt.float(), h.float(), None, grid)
+    wide = BlockFactors(grid, *(x if x is None else x.double() for x in (start.d, start.m, start.scales, start.mins)))
+    codes = wide.nearest(wt)
+    refit = wide.refit(h, codes, h @ (wide.values(codes) - wt))
+    units = wide._units(codes)
+    root = torch.linalg.cholesky(h, upper=True)
+    for row in range(2):
+        design = torch.zeros(512, 4, dtype=torch.float64)
+        for block in range(2):
+            part = slice(256 * block, 256 * (block + 1))
+            design[part, block], design[part, 2 + block] = units[0][part, row], units[1][part, row]
+        best = torch.linalg.lstsq(root @ design, root @ wt[:, row : row + 1]).solution[:, 0]
+        assert refit.m is not None
+        torch.testing.assert_close(torch.cat([refit.d[:, row], refit.m[:, row]]).double(), best, rtol=5e-3, atol=1e-5)
+
+
+def test_sweep_and_descent_know_levels_that_are_not_even() -> None:
+    w, _, factors = found(GRIDS["iq4_nl"], n=64)
+    codes = sweep(w.clone(), torch.eye(64), factors.columns())
+    assert torch.equal(codes, factors.nearest(w))  # nothing to compensate under a unit Hessian
+    values = factors.values(codes)
+    gradient = values - w
+    descend(torch.eye(64), codes, values, gradient, factors.columns())
+    assert torch.equal(codes, factors.nearest(w))
