@@ -15,6 +15,7 @@ from llmc.overlap import sketch
 
 SELF = "self"
 HUB = "hf:"
+HUB_SAMPLES = 512
 
 
 @dataclass(frozen=True)
@@ -29,19 +30,23 @@ class Calibration:
         return self.sequences.numel()
 
 
-def load_calibration(spec: str, tokenizer: Any, samples: int, seq_len: int) -> Calibration:
+def load_calibration(spec: str, tokenizer: Any, samples: int | None, seq_len: int) -> Calibration:
     """Sequences from a text file, a .jsonl file (`text` or `messages` in each line) or `hf:NAME`.
 
     The documents are joined, tokenised and cut into sequences of `seq_len`; where there are more than `samples`, they are
     taken evenly spaced over the whole text, so that a file that holds one kind of text after another is sampled from each.
+    samples None takes them all (of a data set on the hub, HUB_SAMPLES).
     """
-    documents = _from_hub(spec.removeprefix(HUB), tokenizer, samples * seq_len) if spec.startswith(HUB) else _read(
-        Path(spec), tokenizer)
+    if spec.startswith(HUB):
+        documents = _from_hub(spec.removeprefix(HUB), tokenizer, (samples or HUB_SAMPLES) * seq_len)
+    else:
+        documents = _read(Path(spec), tokenizer)
     text = "\n\n".join(documents)
     if not text.strip():
         raise UserError(f"the calibration text {spec} is empty", "give a file with text like what the model will see")
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     available = len(ids) // seq_len
+    samples = samples or max(1, available)
     if available < samples:
         raise UserError(
             f"the calibration text {spec} has {len(ids):,} tokens, and {samples} sequences of {seq_len} need "

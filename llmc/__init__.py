@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     export: Export
 
-__all__ = ["__version__", "bench", "compare", "evaluate", "export", "generate", "inspect", "quantize", "verify"]
+__all__ = ["__version__", "bench", "compare", "evaluate", "export", "generate", "heal", "inspect", "quantize", "verify"]
 
 Config = TypeVar("Config")
 
@@ -32,6 +32,16 @@ def quantize(model: str | Path, **options: Any) -> dict[str, Any]:
     from llmc.compress.quantize.run import quantize as run
 
     return run(model, _config(QuantizeConfig, options))
+
+
+def heal(model: str | Path, teacher: str | Path, **options: Any) -> dict[str, Any]:
+    """Train the scales of a GPTQ folder against the float model; options are the fields of HealConfig."""
+    from llmc.compress.heal.config import HealConfig
+    from llmc.compress.heal.run import heal as run
+
+    texts = options.pop("calibration", HealConfig.calibration)
+    texts = (str(texts),) if isinstance(texts, str | Path) else tuple(str(t) for t in texts)
+    return run(model, _config(HealConfig, {"teacher": str(teacher), "calibration": texts, **options}))
 
 
 def evaluate(artifact: str | Path, out: str | Path | None = None, **options: Any) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Healing: the codes of a quantised model stay, what multiplies them is trained against the model it was made from."""

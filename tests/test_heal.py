@@ -1,0 +1,181 @@
+"""Healing: its gradients against autograd's, and what it does to a model."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import build, corpus, tokenizer
+from torch import nn
+
+import llmc
+from llmc.artifact import hash_folder
+from llmc.checkpoint import Checkpoint
+from llmc.compress.heal import loss, student
+from llmc.compress.heal.run import schedule
+from llmc.errors import UserError
+from llmc.export.gptq import checkpoint as gptq_format
+from llmc.grids import Grid, QuantizedTensor
+from llmc.runtimes.torch_model import load_torch_model
+
+
+def quantized(grid: Grid, out: int = 6, n: int = 128) -> QuantizedTensor:
+    groups = n // grid.group_size
+    zeros = None if grid.symmetric else torch.randint(1, grid.max_code, (out, groups), dtype=torch.uint8)
+    return QuantizedTensor(grid, torch.randint(0, grid.max_code + 1, (out, n), dtype=torch.uint8),
+                           (torch.rand(out, groups) + 0.1).half(), zeros)
+
+
+@pytest.mark.parametrize("grid", [Grid(4, 32), Grid(4, 64, False), Grid(8, 32), Grid(8, 32, False)], ids=lambda g: g.name)
+def test_a_healed_linear_starts_as_what_it_replaces_and_has_autograds_gradients(grid: Grid) -> None:
+    q = quantized(grid)
+    linear = student.HealedLinear(q, None, torch.float32)
+    x = torch.randn(3, 5, 128, requires_grad=True)
+    torch.testing.assert_close(linear(x), x @ q.dequantize().t())
+    aim = torch.randn(3, 5, 6)
+    (linear(x) * aim).sum().backward()
+    ours = x.grad.clone(), linear.shift.grad.clone()
+    x.grad = None
+    shift = torch.zeros_like(linear.shift, requires_grad=True)
+    weight = (linear.levels.view(*shift.shape, -1) * (linear.start * shift.exp())[..., None]).view(6, 128)
+    ((x @ weight.t()) * aim).sum().backward()
+    torch.testing.assert_close(ours[0], x.grad)
+    torch.testing.assert_close(ours[1], shift.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_trained_scales_are_values_of_fp16() -> None:
+    linear = student.HealedLinear(quantized(Grid(4, 32)), None, torch.float32)
+    linear.shift.data.normal_(0, 0.1)
+    scale = linear.scale().detach()
+    assert torch.equal(scale, scale.half().float())
+    torch.testing.assert_close(scale, linear.start * linear.shift.detach().exp(), rtol=1e-3, atol=0)
+
+
+def test_divergence_in_chunks_is_that_of_whole_logits_and_so_is_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = nn.Linear(16, 50, bias=False), nn.Linear(16, 50, bias=False)
+    known = torch.randn(2, 7, 16)
+    start = torch.randn(2, 7, 16, requires_grad=True)
+    expected = nn.functional.kl_div(torch.log_softmax(ours(start), -1), torch.log_softmax(theirs(known), -1),
+                                    reduction="sum", log_target=True) / 14
+    gradient, = torch.autograd.grad(expected, start)
+    monkeypatch.setattr(loss, "CHUNK_BYTES", 50 * 4 * 3)  # three positions at a time
+    found = loss.distil(start * 1, known, lambda h: ours(h)[0], lambda h: theirs(h)[0], 50, learn=True)
+    assert found == pytest.approx(float(expected.detach()), rel=1e-5)
+    torch.testing.assert_close(start.grad, gradient)
+    nothing = loss.distil(known, known, lambda h: theirs(h)[0], lambda h: theirs(h)[0], 50, learn=False)
+    assert nothing == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_the_head_is_the_models_own(family: str, tmp_path: Path) -> None:
+    """Gemma 2 caps its logits; whatever an architecture does there must be done."""
+    model = load_torch_model(build(family, tmp_path / "m"))
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        whole = model(ids).logits[0]
+        states = student.hidden_states(model, ids)
+        with student.head_of(model) as head:
+            torch.testing.assert_close(head(states[:, 5:9]), whole[5:9])
+        torch.testing.assert_close(model(ids).logits[0], whole)
+
+
+def test_schedule_warms_up_and_falls() -> None:
+    rates = [schedule(i, 100) for i in range(100)]
+    assert rates[0] < rates[3] < rates[4] == 1
+    assert all(a >= b for a, b in itertools.pairwise(rates[4:]))
+    assert rates[-1] < 0.06
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path, Path]:
+    """(float base, its RTN model, a text)."""
+    base = build("llama", tmp_path / "base")
+    llmc.quantize(base, method="rtn", out=tmp_path / "small", threads=2)
+    text = tmp_path / "text.txt"
+    text.write_text(corpus()[:60_000], encoding="utf-8")
+    return base, tmp_path / "small", text
+
+
+OPTIONS: dict[str, Any] = {"seq_len": 64, "steps": 32, "batch": 4, "check_every": 16, "held_out": 4, "threads": 2, "lr": 0.01}
+
+
+@torch.no_grad()
+def divergence(folder: Path, base: Path) -> float:
+    ids = tokenizer()(corpus()[100_000:110_000], return_tensors="pt").input_ids[:, : 8 * 64].view(8, 64)
+    p, q = (torch.log_softmax(load_torch_model(f)(ids).logits.double(), -1) for f in (base, folder))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def test_healing_helps_on_other_text_and_changes_no_code(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, small, text = pair
+    result = llmc.heal(small, base, calibration=text, out=tmp_path / "healed", **OPTIONS)
+    assert result["kld"]["after"] < 0.95 * result["kld"]["before"]
+    assert divergence(tmp_path / "healed", base) < 0.95 * divergence(small, base)
+    before, after = Checkpoint.open(small), Checkpoint.open(tmp_path / "healed")
+    assert before.names() == after.names()
+    moved = 0
+    for name in before.names():
+        same = torch.equal(before.tensor(name), after.tensor(name))
+        assert before.dtype(name) == after.dtype(name) or "norm" in name
+        if name.endswith(".scales"):
+            moved += not same
+        else:
+            assert same or "norm" in name, name
+    assert moved == len(gptq_format.quantized_linears(before))
+    assert (tmp_path / "healed/config.json").read_bytes() == (small / "config.json").read_bytes()
+    entry = json.loads((tmp_path / "healed/llmc.json").read_text())["passes"][-1]
+    assert entry["name"] == "heal"
+    assert [row["step"] for row in entry["curve"]] == [0, 16, 32]
+    assert llmc.verify(tmp_path / "healed")["problems"] == []
+    llmc.export(tmp_path / "healed", format="gguf", out=tmp_path / "healed.gguf")
+
+
+def test_norms_stay_where_they_are_asked_to(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, small, text = pair
+    llmc.heal(small, base, calibration=text, out=tmp_path / "healed", norms=False, checkpointing=True, **OPTIONS)
+    before, after = Checkpoint.open(small), Checkpoint.open(tmp_path / "healed")
+    assert all(torch.equal(before.tensor(n), after.tensor(n)) for n in before.names() if not n.endswith(".scales"))
+
+
+def test_resume_after_a_kill_is_bit_identical(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, small, text = pair
+    llmc.heal(small, base, calibration=text, out=tmp_path / "whole", **OPTIONS)
+    flags = [x for k, v in OPTIONS.items() for x in (f"--{k.replace('_', '-')}", str(v))]
+    command = [sys.executable, "-m", "llmc", "heal", str(small), "--teacher", str(base), "--calibration", str(text),
+               "-o", str(tmp_path / "killed"), *flags]
+    running = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    state = tmp_path / ".killed.unfinished/state.safetensors"
+    deadline = time.monotonic() + 120
+    while not state.exists() and time.monotonic() < deadline and running.poll() is None:
+        time.sleep(0.002)
+    os.kill(running.pid, signal.SIGKILL)
+    running.wait()
+    assert not (tmp_path / "killed").exists()
+    llmc.heal(small, base, calibration=text, out=tmp_path / "killed", resume=True, **OPTIONS)
+    ours, theirs = hash_folder(tmp_path / "killed"), hash_folder(tmp_path / "whole")
+    assert ours == theirs
+
+
+def test_a_float_model_a_quantised_teacher_and_too_little_text_are_refused(
+    pair: tuple[Path, Path, Path], tmp_path: Path,
+) -> None:
+    base, small, text = pair
+    short = tmp_path / "short.txt"
+    short.write_text(corpus()[:400])
+    for model, teacher, source, words in ((base, base, text, "nothing to heal"), (small, small, text, "is quantised itself"),
+                                          (small, base, short, "held out")):
+        with pytest.raises(UserError, match=words):
+            llmc.heal(model, teacher, calibration=source, out=tmp_path / "x", **OPTIONS)
+        assert not (tmp_path / "x").exists()
+    other = build("llama", tmp_path / "other", num_hidden_layers=1)
+    with pytest.raises(UserError, match="num_hidden_layers"):
+        llmc.heal(small, other, calibration=text, out=tmp_path / "x", **OPTIONS)
