@@ -68,10 +68,10 @@ def test_divergence_in_chunks_is_that_of_whole_logits_and_so_is_its_gradient(mon
                                     reduction="sum", log_target=True) / 14
     gradient, = torch.autograd.grad(expected, start)
     monkeypatch.setattr(loss, "CHUNK_BYTES", 50 * 4 * 3)  # three positions at a time
-    found = loss.distil(start * 1, known, lambda h: ours(h)[0], lambda h: theirs(h)[0], 50, learn=True)
+    found = loss.distil(start * 1, known, lambda h: ours(h)[0], lambda h: theirs(h)[0], 50, 1.0)
     assert found == pytest.approx(float(expected.detach()), rel=1e-5)
     torch.testing.assert_close(start.grad, gradient)
-    nothing = loss.distil(known, known, lambda h: theirs(h)[0], lambda h: theirs(h)[0], 50, learn=False)
+    nothing = loss.distil(known, known, lambda h: theirs(h)[0], lambda h: theirs(h)[0], 50)
     assert nothing == pytest.approx(0, abs=1e-6)
 
 

@@ -17,18 +17,19 @@ def divergence(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 
 
 def distil(states: torch.Tensor, known: torch.Tensor, student_head: Callable[[torch.Tensor], torch.Tensor],
-           teacher_head: Callable[[torch.Tensor], torch.Tensor], vocab: int, learn: bool) -> float:
-    """Mean KL divergence over all positions, and (learn) its gradient, a few positions at a time.
+           teacher_head: Callable[[torch.Tensor], torch.Tensor], vocab: int, share: float | None = None) -> float:
+    """Mean KL divergence over all positions, a few at a time; with `share`, times it, and with its gradient.
 
     states, known: hidden states [n, seq_len, hidden] of student and teacher; the gradient goes on through `states`.
     The logits of 1024 positions over 50,000 tokens would be 200 MB in float32, and a loss keeps several of their size.
     """
     width = states.shape[-1]
     flat, other = states.detach().reshape(-1, width), known.reshape(-1, width)
+    learn = share is not None
     flat.requires_grad_(learn)
-    positions, total = flat.shape[0], 0.0
+    positions, total = flat.shape[0] / (1.0 if share is None else share), 0.0
     rows = max(1, CHUNK_BYTES // (vocab * 4))
-    for first in range(0, positions, rows):
+    for first in range(0, flat.shape[0], rows):
         part = slice(first, first + rows)
         with torch.no_grad():
             aim = teacher_head(other[part][None])

@@ -50,6 +50,7 @@ WARM_UP = 0.05  # share of the steps
 FLOOR = 0.05  # of the learning rate, at the end of the cosine
 NORM_LR = 0.25  # of the learning rate: a norm's weight moves a whole column at once
 BETAS = (0.9, 0.95)
+TOKENS = 1024  # run through student and teacher at once
 
 
 def heal(model: str | Path, config: HealConfig) -> dict[str, Any]:
@@ -201,40 +202,39 @@ class _Job:
 
     def _know(self, ids: torch.Tensor) -> list[torch.Tensor]:
         """The teacher's hidden states of the held-out sequences, computed once."""
-        return [self._aim(row.to(self.device)) for row in ids]
+        return [self._aim(row[None].to(self.device)) for row in ids]
 
     def _judge(self, ids: torch.Tensor, known: list[torch.Tensor]) -> float:
         """Mean KL divergence over the held-out sequences."""
         total = 0.0
         with torch.no_grad():
             for row, aim in zip(ids, known, strict=True):
-                total += self._distil(self._states(self.student, row.to(self.device)), aim, learn=False)
+                total += self._distil(self._states(self.student, row[None].to(self.device)), aim)
         return total / len(known)
 
     def _step(self, ids: torch.Tensor) -> float:
-        """Gradients of one batch; one sequence at a time, which bounds the activations."""
+        """Gradients of one batch, at most TOKENS at a time, which bounds the activations."""
         total = 0.0
-        for row in ids:
-            total += self._distil(self._states(self.student, row), self._aim(row), learn=True)
-        for p in [*self.scales.values(), *self.norms.values()]:
-            if p.grad is not None:
-                p.grad /= len(ids)
-        return total / len(ids)
+        parts = ids.split(max(1, TOKENS // ids.shape[1]))
+        for part in parts:
+            total += self._distil(self._states(self.student, part), self._aim(part), len(part) / len(ids))
+        return total
 
     @torch.no_grad()
     def _aim(self, ids: torch.Tensor) -> torch.Tensor:
-        """The teacher's hidden states [1, seq_len, hidden] of one sequence."""
+        """The teacher's hidden states [n, seq_len, hidden]."""
         return self._states(self.teacher, ids)
 
     def _states(self, model: Any, ids: torch.Tensor) -> torch.Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            return hidden_states(model, ids[None]).float()
+            return hidden_states(model, ids).float()
 
-    def _distil(self, states: torch.Tensor, aim: torch.Tensor, learn: bool) -> float:
+    def _distil(self, states: torch.Tensor, aim: torch.Tensor, share: float | None = None) -> float:
+        """Mean divergence, times `share` where given: then with the gradient."""
         vocab = self.teacher.get_output_embeddings().weight.shape[0]
         with (torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16),
               head_of(self.student) as student_head, head_of(self.teacher) as teacher_head):
-            return distil(states, aim, student_head, teacher_head, vocab, learn)
+            return distil(states, aim, student_head, teacher_head, vocab, share)
 
     # ---------------------------------------------------------------------------------------------------- what is kept
 

@@ -37,14 +37,13 @@ class _Product(torch.autograd.Function):
         dy = grads[0].to(x.dtype)
         dx = dy @ expand(levels, scale, x.dtype)
         dw = dy.reshape(-1, dy.shape[-1]).t() @ x.reshape(-1, x.shape[-1])  # [out, in]
-        per_group = (dw * levels).view(*scale.shape, -1).sum(-1, dtype=scale.dtype)
+        per_group = dw.mul_(levels.to(dw.dtype)).view(*scale.shape, -1).sum(-1, dtype=scale.dtype)
         return dx, None, per_group
 
 
 def expand(levels: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """levels [out, in], scale [out, groups] -> the weight [out, in]."""
-    out, groups = scale.shape
-    return (levels.view(out, groups, -1) * scale.to(dtype).unsqueeze(-1)).view(levels.shape)
+    """levels [out, in], scale [out, groups] -> the weight [out, in]. (Cast first: products of unequal types are slow.)"""
+    return levels.to(dtype).view(*scale.shape, -1).mul_(scale.to(dtype).unsqueeze(-1)).view(levels.shape)
 
 
 class HealedLinear(nn.Module):
