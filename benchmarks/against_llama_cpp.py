@@ -1,11 +1,11 @@
 """The same base, the same calibration text, the same file formats: llmc against llama.cpp with its importance matrix.
 
-llama-imatrix gets the very text that llmc calibrates on (the sequences it chose, decoded). All files are then evaluated by
-`llmc eval` in llama.cpp: KL divergence to the float base on every text given. Prints a table and one JSON line; exit code 1
-where llmc loses a text at 4 bits or at 8 bits.
+llama-imatrix gets the very text that llmc calibrates on (the sequences it chose, decoded), and llama-quantize writes every
+linear in the one type (`--pure`), as llmc does. All files are then evaluated by `llmc eval` in llama.cpp: KL divergence to
+the float base on every text given. Prints a table and one JSON line; exit code 1 where llmc loses a text at a type.
 
     python benchmarks/against_llama_cpp.py --bin llama.cpp/build/bin --base MODEL_FOLDER --calibration mixed.txt \
-        --text wiki.test.raw --text tinystories.txt --work /some/empty/folder
+        --text wiki.test.raw --text tinystories.txt --work /some/empty/folder [--grid q4_0 --grid q8_0]
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ def make(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         return path
 
     common = ["--calibration", args.calibration, "--samples", args.samples, "--seq-len", 512, "--threads", args.threads]
-    for bits in (4, 8):
-        folder = work / f"llmc-{bits}bit"
-        candidate(f"llmc-{bits}bit", (*llmc, "quantize", args.base, "--bits", bits, *common, "-o", folder),
-                  (*llmc, "export", folder, "--format", "gguf", "-o", work / f"llmc-{bits}bit.gguf"))
+    for grid in args.grid:
+        folder = work / f"llmc-{grid}"
+        candidate(f"llmc-{grid}", (*llmc, "quantize", args.base, "--grid", grid, *common, "-o", folder),
+                  (*llmc, "export", folder, "--format", "gguf", "-o", work / f"llmc-{grid}.gguf"))
     f16 = candidate("f16", (*llmc, "export", args.base, "--format", "gguf", "-o", work / "f16.gguf"))
     tokenizer = load_tokenizer(Path(args.base))
     chosen = load_calibration(args.calibration, tokenizer, args.samples, 512).sequences
@@ -62,9 +62,11 @@ def make(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     text.write_text(tokenizer.decode(chosen.flatten().tolist()), encoding="utf-8")
     plain = [] if use_extra_buffers() else ["--no-repack"]  # a build with broken AMX kernels crashes without it
     imatrix = (args.bin / "llama-imatrix", "-m", f16, "-f", text, "-o", matrix, "-c", 512, "-t", args.threads, *plain)
-    quantize = (args.bin / "llama-quantize", "--imatrix", matrix, "--token-embedding-type", "q8_0", f16)
-    candidate("llama.cpp-q4_0", imatrix, (*quantize, work / "llama.cpp-q4_0.gguf", "Q4_0", args.threads))
-    candidate("llama.cpp-q8_0", (*quantize, work / "llama.cpp-q8_0.gguf", "Q8_0", args.threads))
+    quantize = (args.bin / "llama-quantize", "--pure", "--imatrix", matrix, "--token-embedding-type", "q8_0", f16)
+    matrix_seconds = 0.0 if matrix.exists() else timed(*imatrix)["seconds"]
+    for grid in args.grid:
+        candidate(f"llama.cpp-{grid}", (*quantize, work / f"llama.cpp-{grid}.gguf", grid.upper(), args.threads))
+        made[f"llama.cpp-{grid}"]["seconds"] += matrix_seconds
     return made
 
 
@@ -75,10 +77,12 @@ def main() -> None:
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--text", action="append", required=True)
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--grid", action="append", help="GGUF type; may be given again (default: q4_0 and q8_0)")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--chunks", type=int, default=40)
     parser.add_argument("--threads", type=int, default=physical_cores())
     args = parser.parse_args()
+    args.grid = args.grid or ["q4_0", "q8_0"]
     made = make(args)
     header = ["", "bytes", "seconds", *(f"{Path(t).name}: PPL, KLD, top-1" for t in args.text)]
     rows, figures = [header], {}
@@ -96,9 +100,9 @@ def main() -> None:
                          "peak_rss": candidate["peak_rss"]}
         print(table(rows), flush=True)
     ratios = {}
-    for bits in (4, 8):
-        ours, theirs = figures[f"llmc-{bits}bit"]["kld"], figures[f"llama.cpp-q{bits}_0"]["kld"]
-        ratios[bits] = [a / b for a, b in zip(ours, theirs, strict=True)]
+    for grid in args.grid:
+        ours, theirs = figures[f"llmc-{grid}"]["kld"], figures[f"llama.cpp-{grid}"]["kld"]
+        ratios[grid] = [a / b for a, b in zip(ours, theirs, strict=True)]
     print(json.dumps({"texts": args.text, "chunks": args.chunks, "figures": figures, "kld_ratios": ratios}))
     sys.exit(0 if all(r <= 1 for pair in ratios.values() for r in pair) else 1)
 

@@ -18,7 +18,7 @@ class HealConfig:
     steps: int = 160
     batch: int = 2
     seq_len: int = 512
-    lr: float = 0.004
+    lr: float = 0.001
     norms: bool = True
     held_out: int = 16
     check_every: int = 20
