@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from tiny import Letters
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmc.cli import run
@@ -34,19 +35,6 @@ def settings(text: Path, **more: Any) -> dict[str, Any]:
     return {"text": str(text), "context": 64, "chunks": 5, "threads": 1, **more}
 
 
-class Letters:
-    """A tokenizer of one id a byte."""
-
-    sha256 = "0" * 64
-
-    def __init__(self, bos: int | None = None) -> None:
-        self.bos = bos
-
-    def encode(self, text: str) -> np.ndarray:
-        return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
-
-    def decode(self, ids: np.ndarray) -> str:
-        return bytes(ids.astype(np.uint8)).decode(errors="replace")
 
 
 def test_chunks_without_bos() -> None:

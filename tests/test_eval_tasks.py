@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny import Letters
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmc.cli import run
@@ -186,19 +187,6 @@ def test_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 # ------------------------------------------------------------------------------------------------------------- scoring
 
 
-class Letters:
-    """A tokenizer of one id a byte."""
-
-    sha256 = "0" * 64
-
-    def __init__(self, bos: int | None = None) -> None:
-        self.bos = bos
-
-    def encode(self, text: str) -> np.ndarray:
-        return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
-
-    def decode(self, ids: np.ndarray) -> str:
-        return bytes(ids.astype(np.uint8)).decode()
 
 
 @pytest.mark.parametrize("bos", [None, 42])

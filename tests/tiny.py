@@ -8,6 +8,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -142,3 +143,18 @@ def edit_config(folder: Path, **values: Any) -> None:
     config = json.loads(path.read_text())
     config.update(values)
     path.write_text(json.dumps(config))
+
+
+class Letters:
+    """A tokenizer of one id a byte."""
+
+    sha256 = "0" * 64
+
+    def __init__(self, bos: int | None = None) -> None:
+        self.bos = bos
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+    def decode(self, ids: np.ndarray) -> str:
+        return bytes(ids.astype(np.uint8)).decode(errors="replace")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ from llmc.checkpoint import Checkpoint
 from llmc.compress.heal.config import HealConfig
 from llmc.compress.heal.loss import distil
 from llmc.compress.heal.student import head_of, hidden_states, load_student, load_teacher, norm_weights
-from llmc.compress.precision import matmul_precision
+from llmc.compress.precision import matmul_precision, prepare_cpu
 from llmc.compress.sampling import sample_from_model
 from llmc.compress.text import SELF, Calibration, from_model, load_calibration
 from llmc.console import progress, say, warn
@@ -57,8 +56,7 @@ def heal(model: str | Path, config: HealConfig) -> dict[str, Any]:
     """Heal the GPTQ folder `model`. Returns {'out', 'steps', 'best_step', 'kld': {'before', 'after'}, 'seconds', …}."""
     start = time.monotonic()
     threads = config.threads or physical_cores()
-    torch.set_num_threads(threads)
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as in quantize/run.py
+    prepare_cpu(threads)
     job = _Job(resolve_model(model), resolve_model(config.teacher), config, threads)
     result = job.run()
     note_last(job.out, "gptq")
@@ -108,11 +106,11 @@ class _Job:
 
     def _open(self) -> None:
         """The folder of an unfinished run, guarded by a fingerprint."""
-        self.fingerprint = {**self.config.numbers(), "threads": self.threads, "device": str(self.device),
-                            "model": describe_source(self.folder)["files"],
-                            "teacher_files": describe_source(self.teacher_folder)["files"], "torch": torch.__version__}
+        self.source, self.teacher_source = describe_source(self.folder), describe_source(self.teacher_folder)
         found = self.work / "fingerprint.json"
-        fingerprint = json.loads(json.dumps(self.fingerprint))
+        fingerprint = json.loads(json.dumps({
+            **self.config.numbers(), "threads": self.threads, "device": str(self.device), "model": self.source["files"],
+            "teacher_files": self.teacher_source["files"], "torch": torch.__version__}))
         if self.config.resume and found.is_file():
             old = json.loads(found.read_text(encoding="utf-8"))
             if differing := sorted(k for k in fingerprint if fingerprint[k] != old.get(k)):
@@ -297,10 +295,10 @@ class _Job:
             warn("healing never beat the start on the held-out text: the model is as it was")
         moved = [float((m.shift.detach().exp() - 1).abs().mean()) for m in self.linears.values()]
         entry = {"name": "heal", "config": self.config.numbers(), "threads": self.threads, "device": str(self.device),
-                 "teacher": describe_source(self.teacher_folder), "texts": texts.origins, "curve": curve,
+                 "teacher": self.teacher_source, "texts": texts.origins, "curve": curve,
                  "best_step": top["step"], "scales_moved": sum(moved) / len(moved), "trained": self._counts()}
         before = read_manifest(self.folder) or {}
-        source = before.get("source") or describe_source(self.folder)
+        source = before.get("source") or self.source
         manifest = new_manifest("gptq", source, [*before.get("passes", []), entry])
         manifest["outputs"] = hash_folder(folder)
         write_json(folder / MANIFEST, manifest)

@@ -29,7 +29,7 @@ def heal(
     check_every: Annotated[int, typer.Option(help="Steps between two looks at the held-out text.")] = D.check_every,
     patience: Annotated[int, typer.Option(help="Stop after so many looks without a better one.")] = D.patience,
     checkpointing: Annotated[bool, typer.Option(
-        "--checkpointing", help="Compute activations twice and keep few of them: less memory, a third more time.",
+        "--checkpointing", help="Compute activations twice and keep few of them: less memory, more time.",
     )] = D.checkpointing,
     seed: Annotated[int, typer.Option(help="Seed of the order of sequences and of self-sampled text.")] = D.seed,
     device: Annotated[str, typer.Option(help="cpu, gpu, or a torch device.")] = D.device,
