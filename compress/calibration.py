@@ -22,7 +22,7 @@ from torch import nn
 
 from llmc.artifact import fsync, staged_file, write_json
 from llmc.compress.precision import fast_forward, fast_matmul, matmul_precision
-from llmc.compress.skeleton import Ending, LayerTrace, LinearGroup, Skeleton, StopForward, replaced, trace_layer
+from llmc.compress.skeleton import Ending, LayerTrace, LinearGroup, Skeleton, StopForward, get_weight, replaced, trace_layer
 from llmc.compress.states import Scratch, StateStore
 from llmc.console import progress
 from llmc.errors import UserError
@@ -39,8 +39,9 @@ class InputStatistics:
     tokens: how many x there were
 
     Inputs of linears that write to the residual stream (those that end a child module of the layer) are divided by the
-    root mean square of the stream at their token: what follows normalises the stream, so an error counts relative to it,
-    and the few tokens with enormous states do not drown the others.
+    root mean square of the stream at their token, as it enters the layer or with what the linear adds, whichever is larger:
+    what follows normalises the stream, so an error counts relative to it, and the few tokens with enormous states do not
+    drown the others. (Where a layer makes those states, only the second is large.)
     """
 
     hessian: torch.Tensor
@@ -249,9 +250,7 @@ class LayerRun:
 
     def _add(self, statistics: InputStatistics, name: str, x: torch.Tensor) -> None:
         """Add one batch x [n, seq_len, in] of the input of linear `name`."""
-        weight = None
-        if name in self.writers:
-            weight = self.hidden.square().mean(-1).clamp_min_(1e-12).rsqrt_().view(-1, 1)
+        weight = self._relative(name, x) if name in self.writers else None
         rows = x.reshape(-1, x.shape[-1])
         rows = rows.float() if weight is None else rows * weight  # float32 either way
         add_gram(statistics.hessian, rows)
@@ -263,6 +262,14 @@ class LayerRun:
                 statistics.drift.addmm_((apart.float() if weight is None else apart * weight).t(), rows)
             if self.batch == len(unchanged.places) - 1:
                 statistics.drift_hessian = statistics.hessian.clone()  # of just the batches with a reference: they come first
+
+    def _relative(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """One over the root mean square of the residual stream at each token, [tokens, 1]: see InputStatistics."""
+        linear = self.layer.get_submodule(name)
+        with fast_forward(self.device):
+            added = nn.functional.linear(x, get_weight(linear), linear.bias)
+        squares = torch.maximum(self.hidden.square().mean(-1), (self.hidden + added).square().mean(-1))
+        return squares.clamp_min_(1e-12).rsqrt_().view(-1, 1)
 
     def outputs(self) -> Iterator[torch.Tensor]:
         """What leaves the layer as it is now, batch by batch (nothing for a batch that a hook stopped)."""

@@ -77,16 +77,21 @@ def whole_model(
     changed, original = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval() for _ in range(2))
 
     def seen(model: nn.Module, index: int, group: LinearGroup) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the group sees, and the root mean square of the stream that enters its layer."""
+        """What the group sees, and the root mean square of the stream that enters its layer or leaves its first linear."""
         layer = model.get_submodule(layers_name)[index]
         caught: list[torch.Tensor] = []
         handles = [module.register_forward_pre_hook(lambda _m, args, kwargs: caught.append((args or [*kwargs.values()])[0]),
                                                     with_kwargs=True)
                    for module in (layer, layer.get_submodule(group.names[0]))]
+        made: list[torch.Tensor] = []
+        handles.append(layer.get_submodule(group.names[0]).register_forward_hook(lambda _m, _args, out: made.append(out)))
         model(SEQUENCES)
         for handle in handles:
             handle.remove()
-        return caught[1].reshape(-1, group.in_features), caught[0].square().mean(-1).sqrt().view(-1, 1)
+        rms = caught[0].square().mean(-1).sqrt()
+        if made[0].shape == caught[0].shape:
+            rms = torch.maximum(rms, (caught[0] + made[0]).square().mean(-1).sqrt())
+        return caught[1].reshape(-1, group.in_features), rms.view(-1, 1)
 
     def statistics(index: int, group: LinearGroup) -> tuple[torch.Tensor, torch.Tensor]:
         x, rms = seen(changed, index, group)
