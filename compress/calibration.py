@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -131,35 +132,43 @@ class Loop:
         self.arguments, entering = skeleton.enter(batches, sequences.shape[1])
         state = work.state
         if work.done == 0:
-            checksums = [self.store.replace(entering)]
+            self.store.replace(entering)
+            self.store.advance()
             if self.reference is not None:  # both streams start from the same states
-                self.store.commit()
-                checksums.append(self.reference.replace(self.store.read(a, b) for a, b in self.reference.starts()))
-                self.store.commit()
-            self._commit(0, checksums)
+                self.reference.replace(self.store.read(a, b) for a, b in self.reference.starts())
+                self.reference.advance()
+            self._settle(0, self.store.side)
         elif not all(s.restore(state["side"], c) for s, c in zip(self.stores, state["checksums"], strict=True)):
             raise UserError(f"the hidden states in {work.folder} are damaged", "run without --resume to start again")
         else:
             skeleton.leave()
 
-    def _commit(self, done: int, checksums: list[int]) -> None:
+    def _settle(self, done: int, side: int) -> None:
         """From here on a resumed run starts after layer `done`."""
-        for store in self.stores:
-            store.commit()
-        self.work.commit(done, self.store.side, checksums)
+        self.work.commit(done, side, [store.settle(side) for store in self.stores])
 
     def run(self, pass_: LayerPass, done: Callable[[dict[str, Any]], str]) -> None:
-        """Every layer that is not finished yet. `done` turns a layer's record into a short note for the progress line."""
+        """Every layer that is not finished yet. `done` turns a layer's record into a short note for the progress line.
+
+        A layer's states go to the disk while the next layer runs; no layer begins before those of the last but one are there.
+        """
         layers = len(self.skeleton.layers)
-        with progress("layer", layers, self.work.done) as p, torch.no_grad():
+        settled: Future[None] | None = None
+        with ThreadPoolExecutor(1) as disk, progress("layer", layers, self.work.done) as p, torch.no_grad():
             for index in range(self.work.done, layers):
                 with self.skeleton.layer(index) as layer:
-                    record, checksums = self._one(pass_, index, layer)
-                self._commit(index + 1, checksums)
+                    record = self._one(pass_, index, layer)
+                for store in self.stores:
+                    store.advance()
+                if settled is not None:
+                    settled.result()
+                settled = disk.submit(self._settle, index + 1, self.store.side)
                 p.step(done(record))
+            if settled is not None:
+                settled.result()
 
-    def _one(self, pass_: LayerPass, index: int, layer: nn.Module) -> tuple[dict[str, Any], list[int]]:
-        """Returns the layer's record and the checksums of the states that leave it."""
+    def _one(self, pass_: LayerPass, index: int, layer: nn.Module) -> dict[str, Any]:
+        """Returns the layer's record; the states that leave it are written."""
         arguments, device = self.arguments[index], self.skeleton.device
         trace = trace_layer(layer, self.store.read(0, 1).to(device), arguments)
         ran = {name for group in trace.groups for name in group.names}
@@ -170,16 +179,17 @@ class Loop:
         sequential = self.settings.true_sequential
         run = LayerRun(layer, arguments, trace, self.store, self.work.folder, sequential)
         try:
-            checksums = [] if self.reference is None else [self.reference.replace(run.refer(self.reference))]
+            if self.reference is not None:
+                self.reference.replace(run.refer(self.reference))
             for stage in [[g] for g in trace.groups] if sequential else [trace.groups]:
                 for group, statistics in zip(stage, run.gather(stage), strict=True):
                     pass_.change(layer, group, statistics)
-            checksums.insert(0, self.store.replace(run.outputs()))
+            self.store.replace(run.outputs())
         finally:
             run.close()
         tensors, record = pass_.finish(index, layer)
         self.work.save_layer(index, tensors, record)
-        return record, checksums
+        return record
 
 
 class LayerRun:

@@ -1,13 +1,13 @@
 """The hidden states of the calibration sequences, in files: bounded memory, and durable for `--resume`.
 
-Two files take turns: layer k reads `current` and writes `following`, and `commit` swaps them. Plain reads and writes leave
-the bytes in the page cache, so on a machine with memory to spare this runs at memory speed and costs no resident memory.
+Three files take turns: a layer reads one and writes the next, while the one it reads is still on its way to the disk and the
+third, durable, is what a killed run goes back to. Plain reads and writes leave the bytes in the page cache, so on a machine
+with memory to spare this runs at memory speed and costs no resident memory.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,12 +15,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from llmc.artifact import fsync
+
 
 class StateStore:
     """float32 hidden states [samples, seq_len, hidden] of one stream of sequences."""
 
     def __init__(self, folder: Path, name: str, shape: tuple[int, int, int], batch: int) -> None:
-        self.files = [folder / f"{name}.{side}.f32" for side in "ab"]
+        self.files = [folder / f"{name}.{side}.f32" for side in "abc"]
         self.shape, self.batch, self.side = shape, batch, 0
         self.row = shape[1] * shape[2] * 4  # bytes of one sequence
 
@@ -35,38 +37,41 @@ class StateStore:
         flat = np.fromfile(self.files[self.side], dtype=np.float32, count=count, offset=first * self.row)
         return torch.from_numpy(flat).view(last - first, *self.shape[1:])
 
-    def replace(self, batches: Iterable[torch.Tensor]) -> int:
-        """Write what leaves the layer, batch by batch in order, to the other file. Returns its CRC-32."""
-        checksum = 0
-        with self.files[1 - self.side].open("wb") as f:
+    def replace(self, batches: Iterable[torch.Tensor]) -> None:
+        """Write what leaves the layer, batch by batch in order, to the next file. Not durable before `settle`."""
+        with self._following.open("wb") as f:
             for states in batches:
-                raw = states.to("cpu", torch.float32).contiguous().numpy().view(np.uint8).data
-                checksum = zlib.crc32(raw, checksum)
-                f.write(raw)
-            f.flush()
-            os.fsync(f.fileno())
-        return checksum
+                f.write(states.to("cpu", torch.float32).contiguous().numpy().view(np.uint8).data)
 
-    def commit(self) -> None:
+    def advance(self) -> None:
         """What `replace` wrote is now what enters the next layer."""
-        self.side = 1 - self.side
+        self.side = (self.side + 1) % len(self.files)
 
-    def restore(self, side: int, checksum: int) -> bool:
+    def settle(self, side: int) -> int:
+        """Bring the file `side` to the disk. Returns its CRC-32. (May run beside the next layer.)"""
+        fsync(self.files[side])
+        return checksum(self.files[side])
+
+    def restore(self, side: int, expected: int) -> bool:
         """Go on from the file `side` of an interrupted run; False if it is not what was written then."""
         self.side = side
         path = self.files[side]
         if not path.is_file() or path.stat().st_size != self.shape[0] * self.row:
             return False
-        found = 0
-        with path.open("rb") as f:
-            while block := f.read(1 << 24):
-                found = zlib.crc32(block, found)
-        return found == checksum
+        return checksum(path) == expected
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of both files."""
-        return 2 * self.shape[0] * self.row
+    def _following(self) -> Path:
+        return self.files[(self.side + 1) % len(self.files)]
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file."""
+    found = 0
+    with path.open("rb") as f:
+        while block := f.read(1 << 24):
+            found = zlib.crc32(block, found)
+    return found
 
 
 class Scratch:

@@ -188,4 +188,35 @@ def test_weights_are_freed_and_the_scratch_files_gone(tmp_path: Path) -> None:
     _, loop, _ = stream(folder, tmp_path / "work", LoopSettings(reference=5))
     assert all(p.is_meta for p in loop.skeleton.model.parameters())
     assert sorted(p.name for p in (tmp_path / "work").iterdir()) == [
-        "hidden.a.f32", "hidden.b.f32", "layers", "reference.a.f32", "reference.b.f32", "state.json"]
+        "hidden.a.f32", "hidden.b.f32", "hidden.c.f32", "layers", "reference.a.f32", "reference.b.f32", "reference.c.f32",
+        "state.json"]
+
+
+def test_a_run_stopped_at_any_layer_goes_on_from_durable_states(tmp_path: Path) -> None:
+    """The states named by state.json are those that enter the layer it names, whichever layer was interrupted."""
+    folder = build("llama", tmp_path / "model", num_hidden_layers=5)
+    whole, _, _ = stream(folder, tmp_path / "whole", LoopSettings(batch=2, reference=3))
+
+    class Stops(Recorder):
+        def __init__(self, last: int) -> None:
+            super().__init__()
+            self.last = last
+
+        def finish(self, index: int, layer: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+            if index == self.last:
+                raise KeyboardInterrupt
+            return super().finish(index, layer)
+
+    for last in range(1, 5):
+        work = tmp_path / f"stopped-{last}"
+        settings = LoopSettings(batch=2, reference=3)
+        with pytest.raises(KeyboardInterrupt):
+            Loop(Skeleton(Checkpoint.open(folder), "cpu"), SEQUENCES, Workspace(work, {}, resume=False), settings).run(
+                Stops(last), lambda r: "")
+        again = Workspace(work, {}, resume=True)
+        assert again.done == last  # nothing finished is lost
+        recorder = Recorder()
+        Loop(Skeleton(Checkpoint.open(folder), "cpu"), SEQUENCES, again, settings).run(recorder, lambda r: "")
+        expected = [s for (i, _), s in zip(whole.groups, whole.statistics, strict=True) if i >= last]
+        for ours, theirs in zip(recorder.statistics, expected, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))

@@ -131,14 +131,16 @@ class _Job:
         hidden = self.skeleton.config.get_text_config().hidden_size
         widest = max(get_weight(m).shape[1] for m in self.skeleton.linears(0).values())
         layer = sum(get_weight(m).numel() for m in self.skeleton.linears(0).values()) * 4
-        states = c.samples * c.seq_len * hidden * 4 if c.method == "gptq" else 0
+        tokens, along = (c.samples * c.seq_len, self._along() * c.seq_len) if c.method == "gptq" else (0, 0)
+        # three files of states; inputs of linears: of the two that end a child module, and of four groups for the reference
+        states = 12 * hidden * (tokens + along) + 4 * (hidden + widest) * tokens + 4 * (3 * hidden + widest) * along
         other = sum(self.checkpoint.nbytes(n) for n in set(self.checkpoint.names()) - self._linear_names())
         out_bytes = other + round(self._bits() / 8)
         return {
             "source": str(self.source), "out": str(self.out), "grid": self._grid_name(),
             "fallback_grids": self._fallbacks(), "method": c.method,
             "layers": len(self.skeleton.layers), "linear_weights": weights, "out_bytes": out_bytes,
-            "disk_bytes": 2 * out_bytes + 3 * states,  # parts and their copy; two sides and one scratch of the states
+            "disk_bytes": 2 * out_bytes + states,  # parts and their copy
             "memory_bytes": 600_000_000 + 2 * layer + 4 * widest * widest * 4 + BATCH_BYTES * 4,
             "device": c.device, "threads": self.threads, "matmul": matmul_precision(),
             "calibration": c.calibration if c.method == "gptq" else None, "tokens": c.samples * c.seq_len,
