@@ -23,7 +23,16 @@ from torch import nn
 
 from llmc.artifact import fsync, staged_file, write_json
 from llmc.compress.precision import fast_forward, fast_matmul, matmul_precision
-from llmc.compress.skeleton import Ending, LayerTrace, LinearGroup, Skeleton, StopForward, get_weight, replaced, trace_layer
+from llmc.compress.skeleton import (
+    Ending,
+    LayerTrace,
+    LinearGroup,
+    Skeleton,
+    StopForward,
+    get_weight,
+    replaced,
+    trace_layer,
+)
 from llmc.compress.states import Scratch, StateStore
 from llmc.console import progress
 from llmc.errors import UserError

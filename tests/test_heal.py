@@ -19,45 +19,67 @@ from torch import nn
 
 import llmc
 from llmc.artifact import hash_folder
+from llmc.block_grids import GRIDS, BlockGrid, BlockTensor
 from llmc.checkpoint import Checkpoint
 from llmc.compress.heal import loss, student
 from llmc.compress.heal.run import schedule
+from llmc.compress.quantize.rtn import rtn
 from llmc.errors import UserError
+from llmc.export import quantized as quantized_folder
 from llmc.export.gptq import checkpoint as gptq_format
+from llmc.export.quantized import Quantized, with_tensors
 from llmc.grids import Grid, QuantizedTensor
 from llmc.runtimes.torch_model import load_torch_model
 
+INTEGER_GRIDS = [Grid(4, 32), Grid(4, 64, False), Grid(8, 32), Grid(8, 32, False)]
 
-def quantized(grid: Grid, out: int = 6, n: int = 128) -> QuantizedTensor:
+
+def quantized(grid: Grid | BlockGrid, out: int = 6, n: int = 256) -> Quantized:
+    if isinstance(grid, BlockGrid):
+        return rtn(torch.randn(out, n), grid)
     groups = n // grid.group_size
     zeros = None if grid.symmetric else torch.randint(1, grid.max_code, (out, groups), dtype=torch.uint8)
     return QuantizedTensor(grid, torch.randint(0, grid.max_code + 1, (out, n), dtype=torch.uint8),
                            (torch.rand(out, groups) + 0.1).half(), zeros)
 
 
-@pytest.mark.parametrize("grid", [Grid(4, 32), Grid(4, 64, False), Grid(8, 32), Grid(8, 32, False)], ids=lambda g: g.name)
-def test_a_healed_linear_starts_as_what_it_replaces_and_has_autograds_gradients(grid: Grid) -> None:
+@pytest.mark.parametrize("grid", [*INTEGER_GRIDS, *GRIDS.values()], ids=lambda g: g.name)
+def test_a_healed_linear_starts_as_what_it_replaces_and_has_autograds_gradients(grid: Grid | BlockGrid) -> None:
     q = quantized(grid)
     linear = student.HealedLinear(q, None, torch.float32)
-    x = torch.randn(3, 5, 128, requires_grad=True)
+    x = torch.randn(3, 5, 256, requires_grad=True)
     torch.testing.assert_close(linear(x), x @ q.dequantize().t())
     aim = torch.randn(3, 5, 6)
     (linear(x) * aim).sum().backward()
-    ours = x.grad.clone(), linear.shift.grad.clone()
+    ours = [x.grad.clone(), *(p.grad.clone() for p in linear.trained().values())]
     x.grad = None
-    shift = torch.zeros_like(linear.shift, requires_grad=True)
-    weight = (linear.levels.view(*shift.shape, -1) * (linear.start * shift.exp())[..., None]).view(6, 128)
+    # the same from the definition of the grid, differentiated by autograd
+    logs = {kind: torch.zeros_like(p, requires_grad=True) for kind, p in linear.trained().items()}
+    if isinstance(q, BlockTensor):
+        scale = q.group_scales().view(*q.d.shape, -1) * logs["shift"].exp()[..., None]
+        low = q.group_lows().view(*q.d.shape, -1) * logs["shift"].exp()[..., None]
+        if "lift" in logs:
+            low = low * (logs["lift"] * 2 / max(grid.levels)).exp()[..., None]
+        levels = torch.tensor(grid.levels)[q.codes.int()].view(*scale.shape, -1)
+        weight = (levels * scale[..., None] + low[..., None]).view(q.shape)
+    else:
+        weight = (q.dequantize().view(*q.scales.shape, -1) * logs["shift"].exp()[..., None]).view(q.shape)
     ((x @ weight.t()) * aim).sum().backward()
-    torch.testing.assert_close(ours[0], x.grad)
-    torch.testing.assert_close(ours[1], shift.grad, rtol=1e-4, atol=1e-4)
+    for found, expected in zip(ours, [x.grad, *(p.grad for p in logs.values())], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
 
 
-def test_trained_scales_are_values_of_fp16() -> None:
-    linear = student.HealedLinear(quantized(Grid(4, 32)), None, torch.float32)
-    linear.shift.data.normal_(0, 0.1)
-    scale = linear.scale().detach()
-    assert torch.equal(scale, scale.half().float())
-    torch.testing.assert_close(scale, linear.start * linear.shift.detach().exp(), rtol=1e-3, atol=0)
+@pytest.mark.parametrize("grid", [Grid(4, 32), GRIDS["q4_1"], GRIDS["q4_k"]], ids=lambda g: g.name)
+def test_trained_factors_are_values_of_fp16_and_make_the_weight_that_ships(grid: Grid | BlockGrid) -> None:
+    q = quantized(grid)
+    linear = student.HealedLinear(q, None, torch.float32)
+    for p in linear.trained().values():
+        p.data.normal_(0, 0.1)
+    factors = {name: f.detach() for name, f in linear.factors().items()}
+    assert all(torch.equal(f, f.half().float()) for f in factors.values())
+    shipped = with_tensors(q, {name: f.half() for name, f in factors.items()})
+    torch.testing.assert_close(linear(torch.eye(256)).t(), shipped.dequantize(), rtol=1e-6, atol=1e-6)
+    assert not torch.equal(shipped.dequantize(), q.dequantize())
 
 
 def test_divergence_in_chunks_is_that_of_whole_logits_and_so_is_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,6 +161,26 @@ def test_healing_helps_on_other_text_and_changes_no_code(pair: tuple[Path, Path,
     llmc.export(tmp_path / "healed", format="gguf", out=tmp_path / "healed.gguf")
 
 
+@pytest.mark.parametrize("grid", ["q4_1", "q2_k"])
+def test_a_folder_of_blocks_heals_too(grid: str, tmp_path: Path) -> None:
+    base = build("llama", tmp_path / "base", hidden_size=256, intermediate_size=256)
+    llmc.quantize(base, method="rtn", grid=grid, out=tmp_path / "small", threads=2)
+    text = tmp_path / "text.txt"
+    text.write_text(corpus()[:60_000], encoding="utf-8")
+    options = {**OPTIONS, "lr": 0.003, "steps": 64}
+    result = llmc.heal(tmp_path / "small", base, calibration=text, out=tmp_path / "healed", **options)
+    assert result["kld"]["after"] < 0.95 * result["kld"]["before"]
+    assert divergence(tmp_path / "healed", base) < 0.95 * divergence(tmp_path / "small", base)
+    before, after = (Checkpoint.open(tmp_path / f) for f in ("small", "healed"))
+    for name in quantized_folder.linears(before):
+        ours, theirs = quantized_folder.read(after, name), quantized_folder.read(before, name)
+        same = {field: torch.equal(t, quantized_folder.tensors_of(theirs)[field])
+                for field, t in quantized_folder.tensors_of(ours).items()}
+        assert same == {field: field not in ("d", "m") for field in same}
+    assert llmc.verify(tmp_path / "healed")["problems"] == []
+    llmc.export(tmp_path / "healed", format="gguf", out=tmp_path / "healed.gguf")
+
+
 def test_norms_stay_where_they_are_asked_to(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
     base, small, text = pair
     llmc.heal(small, base, calibration=text, out=tmp_path / "healed", norms=False, checkpointing=True, **OPTIONS)
@@ -163,6 +205,27 @@ def test_resume_after_a_kill_is_bit_identical(pair: tuple[Path, Path, Path], tmp
     llmc.heal(small, base, calibration=text, out=tmp_path / "killed", resume=True, **OPTIONS)
     ours, theirs = hash_folder(tmp_path / "killed"), hash_folder(tmp_path / "whole")
     assert ours == theirs
+
+
+def test_a_run_that_had_stopped_early_does_not_train_on(
+    pair: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Killed between its early stop and its folder: the resumed run publishes what had been found."""
+    base, small, text = pair
+    options = {**OPTIONS, "lr": 0.3, "check_every": 4, "patience": 1}  # so high a rate only makes it worse
+    whole = llmc.heal(small, base, calibration=text, out=tmp_path / "whole", **options)
+    assert whole["steps"] < OPTIONS["steps"]
+
+    def killed(*_args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr("llmc.compress.heal.run.write_checkpoint", killed)
+        with pytest.raises(KeyboardInterrupt):
+            llmc.heal(small, base, calibration=text, out=tmp_path / "killed", **options)
+    again = llmc.heal(small, base, calibration=text, out=tmp_path / "killed", resume=True, **options)
+    assert again["curve"] == whole["curve"]
+    assert hash_folder(tmp_path / "killed") == hash_folder(tmp_path / "whole")
 
 
 def test_a_float_model_a_quantised_teacher_and_too_little_text_are_refused(

@@ -32,6 +32,7 @@ from llmc.artifact import (
     write_json,
 )
 from llmc.checkpoint import Checkpoint
+from llmc.compress.digest import code_digest
 from llmc.compress.heal.config import HealConfig
 from llmc.compress.heal.loss import distil
 from llmc.compress.heal.student import head_of, hidden_states, load_student, load_teacher, norm_weights
@@ -40,6 +41,7 @@ from llmc.compress.sampling import sample_from_model
 from llmc.compress.text import SELF, Calibration, from_model, load_calibration
 from llmc.console import progress, say, warn
 from llmc.errors import UserError
+from llmc.export import quantized
 from llmc.runtimes.targets.this_machine import physical_cores
 from llmc.runtimes.torch_model import load_tokenizer, torch_device
 from llmc.shards import pieces_of, write_checkpoint
@@ -53,13 +55,13 @@ TOKENS = 1024  # run through student and teacher at once
 
 
 def heal(model: str | Path, config: HealConfig) -> dict[str, Any]:
-    """Heal the GPTQ folder `model`. Returns {'out', 'steps', 'best_step', 'kld': {'before', 'after'}, 'seconds', …}."""
+    """Heal the quantised folder `model`. Returns {'out', 'steps', 'best_step', 'kld': {'before', 'after'}, 'seconds', …}."""
     start = time.monotonic()
     threads = config.threads or physical_cores()
     prepare_cpu(threads)
     job = _Job(resolve_model(model), resolve_model(config.teacher), config, threads)
     result = job.run()
-    note_last(job.out, "gptq")
+    note_last(job.out, job.kind)
     return {**result, "seconds": round(time.monotonic() - start, 1)}
 
 
@@ -83,6 +85,7 @@ class _Job:
             raise UserError(f"the teacher {teacher} is quantised itself", "name the float model it was made from")
         check_output(self.out)
         check_disk(self.out, 3 * sum(p.stat().st_size for p in Checkpoint.open(folder).files), "healing")
+        self.kind = "gptq" if (Checkpoint.open(folder).quantization or {}).get("quant_method") == "gptq" else "blocks"
         self.device = torch_device(config.device)
         self.dtype = torch.bfloat16 if matmul_precision() == "bf16" or self.device.type != "cpu" else torch.float32
 
@@ -96,7 +99,7 @@ class _Job:
             name = "activation_checkpointing_enable"  # its name from transformers 5 on
             enable = getattr(self.student, name, self.student.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
-        self.scales = {name: m.shift for name, m in self.linears.items()}
+        self.factors = {f"{name}.{kind}": p for name, m in self.linears.items() for kind, p in m.trained().items()}
         self.norms = norm_weights(self.student) if self.config.norms else {}
         for p in self.norms.values():
             p.requires_grad_(True)
@@ -110,7 +113,7 @@ class _Job:
         found = self.work / "fingerprint.json"
         fingerprint = json.loads(json.dumps({
             **self.config.numbers(), "threads": self.threads, "device": str(self.device), "model": self.source["files"],
-            "teacher_files": self.teacher_source["files"], "torch": torch.__version__}))
+            "teacher_files": self.teacher_source["files"], "torch": torch.__version__, "code": code_digest()}))
         if self.config.resume and found.is_file():
             old = json.loads(found.read_text(encoding="utf-8"))
             if differing := sorted(k for k in fingerprint if fingerprint[k] != old.get(k)):
@@ -163,7 +166,7 @@ class _Job:
     def _train(self, texts: Texts) -> list[dict[str, Any]]:
         """Returns the curve: {'step', 'kld' of the held-out text, 'training' (mean loss since the last)}."""
         c = self.config
-        groups = [{"params": list(self.scales.values()), "lr": c.lr, "share": 1.0}]
+        groups = [{"params": list(self.factors.values()), "lr": c.lr, "share": 1.0}]
         if self.norms:
             groups.append({"params": list(self.norms.values()), "lr": c.lr, "share": NORM_LR})
         optimizer = torch.optim.Adam(groups, betas=BETAS, eps=1e-10)
@@ -172,10 +175,12 @@ class _Job:
         if not curve:
             curve = [{"step": 0, "kld": self._judge(texts.held, known), "training": None}]
             self._keep_best()
-        best = min(curve, key=lambda row: row["kld"])["step"]
         recent: list[float] = []
         with progress("healing, step", c.steps, done) as p:
             for step in range(done, c.steps):
+                if self._no_better(curve):
+                    say(f"no better for {c.patience} checks: stopped at step {step}")
+                    break
                 for group in optimizer.param_groups:
                     group["lr"] = c.lr * group["share"] * schedule(step, c.steps)
                 optimizer.zero_grad(set_to_none=True)
@@ -187,16 +192,18 @@ class _Job:
                     curve.append({"step": step + 1, "kld": kld, "training": sum(recent) / len(recent)})
                     recent = []
                     if kld < min(row["kld"] for row in curve[:-1]):
-                        best = step + 1
                         self._keep_best()
                     self._save(optimizer, curve)
                     note = f"held-out KLD {kld:.4f} (start {curve[0]['kld']:.4f})"
                 p.step(note)
-                # while the rate is high the loss may rise and come back: patience counts in the second half
-                if 2 * step >= c.steps and step + 1 - max(best, c.steps // 2) >= c.patience * c.check_every:
-                    say(f"no better for {c.patience} checks: stopped at step {step + 1}")
-                    break
         return curve
+
+    def _no_better(self, curve: list[dict[str, Any]]) -> bool:
+        """Whether the last checks, so many as `patience` says, brought nothing. (While the rate is high the loss may rise and
+        come back: patience counts in the second half.)"""
+        best = min(curve, key=lambda row: row["kld"])["step"]
+        since = curve[-1]["step"] - max(best, self.config.steps // 2)
+        return bool(since >= self.config.patience * self.config.check_every)
 
     def _know(self, ids: torch.Tensor) -> list[torch.Tensor]:
         """The teacher's hidden states of the held-out sequences, computed once."""
@@ -237,7 +244,7 @@ class _Job:
     # ---------------------------------------------------------------------------------------------------- what is kept
 
     def _parameters(self) -> dict[str, torch.Tensor]:
-        return {**{f"scale.{k}": p for k, p in self.scales.items()}, **{f"norm.{k}": p for k, p in self.norms.items()}}
+        return {**self.factors, **{f"norm.{k}": p for k, p in self.norms.items()}}
 
     def _keep_best(self) -> None:
         with staged_file(self.work / "best.safetensors") as tmp:
@@ -274,8 +281,11 @@ class _Job:
         for name, p in self._parameters().items():
             p.data.copy_(best[name])
         checkpoint = Checkpoint.open(self.folder)
-        changed = {f"{name}.scales": m.scale().detach().to("cpu", torch.float16).t().contiguous()
-                   for name, m in self.linears.items()}
+        changed = {}
+        for name, m in self.linears.items():
+            factors = {field: f.detach().to("cpu", torch.float16) for field, f in m.factors().items()}
+            healed = quantized.encode(quantized.with_tensors(quantized.read(checkpoint, name), factors))
+            changed |= {f"{name}.{part}": tensor for part, tensor in healed.items()}
         prefix = self.student.base_model_prefix + "."
         for name, p in self.norms.items():
             stored = next(n for n in (name, name.removeprefix(prefix), prefix + name) if n in checkpoint)
@@ -299,7 +309,7 @@ class _Job:
                  "best_step": top["step"], "scales_moved": sum(moved) / len(moved), "trained": self._counts()}
         before = read_manifest(self.folder) or {}
         source = before.get("source") or self.source
-        manifest = new_manifest("gptq", source, [*before.get("passes", []), entry])
+        manifest = new_manifest(self.kind, source, [*before.get("passes", []), entry])
         manifest["outputs"] = hash_folder(folder)
         write_json(folder / MANIFEST, manifest)
         publish_folder(folder, self.out)
@@ -310,7 +320,7 @@ class _Job:
                 "weights_sha256": {k: v for k, v in manifest["outputs"].items() if "safetensors" in k}}
 
     def _counts(self) -> dict[str, int]:
-        return {"scales": sum(p.numel() for p in self.scales.values()), "norms": sum(p.numel() for p in self.norms.values())}
+        return {"scales": sum(p.numel() for p in self.factors.values()), "norms": sum(p.numel() for p in self.norms.values())}
 
 
 def schedule(step: int, steps: int) -> float:

@@ -1,8 +1,11 @@
-"""A quantised model whose scales can be trained: linears that hold codes, and multiply them out on each use.
+"""A quantised model whose factors can be trained: linears that hold codes, and multiply them out on each use.
 
-A weight is  scale[group] * level  with `level` the code less its zero point. The level stays; the scale is
-s0 * exp(p), rounded to the fp16 that files hold with the gradient passed straight through (Bengio et al., 2013,
-arXiv:1308.3432), and p is what is trained: a relative step means the same for every group.
+A weight is  d * integer * level + m * integer:  `level` is what its code stands for, `d` and `m` are the fp16 factors of its
+block, and the integers are those of its group in blocks of 256 (1 elsewhere, and types without a minimum have no second
+term). Codes, and so levels and integers, stay. Each factor is f0 * exp(p), rounded to the fp16 that files hold with the
+gradient passed straight through (Bengio et al., 2013, arXiv:1308.3432), and p is what is trained: a relative step means the
+same for every block. Where there is a minimum, one p moves both factors together (the weights grow), and another the minimum
+alone, in steps of about a level: moved apart they would undo each other, and a block's mean would jump.
 """
 
 from __future__ import annotations
@@ -15,79 +18,122 @@ from typing import Any
 import torch
 from torch import nn
 
+from llmc.block_grids import BlockTensor
 from llmc.checkpoint import Checkpoint
 from llmc.compress.skeleton import get_weight, is_linear
 from llmc.errors import UserError
-from llmc.export.gptq import checkpoint as gptq_format
-from llmc.grids import QuantizedTensor
+from llmc.export import quantized
+from llmc.export.quantized import Quantized
 from llmc.runtimes.torch_model import load_torch_model
 
 
 class _Product(torch.autograd.Function):
-    """x W^T with W = levels * scale, made again for the backward pass and never kept."""
+    """x W^T with W = levels * scale + low, made again for the backward pass and never kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, levels: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x, levels, scale)
-        return x @ expand(levels, scale, x.dtype).t()
+    def forward(ctx: Any, x: torch.Tensor, levels: torch.Tensor, scale: torch.Tensor,
+                low: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(x, levels, scale, low)
+        return x @ expand(levels, scale, low, x.dtype).t()
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor]:
-        x, levels, scale = ctx.saved_tensors
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor, torch.Tensor | None]:
+        x, levels, scale, low = ctx.saved_tensors
         dy = grads[0].to(x.dtype)
-        dx = dy @ expand(levels, scale, x.dtype)
+        dx = dy @ expand(levels, scale, low, x.dtype)
         dw = dy.reshape(-1, dy.shape[-1]).t() @ x.reshape(-1, x.shape[-1])  # [out, in]
-        per_group = dw.mul_(levels.to(dw.dtype)).view(*scale.shape, -1).sum(-1, dtype=scale.dtype)
-        return dx, None, per_group
+        dlow = None if low is None else dw.view(*low.shape, -1).sum(-1, dtype=low.dtype)
+        dscale = dw.mul_(levels.to(dw.dtype)).view(*scale.shape, -1).sum(-1, dtype=scale.dtype)
+        return dx, None, dscale, dlow
 
 
-def expand(levels: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """levels [out, in], scale [out, groups] -> the weight [out, in]. (Cast first: products of unequal types are slow.)"""
-    return levels.to(dtype).view(*scale.shape, -1).mul_(scale.to(dtype).unsqueeze(-1)).view(levels.shape)
+def expand(levels: torch.Tensor, scale: torch.Tensor, low: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """levels [out, in], scale and low [out, groups] -> the weight [out, in]. (Cast first: unequal types multiply slowly.)"""
+    weight = levels.to(dtype).view(*scale.shape, -1).mul_(scale.to(dtype).unsqueeze(-1))
+    if low is not None:
+        weight += low.to(dtype).unsqueeze(-1)
+    return weight.view(levels.shape)
 
 
 class HealedLinear(nn.Module):
-    """Stands where a linear was. shift: float32 [out, groups], the logarithm of what the scales are multiplied with."""
+    """Stands where a linear was. shift, lift: float32 [out, blocks], the logarithms of what all factors, and m besides, are
+    multiplied with (lift in units of `reach`: about a level each); lift is None where the grid has no minimum."""
 
     levels: torch.Tensor
-    start: torch.Tensor
+    d: torch.Tensor
+    m: torch.Tensor | None
+    scales: torch.Tensor | None
+    mins: torch.Tensor | None
 
-    def __init__(self, q: QuantizedTensor, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
+    def __init__(self, q: Quantized, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
         super().__init__()
-        zero = q.grid.zero if q.zeros is None else q.zeros.repeat_interleave(q.grid.group_size, 1).to(torch.int16)
-        levels = q.codes.to(torch.int16) - zero
-        self.register_buffer("levels", levels.to(torch.int8) if q.grid.bits == 4 else levels)
-        self.register_buffer("start", q.scales.float())
-        self.shift = nn.Parameter(torch.zeros_like(self.start))
+        levels = levels_of(q)
+        self.register_buffer("levels", levels.to(torch.int8) if int(levels.abs().max()) < 128 else levels)
+        blocks = isinstance(q, BlockTensor)
+        self.names = ("d", "m") if blocks else ("scales", "zeros")  # what q calls the factors
+        self.register_buffer("d", (q.d if isinstance(q, BlockTensor) else q.scales).float())
+        self.register_buffer("m", q.m.float() if isinstance(q, BlockTensor) and q.m is not None else None)
+        self.register_buffer("scales", q.scales.float() if blocks and q.scales is not None else None)
+        self.register_buffer("mins", -q.mins.float() if isinstance(q, BlockTensor) and q.mins is not None else None)
+        self.shift = nn.Parameter(torch.zeros_like(self.d))
+        self.lift = None if self.m is None else nn.Parameter(torch.zeros_like(self.m))
+        self.reach = 2 / float(levels.abs().max())
         self.bias, self.dtype = bias, dtype
 
-    def scale(self) -> torch.Tensor:
-        """float32 [out, groups], exactly values of fp16."""
-        moved = self.start * self.shift.exp()
-        return moved + (moved.detach().clamp(-65504, 65504).half().float() - moved.detach())
+    def factors(self) -> dict[str, torch.Tensor]:
+        """The factors by the names that the quantised tensor has for them, float32 [out, blocks], exactly values of fp16."""
+        found = {self.names[0]: _stored(self.d * self.shift.exp())}
+        if self.m is not None and self.lift is not None:
+            found[self.names[1]] = _stored(self.m * (self.shift + self.reach * self.lift).exp())
+        return found
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {"shift": self.shift} if self.lift is None else {"shift": self.shift, "lift": self.lift}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = _Product.apply(x.to(self.dtype), self.levels, self.scale())
+        scale, *low = self.factors().values()
+        wide = _times(scale, self.scales)
+        y: torch.Tensor = _Product.apply(x.to(self.dtype), self.levels, wide, _times(low[0], self.mins) if low else None)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
+def levels_of(q: Quantized) -> torch.Tensor:
+    """int16 [out, in]: what the codes stand for, before any factor."""
+    if isinstance(q, BlockTensor):
+        return torch.tensor(q.grid.levels, dtype=torch.int16)[q.codes.int()]
+    zero = q.grid.zero if q.zeros is None else q.zeros.repeat_interleave(q.grid.group_size, 1).to(torch.int16)
+    return q.codes.to(torch.int16) - zero
+
+
+def _times(factor: torch.Tensor, integers: torch.Tensor | None) -> torch.Tensor:
+    """factor [out, blocks] times the integers of the groups [out, groups], where there are any."""
+    if integers is None:
+        return factor
+    return (integers.view(*factor.shape, -1) * factor.unsqueeze(-1)).view(integers.shape)
+
+
+def _stored(factor: torch.Tensor) -> torch.Tensor:
+    """Rounded to fp16; the gradient passes through."""
+    return factor + (factor.detach().clamp(-65504, 65504).half().float() - factor.detach())
+
+
 def load_student(folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, HealedLinear]]:
-    """The model of a GPTQ folder, everything frozen but the scales, and its linears by their names in the checkpoint.
+    """The model of a quantised folder, everything frozen but the factors, and its linears by their names in the checkpoint.
 
     dtype: of the products; norms and the residual stream stay float32.
     """
     checkpoint = Checkpoint.open(folder)
-    if checkpoint.quantization is None:
+    names = quantized.linears(checkpoint)
+    if not names:
         raise UserError(f"{folder} is a float model: there is nothing to heal", "run `llmc quantize` on it first")
-    grid = gptq_format.grid_of(checkpoint)
     model = load_torch_model(folder).requires_grad_(False)
     prefix = model.base_model_prefix + "."
     modules = dict(model.named_modules())
     healed = {}
-    for name in gptq_format.quantized_linears(checkpoint):
+    for name in names:
         path = next(p for p in (name, name.removeprefix(prefix), prefix + name) if p in modules)
         linear = modules[path]
-        q = gptq_format.read(checkpoint, name, grid)
+        q = quantized.read(checkpoint, name)
         assert get_weight(linear).shape == q.shape
         healed[name] = HealedLinear(q, getattr(linear, "bias", None), dtype)
         model.set_submodule(path, healed[name])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
@@ -13,7 +12,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from llmc import block_grids, compress, grids
 from llmc.artifact import (
     MANIFEST,
     check_disk,
@@ -29,6 +27,7 @@ from llmc.artifact import (
 from llmc.block_grids import GRIDS
 from llmc.checkpoint import CARD_FILES, TOKENIZER_FILES, Checkpoint
 from llmc.compress.calibration import Loop, LoopSettings, Workspace
+from llmc.compress.digest import code_digest
 from llmc.compress.precision import matmul_precision, prepare_cpu
 from llmc.compress.quantize.config import INTEGER, AnyGrid, QuantizeConfig
 from llmc.compress.quantize.layer_pass import QuantizePass, digest
@@ -38,7 +37,6 @@ from llmc.compress.text import SELF, Calibration, from_model, load_calibration
 from llmc.console import progress, say, warn
 from llmc.errors import UserError
 from llmc.export.blocks import checkpoint as blocks_format
-from llmc.export.gguf import packing
 from llmc.export.gptq import checkpoint as gptq_format
 from llmc.export.quantized import read
 from llmc.grids import Grid
@@ -172,7 +170,7 @@ class _Job:
         calibration = self._calibration(source) if self.config.method == "gptq" else None
         fingerprint = {**self.config.numbers(), "threads": self.threads, "source": source["files"],
                        "calibration_text": calibration.origin["sha256"] if calibration else None,
-                       "matmul": matmul_precision(), "torch": torch.__version__, "code": _code_digest()}
+                       "matmul": matmul_precision(), "torch": torch.__version__, "code": code_digest()}
         work = Workspace(self.work, fingerprint, self.config.resume)
         if work.done:
             say(f"resuming after layer {work.done} of {len(self.skeleton.layers)}")
@@ -338,13 +336,3 @@ def _sampled_before(kept: Path, key: dict[str, Any]) -> torch.Tensor | None:
         same = f.metadata() == {"key": json.dumps(key, sort_keys=True)}
         ids: torch.Tensor = f.get_tensor("ids")
     return ids if same else None
-
-
-def _code_digest() -> str:
-    """Changes when the code that decides the result does, so that `--resume` never mixes two versions."""
-    h = hashlib.sha256()
-    for module in (compress, grids, block_grids, packing, gptq_format, blocks_format):
-        path = Path(str(module.__file__))
-        for file in sorted(path.parent.rglob("*.py")) if path.name == "__init__.py" else [path]:
-            h.update(file.read_bytes())
-    return h.hexdigest()

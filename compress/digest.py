@@ -1,0 +1,21 @@
+"""What `--resume` compares, beside settings and inputs: the code itself."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from llmc import block_grids, compress, grids
+from llmc.export.blocks import checkpoint as blocks_format
+from llmc.export.gguf import packing
+from llmc.export.gptq import checkpoint as gptq_format
+
+
+def code_digest() -> str:
+    """sha256 that changes when the code that decides a result does, so that `--resume` never mixes two versions."""
+    h = hashlib.sha256()
+    for module in (compress, grids, block_grids, packing, gptq_format, blocks_format):
+        path = Path(str(module.__file__))
+        for file in sorted(path.parent.rglob("*.py")) if path.name == "__init__.py" else [path]:
+            h.update(file.read_bytes())
+    return h.hexdigest()
