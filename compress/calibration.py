@@ -3,7 +3,8 @@
     for each decoder layer:  read its weights → find the linears that share an input → gather what the pass needs about each
     input → let the pass change the weights → run the layer as it will ship → keep its output for the next layer
 
-The loop knows no algorithm: a pass is an object with the methods of `LayerPass`. Only one layer's weights are in memory.
+The loop knows no algorithm: a pass is an object with the methods of `LayerPass`, or of `LayerWatch` if it only looks: then
+every layer runs once and stays as it is. Only one layer's weights are in memory.
 Every finished layer and the states that leave it are on the disk before the next one starts.
 """
 
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors.torch import save_file
@@ -71,6 +72,18 @@ class LayerPass(Protocol):
 
     def finish(self, index: int, layer: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """(tensors to keep, by their names in the output checkpoint; what to record about the layer)."""
+
+
+@runtime_checkable
+class LayerWatch(Protocol):
+    """What the loop asks of a pass that changes nothing. `begin` and `finish` as of `LayerPass`."""
+
+    def begin(self, index: int, layer: nn.Module, groups: list[LinearGroup]) -> None: ...
+
+    def see(self, group: LinearGroup, inputs: torch.Tensor) -> None:
+        """One batch [n, seq_len, in] of what the group's linears are given, as it is."""
+
+    def finish(self, index: int, layer: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, Any]]: ...
 
 
 @dataclass(frozen=True)
@@ -156,7 +169,7 @@ class Loop:
         """From here on a resumed run starts after layer `done`."""
         self.work.commit(done, side, [store.settle(side) for store in self.stores])
 
-    def run(self, pass_: LayerPass, done: Callable[[dict[str, Any]], str]) -> None:
+    def run(self, pass_: LayerPass | LayerWatch, done: Callable[[dict[str, Any]], str]) -> None:
         """Every layer that is not finished yet. `done` turns a layer's record into a short note for the progress line.
 
         A layer's states go to the disk while the next layer runs; no layer begins before those of the last but one are there.
@@ -176,7 +189,7 @@ class Loop:
             if settled is not None:
                 settled.result()
 
-    def _one(self, pass_: LayerPass, index: int, layer: nn.Module) -> dict[str, Any]:
+    def _one(self, pass_: LayerPass | LayerWatch, index: int, layer: nn.Module) -> dict[str, Any]:
         """Returns the layer's record; the states that leave it are written."""
         arguments, device = self.arguments[index], self.skeleton.device
         trace = trace_layer(layer, self.store.read(0, 1).to(device), arguments)
@@ -185,20 +198,26 @@ class Loop:
             raise UserError(f"{self.skeleton.layer_name(index)}.{idle[0]} did not run on the calibration text",
                             "mixtures of experts are not supported yet")
         pass_.begin(index, layer, trace.groups)
-        sequential = self.settings.true_sequential
-        run = LayerRun(layer, arguments, trace, self.store, self.work.folder, sequential)
+        run = LayerRun(layer, arguments, trace, self.store, self.work.folder, self.settings.true_sequential)
         try:
-            if self.reference is not None:
-                self.reference.replace(run.refer(self.reference))
-            for stage in [[g] for g in trace.groups] if sequential else [trace.groups]:
-                for group, statistics in zip(stage, run.gather(stage), strict=True):
-                    pass_.change(layer, group, statistics)
-            self.store.replace(run.outputs())
+            if isinstance(pass_, LayerWatch):
+                self.store.replace(run.watch(self.store, pass_.see))
+            else:
+                self._change(pass_, layer, run)
         finally:
             run.close()
         tensors, record = pass_.finish(index, layer)
         self.work.save_layer(index, tensors, record)
         return record
+
+    def _change(self, pass_: LayerPass, layer: nn.Module, run: LayerRun) -> None:
+        """Let the pass work on every group, then run the layer as it ships."""
+        if self.reference is not None:
+            self.reference.replace(run.refer(self.reference))
+        for stage in [[g] for g in run.groups] if self.settings.true_sequential else [run.groups]:
+            for group, statistics in zip(stage, run.gather(stage), strict=True):
+                pass_.change(layer, group, statistics)
+        self.store.replace(run.outputs())
 
 
 class LayerRun:
@@ -222,8 +241,12 @@ class LayerRun:
 
     def refer(self, store: StateStore) -> Iterator[torch.Tensor]:
         """Run the unchanged layer over the reference's states: keeps the input of every group, yields the outputs."""
+        return self.watch(store, lambda group, x: self.unchanged[group.names[0]].put(self.batch, x))
+
+    def watch(self, store: StateStore, see: Callable[[LinearGroup, torch.Tensor], None]) -> Iterator[torch.Tensor]:
+        """Run the layer as it is over a stream: `see` is shown the input of every group, the outputs are yielded."""
         handles = [self.layer.get_submodule(g.names[0]).register_forward_pre_hook(
-            lambda _m, args, name=g.names[0]: self.unchanged[name].put(self.batch, args[0])) for g in self.groups]
+            lambda _m, args, group=g: see(group, args[0])) for g in self.groups]
         try:
             yield from self._forward(store)
         finally:

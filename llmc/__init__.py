@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
     export: Export
 
-__all__ = ["__version__", "bench", "compare", "evaluate", "export", "generate", "heal", "inspect", "quantize", "verify"]
+__all__ = ["__version__", "bench", "compare", "evaluate", "export", "generate", "heal", "imatrix", "inspect", "quantize",
+           "verify"]
 
 Config = TypeVar("Config")
 
@@ -42,6 +43,14 @@ def heal(model: str | Path, teacher: str | Path, **options: Any) -> dict[str, An
     texts = options.pop("calibration", HealConfig.calibration)
     texts = (str(texts),) if isinstance(texts, str | Path) else tuple(str(t) for t in texts)
     return run(model, _config(HealConfig, {"teacher": str(teacher), "calibration": texts, **options}))
+
+
+def imatrix(model: str | Path, **options: Any) -> dict[str, Any]:
+    """Write llama.cpp's importance matrix of a model; options are the fields of ImatrixConfig."""
+    from llmc.compress.imatrix.config import ImatrixConfig
+    from llmc.compress.imatrix.run import imatrix as run
+
+    return run(model, _config(ImatrixConfig, options))
 
 
 def evaluate(artifact: str | Path, out: str | Path | None = None, **options: Any) -> dict[str, Any]:
@@ -90,7 +99,7 @@ def generate(artifact: str | Path, prompt: str, **options: Any) -> dict[str, Any
 
 
 def inspect(artifact: str | Path, tensors: bool = False) -> dict[str, Any]:
-    """What is inside a model folder or .gguf file."""
+    """What is inside a model folder, .gguf file or importance matrix."""
     from llmc.inspection import inspect as run
 
     return run(artifact, tensors=tensors)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def inspect(artifact: str | Path, tensors: bool = False) -> dict[str, Any]:
-    """Contents of a model folder (float or quantised) or a .gguf file.
+    """Contents of a model folder (float or quantised), a .gguf file, or an importance matrix (see `_imatrix`).
 
     Returns {'artifact', 'format', 'architecture', 'model', 'grid', 'weights' (llmc.evals.weigh), 'tokenizer',
     'licence', 'provenance' (the manifest without its file hashes, None where llmc did not make it)} and with `tensors`
@@ -32,6 +32,8 @@ def inspect(artifact: str | Path, tensors: bool = False) -> dict[str, Any]:
     if path.is_dir():
         found = _folder(path)
     elif path.is_file() and path.suffix == ".gguf":
+        if (matrix := _imatrix(path, tensors)) is not None:
+            return matrix
         found = _gguf(path)
     else:
         raise UserError(f"{artifact} is neither a model folder nor a .gguf file", "give one of these")
@@ -124,6 +126,33 @@ def _gguf(file: Path) -> dict[str, Any]:
     }
 
 
+def _imatrix(file: Path, tensors: bool) -> dict[str, Any] | None:
+    """{'artifact', 'format', 'datasets', 'chunks', 'chunk_size', 'tokens' (most of any matrix), 'matrices', 'layers',
+    'unseen' (matrices that no token reached), 'provenance'} of an importance matrix, and with `tensors` an object for each
+    matrix; None for any other .gguf file."""
+    from llmc.export.gguf.imatrix import is_imatrix, read_imatrix
+    from llmc.sources import field, open_gguf
+
+    reader = open_gguf(file)
+    if not is_imatrix(reader):
+        return None
+    matrix = read_imatrix(file)
+    listed = [{
+        "name": name, "columns": e.sums.shape[1], "experts": e.sums.shape[0], "tokens": int(e.counts.max()),
+        "zero_columns": int((e.sums.sum(0) == 0).sum()), "peak_to_mean": float(e.sums.max() / (e.sums.mean() or 1)),
+    } for name, e in matrix.entries.items()]
+    manifest = read_manifest(file)
+    report = {
+        "artifact": str(file), "format": f"importance matrix, GGUF version {field(reader, 'GGUF.version')}",
+        "datasets": matrix.datasets, "chunks": matrix.chunk_count, "chunk_size": matrix.chunk_size,
+        "tokens": max(m["tokens"] for m in listed), "matrices": len(listed),
+        "layers": len({m["name"].split(".")[1] for m in listed if m["name"].startswith("blk.")}),
+        "unseen": [name for name, e in matrix.entries.items() if e.unseen],
+        "provenance": manifest and {k: v for k, v in manifest.items() if k != "outputs"},
+    }
+    return {**report, "tensors": listed} if tensors else report
+
+
 def _short_keys(reader: GGUFReader) -> Iterator[str]:
     """The keys whose values are worth a line: no vocabularies, no chat template."""
     for key in reader.fields:
@@ -147,6 +176,8 @@ def _hash(text: str | None) -> str | None:
 
 def describe(report: dict[str, Any]) -> str:
     """The report as a page of plain text."""
+    if "matrices" in report:
+        return "\n".join(_describe_imatrix(report))
     w, m, t = report["weights"], report["model"], report["tokenizer"]
     shape = ", ".join(f"{v} {k.replace('_', ' ')}" for k, v in m.items() if v is not None)
     lines = [
@@ -172,6 +203,20 @@ def describe(report: dict[str, Any]) -> str:
     for tensor in report.get("tensors", []):
         lines.append(f"{tensor['type']:>10} {tensor['parameters']:>12,} {size(tensor['nbytes']):>9}  {tensor['name']}")
     return "\n".join(lines)
+
+
+def _describe_imatrix(report: dict[str, Any]) -> Iterator[str]:
+    yield f"{report['artifact']}: {report['format']}"
+    yield f"matrices      {report['matrices']} in {report['layers']} layers"
+    yield f"text          {', '.join(report['datasets']) or 'not named'}"
+    yield f"tokens        {report['tokens']:,}, in {report['chunks']} chunks of {report['chunk_size']}"
+    if unseen := report["unseen"]:
+        yield f"unseen        {len(unseen)} matrices that no token reached, first {unseen[0]}"
+    yield from _describe_provenance(report["provenance"])
+    for m in report.get("tensors", []):
+        experts = f"{m['experts']} experts, " if m["experts"] > 1 else ""
+        yield (f"{m['columns']:>8} columns, {experts}{m['zero_columns']} zero, largest {m['peak_to_mean']:,.1f} x the mean  "
+               f"{m['name']}")
 
 
 def _describe_provenance(manifest: dict[str, Any] | None) -> Iterator[str]:

@@ -15,6 +15,7 @@ import typer
 
 import llmc
 from llmc.cli import app
+from llmc.compress.imatrix.config import ImatrixConfig
 from llmc.compress.quantize.config import QuantizeConfig
 from llmc.errors import UserError
 from llmc.evals.config import BenchConfig, CompareConfig, EvalConfig
@@ -25,6 +26,7 @@ COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[
 # command: its config, and what the function takes by itself: the positional arguments, and options of the same name
 CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "quantize": (QuantizeConfig, {}),
+    "imatrix": (ImatrixConfig, {}),
     "export": (GgufExportConfig, {"format": "gguf"}),
     "eval": (EvalConfig, {"out": None}),
     "bench": (BenchConfig, {"out": ()}),

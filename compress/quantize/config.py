@@ -26,6 +26,7 @@ class QuantizeConfig:
     grid: str | None = None
     fallback: str | None = None
     method: str = "gptq"
+    imatrix: Path | None = None
     group_size: int = 32
     sym: bool = True
     calibration: str = "self"
@@ -46,6 +47,8 @@ class QuantizeConfig:
             problems.append(f"--bits {self.bits}: must be 4 or 8")
         if self.method not in METHODS:
             problems.append(f"--method {self.method}: must be gptq or rtn")
+        if self.imatrix and self.method == "gptq":
+            problems.append("--imatrix goes with --method rtn: GPTQ gathers its own statistics, which say more")
         if self.group_size not in GROUP_SIZES:
             problems.append(f"--group-size {self.group_size}: must be 32, 64 or 128")
         problems += [f"--{option} {name}: must be one of {', '.join(GRIDS)}"
@@ -78,7 +81,7 @@ class QuantizeConfig:
 
     def numbers(self) -> dict[str, Any]:
         """The settings that decide the result, for manifests and for the fingerprint of `--resume`."""
-        deciding = asdict(self)
+        deciding = {**asdict(self), "imatrix": self.imatrix and self.imatrix.name}
         for name in ("out", "resume", "dry_run"):
             del deciding[name]
         if self.method == "rtn":

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from llmc.compress.calibration import InputStatistics
+from llmc.compress.imatrix.importance import Importance
 from llmc.compress.quantize.config import AnyGrid
 from llmc.compress.quantize.gptq import compensate, gptq, objective
 from llmc.compress.quantize.rtn import rtn
@@ -21,14 +22,15 @@ from llmc.export.quantized import Quantized, encode, rows_of, tensors_of, with_t
 class QuantizePass:
     """A `LayerPass`: GPTQ on every group of linears, each layer's tensors in the form of the checkpoint.
 
-    grid_of: the grid for rows of a width.
+    grid_of: the grid for rows of a width.  importance: what columns count where linears are rounded to nearest.
 
     A layer's record: {'layer', 'error' (share of the output energy lost, all linears), 'events' [in words],
     'linears': {name: {'grid', 'error', 'method' ('gptq' | 'rtn'), 'damp', 'dead_columns', 'tokens_per_column', 'sha256'}}}.
     """
 
-    def __init__(self, skeleton: Skeleton, grid_of: Callable[[int], AnyGrid], damp: float) -> None:
-        self.skeleton, self.grid_of, self.damp = skeleton, grid_of, damp
+    def __init__(self, skeleton: Skeleton, grid_of: Callable[[int], AnyGrid], damp: float,
+                 importance: Importance | None = None) -> None:
+        self.skeleton, self.grid_of, self.damp, self.importance = skeleton, grid_of, damp, importance
 
     def begin(self, index: int, layer: nn.Module, groups: list[LinearGroup]) -> None:
         self.prefix = self.skeleton.layer_name(index)
@@ -68,11 +70,26 @@ class QuantizePass:
                        tokens_per_column=round(statistics.tokens / group.in_features, 2))
 
     def round(self, name: str, linear: nn.Module) -> None:
-        """Round one linear to nearest; its error is the plain squared one, relative to the weights."""
+        """Round one linear to nearest; its error is the squared one, by importance where that is known, relative to the
+        weights."""
         weight = get_weight(linear)
-        q = rtn(weight, self.grid_of(weight.shape[1]))
-        lost, energy = float((q.dequantize() - weight).square().sum()), float(weight.square().sum())
-        self._keep(name, linear, q, lost, energy, method="rtn")
+        counts, record = self._importance(name)
+        q = rtn(weight, self.grid_of(weight.shape[1]), counts)
+        by = 1.0 if counts is None else counts.to(weight.device)
+        lost, energy = float(((q.dequantize() - weight).square() * by).sum()), float((weight.square() * by).sum())
+        self._keep(name, linear, q, lost, energy, method="rtn", **record)
+
+    def _importance(self, name: str) -> tuple[torch.Tensor | None, dict[str, Any]]:
+        """What the columns of a linear count, and what to record. A column whose input was always zero counts like the mean,
+        as in GPTQ: the text says nothing about it."""
+        if self.importance is None:
+            return None, {}
+        counts = self.importance.of(f"{self.prefix}.{name}")
+        if counts is None:
+            self._note(f"{name}: the importance matrix saw no input but zero: every column counts alike")
+            return None, {}
+        dead = counts == 0
+        return torch.where(dead, counts.mean(), counts), {"dead_columns": int(dead.sum())}
 
     def finish(self, index: int, layer: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         tensors = {}

@@ -1,5 +1,5 @@
 """Round to nearest: each group's scale by least squared error, no data. The yardstick that GPTQ must beat, and the named
-fallback where a Hessian cannot be factored."""
+fallback where a Hessian cannot be factored. With an importance matrix each column's error counts by its mean square."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ from llmc.compress.quantize.gptq import search_factors
 from llmc.grids import QuantizedTensor
 
 
-def rtn(weight: torch.Tensor, grid: AnyGrid) -> QuantizedTensor | BlockTensor:
-    """Quantise `weight` float32 [out, in]; the factors of a group minimise the squared error over its columns."""
+def rtn(weight: torch.Tensor, grid: AnyGrid, importance: torch.Tensor | None = None) -> QuantizedTensor | BlockTensor:
+    """Quantise `weight` float32 [out, in]; the factors of a group minimise the squared error over its columns.
+
+    importance: float32 [in], positive; what an error in each column counts (a diagonal Hessian). None: all alike.
+    """
     w = weight.t().contiguous()
-    factors = search_factors(w, torch.eye(w.shape[0], device=w.device), None, grid)
+    diagonal = torch.ones(w.shape[0]) if importance is None else importance
+    factors = search_factors(w, torch.diag(diagonal.to(w.device)), None, grid)
     return factors.tensor(factors.nearest(w))

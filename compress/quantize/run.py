@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from llmc.artifact import (
     MANIFEST,
@@ -21,19 +19,26 @@ from llmc.artifact import (
     note_last,
     publish_folder,
     read_manifest,
-    staged_file,
     write_json,
 )
 from llmc.block_grids import GRIDS
 from llmc.checkpoint import CARD_FILES, TOKENIZER_FILES, Checkpoint
 from llmc.compress.calibration import Loop, LoopSettings, Workspace
-from llmc.compress.digest import code_digest
+from llmc.compress.imatrix.importance import Importance
 from llmc.compress.precision import matmul_precision, prepare_cpu
+from llmc.compress.preparation import (
+    BATCH_BYTES,
+    batch_size,
+    calibration_text,
+    check_weights,
+    fingerprint,
+    open_float,
+    sampled_file,
+)
 from llmc.compress.quantize.config import INTEGER, AnyGrid, QuantizeConfig
 from llmc.compress.quantize.layer_pass import QuantizePass, digest
-from llmc.compress.sampling import sample_from_model
 from llmc.compress.skeleton import Skeleton, get_weight
-from llmc.compress.text import SELF, Calibration, from_model, load_calibration
+from llmc.compress.text import Calibration
 from llmc.console import progress, say, warn
 from llmc.errors import UserError
 from llmc.export.blocks import checkpoint as blocks_format
@@ -41,12 +46,10 @@ from llmc.export.gptq import checkpoint as gptq_format
 from llmc.export.quantized import read
 from llmc.grids import Grid
 from llmc.runtimes.targets.this_machine import physical_cores
-from llmc.runtimes.torch_model import load_tokenizer, load_torch_model, torch_device
+from llmc.runtimes.torch_model import torch_device
 from llmc.shards import Piece, pieces_of, write_checkpoint
 from llmc.sources import describe_source, resolve_model
 
-BATCH_BYTES = 32 << 20  # activations of one batch of sequences (hidden and the widest linear), float32
-SAMPLING_BATCH = 32
 # The unchanged model runs along on a quarter of the sequences, at least 32, for time: it is a second forward pass.
 REFERENCE_SHARE, REFERENCE_LEAST = 4, 32
 
@@ -67,7 +70,7 @@ def quantize(model: str | Path, config: QuantizeConfig) -> dict[str, Any]:
         return plan
     check_output(job.out)
     check_disk(job.out, plan["disk_bytes"], "quantising")
-    job.check_weights()
+    check_weights(job.checkpoint)
     result = job.run()
     note_last(job.out, job.kind)
     return {**result, "seconds": round(time.monotonic() - start, 1)}
@@ -78,14 +81,12 @@ class _Job:
 
     def __init__(self, source: Path, config: QuantizeConfig, threads: int) -> None:
         self.source, self.config, self.threads = source, config, threads
-        self.checkpoint = Checkpoint.open(source)
-        if self.checkpoint.quantization is not None:
-            raise UserError(f"{source} is quantised already ({self.checkpoint.quantization.get('quant_method')})",
-                            "start from the float model")
+        self.checkpoint = open_float(source)
         self.skeleton = Skeleton(self.checkpoint, str(torch_device(config.device)))
         self.out = config.out or Path(f"{source.resolve().name}-{config.method}-{config.grid or f'{config.bits}bit'}")
         self.work = self.out.with_name(f".{self.out.name}.unfinished")
         self._check_rows()
+        self.importance = Importance(config.imatrix, self.skeleton) if config.imatrix else None
 
     @property
     def kind(self) -> str:
@@ -118,11 +119,6 @@ class _Job:
     def _linear_count(self) -> int:
         return sum(len(self.skeleton.linears(i)) for i in range(len(self.skeleton.layers)))
 
-    def check_weights(self) -> None:
-        """Read every tensor once: a damaged one is found now and not at layer 30."""
-        for name in self.checkpoint.names():
-            self.checkpoint.tensor(name)
-
     def plan(self) -> dict[str, Any]:
         """What will be done, what it will weigh and what it needs."""
         c, weights = self.config, self._linear_weights()
@@ -142,6 +138,7 @@ class _Job:
             "memory_bytes": 600_000_000 + 2 * layer + 4 * widest * widest * 4 + BATCH_BYTES * 4,
             "device": c.device, "threads": self.threads, "matmul": matmul_precision(),
             "calibration": c.calibration if c.method == "gptq" else None, "tokens": c.samples * c.seq_len,
+            "imatrix": self.importance and self.importance.origin,
         }
 
     def _grid_name(self) -> str:
@@ -167,17 +164,18 @@ class _Job:
 
     def run(self) -> dict[str, Any]:
         source = describe_source(self.source)
-        calibration = self._calibration(source) if self.config.method == "gptq" else None
-        fingerprint = {**self.config.numbers(), "threads": self.threads, "source": source["files"],
-                       "calibration_text": calibration.origin["sha256"] if calibration else None,
-                       "matmul": matmul_precision(), "torch": torch.__version__, "code": code_digest()}
-        work = Workspace(self.work, fingerprint, self.config.resume)
+        calibration = None
+        if self.config.method == "gptq":
+            calibration = calibration_text(self.skeleton, source["files"], self.config, self.threads, self.work)
+        deciding = {**self.config.numbers(), "imatrix": self.importance and self.importance.origin}
+        key = fingerprint(deciding, self.threads, source["files"], calibration)
+        work = Workspace(self.work, key, self.config.resume)
         if work.done:
             say(f"resuming after layer {work.done} of {len(self.skeleton.layers)}")
-        pass_ = QuantizePass(self.skeleton, self.config.grid_of, self.config.damp)
+        pass_ = QuantizePass(self.skeleton, self.config.grid_of, self.config.damp, self.importance)
         if calibration is not None:
             self._explain(calibration)
-            settings = LoopSettings(self._batch(calibration), self.config.true_sequential, self._along())
+            settings = LoopSettings(batch_size(self.skeleton, calibration), self.config.true_sequential, self._along())
             loop = Loop(self.skeleton, spread(calibration.sequences, self._along()), work, settings)
             loop.run(pass_, lambda r: f"error {100 * r['error']:.2f} %")
         else:
@@ -188,35 +186,6 @@ class _Job:
         """On how many sequences the unchanged model runs along."""
         n = self.config.samples
         return max(min(n, REFERENCE_LEAST), n // REFERENCE_SHARE)
-
-    def _batch(self, calibration: Calibration) -> int:
-        """Sequences at once, so that a layer's activations stay near BATCH_BYTES."""
-        widest = max(max(get_weight(m).shape) for m in self.skeleton.linears(0).values())
-        return max(1, min(16, BATCH_BYTES // (calibration.sequences.shape[1] * widest * 4)))
-
-    def _calibration(self, source: dict[str, Any]) -> Calibration:
-        c = self.config
-        tokenizer = load_tokenizer(self.source)
-        limit = getattr(self.skeleton.config.get_text_config(), "max_position_embeddings", None) or c.seq_len
-        if c.seq_len > limit:
-            raise UserError(f"--seq-len {c.seq_len}: {self.source} has positions for {limit} tokens",
-                            f"use --seq-len {limit} or less")
-        if c.calibration != SELF:
-            return load_calibration(c.calibration, tokenizer, c.samples, c.seq_len)
-        say("no calibration text: sampling it from the model itself "
-            "(text like what the model will see is better: --calibration FILE)")
-        # beside the workspace, which is not there yet; an interrupted run finds it again
-        kept = self.work.with_suffix(".sampled.safetensors")
-        origin = {"seed": c.seed, "temperature": 1.0, "samples": c.samples, "seq_len": c.seq_len}
-        key = {**origin, "source": source["files"], "threads": self.threads}
-        ids = _sampled_before(kept, key) if c.resume else None
-        if ids is None:
-            loaded = load_torch_model(self.source, str(torch_device(c.device)), torch.bfloat16)
-            ids = sample_from_model(loaded, tokenizer, c.samples, c.seq_len, c.seed, SAMPLING_BATCH)
-            del loaded
-            with staged_file(kept) as tmp:
-                save_file({"ids": ids}, tmp, metadata={"key": json.dumps(key, sort_keys=True)})
-        return from_model(ids, tokenizer, origin)
 
     def _explain(self, calibration: Calibration) -> None:
         """Say what the Hessians rest on."""
@@ -252,11 +221,12 @@ class _Job:
                 shutil.copyfile(self.source / name, folder / name)
         records = work.records()
         self._verify(folder, records)
-        summary = _summary(records)
+        summary = _summary(records, self.config.method)
+        known = calibration.origin if calibration else self.importance and self.importance.calibration
         entry = {"name": "quantize", "grid": self._grid_name(), "fallback_grids": self._fallbacks(),
                  "config": self.config.numbers(), "threads": self.threads,
                  "device": str(self.skeleton.device), "matmul": matmul_precision(),
-                 "calibration": calibration.origin if calibration else None,
+                 "calibration": known, "imatrix": self.importance and self.importance.origin,
                  "reference_sequences": self._along() if calibration else None, "layers": records, **summary}
         before = read_manifest(self.source) or {}
         manifest = new_manifest(self.kind, source, [*before.get("passes", []), entry])
@@ -264,7 +234,7 @@ class _Job:
         write_json(folder / MANIFEST, manifest)
         publish_folder(folder, self.out)
         shutil.rmtree(work.folder)
-        self.work.with_suffix(".sampled.safetensors").unlink(missing_ok=True)
+        sampled_file(self.work).unlink(missing_ok=True)
         total = sum(p.stat().st_size for p in self.out.glob("*.safetensors"))
         return {"out": str(self.out), "grid": self._grid_name(), "bits_per_weight": self._bits() / self._linear_weights(),
                 "bytes": total, "weights_sha256": {k: v for k, v in manifest["outputs"].items() if "safetensors" in k},
@@ -317,22 +287,12 @@ def spread(sequences: torch.Tensor, first: int) -> torch.Tensor:
     return sequences[chosen + sorted(set(range(n)) - set(chosen))]
 
 
-def _summary(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Figures over all layers: mean error, and how often the plan was departed from."""
+def _summary(records: list[dict[str, Any]], method: str) -> dict[str, Any]:
+    """Figures over all layers: mean error, and how often the plan was departed from (fallbacks: to another method)."""
     linears = [x for r in records for x in r["linears"].values()]
     return {
         "error": sum(r["error"] for r in records) / len(records),
-        "fallbacks": sum(bool(r["events"]) and any(x["method"] == "rtn" for x in r["linears"].values()) for r in records),
+        "fallbacks": sum(any(x["method"] != method for x in r["linears"].values()) for r in records),
         "events": sum(len(r["events"]) for r in records),
         "dead_columns": sum(x.get("dead_columns", 0) for x in linears),
     }
-
-
-def _sampled_before(kept: Path, key: dict[str, Any]) -> torch.Tensor | None:
-    """The sampled sequences of an interrupted run, if they were sampled under the same key."""
-    if not kept.is_file():
-        return None
-    with safe_open(kept, framework="pt") as f:
-        same = f.metadata() == {"key": json.dumps(key, sort_keys=True)}
-        ids: torch.Tensor = f.get_tensor("ids")
-    return ids if same else None

@@ -125,14 +125,29 @@ KNOWN: dict[str, Architecture] = {
 }
 
 
-def find_architecture(config: dict[str, Any]) -> Architecture:
-    """The row for a config.json, by its `architectures`."""
+class TensorNames:
+    """llama.cpp's names of a checkpoint's tensors, by the gguf package's table."""
+
+    def __init__(self, arch: Architecture, layers: int) -> None:
+        from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
+
+        self.table = get_tensor_name_map(next(k for k in MODEL_ARCH if MODEL_ARCH_NAMES[k] == arch.name), layers)
+
+    def find(self, name: str) -> str | None:
+        """None where llama.cpp has no place for it. GPT-2's own checkpoints leave out the prefix that transformers gives
+        its tensors."""
+        found = (self.table.get_name(n, try_suffixes=(".weight", ".bias")) for n in (name, f"transformer.{name}"))
+        return next(filter(None, found), None)
+
+
+def find_architecture(config: dict[str, Any], hint: str = CONVERTER) -> Architecture:
+    """The row for a config.json, by its `architectures`. hint: what else the user can do where there is none."""
     names = config.get("architectures") or []
     for name in names:
         if name in KNOWN:
             return KNOWN[name]
     what = ", ".join(names) or config.get("model_type") or "unnamed"
-    raise UserError(f"llmc does not write the architecture {what} into GGUF; it writes {', '.join(KNOWN)}", CONVERTER)
+    raise UserError(f"llmc does not write the architecture {what} into GGUF; it writes {', '.join(KNOWN)}", hint)
 
 
 def add_hyperparameters(writer: GGUFWriter, arch: Architecture, c: Any) -> tuple[dict[str, np.ndarray], list[str]]:

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter, get_tensor_name_map
+from gguf import GGUFWriter
 
 from llmc.checkpoint import Checkpoint
 from llmc.errors import UserError
 from llmc.export import quantized
 from llmc.export.gguf import blocks
-from llmc.export.gguf.architectures import Architecture, interleave
+from llmc.export.gguf.architectures import Architecture, TensorNames, interleave
 from llmc.export.gguf.blocks import Kind
 from llmc.export.gguf.config import GgufExportConfig
 from llmc.export.gguf.tokenizer import Vocabulary
@@ -76,8 +76,7 @@ class Planner:
 
     def __init__(self, ckpt: Checkpoint, arch: Architecture, hf: Any, types: Types) -> None:
         self.ckpt, self.arch, self.hf, self.types = ckpt, arch, hf, types
-        kind = next(k for k in MODEL_ARCH if MODEL_ARCH_NAMES[k] == arch.name)
-        self.names = get_tensor_name_map(kind, hf.num_hidden_layers)
+        self.names = TensorNames(arch, hf.num_hidden_layers)
         self.linears = set(quantized.linears(ckpt))
         self.notes: list[str] = []
 
@@ -102,10 +101,8 @@ class Planner:
         return sorted(found, key=lambda e: e.order)
 
     def _gguf_name(self, name: str) -> str:
-        """llama.cpp's name. GPT-2's own checkpoints leave out the prefix that transformers gives its tensors."""
-        for candidate in (name, f"transformer.{name}"):
-            if mapped := self.names.get_name(candidate, try_suffixes=(".weight", ".bias")):
-                return mapped
+        if mapped := self.names.find(name):
+            return mapped
         raise UserError(f"{name} of {self.ckpt.folder} has no place in llama.cpp's {self.arch.name} architecture",
                         "the checkpoint holds more than the architecture that its config.json names")
 

@@ -19,7 +19,8 @@ def inspect(
 ) -> None:
     """Show what is inside an artifact.
 
-    Architecture, grid, bits per weight, bytes by class, tokenizer, chat template, licence and provenance.
+    Architecture, grid, bits per weight, bytes by class, tokenizer, chat template, licence and provenance; of an importance
+    matrix its texts, chunks and matrices.
     """
     from llmc.inspection import describe, inspect
 

@@ -23,6 +23,9 @@ def quantize(
         help="The grid for rows that --grid cannot hold (types in blocks of 256).",
         show_default="what llama.cpp takes")] = D.fallback,
     method: Annotated[str, typer.Option(help="gptq (error-compensated, needs text) or rtn (no data).")] = D.method,
+    imatrix: Annotated[Path | None, typer.Option(
+        help="With rtn: an importance matrix of llmc or llama.cpp (.gguf) that says what each column counts.",
+        show_default="none")] = D.imatrix,
     group_size: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64 or 128.")] = D.group_size,
     sym: Annotated[bool, typer.Option("--sym/--asym", help="Fixed or stored zero point. Only --sym fits Q4_0 and Q8_0."),
                    ] = D.sym,
@@ -47,7 +50,7 @@ def quantize(
 
     The grid is that of the file that will ship: `llmc export --format gguf` then keeps every code bit for bit.
     """
-    config = QuantizeConfig(bits, grid, fallback, method, group_size, sym, calibration, samples, seq_len, seed, damp,
+    config = QuantizeConfig(bits, grid, fallback, method, imatrix, group_size, sym, calibration, samples, seq_len, seed, damp,
                             true_sequential, device, threads, out, resume, dry_run)
     if as_json:
         set_quiet(True)
@@ -59,6 +62,8 @@ def quantize(
 
 def _plan(p: dict[str, Any]) -> str:
     text = f"calibrated on {p['tokens']:,} tokens of {p['calibration']}" if p["calibration"] else "no data"
+    if m := p["imatrix"]:
+        text = f"weighted by {m['name']} ({m['chunk_count']} chunks of {', '.join(m['datasets']) or 'unnamed text'})"
     return (f"{p['source']} -> {p['out']}\n"
             f"  {p['method']} on the grid {p['grid']}, {text}\n"
             f"  {p['layers']} layers, {p['linear_weights'] / 1e6:.1f} M weights, {size(p['out_bytes'])} when done\n"

@@ -1,0 +1,70 @@
+"""An importance matrix held against a model: llama.cpp's names for its linears, and how much each input column counts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmc.artifact import read_manifest, sha256
+from llmc.compress.skeleton import Skeleton, get_weight
+from llmc.errors import UserError
+from llmc.export.gguf.architectures import TensorNames, find_architecture
+from llmc.export.gguf.imatrix import Imatrix, read_imatrix
+
+
+def matrix_names(skeleton: Skeleton) -> dict[str, str]:
+    """llama.cpp's name of the weight of every decoder linear, by the linear's name in the model."""
+    layers = range(len(skeleton.layers))
+    arch = find_architecture(skeleton.checkpoint.config, "llama-imatrix makes the matrix of any GGUF file; `llmc quantize "
+                             "--method gptq` gathers its own statistics")
+    try:
+        table = TensorNames(arch, len(layers))
+    except ModuleNotFoundError as e:
+        raise UserError("importance matrices need the package `gguf`", "pip install 'llmc-toolkit[gguf]'") from e
+    names = {}
+    for linear in (f"{skeleton.layer_name(i)}.{name}" for i in layers for name in skeleton.linears(i)):
+        stored = skeleton.stored_name(f"{linear}.weight") or f"{linear}.weight"
+        found = table.find(stored)
+        if found is None:
+            raise UserError(f"{stored} has no place in llama.cpp's {arch.name} architecture",
+                            "the checkpoint holds more than the architecture that its config.json names")
+        names[linear] = found
+    return names
+
+
+class Importance:
+    """Mean squares of what every linear of a model was given.
+
+    origin: of the file, for manifests.  calibration: what its manifest says of the text, None where llmc did not make it.
+    """
+
+    def __init__(self, file: Path, skeleton: Skeleton) -> None:
+        self.matrix, self.names = read_imatrix(file), matrix_names(skeleton)
+        _check(file, self.matrix, self.names, skeleton)
+        self.origin = {"name": file.name, "sha256": sha256(file), "datasets": self.matrix.datasets,
+                       "chunk_count": self.matrix.chunk_count, "chunk_size": self.matrix.chunk_size}
+        made: dict[str, Any] = read_manifest(file) or {}
+        own = self.origin["sha256"] in made.get("outputs", {}).values()
+        self.calibration = made["passes"][-1]["calibration"] if own else None
+
+    def of(self, linear: str) -> torch.Tensor | None:
+        """float32 [in] for a linear by its name in the model, scaled to a mean of 1; None where every input was zero or no
+        token was seen."""
+        entry = self.matrix.entries[self.names[linear]]
+        mean = float(entry.sums.mean(dtype="float64"))
+        return None if entry.unseen or mean == 0 else torch.from_numpy(entry.sums[0] / mean)
+
+
+def _check(file: Path, matrix: Imatrix, names: dict[str, str], skeleton: Skeleton) -> None:
+    """Every linear must have an entry of its width."""
+    if missing := sorted(set(names.values()) - set(matrix.entries)):
+        raise UserError(f"{file} says nothing of {len(missing)} of {len(names)} linears (first {missing[0]})",
+                        "it was made from another model: `llmc imatrix` makes one of this")
+    for linear, name in names.items():
+        (experts, width), needed = matrix.entries[name].sums.shape, get_weight(skeleton.model.get_submodule(linear)).shape[1]
+        if (experts, width) != (1, needed):
+            found = f"{experts} experts of width {width}" if experts > 1 else f"width {width}"
+            raise UserError(f"{name} in {file} has {found}, and {linear} has {needed} input columns",
+                            "it was made from another model: `llmc imatrix` makes one of this")

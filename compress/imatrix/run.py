@@ -1,0 +1,128 @@
+"""`llmc imatrix`: the mean square of what every linear is given on calibration text, as llama.cpp's importance matrix.
+
+The unchanged model runs once over the text, layer by layer in bounded memory (compress/calibration.py). llama-imatrix sums
+the same squares; it also puts the start token at the head of each chunk where the tokenizer asks for one, and llmc takes the
+text as it is.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from llmc.artifact import check_disk, check_output, manifest_path, new_manifest, sha256, staged_file, write_json
+from llmc.compress.calibration import Loop, LoopSettings, Workspace
+from llmc.compress.imatrix.config import ImatrixConfig
+from llmc.compress.imatrix.importance import matrix_names
+from llmc.compress.precision import matmul_precision, prepare_cpu
+from llmc.compress.preparation import batch_size, calibration_text, check_weights, fingerprint, open_float, sampled_file
+from llmc.compress.skeleton import LinearGroup, Skeleton
+from llmc.compress.text import Calibration
+from llmc.console import say
+from llmc.errors import UserError
+from llmc.export.gguf.imatrix import Entry, Imatrix, write_imatrix
+from llmc.runtimes.targets.this_machine import physical_cores
+from llmc.runtimes.torch_model import torch_device
+from llmc.sources import describe_source, resolve_model
+
+
+class SquaresPass:
+    """A `LayerWatch`: the plain sum over tokens of x_j^2 for every linear, and how many tokens there were.
+
+    names: llama.cpp's name of each linear, by the model's.  A layer's tensors: {llama.cpp's name: float32 [in]}; its record:
+    {'layer', 'tokens'}.
+    """
+
+    def __init__(self, skeleton: Skeleton, names: dict[str, str]) -> None:
+        self.skeleton, self.names = skeleton, names
+
+    def begin(self, index: int, layer: nn.Module, groups: list[LinearGroup]) -> None:
+        self.groups = groups
+        # sums of a batch are float32, as products are; over batches they add up in float64
+        self.sums = {g: torch.zeros(g.in_features, dtype=torch.float64) for g in groups}
+        self.tokens = dict.fromkeys(groups, 0)
+
+    def see(self, group: LinearGroup, inputs: torch.Tensor) -> None:
+        rows = inputs.reshape(-1, group.in_features)
+        self.sums[group] += rows.float().square().sum(0).double().cpu()
+        self.tokens[group] += rows.shape[0]
+
+    def finish(self, index: int, layer: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        prefix, tensors = self.skeleton.layer_name(index), {}
+        for group, sums in self.sums.items():
+            if not bool(torch.isfinite(sums).all()):
+                raise UserError(f"{prefix}.{group.names[0]} is given NaN or infinity on the calibration text",
+                                "the checkpoint is damaged or training diverged: use an earlier one")
+            for name in group.names:
+                tensors[self.names[f"{prefix}.{name}"]] = sums.float()
+        tokens = set(self.tokens.values())
+        assert len(tokens) == 1, "every linear of a layer sees every token"
+        return tensors, {"layer": index, "tokens": tokens.pop()}
+
+
+def imatrix(model: str | Path, config: ImatrixConfig) -> dict[str, Any]:
+    """Write the importance matrix of `model`.
+
+    Returns {'out', 'layers', 'matrices', 'tokens', 'calibration', 'sha256', 'bytes', 'seconds'}. Raises UserError before any
+    work for whatever can be known before.
+    """
+    start = time.monotonic()
+    threads = config.threads or physical_cores()
+    prepare_cpu(threads)
+    job = _Job(resolve_model(model), config, threads)
+    return {**job.run(), "seconds": round(time.monotonic() - start, 1)}
+
+
+class _Job:
+    """One importance matrix: what is known before it starts, and the steps."""
+
+    def __init__(self, source: Path, config: ImatrixConfig, threads: int) -> None:
+        self.source, self.config, self.threads = source, config, threads
+        self.skeleton = Skeleton(open_float(source), str(torch_device(config.device)))
+        self.names = matrix_names(self.skeleton)
+        self.out = config.out or Path(f"{source.resolve().name}-imatrix.gguf")
+        self.work = self.out.with_name(f".{self.out.name}.unfinished")
+        check_output(self.out)
+        hidden = self.skeleton.config.get_text_config().hidden_size
+        check_disk(self.out, 2 * config.samples * config.seq_len * hidden * 4, "gathering statistics")
+        check_weights(self.skeleton.checkpoint)
+
+    def run(self) -> dict[str, Any]:
+        source = describe_source(self.source)
+        text = calibration_text(self.skeleton, source["files"], self.config, self.threads, self.work)
+        say(f"calibration: {text.origin['name']}, {text.tokens:,} tokens")
+        key = fingerprint(self.config.numbers(), self.threads, source["files"], text)
+        work = Workspace(self.work, key, self.config.resume)
+        if work.done:
+            say(f"resuming after layer {work.done} of {len(self.skeleton.layers)}")
+        loop = Loop(self.skeleton, text.sequences, work, LoopSettings(batch_size(self.skeleton, text), true_sequential=False))
+        loop.run(SquaresPass(self.skeleton, self.names), lambda r: "")
+        matrix = self._join(work, text)
+        with staged_file(self.out) as tmp:
+            write_imatrix(tmp, matrix)
+        result = {"layers": len(self.skeleton.layers), "matrices": len(matrix.entries), "tokens": text.tokens}
+        digest = sha256(self.out)
+        this = {"name": "imatrix", "config": self.config.numbers(), "threads": self.threads, "matmul": matmul_precision(),
+                "device": str(self.skeleton.device), "calibration": text.origin, **result}
+        write_json(manifest_path(self.out), new_manifest("imatrix", source, [this], outputs={self.out.name: digest}))
+        shutil.rmtree(work.folder)
+        sampled_file(self.work).unlink(missing_ok=True)
+        return {"out": str(self.out), **result, "calibration": text.origin["name"], "sha256": digest,
+                "bytes": self.out.stat().st_size}
+
+    def _join(self, work: Workspace, text: Calibration) -> Imatrix:
+        """The finished layers as one matrix; a sequence of the text is what llama.cpp calls a chunk."""
+        entries = {}
+        for index, record in enumerate(work.records()):
+            counts = np.array([record["tokens"]], dtype=np.float32)
+            for name, sums in load_file(work.layer_file(index)).items():
+                entries[name] = Entry(sums.numpy()[None], counts)
+        samples, seq_len = text.sequences.shape
+        return Imatrix(entries, [text.origin["name"]], samples, seq_len)

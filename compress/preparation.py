@@ -1,0 +1,96 @@
+"""What a job over calibration text does before the loop starts: checks, the text itself, and how much of it runs at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from llmc.artifact import staged_file
+from llmc.checkpoint import Checkpoint
+from llmc.compress.digest import code_digest
+from llmc.compress.precision import matmul_precision
+from llmc.compress.sampling import sample_from_model
+from llmc.compress.skeleton import Skeleton, get_weight
+from llmc.compress.text import SELF, Calibration, from_model, load_calibration
+from llmc.console import say
+from llmc.errors import UserError
+from llmc.runtimes.torch_model import load_tokenizer, load_torch_model, torch_device
+
+if TYPE_CHECKING:
+    from llmc.compress.imatrix.config import ImatrixConfig
+    from llmc.compress.quantize.config import QuantizeConfig
+
+BATCH_BYTES = 32 << 20  # activations of one batch of sequences (hidden and the widest linear), float32
+SAMPLING_BATCH = 32
+
+
+def open_float(source: Path) -> Checkpoint:
+    """The checkpoint of a folder that must not be quantised."""
+    checkpoint = Checkpoint.open(source)
+    if checkpoint.quantization is not None:
+        raise UserError(f"{source} is quantised already ({checkpoint.quantization.get('quant_method')})",
+                        "start from the float model")
+    return checkpoint
+
+
+def check_weights(checkpoint: Checkpoint) -> None:
+    """Read every tensor once: a damaged one is found now and not at layer 30."""
+    for name in checkpoint.names():
+        checkpoint.tensor(name)
+
+
+def calibration_text(skeleton: Skeleton, files: dict[str, str], c: QuantizeConfig | ImatrixConfig, threads: int,
+                     work: Path) -> Calibration:
+    """The sequences that the options ask for. files: sha256 of the model's; work: the folder of the unfinished run."""
+    source = skeleton.checkpoint.folder
+    tokenizer = load_tokenizer(source)
+    limit = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None) or c.seq_len
+    if c.seq_len > limit:
+        raise UserError(f"--seq-len {c.seq_len}: {source} has positions for {limit} tokens", f"use --seq-len {limit} or less")
+    if c.calibration != SELF:
+        return load_calibration(c.calibration, tokenizer, c.samples, c.seq_len)
+    say("no calibration text: sampling it from the model itself "
+        "(text like what the model will see is better: --calibration FILE)")
+    kept = sampled_file(work)
+    origin = {"seed": c.seed, "temperature": 1.0, "samples": c.samples, "seq_len": c.seq_len}
+    key = {**origin, "source": files, "threads": threads}
+    ids = _sampled_before(kept, key) if c.resume else None
+    if ids is None:
+        loaded = load_torch_model(source, str(torch_device(c.device)), torch.bfloat16)
+        ids = sample_from_model(loaded, tokenizer, c.samples, c.seq_len, c.seed, SAMPLING_BATCH)
+        del loaded
+        with staged_file(kept) as tmp:
+            save_file({"ids": ids}, tmp, metadata={"key": json.dumps(key, sort_keys=True)})
+    return from_model(ids, tokenizer, origin)
+
+
+def sampled_file(work: Path) -> Path:
+    """Where sampled text waits for `--resume`: beside the workspace, which is not there yet when it is sampled."""
+    return work.with_suffix(".sampled.safetensors")
+
+
+def _sampled_before(kept: Path, key: dict[str, Any]) -> torch.Tensor | None:
+    """The sampled sequences of an interrupted run, if they were sampled under the same key."""
+    if not kept.is_file():
+        return None
+    with safe_open(kept, framework="pt") as f:
+        same = f.metadata() == {"key": json.dumps(key, sort_keys=True)}
+        ids: torch.Tensor = f.get_tensor("ids")
+    return ids if same else None
+
+
+def batch_size(skeleton: Skeleton, calibration: Calibration) -> int:
+    """Sequences at once, so that a layer's activations stay near BATCH_BYTES."""
+    widest = max(max(get_weight(m).shape) for m in skeleton.linears(0).values())
+    return max(1, min(16, BATCH_BYTES // (calibration.sequences.shape[1] * widest * 4)))
+
+
+def fingerprint(numbers: dict[str, Any], threads: int, files: dict[str, str], text: Calibration | None) -> dict[str, Any]:
+    """All that decides the result: what `--resume` needs to find unchanged. files: sha256 of the model's."""
+    return {**numbers, "threads": threads, "source": files, "calibration_text": text.origin["sha256"] if text else None,
+            "matmul": matmul_precision(), "torch": torch.__version__, "code": code_digest()}
