@@ -37,6 +37,9 @@ from llmc.grids import Grid, QuantizedTensor
 
 BLOCK = 64  # columns swept before the rest of the matrix is updated
 MAX_DAMP = 1.0
+# Error of the states after 13 layers of SmolLM2-135M on other text (128 x 512 tokens to calibrate): 1.75 % at 0.01, 1.62 %
+# at 0.1, 1.48 % at 0.3, 1.46 % at 1 and at 3.
+DRIFT_DAMP = 1.0
 REFINEMENTS = 2  # turns of least squares and coordinate descent after the sweep
 
 
@@ -71,7 +74,7 @@ def inverse_factor(h: torch.Tensor, order: torch.Tensor | None = None) -> torch.
     return torch.linalg.solve_triangular(upper, eye, upper=True, out=eye)
 
 
-def compensate(weight: torch.Tensor, hessian: torch.Tensor, drift: torch.Tensor, damp: float) -> torch.Tensor | None:
+def compensate(weight: torch.Tensor, hessian: torch.Tensor, drift: torch.Tensor) -> torch.Tensor | None:
     """The weight [out, in] that makes up for what was lost before this layer.
 
     The layer now sees x where the unchanged model saw x'. Over real-valued W', sum |W x' - W' x|^2 is least at
@@ -80,11 +83,12 @@ def compensate(weight: torch.Tensor, hessian: torch.Tensor, drift: torch.Tensor,
 
     and differs from that minimum by tr((W' - Q) H (W' - Q)^T): quantising W' under H is the whole problem. (The aim is
     that of Li et al., "GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration", 2025,
-    arXiv:2504.02692; they fold a first-order form of it into the sweep.) `damp` as in `gptq`. None where H cannot be
-    factored.
+    arXiv:2504.02692; they fold a first-order form of it into the sweep.) DRIFT_DAMP times the mean of H's diagonal is added
+    to it: what x tells about x' - x is faint, and in directions that x hardly uses it is noise of the calibration text.
+    None where H cannot be factored.
     """
     ridge = hessian.clone()
-    ridge.diagonal().add_(damp * float(hessian.diagonal().mean()))
+    ridge.diagonal().add_(DRIFT_DAMP * float(hessian.diagonal().mean()))
     lower, info = torch.linalg.cholesky_ex(ridge)
     del ridge
     return None if int(info) != 0 else weight + torch.cholesky_solve((weight @ drift).t(), lower).t()

@@ -45,7 +45,7 @@ class QuantizePass:
         weights = [get_weight(m) for m in linears]
         target = torch.cat(weights)
         if statistics.drift is not None and statistics.drift_hessian is not None:
-            moved = compensate(target, statistics.drift_hessian, statistics.drift, self.damp)
+            moved = compensate(target, statistics.drift_hessian, statistics.drift)
             statistics.drift = statistics.drift_hessian = None  # large, and needed no more
             if moved is None:
                 self._note(f"{', '.join(group.names)}: what was lost before could not be made up for")
