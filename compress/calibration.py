@@ -22,10 +22,21 @@ from torch import nn
 
 from llmc.artifact import fsync, staged_file, write_json
 from llmc.compress.precision import fast_forward, fast_matmul, matmul_precision
-from llmc.compress.skeleton import Ending, LayerTrace, LinearGroup, Skeleton, StopForward, replaced, trace_layer
+from llmc.compress.skeleton import (
+    Ending,
+    LayerTrace,
+    LinearGroup,
+    Skeleton,
+    StopForward,
+    get_weight,
+    replaced,
+    trace_layer,
+)
 from llmc.compress.states import Scratch, StateStore
 from llmc.console import progress
 from llmc.errors import UserError
+
+BATCH_BYTES = 32 << 20  # activations of one batch of sequences (hidden and the widest linear), float32
 
 
 @dataclass
@@ -71,6 +82,12 @@ class LoopSettings:
     batch: int = 8
     true_sequential: bool = True
     reference: int = 0
+
+
+def sequences_at_once(skeleton: Skeleton, seq_len: int) -> int:
+    """How many sequences keep a layer's activations near BATCH_BYTES."""
+    widest = max(max(get_weight(m).shape) for m in skeleton.linears(0).values())
+    return max(1, min(16, BATCH_BYTES // (seq_len * widest * 4)))
 
 
 class Workspace:

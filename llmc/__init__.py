@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
     export: Export
 
-__all__ = ["__version__", "bench", "compare", "evaluate", "export", "generate", "heal", "inspect", "quantize", "verify"]
+__all__ = ["__version__", "bench", "compare", "evaluate", "export", "generate", "heal", "inspect", "quantize", "transform",
+           "verify"]
 
 Config = TypeVar("Config")
 
@@ -32,6 +33,14 @@ def quantize(model: str | Path, **options: Any) -> dict[str, Any]:
     from llmc.compress.quantize.run import quantize as run
 
     return run(model, _config(QuantizeConfig, options))
+
+
+def transform(model: str | Path, **options: Any) -> dict[str, Any]:
+    """Scale or rotate a float model's channels so that quantising loses less; options are the fields of TransformConfig."""
+    from llmc.compress.transform.config import TransformConfig
+    from llmc.compress.transform.run import transform as run
+
+    return run(model, _config(TransformConfig, options))
 
 
 def heal(model: str | Path, teacher: str | Path, **options: Any) -> dict[str, Any]:

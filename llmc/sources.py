@@ -69,6 +69,18 @@ def describe_source(folder: Path) -> dict[str, Any]:
     }
 
 
+TRANSFORMS = ("rotate", "gauge")  # passes that leave a float model's function as it is
+
+
+def origin_of(folder: Path, described: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The float model that a folder stands for: of what `llmc transform` made the model it transformed, else its own
+    description (`described`, where that is known already)."""
+    manifest = read_manifest(folder) or {}
+    if any(p.get("name") in TRANSFORMS for p in manifest.get("passes", [])):
+        return dict(manifest["source"])
+    return described or describe_source(folder)
+
+
 def _name_and_revision(folder: Path) -> tuple[str, str | None]:
     """The hub's name and commit of a folder that huggingface_hub laid out, else the folder's own name and None.
 

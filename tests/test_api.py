@@ -16,6 +16,7 @@ import typer
 import llmc
 from llmc.cli import app
 from llmc.compress.quantize.config import QuantizeConfig
+from llmc.compress.transform.config import TransformConfig
 from llmc.errors import UserError
 from llmc.evals.config import BenchConfig, CompareConfig, EvalConfig
 from llmc.export.gguf.config import GgufExportConfig
@@ -25,6 +26,7 @@ COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[
 # command: its config, and what the function takes by itself: the positional arguments, and options of the same name
 CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "quantize": (QuantizeConfig, {}),
+    "transform": (TransformConfig, {}),
     "export": (GgufExportConfig, {"format": "gguf"}),
     "eval": (EvalConfig, {"out": None}),
     "bench": (BenchConfig, {"out": ()}),

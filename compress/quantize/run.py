@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
@@ -10,10 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
-from llmc import block_grids, compress, grids
 from llmc.artifact import (
     MANIFEST,
     check_disk,
@@ -23,32 +19,30 @@ from llmc.artifact import (
     note_last,
     publish_folder,
     read_manifest,
-    staged_file,
     write_json,
 )
 from llmc.block_grids import GRIDS
 from llmc.checkpoint import CARD_FILES, TOKENIZER_FILES, Checkpoint
-from llmc.compress.calibration import Loop, LoopSettings, Workspace
+from llmc.compress.calibration import BATCH_BYTES, Loop, LoopSettings, Workspace, sequences_at_once
+from llmc.compress.calibration_text import calibration_of
+from llmc.compress.fingerprint import code_digest
 from llmc.compress.precision import matmul_precision, prepare_cpu
 from llmc.compress.quantize.config import INTEGER, AnyGrid, QuantizeConfig
 from llmc.compress.quantize.layer_pass import QuantizePass, digest
-from llmc.compress.sampling import sample_from_model
 from llmc.compress.skeleton import Skeleton, get_weight
-from llmc.compress.text import SELF, Calibration, from_model, load_calibration
+from llmc.compress.text import Calibration
+from llmc.compress.transform.choose import Choice, choose
 from llmc.console import progress, say, warn
 from llmc.errors import UserError
 from llmc.export.blocks import checkpoint as blocks_format
-from llmc.export.gguf import packing
 from llmc.export.gptq import checkpoint as gptq_format
 from llmc.export.quantized import read
 from llmc.grids import Grid
 from llmc.runtimes.targets.this_machine import physical_cores
-from llmc.runtimes.torch_model import load_tokenizer, load_torch_model, torch_device
+from llmc.runtimes.torch_model import torch_device
 from llmc.shards import Piece, pieces_of, write_checkpoint
-from llmc.sources import describe_source, resolve_model
+from llmc.sources import describe_source, origin_of, resolve_model
 
-BATCH_BYTES = 32 << 20  # activations of one batch of sequences (hidden and the widest linear), float32
-SAMPLING_BATCH = 32
 # The unchanged model runs along on a quarter of the sequences, at least 32, for time: it is a second forward pass.
 REFERENCE_SHARE, REFERENCE_LEAST = 4, 32
 
@@ -131,18 +125,25 @@ class _Job:
         hidden = self.skeleton.config.get_text_config().hidden_size
         widest = max(get_weight(m).shape[1] for m in self.skeleton.linears(0).values())
         layer = sum(get_weight(m).numel() for m in self.skeleton.linears(0).values()) * 4
-        states = c.samples * c.seq_len * hidden * 4 if c.method == "gptq" else 0
+        states = c.samples * c.seq_len * hidden * 4 if c.calibrated else 0
         other = sum(self.checkpoint.nbytes(n) for n in set(self.checkpoint.names()) - self._linear_names())
         out_bytes = other + round(self._bits() / 8)
         return {
             "source": str(self.source), "out": str(self.out), "grid": self._grid_name(),
             "fallback_grids": self._fallbacks(), "method": c.method,
             "layers": len(self.skeleton.layers), "linear_weights": weights, "out_bytes": out_bytes,
-            "disk_bytes": 2 * out_bytes + 3 * states,  # parts and their copy; two sides and one scratch of the states
+            "transform": c.transform,
+            # parts and their copy; two sides and one scratch of the states
+            "disk_bytes": 2 * out_bytes + 3 * states + self._transform_bytes(),
             "memory_bytes": 600_000_000 + 2 * layer + 4 * widest * widest * 4 + BATCH_BYTES * 4,
             "device": c.device, "threads": self.threads, "matmul": matmul_precision(),
-            "calibration": c.calibration if c.method == "gptq" else None, "tokens": c.samples * c.seq_len,
+            "calibration": c.calibration if c.calibrated else None, "tokens": c.samples * c.seq_len,
         }
+
+    def _transform_bytes(self) -> int:
+        """Of disk, for float32 folders of the transformed model: a working one and the candidates."""
+        folders = {"none": 0, "auto": 5}.get(self.config.transform, 3)
+        return folders * 4 * sum(p.numel() for p in self.skeleton.model.parameters())
 
     def _grid_name(self) -> str:
         return self.config.grid or self.config.grid_of(0).name
@@ -167,56 +168,45 @@ class _Job:
 
     def run(self) -> dict[str, Any]:
         source = describe_source(self.source)
-        calibration = self._calibration(source) if self.config.method == "gptq" else None
+        text = self._calibration(source) if self.config.calibrated else None
+        choice = None
+        if text is not None and self.config.transform != "none":
+            choice = choose(self.source, self.skeleton, self.config, text, self.threads, self._transformed())
+            self.checkpoint = Checkpoint.open(choice.folder)  # every weight from here on is the transformed model's
+            self.skeleton = Skeleton(self.checkpoint, str(self.skeleton.device))
+        calibration = text if self.config.method == "gptq" else None
         fingerprint = {**self.config.numbers(), "threads": self.threads, "source": source["files"],
                        "calibration_text": calibration.origin["sha256"] if calibration else None,
-                       "matmul": matmul_precision(), "torch": torch.__version__, "code": _code_digest()}
+                       "matmul": matmul_precision(), "torch": torch.__version__, "code": code_digest()}
         work = Workspace(self.work, fingerprint, self.config.resume)
         if work.done:
             say(f"resuming after layer {work.done} of {len(self.skeleton.layers)}")
         pass_ = QuantizePass(self.skeleton, self.config.grid_of, self.config.damp)
         if calibration is not None:
             self._explain(calibration)
-            settings = LoopSettings(self._batch(calibration), self.config.true_sequential, self._along())
+            batch = sequences_at_once(self.skeleton, self.config.seq_len)
+            settings = LoopSettings(batch, self.config.true_sequential, self._along())
             loop = Loop(self.skeleton, spread(calibration.sequences, self._along()), work, settings)
             loop.run(pass_, lambda r: f"error {100 * r['error']:.2f} %")
         else:
             self._round_all(pass_, work)
-        return self._publish(work, source, calibration)
+        return self._publish(work, source, calibration, choice)
 
     def _along(self) -> int:
         """On how many sequences the unchanged model runs along."""
         n = self.config.samples
         return max(min(n, REFERENCE_LEAST), n // REFERENCE_SHARE)
 
-    def _batch(self, calibration: Calibration) -> int:
-        """Sequences at once, so that a layer's activations stay near BATCH_BYTES."""
-        widest = max(max(get_weight(m).shape) for m in self.skeleton.linears(0).values())
-        return max(1, min(16, BATCH_BYTES // (calibration.sequences.shape[1] * widest * 4)))
-
     def _calibration(self, source: dict[str, Any]) -> Calibration:
-        c = self.config
-        tokenizer = load_tokenizer(self.source)
-        limit = getattr(self.skeleton.config.get_text_config(), "max_position_embeddings", None) or c.seq_len
-        if c.seq_len > limit:
-            raise UserError(f"--seq-len {c.seq_len}: {self.source} has positions for {limit} tokens",
-                            f"use --seq-len {limit} or less")
-        if c.calibration != SELF:
-            return load_calibration(c.calibration, tokenizer, c.samples, c.seq_len)
-        say("no calibration text: sampling it from the model itself "
-            "(text like what the model will see is better: --calibration FILE)")
         # beside the workspace, which is not there yet; an interrupted run finds it again
-        kept = self.work.with_suffix(".sampled.safetensors")
-        origin = {"seed": c.seed, "temperature": 1.0, "samples": c.samples, "seq_len": c.seq_len}
-        key = {**origin, "source": source["files"], "threads": self.threads}
-        ids = _sampled_before(kept, key) if c.resume else None
-        if ids is None:
-            loaded = load_torch_model(self.source, str(torch_device(c.device)), torch.bfloat16)
-            ids = sample_from_model(loaded, tokenizer, c.samples, c.seq_len, c.seed, SAMPLING_BATCH)
-            del loaded
-            with staged_file(kept) as tmp:
-                save_file({"ids": ids}, tmp, metadata={"key": json.dumps(key, sort_keys=True)})
-        return from_model(ids, tokenizer, origin)
+        return calibration_of(self.source, self.skeleton, self.config, self.threads, source["files"], self._sampled())
+
+    def _sampled(self) -> Path:
+        return self.work.with_suffix(".sampled.safetensors")
+
+    def _transformed(self) -> Path:
+        """The float folders of --transform, beside the workspace too: they are finished before it is begun."""
+        return self.work.with_suffix(".transformed")
 
     def _explain(self, calibration: Calibration) -> None:
         """Say what the Hessians rest on."""
@@ -240,7 +230,8 @@ class _Job:
                 work.commit(index + 1)
                 p.step()
 
-    def _publish(self, work: Workspace, source: dict[str, Any], calibration: Calibration | None) -> dict[str, Any]:
+    def _publish(self, work: Workspace, source: dict[str, Any], calibration: Calibration | None,
+                 choice: Choice | None) -> dict[str, Any]:
         """Join the layers, add what a reader needs, verify by reading back, and put the folder in its place."""
         folder = work.folder / "artifact"
         shutil.rmtree(folder, ignore_errors=True)
@@ -257,17 +248,20 @@ class _Job:
                  "config": self.config.numbers(), "threads": self.threads,
                  "device": str(self.skeleton.device), "matmul": matmul_precision(),
                  "calibration": calibration.origin if calibration else None,
-                 "reference_sequences": self._along() if calibration else None, "layers": records, **summary}
-        before = read_manifest(self.source) or {}
-        manifest = new_manifest(self.kind, source, [*before.get("passes", []), entry])
+                 "reference_sequences": self._along() if calibration else None, "layers": records, **summary,
+                 **({"transform": choice.record} if choice else {})}
+        before = [*(read_manifest(self.source) or {}).get("passes", []), *(choice.passes if choice else [])]
+        manifest = new_manifest(self.kind, origin_of(self.source, source), [*before, entry])
         manifest["outputs"] = hash_folder(folder)
         write_json(folder / MANIFEST, manifest)
         publish_folder(folder, self.out)
         shutil.rmtree(work.folder)
-        self.work.with_suffix(".sampled.safetensors").unlink(missing_ok=True)
+        self._sampled().unlink(missing_ok=True)
+        shutil.rmtree(self._transformed(), ignore_errors=True)
         total = sum(p.stat().st_size for p in self.out.glob("*.safetensors"))
         return {"out": str(self.out), "grid": self._grid_name(), "bits_per_weight": self._bits() / self._linear_weights(),
-                "bytes": total, "weights_sha256": {k: v for k, v in manifest["outputs"].items() if "safetensors" in k},
+                "bytes": total, "transform": choice.record if choice else None,
+                "weights_sha256": {k: v for k, v in manifest["outputs"].items() if "safetensors" in k},
                 **{k: v for k, v in summary.items() if k != "layers"}}
 
     def _pieces(self, work: Workspace) -> list[Piece]:
@@ -326,23 +320,3 @@ def _summary(records: list[dict[str, Any]]) -> dict[str, Any]:
         "events": sum(len(r["events"]) for r in records),
         "dead_columns": sum(x.get("dead_columns", 0) for x in linears),
     }
-
-
-def _sampled_before(kept: Path, key: dict[str, Any]) -> torch.Tensor | None:
-    """The sampled sequences of an interrupted run, if they were sampled under the same key."""
-    if not kept.is_file():
-        return None
-    with safe_open(kept, framework="pt") as f:
-        same = f.metadata() == {"key": json.dumps(key, sort_keys=True)}
-        ids: torch.Tensor = f.get_tensor("ids")
-    return ids if same else None
-
-
-def _code_digest() -> str:
-    """Changes when the code that decides the result does, so that `--resume` never mixes two versions."""
-    h = hashlib.sha256()
-    for module in (compress, grids, block_grids, packing, gptq_format, blocks_format):
-        path = Path(str(module.__file__))
-        for file in sorted(path.parent.rglob("*.py")) if path.name == "__init__.py" else [path]:
-            h.update(file.read_bytes())
-    return h.hexdigest()

@@ -1,0 +1,71 @@
+"""The calibration sequences of one job: from its text, or sampled from the model and kept for `--resume`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from llmc.artifact import staged_file
+from llmc.compress.sampling import sample_from_model
+from llmc.compress.skeleton import Skeleton
+from llmc.compress.text import SELF, Calibration, from_model, load_calibration
+from llmc.console import say
+from llmc.errors import UserError
+from llmc.runtimes.torch_model import load_tokenizer, load_torch_model, torch_device
+
+SAMPLING_BATCH = 32
+
+
+class Settings(Protocol):
+    """What the configs of calibrated commands share."""
+
+    @property
+    def calibration(self) -> str: ...
+    @property
+    def samples(self) -> int: ...
+    @property
+    def seq_len(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def resume(self) -> bool: ...
+
+
+def calibration_of(source: Path, skeleton: Skeleton, c: Settings, threads: int, files: dict[str, str],
+                   kept: Path) -> Calibration:
+    """files: the source's hashes.  kept: where sampled sequences stay until the caller removes them."""
+    tokenizer = load_tokenizer(source)
+    limit = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None) or c.seq_len
+    if c.seq_len > limit:
+        raise UserError(f"--seq-len {c.seq_len}: {source} has positions for {limit} tokens", f"use --seq-len {limit} or less")
+    if c.calibration != SELF:
+        return load_calibration(c.calibration, tokenizer, c.samples, c.seq_len)
+    say("no calibration text: sampling it from the model itself "
+        "(text like what the model will see is better: --calibration FILE)")
+    origin = {"seed": c.seed, "temperature": 1.0, "samples": c.samples, "seq_len": c.seq_len}
+    key = {**origin, "source": files, "threads": threads}
+    ids = _sampled_before(kept, key) if c.resume else None
+    if ids is None:
+        loaded = load_torch_model(source, str(torch_device(c.device)), torch.bfloat16)
+        ids = sample_from_model(loaded, tokenizer, c.samples, c.seq_len, c.seed, SAMPLING_BATCH)
+        del loaded
+        with staged_file(kept) as tmp:
+            save_file({"ids": ids}, tmp, metadata={"key": json.dumps(key, sort_keys=True)})
+    return from_model(ids, tokenizer, origin)
+
+
+def _sampled_before(kept: Path, key: dict[str, Any]) -> torch.Tensor | None:
+    """The sampled sequences of an interrupted run, if they were sampled under the same key."""
+    if not kept.is_file():
+        return None
+    with safe_open(kept, framework="pt") as f:
+        same = f.metadata() == {"key": json.dumps(key, sort_keys=True)}
+        ids: torch.Tensor = f.get_tensor("ids")
+    return ids if same else None
