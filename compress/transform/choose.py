@@ -21,7 +21,7 @@ from llmc.compress.transform.stage import is_tied
 from llmc.console import say
 from llmc.errors import UserError
 from llmc.runtimes.torch_model import torch_device
-from llmc.sources import describe_source
+from llmc.sources import hash_source
 
 HELD_SHARE, HELD_MOST = 8, 16  # an eighth of the calibration sequences judges, at most 16
 CANDIDATES = ("none", "gauge", "rotate", "rotate+gauge")
@@ -120,7 +120,7 @@ class _Maker:
     def measure(self, learn: Calibration, held: Calibration) -> dict[str, dict[str, Any]]:
         """{candidate: {'kld', 'se' (of the mean, over sequences)}} of the model rounded to nearest on the target grid."""
         path = self.work / "figures.json"
-        key = json.loads(json.dumps({**self.config.numbers(), "source": describe_source(self.source)["files"],
+        key = json.loads(json.dumps({**self.config.numbers(), "source": hash_source(self.source),
                                      "text": held.origin["sha256"], "code": code_digest()}))
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         measured: dict[str, dict[str, Any]] = found["measured"] if found.get("key") == key else {}

@@ -20,7 +20,7 @@ from llmc.console import say, size, warn
 from llmc.errors import UserError
 from llmc.runtimes.targets.this_machine import physical_cores
 from llmc.runtimes.torch_model import torch_device
-from llmc.sources import describe_source, resolve_model
+from llmc.sources import hash_source, resolve_model
 
 Q8_0_BYTES = 34 / 32  # of a weight
 
@@ -41,7 +41,7 @@ def transform(model: str | Path, config: TransformConfig) -> dict[str, Any]:
     kept = out.with_name(f".{out.name}.sampled.safetensors")
     calibration = None
     if config.gauge == "awq":
-        calibration = calibration_of(source, skeleton, config, threads, describe_source(source)["files"], kept)
+        calibration = calibration_of(source, skeleton, config, threads, hash_source(source), kept)
     result = make(source, out, config, calibration, threads)
     kept.unlink(missing_ok=True)
     note_last(out, "hf")

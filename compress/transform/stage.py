@@ -25,7 +25,7 @@ from llmc.compress.transform.roles import family_of
 from llmc.compress.transform.rotations import fold, orthogonal, rotate_columns
 from llmc.console import progress, say
 from llmc.shards import pieces_of, write_checkpoint
-from llmc.sources import describe_source, origin_of
+from llmc.sources import hash_source, origin_of
 
 
 class Stage:
@@ -40,7 +40,7 @@ class Stage:
     def run(self) -> dict[str, Any]:
         """Make the folder `out`; one that an interrupted run finished is taken as it is. Returns its manifest."""
         fingerprint = json.loads(json.dumps({
-            **self.settings, "pass": self.name, "threads": self.threads, "source": describe_source(self.source)["files"],
+            **self.settings, "pass": self.name, "threads": self.threads, "source": hash_source(self.source),
             "matmul": matmul_precision(), "torch": torch.__version__, "code": code_digest(), **self.more()}))
         found = read_manifest(self.out)
         if self.resume and found and found.get("fingerprint") == fingerprint:
@@ -48,7 +48,7 @@ class Stage:
             return found
         self.checkpoint = Checkpoint.open(self.source)
         self.skeleton = Skeleton(self.checkpoint, self.device)
-        work = Workspace(self.out.with_name(f".{self.out.name}.unfinished"), fingerprint, self.resume)
+        work = Workspace(self.out.with_name(f".{self.out.name.lstrip('.')}.unfinished"), fingerprint, self.resume)
         if work.done:
             say(f"resuming after layer {work.done} of {len(self.skeleton.layers)}")
         self.layers(work, self.proof_arguments())
