@@ -165,7 +165,7 @@ class Skeleton:
             entering.append(args[0] if args else kwargs[names[0]])
             raise StopForward
 
-        for part, prefix in self._outside():
+        for part, prefix in self.outside():
             self.load(part, prefix)
 
         def run(ids: torch.Tensor) -> torch.Tensor:
@@ -194,48 +194,12 @@ class Skeleton:
 
         return arguments, states()
 
-    @contextmanager
-    def after_layers(self, tuples: bool) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
-        """Inside, a function from the states that leave the last layer [n, width, hidden] to logits [n, width, vocab]: the
-        model itself, whose layers hand them through. tuples: its layers return tuples."""
-        head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
-        forwards = [layer.forward for layer in self.layers]
-        given: list[torch.Tensor] = []
-        for part, name in self._outside():
-            self.load(part, name)
-        path = next(n for n, m in self.model.named_modules() if m is head)
-        if self.stored_name(f"{path}.weight") is None:  # tied
-            head._parameters["weight"] = nn.Parameter(embedding.weight.data.float(), requires_grad=False)
-        else:
-            self.load(head, path)
-
-        def through(*_args: Any, **_kwargs: Any) -> Any:
-            return (given[-1],) if tuples else given[-1]
-
-        def logits(states: torch.Tensor) -> torch.Tensor:
-            given.append(states)
-            ids = torch.zeros(states.shape[:2], dtype=torch.int64, device=self.device)
-            found: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
-            given.clear()
-            return found
-
-        try:
-            for layer in self.layers:
-                layer.forward = through  # type: ignore[method-assign]
-            with torch.no_grad():
-                yield logits
-        finally:
-            for layer, forward in zip(self.layers, forwards, strict=True):
-                layer.forward = forward  # type: ignore[method-assign]
-            self.free(head)
-            self.leave()
-
     def leave(self) -> None:
         """Free what `enter` loaded."""
-        for part, _ in self._outside():
+        for part, _ in self.outside():
             self.free(part)
 
-    def _outside(self) -> list[tuple[nn.Module, str]]:
+    def outside(self) -> list[tuple[nn.Module, str]]:
         """The modules that hold parameters of their own outside the decoder layers and the head, with their names."""
         head = self.model.get_output_embeddings()
         found = []

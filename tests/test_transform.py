@@ -188,7 +188,7 @@ def test_orthogonal(n: int) -> None:
 def test_r2_keeps_the_logits(family: str, head_dim: int | None, tmp_path: Path) -> None:
     """Heads of 12 too, where no Hadamard matrix of that order is taken."""
     options = {} if head_dim is None else {"head_dim": 12} if family in ("llama", "qwen3", "gemma2") else {
-        "hidden_size": 48, "n_embd": 48, "word_embed_proj_dim": 48}
+        "hidden_size": 48, "n_embd": 48, "rotary_pct": 0.5, "word_embed_proj_dim": 48}
     folder = build(family, tmp_path / "m", **options)
     llmc.transform(folder, gauge="none", rotate="r2", out=tmp_path / "r", threads=1)
     same(logits(tmp_path / "r"), logits(folder), 1e-5)
@@ -252,9 +252,11 @@ def test_a_half_precision_folder_keeps_its_logits_and_says_what_that_costs(dtype
     result = llmc.transform(folder, gauge="equalize", rotate="r1r2", out=tmp_path / "r", threads=1)
     same(logits(tmp_path / "r"), logits(folder), 1e-5)
     assert result["grown_bytes"] > 0
-    assert result["widened"] == 0  # the rotation before has widened them
-    assert result["passes"][0]["widened"] > 0
-    assert "proof" in result
+    after = Checkpoint.open(tmp_path / "r")
+    wide = [n for n in after.names() if after.dtype(n) == "F32"]
+    assert len(wide) == result["widened"]
+    assert all("norm" in n for n in set(after.names()) - set(wide))  # a norm that is one everywhere needs no more bits
+    assert after.dtype("model.norm.weight") == {torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
 
 
 def test_exact_values_keep_their_type() -> None:
@@ -267,7 +269,7 @@ def test_the_chain_of_passes_and_the_original_are_in_every_manifest(tmp_path: Pa
     llmc.transform(folder, rotate="r2", calibration=text, samples=4, seq_len=64, out=tmp_path / "t", threads=1)
     llmc.quantize(tmp_path / "t", method="rtn", out=tmp_path / "q", threads=1)
     llmc.export(tmp_path / "q", format="gguf", out=tmp_path / "q.gguf")
-    chain = ["rotate", "gauge", "quantize", "export"]
+    chain = ["rotate", "gauge", "quantize", "export-gguf"]
     for count, artifact in ((2, "t/llmc.json"), (3, "q/llmc.json"), (4, "q.gguf.llmc.json")):
         manifest = json.loads((tmp_path / artifact).read_text())
         assert [p["name"] for p in manifest["passes"]] == chain[:count]
@@ -275,7 +277,7 @@ def test_the_chain_of_passes_and_the_original_are_in_every_manifest(tmp_path: Pa
         assert manifest["source"]["files"] == {n: h for n, h in hash_folder(folder).items()
                                                if n in manifest["source"]["files"]}
     report = llmc.evaluate(tmp_path / "t", base=folder, out=None, text=str(text), context=64, chunks=2, threads=1)
-    assert report["quality"]["texts"][0]["kld"]["value"] < 1e-6
+    assert report["quality"]["texts"][0]["kld"]["value"] < 1e-5
     assert report["quality"]["texts"][0]["calibration_overlap"] > 0.02
 
 

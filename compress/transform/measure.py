@@ -3,11 +3,14 @@ that one layer, the states of the held-out sequences and a piece of the logits f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from llmc.checkpoint import Checkpoint
 from llmc.compress.calibration import sequences_at_once
@@ -41,15 +44,53 @@ def run(folder: Path, sequences: torch.Tensor, device: str, grid_of: Callable[[i
     with progress(f"measuring {what}, layer", len(skeleton.layers)) as p:
         for index in range(len(skeleton.layers)):
             with skeleton.layer(index) as layer:
-                for linear in skeleton.linears(index).values() if grid_of else ():
-                    weight = get_weight(linear)
-                    set_weight(linear, rtn(weight, grid_of(weight.shape[1])).dequantize())
+                if grid_of is not None:
+                    for linear in skeleton.linears(index).values():
+                        weight = get_weight(linear)
+                        set_weight(linear, rtn(weight, grid_of(weight.shape[1])).dequantize())
                 for part in states.split(batch):  # views: each batch is replaced by what leaves the layer
                     out = layer(part, **arguments[index])
                     tuples = isinstance(out, tuple)
                     part.copy_(out[0] if isinstance(out, tuple) else out)
             p.step()
     return Run(skeleton, states, tuples)
+
+
+@contextmanager
+def head_of(ran: Run) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+    """Inside, a function from states that leave the last layer [n, width, hidden] to logits [n, width, vocab]: the model
+    itself (last norm, head, soft caps), whose layers hand the given states through."""
+    skeleton, model = ran.skeleton, ran.skeleton.model
+    head, forwards = model.get_output_embeddings(), [layer.forward for layer in skeleton.layers]
+    given: list[torch.Tensor] = []
+    for part, name in skeleton.outside():
+        skeleton.load(part, name)
+    path = next(n for n, m in model.named_modules() if m is head)
+    if skeleton.stored_name(f"{path}.weight") is None:  # tied
+        table = model.get_input_embeddings().weight
+        head._parameters["weight"] = nn.Parameter(table.data.float(), requires_grad=False)
+    else:
+        skeleton.load(head, path)
+
+    def through(*_args: Any, **_kwargs: Any) -> Any:
+        return (given[-1],) if ran.tuples else given[-1]
+
+    def logits(states: torch.Tensor) -> torch.Tensor:
+        given.append(states)
+        ids = torch.zeros(states.shape[:2], dtype=torch.int64, device=skeleton.device)
+        found: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+        given.clear()
+        return found
+
+    try:
+        for layer in skeleton.layers:
+            layer.forward = through  # type: ignore[method-assign]
+        yield logits
+    finally:
+        for layer, forward in zip(skeleton.layers, forwards, strict=True):
+            layer.forward = forward  # type: ignore[method-assign]
+        skeleton.free(head)
+        skeleton.leave()
 
 
 @torch.no_grad()
@@ -59,7 +100,7 @@ def kld(base: Run, other: Run) -> list[float]:
     vocab = base.skeleton.model.get_output_embeddings().weight.shape[0]
     rows = max(1, CHUNK_BYTES // (vocab * 4))
     found = []
-    with base.skeleton.after_layers(base.tuples) as base_head, other.skeleton.after_layers(other.tuples) as head:
+    with head_of(base) as base_head, head_of(other) as head:
         for ours, theirs in zip(other.states, base.states, strict=True):
             total = 0.0
             for mine, aim in zip(ours.split(rows), theirs.split(rows), strict=True):
