@@ -73,22 +73,23 @@ def test_any_positive_gauge_keeps_the_logits(family: str, tmp_path: Path) -> Non
     with torch.no_grad():
         expected = model(IDS).logits
 
-    @settings(max_examples=5, deadline=None)
+    @settings(max_examples=3, deadline=None)
     @given(seed=st.integers(0, 2**32), spread=st.floats(0.1, 4.0))
     def holds(seed: int, spread: float) -> None:
         generator, done = torch.Generator().manual_seed(seed), []
         for layer in layers_of(model):
             found = map_layer(model.config, layer)
+            before = get_weight(layer.get_submodule(found.family.out)).clone()
             for place in found.places:
                 s = torch.exp(torch.randn(place.channels, generator=generator, dtype=torch.float64).clamp(-3, 3) * spread / 2)
                 gauges.apply_gauge(layer, place, s, found.family.offset)
                 done.append((layer, place, s, found.family.offset))
+            assert not torch.allclose(get_weight(layer.get_submodule(found.family.out)), before, rtol=0.01)
         with torch.no_grad():
             after = model(IDS).logits
         for layer, place, s, offset in done:
             gauges.apply_gauge(layer, place, 1 / s, offset)
-        same(after, expected, 1e-9)
-        assert not torch.equal(after, expected)  # float64 rounds: the weights did change
+        same(after, expected, 1e-6)  # norms work in float32
 
     holds()
 

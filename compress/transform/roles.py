@@ -41,6 +41,7 @@ class Family:
     norms: each norm with the linears that are all that reads it.  value, up: a linear and which of its rows are meant;
     out, down: the linears that read these.  activation: of an MLP without gate, the config's name for what lies between up
     and down (of a gated one only the gate passes the activation, so scaling `up` is free).
+    grouped: query heads may share a value head, num_key_value_heads of them.
     offset: what norms add to their weight before they multiply by it.  final_norm: its name in the base model.
     unrotatable: why the residual stream cannot be rotated, empty where it can.
     """
@@ -51,6 +52,7 @@ class Family:
     up: tuple[str, RowsOf]
     down: str
     activation: str = ""
+    grouped: bool = True
     offset: float = 0.0
     final_norm: str = "norm"
     unrotatable: str = ""
@@ -71,14 +73,15 @@ FAMILIES: dict[str, Family] = {
                                   "post_attention_layernorm": ("mlp.gate_up_proj",)},
                     value=("self_attn.qkv_proj", _last), up=("mlp.gate_up_proj", _last)),
     "gpt2": Family(norms={"ln_1": ("attn.c_attn",), "ln_2": ("mlp.c_fc",)}, value=("attn.c_attn", _last), out="attn.c_proj",
-                   up=("mlp.c_fc", _all), down="mlp.c_proj", activation="activation_function", unrotatable=_MEAN),
+                   up=("mlp.c_fc", _all), down="mlp.c_proj", activation="activation_function", grouped=False, unrotatable=_MEAN),
     "opt": Family(norms={"self_attn_layer_norm": LLAMA.norms["input_layernorm"], "final_layer_norm": ("fc1",)},
                   value=("self_attn.v_proj", _all), out="self_attn.out_proj", up=("fc1", _all), down="fc2",
-                  activation="activation_function", unrotatable=_MEAN),
+                  activation="activation_function", grouped=False, unrotatable=_MEAN),
     "gpt_neox": Family(norms={"input_layernorm": ("attention.query_key_value",),
                               "post_attention_layernorm": ("mlp.dense_h_to_4h",)},
                        value=("attention.query_key_value", _third_of_each_head), out="attention.dense",
-                       up=("mlp.dense_h_to_4h", _all), down="mlp.dense_4h_to_h", activation="hidden_act", unrotatable=_MEAN),
+                       up=("mlp.dense_h_to_4h", _all), down="mlp.dense_4h_to_h", activation="hidden_act", grouped=False,
+                       unrotatable=_MEAN),
 }
 
 
@@ -141,7 +144,8 @@ def map_layer(config: Any, layer: nn.Module) -> LayerMap:
     used = (family.value[0], family.out, family.up[0], family.down)
     shape = {n: tuple(get_weight(layer.get_submodule(n)).shape) for n in used}
     query = c.num_attention_heads
-    heads = Heads(query, getattr(c, "num_key_value_heads", None) or query, shape[family.out][1] // query)
+    kv = getattr(c, "num_key_value_heads", None) if family.grouped else None
+    heads = Heads(query, kv or query, shape[family.out][1] // query)
     left, norms = [], []
     for name, readers in family.norms.items():
         width = get_weight(layer.get_submodule(readers[0])).shape[1]

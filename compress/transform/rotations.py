@@ -29,7 +29,7 @@ def orthogonal(n: int, generator: torch.Generator) -> torch.Tensor:
     q, r = torch.linalg.qr(gaussian)
     q *= r.diagonal().sign()  # uniform over the orthogonal group (Mezzadri, 2007)
     signs = torch.randint(0, 2, (n, 1), generator=generator).double() * 2 - 1
-    return torch.kron(hadamard(power), q) * signs
+    return torch.kron(hadamard(power), q.contiguous()) * signs
 
 
 def hadamard(n: int) -> torch.Tensor:

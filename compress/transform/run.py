@@ -94,7 +94,8 @@ def make(source: Path, out: Path, config: TransformConfig, calibration: Calibrat
     for line in left:
         warn(f"left as it was: {line}")
     result = {"out": str(out), "passes": passes, "proof": max(p["proof"] for p in passes), "left": left,
-              "widened": sum(p["widened"] for p in passes), "grown_bytes": sum(p["grown_bytes"] for p in passes), "untied_bytes": 0}
+              "widened": sum(p["widened"] for p in passes), "grown_bytes": sum(p["grown_bytes"] for p in passes),
+              "untied_bytes": 0}
     if config.untie:
         result["untied_bytes"] = untied_bytes(Skeleton(Checkpoint.open(source), "cpu"))
     if result["grown_bytes"] > 0:
