@@ -113,11 +113,17 @@ def verify(artifact: str | Path) -> dict[str, Any]:
 
 
 def _config(cls: type[Config], options: dict[str, Any]) -> Config:
-    """A config from a caller's options; paths may be given as text, and None stays None."""
+    """A config from a caller's options; paths may be given as text and texts as paths, and None stays None."""
     from dataclasses import fields
 
-    paths = {f.name for f in fields(cls) if f.type in ("Path", "Path | None")}  # type: ignore[arg-type]
-    return cls(**{k: Path(v) if k in paths and isinstance(v, str) else v for k, v in options.items()})
+    kinds = {f.name: str(f.type) for f in fields(cls)}  # type: ignore[arg-type]
+
+    def fitting(name: str, value: Any) -> Any:
+        if isinstance(value, str) and kinds.get(name) in ("Path", "Path | None"):
+            return Path(value)
+        return str(value) if isinstance(value, Path) and kinds.get(name) in ("str", "str | None") else value
+
+    return cls(**{k: fitting(k, v) for k, v in options.items()})
 
 
 def __getattr__(name: str) -> Any:
