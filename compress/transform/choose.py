@@ -15,9 +15,9 @@ from llmc.compress.skeleton import Skeleton
 from llmc.compress.text import Calibration
 from llmc.compress.transform import measure
 from llmc.compress.transform.config import CALIBRATED, TARGET, TransformConfig
+from llmc.compress.transform.ends import is_tied
 from llmc.compress.transform.roles import family_of
 from llmc.compress.transform.run import make
-from llmc.compress.transform.stage import is_tied
 from llmc.console import say
 from llmc.errors import UserError
 from llmc.runtimes.torch_model import torch_device

@@ -18,7 +18,9 @@ from llmc.compress.heal.loss import CHUNK_BYTES, divergence
 from llmc.compress.quantize.config import AnyGrid
 from llmc.compress.quantize.rtn import rtn
 from llmc.compress.skeleton import Skeleton, get_weight, set_weight
+from llmc.compress.transform.ends import is_tied, stored_head
 from llmc.console import progress
+from llmc.errors import UserError
 
 
 @dataclass
@@ -65,12 +67,11 @@ def head_of(ran: Run) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
     given: list[torch.Tensor] = []
     for part, name in skeleton.outside():
         skeleton.load(part, name)
-    path = next(n for n, m in model.named_modules() if m is head)
-    if skeleton.stored_name(f"{path}.weight") is None:  # tied
-        table = model.get_input_embeddings().weight
-        head._parameters["weight"] = nn.Parameter(table.data.float(), requires_grad=False)
-    else:
-        skeleton.load(head, path)
+    table = (model.get_input_embeddings().weight.data if is_tied(skeleton)
+             else skeleton.checkpoint.tensor(stored_head(skeleton)).to(skeleton.device))
+    head._parameters["weight"] = nn.Parameter(table.float(), requires_grad=False)
+    if getattr(head, "bias", None) is not None:
+        raise UserError(f"the head of {skeleton.checkpoint.folder} has a bias", "use --transform gauge or rotate")
 
     def through(*_args: Any, **_kwargs: Any) -> Any:
         return (given[-1],) if ran.tuples else given[-1]

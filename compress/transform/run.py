@@ -14,8 +14,9 @@ from llmc.compress.precision import prepare_cpu
 from llmc.compress.skeleton import Skeleton
 from llmc.compress.text import Calibration
 from llmc.compress.transform.config import TransformConfig
+from llmc.compress.transform.ends import is_tied
 from llmc.compress.transform.roles import family_of
-from llmc.compress.transform.stage import GaugeStage, RotateStage, Stage, is_tied
+from llmc.compress.transform.stage import GaugeStage, RotateStage, Stage
 from llmc.console import say, size, warn
 from llmc.errors import UserError
 from llmc.runtimes.targets.this_machine import physical_cores

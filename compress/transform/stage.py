@@ -20,10 +20,12 @@ from llmc.compress.precision import matmul_precision
 from llmc.compress.quantize.config import AnyGrid
 from llmc.compress.skeleton import Skeleton
 from llmc.compress.text import Calibration
+from llmc.compress.transform.ends import is_tied, name_of, stored_head
 from llmc.compress.transform.layer_pass import PROOF_TOKENS, Gauge, Rotation, Transform, as_stored
 from llmc.compress.transform.roles import family_of
 from llmc.compress.transform.rotations import fold, orthogonal, rotate_columns
 from llmc.console import progress, say
+from llmc.errors import UserError
 from llmc.shards import pieces_of, write_checkpoint
 from llmc.sources import hash_source, origin_of
 
@@ -172,30 +174,29 @@ class RotateStage(Stage):
         if self.stream is None:
             return
         model, family = self.skeleton.model, family_of(self.skeleton.config)
-        paths = {id(m): n for n, m in model.named_modules()}
-        embedding, head = (f"{paths[id(m)]}.weight" for m in (model.get_input_embeddings(), model.get_output_embeddings()))
-        final = f"{model.base_model_prefix}.{family.final_norm}.weight"
-        stored = {n: self.skeleton.stored_name(n) or n for n in (embedding, head, final)}
-        read = self.checkpoint.tensor
-        table, norm = read(stored[embedding]), read(stored[final])
+        embedding = self._stored(name_of(self.skeleton, model.get_input_embeddings()))
+        final = self._stored(f"{model.base_model_prefix}.{family.final_norm}.weight")
         tied = is_tied(self.skeleton)
-        projection = table.float().clone() if tied else read(stored[head]).float()
-        changed = {stored[final]: norm.float().clone(), stored[head]: projection, stored[embedding]: table.float().clone()}
-        fold(changed[stored[final]], [projection], family.offset)
+        head = name_of(self.skeleton, model.get_output_embeddings()) if tied else stored_head(self.skeleton)
+        table, norm = (self.checkpoint.tensor(n).float().clone() for n in (embedding, final))
+        projection = table.clone() if tied else self.checkpoint.tensor(head).float()
+        fold(norm, [projection], family.offset)
         rotate_columns(projection, self.stream)
-        rotate_columns(changed[stored[embedding]], self.stream)
+        rotate_columns(table, self.stream)
         index = len(self.skeleton.layers)
-        tensors = {n: as_stored(t, table.dtype) for n, t in changed.items()}
+        changed = ((embedding, table, embedding), (head, projection, embedding if tied else head), (final, norm, final))
+        tensors = {name: as_stored(t, self.checkpoint.tensor(source).dtype) for name, t, source in changed}
         work.save_layer(index, tensors, {"layer": index, "proof": 0.0, "places": {}, "left": []})
+
+    def _stored(self, name: str) -> str:
+        found = self.skeleton.stored_name(name)
+        if found is None:
+            raise UserError(f"{self.source} has no tensor {name}", "the checkpoint is incomplete")
+        return found
 
     def edit_config(self, config: dict[str, Any]) -> None:
         if self.stream is not None:
             config["tie_word_embeddings"] = False
-
-
-def is_tied(skeleton: Skeleton) -> bool:
-    """Whether embedding and head are one matrix."""
-    return bool(getattr(skeleton.config, "tie_word_embeddings", False))
 
 
 def _note(record: dict[str, Any]) -> str:
