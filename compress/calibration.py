@@ -38,6 +38,8 @@ from llmc.compress.states import Scratch, StateStore
 from llmc.console import progress
 from llmc.errors import UserError
 
+BATCH_BYTES = 32 << 20  # activations of one batch of sequences (hidden and the widest linear), float32
+
 
 @dataclass
 class InputStatistics:
@@ -95,6 +97,12 @@ class LoopSettings:
     batch: int = 8
     true_sequential: bool = True
     reference: int = 0
+
+
+def sequences_at_once(skeleton: Skeleton, seq_len: int) -> int:
+    """How many sequences keep a layer's activations near BATCH_BYTES."""
+    widest = max(max(get_weight(m).shape) for m in skeleton.linears(0).values())
+    return max(1, min(16, BATCH_BYTES // (seq_len * widest * 4)))
 
 
 class Workspace:
@@ -307,7 +315,7 @@ class LayerRun:
 
     def _relative(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """One over the root mean square of the residual stream at each token, [tokens, 1]: see InputStatistics."""
-        linear = self.layer.get_submodule(name)
+        linear: Any = self.layer.get_submodule(name)
         with fast_forward(self.device):
             added = nn.functional.linear(x, get_weight(linear), linear.bias)
         squares = torch.maximum(self.hidden.square().mean(-1), (self.hidden + added).square().mean(-1))

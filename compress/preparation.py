@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
@@ -15,18 +15,30 @@ from llmc.checkpoint import Checkpoint
 from llmc.compress.digest import code_digest
 from llmc.compress.precision import matmul_precision
 from llmc.compress.sampling import sample_from_model
-from llmc.compress.skeleton import Skeleton, get_weight
+from llmc.compress.skeleton import Skeleton
 from llmc.compress.text import SELF, Calibration, from_model, load_calibration
 from llmc.console import say
 from llmc.errors import UserError
 from llmc.runtimes.torch_model import load_tokenizer, load_torch_model, torch_device
 
-if TYPE_CHECKING:
-    from llmc.compress.imatrix.config import ImatrixConfig
-    from llmc.compress.quantize.config import QuantizeConfig
-
-BATCH_BYTES = 32 << 20  # activations of one batch of sequences (hidden and the widest linear), float32
 SAMPLING_BATCH = 32
+
+
+class Settings(Protocol):
+    """What the configs of calibrated commands share."""
+
+    @property
+    def calibration(self) -> str: ...
+    @property
+    def samples(self) -> int: ...
+    @property
+    def seq_len(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def resume(self) -> bool: ...
 
 
 def open_float(source: Path) -> Checkpoint:
@@ -44,9 +56,10 @@ def check_weights(checkpoint: Checkpoint) -> None:
         checkpoint.tensor(name)
 
 
-def calibration_text(skeleton: Skeleton, files: dict[str, str], c: QuantizeConfig | ImatrixConfig, threads: int,
-                     work: Path) -> Calibration:
-    """The sequences that the options ask for. files: sha256 of the model's; work: the folder of the unfinished run."""
+def calibration_text(skeleton: Skeleton, files: dict[str, str], c: Settings, threads: int,
+                     kept: Path) -> Calibration:
+    """The sequences that the options ask for. files: sha256 of the model's; kept: where sampled ones stay until the caller
+    removes them."""
     source = skeleton.checkpoint.folder
     tokenizer = load_tokenizer(source)
     limit = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None) or c.seq_len
@@ -56,7 +69,6 @@ def calibration_text(skeleton: Skeleton, files: dict[str, str], c: QuantizeConfi
         return load_calibration(c.calibration, tokenizer, c.samples, c.seq_len)
     say("no calibration text: sampling it from the model itself "
         "(text like what the model will see is better: --calibration FILE)")
-    kept = sampled_file(work)
     origin = {"seed": c.seed, "temperature": 1.0, "samples": c.samples, "seq_len": c.seq_len}
     key = {**origin, "source": files, "threads": threads}
     ids = _sampled_before(kept, key) if c.resume else None
@@ -82,12 +94,6 @@ def _sampled_before(kept: Path, key: dict[str, Any]) -> torch.Tensor | None:
         same = f.metadata() == {"key": json.dumps(key, sort_keys=True)}
         ids: torch.Tensor = f.get_tensor("ids")
     return ids if same else None
-
-
-def batch_size(skeleton: Skeleton, calibration: Calibration) -> int:
-    """Sequences at once, so that a layer's activations stay near BATCH_BYTES."""
-    widest = max(max(get_weight(m).shape) for m in skeleton.linears(0).values())
-    return max(1, min(16, BATCH_BYTES // (calibration.sequences.shape[1] * widest * 4)))
 
 
 def fingerprint(numbers: dict[str, Any], threads: int, files: dict[str, str], text: Calibration | None) -> dict[str, Any]:

@@ -165,7 +165,7 @@ class Skeleton:
             entering.append(args[0] if args else kwargs[names[0]])
             raise StopForward
 
-        for part, prefix in self._outside():
+        for part, prefix in self.outside():
             self.load(part, prefix)
 
         def run(ids: torch.Tensor) -> torch.Tensor:
@@ -196,10 +196,10 @@ class Skeleton:
 
     def leave(self) -> None:
         """Free what `enter` loaded."""
-        for part, _ in self._outside():
+        for part, _ in self.outside():
             self.free(part)
 
-    def _outside(self) -> list[tuple[nn.Module, str]]:
+    def outside(self) -> list[tuple[nn.Module, str]]:
         """The modules that hold parameters of their own outside the decoder layers and the head, with their names."""
         head = self.model.get_output_embeddings()
         found = []

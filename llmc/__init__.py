@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     export: Export
 
 __all__ = ["__version__", "bench", "compare", "evaluate", "export", "generate", "heal", "imatrix", "inspect", "quantize",
-           "verify"]
+           "transform", "verify"]
 
 Config = TypeVar("Config")
 
@@ -33,6 +33,14 @@ def quantize(model: str | Path, **options: Any) -> dict[str, Any]:
     from llmc.compress.quantize.run import quantize as run
 
     return run(model, _config(QuantizeConfig, options))
+
+
+def transform(model: str | Path, **options: Any) -> dict[str, Any]:
+    """Scale or rotate a float model's channels so that quantising loses less; options are the fields of TransformConfig."""
+    from llmc.compress.transform.config import TransformConfig
+    from llmc.compress.transform.run import transform as run
+
+    return run(model, _config(TransformConfig, options))
 
 
 def heal(model: str | Path, teacher: str | Path, **options: Any) -> dict[str, Any]:
@@ -113,11 +121,17 @@ def verify(artifact: str | Path) -> dict[str, Any]:
 
 
 def _config(cls: type[Config], options: dict[str, Any]) -> Config:
-    """A config from a caller's options; paths may be given as text, and None stays None."""
+    """A config from a caller's options; paths may be given as text and texts as paths, and None stays None."""
     from dataclasses import fields
 
-    paths = {f.name for f in fields(cls) if f.type in ("Path", "Path | None")}  # type: ignore[arg-type]
-    return cls(**{k: Path(v) if k in paths and isinstance(v, str) else v for k, v in options.items()})
+    kinds = {f.name: str(f.type) for f in fields(cls)}  # type: ignore[arg-type]
+
+    def fitting(name: str, value: Any) -> Any:
+        if isinstance(value, str) and kinds.get(name) in ("Path", "Path | None"):
+            return Path(value)
+        return str(value) if isinstance(value, Path) and kinds.get(name) in ("str", "str | None") else value
+
+    return cls(**{k: fitting(k, v) for k, v in options.items()})
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import re
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,21 +52,44 @@ def describe_source(folder: Path) -> dict[str, Any]:
 
     The licence is what the model's card says (or the .gguf said, if it was one), else 'unknown' and a warning.
     """
-    names = ("config.json", "generation_config.json", INDEX, *TOKENIZER_FILES)
-    files = [folder / n for n in names if (folder / n).is_file()] + Checkpoint.open(folder).files
     name, revision = _name_and_revision(folder)
     before = (read_manifest(folder) or {}).get("source", {})
     card = front_matter(folder / "README.md")
     licence = card.get("license") or before.get("licence") or "unknown"
     if licence == "unknown":
-        warn(f"no licence found in {folder} (README.md front matter): the manifest says 'unknown'")
+        _warn_of_no_licence(folder)
     return {
         "name": name,
-        "files": {p.name: sha256(p) for p in files},
+        "files": hash_source(folder),
         "licence": licence,
         "base_model": card.get("base_model") or before.get("base_model"),
         "revision": revision or before.get("revision"),
     }
+
+
+def hash_source(folder: Path) -> dict[str, str]:
+    """sha256 of each file that decides a model, by name."""
+    names = ("config.json", "generation_config.json", INDEX, *TOKENIZER_FILES)
+    files = [folder / n for n in names if (folder / n).is_file()] + Checkpoint.open(folder).files
+    return {p.name: sha256(p) for p in files}
+
+
+@cache
+def _warn_of_no_licence(folder: Path) -> None:
+    """Once: some commands describe their source for several manifests."""
+    warn(f"no licence found in {folder} (README.md front matter): the manifest says 'unknown'")
+
+
+TRANSFORMS = ("rotate", "gauge")  # passes that leave a float model's function as it is
+
+
+def origin_of(folder: Path, described: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The float model that a folder stands for: of what `llmc transform` made the model it transformed, else its own
+    description (`described`, where that is known already)."""
+    manifest = read_manifest(folder) or {}
+    if any(p.get("name") in TRANSFORMS for p in manifest.get("passes", [])):
+        return dict(manifest["source"])
+    return described or describe_source(folder)
 
 
 def _name_and_revision(folder: Path) -> tuple[str, str | None]:

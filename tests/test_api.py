@@ -17,6 +17,7 @@ import llmc
 from llmc.cli import app
 from llmc.compress.imatrix.config import ImatrixConfig
 from llmc.compress.quantize.config import QuantizeConfig
+from llmc.compress.transform.config import TransformConfig
 from llmc.errors import UserError
 from llmc.evals.config import BenchConfig, CompareConfig, EvalConfig
 from llmc.export.gguf.config import GgufExportConfig
@@ -27,6 +28,7 @@ COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[
 CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "quantize": (QuantizeConfig, {}),
     "imatrix": (ImatrixConfig, {}),
+    "transform": (TransformConfig, {}),
     "export": (GgufExportConfig, {"format": "gguf"}),
     "eval": (EvalConfig, {"out": None}),
     "bench": (BenchConfig, {"out": ()}),

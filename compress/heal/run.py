@@ -281,7 +281,7 @@ class _Job:
         for name, p in self._parameters().items():
             p.data.copy_(best[name])
         checkpoint = Checkpoint.open(self.folder)
-        changed = {}
+        changed: dict[str, torch.Tensor] = {}
         for name, m in self.linears.items():
             factors = {field: f.detach().to("cpu", torch.float16) for field, f in m.factors().items()}
             healed = quantized.encode(quantized.with_tensors(quantized.read(checkpoint, name), factors))

@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from llmc.artifact import check_disk, check_output, manifest_path, new_manifest, sha256, staged_file, write_json
-from llmc.compress.calibration import Loop, LoopSettings, Workspace
+from llmc.compress.calibration import Loop, LoopSettings, Workspace, sequences_at_once
 from llmc.compress.imatrix.config import ImatrixConfig
 from llmc.compress.imatrix.importance import matrix_names
 from llmc.compress.precision import matmul_precision, prepare_cpu
-from llmc.compress.preparation import batch_size, calibration_text, check_weights, fingerprint, open_float, sampled_file
+from llmc.compress.preparation import calibration_text, check_weights, fingerprint, open_float, sampled_file
 from llmc.compress.skeleton import LinearGroup, Skeleton
 from llmc.compress.text import Calibration
 from llmc.console import say
@@ -96,13 +96,14 @@ class _Job:
 
     def run(self) -> dict[str, Any]:
         source = describe_source(self.source)
-        text = calibration_text(self.skeleton, source["files"], self.config, self.threads, self.work)
+        text = calibration_text(self.skeleton, source["files"], self.config, self.threads, sampled_file(self.work))
         say(f"calibration: {text.origin['name']}, {text.tokens:,} tokens")
         key = fingerprint(self.config.numbers(), self.threads, source["files"], text)
         work = Workspace(self.work, key, self.config.resume)
         if work.done:
             say(f"resuming after layer {work.done} of {len(self.skeleton.layers)}")
-        loop = Loop(self.skeleton, text.sequences, work, LoopSettings(batch_size(self.skeleton, text), true_sequential=False))
+        batch = sequences_at_once(self.skeleton, self.config.seq_len)
+        loop = Loop(self.skeleton, text.sequences, work, LoopSettings(batch, true_sequential=False))
         loop.run(SquaresPass(self.skeleton, self.names), lambda r: "")
         matrix = self._join(work, text)
         with staged_file(self.out) as tmp:

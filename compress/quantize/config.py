@@ -14,6 +14,7 @@ AnyGrid = Grid | BlockGrid
 INTEGER = {"q4_0": 4, "q8_0": 8}  # block grids that are integer grids, which GPTQ checkpoints hold too
 
 METHODS = ("gptq", "rtn")
+TRANSFORMS = ("none", "gauge", "rotate", "auto")
 BITS = (4, 8)
 GROUP_SIZES = (32, 64, 128)
 
@@ -40,6 +41,7 @@ class QuantizeConfig:
     out: Path | None = None
     resume: bool = False
     dry_run: bool = False
+    transform: str = "none"
 
     def __post_init__(self) -> None:
         problems = []
@@ -49,6 +51,8 @@ class QuantizeConfig:
             problems.append(f"--method {self.method}: must be gptq or rtn")
         if self.imatrix and self.method == "gptq":
             problems.append("--imatrix goes with --method rtn: GPTQ gathers its own statistics, which say more")
+        if self.transform not in TRANSFORMS:
+            problems.append(f"--transform {self.transform}: must be {', '.join(TRANSFORMS)}")
         if self.group_size not in GROUP_SIZES:
             problems.append(f"--group-size {self.group_size}: must be 32, 64 or 128")
         problems += [f"--{option} {name}: must be one of {', '.join(GRIDS)}"
@@ -70,6 +74,11 @@ class QuantizeConfig:
         if problems:
             raise UserError("; ".join(problems), "see `llmc quantize --help`")
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether text is needed."""
+        return self.method == "gptq" or self.transform != "none"
+
     def grid_of(self, width: int) -> AnyGrid:
         """The grid of a linear with rows of `width` weights."""
         if self.grid is None:
@@ -85,6 +94,7 @@ class QuantizeConfig:
         for name in ("out", "resume", "dry_run"):
             del deciding[name]
         if self.method == "rtn":
-            for name in ("calibration", "samples", "seq_len", "seed", "damp", "true_sequential"):
+            text = () if self.calibrated else ("calibration", "samples", "seq_len", "seed")
+            for name in ("damp", "true_sequential", *text):
                 del deciding[name]
         return deciding

@@ -23,22 +23,15 @@ from llmc.artifact import (
 )
 from llmc.block_grids import GRIDS
 from llmc.checkpoint import CARD_FILES, TOKENIZER_FILES, Checkpoint
-from llmc.compress.calibration import Loop, LoopSettings, Workspace
+from llmc.compress.calibration import BATCH_BYTES, Loop, LoopSettings, Workspace, sequences_at_once
 from llmc.compress.imatrix.importance import Importance
 from llmc.compress.precision import matmul_precision, prepare_cpu
-from llmc.compress.preparation import (
-    BATCH_BYTES,
-    batch_size,
-    calibration_text,
-    check_weights,
-    fingerprint,
-    open_float,
-    sampled_file,
-)
+from llmc.compress.preparation import calibration_text, check_weights, fingerprint, open_float, sampled_file
 from llmc.compress.quantize.config import INTEGER, AnyGrid, QuantizeConfig
 from llmc.compress.quantize.layer_pass import QuantizePass, digest
 from llmc.compress.skeleton import Skeleton, get_weight
 from llmc.compress.text import Calibration
+from llmc.compress.transform.choose import Choice, choose
 from llmc.console import progress, say, warn
 from llmc.errors import UserError
 from llmc.export.blocks import checkpoint as blocks_format
@@ -48,7 +41,7 @@ from llmc.grids import Grid
 from llmc.runtimes.targets.this_machine import physical_cores
 from llmc.runtimes.torch_model import torch_device
 from llmc.shards import Piece, pieces_of, write_checkpoint
-from llmc.sources import describe_source, resolve_model
+from llmc.sources import describe_source, origin_of, resolve_model
 
 # The unchanged model runs along on a quarter of the sequences, at least 32, for time: it is a second forward pass.
 REFERENCE_SHARE, REFERENCE_LEAST = 4, 32
@@ -125,7 +118,7 @@ class _Job:
         hidden = self.skeleton.config.get_text_config().hidden_size
         widest = max(get_weight(m).shape[1] for m in self.skeleton.linears(0).values())
         layer = sum(get_weight(m).numel() for m in self.skeleton.linears(0).values()) * 4
-        tokens, along = (c.samples * c.seq_len, self._along() * c.seq_len) if c.method == "gptq" else (0, 0)
+        tokens, along = (c.samples * c.seq_len, self._along() * c.seq_len) if c.calibrated else (0, 0)
         # three files of states; inputs of linears: of the two that end a child module, and of four groups for the reference
         states = 12 * hidden * (tokens + along) + 4 * (hidden + widest) * tokens + 4 * (3 * hidden + widest) * along
         other = sum(self.checkpoint.nbytes(n) for n in set(self.checkpoint.names()) - self._linear_names())
@@ -134,12 +127,18 @@ class _Job:
             "source": str(self.source), "out": str(self.out), "grid": self._grid_name(),
             "fallback_grids": self._fallbacks(), "method": c.method,
             "layers": len(self.skeleton.layers), "linear_weights": weights, "out_bytes": out_bytes,
-            "disk_bytes": 2 * out_bytes + states,  # parts and their copy
+            "transform": c.transform,
+            "disk_bytes": 2 * out_bytes + states + self._transform_bytes(),  # parts and their copy
             "memory_bytes": 600_000_000 + 2 * layer + 4 * widest * widest * 4 + BATCH_BYTES * 4,
             "device": c.device, "threads": self.threads, "matmul": matmul_precision(),
-            "calibration": c.calibration if c.method == "gptq" else None, "tokens": c.samples * c.seq_len,
+            "calibration": c.calibration if c.calibrated else None, "tokens": c.samples * c.seq_len,
             "imatrix": self.importance and self.importance.origin,
         }
+
+    def _transform_bytes(self) -> int:
+        """Of disk, for float32 folders of the transformed model: a working one and the candidates."""
+        folders = {"none": 0, "auto": 5}.get(self.config.transform, 3)
+        return folders * 4 * sum(p.numel() for p in self.skeleton.model.parameters())
 
     def _grid_name(self) -> str:
         return self.config.grid or self.config.grid_of(0).name
@@ -164,9 +163,15 @@ class _Job:
 
     def run(self) -> dict[str, Any]:
         source = describe_source(self.source)
-        calibration = None
-        if self.config.method == "gptq":
-            calibration = calibration_text(self.skeleton, source["files"], self.config, self.threads, self.work)
+        text = choice = None
+        if self.config.calibrated:
+            kept = sampled_file(self.work)
+            text = calibration_text(self.skeleton, source["files"], self.config, self.threads, kept)
+        if text is not None and self.config.transform != "none":
+            choice = choose(self.source, self.skeleton, self.config, text, self.threads, self._transformed())
+            self.checkpoint = Checkpoint.open(choice.folder)  # every weight from here on is the transformed model's
+            self.skeleton = Skeleton(self.checkpoint, str(self.skeleton.device))
+        calibration = text if self.config.method == "gptq" else None
         deciding = {**self.config.numbers(), "imatrix": self.importance and self.importance.origin}
         key = fingerprint(deciding, self.threads, source["files"], calibration)
         work = Workspace(self.work, key, self.config.resume)
@@ -175,17 +180,22 @@ class _Job:
         pass_ = QuantizePass(self.skeleton, self.config.grid_of, self.config.damp, self.importance)
         if calibration is not None:
             self._explain(calibration)
-            settings = LoopSettings(batch_size(self.skeleton, calibration), self.config.true_sequential, self._along())
+            batch = sequences_at_once(self.skeleton, self.config.seq_len)
+            settings = LoopSettings(batch, self.config.true_sequential, self._along())
             loop = Loop(self.skeleton, spread(calibration.sequences, self._along()), work, settings)
             loop.run(pass_, lambda r: f"error {100 * r['error']:.2f} %")
         else:
             self._round_all(pass_, work)
-        return self._publish(work, source, calibration)
+        return self._publish(work, source, calibration, choice)
 
     def _along(self) -> int:
         """On how many sequences the unchanged model runs along."""
         n = self.config.samples
         return max(min(n, REFERENCE_LEAST), n // REFERENCE_SHARE)
+
+    def _transformed(self) -> Path:
+        """The float folders of --transform, beside the workspace: they are finished before it is begun."""
+        return self.work.with_suffix(".transformed")
 
     def _explain(self, calibration: Calibration) -> None:
         """Say what the Hessians rest on."""
@@ -209,7 +219,8 @@ class _Job:
                 work.commit(index + 1)
                 p.step()
 
-    def _publish(self, work: Workspace, source: dict[str, Any], calibration: Calibration | None) -> dict[str, Any]:
+    def _publish(self, work: Workspace, source: dict[str, Any], calibration: Calibration | None,
+                 choice: Choice | None) -> dict[str, Any]:
         """Join the layers, add what a reader needs, verify by reading back, and put the folder in its place."""
         folder = work.folder / "artifact"
         shutil.rmtree(folder, ignore_errors=True)
@@ -227,17 +238,20 @@ class _Job:
                  "config": self.config.numbers(), "threads": self.threads,
                  "device": str(self.skeleton.device), "matmul": matmul_precision(),
                  "calibration": known, "imatrix": self.importance and self.importance.origin,
-                 "reference_sequences": self._along() if calibration else None, "layers": records, **summary}
-        before = read_manifest(self.source) or {}
-        manifest = new_manifest(self.kind, source, [*before.get("passes", []), entry])
+                 "reference_sequences": self._along() if calibration else None, "layers": records, **summary,
+                 **({"transform": choice.record} if choice else {})}
+        before = [*(read_manifest(self.source) or {}).get("passes", []), *(choice.passes if choice else [])]
+        manifest = new_manifest(self.kind, origin_of(self.source, source), [*before, entry])
         manifest["outputs"] = hash_folder(folder)
         write_json(folder / MANIFEST, manifest)
         publish_folder(folder, self.out)
         shutil.rmtree(work.folder)
         sampled_file(self.work).unlink(missing_ok=True)
+        shutil.rmtree(self._transformed(), ignore_errors=True)
         total = sum(p.stat().st_size for p in self.out.glob("*.safetensors"))
         return {"out": str(self.out), "grid": self._grid_name(), "bits_per_weight": self._bits() / self._linear_weights(),
-                "bytes": total, "weights_sha256": {k: v for k, v in manifest["outputs"].items() if "safetensors" in k},
+                "bytes": total, "transform": choice.record if choice else None,
+                "weights_sha256": {k: v for k, v in manifest["outputs"].items() if "safetensors" in k},
                 **{k: v for k, v in summary.items() if k != "layers"}}
 
     def _pieces(self, work: Workspace) -> list[Piece]:

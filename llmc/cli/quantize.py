@@ -38,6 +38,9 @@ def quantize(
     true_sequential: Annotated[bool, typer.Option(
         "--true-sequential/--one-pass", help="Calibrate each linear on the quantised ones before it, or all at once."),
     ] = D.true_sequential,
+    transform: Annotated[str, typer.Option(
+        help="Change the float model first, its function kept: gauge (scale channels), rotate (where that costs no byte), "
+             "auto (what measures best on held-out calibration text), none.")] = D.transform,
     device: Annotated[str, typer.Option(help="cpu, gpu, or a torch device.")] = D.device,
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="physical cores")] = D.threads,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Output folder.",
@@ -51,7 +54,7 @@ def quantize(
     The grid is that of the file that will ship: `llmc export --format gguf` then keeps every code bit for bit.
     """
     config = QuantizeConfig(bits, grid, fallback, method, imatrix, group_size, sym, calibration, samples, seq_len, seed, damp,
-                            true_sequential, device, threads, out, resume, dry_run)
+                            true_sequential, device, threads, out, resume, dry_run, transform)
     if as_json:
         set_quiet(True)
     from llmc.compress.quantize.run import quantize as run
@@ -61,11 +64,12 @@ def quantize(
 
 
 def _plan(p: dict[str, Any]) -> str:
+    first = "" if p["transform"] == "none" else f"transform {p['transform']}, then "
     text = f"calibrated on {p['tokens']:,} tokens of {p['calibration']}" if p["calibration"] else "no data"
     if m := p["imatrix"]:
         text = f"weighted by {m['name']} ({m['chunk_count']} chunks of {', '.join(m['datasets']) or 'unnamed text'})"
     return (f"{p['source']} -> {p['out']}\n"
-            f"  {p['method']} on the grid {p['grid']}, {text}\n"
+            f"  {first}{p['method']} on the grid {p['grid']}, {text}\n"
             f"  {p['layers']} layers, {p['linear_weights'] / 1e6:.1f} M weights, {size(p['out_bytes'])} when done\n"
             f"  at most about {size(p['memory_bytes'])} of memory and {size(p['disk_bytes'])} of disk\n"
             f"  on {p['device']}, {p['threads']} threads, activation products in {p['matmul']}")
@@ -73,7 +77,8 @@ def _plan(p: dict[str, Any]) -> str:
 
 def _summary(r: dict[str, Any]) -> str:
     departures = f", {r['fallbacks']} layers fell back to RTN" if r["fallbacks"] else ""
-    return (f"{r['out']}: {r['grid']}, {r['bits_per_weight']:.3g} bits per linear weight, {size(r['bytes'])}, "
+    taken = f"transform {r['transform']['taken']}: {r['transform']['why']}\n" if r["transform"] else ""
+    return (f"{taken}{r['out']}: {r['grid']}, {r['bits_per_weight']:.3g} bits per linear weight, {size(r['bytes'])}, "
             f"mean layer error {100 * r['error']:.2f} %{departures}, {duration(r['seconds'])}\n"
             f"next: llmc export --format gguf {r['out']}")
 

@@ -1,0 +1,137 @@
+"""`llmc quantize --transform`: which transform to quantise, and the measurement behind the choice."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmc.artifact import read_manifest, write_json
+from llmc.compress.digest import code_digest
+from llmc.compress.quantize.config import QuantizeConfig
+from llmc.compress.skeleton import Skeleton
+from llmc.compress.text import Calibration
+from llmc.compress.transform import measure
+from llmc.compress.transform.config import CALIBRATED, TARGET, TransformConfig
+from llmc.compress.transform.ends import is_tied
+from llmc.compress.transform.roles import family_of
+from llmc.compress.transform.run import make
+from llmc.console import say
+from llmc.errors import UserError
+from llmc.runtimes.torch_model import torch_device
+from llmc.sources import hash_source
+
+HELD_SHARE, HELD_MOST = 8, 16  # an eighth of the calibration sequences judges, at most 16
+CANDIDATES = ("none", "gauge", "rotate", "rotate+gauge")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """folder: the float model to quantise.  passes: what was done to it, for the manifest's chain.
+    record: {'asked', 'taken', 'why', 'rotation', 'measured' (of auto: {candidate: {'kld', 'se'}})}."""
+
+    folder: Path
+    passes: list[dict[str, Any]]
+    record: dict[str, Any]
+
+
+def choose(source: Path, skeleton: Skeleton, config: QuantizeConfig, calibration: Calibration, threads: int,
+           work: Path) -> Choice:
+    """Make what config.transform asks for below `work` (what is finished there is used again with config.resume)."""
+    family_of(skeleton.config)  # an architecture that is not known is refused now
+    if not config.resume:
+        shutil.rmtree(work, ignore_errors=True)
+    rotation, reason = free_rotation(skeleton)
+    maker = _Maker(source, config, threads, work, rotation)
+    record: dict[str, Any] = {"asked": config.transform, "rotation": rotation}
+    if config.transform != "auto":
+        name, why = config.transform, "asked for" if config.transform == "gauge" else f"asked for; {rotation}: {reason}"
+        maker.make(name, calibration)
+        return maker.choice(name, {**record, "taken": name, "why": why, "measured": None})
+    say(f"rotations are {rotation}: {reason}")
+    learn, held = split(calibration)
+    measured = maker.measure(learn, held)
+    taken = min(measured, key=lambda n: measured[n]["kld"])
+    figures = ", ".join(f"{n} {m['kld']:.4g}" for n, m in measured.items())
+    why = (f"least KLD to the base when rounded to {config.grid or config.grid_of(0).name}, on "
+           f"{held.sequences.shape[0]} held-out calibration sequences: {figures}")
+    say(f"--transform auto takes {taken}: {why}")
+    for name in set(CANDIDATES) - {taken}:
+        shutil.rmtree(work / name, ignore_errors=True)
+    return maker.choice(taken, {**record, "taken": taken, "why": why, "measured": measured})
+
+
+def free_rotation(skeleton: Skeleton) -> tuple[str, str]:
+    """The rotation that costs no byte, and why it is that one."""
+    family = family_of(skeleton.config)
+    if family.unrotatable:
+        return "r2", f"the stream cannot be rotated, {family.unrotatable}"
+    if is_tied(skeleton):
+        return "r2", "rotating the stream would untie the head from the embedding"
+    return "r1r2", "the head is a matrix of its own already"
+
+
+def split(calibration: Calibration) -> tuple[Calibration, Calibration]:
+    """(what to search on, what to judge by); the latter are evenly spaced over the text."""
+    n = calibration.sequences.shape[0]
+    if n < 2:
+        raise UserError("--transform auto judges by a held-out part of the calibration text, and there is one sequence",
+                        "use --samples 16 or more")
+    count = min(HELD_MOST, max(1, n // HELD_SHARE))
+    held = sorted({i * n // count + n // (2 * count) for i in range(count)})
+    rest = [i for i in range(n) if i not in held]
+
+    def part(rows: list[int]) -> Calibration:
+        sequences = calibration.sequences[rows]
+        return Calibration(sequences, {**calibration.origin, "samples": len(rows), "tokens": sequences.numel(),
+                                       "of_samples": n})
+
+    return part(rest), part(held)
+
+
+class _Maker:
+    """Makes candidates in `work` and measures them; both survive an interruption."""
+
+    def __init__(self, source: Path, config: QuantizeConfig, threads: int, work: Path, rotation: str) -> None:
+        self.source, self.config, self.threads, self.work, self.rotation = source, config, threads, work, rotation
+
+    def make(self, name: str, calibration: Calibration) -> Path:
+        """The folder of a candidate. 'rotate+gauge' goes on from 'rotate'."""
+        folder, c = self.work / name, self.config
+        same = {n: getattr(c, n) for n in (*TARGET, *CALIBRATED, "seed", "device", "threads")}
+        same["resume"] = True  # `choose` has emptied the folder where nothing of it is wanted
+        if name == "none":
+            return self.source
+        if name == "rotate":
+            make(self.source, folder, TransformConfig(gauge="none", rotate=self.rotation, **same), None, self.threads)
+        else:
+            start = self.make("rotate", calibration) if name == "rotate+gauge" else self.source
+            make(start, folder, TransformConfig(gauge="awq", rotate="none", **same), calibration, self.threads)
+        return folder
+
+    def choice(self, name: str, record: dict[str, Any]) -> Choice:
+        folder = self.source if name == "none" else self.work / name
+        before = (read_manifest(self.source) or {}).get("passes", [])
+        passes = [] if name == "none" else (read_manifest(folder) or {})["passes"][len(before):]
+        return Choice(folder, passes, record)
+
+    def measure(self, learn: Calibration, held: Calibration) -> dict[str, dict[str, Any]]:
+        """{candidate: {'kld', 'se' (of the mean, over sequences)}} of the model rounded to nearest on the target grid."""
+        path = self.work / "figures.json"
+        key = json.loads(json.dumps({**self.config.numbers(), "source": hash_source(self.source),
+                                     "text": held.origin["sha256"], "code": code_digest()}))
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        measured: dict[str, dict[str, Any]] = found["measured"] if found.get("key") == key else {}
+        base: measure.Run | None = None
+        device, ids = str(torch_device(self.config.device)), held.sequences
+        for name in (n for n in CANDIDATES if n not in measured):
+            base = base or measure.run(self.source, ids, device, None, "the base")
+            rounded = measure.run(self.make(name, learn), ids, device, self.config.grid_of, name)
+            values = measure.kld(base, rounded)
+            mean = sum(values) / len(values)
+            spread = sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1)
+            measured[name] = {"kld": mean, "se": (spread / len(values)) ** 0.5 if len(values) > 1 else None}
+            write_json(path, {"key": key, "measured": measured})
+        return {n: measured[n] for n in CANDIDATES}

@@ -1,0 +1,68 @@
+"""The settings of `llmc transform`: one place for names, defaults and what is allowed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llmc.compress.quantize.config import QuantizeConfig
+from llmc.errors import UserError
+
+GAUGES = ("awq", "equalize", "none")
+ROTATIONS = ("none", "r2", "r1r2")
+TARGET = ("bits", "grid", "fallback", "group_size", "sym")  # these mean what they mean to `llmc quantize`
+CALIBRATED = ("calibration", "samples", "seq_len")
+
+
+@dataclass(frozen=True)
+class TransformConfig:
+    """What `llmc transform` and `llmc.transform` take; see `llmc transform --help` for what each means."""
+
+    gauge: str = "awq"
+    rotate: str = "none"
+    untie: bool = False
+    bits: int = 4
+    grid: str | None = None
+    fallback: str | None = None
+    group_size: int = 32
+    sym: bool = True
+    calibration: str = "self"
+    samples: int = 128
+    seq_len: int = 512
+    seed: int = 0
+    device: str = "cpu"
+    threads: int | None = None
+    out: Path | None = None
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.gauge not in GAUGES:
+            problems.append(f"--gauge {self.gauge}: must be {', '.join(GAUGES)}")
+        if self.rotate not in ROTATIONS:
+            problems.append(f"--rotate {self.rotate}: must be {', '.join(ROTATIONS)}")
+        if self.gauge == self.rotate == "none":
+            problems.append("--gauge none --rotate none: there is nothing to do")
+        if self.untie and self.rotate != "r1r2":
+            problems.append(f"--untie goes with --rotate r1r2, not {self.rotate}")
+        if problems:
+            raise UserError("; ".join(problems), "see `llmc transform --help`")
+        self.target()
+
+    def target(self) -> QuantizeConfig:
+        """The quantisation that gauges are searched for. Checks the options that it shares."""
+        same = (*TARGET, "samples", "seq_len", "threads")
+        return QuantizeConfig(**{name: getattr(self, name) for name in same})
+
+    def numbers(self) -> dict[str, Any]:
+        """The settings that decide the result, for manifests and for the fingerprint of `--resume`."""
+        return {k: v for k, v in asdict(self).items() if k not in ("out", "resume", "device", "threads")}
+
+    def numbers_of(self, stage: str) -> dict[str, Any]:
+        """Those that decide one stage, 'rotate' or 'gauge'."""
+        if stage == "rotate":
+            names: tuple[str, ...] = ("rotate", "untie", "seed")
+        else:
+            names = ("gauge", *TARGET, *(CALIBRATED if self.gauge == "awq" else ()))
+        return {name: getattr(self, name) for name in names}

@@ -1,0 +1,114 @@
+"""Gauges: per-channel scalings that leave a model's function as it is and move its weights on the quantiser's grid.
+
+Channel c of what a writer puts out is divided by s_c, and the columns of the linears that read it are multiplied by s_c.
+What the readers lose to rounding then changes:  with Q the grid's rounding, X the readers' input and H = X X^T,
+
+    error(s) = tr(dW (H / s s^T) dW^T),   dW = Q(W s) - W s
+
+which is |Q(W s) X/s - W X|^2. A row of the writer is scaled as a whole, and its block scales absorb that: it rounds as it
+did before.
+
+Sources
+-------
+* Lin et al., "AWQ: Activation-aware Weight Quantization", 2023 (arXiv:2306.00978), eq. 4 and 5: s = (mean |x|)^alpha, alpha
+  searched on a grid by the readers' output error. Here |x| is the root mean square, which is what the calibration loop's
+  Hessian holds on its diagonal, and the error is taken on the target grid with its own scale search.
+* Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", 2019 (arXiv:1906.04721), eq. 11:
+  s = sqrt(range of the writer's row / range of the readers' column). Here s^alpha, alpha searched on the same grid; the
+  second moments of the unknown input are taken to be those of the writer's rows.
+
+alpha = 0 leaves the weights alone and is always among the choices.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from llmc.compress.quantize.config import AnyGrid
+from llmc.compress.quantize.gptq import objective, search_factors
+from llmc.compress.skeleton import get_weight
+from llmc.compress.transform.roles import Place
+
+ALPHAS = tuple(i / 10 for i in range(11))
+WIDEST = 2.0**12  # largest ratio of a factor to their geometric mean, and of the mean to a factor
+
+
+def activation_factors(second_moments: torch.Tensor, place: Place) -> torch.Tensor:
+    """AWQ's s for alpha = 1 from the diagonal of the readers' Hessian [in] -> float64 [channels], geometric mean 1.
+
+    Columns that share a channel (query heads of one group) are averaged; a channel never used counts as the smallest that is.
+    """
+    summed = torch.zeros(place.channels, dtype=torch.float64).index_add_(0, place.columns, second_moments.double().cpu())
+    return normalised((summed / torch.bincount(place.columns, minlength=place.channels)).sqrt())
+
+
+def equalising_factors(layer: nn.Module, place: Place, offset: float) -> torch.Tensor:
+    """Nagel's s, eq. 11 -> float64 [channels], geometric mean 1."""
+    ranges = torch.zeros(place.channels, dtype=torch.float64)
+    for name in place.readers:
+        columns = get_weight(layer.get_submodule(name)).abs().amax(0).double().cpu()
+        ranges = ranges.scatter_reduce(0, place.columns, columns, "amax")
+    return normalised((writer_size(layer, place, offset, "range") / ranges.clamp_min(1e-30)).sqrt())
+
+
+def writer_size(layer: nn.Module, place: Place, offset: float, of: str) -> torch.Tensor:
+    """float64 [channels]: largest magnitude ('range') or root mean square ('rms') of what makes each channel."""
+    writer = layer.get_submodule(place.writer)
+    if place.rows is None:
+        assert isinstance(writer.weight, torch.Tensor)
+        return (writer.weight.data.double().cpu() + offset).abs()
+    rows = get_weight(writer).double().cpu()[place.rows]
+    return rows.abs().amax(1) if of == "range" else rows.square().mean(1).sqrt()
+
+
+def normalised(s: torch.Tensor) -> torch.Tensor:
+    """s over its geometric mean, zeros raised to the smallest positive, kept within WIDEST."""
+    positive = s[s > 0]
+    if not positive.numel():
+        return torch.ones_like(s)
+    logs = s.clamp_min(float(positive.min())).log()
+    return (logs - logs.mean()).exp().clamp(1 / WIDEST, WIDEST)
+
+
+def rounding_error(weight: torch.Tensor, hessian: torch.Tensor, s: torch.Tensor, grid: AnyGrid) -> float:
+    """error(s) of the module's docstring. weight [out, in], hessian [in, in], s [in] (of the columns), all float32."""
+    w = (weight * s).t().contiguous()
+    scaled = hessian / s / s[:, None]
+    factors = search_factors(w, scaled, None, grid)
+    return float(objective(factors.values(factors.nearest(w)) - w, scaled).double().sum())
+
+
+def search_alpha(weight: torch.Tensor, hessian: torch.Tensor, s: torch.Tensor,
+                 grid: AnyGrid) -> tuple[float, dict[float, float]]:
+    """(the alpha for which columns scaled by s^alpha round best, every alpha's error).
+
+    weight: the readers' rows, stacked, float32 [out, in].  hessian: [in, in].  s: float64 [in].
+    """
+    errors = {a: rounding_error(weight, hessian, (s**a).float().to(weight.device), grid) for a in ALPHAS}
+    best = min(errors, key=lambda a: (errors[a], a))
+    return best, errors
+
+
+def apply_gauge(layer: nn.Module, place: Place, s: torch.Tensor, offset: float) -> None:
+    """Divide the writer's channels by s, multiply the readers' columns by it. s: positive float64 [channels].
+
+    Changes the modules' float32 weights in place; the arithmetic is float64.
+    """
+    writer = layer.get_submodule(place.writer)
+    bias = getattr(writer, "bias", None)
+    if place.rows is None:
+        assert isinstance(writer.weight, torch.Tensor)
+        scale = s.to(writer.weight.device)
+        writer.weight.data.copy_((writer.weight.data.double() + offset) / scale - offset)
+        if bias is not None:
+            bias.data.copy_(bias.data.double() / scale)
+    else:
+        weight, rows = get_weight(writer), place.rows.to(get_weight(writer).device)
+        scale = s.to(weight.device)
+        weight[rows] = (weight[rows].double() / scale[:, None]).to(weight.dtype)
+        if bias is not None:
+            bias.data[rows] = (bias.data[rows].double() / scale).to(bias.dtype)
+    for name in place.readers:
+        weight = get_weight(layer.get_submodule(name))
+        weight.copy_(weight.double() * s[place.columns].to(weight.device))

@@ -1,0 +1,137 @@
+"""Transforms as the calibration loop sees them: a decoder layer is changed in memory, proved unchanged in what it computes,
+and handed back in the precision that holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmc.compress.calibration import InputStatistics
+from llmc.compress.quantize.config import AnyGrid
+from llmc.compress.skeleton import LinearGroup, Skeleton, get_weight
+from llmc.compress.transform.gauges import (
+    activation_factors,
+    apply_gauge,
+    equalising_factors,
+    search_alpha,
+    writer_size,
+)
+from llmc.compress.transform.roles import Place, map_layer
+from llmc.compress.transform.rotations import orthogonal, rotate_heads, rotate_stream
+
+PROOF_TOKENS = 32
+TOLERANCE = 1e-3  # of the largest output; float32 gives about 1e-6
+
+
+class Transform:
+    """One layer at a time: `begin`, changes, `finish`.
+
+    arguments: what the model hands to each layer for PROOF_TOKENS tokens (Skeleton.enter).
+    stream: R1 [hidden, hidden] float64, where the layer's input and output are rotated.
+    """
+
+    def __init__(self, skeleton: Skeleton, arguments: list[dict[str, Any]], stream: torch.Tensor | None = None) -> None:
+        self.skeleton, self.arguments, self.stream = skeleton, arguments, stream
+
+    def begin(self, index: int, layer: nn.Module, groups: list[LinearGroup]) -> None:
+        self.index, self.map = index, map_layer(self.skeleton.config, layer)
+        self.places: dict[str, dict[str, float]] = {}
+        width = self.skeleton.config.get_text_config().hidden_size
+        generator = torch.Generator().manual_seed(index)
+        self.noise = torch.randn(1, PROOF_TOKENS, width, generator=generator).to(self.skeleton.device)
+        self.expected = self._run(layer, self.noise)
+
+    def finish(self, index: int, layer: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """The tensors that changed, by their stored names, and the record
+        {'layer', 'proof' (largest difference of the layer's output, relative to its largest value), 'places', 'left'}."""
+        states, expected = self.noise, self.expected
+        if self.stream is not None:
+            r = self.stream.to(states.device)
+            states, expected = (states.double() @ r).float(), (expected.double() @ r).float()
+        difference = float((self._run(layer, states) - expected).abs().max() / expected.abs().max())
+        if not difference < TOLERANCE:
+            raise RuntimeError(f"{self.skeleton.layer_name(index)} computes something else after its transform: "
+                               f"relative difference {difference:.2g}")
+        return self._changed(layer), {"layer": index, "proof": difference, "places": self.places, "left": self.left()}
+
+    def left(self) -> list[str]:
+        """What was left as it is, with the reason."""
+        return []
+
+    def _run(self, layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            out = layer(states, **self.arguments[self.index])
+        found: torch.Tensor = out[0] if isinstance(out, tuple) else out
+        return found
+
+    def _changed(self, layer: nn.Module) -> dict[str, torch.Tensor]:
+        found = {}
+        for name, p in layer.named_parameters():
+            stored = self.skeleton.stored_name(f"{self.skeleton.layer_name(self.index)}.{name}")
+            assert stored is not None  # the layer was loaded from it
+            before = self.skeleton.checkpoint.tensor(stored)
+            value = p.detach().cpu()
+            if not torch.equal(value, before.float()):
+                found[stored] = as_stored(value, before.dtype)
+        return found
+
+
+class Rotation(Transform):
+    """R2 on every layer, and R1 where `stream` is given. seed: each layer's R2 is drawn from it and the layer's index."""
+
+    def __init__(self, skeleton: Skeleton, arguments: list[dict[str, Any]], seed: int, stream: torch.Tensor | None) -> None:
+        super().__init__(skeleton, arguments, stream)
+        self.seed = seed
+
+    def change_alone(self, layer: nn.Module) -> None:
+        if self.stream is not None:
+            rotate_stream(layer, self.map, self.stream)
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.index)
+        rotate_heads(layer, self.map.value, self.map.heads, orthogonal(self.map.heads.width, generator))
+
+
+class Gauge(Transform):
+    """Scalings, searched on the target grid: AWQ's where the loop gives statistics, `change_alone` without data.
+
+    A record's 'places': {name: {'alpha', 'before', 'after'}}, the readers' rounding error as a share of their output energy
+    with alpha = 0 and with the alpha taken, each under the statistics that the search used.
+    """
+
+    def __init__(self, skeleton: Skeleton, arguments: list[dict[str, Any]], grid_of: Callable[[int], AnyGrid]) -> None:
+        super().__init__(skeleton, arguments)
+        self.grid_of = grid_of
+
+    def change(self, layer: nn.Module, group: LinearGroup, statistics: InputStatistics) -> None:
+        for place in self.map.places:
+            if set(place.readers) == set(group.names):
+                s = activation_factors(statistics.hessian.diagonal(), place)
+                self._scale(layer, place, s, statistics.hessian)
+
+    def change_alone(self, layer: nn.Module) -> None:
+        offset = self.map.family.offset
+        for place in self.map.places:
+            s = equalising_factors(layer, place, offset)
+            moments = writer_size(layer, place, offset, "rms").square()[place.columns]
+            self._scale(layer, place, s, moments.float().to(self.skeleton.device).diag())
+
+    def _scale(self, layer: nn.Module, place: Place, s: torch.Tensor, hessian: torch.Tensor) -> None:
+        weight = torch.cat([get_weight(layer.get_submodule(n)) for n in place.readers])
+        alpha, errors = search_alpha(weight, hessian, s[place.columns], self.grid_of(weight.shape[1]))
+        energy = float((hessian @ weight.t()).mul_(weight.t()).double().sum()) or 1.0
+        self.places[place.name] = {"alpha": alpha, "before": errors[0.0] / energy, "after": errors[alpha] / energy}
+        if alpha:
+            apply_gauge(layer, place, s**alpha, self.map.family.offset)
+
+    def left(self) -> list[str]:
+        missed = [p.name for p in self.map.places if p.name not in self.places]
+        return [*self.map.left, *(f"{name}: its readers do not share one input" for name in missed)]
+
+
+def as_stored(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A changed float32 tensor in the type that the source stores it in where that holds it exactly, else in float32: to
+    round it again would change the logits by as much as the source's own rounding did."""
+    narrow = value.to(dtype)
+    return narrow if torch.equal(narrow.float(), value) else value

@@ -1,0 +1,110 @@
+"""What rounding costs a float folder: the divergence of the rounded model from the unchanged base, layer by layer in memory
+that one layer, the states of the held-out sequences and a piece of the logits fill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmc.checkpoint import Checkpoint
+from llmc.compress.calibration import sequences_at_once
+from llmc.compress.heal.loss import CHUNK_BYTES, divergence
+from llmc.compress.quantize.config import AnyGrid
+from llmc.compress.quantize.rtn import rtn
+from llmc.compress.skeleton import Skeleton, get_weight, set_weight
+from llmc.compress.transform.ends import is_tied, stored_head
+from llmc.console import progress
+from llmc.errors import UserError
+
+
+@dataclass
+class Run:
+    """A model that has been run. states: float32 [n, seq_len, hidden], what leaves its last layer."""
+
+    skeleton: Skeleton
+    states: torch.Tensor
+    tuples: bool
+
+
+@torch.no_grad()
+def run(folder: Path, sequences: torch.Tensor, device: str, grid_of: Callable[[int], AnyGrid] | None, what: str) -> Run:
+    """Run int64 sequences [n, seq_len] through a float folder, its linears rounded to nearest where grid_of says how.
+
+    All in float32: what is measured may be smaller than bf16's own rounding.
+    """
+    skeleton = Skeleton(Checkpoint.open(folder), device)
+    batch = sequences_at_once(skeleton, sequences.shape[1])
+    arguments, entering = skeleton.enter(iter(sequences.split(batch)), sequences.shape[1])
+    states = torch.cat(list(entering))
+    tuples = False
+    with progress(f"measuring {what}, layer", len(skeleton.layers)) as p:
+        for index in range(len(skeleton.layers)):
+            with skeleton.layer(index) as layer:
+                if grid_of is not None:
+                    for linear in skeleton.linears(index).values():
+                        weight = get_weight(linear)
+                        set_weight(linear, rtn(weight, grid_of(weight.shape[1])).dequantize())
+                for part in states.split(batch):  # views: each batch is replaced by what leaves the layer
+                    out = layer(part, **arguments[index])
+                    tuples = isinstance(out, tuple)
+                    part.copy_(out[0] if isinstance(out, tuple) else out)
+            p.step()
+    return Run(skeleton, states, tuples)
+
+
+@contextmanager
+def head_of(ran: Run) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+    """Inside, a function from states that leave the last layer [n, width, hidden] to logits [n, width, vocab]: the model
+    itself (last norm, head, soft caps), whose layers hand the given states through."""
+    skeleton, model = ran.skeleton, ran.skeleton.model
+    head, forwards = model.get_output_embeddings(), [layer.forward for layer in skeleton.layers]
+    given: list[torch.Tensor] = []
+    for part, name in skeleton.outside():
+        skeleton.load(part, name)
+    table = (model.get_input_embeddings().weight.data if is_tied(skeleton)
+             else skeleton.checkpoint.tensor(stored_head(skeleton)).to(skeleton.device))
+    head._parameters["weight"] = nn.Parameter(table.float(), requires_grad=False)
+    if getattr(head, "bias", None) is not None:
+        raise UserError(f"the head of {skeleton.checkpoint.folder} has a bias", "use --transform gauge or rotate")
+
+    def through(*_args: Any, **_kwargs: Any) -> Any:
+        return (given[-1],) if ran.tuples else given[-1]
+
+    def logits(states: torch.Tensor) -> torch.Tensor:
+        given.append(states)
+        ids = torch.zeros(states.shape[:2], dtype=torch.int64, device=skeleton.device)
+        found: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+        given.clear()
+        return found
+
+    try:
+        for layer in skeleton.layers:
+            layer.forward = through  # type: ignore[method-assign]
+        yield logits
+    finally:
+        for layer, forward in zip(skeleton.layers, forwards, strict=True):
+            layer.forward = forward  # type: ignore[method-assign]
+        skeleton.free(head)
+        skeleton.leave()
+
+
+@torch.no_grad()
+def kld(base: Run, other: Run) -> list[float]:
+    """Mean KL(base || other) over the positions of each sequence, nats."""
+    width, hidden = base.states.shape[1:]
+    vocab = base.skeleton.model.get_output_embeddings().weight.shape[0]
+    rows = max(1, CHUNK_BYTES // (vocab * 4))
+    found = []
+    with head_of(base) as base_head, head_of(other) as head:
+        for ours, theirs in zip(other.states, base.states, strict=True):
+            total = 0.0
+            for mine, aim in zip(ours.split(rows), theirs.split(rows), strict=True):
+                total += float(divergence(head(mine.view(1, -1, hidden))[0], base_head(aim.view(1, -1, hidden))[0]))
+            found.append(total / width)
+    return found

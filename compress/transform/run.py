@@ -1,0 +1,105 @@
+"""`llmc transform`: a float model that computes the same and loses less when it is quantised."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from llmc.artifact import check_disk, check_output, note_last
+from llmc.checkpoint import Checkpoint
+from llmc.compress.precision import prepare_cpu
+from llmc.compress.preparation import calibration_text
+from llmc.compress.skeleton import Skeleton
+from llmc.compress.text import Calibration
+from llmc.compress.transform.config import TransformConfig
+from llmc.compress.transform.ends import is_tied
+from llmc.compress.transform.roles import family_of
+from llmc.compress.transform.stage import GaugeStage, RotateStage, Stage
+from llmc.console import say, size, warn
+from llmc.errors import UserError
+from llmc.runtimes.targets.this_machine import physical_cores
+from llmc.runtimes.torch_model import torch_device
+from llmc.sources import hash_source, resolve_model
+
+Q8_0_BYTES = 34 / 32  # of a weight
+
+
+def transform(model: str | Path, config: TransformConfig) -> dict[str, Any]:
+    """Write a float folder that computes what `model` computes.
+
+    Returns {'out', 'passes' [of this run], 'proof', 'left', 'widened', 'grown_bytes', 'untied_bytes', 'seconds'}.
+    """
+    start = time.monotonic()
+    threads = config.threads or physical_cores()
+    prepare_cpu(threads)
+    source = resolve_model(model)
+    out = config.out or Path("-".join([source.resolve().name, *(n for n in (config.rotate, config.gauge) if n != "none")]))
+    skeleton = check(source, config)
+    check_output(out)
+    check_disk(out, disk_bytes(skeleton), "transforming")
+    kept = out.with_name(f".{out.name}.sampled.safetensors")
+    calibration = None
+    if config.gauge == "awq":
+        calibration = calibration_text(skeleton, hash_source(source), config, threads, kept)
+    result = make(source, out, config, calibration, threads)
+    kept.unlink(missing_ok=True)
+    note_last(out, "hf")
+    return {**result, "seconds": round(time.monotonic() - start, 1)}
+
+
+def check(source: Path, config: TransformConfig) -> Skeleton:
+    """Everything that can be known before any work. Returns the model without weights."""
+    checkpoint = Checkpoint.open(source)
+    if checkpoint.quantization is not None:
+        raise UserError(f"{source} is quantised already ({checkpoint.quantization.get('quant_method')})",
+                        "transforms come before quantisation: start from the float model")
+    skeleton = Skeleton(checkpoint, str(torch_device(config.device)))
+    family = family_of(skeleton.config)
+    if config.rotate == "r1r2":
+        if family.unrotatable:
+            raise UserError(f"--rotate r1r2 cannot rotate the residual stream of {source}: {family.unrotatable}",
+                            "use --rotate r2")
+        if is_tied(skeleton) and not config.untie:
+            raise UserError(f"--rotate r1r2 folds the last norm of {source} into the head, which is one matrix with the "
+                            f"embedding: a head of its own costs {size(untied_bytes(skeleton))} in an 8-bit file",
+                            "add --untie to pay that, or use --rotate r2, which is free")
+    return skeleton
+
+
+def untied_bytes(skeleton: Skeleton) -> int:
+    """What a head of its own weighs in a file that holds it as Q8_0."""
+    return round(skeleton.model.get_output_embeddings().weight.numel() * Q8_0_BYTES)
+
+
+def disk_bytes(skeleton: Skeleton) -> int:
+    """At the peak: the model in float32 as layers and as a folder, and the folder of the stage before."""
+    return 3 * 4 * sum(p.numel() for p in skeleton.model.parameters())
+
+
+def make(source: Path, out: Path, config: TransformConfig, calibration: Calibration | None, threads: int) -> dict[str, Any]:
+    """The stages one after another: rotation first, because it is the rotated channels that are scaled then."""
+    between = out.with_name(f".{out.name}.rotated")
+    shared: dict[str, Any] = {"device": str(torch_device(config.device)), "threads": threads, "resume": config.resume}
+    stages: list[Stage] = []
+    if config.rotate != "none":
+        to = out if config.gauge == "none" else between
+        stages.append(RotateStage(source, to, config.numbers_of("rotate"), **shared))
+    if config.gauge != "none":
+        stages.append(GaugeStage(stages[0].out if stages else source, out, config.numbers_of("gauge"), **shared,
+                                 grid_of=config.target().grid_of, calibration=calibration))
+    passes = [stage.run()["passes"][-1] for stage in stages]
+    shutil.rmtree(between, ignore_errors=True)
+    left = list(dict.fromkeys(line for p in passes for r in p["layers"] for line in r["left"]))
+    for line in left:
+        warn(f"left as it was: {line}")
+    result = {"out": str(out), "passes": passes, "proof": max(p["proof"] for p in passes), "left": left,
+              "widened": sum(p["widened"] for p in passes), "grown_bytes": sum(p["grown_bytes"] for p in passes),
+              "untied_bytes": 0}
+    if config.untie:
+        result["untied_bytes"] = untied_bytes(Skeleton(Checkpoint.open(source), "cpu"))
+    if result["grown_bytes"] > 0:
+        say(f"tensors that the source's type would round again are stored as float32: the folder is "
+            f"{size(result['grown_bytes'])} larger; what is quantised from it is not")
+    return result

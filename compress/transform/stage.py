@@ -1,0 +1,205 @@
+"""One pass from a float folder to a float folder of the same architecture and shapes, layer by layer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from llmc.artifact import MANIFEST, hash_folder, new_manifest, publish_folder, read_manifest, write_json
+from llmc.checkpoint import CARD_FILES, TOKENIZER_FILES, Checkpoint
+from llmc.compress.calibration import Loop, LoopSettings, Workspace, sequences_at_once
+from llmc.compress.digest import code_digest
+from llmc.compress.precision import matmul_precision
+from llmc.compress.quantize.config import AnyGrid
+from llmc.compress.skeleton import Skeleton
+from llmc.compress.text import Calibration
+from llmc.compress.transform.ends import is_tied, name_of, stored_head
+from llmc.compress.transform.layer_pass import PROOF_TOKENS, Gauge, Rotation, Transform, as_stored
+from llmc.compress.transform.roles import family_of
+from llmc.compress.transform.rotations import fold, orthogonal, rotate_columns
+from llmc.console import progress, say
+from llmc.errors import UserError
+from llmc.shards import pieces_of, write_checkpoint
+from llmc.sources import hash_source, origin_of
+
+
+class Stage:
+    """name: the pass in the manifest's chain.  settings: what decides its result."""
+
+    name: str
+
+    def __init__(self, source: Path, out: Path, settings: dict[str, Any], device: str, threads: int, resume: bool) -> None:
+        self.source, self.out, self.settings, self.device, self.threads = source, out, settings, device, threads
+        self.resume = resume
+
+    def run(self) -> dict[str, Any]:
+        """Make the folder `out`; one that an interrupted run finished is taken as it is. Returns its manifest."""
+        fingerprint = json.loads(json.dumps({
+            **self.settings, "pass": self.name, "threads": self.threads, "source": hash_source(self.source),
+            "matmul": matmul_precision(), "torch": torch.__version__, "code": code_digest(), **self.more()}))
+        found = read_manifest(self.out)
+        if self.resume and found and found.get("fingerprint") == fingerprint:
+            say(f"{self.out} is finished already")
+            return found
+        self.checkpoint = Checkpoint.open(self.source)
+        self.skeleton = Skeleton(self.checkpoint, self.device)
+        work = Workspace(self.out.with_name(f".{self.out.name.lstrip('.')}.unfinished"), fingerprint, self.resume)
+        if work.done:
+            say(f"resuming after layer {work.done} of {len(self.skeleton.layers)}")
+        self.layers(work, self.proof_arguments())
+        self.outside(work)
+        return self._publish(work, fingerprint)
+
+    def more(self) -> dict[str, Any]:
+        """What else the fingerprint rests on."""
+        return {}
+
+    def layers(self, work: Workspace, arguments: list[dict[str, Any]]) -> None:
+        raise NotImplementedError
+
+    def outside(self, work: Workspace) -> None:
+        """Change what lies outside the decoder layers: kept as layer number len(layers)."""
+
+    def edit_config(self, config: dict[str, Any]) -> None:
+        """Change config.json where it must be changed."""
+
+    def entry(self) -> dict[str, Any]:
+        """What else the manifest says of the pass."""
+        return {}
+
+    def proof_arguments(self) -> list[dict[str, Any]]:
+        """What the model hands to each layer for PROOF_TOKENS tokens."""
+        arguments, _ = self.skeleton.enter(iter(()), PROOF_TOKENS)
+        self.skeleton.leave()
+        return arguments
+
+    def alone(self, work: Workspace, transform: Transform, change: Callable[[nn.Module], None]) -> None:
+        """Every layer that is not finished yet, without data."""
+        with progress(f"{self.name}, layer", len(self.skeleton.layers), work.done) as p, torch.no_grad():
+            for index in range(work.done, len(self.skeleton.layers)):
+                with self.skeleton.layer(index) as layer:
+                    transform.begin(index, layer, [])
+                    change(layer)
+                    work.save_layer(index, *transform.finish(index, layer))
+                work.commit(index + 1)
+                p.step()
+
+    def _publish(self, work: Workspace, fingerprint: dict[str, Any]) -> dict[str, Any]:
+        folder = work.folder / "artifact"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        changed = [piece for file in sorted(work.layers.glob("*.safetensors")) for piece in pieces_of(file)]
+        names = {p.name for p in changed}
+        kept = [p for f in self.checkpoint.files for p in pieces_of(f, set(self.checkpoint.headers[f]) - names)]
+        write_checkpoint(folder, changed + kept)
+        config = dict(self.checkpoint.config)
+        self.edit_config(config)
+        (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        for name in (*TOKENIZER_FILES, *CARD_FILES, "generation_config.json"):
+            if (self.source / name).is_file():
+                shutil.copyfile(self.source / name, folder / name)
+        self._verify(folder, work)
+        records = work.records()
+        widened = [p.name for p in changed if p.dtype == "F32" and p.name in self.checkpoint
+                   and self.checkpoint.dtype(p.name) != "F32"]
+        sizes = [sum(f.stat().st_size for f in files) for files in (folder.glob("*.safetensors"), self.checkpoint.files)]
+        entry = {"name": self.name, "config": self.settings, "threads": self.threads, "device": self.device,
+                 "matmul": matmul_precision(), "proof": max(r.get("proof", 0.0) for r in records), "layers": records,
+                 "widened": len(widened), "grown_bytes": sizes[0] - sizes[1], **self.entry()}
+        before = read_manifest(self.source) or {}
+        manifest = new_manifest("hf", origin_of(self.source), [*before.get("passes", []), entry],
+                                fingerprint=fingerprint, outputs=hash_folder(folder))
+        write_json(folder / MANIFEST, manifest)
+        publish_folder(folder, self.out)
+        shutil.rmtree(work.folder)
+        return manifest
+
+    def _verify(self, folder: Path, work: Workspace) -> None:
+        """Read the folder back: every changed tensor must be what was proved."""
+        written = Checkpoint.open(folder)
+        for file in work.layers.glob("*.safetensors"):
+            for name, tensor in load_file(file).items():
+                found = written.tensor(name)
+                if found.dtype != tensor.dtype or not torch.equal(found, tensor):
+                    raise RuntimeError(f"{name} was not written as it was computed")
+
+
+class GaugeStage(Stage):
+    """AWQ's scalings on calibration text, or (calibration None) equalisation without data."""
+
+    name = "gauge"
+
+    def __init__(self, *args: Any, grid_of: Callable[[int], AnyGrid], calibration: Calibration | None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.grid_of, self.calibration = grid_of, calibration
+
+    def more(self) -> dict[str, Any]:
+        return {"calibration_text": self.calibration.origin["sha256"] if self.calibration else None}
+
+    def entry(self) -> dict[str, Any]:
+        return {"calibration": self.calibration.origin if self.calibration else None}
+
+    def layers(self, work: Workspace, arguments: list[dict[str, Any]]) -> None:
+        transform = Gauge(self.skeleton, arguments, self.grid_of)
+        if self.calibration is None:
+            self.alone(work, transform, transform.change_alone)
+            return
+        sequences = self.calibration.sequences
+        # all groups of a layer at once: a scaling of one place does not change what the others see
+        settings = LoopSettings(sequences_at_once(self.skeleton, sequences.shape[1]), true_sequential=False)
+        Loop(self.skeleton, sequences, work, settings).run(transform, _note)
+
+
+class RotateStage(Stage):
+    """R2 on every layer, with settings['rotate'] = 'r1r2' R1 too."""
+
+    name = "rotate"
+
+    def layers(self, work: Workspace, arguments: list[dict[str, Any]]) -> None:
+        hidden, seed = self.skeleton.config.get_text_config().hidden_size, self.settings["seed"]
+        whole = self.settings["rotate"] == "r1r2"
+        self.stream = orthogonal(hidden, torch.Generator().manual_seed(seed)) if whole else None
+        rotation = Rotation(self.skeleton, arguments, seed, self.stream)
+        self.alone(work, rotation, rotation.change_alone)
+
+    def outside(self, work: Workspace) -> None:
+        """R1 on embedding and head, the last norm folded into the head; a tied head gets a matrix of its own."""
+        if self.stream is None:
+            return
+        model, family = self.skeleton.model, family_of(self.skeleton.config)
+        embedding = self._stored(name_of(self.skeleton, model.get_input_embeddings()))
+        final = self._stored(f"{model.base_model_prefix}.{family.final_norm}.weight")
+        tied = is_tied(self.skeleton)
+        head = name_of(self.skeleton, model.get_output_embeddings()) if tied else stored_head(self.skeleton)
+        table, norm = (self.checkpoint.tensor(n).float().clone() for n in (embedding, final))
+        projection = table.clone() if tied else self.checkpoint.tensor(head).float()
+        fold(norm, [projection], family.offset)
+        rotate_columns(projection, self.stream)
+        rotate_columns(table, self.stream)
+        index = len(self.skeleton.layers)
+        changed = ((embedding, table, embedding), (head, projection, embedding if tied else head), (final, norm, final))
+        tensors = {name: as_stored(t, self.checkpoint.tensor(source).dtype) for name, t, source in changed}
+        work.save_layer(index, tensors, {"layer": index, "proof": 0.0, "places": {}, "left": []})
+
+    def _stored(self, name: str) -> str:
+        found = self.skeleton.stored_name(name)
+        if found is None:
+            raise UserError(f"{self.source} has no tensor {name}", "the checkpoint is incomplete")
+        return found
+
+    def edit_config(self, config: dict[str, Any]) -> None:
+        if self.stream is not None:
+            config["tie_word_embeddings"] = False
+
+
+def _note(record: dict[str, Any]) -> str:
+    places = record["places"].values()
+    before, after = (sum(p[k] for p in places) for k in ("before", "after"))
+    return f"rounding error {after / before:.3f}x" if before else ""
