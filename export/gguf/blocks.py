@@ -148,7 +148,9 @@ def _encode_rows(name: str, t: torch.Tensor, kind: Kind) -> np.ndarray:
         return quantize_q6_k(x)
     from llmc.compress.quantize.rtn import rtn  # the other types take the search that quantising takes, without data
 
-    return packing.pack(rtn(torch.from_numpy(x), GRIDS[kind.name.lower()]))
+    q = rtn(torch.from_numpy(x), GRIDS[kind.name.lower()])
+    assert isinstance(q, BlockTensor)
+    return packing.pack(q)
 
 
 def quantize_q6_k(x: np.ndarray) -> np.ndarray:

@@ -71,7 +71,7 @@ def _plan(p: dict[str, Any]) -> str:
     text = f"calibrated on {p['tokens']:,} tokens of {p['calibration']}" if p["calibration"] else "no data"
     budget = budget_lines(p["plan"], p["grids"], p["tables"]) + "\n" if "plan" in p else ""
     return (f"{p['source']} -> {p['out']}\n{budget}"
-            f"  {p['method']} on {_grids(p)}, {text}\n"
+            f"  {p['method']} on {'these types' if budget else _grids(p)}, {text}\n"
             f"  {p['layers']} layers, {p['linear_weights'] / 1e6:.1f} M weights, {size(p['out_bytes'])} when done\n"
             f"  at most about {size(p['memory_bytes'])} of memory and {size(p['disk_bytes'])} of disk\n"
             f"  on {p['device']}, {p['threads']} threads, activation products in {p['matmul']}")
