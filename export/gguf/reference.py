@@ -96,7 +96,7 @@ class _Weights:
         from transformers.pytorch_utils import Conv1D
 
         if name in self.tables:
-            return with_rows(self.tables[name], module.weight.shape[0])
+            return with_rows(self.tables[name], module.get_parameter("weight").shape[0])
         found = self._locate(name)
         assert found is not None
         stored, is_codes = found
