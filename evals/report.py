@@ -46,6 +46,12 @@ def describe_artifact(artifact: Path) -> dict[str, Any]:
     }
 
 
+def predicted_kld(report: dict[str, Any]) -> float | None:
+    """The divergence that a budget predicted when it chose the artifact's types (on calibration text); None without one."""
+    plans = [p["plan"] for p in report["artifact"]["passes"] if p.get("plan")]
+    return float(plans[-1]["predicted_kld"]) if plans else None
+
+
 def read_report(path: Path) -> dict[str, Any]:
     """A report as written by `save`, its frame checked."""
     try:

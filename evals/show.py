@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from llmc.evals.report import predicted_kld
+
 
 def pm(stat: dict[str, Any] | None, digits: int = 3, factor: float = 1.0, unit: str = "", sign: bool = False) -> str:
     """'28.69 ± 0.41' of {value, se}, times `factor`; '–' where there is none, no ± where no error is known."""
@@ -37,7 +39,8 @@ def quality_lines(report: dict[str, Any]) -> str:
     artifact, quality = report["artifact"], report["quality"]
     weight = artifact["size"]
     lines = [f"{artifact['name']}  {size(weight['file_bytes'])}, {weight['bits_per_weight']:.2f} bits per weight "
-             f"({weight['decoder_bits_per_weight']:.2f} in attention and MLP), run by {quality['runtime']['runtime']}"]
+             f"({weight['decoder_bits_per_weight']:.2f} in attention and MLP), run by {quality['runtime']['runtime']}",
+             f"  {matrices(weight)}"]
     for t in quality["texts"]:
         p = t["protocol"]
         lines.append(f"\n{p['text']}: {p['chunks']} chunks of {p['context']} tokens, {p['scored_tokens']} scored")
@@ -48,6 +51,8 @@ def quality_lines(report: dict[str, Any]) -> str:
             k = t["kld"]
             lines.append(f"  KL divergence    {pm(k, 4)} nats  (median {k['median']:.4f}, p99 {k['p99']:.3f}, "
                          f"max {k['max']:.3f})")
+            if (predicted := predicted_kld(report)) is not None:
+                lines.append(f"  predicted        {predicted:.4f} nats, on calibration text, when the types were chosen")
             lines.append(f"  top-1 agreement  {pm(t['top1'], 1, 100)} %")
     if quality["texts"]:
         lines.append("\n± is one standard error, from the spread between chunks (unknown for a single chunk)")
@@ -56,6 +61,12 @@ def quality_lines(report: dict[str, Any]) -> str:
                      + table(_task_rows(quality["tasks"])))
         lines.append("\n± is one standard error, from the spread between items; Δ is to the base, paired by item")
     return "\n".join(lines)
+
+
+def matrices(weight: dict[str, Any]) -> str:
+    """'24 Q4_K, 6 Q6_K' of what llmc.evals.weigh says; reports of earlier versions have no counts."""
+    counts = weight.get("matrices")
+    return ", ".join(f"{n} {kind}" for kind, n in counts.items()) if counts else ", ".join(weight["types"])
 
 
 def _task_rows(tasks: Sequence[dict[str, Any]]) -> list[list[str]]:

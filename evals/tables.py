@@ -6,7 +6,8 @@ from typing import Any
 
 from llmc.console import size
 from llmc.evals.compare import tasks_of
-from llmc.evals.show import change, filled, pm, spread
+from llmc.evals.report import predicted_kld
+from llmc.evals.show import change, filled, matrices, pm, spread
 
 Table = tuple[str, str, list[list[str]]]
 """Title, note, rows; the first row is the heading."""
@@ -30,12 +31,12 @@ def tables(comparison: dict[str, Any]) -> list[Table]:
 
 
 def _sizes(artifacts: list[dict[str, Any]]) -> Table:
-    rows = [["artifact", "file", "of baseline", "bits/weight", "in decoder", "types"]]
+    rows = [["artifact", "file", "of baseline", "bits/weight", "in decoder", "matrices"]]
     for a in artifacts:
         w = a["report"]["artifact"]["size"]
         ratio = f"{a['differences']['size_ratio']:.1%}" if a["differences"] else "100%"
         rows.append([a["name"], size(w["file_bytes"]), ratio, f"{w['bits_per_weight']:.2f}",
-                     f"{w['decoder_bits_per_weight']:.2f}", " ".join(w["types"])])
+                     f"{w['decoder_bits_per_weight']:.2f}", matrices(w)])
     return "Size", "in decoder: bits per weight of attention and MLP", rows
 
 
@@ -44,22 +45,27 @@ def _quality(artifacts: list[dict[str, Any]], index: int) -> Table:
     p = artifacts[0]["report"]["quality"]["texts"][index]["protocol"]
     baseline = artifacts[0]["report"]["quality"]["texts"][index]["kld"]
     lossy = baseline is not None and baseline["value"] > 0
-    head = ["artifact", "perplexity", "to baseline", "bits/byte", "KLD, nats", *(["Δ KLD"] if lossy else []), "p99 KLD",
+    predicted = [predicted_kld(a["report"]) for a in artifacts]
+    planned = any(x is not None for x in predicted)
+    head = ["artifact", "perplexity", "to baseline", "bits/byte", "KLD, nats",
+            *(["predicted"] if planned else []), *(["Δ KLD"] if lossy else []), "p99 KLD",
             "top-1 %", *(["Δ top-1"] if lossy else [])]
     rows = [head]
-    for a in artifacts:
+    for a, forecast in zip(artifacts, predicted, strict=True):
         t = a["report"]["quality"]["texts"][index]
         d = (a["differences"] or {}).get("texts")
         paired = d[index] if d else None
         rows.append([
             a["name"], pm(t["perplexity"], 2), change(paired["perplexity_ratio"]) if paired else "–",
             pm(t["bits_per_byte"], 3), pm(t["kld"], 4),
+            *([f"{forecast:.4f}" if forecast is not None else "–"] if planned else []),
             *([pm(paired["kld"] if paired else None, 4, sign=True)] if lossy else []),
             f"{t['kld']['p99']:.3f}" if t["kld"] else "–", pm(t["top1"], 1, 100),
             *([pm(paired["top1"] if paired else None, 1, 100, sign=True)] if lossy else []),
         ])
     return (f"Quality on {p['text']}", f"{p['chunks']} chunks of {p['context']} tokens; ± is one standard error, "
-            "differences to the baseline are paired by token", rows)
+            "differences to the baseline are paired by token"
+            + ("; predicted: the KLD that the budget's choice of types rested on" if planned else ""), rows)
 
 
 def _tasks(artifacts: list[dict[str, Any]]) -> Table:

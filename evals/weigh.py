@@ -85,7 +85,7 @@ def weigh(artifact: Path) -> dict[str, Any]:
     file_bytes: of the weight file(s) on disk    tensor_bytes: of the tensors alone    parameters: their elements
     bits_per_weight: 8 * tensor_bytes / parameters    decoder_bits_per_weight: of attention and MLP matrices alone
     token_bytes: what one decoded token must read: every tensor but the embedding rows of other tokens
-    tied: the embedding is the output head    types: bytes by stored type
+    tied: the embedding is the output head    types: bytes by stored type    matrices: how many of each type
     classes: {class: {bytes, parameters, types}} for each of CLASSES
     """
     found = tensors(artifact)
@@ -93,7 +93,10 @@ def weigh(artifact: Path) -> dict[str, Any]:
         raise UserError(f"{artifact} holds no tensors", "make or download it again")
     classes: dict[str, dict[str, Any]] = {k: {"bytes": 0, "parameters": 0, "types": []} for k in CLASSES}
     types: dict[str, int] = {}
+    matrices: dict[str, int] = {}
     for t in found:
+        if t.kind != "other" and t.name.endswith("weight"):
+            matrices[t.type] = matrices.get(t.type, 0) + 1
         c = classes[t.kind]
         c["bytes"] += t.nbytes
         c["parameters"] += t.parameters
@@ -110,5 +113,6 @@ def weigh(artifact: Path) -> dict[str, Any]:
         "bits_per_weight": 8 * tensor_bytes / parameters,
         "decoder_bits_per_weight": 8 * sum(c["bytes"] for c in decoder) / max(1, decoder_parameters),
         "token_bytes": tensor_bytes - (0 if tied else classes["embedding"]["bytes"]),
-        "tied": tied, "types": dict(sorted(types.items())), "classes": classes,
+        "tied": tied, "types": dict(sorted(types.items())), "matrices": dict(sorted(matrices.items())),
+        "classes": classes,
     }

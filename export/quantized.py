@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from llmc.block_grids import BlockGrid, BlockTensor
+from llmc.block_grids import GRIDS, BlockGrid, BlockTensor
 from llmc.checkpoint import Checkpoint
+from llmc.errors import UserError
 from llmc.export.blocks import checkpoint as blocks
 from llmc.export.gptq import checkpoint as gptq
 from llmc.grids import Grid, QuantizedTensor
@@ -30,6 +31,15 @@ def linears(ckpt: Checkpoint) -> list[str]:
     found = gptq.quantized_linears(ckpt)
     if found or is_quantized(ckpt):
         gptq.grid_of(ckpt)
+    return found
+
+
+def tables(ckpt: Checkpoint) -> dict[str, str]:
+    """The types that a folder was made to be exported with: {'embedding': …, 'head': …}, either or both left out."""
+    found = (ckpt.quantization or {}).get("tables", {})
+    if not isinstance(found, dict) or not all(name in GRIDS for name in found.values()):
+        raise UserError(f"quantization_config of {ckpt.folder} has the tables {found!r}; this llmc knows the types "
+                        f"{', '.join(GRIDS)}", "name others with --embedding and --head, or use a newer llmc")
     return found
 
 
@@ -64,6 +74,15 @@ def read(ckpt: Checkpoint, linear: str) -> Quantized:
 def encode(q: Quantized) -> dict[str, torch.Tensor]:
     """The tensors of one linear in its own form, by the last part of their names."""
     return blocks.encode(q) if isinstance(q, BlockTensor) else gptq.encode(q)
+
+
+def as_blocks(q: Quantized) -> BlockTensor:
+    """The same weights in the form of blocks: an integer grid that a GGUF type holds is that type, code for code."""
+    if isinstance(q, BlockTensor):
+        return q
+    assert q.grid.gguf_type is not None
+    repeats = q.grid.group_size // 32
+    return BlockTensor(GRIDS[q.grid.gguf_type.lower()], q.codes, q.scales.repeat_interleave(repeats, 1))
 
 
 def tensors_of(q: Quantized) -> dict[str, torch.Tensor]:

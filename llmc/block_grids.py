@@ -88,7 +88,7 @@ GRIDS: dict[str, BlockGrid] = {
 }
 
 
-# what llama.cpp takes too for rows that are no multiple of 256
+# for rows that are no multiple of 256: as llama.cpp, but iq4_nl for its q4_0, which is as large and loses more
 FALLBACK = {"q2_k": "iq4_nl", "q3_k": "iq4_nl", "iq4_xs": "iq4_nl", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
 
 

@@ -84,7 +84,7 @@ def load_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
         t.name.startswith("rope_f") for t in reader.tensors
     ):
         raise UserError(f"{file} scales its rotary embedding, which is lost when a GGUF is read back", GO_BACK)
-    _check_memory((4 + dtype.itemsize) * _count(reader), f"dequantising {file.name}")  # float32 as decoded, then dtype
+    check_memory((4 + dtype.itemsize) * _count(reader), f"dequantising {file.name}")  # float32 as decoded, then dtype
     # newer versions may keep blocks packed unless told otherwise; older ones always unpack and have no such config
     config = getattr(transformers, "GgufConfig", None)
     unpack = {"quantization_config": config(dequantize=True)} if config else {}
@@ -160,7 +160,7 @@ def _count(reader: GGUFReader) -> int:
     return sum(int(t.n_elements) for t in reader.tensors)
 
 
-def _check_memory(needed: int, what: str) -> None:
+def check_memory(needed: int, what: str) -> None:
     import psutil
 
     free = psutil.virtual_memory().available

@@ -185,6 +185,7 @@ def describe(report: dict[str, Any]) -> str:
         f"architecture  {report['architecture']}: {shape}",
         f"parameters    {w['parameters'] / 1e6:,.1f} M, {'tied' if w['tied'] else 'untied'} embedding and head",
         f"grid          {report['grid'] or 'none: float weights'}",
+        f"matrices      {', '.join(f'{n} {kind}' for kind, n in w['matrices'].items())}",
         f"size          {size(w['file_bytes'])}; {w['bits_per_weight']:.2f} bits per weight in all, "
         f"{w['decoder_bits_per_weight']:.2f} in the decoder's matrices; {size(w['token_bytes'])} read per token",
     ]

@@ -184,7 +184,7 @@ def test_a_flipped_bit_in_the_file_is_found(base, tmp_path):
     export(tmp_path / "q")
     ckpt = Checkpoint.open(tmp_path / "q")
     config = GgufExportConfig(model=tmp_path / "q")
-    entries = pipeline._plan(config, ckpt, load_tokenizer(ckpt.folder), Types.choose(config, True)).entries
+    entries = pipeline.plan_file(config, ckpt, load_tokenizer(ckpt.folder), Types.choose(config, ckpt)).entries
     file = tmp_path / "q.gguf"
     verify.tensors(file, entries)
     data = bytearray(file.read_bytes())

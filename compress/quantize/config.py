@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llmc.block_grids import FALLBACK, GRIDS, BlockGrid
+from llmc.block_grids import GRIDS, BlockGrid
+from llmc.compress.quantize.presets import PRESETS
+from llmc.console import size
 from llmc.errors import UserError
 from llmc.grids import Grid
 
@@ -26,6 +29,10 @@ class QuantizeConfig:
     bits: int = 4
     grid: str | None = None
     fallback: str | None = None
+    preset: str | None = None
+    target_size: str | None = None
+    target_bpw: float | None = None
+    target_kld: float | None = None
     method: str = "gptq"
     imatrix: Path | None = None
     group_size: int = 32
@@ -57,8 +64,26 @@ class QuantizeConfig:
             problems.append(f"--group-size {self.group_size}: must be 32, 64 or 128")
         problems += [f"--{option} {name}: must be one of {', '.join(GRIDS)}"
                      for option, name in (("grid", self.grid), ("fallback", self.fallback)) if name and name not in GRIDS]
-        if self.grid and (self.bits, self.group_size, self.sym) != (4, 32, True):
-            problems.append("--grid names bits, group and symmetry itself: leave out --bits, --group-size and --asym")
+        if self.preset and self.preset not in PRESETS:
+            problems.append(f"--preset {self.preset}: must be one of {', '.join(PRESETS)}")
+        if self.grid and self.preset:
+            problems.append("--grid gives all linears one type and --preset each its own: give one of them")
+        targets = {"--target-size": self.target_size, "--target-bpw": self.target_bpw, "--target-kld": self.target_kld}
+        given = [name for name, value in targets.items() if value is not None]
+        if len(given) > 1:
+            problems.append(f"{' and '.join(given)}: give one target")
+        if given and (self.grid or self.preset):
+            problems.append(f"{given[0]} chooses the types itself: leave out --grid and --preset")
+        problems += [f"{name} {value:g}: must be above 0" for name, value in targets.items()
+                     if isinstance(value, float) and not value > 0]
+        if self.target_size is not None and parse_size(self.target_size) is None:
+            problems.append(f"--target-size {self.target_size}: give bytes with a unit, as in 90MB, 1.2GB or 85MiB")
+        if self.transform != "none" and (self.preset or given):
+            problems.append(f"--transform {self.transform} is searched on one grid: give --grid or --bits, or run `llmc transform` "
+                            "first")
+        option = "--grid" if self.grid else "--preset" if self.preset else given[0] if given else ""
+        if option and (self.bits, self.group_size, self.sym) != (4, 32, True):
+            problems.append(f"{option} names bits, group and symmetry itself: leave out --bits, --group-size and --asym")
         if self.fallback in GRIDS and GRIDS[self.fallback].block != 32:
             problems.append(f"--fallback {self.fallback}: must be a grid with blocks of 32")
         if self.fallback and not self.grid:
@@ -79,14 +104,13 @@ class QuantizeConfig:
         """Whether text is needed."""
         return self.method == "gptq" or self.transform != "none"
 
-    def grid_of(self, width: int) -> AnyGrid:
-        """The grid of a linear with rows of `width` weights."""
-        if self.grid is None:
-            return Grid(self.bits, self.group_size, self.sym)
-        if self.grid in INTEGER:
-            return Grid(INTEGER[self.grid], 32)
-        grid = GRIDS[self.grid]
-        return GRIDS[self.fallback or FALLBACK.get(self.grid, self.grid)] if width % grid.block else grid
+    @property
+    def target(self) -> str | None:
+        """The budget as it was given: '--target-size 90MB'."""
+        for name in ("target_size", "target_bpw", "target_kld"):
+            if (value := getattr(self, name)) is not None:
+                return f"--{name.replace('_', '-')} {value}"
+        return None
 
     def numbers(self) -> dict[str, Any]:
         """The settings that decide the result, for manifests and for the fingerprint of `--resume`."""
@@ -94,7 +118,26 @@ class QuantizeConfig:
         for name in ("out", "resume", "dry_run"):
             del deciding[name]
         if self.method == "rtn":
-            text = () if self.calibrated else ("calibration", "samples", "seq_len", "seed")
+            text = () if self.calibrated or self.target else ("calibration", "samples", "seq_len", "seed")
             for name in ("damp", "true_sequential", *text):
                 del deciding[name]
         return deciding
+
+
+def parse_size(text: str) -> int | None:
+    """Bytes of '90MB', '1.2 GB', '85MiB'; None where it is not a size."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kKMG]?)(i?)B", text.strip())
+    if found is None:
+        return None
+    power = " kMG".index(found[2].replace("K", "k") or " ")
+    return round(float(found[1]) * (1024 if found[3] else 1000) ** power)
+
+
+def budget_lines(plan: dict[str, Any], counts: dict[str, int], tables: dict[str, str]) -> str:
+    """The plan of a budget for people."""
+    types = ", ".join(f"{n} {grid}" for grid, n in counts.items())
+    ends = "".join(f", {table} {grid}" for table, grid in tables.items())
+    classes = ", ".join(f"{name} {size(n)}" for name, n in plan["bytes_by_class"].items())
+    return (f"  {plan['target']}: at most {size(plan['file_bytes'])} as .gguf, {plan['bits_per_weight']:.3f} bits per "
+            f"weight, predicted KL divergence {plan['predicted_kld']:.3g}\n"
+            f"  types  {types}{ends}\n  bytes  {classes}")

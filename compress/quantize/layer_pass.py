@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,26 +10,26 @@ from torch import nn
 
 from llmc.compress.calibration import InputStatistics
 from llmc.compress.imatrix.importance import Importance
+from llmc.compress.quantize.assignment import Assignment
 from llmc.compress.quantize.config import AnyGrid
 from llmc.compress.quantize.gptq import compensate, gptq, objective
 from llmc.compress.quantize.rtn import rtn
 from llmc.compress.skeleton import LinearGroup, Skeleton, get_weight, set_weight
 from llmc.console import warn
-from llmc.export.quantized import Quantized, encode, rows_of, tensors_of, with_tensors
+from llmc.export.quantized import Quantized, as_blocks, encode, rows_of, tensors_of, with_tensors
 
 
 class QuantizePass:
     """A `LayerPass`: GPTQ on every group of linears, each layer's tensors in the form of the checkpoint.
 
-    grid_of: the grid for rows of a width.  importance: what columns count where linears are rounded to nearest.
+    assignment: the grid of every linear.  importance: what columns count where linears are rounded to nearest.
 
     A layer's record: {'layer', 'error' (share of the output energy lost, all linears), 'events' [in words],
     'linears': {name: {'grid', 'error', 'method' ('gptq' | 'rtn'), 'damp', 'dead_columns', 'tokens_per_column', 'sha256'}}}.
     """
 
-    def __init__(self, skeleton: Skeleton, grid_of: Callable[[int], AnyGrid], damp: float,
-                 importance: Importance | None = None) -> None:
-        self.skeleton, self.grid_of, self.damp, self.importance = skeleton, grid_of, damp, importance
+    def __init__(self, skeleton: Skeleton, assignment: Assignment, damp: float, importance: Importance | None = None) -> None:
+        self.skeleton, self.assignment, self.damp, self.importance = skeleton, assignment, damp, importance
 
     def begin(self, index: int, layer: nn.Module, groups: list[LinearGroup]) -> None:
         self.prefix = self.skeleton.layer_name(index)
@@ -40,10 +39,9 @@ class QuantizePass:
         self.lost = self.energy = 0.0
 
     def change(self, layer: nn.Module, group: LinearGroup, statistics: InputStatistics) -> None:
-        """GPTQ on the group's weights, stacked: they share the Hessian, and rows do not touch each other."""
-        linears = [layer.get_submodule(n) for n in group.names]
-        weights = [get_weight(m) for m in linears]
-        target = torch.cat(weights)
+        """GPTQ on the group's weights, which share the Hessian; those on one grid are stacked (rows do not touch)."""
+        weights = {n: get_weight(layer.get_submodule(n)) for n in group.names}
+        target = torch.cat(list(weights.values()))
         if statistics.drift is not None and statistics.drift_hessian is not None:
             moved = compensate(target, statistics.drift_hessian, statistics.drift)
             statistics.drift = statistics.drift_hessian = None  # large, and needed no more
@@ -51,30 +49,41 @@ class QuantizePass:
                 self._note(f"{', '.join(group.names)}: what was lost before could not be made up for")
             else:
                 target = moved
-        grid = self.grid_of(group.in_features)
-        result = gptq(target, statistics.hessian, grid, self.damp)
+        targets = dict(zip(group.names, target.split([len(w) for w in weights.values()]), strict=True))
+        by_grid: dict[AnyGrid, list[str]] = {}
+        for name in group.names:
+            by_grid.setdefault(self._grid(name), []).append(name)
+        for left, (grid, names) in zip(reversed(range(len(by_grid))), by_grid.items(), strict=True):
+            hessian = statistics.hessian.clone() if left else statistics.hessian
+            self._stacked(layer, grid, {n: targets[n] for n in names}, hessian, statistics.tokens / group.in_features)
+
+    def _stacked(self, layer: nn.Module, grid: AnyGrid, targets: dict[str, torch.Tensor], hessian: torch.Tensor,
+                 tokens_per_column: float) -> None:
+        """GPTQ on linears of one input and one grid; targets: what each is to be rounded to [out, in]. Destroys hessian."""
+        result = gptq(torch.cat(list(targets.values())), hessian, grid, self.damp)
         for event in result.events:
-            self._note(f"{group.names[0]}: {event}")
+            self._note(f"{next(iter(targets))}: {event}")
         if result.weight is None:
-            self._note(f"{', '.join(group.names)}: rounded to nearest, no damping made the Hessian invertible")
+            self._note(f"{', '.join(targets)}: rounded to nearest, no damping made the Hessian invertible")
         row = 0
-        for name, linear, weight in zip(group.names, linears, weights, strict=True):
-            rows = slice(row, row := row + weight.shape[0])
+        for name, target in targets.items():
+            rows = slice(row, row := row + target.shape[0])
+            linear = layer.get_submodule(name)
             if result.weight is None:
-                q, method = rtn(weight, grid), "rtn"
-                error = objective((q.dequantize() - target[rows]).t(), statistics.hessian)
+                q, method = rtn(get_weight(linear), grid), "rtn"
+                error = objective((q.dequantize() - target).t(), hessian)
             else:
                 q, method, error = rows_of(result.weight, rows), "gptq", result.error[rows]
             lost, energy = float(error.double().sum()), float(result.energy[rows].double().sum())
             self._keep(name, linear, q, lost, energy, method=method, damp=result.damp, dead_columns=result.dead,
-                       tokens_per_column=round(statistics.tokens / group.in_features, 2))
+                       tokens_per_column=round(tokens_per_column, 2))
 
     def round(self, name: str, linear: nn.Module) -> None:
         """Round one linear to nearest; its error is the squared one, by importance where that is known, relative to the
         weights."""
         weight = get_weight(linear)
         counts, record = self._importance(name)
-        q = rtn(weight, self.grid_of(weight.shape[1]), counts)
+        q = rtn(weight, self._grid(name), counts)
         by = 1.0 if counts is None else counts.to(weight.device)
         lost, energy = float(((q.dequantize() - weight).square() * by).sum()), float((weight.square() * by).sum())
         self._keep(name, linear, q, lost, energy, method="rtn", **record)
@@ -91,6 +100,9 @@ class QuantizePass:
         dead = counts == 0
         return torch.where(dead, counts.mean(), counts), {"dead_columns": int(dead.sum())}
 
+    def _grid(self, name: str) -> AnyGrid:
+        return self.assignment.grids[f"{self.prefix}.{name}"]
+
     def finish(self, index: int, layer: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         tensors = {}
         for name, q in self.quantized.items():
@@ -105,8 +117,11 @@ class QuantizePass:
         """From here on the layer runs with the weights that ship."""
         set_weight(linear, q.dequantize())
         cpu = with_tensors(q, {field: tensor.cpu() for field, tensor in tensors_of(q).items()})
+        if not self.assignment.portable:
+            cpu = as_blocks(cpu)
         self.quantized[name] = cpu
-        self.linears[name] = {"grid": q.grid.name, "error": lost / energy if energy else 0.0, **record, "sha256": digest(cpu)}
+        error = lost / energy if energy else 0.0
+        self.linears[name] = {"grid": cpu.grid.name, "error": error, **record, "sha256": digest(cpu)}
         self.lost += lost
         self.energy += energy
 

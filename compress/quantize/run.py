@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,15 @@ from llmc.artifact import (
     read_manifest,
     write_json,
 )
-from llmc.block_grids import GRIDS
 from llmc.checkpoint import CARD_FILES, TOKENIZER_FILES, Checkpoint
 from llmc.compress.calibration import BATCH_BYTES, Loop, LoopSettings, Workspace, sequences_at_once
 from llmc.compress.imatrix.importance import Importance
 from llmc.compress.precision import matmul_precision, prepare_cpu
 from llmc.compress.preparation import calibration_text, check_weights, fingerprint, open_float, sampled_file
-from llmc.compress.quantize.config import INTEGER, AnyGrid, QuantizeConfig
+from llmc.compress.quantize.assignment import assign, linears_of
+from llmc.compress.quantize.budget import assign_to_budget
+from llmc.compress.quantize.budget import memory_bytes as memory_to_measure
+from llmc.compress.quantize.config import QuantizeConfig, budget_lines
 from llmc.compress.quantize.layer_pass import QuantizePass, digest
 from llmc.compress.skeleton import Skeleton, get_weight
 from llmc.compress.text import Calibration
@@ -37,7 +40,6 @@ from llmc.errors import UserError
 from llmc.export.blocks import checkpoint as blocks_format
 from llmc.export.gptq import checkpoint as gptq_format
 from llmc.export.quantized import read
-from llmc.grids import Grid
 from llmc.runtimes.targets.this_machine import physical_cores
 from llmc.runtimes.torch_model import torch_device
 from llmc.shards import Piece, pieces_of, write_checkpoint
@@ -61,7 +63,6 @@ def quantize(model: str | Path, config: QuantizeConfig) -> dict[str, Any]:
     plan = job.plan()
     if config.dry_run:
         return plan
-    check_output(job.out)
     check_disk(job.out, plan["disk_bytes"], "quantising")
     check_weights(job.checkpoint)
     result = job.run()
@@ -76,41 +77,35 @@ class _Job:
         self.source, self.config, self.threads = source, config, threads
         self.checkpoint = open_float(source)
         self.skeleton = Skeleton(self.checkpoint, str(torch_device(config.device)))
-        self.out = config.out or Path(f"{source.resolve().name}-{config.method}-{config.grid or f'{config.bits}bit'}")
+        what = config.grid or config.preset or (config.target or f"{config.bits}bit").removeprefix("--").replace(" ", "-")
+        self.out = config.out or Path(f"{source.resolve().name}-{config.method}-{what}")
         self.work = self.out.with_name(f".{self.out.name}.unfinished")
-        self._check_rows()
+        if not config.dry_run:
+            check_output(self.out)
         self.importance = Importance(config.imatrix, self.skeleton) if config.imatrix else None
+        self.assignment = (assign_to_budget(config, self.skeleton, self.described) if config.target
+                           else assign(config, self.skeleton))
+        self._say_missed()
+
+    @cached_property
+    def described(self) -> dict[str, Any]:
+        """What the manifest says of the source; its files are hashed for it."""
+        return describe_source(self.source)
 
     @property
     def kind(self) -> str:
         """Of the artifact: 'gptq', or 'blocks' for grids that no GPTQ checkpoint holds."""
-        return "gptq" if isinstance(self.config.grid_of(0), Grid) else "blocks"
+        return "gptq" if self.assignment.portable else "blocks"
 
-    def _check_rows(self) -> None:
-        """Every linear's rows must divide into groups; where --grid has a fallback, say which linears take it."""
-        c, fallen = self.config, self._fallbacks()
-        widths = {get_weight(m).shape[1] for i in range(len(self.skeleton.layers)) for m in self.skeleton.linears(i).values()}
-        sizes = {w: block_size(c.grid_of(w)) for w in widths}
-        if uneven := sorted(w for w in widths if w % sizes[w]):
-            fits = [s for s in (128, 64, 32) if all(w % s == 0 for w in widths)]
-            raise UserError(
-                f"rows of {uneven[0]} weights do not divide into groups of {sizes[uneven[0]]} in {self.source}",
-                f"use --group-size {fits[0]}" if fits and not c.grid else "no group size of 32, 64 or 128 fits this model"
-                if not c.grid else "no GGUF block grid fits rows that are no multiple of 32")
-        if fallen:
-            first, grid = next(iter(fallen.items()))
-            warn(f"{len(fallen)} of {self._linear_count()} linears have rows that are no multiple of "
-                 f"{block_size(GRIDS[str(c.grid)])} and take {grid} instead of {c.grid} (first {first}; --fallback chooses)")
-
-    def _fallbacks(self) -> dict[str, str]:
-        """The linears that --grid cannot hold, with the grid they take."""
-        c = self.config
-        named = {f"{self.skeleton.layer_name(i)}.{n}": c.grid_of(get_weight(m).shape[1]).name
-                 for i in range(len(self.skeleton.layers)) for n, m in self.skeleton.linears(i).items()}
-        return {n: grid for n, grid in named.items() if c.grid not in (None, grid, *INTEGER)}
-
-    def _linear_count(self) -> int:
-        return sum(len(self.skeleton.linears(i)) for i in range(len(self.skeleton.layers)))
+    def _say_missed(self) -> None:
+        """Which linears take another grid than the one asked for, because of their rows."""
+        a, c = self.assignment, self.config
+        if a.missed:
+            first, grid = next(iter(a.missed.items()))
+            named = f"instead of {c.grid} (first {first}; --fallback chooses)" if c.grid else (
+                f"instead of what {c.preset} would give them (first {first}: {grid})")
+            warn(f"{len(a.missed)} of {len(a.grids)} linears have rows that are no multiple of 256 and take "
+                 f"{' or '.join(sorted(set(a.missed.values())))} {named}")
 
     def plan(self) -> dict[str, Any]:
         """What will be done, what it will weigh and what it needs."""
@@ -123,16 +118,18 @@ class _Job:
         states = 12 * hidden * (tokens + along) + 4 * (hidden + widest) * tokens + 4 * (3 * hidden + widest) * along
         other = sum(self.checkpoint.nbytes(n) for n in set(self.checkpoint.names()) - self._linear_names())
         out_bytes = other + round(self._bits() / 8)
+        memory = 600_000_000 + 2 * layer + 4 * widest * widest * 4 + BATCH_BYTES * 4
         return {
-            "source": str(self.source), "out": str(self.out), "grid": self._grid_name(),
-            "fallback_grids": self._fallbacks(), "method": c.method,
+            "source": str(self.source), "out": str(self.out), **self._what(), "method": c.method,
+            "bits_per_weight": self._bits() / weights,
             "layers": len(self.skeleton.layers), "linear_weights": weights, "out_bytes": out_bytes,
             "transform": c.transform,
             "disk_bytes": 2 * out_bytes + states + self._transform_bytes(),  # parts and their copy
-            "memory_bytes": 600_000_000 + 2 * layer + 4 * widest * widest * 4 + BATCH_BYTES * 4,
+            "memory_bytes": max(memory, memory_to_measure(self.skeleton)) if c.target else memory,
             "device": c.device, "threads": self.threads, "matmul": matmul_precision(),
             "calibration": c.calibration if c.calibrated else None, "tokens": c.samples * c.seq_len,
             "imatrix": self.importance and self.importance.origin,
+            **({"plan": self.assignment.plan} if c.target else {}),
         }
 
     def _transform_bytes(self) -> int:
@@ -140,29 +137,29 @@ class _Job:
         folders = {"none": 0, "auto": 5}.get(self.config.transform, 3)
         return folders * 4 * sum(p.numel() for p in self.skeleton.model.parameters())
 
-    def _grid_name(self) -> str:
-        return self.config.grid or self.config.grid_of(0).name
+    def _what(self) -> dict[str, Any]:
+        """The grids, for plan, manifest and result."""
+        a = self.assignment
+        what = {"grid": a.name, "grids": a.counts(), "fallback_grids": a.missed, "tables": a.tables}
+        return what if a.plan is None else what | {"plan": {k: v for k, v in a.plan.items() if k != "tensors"}}
 
     def _bits(self) -> float:
         """Bits of all quantised weights, factors included."""
-        return sum(get_weight(m).numel() * self.config.grid_of(get_weight(m).shape[1]).bits_per_weight
-                   for i in range(len(self.skeleton.layers)) for m in self.skeleton.linears(i).values())
+        return sum(get_weight(m).numel() * self.assignment.grids[name].bits_per_weight
+                   for _, name, m in linears_of(self.skeleton))
 
     def _linear_weights(self) -> int:
-        return sum(get_weight(m).numel() for i in range(len(self.skeleton.layers))
-                   for m in self.skeleton.linears(i).values())
+        return sum(get_weight(m).numel() for _, _, m in linears_of(self.skeleton))
 
     def _linear_names(self) -> set[str]:
         """The checkpoint's names of the weights that will be quantised."""
-        names = {f"{self.skeleton.layer_name(i)}.{n}.weight" for i in range(len(self.skeleton.layers))
-                 for n in self.skeleton.linears(i)}
-        stored = {n: self.skeleton.stored_name(n) for n in names}
+        stored = {n: self.skeleton.stored_name(f"{n}.weight") for n in self.assignment.grids}
         if missing := sorted(n for n, s in stored.items() if s is None):
-            raise UserError(f"{self.source} has no tensor {missing[0]}", "the checkpoint is incomplete")
+            raise UserError(f"{self.source} has no tensor {missing[0]}.weight", "the checkpoint is incomplete")
         return {s for s in stored.values() if s is not None}
 
     def run(self) -> dict[str, Any]:
-        source = describe_source(self.source)
+        source = self.described
         text = choice = None
         if self.config.calibrated:
             kept = sampled_file(self.work)
@@ -172,12 +169,15 @@ class _Job:
             self.checkpoint = Checkpoint.open(choice.folder)  # every weight from here on is the transformed model's
             self.skeleton = Skeleton(self.checkpoint, str(self.skeleton.device))
         calibration = text if self.config.method == "gptq" else None
-        deciding = {**self.config.numbers(), "imatrix": self.importance and self.importance.origin}
+        deciding = {**self.config.numbers(), "imatrix": self.importance and self.importance.origin,
+                    "types": {n: self.assignment.stored(n) for n in self.assignment.grids}}
         key = fingerprint(deciding, self.threads, source["files"], calibration)
         work = Workspace(self.work, key, self.config.resume)
+        if self.assignment.plan:
+            say(budget_lines(self.assignment.plan, self.assignment.counts(), self.assignment.tables))
         if work.done:
             say(f"resuming after layer {work.done} of {len(self.skeleton.layers)}")
-        pass_ = QuantizePass(self.skeleton, self.config.grid_of, self.config.damp, self.importance)
+        pass_ = QuantizePass(self.skeleton, self.assignment, self.config.damp, self.importance)
         if calibration is not None:
             self._explain(calibration)
             batch = sequences_at_once(self.skeleton, self.config.seq_len)
@@ -234,8 +234,7 @@ class _Job:
         self._verify(folder, records)
         summary = _summary(records, self.config.method)
         known = calibration.origin if calibration else self.importance and self.importance.calibration
-        entry = {"name": "quantize", "grid": self._grid_name(), "fallback_grids": self._fallbacks(),
-                 "config": self.config.numbers(), "threads": self.threads,
+        entry = {"name": "quantize", **self._what(), "config": self.config.numbers(), "threads": self.threads,
                  "device": str(self.skeleton.device), "matmul": matmul_precision(),
                  "calibration": known, "imatrix": self.importance and self.importance.origin,
                  "reference_sequences": self._along() if calibration else None, "layers": records, **summary,
@@ -249,7 +248,7 @@ class _Job:
         sampled_file(self.work).unlink(missing_ok=True)
         shutil.rmtree(self._transformed(), ignore_errors=True)
         total = sum(p.stat().st_size for p in self.out.glob("*.safetensors"))
-        return {"out": str(self.out), "grid": self._grid_name(), "bits_per_weight": self._bits() / self._linear_weights(),
+        return {"out": str(self.out), **self._what(), "bits_per_weight": self._bits() / self._linear_weights(),
                 "bytes": total, "transform": choice.record if choice else None,
                 "weights_sha256": {k: v for k, v in manifest["outputs"].items() if "safetensors" in k},
                 **{k: v for k, v in summary.items() if k != "layers"}}
@@ -266,17 +265,17 @@ class _Job:
 
     def _write_configs(self, folder: Path) -> None:
         """config.json with `quantization_config`; for the GPTQ form the identical quantize_config.json too."""
-        grids = {}
-        for index in range(len(self.skeleton.layers)):
-            for name, linear in self.skeleton.linears(index).items():
-                stored = self.skeleton.stored_name(f"{self.skeleton.layer_name(index)}.{name}.weight")
-                grids[str(stored).removesuffix(".weight")] = self.config.grid_of(get_weight(linear).shape[1])
-        common = next(iter(grids.values()))
-        portable = isinstance(common, Grid)
-        quantization = (gptq_format.config(common, self.config.damp, self.config.true_sequential, None)
-                        if isinstance(common, Grid) else blocks_format.config({n: g.name for n, g in grids.items()}))
+        a = self.assignment
+        portable = a.portable
+        if portable:
+            quantization = gptq_format.config(portable, self.config.damp, self.config.true_sequential, None)
+        else:
+            stored = {n: str(self.skeleton.stored_name(f"{n}.weight")).removesuffix(".weight") for n in a.grids}
+            quantization = blocks_format.config({stored[n]: a.stored(n) for n in a.grids})
+        if a.tables:
+            quantization["tables"] = a.tables
         config = {**self.checkpoint.config, "quantization_config": quantization}
-        for name, value in (("config.json", config), ("quantize_config.json", quantization))[: 1 + portable]:
+        for name, value in (("config.json", config), ("quantize_config.json", quantization))[: 1 + (portable is not None)]:
             (folder / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def _verify(self, folder: Path, records: list[dict[str, Any]]) -> None:
@@ -287,11 +286,6 @@ class _Job:
                 stored = self.skeleton.stored_name(f"{self.skeleton.layer_name(index)}.{name}.weight") or name
                 if digest(read(written, stored.removesuffix(".weight"))) != linear["sha256"]:
                     raise RuntimeError(f"{stored} was not written as it was computed")
-
-
-def block_size(grid: AnyGrid) -> int:
-    """Weights of a row that belong together: its length must be a multiple."""
-    return grid.group_size if isinstance(grid, Grid) else grid.block
 
 
 def spread(sequences: torch.Tensor, first: int) -> torch.Tensor:

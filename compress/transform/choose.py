@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from llmc.artifact import read_manifest, write_json
 from llmc.compress.digest import code_digest
+from llmc.compress.quantize.assignment import grid_for
 from llmc.compress.quantize.config import QuantizeConfig
 from llmc.compress.skeleton import Skeleton
 from llmc.compress.text import Calibration
@@ -55,7 +57,7 @@ def choose(source: Path, skeleton: Skeleton, config: QuantizeConfig, calibration
     measured = maker.measure(learn, held)
     taken = min(measured, key=lambda n: measured[n]["kld"])
     figures = ", ".join(f"{n} {m['kld']:.4g}" for n, m in measured.items())
-    why = (f"least KLD to the base when rounded to {config.grid or config.grid_of(0).name}, on "
+    why = (f"least KLD to the base when rounded to {config.grid or grid_for(config, 0).name}, on "
            f"{held.sequences.shape[0]} held-out calibration sequences: {figures}")
     say(f"--transform auto takes {taken}: {why}")
     for name in set(CANDIDATES) - {taken}:
@@ -128,7 +130,7 @@ class _Maker:
         device, ids = str(torch_device(self.config.device)), held.sequences
         for name in (n for n in CANDIDATES if n not in measured):
             base = base or measure.run(self.source, ids, device, None, "the base")
-            rounded = measure.run(self.make(name, learn), ids, device, self.config.grid_of, name)
+            rounded = measure.run(self.make(name, learn), ids, device, partial(grid_for, self.config), name)
             values = measure.kld(base, rounded)
             mean = sum(values) / len(values)
             spread = sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1)

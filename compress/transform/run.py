@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from llmc.artifact import check_disk, check_output, note_last
 from llmc.checkpoint import Checkpoint
 from llmc.compress.precision import prepare_cpu
 from llmc.compress.preparation import calibration_text
+from llmc.compress.quantize.assignment import grid_for
 from llmc.compress.skeleton import Skeleton
 from llmc.compress.text import Calibration
 from llmc.compress.transform.config import TransformConfig
@@ -88,7 +90,7 @@ def make(source: Path, out: Path, config: TransformConfig, calibration: Calibrat
         stages.append(RotateStage(source, to, config.numbers_of("rotate"), **shared))
     if config.gauge != "none":
         stages.append(GaugeStage(stages[0].out if stages else source, out, config.numbers_of("gauge"), **shared,
-                                 grid_of=config.target().grid_of, calibration=calibration))
+                                 grid_of=partial(grid_for, config.target()), calibration=calibration))
     passes = [stage.run()["passes"][-1] for stage in stages]
     shutil.rmtree(between, ignore_errors=True)
     left = list(dict.fromkeys(line for p in passes for r in p["layers"] for line in r["left"]))

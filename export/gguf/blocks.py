@@ -18,7 +18,7 @@ from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Kind
 from gguf.quants import quantize
 
-from llmc.block_grids import BlockGrid, BlockTensor
+from llmc.block_grids import GRIDS, BlockGrid, BlockTensor
 from llmc.errors import UserError
 from llmc.export.gguf import packing
 from llmc.grids import Grid, QuantizedTensor
@@ -146,7 +146,11 @@ def _encode_rows(name: str, t: torch.Tensor, kind: Kind) -> np.ndarray:
         return quantize(x, kind)  # gguf's own, bit for bit what llama-quantize writes
     if kind == Kind.Q6_K:
         return quantize_q6_k(x)
-    raise AssertionError(f"{kind.name} is not a type that floats are encoded in")
+    from llmc.compress.quantize.rtn import rtn  # the other types take the search that quantising takes, without data
+
+    q = rtn(torch.from_numpy(x), GRIDS[kind.name.lower()])
+    assert isinstance(q, BlockTensor)
+    return packing.pack(q)
 
 
 def quantize_q6_k(x: np.ndarray) -> np.ndarray:

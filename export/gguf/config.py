@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmc.block_grids import GRIDS
 from llmc.errors import UserError
 
 MATRIX_TYPES = ("f32", "f16", "bf16", "q8_0")
-TABLE_TYPES = ("f32", "f16", "bf16", "q8_0", "q6_k")
+TABLE_TYPES = ("f32", "f16", "bf16", *GRIDS)
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,11 @@ class GgufExportConfig:
     out: Path | None = None
     """The file to write. None: `<model folder>-<file type>.gguf` in the working folder."""
     embedding: str | None = None
-    """Type of the token embedding. None: q8_0 with a quantised model, else the same as `float_type`."""
+    """Type of the token embedding. None: what the folder asks for, else q8_0 with a quantised model and `float_type` with a
+    float one."""
     head: str | None = None
-    """Type of the output matrix. None: the same as `embedding`. A tied model has no output matrix of its own."""
+    """Type of the output matrix. None: what the folder asks for, else the same as `embedding`.
+    A tied model has no output matrix of its own."""
     float_type: str = "f16"
     """Type of the matrices that carry no codes."""
     converter: Path | None = None

@@ -51,11 +51,11 @@ def run(config: GgufExportConfig) -> dict[str, Any]:
     if config.converter is None:
         find_architecture(ckpt.config)
     threads = config.threads or physical_cores()
-    types = Types.choose(config, quantised=quantized.is_quantized(ckpt))
+    types = Types.choose(config, ckpt)
     torch.set_num_threads(threads)
     tok = load_tokenizer(folder)
     if config.converter is None:
-        return _finish(config, ckpt, tok, threads, types, _plan(config, ckpt, tok, types))
+        return _finish(config, ckpt, tok, threads, types, plan_file(config, ckpt, tok, types))
     from llmc.export.gguf.converter import converted
 
     with converted(config, ckpt, tok, types) as plan:
@@ -79,7 +79,7 @@ def _model_folder(config: GgufExportConfig) -> Path:
     return resolve_model(model)
 
 
-def _plan(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, types: Types) -> Plan:
+def plan_file(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, types: Types) -> Plan:
     """Decide the whole file for an architecture that llmc knows."""
     from transformers import AutoConfig
 

@@ -37,13 +37,19 @@ class Types:
     reason: str
 
     @classmethod
-    def choose(cls, config: GgufExportConfig, quantised: bool) -> Types:
+    def choose(cls, config: GgufExportConfig, ckpt: Checkpoint) -> Types:
+        """What is asked for; else what the folder says it was made for (`quantized.tables`); else by the kind of folder."""
+        wanted = quantized.tables(ckpt)
+        quantised = quantized.is_quantized(ckpt)
         embedding, reason = config.embedding, "as asked"
-        if embedding is None:
+        if embedding is None and "embedding" in wanted:
+            embedding, reason = wanted["embedding"], "as the folder was made for"
+        elif embedding is None:
             embedding = "q8_0" if quantised else config.float_type
             reason = "8 bits beside a quantised decoder" if quantised else "the same as --float-type"
-        return cls(Kind[config.float_type.upper()], Kind[embedding.upper()], Kind[(config.head or embedding).upper()],
-                   config.head is not None, reason)
+        head = config.head or wanted.get("head", embedding)
+        return cls(Kind[config.float_type.upper()], Kind[embedding.upper()], Kind[head.upper()], config.head is not None,
+                   reason)
 
     def of(self, name: str, shape: tuple[int, ...]) -> Kind:
         """Vectors and position tables stay F32: llama.cpp adds them to float32 values."""
@@ -152,7 +158,7 @@ class Planner:
                 t = t.to(torch.float32) + 1.0
             return t if rows is None else reorder(t, rows)
 
-        return Entry(mapped, shape, kind, source)
+        return Entry(mapped, shape, kind, source, stored=name)
 
     def _tie(self, found: list[Entry]) -> list[Entry]:
         """Leave out a head that equals the embedding (llama.cpp then uses it for both); refuse contradictions."""

@@ -1,4 +1,5 @@
-"""The logits that the file must give: the source model run by transformers in float32, dequantised where it has codes.
+"""The logits that the file must give: the source model run by transformers in float32, dequantised where it has codes, with
+embedding and head as the file has them (a type of few bits loses more there than the bounds of the check allow).
 
 Every module's weights are read when it runs and dropped afterwards, so a model of any size needs the memory of its
 largest matrix only.
@@ -19,8 +20,8 @@ from llmc.runtimes.torch_model import load_torch_model
 
 
 @torch.no_grad()
-def reference_logits(ckpt: Checkpoint, ids: np.ndarray) -> np.ndarray:
-    """ids int [n] -> float32 [n, vocab]."""
+def reference_logits(ckpt: Checkpoint, ids: np.ndarray, tables: dict[str, torch.Tensor]) -> np.ndarray:
+    """ids int [n] -> float32 [n, vocab]. tables: 'embedding' and 'head' (the same where they are tied), float32."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -31,7 +32,7 @@ def reference_logits(ckpt: Checkpoint, ids: np.ndarray) -> np.ndarray:
         # only the eager attention computes every variant (Gemma 2's soft cap is ignored by sdpa)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager",
                                                  trust_remote_code=False)
-    weights = _Weights(ckpt, model)
+    weights = _Weights(ckpt, model, tables)
     if all(weights.has(name) for name, _ in model.named_parameters()):
         for name, module in model.named_modules():
             if any(True for _ in module.parameters(recurse=False)):
@@ -39,21 +40,29 @@ def reference_logits(ckpt: Checkpoint, ids: np.ndarray) -> np.ndarray:
                 module.register_forward_hook(weights.drop)
     else:  # transformers renames or stacks this architecture's tensors when it loads them: leave it to that
         model = load_torch_model(ckpt.folder)
+        for module, table in ((model.get_output_embeddings(), "head"), (model.get_input_embeddings(), "embedding")):
+            module.weight.data.copy_(with_rows(tables[table], module.weight.shape[0]))
     model.eval()
     out = model(input_ids=torch.from_numpy(np.asarray(ids, dtype=np.int64))[None], use_cache=False).logits
     return np.asarray(out[0].float().numpy())
 
 
+def with_rows(table: torch.Tensor, rows: int) -> torch.Tensor:
+    """As many rows as the model has: a file may leave out padding, or pad."""
+    return nn.functional.pad(table[:rows], (0, 0, 0, max(0, rows - table.shape[0])))
+
+
 class _Weights:
     """Reads the parameters of a module of `model` from a float or quantised checkpoint."""
 
-    def __init__(self, ckpt: Checkpoint, model: nn.Module) -> None:
+    def __init__(self, ckpt: Checkpoint, model: nn.Module, tables: dict[str, torch.Tensor]) -> None:
         self.ckpt = ckpt
         self.linears = set(quantized.linears(ckpt))
         self.prefix = f"{getattr(model, 'base_model_prefix', '')}."
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
         names = {id(m): n for n, m in model.named_modules()}
         self.head, self.embedding = names[id(head)], names[id(embedding)]
+        self.tables = {f"{self.embedding}.weight": tables["embedding"], f"{self.head}.weight": tables["head"]}
 
     def has(self, name: str) -> bool:
         return self._locate(name) is not None
@@ -86,6 +95,8 @@ class _Weights:
     def _read(self, name: str, module: nn.Module) -> torch.Tensor:
         from transformers.pytorch_utils import Conv1D
 
+        if name in self.tables:
+            return with_rows(self.tables[name], module.get_parameter("weight").shape[0])
         found = self._locate(name)
         assert found is not None
         stored, is_codes = found

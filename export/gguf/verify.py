@@ -45,6 +45,8 @@ CHECK_TEXT = (
 MARKS = "हिन्दी में लिखा, தமிழ் எழுத்து, ภาษาไทยที่นี่"  # scripts with combining marks
 PROMPT = "The river's level rose"
 GENERATED = 16
+FLOATS = {Kind.F32, Kind.F16, Kind.BF16}
+MOST_LOST = 0.25  # of a matrix rounded at the export; Q2_K, the coarsest type, loses about 0.07
 FEW, MANY = 32, 128  # tokens of the logits check: few when the model has more than BIG weights
 BIG = 3_000_000_000
 
@@ -80,6 +82,8 @@ def _compare(path: Path, e: Entry, data: np.ndarray) -> None:
     if isinstance(source, torch.Tensor):
         if not np.array_equal(data, blocks.encode_float(e.name, source, e.kind)):
             raise _damaged(path, f"{e.name} differs from its source in {e.kind.name}")
+        if e.kind not in FLOATS and (lost := _lost(e, data, source)) > MOST_LOST:
+            raise UserError(f"{e.name} lost {lost:.0%} of its energy as {e.kind.name}", REPORT)
         return
     if isinstance(source, BlockTensor):
         if not np.array_equal(data, packing.pack(source)):
@@ -91,6 +95,31 @@ def _compare(path: Path, e: Entry, data: np.ndarray) -> None:
         part = slice(i, i + step)
         if not np.array_equal(dequantize(data[part], e.kind), rows_of(source, part).dequantize().numpy()):
             raise _damaged(path, f"{e.name} has other values")
+
+
+def _lost(e: Entry, data: np.ndarray, source: torch.Tensor) -> float:
+    """Squared error of a float tensor in its type, as gguf reads it, over the tensor's own square."""
+    flat, error, energy = source.reshape(-1, e.shape[-1]), 0.0, 0.0
+    step = max(1, blocks.CHUNK // e.shape[-1])
+    for i in range(0, len(data), step):
+        x = flat[i : i + step].to(torch.float32).numpy()
+        error += float(np.square(dequantize(data[i : i + step], e.kind) - x, dtype=np.float64).sum())
+        energy += float(np.square(x, dtype=np.float64).sum())
+    return error / energy if energy else 0.0
+
+
+def tables(path: Path) -> dict[str, torch.Tensor]:
+    """The values that the file holds as 'embedding' and 'head', float32; a tied file has one matrix for both."""
+    stored = {t.name: t for t in GGUFReader(path).tensors if t.name in ("token_embd.weight", "output.weight")}
+
+    def values(name: str) -> torch.Tensor:
+        t = stored[name]
+        width, rows = (int(n) for n in t.shape)
+        raw = np.array(t.data).view(np.uint8).reshape(rows, -1)
+        return torch.from_numpy(dequantize(raw, t.tensor_type)).view(rows, width)
+
+    embedding = values("token_embd.weight")
+    return {"embedding": embedding, "head": values("output.weight") if "output.weight" in stored else embedding}
 
 
 def _compare_codes(path: Path, e: Entry, data: np.ndarray, source: QuantizedTensor) -> None:
@@ -121,15 +150,16 @@ class Bound:
         quantised ones (relative errors of 0.02 to 0.15 were seen, the most with untrained weights and with experts),
         bfloat16 for BF16, float16 for F16; its GELU comes from a float16 table. A wrong layout gives about 1."""
         kinds = {e.kind for e in entries}
-        if kinds - {Kind.F32, Kind.F16, Kind.BF16}:
+        if kinds - FLOATS:
             return cls(0.3, 0.15)
         return cls(0.05, 0.01) if Kind.BF16 in kinds else cls(0.01, 1e-3)
 
 
-def logits(runtime: LlamaCpp, ckpt: Checkpoint, ids: np.ndarray, bound: Bound) -> dict[str, Any]:
+def logits(runtime: LlamaCpp, ckpt: Checkpoint, ids: np.ndarray, bound: Bound,
+           held: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Run the same ids in torch and in llama.cpp; beyond the bound is an error."""
     theirs = runtime.logits(ids)
-    ours = reference_logits(ckpt, ids)[:, : theirs.shape[1]]
+    ours = reference_logits(ckpt, ids, held)[:, : theirs.shape[1]]
     rows = np.array([_compare_logits(a, b) for a, b in zip(ours, theirs, strict=True)])
     relative = float(np.sqrt(rows[:, 0].sum() / rows[:, 1].sum()))
     kld, top1 = (float(x) for x in rows[:, 2:].mean(axis=0))
@@ -222,7 +252,7 @@ def in_llama_cpp(path: Path, ckpt: Checkpoint, tokenizer: Any, v: Vocabulary, en
     try:
         return {
             "token_ids": tokens(runtime, tokenizer, ckpt.folder, v),
-            "logits": logits(runtime, ckpt, ids, Bound.of(entries)),
+            "logits": logits(runtime, ckpt, ids, Bound.of(entries), tables(path)),
             "generated": generate(runtime),
         }
     finally:

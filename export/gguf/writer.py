@@ -30,6 +30,7 @@ class Entry:
     shape: rows first, as numpy and torch have it (the file stores it reversed).
     source: reads what the tensor must hold, rows already in the file's order: codes on a grid, or floats.
     codes: the source is codes, which are carried over and not rounded again.
+    stored: the checkpoint's name of a float tensor.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Entry:
     kind: Kind
     source: Callable[[], Source]
     codes: bool = False
+    stored: str | None = None
 
     @property
     def nbytes(self) -> int:

@@ -18,9 +18,11 @@ def export(
                                            "Left out: the newest model made in this folder."),
     format: str = typer.Option("gguf", "--format", help="The format: gguf, for llama.cpp."),
     out: Path = typer.Option(None, "--out", "-o", help="The file to write. Left out: <model>-<file type>.gguf here."),
-    embedding: str = typer.Option(None, help="Type of the token embedding: q8_0, q6_k, f16, bf16 or f32. Left out: "
-                                             "q8_0 with a quantised model, else as --float-type."),
-    head: str = typer.Option(None, help="Type of the output matrix. Left out: as --embedding. "
+    embedding: str = typer.Option(None, help="Type of the token embedding: f32, f16, bf16 or any GGUF weight type. "
+                                             "Left out: what a preset or budget chose, else q8_0 with a quantised "
+                                             "model, else as --float-type."),
+    head: str = typer.Option(None, help="Type of the output matrix. Left out: what a preset or budget chose, else "
+                                        "as --embedding. "
                                         "A tied model has no output matrix of its own."),
     float_type: str = typer.Option("f16", help="Type of matrices that are not quantised: f32, f16, bf16 or q8_0."),
     converter: Path = typer.Option(None, help="A llama.cpp checkout whose converter lays the file out, for "

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llmc.compress.quantize.config import QuantizeConfig
+from llmc.compress.quantize.config import QuantizeConfig, budget_lines
 from llmc.console import duration, set_quiet, size
 
 D = QuantizeConfig()
@@ -21,7 +21,17 @@ def quantize(
         help="Any GGUF weight type instead of --bits: q2_k … q6_k, q4_0, q4_1, q5_0, q5_1, q8_0, iq4_nl, iq4_xs.")] = D.grid,
     fallback: Annotated[str | None, typer.Option(
         help="The grid for rows that --grid cannot hold (types in blocks of 256).",
-        show_default="what llama.cpp takes")] = D.fallback,
+        show_default="iq4_nl, q5_0, q5_1 or q8_0")] = D.fallback,
+    preset: Annotated[str | None, typer.Option(
+        help="llama.cpp's mix of types by tensor: q2_k, q2_k_s, q3_k_s, q3_k_m, q3_k_l, q4_k_s, q4_k_m, q5_k_s, q5_k_m, "
+             "q6_k, q4_0, …, iq4_nl, iq4_xs. Embedding and head take theirs at the export.")] = D.preset,
+    target_size: Annotated[str | None, typer.Option(
+        help="A type for each tensor, by measured sensitivity, so that the .gguf file is at most this large: 90MB, 1.2GB.",
+    )] = D.target_size,
+    target_bpw: Annotated[float | None, typer.Option(
+        help="The same to bits per weight over all of the file's tensors: 4.25.")] = D.target_bpw,
+    target_kld: Annotated[float | None, typer.Option(
+        help="The same to the smallest file whose predicted KL divergence is at most this: 0.05.")] = D.target_kld,
     method: Annotated[str, typer.Option(help="gptq (error-compensated, needs text) or rtn (no data).")] = D.method,
     imatrix: Annotated[Path | None, typer.Option(
         help="With rtn: an importance matrix of llmc or llama.cpp (.gguf) that says what each column counts.",
@@ -44,17 +54,18 @@ def quantize(
     device: Annotated[str, typer.Option(help="cpu, gpu, or a torch device.")] = D.device,
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="physical cores")] = D.threads,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Output folder.",
-                                             show_default="MODEL-METHOD-BITSbit")] = D.out,
+                                             show_default="MODEL-METHOD-WHAT")] = D.out,
     resume: Annotated[bool, typer.Option("--resume", help="Go on after the last finished layer.")] = D.resume,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and what it needs; do nothing.")] = D.dry_run,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Quantise a model's linears and write a GPTQ checkpoint folder, or with --grid one of any GGUF weight type.
+    """Quantise a model's linears and write a GPTQ checkpoint folder, or with --grid or --preset one of GGUF weight types.
 
     The grid is that of the file that will ship: `llmc export --format gguf` then keeps every code bit for bit.
     """
-    config = QuantizeConfig(bits, grid, fallback, method, imatrix, group_size, sym, calibration, samples, seq_len, seed, damp,
-                            true_sequential, device, threads, out, resume, dry_run, transform)
+    config = QuantizeConfig(bits, grid, fallback, preset, target_size, target_bpw, target_kld, method, imatrix, group_size,
+                            sym, calibration, samples, seq_len, seed, damp, true_sequential, device, threads, out, resume,
+                            dry_run, transform)
     if as_json:
         set_quiet(True)
     from llmc.compress.quantize.run import quantize as run
@@ -68,17 +79,25 @@ def _plan(p: dict[str, Any]) -> str:
     text = f"calibrated on {p['tokens']:,} tokens of {p['calibration']}" if p["calibration"] else "no data"
     if m := p["imatrix"]:
         text = f"weighted by {m['name']} ({m['chunk_count']} chunks of {', '.join(m['datasets']) or 'unnamed text'})"
-    return (f"{p['source']} -> {p['out']}\n"
-            f"  {first}{p['method']} on the grid {p['grid']}, {text}\n"
+    budget = budget_lines(p["plan"], p["grids"], p["tables"]) + "\n" if "plan" in p else ""
+    return (f"{p['source']} -> {p['out']}\n{budget}"
+            f"  {first}{p['method']} on {'these types' if budget else _grids(p)}, {text}\n"
             f"  {p['layers']} layers, {p['linear_weights'] / 1e6:.1f} M weights, {size(p['out_bytes'])} when done\n"
             f"  at most about {size(p['memory_bytes'])} of memory and {size(p['disk_bytes'])} of disk\n"
             f"  on {p['device']}, {p['threads']} threads, activation products in {p['matmul']}")
 
 
+def _grids(r: dict[str, Any]) -> str:
+    """'q4_k', or 'q4_k_m (24 q4_k, 6 q6_k; embedding q6_k)'."""
+    counts = ", ".join(f"{n} {grid}" for grid, n in r["grids"].items())
+    tables = "".join(f"; {table} {grid}" for table, grid in r["tables"].items())
+    return str(r["grid"]) + (f" ({counts}{tables})" if len(r["grids"]) > 1 or tables else "")
+
+
 def _summary(r: dict[str, Any]) -> str:
     departures = f", {r['fallbacks']} layers fell back to RTN" if r["fallbacks"] else ""
     taken = f"transform {r['transform']['taken']}: {r['transform']['why']}\n" if r["transform"] else ""
-    return (f"{taken}{r['out']}: {r['grid']}, {r['bits_per_weight']:.3g} bits per linear weight, {size(r['bytes'])}, "
+    return (f"{taken}{r['out']}: {_grids(r)}, {r['bits_per_weight']:.3g} bits per linear weight, {size(r['bytes'])}, "
             f"mean layer error {100 * r['error']:.2f} %{departures}, {duration(r['seconds'])}\n"
             f"next: llmc export --format gguf {r['out']}")
 

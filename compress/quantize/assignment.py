@@ -1,0 +1,142 @@
+"""Which grid every linear of a model gets, and which type embedding and head shall have in the file: decided up front."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from llmc.block_grids import FALLBACK, GRIDS
+from llmc.compress.quantize import presets
+from llmc.compress.quantize.config import INTEGER, AnyGrid, QuantizeConfig
+from llmc.compress.skeleton import Skeleton, get_weight
+from llmc.errors import UserError
+from llmc.grids import Grid
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """name: of the whole, as people call it: 'int4-sym-g32', 'q4_k', 'q4_k_m', ….
+    grids: of every linear of the decoder layers, by its name in the model.
+    missed: linears whose rows their grid cannot hold, with the grid they take instead.
+    tables: {'embedding': type, 'head': type} for the export; what is not there is the export's to choose.
+    plan: of a budget (budget.py): what is predicted.
+    """
+
+    name: str
+    grids: dict[str, AnyGrid]
+    missed: dict[str, str] = field(default_factory=dict)
+    tables: dict[str, str] = field(default_factory=dict)
+    plan: dict[str, Any] | None = None
+
+    @property
+    def portable(self) -> Grid | None:
+        """The one integer grid of all linears, which a GPTQ checkpoint holds; None: the folder has the form of blocks."""
+        first = next(iter(self.grids.values()))
+        return first if isinstance(first, Grid) and all(grid == first for grid in self.grids.values()) else None
+
+    def stored(self, linear: str) -> str:
+        """The name of a linear's grid in the form that its folder has."""
+        grid = self.grids[linear]
+        return grid.name if self.portable else str(grid.gguf_type).lower()
+
+    def counts(self) -> dict[str, int]:
+        """How many linears each grid has, most first."""
+        return dict(Counter(self.stored(linear) for linear in self.grids).most_common())
+
+
+def assign(config: QuantizeConfig, skeleton: Skeleton) -> Assignment:
+    """What `config` asks for, for the model of `skeleton`. UserError where a grid cannot hold a linear's rows."""
+    return _preset(config, skeleton) if config.preset else _uniform(config, skeleton)
+
+
+def linears_of(skeleton: Skeleton) -> Iterator[tuple[int, str, torch.nn.Module]]:
+    """(layer, name in the model, module) of every linear of the decoder layers."""
+    for index in range(len(skeleton.layers)):
+        for name, module in skeleton.linears(index).items():
+            yield index, f"{skeleton.layer_name(index)}.{name}", module
+
+
+def grid_called(name: str) -> AnyGrid:
+    """A GGUF grid by its name; those of plain integers as integer grids, whose scales are searched more widely."""
+    return Grid(INTEGER[name], 32) if name in INTEGER else GRIDS[name]
+
+
+def grid_for(c: QuantizeConfig, width: int) -> AnyGrid:
+    """What --bits or --grid gives a linear with rows of `width` weights; --fallback where its blocks do not divide them."""
+    wanted = Grid(c.bits, c.group_size, c.sym) if c.grid is None else grid_called(c.grid)
+    other = c.fallback or FALLBACK.get(str(c.grid))  # None where --grid has blocks of 32
+    return grid_called(other) if other and width % block_size(wanted) else wanted
+
+
+def block_size(grid: AnyGrid) -> int:
+    """Weights of a row that belong together: its length must be a multiple."""
+    return grid.group_size if isinstance(grid, Grid) else grid.block
+
+
+def _uniform(c: QuantizeConfig, skeleton: Skeleton) -> Assignment:
+    """One grid everywhere, and --fallback where its blocks do not divide the rows."""
+    wanted = grid_for(c, 0)
+    grids, missed = {}, {}
+    for _, linear, module in linears_of(skeleton):
+        grids[linear] = grid_for(c, get_weight(module).shape[1])
+        if grids[linear] != wanted:
+            missed[linear] = str(grids[linear].gguf_type).lower()
+    _check_rows(c, skeleton, grids)
+    return Assignment(c.grid or wanted.name, grids, missed)
+
+
+def _preset(c: QuantizeConfig, skeleton: Skeleton) -> Assignment:
+    """llama.cpp's mix. Calibrated, it is the one that llama-quantize makes with an importance matrix."""
+    preset = str(c.preset)
+    if skeleton.config.get_text_config().model_type == "falcon":
+        raise UserError("llama.cpp's mixes have exceptions for Falcon that llmc does not know", "use --grid")
+    facts = presets.Facts.of(skeleton.config, imatrix=c.method == "gptq")
+    grids, missed = {}, {}
+    for layer, linear, module in linears_of(skeleton):
+        width = get_weight(module).shape[1]
+        role = presets.role_of(linear)
+        name = presets.linear_type(preset, role, layer, facts, width)
+        grids[linear] = grid_called(name)
+        if name != presets.linear_type(preset, role, layer, facts, 256):
+            missed[linear] = name
+    _check_rows(c, skeleton, grids)
+    width, own_head = table_shape(skeleton)[1], has_own_head(skeleton)
+    tables = {"embedding": presets.table_type(preset, not own_head, width)}
+    if own_head:
+        tables["head"] = presets.table_type(preset, True, width)
+    return Assignment(preset, grids, missed, tables)
+
+
+def _check_rows(c: QuantizeConfig, skeleton: Skeleton, grids: dict[str, AnyGrid]) -> None:
+    """Every linear's rows must divide into its grid's groups."""
+    widths = {linear: get_weight(module).shape[1] for _, linear, module in linears_of(skeleton)}
+    uneven = sorted((w, block_size(grids[linear])) for linear, w in widths.items() if w % block_size(grids[linear]))
+    if not uneven:
+        return
+    fits = [s for s in (128, 64, 32) if all(w % s == 0 for w in widths.values())]
+    by_name = c.grid or c.preset
+    raise UserError(
+        f"rows of {uneven[0][0]} weights do not divide into groups of {uneven[0][1]} in {skeleton.checkpoint.folder}",
+        f"use --group-size {fits[0]}" if fits and not by_name else "no group size of 32, 64 or 128 fits this model"
+        if not by_name else "no GGUF block grid fits rows that are no multiple of 32")
+
+
+def table_shape(skeleton: Skeleton) -> tuple[int, int]:
+    """[rows, width] of the embedding."""
+    rows, width = skeleton.model.get_input_embeddings().weight.shape
+    return int(rows), int(width)
+
+
+def has_own_head(skeleton: Skeleton) -> bool:
+    """Whether the checkpoint holds a head that differs from the embedding, as the export decides it."""
+    names = {id(m): n for n, m in skeleton.model.named_modules()}
+    head, table = (skeleton.stored_name(f"{names[id(m)]}.weight") if id(m) in names else None for m in (
+        skeleton.model.get_output_embeddings(), skeleton.model.get_input_embeddings()))
+    if head is None or table is None:
+        return False
+    ckpt = skeleton.checkpoint
+    return ckpt.shape(head) != ckpt.shape(table) or not torch.equal(ckpt.tensor(head), ckpt.tensor(table))

@@ -1,0 +1,204 @@
+"""A type for every matrix of a model, embedding and head included, within a budget: `--target-size`, `-bpw`, `-kld`.
+
+    predicted KL divergence  =  sum_l  a_l t_l^2(type of l) g_l      (sensitivity.py; g: what GPTQ leaves of the error)
+
+is least for the bytes, or the bytes for the divergence (knapsack.py). What is measured for it is kept in the working folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from llmc.artifact import NOTES, write_json
+from llmc.block_grids import GRIDS
+from llmc.compress.precision import fast_matmul
+from llmc.compress.quantize import sensitivity
+from llmc.compress.quantize.assignment import Assignment, grid_called, has_own_head, linears_of, table_shape
+from llmc.compress.quantize.config import QuantizeConfig, parse_size
+from llmc.compress.quantize.knapsack import Frontier, Option
+from llmc.compress.sampling import sample_from_model
+from llmc.compress.skeleton import Skeleton, get_weight
+from llmc.compress.text import SELF, load_calibration
+from llmc.console import progress, say, size
+from llmc.dequantize import check_memory
+from llmc.errors import UserError
+from llmc.evals.weigh import classify
+from llmc.runtimes.torch_model import load_tokenizer, load_torch_model, torch_device
+
+if TYPE_CHECKING:
+    from llmc.export.gguf.size import Outside  # needs the gguf package
+
+SEQUENCES, LENGTH = 4, 256  # of text for the sensitivities
+# What GPTQ leaves of the divergence of rounding to nearest. SmolLM2-135M in Q4_0: 0.148 by GPTQ, 0.27 by llama.cpp's rounding
+# with an importance matrix. It moves the prediction alone, and between linears and tables a little of the choice.
+GPTQ_GAIN = 0.55
+TABLES = ("embedding", "head")
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """What a type is chosen for. name: in the model, or one of TABLES.  first: the decoder layer it is in (0 for the
+    embedding, the number of layers for the head)."""
+
+    name: str
+    shape: tuple[int, int]
+    first: int
+
+    def nbytes(self, grid: str) -> int:
+        return self.shape[0] * self.shape[1] // GRIDS[grid].block * GRIDS[grid].block_bytes
+
+
+def assign_to_budget(config: QuantizeConfig, skeleton: Skeleton, source: dict[str, Any]) -> Assignment:
+    """The best types for `config.target`. source: what the manifest says of the model."""
+    matrices = matrices_of(skeleton)
+    stored = {n: skeleton.stored_name(f"{_module_name(skeleton, n)}.weight") for n in matrices}
+    outside = _outside(skeleton, source, {s for s in stored.values() if s})
+    measured = _measured(config, skeleton, source, matrices)
+    frontier = Frontier({name: _options(m, measured[name], config.method) for name, m in matrices.items()})
+    parameters = sum(m.shape[0] * m.shape[1] for m in matrices.values()) + outside.parameters
+    chosen = _solve(config, frontier, outside, parameters)
+    grids = {name: grid_called(o.name) for name, o in chosen.items() if name not in TABLES}
+    tables = {name: o.name for name, o in chosen.items() if name in TABLES}
+    plan = _describe(config, chosen, measured, outside, parameters)
+    return Assignment(str(config.target).removeprefix("--"), grids, {}, tables, plan)
+
+
+def matrices_of(skeleton: Skeleton) -> dict[str, Matrix]:
+    """Everything that has a type to choose, in the order it runs."""
+    rows, width = table_shape(skeleton)
+    found = [Matrix("embedding", (rows, width), 0)]
+    for layer, name, module in linears_of(skeleton):
+        out, inside = get_weight(module).shape
+        found.append(Matrix(name, (out, inside), layer))
+    if has_own_head(skeleton):
+        found.append(Matrix("head", (rows, width), len(skeleton.layers)))
+    if uneven := [m for m in found if not sensitivity.candidates(m.shape[1])]:
+        raise UserError(f"rows of {uneven[0].shape[1]} weights ({uneven[0].name}) fit no GGUF type",
+                        "no budget can be kept with rows that are no multiple of 32")
+    return {m.name: m for m in found}
+
+
+def _module_name(skeleton: Skeleton, name: str) -> str:
+    """The name in the model of a linear, of the embedding or of the head."""
+    if name not in TABLES:
+        return name
+    module = skeleton.model.get_input_embeddings() if name == "embedding" else skeleton.model.get_output_embeddings()
+    return next(n for n, m in skeleton.model.named_modules() if m is module)
+
+
+def _outside(skeleton: Skeleton, source: dict[str, Any], matrices: set[str]) -> Outside:
+    """Bytes of the file that no choice changes: other tensors, and metadata with the gaps between tensors."""
+    try:
+        from llmc.export.gguf.size import outside
+    except ImportError as e:
+        raise UserError(f"--target-size, -bpw and -kld plan a .gguf file and need the package {e.name}",
+                        "pip install 'llmc-toolkit[gguf]'") from e
+    return outside(skeleton.checkpoint.folder, source, matrices)
+
+
+# ----------------------------------------------------------------------------------------------------------- measuring
+
+
+def _measured(config: QuantizeConfig, skeleton: Skeleton, source: dict[str, Any],
+              matrices: dict[str, Matrix]) -> dict[str, dict[str, Any]]:
+    """{'sensitivity': a, 'errors': {grid: t²}} of every matrix, measured now or found where an earlier run left it."""
+    length = min(LENGTH, config.seq_len)
+    tokenizer = load_tokenizer(skeleton.checkpoint.folder)
+    key: dict[str, Any] = {"source": source["files"], "sequences": SEQUENCES, "length": length, "noise": sensitivity.NOISE,
+                           "code": hashlib.sha256(Path(str(sensitivity.__file__)).read_bytes()).hexdigest()}
+    ids = None
+    if config.calibration == SELF:
+        key |= {"calibration": SELF, "seed": config.seed}
+    else:
+        text = load_calibration(config.calibration, tokenizer, SEQUENCES, length)
+        ids, key["calibration"] = text.sequences, hashlib.sha256(text.sequences.numpy().tobytes()).hexdigest()
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    kept = Path(NOTES) / f"sensitivity-{digest[:16]}.json"
+    if kept.is_file():
+        say(f"sensitivities measured before: {kept}")
+        found: dict[str, dict[str, Any]] = json.loads(kept.read_text(encoding="utf-8"))
+        return found
+    check_memory(memory_bytes(skeleton), "measuring the sensitivity of every matrix, with the whole model in memory,")
+    model = load_torch_model(skeleton.checkpoint.folder, str(torch_device(config.device)), torch.float32)
+    if ids is None:  # other sequences than GPTQ is calibrated on
+        ids = sample_from_model(model, tokenizer, SEQUENCES, length, config.seed + 1, SEQUENCES)
+    found = measure(model, skeleton.layers_name, ids, {_module_name(skeleton, n): m for n, m in matrices.items()})
+    kept.parent.mkdir(exist_ok=True)
+    write_json(kept, found)
+    return found
+
+
+def measure(model: nn.Module, layers: str, ids: torch.Tensor, matrices: dict[str, Matrix]) -> dict[str, dict[str, Any]]:
+    """Sensitivity and errors by the matrices' own names. matrices: by name in the model."""
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    with torch.no_grad(), fast_matmul(), progress("measuring the sensitivity of matrix", len(matrices)) as p:
+        probe = sensitivity.Probe(model, layers, ids)
+        for name, matrix in matrices.items():
+            module = model.get_submodule(name)
+            weight = module.weight.data if isinstance(module, nn.Embedding) else get_weight(module)
+            assert isinstance(weight, torch.Tensor)
+            found[matrix.name] = {"sensitivity": probe.sensitivity(module, matrix.first, generator),
+                                  "errors": sensitivity.errors(weight.cpu(), sensitivity.candidates(matrix.shape[1]))}
+            p.step(matrix.name)
+    return found
+
+
+def memory_bytes(skeleton: Skeleton) -> int:
+    """What measuring needs at its peak: the model in float32, every layer's output, base and present logits."""
+    weights = sum(p.numel() for p in skeleton.model.parameters()) * 4
+    hidden = table_shape(skeleton)[1] * len(skeleton.layers) * SEQUENCES * LENGTH * 4
+    return weights + hidden + table_shape(skeleton)[0] * (SEQUENCES + 5) * LENGTH * 4 + 400_000_000
+
+
+# ------------------------------------------------------------------------------------------------------------ choosing
+
+
+def _options(m: Matrix, measured: dict[str, Any], method: str) -> list[Option]:
+    gain = GPTQ_GAIN if method == "gptq" and m.name not in TABLES else 1.0
+    return [Option(grid, m.nbytes(grid), max(0.0, measured["sensitivity"]) * t2 * gain)
+            for grid, t2 in measured["errors"].items()]
+
+
+def _solve(config: QuantizeConfig, frontier: Frontier, outside: Outside, parameters: int) -> dict[str, Option]:
+    """The best choice for the target; UserError, naming what is possible, where none keeps it."""
+    whole = outside.tensors + outside.rest
+    if config.target_kld is not None:
+        if (chosen := frontier.reaching(config.target_kld)) is None:
+            best = sum(o.nbytes for o in (frontier.within(frontier.most) or {}).values())
+            raise UserError(f"--target-kld {config.target_kld:g}: the least that is predicted is {frontier.losses[-1]:.3g}, "
+                            f"at {size(best + whole)}", "give at least that")
+        return chosen
+    if config.target_size is not None:
+        allowed, least = (parse_size(config.target_size) or 0) - whole, size(frontier.least + whole)
+    else:
+        allowed = int(float(config.target_bpw or 0) * parameters / 8) - outside.tensors
+        least = f"{8 * (frontier.least + outside.tensors) / parameters:.3f} bits per weight"
+    if (chosen := frontier.within(allowed)) is None:
+        raise UserError(f"{config.target} cannot be reached: the smallest types that fit make {least}",
+                        "give at least that, or prune the model first")
+    return chosen
+
+
+def _describe(config: QuantizeConfig, chosen: dict[str, Option], measured: dict[str, dict[str, Any]], outside: Outside,
+              parameters: int) -> dict[str, Any]:
+    """The plan, for people and for the manifest. `tensors` is long."""
+    tensor_bytes = sum(o.nbytes for o in chosen.values()) + outside.tensors
+    classes: Counter[str] = Counter()
+    for name, option in chosen.items():
+        classes[name if name in TABLES else classify(name)] += option.nbytes
+    return {
+        "target": config.target, "predicted_kld": sum(o.loss for o in chosen.values()),
+        "file_bytes": tensor_bytes + outside.rest, "bits_per_weight": 8 * tensor_bytes / parameters,
+        "bytes_by_class": {**classes, "other": outside.tensors, "metadata": outside.rest},
+        "tensors": [{"name": n, "grid": o.name, "bytes": o.nbytes, "kld": o.loss, "sensitivity": measured[n]["sensitivity"],
+                     "error": measured[n]["errors"][o.name]} for n, o in chosen.items()],
+    }

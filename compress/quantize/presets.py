@@ -1,0 +1,139 @@
+"""llama.cpp's mixes: which GGUF type `llama-quantize` gives each tensor of a file type such as Q4_K_M.
+
+Source: src/llama-quant.cpp of llama.cpp (build 1, commit 0c1e570, as llama-cpp-python 0.3.36 carries it):
+`llama_ftype_get_default_type`, `llama_tensor_get_type_impl`, `tensor_type_fallback`. Left out: file types of tensor types
+that llmc has no grid for (IQ1 … IQ3, TQ, MXFP4), and what is said of Falcon alone.
+
+benchmarks/presets_of_llama_cpp.py holds this table against a llama-quantize binary, tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from llmc.block_grids import GRIDS
+
+# the type of every tensor that no rule below speaks of
+PRESETS = {
+    "q2_k": "q2_k", "q2_k_s": "q2_k", "q3_k_s": "q3_k", "q3_k_m": "q3_k", "q3_k_l": "q3_k", "q4_0": "q4_0", "q4_1": "q4_1",
+    "q4_k_s": "q4_k", "q4_k_m": "q4_k", "q5_0": "q5_0", "q5_1": "q5_1", "q5_k_s": "q5_k", "q5_k_m": "q5_k", "q6_k": "q6_k",
+    "q8_0": "q8_0", "iq4_nl": "iq4_nl", "iq4_xs": "iq4_xs",
+}
+# what rows take that 256 does not divide
+FALLBACK = {"q2_k": "q4_0", "q3_k": "q4_0", "iq4_xs": "iq4_nl", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
+
+# llama.cpp's names of what a linear does, by the end of its name in transformers; first match wins
+ROLES = (
+    ("attn_qkv", r"qkv_proj|c_attn|query_key_value|Wqkv"),
+    ("attn_v", r"v_proj"), ("attn_k", r"k_proj"), ("attn_q", r"q_proj"),
+    ("attn_output", r"o_proj|out_proj|attn\.c_proj|attention\.dense|attn\.dense"),
+    ("ffn_down", r"down_proj|mlp\.c_proj|dense_4h_to_h|fc2|w2"),
+    ("ffn_gate", r"gate_proj|w1"),
+    ("ffn_up", r"up_proj|c_fc|dense_h_to_4h|fc1|w3"),
+)
+
+
+def role_of(linear: str) -> str:
+    """attn_v, ffn_down, …; 'other' where the name is not known, which every preset gives its plain type."""
+    return next((role for role, ends in ROLES if re.search(rf"(?:^|[._])(?:{ends})$", linear)), "other")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the rules ask about a model.
+
+    gqa: query heads for each head of keys.  experts: 1 without.  imatrix: llama-quantize would have an importance matrix.
+    seventy: llama.cpp counts it as LLM_TYPE_70B: 80 layers, and for Llama grouped heads.
+    """
+
+    layers: int
+    gqa: int = 1
+    experts: int = 1
+    imatrix: bool = False
+    seventy: bool = False
+
+    @classmethod
+    def of(cls, config: Any, imatrix: bool) -> Facts:
+        """From a transformers config."""
+        text = config.get_text_config()
+        heads = int(text.num_attention_heads)
+        gqa = heads // int(getattr(text, "num_key_value_heads", None) or heads)
+        experts = int(getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 1)
+        layers, kind = int(text.num_hidden_layers), text.model_type
+        seventy = layers == 80 and (kind == "qwen2" or (kind in ("llama", "mistral") and gqa > 1))
+        return cls(layers, gqa, experts, imatrix, seventy)
+
+    def more_bits(self, layer: int) -> bool:
+        """`use_more_bits`: the first and the last eighth, and every third layer between."""
+        eighth = self.layers // 8
+        return layer < eighth or layer >= 7 * self.layers // 8 or (layer - eighth) % 3 == 2
+
+
+def linear_type(preset: str, role: str, layer: int, facts: Facts, width: int) -> str:
+    """The grid of a linear of decoder layer `layer` (from 0) with rows of `width` weights."""
+    rule = {"attn_v": _values, "attn_qkv": _values, "attn_k": _keys, "attn_output": _output, "ffn_down": _down}.get(role)
+    return fitting((rule(preset, layer, facts) if rule else None) or PRESETS[preset], width)
+
+
+def table_type(preset: str, head: bool, width: int) -> str:
+    """The grid of the head, or of an embedding that is the head too; not `head`: of an embedding beside a head."""
+    plain = PRESETS[preset]
+    if not head:
+        return fitting(plain, width)
+    return "q8_0" if plain == "q8_0" or width % GRIDS[plain].block else fitting("q6_k", width)
+
+
+def fitting(grid: str, width: int) -> str:
+    """`tensor_type_fallback`"""
+    return FALLBACK.get(grid, grid) if width % GRIDS[grid].block else grid
+
+
+# One rule a role; None: the preset's plain type.
+
+
+def _values(preset: str, layer: int, facts: Facts) -> str | None:
+    if facts.experts == 8:
+        return "q8_0"
+    shared = facts.gqa >= 4
+    found = {
+        "q2_k": "q4_k" if shared else "q3_k",
+        "q2_k_s": "q4_k" if shared else None,
+        "q3_k_m": "q5_k" if layer < 2 else "q4_k",
+        "q3_k_l": "q5_k",
+        "q4_k_s": "q5_k" if layer < 4 else None,
+        "q4_k_m": "q6_k" if facts.more_bits(layer) else None,
+        "q5_k_m": "q6_k" if facts.more_bits(layer) else None,
+        "iq4_nl": "q5_k" if shared else None,
+        "iq4_xs": "q5_k" if shared else None,
+    }.get(preset) or PRESETS[preset]
+    return "q5_k" if facts.seventy and found in ("q3_k", "q4_k") else found
+
+
+def _keys(preset: str, layer: int, facts: Facts) -> str | None:
+    return "q8_0" if facts.experts == 8 else None
+
+
+def _output(preset: str, layer: int, facts: Facts) -> str | None:
+    if facts.experts == 8:
+        raised = ("q2_k", "q3_k_s", "q3_k_m", "q4_k_s", "q4_k_m", "iq4_nl", "iq4_xs")
+        return "q5_k" if preset in raised else None
+    return {"q2_k": "q3_k", "q3_k_m": "q4_k", "q3_k_l": "q5_k"}.get(preset)
+
+
+def _down(preset: str, layer: int, facts: Facts) -> str | None:
+    early = layer < facts.layers // 8
+    return {
+        "q2_k": "q3_k",
+        "q2_k_s": "q4_k" if early else None,
+        "q3_k_m": "q5_k" if layer < facts.layers // 16 else "q4_k",
+        "q3_k_l": "q5_k",
+        "q4_0": "q4_1" if early and facts.imatrix else None,
+        "q4_k_s": "q5_k" if early else None,
+        "q4_k_m": "q6_k" if facts.more_bits(layer) else None,
+        "q5_0": "q5_1" if early and facts.imatrix else None,
+        "q5_k_m": "q6_k" if facts.more_bits(layer) else None,
+        "iq4_nl": "q5_k" if early and not facts.imatrix else None,
+        "iq4_xs": "q5_k" if early and not facts.imatrix else None,
+    }.get(preset)

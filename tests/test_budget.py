@@ -1,0 +1,244 @@
+"""`--target-size`, `--target-bpw`, `--target-kld`: measured sensitivities, the knapsack, and a file that keeps its budget."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from test_quantize import divergence, settings
+from tiny import build, corpus
+from torch import nn
+
+import llmc
+from llmc.compress.quantize import knapsack, sensitivity
+from llmc.compress.quantize.config import QuantizeConfig, parse_size
+from llmc.compress.quantize.knapsack import Frontier, Option
+from llmc.compress.quantize.run import quantize
+from llmc.errors import UserError
+from llmc.runtimes.torch_model import load_torch_model
+
+OPTIONS = st.lists(st.tuples(st.integers(1, 40), st.floats(0, 1)), min_size=1, max_size=4)
+ITEMS = st.lists(OPTIONS, min_size=1, max_size=5)
+
+
+def items_of(raw: list[list[tuple[int, float]]], step: int = 1) -> dict[str, list[Option]]:
+    return {str(i): [Option(str(j), step * size, loss) for j, (size, loss) in enumerate(options)]
+            for i, options in enumerate(raw)}
+
+
+def brute_force(items: dict[str, list[Option]]) -> list[tuple[int, float]]:
+    """(bytes, loss) of every choice."""
+    return [(sum(o.nbytes for o in choice), sum(o.loss for o in choice)) for choice in itertools.product(*items.values())]
+
+
+def totals(chosen: dict[str, Option]) -> tuple[int, float]:
+    return sum(o.nbytes for o in chosen.values()), sum(o.loss for o in chosen.values())
+
+
+@hypothesis_settings(max_examples=60, deadline=None)
+@given(ITEMS, st.integers(1, 7), st.integers(0, 1500), st.floats(0, 5))
+def test_the_choice_is_the_best_of_all(raw: Any, step: int, budget: int, loss: float) -> None:
+    items = items_of(raw, step)
+    frontier, every = Frontier(items), brute_force(items)
+    allowed = [x for x in every if x[0] <= budget]
+    chosen = frontier.within(budget)
+    assert (chosen is None) == (not allowed)
+    if chosen is not None:
+        assert totals(chosen)[0] <= budget
+        assert totals(chosen)[1] == pytest.approx(min(x[1] for x in allowed), abs=1e-9)
+    good = [x for x in every if x[1] <= loss - 1e-9]
+    small = frontier.reaching(loss)
+    if good:
+        assert small is not None
+        assert totals(small)[0] <= min(x[0] for x in good)
+    if small is not None:
+        assert totals(small)[1] <= loss + 1e-9
+
+
+@hypothesis_settings(max_examples=50, deadline=None)
+@given(ITEMS, st.integers(0, 300))
+def test_a_coarse_table_keeps_the_budget_and_is_the_best_of_the_rounded(raw: Any, budget: int) -> None:
+    before, knapsack.STEPS = knapsack.STEPS, 20
+    try:
+        items = items_of(raw)
+        frontier = Frontier(items)
+    finally:
+        knapsack.STEPS = before
+    chosen = frontier.within(budget)
+    if chosen is not None:
+        assert totals(chosen)[0] <= budget
+        tight = [x for x in brute_force(items) if x[0] <= budget - len(items) * (frontier.unit - 1)]
+        if tight:  # whatever leaves room for the rounding is no better
+            assert totals(chosen)[1] <= min(x[1] for x in tight) + 1e-9
+
+
+def test_more_budget_is_never_worse() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes, losses = (torch.rand(30, 6, generator=generator) for _ in "ab")
+    frontier = Frontier({str(i): [Option(str(j), int(1000 * sizes[i, j]) + 1, float(losses[i, j])) for j in range(6)]
+                         for i in range(30)})
+    found = [totals(c)[1] for budget in range(frontier.least, frontier.most + 50, 37) if (c := frontier.within(budget))]
+    assert all(b <= a + 1e-12 for a, b in itertools.pairwise(found))
+
+
+@pytest.fixture(autouse=True)
+def _few_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors of a type are learned from fewer weights: for time."""
+    monkeypatch.setattr(sensitivity, "SAMPLED", 1 << 11)
+
+
+# -------------------------------------------------------------------------------------------------------- measuring
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "opt"])
+def test_running_from_the_changed_layer_is_running_the_whole_model(family: str, tmp_path: Path) -> None:
+    base = build(family, tmp_path / "base", num_hidden_layers=3)
+    model = load_torch_model(base)
+    layers = {"gpt2": "transformer.h", "opt": "model.decoder.layers"}.get(family, "model.layers")
+    ids = torch.randint(2, 500, (2, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        probe = sensitivity.Probe(model, layers, ids)
+        assert probe.divergence(0) == pytest.approx(0, abs=1e-6)
+        for index, layer in enumerate(model.get_submodule(layers).children()):
+            weight = next(p for p in layer.parameters() if p.ndim == 2)
+            before = weight.data.clone()
+            weight.data *= 1.1
+            whole = probe.divergence(0)
+            assert whole > 1e-5
+            assert probe.divergence(index) == pytest.approx(whole, rel=1e-4)
+            weight.data.copy_(before)
+
+
+def test_sensitivity_predicts_what_rounding_costs(tmp_path: Path) -> None:
+    """Theorem 1 on a tiny model: the sum over matrices against the divergence with all of them rounded."""
+    base = build("llama", tmp_path / "base")
+    model = load_torch_model(base)
+    ids = torch.randint(2, 500, (4, 64), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        probe = sensitivity.Probe(model, "model.layers", ids)
+        predicted = 0.0
+        linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and "layers" in n}
+        kept = {n: m.weight.data.clone() for n, m in linears.items()}
+        for name, m in linears.items():
+            a = probe.sensitivity(m, int(name.split(".")[2]), generator)
+            predicted += a * sensitivity.errors(m.weight.data, ["q5_0"])["q5_0"]
+            assert torch.equal(m.weight.data, kept[name])
+        for m in linears.values():
+            m.weight.data.copy_(sensitivity.rtn(m.weight.data, sensitivity.grid_called("q5_0")).dequantize())
+        measured = probe.divergence(0)
+    assert predicted == pytest.approx(measured, rel=0.5)
+
+
+def test_errors_fall_as_bits_rise() -> None:
+    w = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    found = sensitivity.errors(w, sensitivity.candidates(256))
+    order = ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q8_0"]
+    assert all(found[b] < found[a] for a, b in itertools.pairwise(order))
+    assert "q4_k" not in sensitivity.candidates(64)
+
+
+# ------------------------------------------------------------------------------------------------------ from end to end
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "calibration.txt"
+    path.write_text(corpus()[:60_000], encoding="utf-8")
+    return path
+
+
+def plan(base: Path, text: Path, **target: Any) -> dict[str, Any]:
+    found: dict[str, Any] = quantize(base, settings(text, Path("p"), dry_run=True, method="rtn", **target))["plan"]
+    return found
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_file_keeps_its_size_and_more_room_predicts_less_loss(tied: bool, tmp_path: Path, text: Path) -> None:
+    base = build("llama", tmp_path / "base", hidden_size=256, intermediate_size=256, tie_word_embeddings=tied)
+    floor = plan(base, text, target_kld=1e9)["file_bytes"]
+    top = plan(base, text, target_size="1GB")["file_bytes"]
+    plans = [plan(base, text, target_size=f"{floor + i * (top - floor) // 8}B") for i in range(9)]
+    losses = [p["predicted_kld"] for p in plans]
+    assert all(b <= a for a, b in itertools.pairwise(losses))
+    assert losses[-1] < losses[0] / 10
+    target = floor + 3 * (top - floor) // 8
+    result = quantize(base, settings(text, tmp_path / "q", target_size=f"{target}B"))
+    assert len(set(result["grids"])) > 1
+    llmc.export(tmp_path / "q", format="gguf", out=tmp_path / "q.gguf")
+    size = (tmp_path / "q.gguf").stat().st_size
+    assert size <= result["plan"]["file_bytes"] <= target
+    assert size > result["plan"]["file_bytes"] - 8192
+    found = llmc.inspect(tmp_path / "q.gguf")
+    assert found["weights"]["bits_per_weight"] == pytest.approx(result["plan"]["bits_per_weight"], rel=1e-3)
+    assert set(result["tables"]) == ({"embedding"} if tied else {"embedding", "head"})
+    entry = json.loads((tmp_path / "q/llmc.json").read_text())["passes"][-1]
+    assert entry["plan"]["predicted_kld"] == result["plan"]["predicted_kld"]
+
+
+def test_bits_per_weight_and_divergence_as_budgets(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = build("llama", tmp_path / "base", hidden_size=256, intermediate_size=256)
+    by_bits = plan(base, text, target_bpw=4.5)
+    assert 4.3 < by_bits["bits_per_weight"] <= 4.5
+    by_loss = plan(base, text, target_kld=by_bits["predicted_kld"])
+    assert by_loss["file_bytes"] <= by_bits["file_bytes"]
+    assert by_loss["predicted_kld"] <= by_bits["predicted_kld"]
+    err = capsys.readouterr().err
+    assert err.count("measured before") == 1  # the second plan measured nothing
+    sums = sum(t["kld"] for t in by_bits["tensors"]), sum(t["bytes"] for t in by_bits["tensors"])
+    assert sums[0] == pytest.approx(by_bits["predicted_kld"])
+    classes = by_bits["bytes_by_class"]
+    assert sums[1] == sum(classes[k] for k in ("embedding", "attention", "mlp"))
+    assert sum(classes.values()) == by_bits["file_bytes"]
+
+
+def test_a_budget_beats_one_type_of_the_same_size(tmp_path: Path, text: Path) -> None:
+    base = build("llama", tmp_path / "base", hidden_size=256, intermediate_size=256)
+    uniform = quantize(base, settings(text, tmp_path / "u", preset="iq4_xs", method="rtn"))
+    llmc.export(tmp_path / "u", format="gguf", out=tmp_path / "u.gguf")
+    size = (tmp_path / "u.gguf").stat().st_size
+    mixed = quantize(base, settings(text, tmp_path / "m", target_size=f"{size}B", method="rtn"))
+    assert mixed["grids"] != uniform["grids"]
+    llmc.export(tmp_path / "m", format="gguf", out=tmp_path / "m.gguf")
+    results = [llmc.evaluate(tmp_path / f"{n}.gguf", base=base, text=str(text), chunks=8, context=128) for n in "um"]
+    kld = [r["quality"]["texts"][0]["kld"]["value"] for r in results]
+    assert kld[1] < kld[0]
+    assert divergence(tmp_path / "m", base) > 0
+
+
+@pytest.mark.parametrize(("target", "words"), [
+    ({"target_size": "20kB"}, "--target-size 20kB cannot be reached: the smallest types that fit make"),
+    ({"target_bpw": 1.5}, "cannot be reached: the smallest types that fit make .* bits per weight"),
+    ({"target_kld": 1e-9}, "the least that is predicted is"),
+])
+def test_what_cannot_be_reached_names_what_can(target: dict[str, Any], words: str, tmp_path: Path, text: Path) -> None:
+    base = build("llama", tmp_path / "base")
+    with pytest.raises(UserError, match=words):
+        plan(base, text, **target)
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ({"target_size": "90MB", "target_bpw": 4.0}, "give one target"),
+    ({"target_size": "90MB", "preset": "q4_k_m"}, "leave out --grid and --preset"),
+    ({"target_bpw": 4.0, "bits": 8}, "leave out --bits"),
+    ({"target_size": "90"}, "give bytes with a unit"),
+    ({"target_kld": -1.0}, "must be above 0"),
+])
+def test_contradictions_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        QuantizeConfig(**options)
+
+
+@pytest.mark.parametrize(("text_", "expected"), [
+    ("90MB", 90_000_000), ("1.2 GB", 1_200_000_000), ("85MiB", 85 << 20), ("512kB", 512_000), ("7B", 7), ("90", None),
+    ("MB", None), ("-3MB", None),
+])
+def test_sizes(text_: str, expected: int | None) -> None:
+    assert parse_size(text_) == expected
