@@ -79,8 +79,8 @@ class QuantizeConfig:
         if self.target_size is not None and parse_size(self.target_size) is None:
             problems.append(f"--target-size {self.target_size}: give bytes with a unit, as in 90MB, 1.2GB or 85MiB")
         if self.transform != "none" and (self.preset or given):
-            problems.append(f"--transform {self.transform} is searched on one grid: give --grid or --bits, or run `llmc transform` "
-                            "first")
+            problems.append(f"--transform {self.transform} is searched on one grid: give --grid or --bits, or run "
+                            "`llmc transform` first")
         option = "--grid" if self.grid else "--preset" if self.preset else given[0] if given else ""
         if option and (self.bits, self.group_size, self.sym) != (4, 32, True):
             problems.append(f"{option} names bits, group and symmetry itself: leave out --bits, --group-size and --asym")
