@@ -14,7 +14,7 @@ def register(app: typer.Typer) -> None:
 
 
 def export(
-    model: str = typer.Argument(None, help="A model folder (float or GPTQ) or a hub id. "
+    model: str = typer.Argument(None, help="A model folder (float or quantised) or a hub id. "
                                            "Left out: the newest model made in this folder."),
     format: str = typer.Option("gguf", "--format", help="The format: gguf, for llama.cpp."),
     out: Path = typer.Option(None, "--out", "-o", help="The file to write. Left out: <model>-<file type>.gguf here."),

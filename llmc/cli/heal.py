@@ -15,7 +15,7 @@ D = HealConfig(teacher="-")
 
 
 def heal(
-    model: Annotated[str, typer.Argument(help="The GPTQ folder that `llmc quantize` made.")],
+    model: Annotated[str, typer.Argument(help="The folder that `llmc quantize` made.")],
     teacher: Annotated[str, typer.Option(help="The float model it was made from: a folder, a .gguf file, or a hub id.")],
     calibration: Annotated[list[str], typer.Option(
         help="Healing text: a text or .jsonl file, hf:NAME, or self (sampled from the teacher). May be given again.",
