@@ -65,7 +65,7 @@ def sums_in_memory(folder: Path, text: Path) -> list[tuple[torch.Tensor, torch.T
 def exported(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors that `llmc export` puts into a GGUF file, by llama.cpp's names."""
     ckpt = Checkpoint.open(folder)
-    types = Types.choose(GgufExportConfig(float_type="f32"), quantised=False)
+    types = Types.choose(GgufExportConfig(float_type="f32"), ckpt)
     entries = Planner(ckpt, find_architecture(ckpt.config), AutoConfig.from_pretrained(folder), types).entries()
     found = {e.name: e.source() for e in entries}
     return {name: t for name, t in found.items() if isinstance(t, torch.Tensor)}
