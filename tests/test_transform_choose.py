@@ -98,11 +98,14 @@ def chooser_passes(taken: str) -> list[str]:
     return {"none": [], "gauge": ["gauge"], "rotate": ["rotate"], "rotate+gauge": ["rotate", "gauge"]}[taken]
 
 
-def test_the_quantised_transform_is_the_quantised_folder_of_llmc_transform(tmp_path: Path, text: Path) -> None:
+@pytest.mark.parametrize(("transform", "rotate"), [("gauge", "none"), ("rotate+gauge", "r2")])
+def test_the_quantised_transform_is_the_quantised_folder_of_llmc_transform(
+    transform: str, rotate: str, tmp_path: Path, text: Path,
+) -> None:
     """One command or two: the same bytes."""
     base = build("qwen2", tmp_path / "base", dtype=torch.bfloat16)
-    quantize(base, text, tmp_path / "one", transform="gauge")
-    llmc.transform(base, calibration=str(text), samples=16, seq_len=64, threads=1, out=tmp_path / "gauged")
+    quantize(base, text, tmp_path / "one", transform=transform)
+    llmc.transform(base, rotate=rotate, calibration=str(text), samples=16, seq_len=64, threads=1, out=tmp_path / "gauged")
     quantize(tmp_path / "gauged", text, tmp_path / "two")
     one, two = (hash_folder(tmp_path / n) for n in ("one", "two"))
     assert one == two

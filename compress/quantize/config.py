@@ -17,7 +17,7 @@ AnyGrid = Grid | BlockGrid
 INTEGER = {"q4_0": 4, "q8_0": 8}  # block grids that are integer grids, which GPTQ checkpoints hold too
 
 METHODS = ("gptq", "rtn")
-TRANSFORMS = ("none", "gauge", "rotate", "auto")
+TRANSFORMS = ("none", "gauge", "rotate", "rotate+gauge", "auto")
 BITS = (4, 8)
 GROUP_SIZES = (32, 64, 128)
 

@@ -50,7 +50,7 @@ def quantize(
     ] = D.true_sequential,
     transform: Annotated[str, typer.Option(
         help="Change the float model first, its function kept: gauge (scale channels), rotate (where that costs no byte), "
-             "auto (what measures best on held-out calibration text), none.")] = D.transform,
+             "rotate+gauge, auto (what measures best on held-out calibration text), none.")] = D.transform,
     device: Annotated[str, typer.Option(help="cpu, gpu, or a torch device.")] = D.device,
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="physical cores")] = D.threads,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Output folder.",
