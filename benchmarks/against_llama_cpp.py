@@ -5,7 +5,8 @@ linear in the one type (`--pure`), as llmc does. All files are then evaluated by
 the float base on every text given. Prints a table and one JSON line; exit code 1 where llmc loses a text at a type.
 
     python benchmarks/against_llama_cpp.py --bin llama.cpp/build/bin --base MODEL_FOLDER --calibration mixed.txt \
-        --text wiki.test.raw --text tinystories.txt --work /some/empty/folder [--grid q4_0 --grid q8_0]
+        --text wiki.test.raw --text tinystories.txt --work /some/empty/folder \
+        [--grid q4_0 --grid q8_0] [--transform rotate+gauge]
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def make(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     common = ["--calibration", args.calibration, "--samples", args.samples, "--seq-len", 512, "--threads", args.threads]
     for grid in args.grid:
         folder = work / f"llmc-{grid}"
-        candidate(f"llmc-{grid}", (*llmc, "quantize", args.base, "--grid", grid, *common, "-o", folder),
+        candidate(f"llmc-{grid}", (*llmc, "quantize", args.base, "--grid", grid, "--transform", args.transform, *common,
+                                   "-o", folder),
                   (*llmc, "export", folder, "--format", "gguf", "-o", work / f"llmc-{grid}.gguf"))
     f16 = candidate("f16", (*llmc, "export", args.base, "--format", "gguf", "-o", work / "f16.gguf"))
     tokenizer = load_tokenizer(Path(args.base))
@@ -78,6 +80,7 @@ def main() -> None:
     parser.add_argument("--text", action="append", required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--grid", action="append", help="GGUF type; may be given again (default: q4_0 and q8_0)")
+    parser.add_argument("--transform", default="none", help="of llmc quantize: rotate+gauge, ...")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--chunks", type=int, default=40)
     parser.add_argument("--threads", type=int, default=physical_cores())
