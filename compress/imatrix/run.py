@@ -91,7 +91,8 @@ class _Job:
         self.work = self.out.with_name(f".{self.out.name}.unfinished")
         check_output(self.out)
         hidden = self.skeleton.config.get_text_config().hidden_size
-        check_disk(self.out, 2 * config.samples * config.seq_len * hidden * 4, "gathering statistics")
+        states = config.samples * config.seq_len * hidden * 4
+        check_disk(self.out, 3 * states, "gathering statistics")  # three files take turns
         check_weights(self.skeleton.checkpoint)
 
     def run(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from llmc.artifact import check_disk, check_output, note_last
 from llmc.checkpoint import Checkpoint
 from llmc.compress.precision import prepare_cpu
-from llmc.compress.preparation import calibration_text
+from llmc.compress.preparation import calibration_text, sampled_file
 from llmc.compress.quantize.assignment import grid_for
 from llmc.compress.skeleton import Skeleton
 from llmc.compress.text import Calibration
@@ -40,8 +40,8 @@ def transform(model: str | Path, config: TransformConfig) -> dict[str, Any]:
     out = config.out or Path("-".join([source.resolve().name, *(n for n in (config.rotate, config.gauge) if n != "none")]))
     skeleton = check(source, config)
     check_output(out)
-    check_disk(out, disk_bytes(skeleton), "transforming")
-    kept = out.with_name(f".{out.name}.sampled.safetensors")
+    check_disk(out, disk_bytes(skeleton, config), "transforming")
+    kept = sampled_file(out.with_name(f".{out.name}.unfinished"))
     calibration = None
     if config.gauge == "awq":
         calibration = calibration_text(skeleton, hash_source(source), config, threads, kept)
@@ -75,9 +75,12 @@ def untied_bytes(skeleton: Skeleton) -> int:
     return round(skeleton.model.get_output_embeddings().weight.numel() * Q8_0_BYTES)
 
 
-def disk_bytes(skeleton: Skeleton) -> int:
-    """At the peak: the model in float32 as layers and as a folder, and the folder of the stage before."""
-    return 3 * 4 * sum(p.numel() for p in skeleton.model.parameters())
+def disk_bytes(skeleton: Skeleton, config: TransformConfig) -> int:
+    """At the peak: the model in float32 as layers and as a folder, and the folder of the stage before; where text is run
+    through it, three files of states."""
+    hidden = skeleton.config.get_text_config().hidden_size
+    states = 3 * config.samples * config.seq_len * hidden if config.gauge == "awq" else 0
+    return 4 * (3 * sum(p.numel() for p in skeleton.model.parameters()) + states)
 
 
 def make(source: Path, out: Path, config: TransformConfig, calibration: Calibration | None, threads: int) -> dict[str, Any]:

@@ -62,7 +62,8 @@ class Stage:
         return {}
 
     def layers(self, work: Workspace, arguments: list[dict[str, Any]]) -> None:
-        raise NotImplementedError
+        """Change every decoder layer that is not finished yet. arguments: what the model hands to each, for the proof."""
+        raise NotImplementedError(f"{type(self).__name__} must say how")
 
     def outside(self, work: Workspace) -> None:
         """Change what lies outside the decoder layers: kept as layer number len(layers)."""
