@@ -12,8 +12,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from llmc.checkpoint import Checkpoint
-from llmc.compress import calibration, precision
-from llmc.compress.calibration import InputStatistics, Loop, LoopSettings, Workspace, add_gram, mirror_upper
+from llmc.compress import layer_run, precision
+from llmc.compress.calibration import Loop, LoopSettings, Workspace
+from llmc.compress.layer_run import InputStatistics, add_gram, mirror_upper
 from llmc.compress.skeleton import LinearGroup, Skeleton, get_weight, set_weight, trace_layer
 
 SEQUENCES = torch.randint(0, 512, (5, 48), generator=torch.Generator().manual_seed(1))
@@ -25,7 +26,7 @@ EXPECTED_GROUPS = {
 
 @pytest.fixture(autouse=True)
 def _full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (precision, calibration):
+    for module in (precision, layer_run):
         monkeypatch.setattr(module, "matmul_precision", lambda: "ieee")
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmc.compress.calibration import InputStatistics
 from llmc.compress.imatrix.importance import Importance
+from llmc.compress.layer_run import InputStatistics
 from llmc.compress.quantize.assignment import Assignment
 from llmc.compress.quantize.config import AnyGrid
 from llmc.compress.quantize.gptq import compensate, gptq, objective

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmc.compress.calibration import InputStatistics
+from llmc.compress.layer_run import InputStatistics
 from llmc.compress.quantize.config import AnyGrid
 from llmc.compress.skeleton import LinearGroup, Skeleton, get_weight
 from llmc.compress.transform.gauges import (

@@ -1,0 +1,183 @@
+"""One decoder layer of the calibration loop: run over every sequence, as often as the groups of linears in it ask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmc.compress.precision import fast_forward, fast_matmul, matmul_precision
+from llmc.compress.skeleton import Ending, LayerTrace, LinearGroup, StopForward, get_weight, replaced
+from llmc.compress.states import Scratch, StateStore
+
+
+@dataclass
+class InputStatistics:
+    """What a group of linears sees.
+
+    hessian: float32 [in, in], the sum of x x^T over tokens (the 2 of the paper's definition is left out: it cancels)
+    drift, drift_hessian: float32 [in, in], the sums of (x' - x) x^T and of x x^T over the sequences that the unchanged model
+    ran along on, where x' is what the same linear sees there; None where it ran on none. They belong together: drift under
+    the Hessian of other tokens over- or undershoots wherever a few tokens dominate.
+    tokens: how many x there were
+
+    Inputs of linears that write to the residual stream (those that end a child module of the layer) are divided by the
+    root mean square of the stream at their token, as it enters the layer or with what the linear adds, whichever is larger:
+    what follows normalises the stream, so an error counts relative to it, and the few tokens with enormous states do not
+    drown the others. (Where a layer makes those states, only the second is large.)
+    """
+
+    hessian: torch.Tensor
+    tokens: int = 0
+    drift: torch.Tensor | None = None
+    drift_hessian: torch.Tensor | None = None
+
+
+class LayerRun:
+    """One layer, run over all sequences once for each group and once for its output.
+
+    scratch: a folder for inputs of linears.  sequential: groups are worked on one after another. Then no linear runs twice:
+    once the input of the linear that ends a child module is known, the module is replaced by that linear on that input (in
+    a Llama layer the attention runs once, not four times). That is right only when everything before the linear is final.
+    """
+
+    def __init__(self, layer: nn.Module, arguments: dict[str, Any], trace: LayerTrace, store: StateStore, scratch: Path,
+                 sequential: bool) -> None:
+        self.layer, self.arguments, self.store = layer, arguments, store
+        self.groups, self.batch = trace.groups, 0
+        self.device = next(layer.parameters()).device
+        dtype = torch.bfloat16 if matmul_precision() == "bf16" else torch.float32
+        self.writers = trace.writers
+        self.endings = trace.endings if sequential else {}
+        self.inputs = {e.linear: Scratch(scratch / f"input-{part}", dtype) for part, e in self.endings.items()}
+        self.unchanged = {g.names[0]: Scratch(scratch / f"unchanged-{i}", dtype) for i, g in enumerate(trace.groups)}
+
+    def refer(self, store: StateStore) -> Iterator[torch.Tensor]:
+        """Run the unchanged layer over the reference's states: keeps the input of every group, yields the outputs."""
+        return self.watch(store, lambda group, x: self.unchanged[group.names[0]].put(self.batch, x))
+
+    def watch(self, store: StateStore, see: Callable[[LinearGroup, torch.Tensor], None]) -> Iterator[torch.Tensor]:
+        """Run the layer as it is over a stream: `see` is shown the input of every group, the outputs are yielded."""
+        handles = [self.layer.get_submodule(g.names[0]).register_forward_pre_hook(
+            lambda _m, args, group=g: see(group, args[0])) for g in self.groups]
+        try:
+            yield from self._forward(store)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def gather(self, groups: list[LinearGroup]) -> list[InputStatistics]:
+        """Run every sequence up to the last of `groups` and sum what InputStatistics says over each group's input."""
+        found = [self._nothing_yet(g) for g in groups]
+
+        def hook(position: int) -> Any:
+            name = groups[position].names[0]
+            kept = self.inputs.get(name)
+
+            def accumulate(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+                with torch.autocast(self.device.type, enabled=False):
+                    self._add(found[position], name, args[0])
+                if kept is not None:
+                    kept.put(self.batch, args[0])
+                if position == len(groups) - 1:
+                    raise StopForward
+            return accumulate
+
+        handles = [self.layer.get_submodule(g.names[0]).register_forward_pre_hook(hook(i)) for i, g in enumerate(groups)]
+        try:
+            for _ in self.outputs():
+                pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        for statistics in found:
+            mirror_upper(statistics.hessian)
+            if statistics.drift_hessian is not None:
+                mirror_upper(statistics.drift_hessian)
+        return found
+
+    def _nothing_yet(self, group: LinearGroup) -> InputStatistics:
+        n = group.in_features
+        found = InputStatistics(torch.zeros(n, n, device=self.device))
+        if self.unchanged[group.names[0]].places:
+            found.drift = torch.zeros(n, n, device=self.device)
+        return found
+
+    def _add(self, statistics: InputStatistics, name: str, x: torch.Tensor) -> None:
+        """Add one batch x [n, seq_len, in] of the input of linear `name`."""
+        weight = self._relative(name, x) if name in self.writers else None
+        rows = x.reshape(-1, x.shape[-1])
+        rows = rows.float() if weight is None else rows * weight  # float32 either way
+        add_gram(statistics.hessian, rows)
+        statistics.tokens += rows.shape[0]
+        unchanged = self.unchanged[name]
+        if statistics.drift is not None and self.batch in unchanged.places:
+            apart = (unchanged.get(self.batch).to(self.device) - x).view(rows.shape)
+            with fast_matmul():
+                statistics.drift.addmm_((apart.float() if weight is None else apart * weight).t(), rows)
+            if self.batch == len(unchanged.places) - 1:
+                statistics.drift_hessian = statistics.hessian.clone()  # of just the batches with a reference: they come first
+
+    def _relative(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """One over the root mean square of the residual stream at each token, [tokens, 1]: see InputStatistics."""
+        linear: Any = self.layer.get_submodule(name)
+        with fast_forward(self.device):
+            added = nn.functional.linear(x, get_weight(linear), linear.bias)
+        squares = torch.maximum(self.hidden.square().mean(-1), (self.hidden + added).square().mean(-1))
+        return squares.clamp_min_(1e-12).rsqrt_().view(-1, 1)
+
+    def outputs(self) -> Iterator[torch.Tensor]:
+        """What leaves the layer as it is now, batch by batch (nothing for a batch that a hook stopped)."""
+        yield from self._forward(self.store)
+
+    def _forward(self, store: StateStore) -> Iterator[torch.Tensor]:
+        for batch, (first, last) in enumerate(store.starts()):
+            self.batch = batch  # hooks and shortcuts work on this one
+            hidden = store.read(first, last).to(self.device)
+            self.hidden = hidden
+            with replaced(self.layer, self._shortcuts()), fast_forward(self.device):
+                try:
+                    out = self.layer(hidden, **self.arguments)
+                except StopForward:
+                    continue
+            yield (out[0] if isinstance(out, tuple) else out).float()
+
+    def _shortcuts(self) -> dict[str, Callable[..., Any]]:
+        """For the child modules whose last linear's input is known for this batch: that linear, and nothing before it."""
+        forwards: dict[str, Callable[..., Any]] = {}
+        for name, ending in self.endings.items():
+            if self.batch in self.inputs[ending.linear].places:
+                forwards[name] = self._ending(ending)
+                forwards |= dict.fromkeys(ending.feeders, lambda states, *_args, **_kwargs: states)
+        return forwards
+
+    def _ending(self, ending: Ending) -> Callable[..., Any]:
+        def run(*_args: Any, **_kwargs: Any) -> Any:
+            known = self.inputs[ending.linear].get(self.batch)
+            return ending.wrap(self.layer.get_submodule(ending.linear)(known.to(self.device)))
+        return run
+
+    def close(self) -> None:
+        for scratch in [*self.inputs.values(), *self.unchanged.values()]:
+            scratch.close()
+
+
+def add_gram(hessian: torch.Tensor, x: torch.Tensor) -> None:
+    """Add x^T x, for x [tokens, in], to the upper triangle of `hessian` [in, in], in bands: about half of the work."""
+    n, step = x.shape[1], 256
+    with fast_matmul():
+        for i in range(0, n, step):
+            hessian[i : i + step, i:].addmm_(x[:, i : i + step].t(), x[:, i:])
+
+
+def mirror_upper(square: torch.Tensor) -> None:
+    """Copy the upper triangle to the lower one in place, a band at a time (no second matrix)."""
+    for i in range(0, square.shape[0], 256):
+        band = square[i : i + 256, i:]
+        corner = band[:, : band.shape[0]]
+        corner.copy_(corner.triu() + corner.triu(1).t())
+        square[i + band.shape[0] :, i : i + band.shape[0]] = band[:, band.shape[0] :].t()
