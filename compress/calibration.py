@@ -30,6 +30,7 @@ from llmc.console import progress
 from llmc.errors import UserError
 
 BATCH_BYTES = 32 << 20  # activations of one batch of sequences (hidden and the widest linear), float32
+SUMS_BYTES = 512 << 20  # three matrices [in, in] for the widest linear, of all workers
 
 
 class LayerPass(Protocol):
@@ -61,17 +62,24 @@ class LayerWatch(Protocol):
 class LoopSettings:
     """batch: sequences run at once.  true_sequential: gather each group's statistics after the groups before it were
     changed, not all of them on the unchanged layer.  reference: the first so many sequences (whole batches) run through
-    the unchanged model too, for `drift`; 0 for none."""
+    the unchanged model too, for `drift`; 0 for none.  workers: how many batches run side by side."""
 
     batch: int = 8
     true_sequential: bool = True
     reference: int = 0
+    workers: int = 1
 
 
-def sequences_at_once(skeleton: Skeleton, seq_len: int) -> int:
-    """How many sequences keep a layer's activations near BATCH_BYTES."""
+def sequences_at_once(skeleton: Skeleton, seq_len: int, workers: int = 1) -> int:
+    """How many sequences, for each worker, keep a layer's activations near BATCH_BYTES together."""
     widest = max(max(get_weight(m).shape) for m in skeleton.linears(0).values())
-    return max(1, min(16, BATCH_BYTES // (seq_len * widest * 4)))
+    return max(1, min(16, BATCH_BYTES // (seq_len * widest * 4 * workers)))
+
+
+def workers_for(skeleton: Skeleton) -> int:
+    """How many batches to run side by side: one a thread on a CPU, while the workers' sums stay under SUMS_BYTES."""
+    widest = max(get_weight(m).shape[1] for m in skeleton.linears(0).values())
+    return 1 if skeleton.device.type != "cpu" else max(1, min(torch.get_num_threads(), SUMS_BYTES // (12 * widest * widest)))
 
 
 class Workspace:
@@ -175,10 +183,11 @@ class Loop:
             raise UserError(f"{self.skeleton.layer_name(index)}.{idle[0]} did not run on the calibration text",
                             "mixtures of experts are not supported yet")
         pass_.begin(index, layer, trace.groups)
-        run = LayerRun(layer, arguments, trace, self.store, self.work.folder, self.settings.true_sequential)
+        run = LayerRun(layer, arguments, trace, self.store, self.work.folder, self.settings.true_sequential,
+                       self.settings.workers)
         try:
             if isinstance(pass_, LayerWatch):
-                self.store.replace(run.watch(self.store, pass_.see))
+                run.watch(pass_.see)
             else:
                 self._change(pass_, layer, run)
         finally:
@@ -190,8 +199,8 @@ class Loop:
     def _change(self, pass_: LayerPass, layer: nn.Module, run: LayerRun) -> None:
         """Let the pass work on every group, then run the layer as it ships."""
         if self.reference is not None:
-            self.reference.replace(run.refer(self.reference))
+            run.refer(self.reference)
         for stage in [[g] for g in run.groups] if self.settings.true_sequential else [run.groups]:
             for group, statistics in zip(stage, run.gather(stage), strict=True):
                 pass_.change(layer, group, statistics)
-        self.store.replace(run.outputs())
+        run.send()

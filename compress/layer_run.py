@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from llmc.compress.crew import share
 from llmc.compress.precision import fast_forward, fast_matmul, matmul_precision
 from llmc.compress.skeleton import Ending, LayerTrace, LinearGroup, StopForward, get_weight, replaced
 from llmc.compress.states import Scratch, StateStore
@@ -43,12 +46,13 @@ class LayerRun:
     scratch: a folder for inputs of linears.  sequential: groups are worked on one after another. Then no linear runs twice:
     once the input of the linear that ends a child module is known, the module is replaced by that linear on that input (in
     a Llama layer the attention runs once, not four times). That is right only when everything before the linear is final.
+    workers: how many batches run side by side, each adding to sums of its own.
     """
 
     def __init__(self, layer: nn.Module, arguments: dict[str, Any], trace: LayerTrace, store: StateStore, scratch: Path,
-                 sequential: bool) -> None:
-        self.layer, self.arguments, self.store = layer, arguments, store
-        self.groups, self.batch = trace.groups, 0
+                 sequential: bool, workers: int = 1) -> None:
+        self.layer, self.arguments, self.store, self.workers = layer, arguments, store, workers
+        self.groups, self.here = trace.groups, Here()
         self.device = next(layer.parameters()).device
         dtype = torch.bfloat16 if matmul_precision() == "bf16" else torch.float32
         self.writers = trace.writers
@@ -56,23 +60,22 @@ class LayerRun:
         self.inputs = {e.linear: Scratch(scratch / f"input-{part}", dtype) for part, e in self.endings.items()}
         self.unchanged = {g.names[0]: Scratch(scratch / f"unchanged-{i}", dtype) for i, g in enumerate(trace.groups)}
 
-    def refer(self, store: StateStore) -> Iterator[torch.Tensor]:
-        """Run the unchanged layer over the reference's states: keeps the input of every group, yields the outputs."""
-        return self.watch(store, lambda group, x: self.unchanged[group.names[0]].put(self.batch, x))
+    def refer(self, store: StateStore) -> None:
+        """Run the unchanged layer over the reference's states and keep the input of every group."""
+        self._watched(store, lambda group, x: self.unchanged[group.names[0]].put(self.here.batch, x), self.workers)
 
-    def watch(self, store: StateStore, see: Callable[[LinearGroup, torch.Tensor], None]) -> Iterator[torch.Tensor]:
-        """Run the layer as it is over a stream: `see` is shown the input of every group, the outputs are yielded."""
-        handles = [self.layer.get_submodule(g.names[0]).register_forward_pre_hook(
-            lambda _m, args, group=g: see(group, args[0])) for g in self.groups]
-        try:
-            yield from self._forward(store)
-        finally:
-            for handle in handles:
-                handle.remove()
+    def watch(self, see: Callable[[LinearGroup, torch.Tensor], None]) -> None:
+        """Run the layer as it is: `see` is shown the input of every group, in the order of the batches."""
+        self._watched(self.store, see, workers=1)
+
+    def send(self) -> None:
+        """Run the layer as it is now: what leaves it are the store's next states."""
+        self.store.clear()
+        self._forward(self.store, self.workers)
 
     def gather(self, groups: list[LinearGroup]) -> list[InputStatistics]:
         """Run every sequence up to the last of `groups` and sum what InputStatistics says over each group's input."""
-        found = [self._nothing_yet(g) for g in groups]
+        found = [[self._nothing_yet(g) for g in groups] for _ in range(self.workers)]
 
         def hook(position: int) -> Any:
             name = groups[position].names[0]
@@ -80,25 +83,30 @@ class LayerRun:
 
             def accumulate(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
                 with torch.autocast(self.device.type, enabled=False):
-                    self._add(found[position], name, args[0])
+                    self._add(found[self.here.worker][position], name, args[0])
                 if kept is not None:
-                    kept.put(self.batch, args[0])
+                    kept.put(self.here.batch, args[0])
                 if position == len(groups) - 1:
                     raise StopForward
             return accumulate
 
         handles = [self.layer.get_submodule(g.names[0]).register_forward_pre_hook(hook(i)) for i, g in enumerate(groups)]
         try:
-            for _ in self.outputs():
-                pass
+            self._forward(self.store, self.workers)
         finally:
             for handle in handles:
                 handle.remove()
-        for statistics in found:
-            mirror_upper(statistics.hessian)
-            if statistics.drift_hessian is not None:
-                mirror_upper(statistics.drift_hessian)
-        return found
+        return [total(list(parts)) for parts in zip(*found, strict=True)]
+
+    def _watched(self, store: StateStore, see: Callable[[LinearGroup, torch.Tensor], None], workers: int) -> None:
+        handles = [self.layer.get_submodule(g.names[0]).register_forward_pre_hook(
+            lambda _m, args, group=g: see(group, args[0])) for g in self.groups]
+        store.clear()
+        try:
+            self._forward(store, workers)
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _nothing_yet(self, group: LinearGroup) -> InputStatistics:
         n = group.in_features
@@ -109,61 +117,94 @@ class LayerRun:
 
     def _add(self, statistics: InputStatistics, name: str, x: torch.Tensor) -> None:
         """Add one batch x [n, seq_len, in] of the input of linear `name`."""
+        batch, unchanged = self.here.batch, self.unchanged[name]
         weight = self._relative(name, x) if name in self.writers else None
-        rows = x.reshape(-1, x.shape[-1])
-        rows = rows.float() if weight is None else rows * weight  # float32 either way
+        rows = relative(x, weight)
         add_gram(statistics.hessian, rows)
         statistics.tokens += rows.shape[0]
-        unchanged = self.unchanged[name]
-        if statistics.drift is not None and self.batch in unchanged.places:
-            apart = (unchanged.get(self.batch).to(self.device) - x).view(rows.shape)
+        if statistics.drift is not None and batch in unchanged.places:
+            apart = relative(unchanged.get(batch).to(self.device) - x, weight)
             with fast_matmul():
-                statistics.drift.addmm_((apart.float() if weight is None else apart * weight).t(), rows)
-            if self.batch == len(unchanged.places) - 1:
-                statistics.drift_hessian = statistics.hessian.clone()  # of just the batches with a reference: they come first
+                statistics.drift.addmm_(apart.t(), rows)
+            if batch + self.workers >= len(unchanged.places):  # this worker's last with a reference: those come first
+                statistics.drift_hessian = statistics.hessian.clone()
 
     def _relative(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """One over the root mean square of the residual stream at each token, [tokens, 1]: see InputStatistics."""
         linear: Any = self.layer.get_submodule(name)
+        hidden = self.here.hidden
         with fast_forward(self.device):
             added = nn.functional.linear(x, get_weight(linear), linear.bias)
-        squares = torch.maximum(self.hidden.square().mean(-1), (self.hidden + added).square().mean(-1))
-        return squares.clamp_min_(1e-12).rsqrt_().view(-1, 1)
+        norm = torch.maximum(torch.linalg.vector_norm(hidden, dim=-1), torch.linalg.vector_norm(hidden + added, dim=-1))
+        return norm.mul_(hidden.shape[-1] ** -0.5).clamp_min_(1e-6).reciprocal_().view(-1, 1)
 
-    def outputs(self) -> Iterator[torch.Tensor]:
-        """What leaves the layer as it is now, batch by batch (nothing for a batch that a hook stopped)."""
-        yield from self._forward(self.store)
+    def _forward(self, store: StateStore, workers: int) -> None:
+        """Run the layer over a stream. What leaves it is written to the stream, except for batches that a hook stopped."""
+        batches = list(enumerate(store.starts()))
 
-    def _forward(self, store: StateStore) -> Iterator[torch.Tensor]:
-        for batch, (first, last) in enumerate(store.starts()):
-            self.batch = batch  # hooks and shortcuts work on this one
-            hidden = store.read(first, last).to(self.device)
-            self.hidden = hidden
-            with replaced(self.layer, self._shortcuts()), fast_forward(self.device):
-                try:
+        def job(worker: int) -> Iterator[None]:
+            for batch, (first, last) in batches[worker::workers]:
+                hidden = store.read(first, last).to(self.device)
+                self.here.worker, self.here.batch, self.here.hidden = worker, batch, hidden
+                with suppress(StopForward), fast_forward(self.device):
                     out = self.layer(hidden, **self.arguments)
-                except StopForward:
-                    continue
-            yield (out[0] if isinstance(out, tuple) else out).float()
+                    store.write(first, out[0] if isinstance(out, tuple) else out)
+                yield
+
+        with fast_matmul(), replaced(self.layer, self._shortcuts()):
+            share(workers, job)
 
     def _shortcuts(self) -> dict[str, Callable[..., Any]]:
-        """For the child modules whose last linear's input is known for this batch: that linear, and nothing before it."""
+        """For the child modules whose last linear's input is known: that linear, and nothing before it."""
         forwards: dict[str, Callable[..., Any]] = {}
         for name, ending in self.endings.items():
-            if self.batch in self.inputs[ending.linear].places:
+            if self.inputs[ending.linear].places:
                 forwards[name] = self._ending(ending)
                 forwards |= dict.fromkeys(ending.feeders, lambda states, *_args, **_kwargs: states)
         return forwards
 
     def _ending(self, ending: Ending) -> Callable[..., Any]:
         def run(*_args: Any, **_kwargs: Any) -> Any:
-            known = self.inputs[ending.linear].get(self.batch)
+            known = self.inputs[ending.linear].get(self.here.batch)
             return ending.wrap(self.layer.get_submodule(ending.linear)(known.to(self.device)))
         return run
 
     def close(self) -> None:
         for scratch in [*self.inputs.values(), *self.unchanged.values()]:
             scratch.close()
+
+
+class Here(threading.local):
+    """Where a worker is: its number, its batch, and the states [n, seq_len, hidden] that enter the layer there."""
+
+    worker: int
+    batch: int
+    hidden: torch.Tensor
+
+
+def relative(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    """x [n, seq_len, in] as float32 rows [tokens, in], each times its weight [tokens, 1]."""
+    rows = x.reshape(-1, x.shape[-1])
+    if weight is None:
+        return rows.float()
+    return rows.float().mul_(weight) if rows.dtype != torch.float32 else rows * weight  # mixed types multiply slowly
+
+
+def total(parts: list[InputStatistics]) -> InputStatistics:
+    """The sums of all workers, in those of the first, whole matrices (`add_gram` fills upper triangles)."""
+    first = parts[0]
+    for other in parts[1:]:
+        first.hessian += other.hessian
+        first.tokens += other.tokens
+        if first.drift is not None and other.drift is not None:
+            first.drift += other.drift
+        if other.drift_hessian is not None:
+            assert first.drift_hessian is not None  # the first worker has the first batch
+            first.drift_hessian += other.drift_hessian
+    mirror_upper(first.hessian)
+    if first.drift_hessian is not None:
+        mirror_upper(first.drift_hessian)
+    return first
 
 
 def add_gram(hessian: torch.Tensor, x: torch.Tensor) -> None:

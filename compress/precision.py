@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from threading import Lock
 from typing import Any
 
 import torch
@@ -31,16 +32,31 @@ def prepare_cpu(threads: int) -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
+_switch = Lock()
+_inside = 0  # how many are in `fast_matmul`, over all threads: the setting is one of the process
+_outside: str = ""
+
+
 @contextmanager
 def fast_matmul() -> Iterator[None]:
-    """Inside, float32 products on the CPU may round their factors to bf16 (sums stay float32)."""
+    """Inside, float32 products on the CPU may round their factors to bf16 (sums stay float32).
+
+    The setting is the whole process's: while threads share work, the caller of all of them has to be inside too, else what
+    a product is rounded to would depend on which thread left first."""
+    global _inside, _outside
     backend: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = backend.fp32_precision
-    backend.fp32_precision = matmul_precision()
+    with _switch:
+        if _inside == 0:
+            _outside = backend.fp32_precision
+            backend.fp32_precision = matmul_precision()
+        _inside += 1
     try:
         yield
     finally:
-        backend.fp32_precision = before
+        with _switch:
+            _inside -= 1
+            if _inside == 0:
+                backend.fp32_precision = _outside
 
 
 @contextmanager

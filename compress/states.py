@@ -11,6 +11,7 @@ import math
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import torch
@@ -39,9 +40,20 @@ class StateStore:
 
     def replace(self, batches: Iterable[torch.Tensor]) -> None:
         """Write what leaves the layer, batch by batch in order, to the next file. Not durable before `settle`."""
+        self.clear()
+        for (first, _), states in zip(self.starts(), batches, strict=True):
+            self.write(first, states)
+
+    def clear(self) -> None:
+        """Make the next file, for `write`."""
         with self._following.open("wb") as f:
-            for states in batches:
-                f.write(states.to("cpu", torch.float32).contiguous().numpy().view(np.uint8).data)
+            f.truncate(self.shape[0] * self.row)
+
+    def write(self, first: int, states: torch.Tensor) -> None:
+        """Put what leaves the layer for the sequences from `first` on into the next file. (Several threads may.)"""
+        with self._following.open("r+b") as f:
+            f.seek(first * self.row)
+            f.write(states.to("cpu", torch.float32).contiguous().numpy().view(np.uint8).data)
 
     def advance(self) -> None:
         """What `replace` wrote is now what enters the next layer."""
@@ -84,15 +96,18 @@ class Scratch:
         self.path, self.dtype = path, dtype
         self.places: dict[int, tuple[int, tuple[int, ...]]] = {}  # batch -> (byte offset, shape)
         self.end = 0
-        path.unlink(missing_ok=True)
+        self.lock = Lock()
+        path.write_bytes(b"")
 
     def put(self, key: int, value: torch.Tensor) -> None:
-        """Append the input [n, seq_len, in] of batch `key`."""
+        """Keep the input [n, seq_len, in] of batch `key`. (Several threads may.)"""
         raw = value.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy()
-        with self.path.open("ab") as f:
-            raw.tofile(f)
-        self.places[key] = (self.end, tuple(value.shape))
-        self.end += raw.nbytes
+        with self.lock:
+            place, self.end = self.end, self.end + raw.nbytes
+        with self.path.open("r+b") as f:
+            f.seek(place)
+            f.write(raw.data)
+        self.places[key] = (place, tuple(value.shape))
 
     def get(self, key: int) -> torch.Tensor:
         """As it was put, in `dtype`."""

@@ -120,7 +120,7 @@ def whole_model(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_statistics_equal_those_of_the_whole_model(family: str, sequential: bool, tmp_path: Path) -> None:
     folder = build(family, tmp_path / "model")
-    settings = LoopSettings(batch=2, true_sequential=sequential, reference=5)
+    settings = LoopSettings(batch=2, true_sequential=sequential, reference=5, workers=2)
     recorder, _, layers_name = stream(folder, tmp_path / "work", settings)
     first_layer = [g for i, g in recorder.groups if i == 0]
     assert [len(g.names) for g in first_layer] == EXPECTED_GROUPS[family]
@@ -143,6 +143,19 @@ def test_a_partial_reference_gives_the_statistics_of_its_sequences(
         assert torch.equal(ours[1], alone[1])
         assert torch.equal(ours[2], alone[0])
         assert not torch.equal(ours[0], ours[2])
+
+
+@pytest.mark.parametrize("reference", [1, 5])  # the second worker has no reference, has one
+def test_workers_change_nothing_but_the_order_of_sums(reference: int, tmp_path: Path) -> None:
+    folder = build("llama", tmp_path / "model")
+    alone, one, _ = stream(folder, tmp_path / "alone", LoopSettings(batch=1, reference=reference))
+    shared, many, _ = stream(folder, tmp_path / "shared", LoopSettings(batch=1, reference=reference, workers=3))
+    again, _, _ = stream(folder, tmp_path / "again", LoopSettings(batch=1, reference=reference, workers=3))
+    for ours, theirs, twice in zip(shared.statistics, alone.statistics, again.statistics, strict=True):
+        for a, b, c in zip(ours, theirs, twice, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(theirs[0].diagonal().mean()))
+            assert torch.equal(a, c)
+    torch.testing.assert_close(many.store.read(0, 5), one.store.read(0, 5))
 
 
 def test_no_linear_runs_twice_on_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,15 @@ from llmc.artifact import (
     write_json,
 )
 from llmc.checkpoint import CARD_FILES, TOKENIZER_FILES, Checkpoint
-from llmc.compress.calibration import BATCH_BYTES, Loop, LoopSettings, Workspace, sequences_at_once
+from llmc.compress.calibration import (
+    BATCH_BYTES,
+    SUMS_BYTES,
+    Loop,
+    LoopSettings,
+    Workspace,
+    sequences_at_once,
+    workers_for,
+)
 from llmc.compress.imatrix.importance import Importance
 from llmc.compress.precision import matmul_precision, prepare_cpu
 from llmc.compress.preparation import calibration_text, check_weights, fingerprint, open_float, sampled_file
@@ -118,7 +126,7 @@ class _Job:
         states = 12 * hidden * (tokens + along) + 4 * (hidden + widest) * tokens + 4 * (3 * hidden + widest) * along
         other = sum(self.checkpoint.nbytes(n) for n in set(self.checkpoint.names()) - self._linear_names())
         out_bytes = other + round(self._bits() / 8)
-        memory = 600_000_000 + 2 * layer + 4 * widest * widest * 4 + BATCH_BYTES * 4
+        memory = 600_000_000 + 2 * layer + 4 * widest * widest * 4 + SUMS_BYTES + BATCH_BYTES * 4
         return {
             "source": str(self.source), "out": str(self.out), **self._what(), "method": c.method,
             "bits_per_weight": self._bits() / weights,
@@ -180,8 +188,9 @@ class _Job:
         pass_ = QuantizePass(self.skeleton, self.assignment, self.config.damp, self.importance)
         if calibration is not None:
             self._explain(calibration)
-            batch = sequences_at_once(self.skeleton, self.config.seq_len)
-            settings = LoopSettings(batch, self.config.true_sequential, self._along())
+            workers = workers_for(self.skeleton)
+            batch = sequences_at_once(self.skeleton, self.config.seq_len, workers)
+            settings = LoopSettings(batch, self.config.true_sequential, self._along(), workers)
             loop = Loop(self.skeleton, spread(calibration.sequences, self._along()), work, settings)
             loop.run(pass_, lambda r: f"error {100 * r['error']:.2f} %")
         else:

@@ -1,0 +1,46 @@
+"""Threads that share a job."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from llmc.compress.crew import share
+
+
+def test_every_part_runs_once_with_its_part_of_the_threads() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    seen: dict[int, int] = {}
+
+    def job(worker: int) -> Iterator[None]:
+        seen[worker] = torch.get_num_threads()
+        yield
+
+    share(2, job)
+    assert seen == {0: 2, 1: 2}
+    assert torch.get_num_threads() == 4
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_of_one_is_raised_and_stops_the_other(failing: int) -> None:
+    started = threading.Event()
+    steps = 0
+
+    def job(worker: int) -> Iterator[None]:
+        nonlocal steps
+        if worker == failing:
+            assert started.wait(10)
+            raise KeyError("of one")
+        while True:  # ends only where it is stopped
+            steps += 1
+            started.set()
+            yield
+
+    with pytest.raises(KeyError, match="of one"):
+        share(2, job)
+    assert steps > 0
