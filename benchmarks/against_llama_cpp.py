@@ -1,12 +1,14 @@
 """The same base, the same calibration text, the same file formats: llmc against llama.cpp with its importance matrix.
 
 llama-imatrix gets the very text that llmc calibrates on (the sequences it chose, decoded), and llama-quantize writes every
-linear in the one type (`--pure`), as llmc does. All files are then evaluated by `llmc eval` in llama.cpp: KL divergence to
-the float base on every text given. Prints a table and one JSON line; exit code 1 where llmc loses a text at a type.
+linear in the one type (`--pure`), as llmc does. All files are then run in llama.cpp as `llmc eval` does it, the base once for
+all of them: KL divergence to the float base on every text given. Prints a table and one JSON line; exit code 1 where llmc
+loses a text at a type. `--heal STEPS` adds a file that `llmc heal` went on with. What is in the folder `--work` already is
+not made again.
 
     python benchmarks/against_llama_cpp.py --bin llama.cpp/build/bin --base MODEL_FOLDER --calibration mixed.txt \
         --text wiki.test.raw --text tinystories.txt --work /some/empty/folder \
-        [--grid q4_0 --grid q8_0] [--transform rotate+gauge]
+        [--grid q4_0 --grid q8_0] [--transform rotate+gauge] [--heal 160]
 """
 
 from __future__ import annotations
@@ -20,13 +22,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from llmc.compress.text import load_calibration
-from llmc.evals.config import EvalConfig
-from llmc.evals.evaluate import evaluate
+from llmc.console import progress
+from llmc.evals import metrics
+from llmc.evals.protocol import FolderTokenizer, cut
 from llmc.evals.show import table
+from llmc.runtimes.base import open_runtime
 from llmc.runtimes.llamacpp import use_extra_buffers
 from llmc.runtimes.targets.this_machine import physical_cores
 from llmc.runtimes.torch_model import load_tokenizer
+
+CONTEXT = 512
 
 
 def timed(*command: object) -> dict[str, float]:
@@ -57,6 +65,11 @@ def make(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         candidate(f"llmc-{grid}", (*llmc, "quantize", args.base, "--grid", grid, "--transform", args.transform, *common,
                                    "-o", folder),
                   (*llmc, "export", folder, "--format", "gguf", "-o", work / f"llmc-{grid}.gguf"))
+        if args.heal:
+            healed = work / f"llmc-{grid}-healed"
+            candidate(healed.name, (*llmc, "heal", folder, "--teacher", args.base, "--steps", args.heal, "--calibration",
+                                    args.calibration, "--threads", args.threads, "-o", healed),
+                      (*llmc, "export", healed, "--format", "gguf", "-o", healed.with_name(f"{healed.name}.gguf")))
     f16 = candidate("f16", (*llmc, "export", args.base, "--format", "gguf", "-o", work / "f16.gguf"))
     tokenizer = load_tokenizer(Path(args.base))
     chosen = load_calibration(args.calibration, tokenizer, args.samples, 512).sequences
@@ -72,6 +85,29 @@ def make(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return made
 
 
+def measure(files: dict[str, Path], args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """Perplexity, KL divergence and top-1 agreement of every file on every text, {name: [a text's]}."""
+    tokenizer, base = FolderTokenizer(Path(args.base)), open_runtime(Path(args.base), CONTEXT, args.threads, "cpu")
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in files}
+    runtimes = {name: open_runtime(path, CONTEXT, args.threads, "cpu") for name, path in files.items()}
+    for text in args.text:
+        job = cut(text, Path(text).read_text(encoding="utf-8"), tokenizer, CONTEXT, args.chunks)
+        seen: dict[str, list[tuple[Any, ...]]] = {name: [] for name in files}
+        base_nll = []
+        with progress(f"evaluating {Path(text).name}, chunk", len(job.ids)) as p:
+            for ids in job.ids:
+                targets, wanted = ids[job.first + 1 :], base.logits(ids[:-1], job.first)
+                base_nll.append(metrics.nll(wanted, targets))
+                for name, runtime in runtimes.items():
+                    got = runtime.logits(ids[:-1], job.first)
+                    seen[name].append((metrics.nll(got, targets), *metrics.divergence(wanted, got)))
+                p.step()
+        for name, chunks in seen.items():
+            nll, kld, top1 = (np.stack(x) for x in zip(*chunks, strict=True))
+            found[name].append(metrics.summarise(nll, job.protocol.bytes, kld, top1, np.stack(base_nll)))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bin", type=Path, required=True, help="folder of llama-imatrix and llama-quantize")
@@ -81,6 +117,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--grid", action="append", help="GGUF type; may be given again (default: q4_0 and q8_0)")
     parser.add_argument("--transform", default="none", help="of llmc quantize: rotate+gauge, ...")
+    parser.add_argument("--heal", type=int, default=0, help="steps of llmc heal; 0 for none")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--chunks", type=int, default=40)
     parser.add_argument("--threads", type=int, default=physical_cores())
@@ -89,23 +126,19 @@ def main() -> None:
     made = make(args)
     header = ["", "bytes", "seconds", *(f"{Path(t).name}: PPL, KLD, top-1" for t in args.text)]
     rows, figures = [header], {}
-    for name, candidate in made.items():
-        row, kld = [name, f"{candidate['file'].stat().st_size:,}", f"{candidate['seconds']:.0f}"], []
-        for text in args.text:
-            report = evaluate(EvalConfig(str(candidate["file"]), base=args.base, text=text, chunks=args.chunks,
-                                         threads=args.threads))
-            q = report["quality"]["texts"][0]
-            row.append(f"{q['perplexity']['value']:.2f}  {q['kld']['value']:.4f} ± {q['kld']['se']:.4f}"
-                       f"  {100 * q['top1']['value']:.1f} %")
-            kld.append(q["kld"]["value"])
-        rows.append(row)
-        figures[name] = {"kld": kld, "bytes": candidate["file"].stat().st_size, "seconds": round(candidate["seconds"], 1),
-                         "peak_rss": candidate["peak_rss"]}
-        print(table(rows), flush=True)
+    for name, texts in measure({n: c["file"] for n, c in made.items() if n != "f16"}, args).items():
+        size, seconds = made[name]["file"].stat().st_size, made[name]["seconds"]
+        rows.append([name, f"{size:,}", f"{seconds:.0f}",
+                     *(f"{q['perplexity']['value']:.2f}  {q['kld']['value']:.4f} ± {q['kld']['se']:.4f}"
+                       f"  {100 * q['top1']['value']:.1f} %" for q in texts)])
+        figures[name] = {"kld": [q["kld"]["value"] for q in texts], "bytes": size, "seconds": round(seconds, 1),
+                         "peak_rss": made[name]["peak_rss"]}
+    print(table(rows), flush=True)
     ratios = {}
-    for grid in args.grid:
-        ours, theirs = figures[f"llmc-{grid}"]["kld"], figures[f"llama.cpp-{grid}"]["kld"]
-        ratios[grid] = [a / b for a, b in zip(ours, theirs, strict=True)]
+    for name in (n for n in figures if n.startswith("llmc-")):
+        grid = name.removeprefix("llmc-").removesuffix("-healed")
+        theirs = figures[f"llama.cpp-{grid}"]["kld"]
+        ratios[name] = [a / b for a, b in zip(figures[name]["kld"], theirs, strict=True)]
     print(json.dumps({"texts": args.text, "chunks": args.chunks, "figures": figures, "kld_ratios": ratios}))
     sys.exit(0 if all(r <= 1 for pair in ratios.values() for r in pair) else 1)
 
