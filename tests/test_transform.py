@@ -140,7 +140,8 @@ def test_the_error_is_that_of_the_rounded_weight_on_the_inputs(grid: Any) -> Non
     q = factors.values(factors.nearest(scaled)).t()
     assert found == pytest.approx(float(((x / s) @ q.t() - x @ w.t()).square().sum()), rel=1e-3)
     alpha, errors = gauges.search_alpha(w, hessian, s.double(), grid)
-    assert errors[0.0] == gauges.rounding_error(w, hessian, torch.ones(64), grid)
+    energy = float(((w @ hessian) * w).sum())
+    assert errors[0.0] * energy == pytest.approx(gauges.rounding_error(w, hessian, torch.ones(64), grid), rel=1e-4)
     assert errors[alpha] == min(errors.values()) <= errors[0.0]
 
 

@@ -31,6 +31,7 @@ from llmc.compress.skeleton import get_weight
 from llmc.compress.transform.roles import Place
 
 ALPHAS = tuple(i / 10 for i in range(11))
+ROWS = 512  # of the readers, that an alpha is judged by
 WIDEST = 2.0**12  # largest ratio of a factor to their geometric mean, and of the mean to a factor
 
 
@@ -81,11 +82,14 @@ def rounding_error(weight: torch.Tensor, hessian: torch.Tensor, s: torch.Tensor,
 
 def search_alpha(weight: torch.Tensor, hessian: torch.Tensor, s: torch.Tensor,
                  grid: AnyGrid) -> tuple[float, dict[float, float]]:
-    """(the alpha for which columns scaled by s^alpha round best, every alpha's error).
+    """(the alpha for which columns scaled by s^alpha round best, every alpha's error as a share of the output energy).
 
-    weight: the readers' rows, stacked, float32 [out, in].  hessian: [in, in].  s: float64 [in].
+    weight: the readers' rows, stacked, float32 [out, in]; where they are many, at least ROWS evenly spaced ones stand for
+    all.  hessian: [in, in].  s: float64 [in].
     """
-    errors = {a: rounding_error(weight, hessian, (s**a).float().to(weight.device), grid) for a in ALPHAS}
+    weight = weight[:: max(1, weight.shape[0] // ROWS)]
+    energy = float(objective(weight.t(), hessian).double().sum()) or 1.0
+    errors = {a: rounding_error(weight, hessian, (s**a).float().to(weight.device), grid) / energy for a in ALPHAS}
     best = min(errors, key=lambda a: (errors[a], a))
     return best, errors
 

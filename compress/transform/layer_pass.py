@@ -120,8 +120,7 @@ class Gauge(Transform):
     def _scale(self, layer: nn.Module, place: Place, s: torch.Tensor, hessian: torch.Tensor) -> None:
         weight = torch.cat([get_weight(layer.get_submodule(n)) for n in place.readers])
         alpha, errors = search_alpha(weight, hessian, s[place.columns], self.grid_of(weight.shape[1]))
-        energy = float((hessian @ weight.t()).mul_(weight.t()).double().sum()) or 1.0
-        self.places[place.name] = {"alpha": alpha, "before": errors[0.0] / energy, "after": errors[alpha] / energy}
+        self.places[place.name] = {"alpha": alpha, "before": errors[0.0], "after": errors[alpha]}
         if alpha:
             apply_gauge(layer, place, s**alpha, self.map.family.offset)
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from llmc.artifact import MANIFEST, hash_folder, new_manifest, publish_folder, read_manifest, write_json
 from llmc.checkpoint import CARD_FILES, TOKENIZER_FILES, Checkpoint
-from llmc.compress.calibration import Loop, LoopSettings, Workspace, sequences_at_once
+from llmc.compress.calibration import Loop, LoopSettings, Workspace, sequences_at_once, workers_for
 from llmc.compress.digest import code_digest
 from llmc.compress.precision import matmul_precision
 from llmc.compress.quantize.config import AnyGrid
@@ -154,7 +154,9 @@ class GaugeStage(Stage):
             return
         sequences = self.calibration.sequences
         # all groups of a layer at once: a scaling of one place does not change what the others see
-        settings = LoopSettings(sequences_at_once(self.skeleton, sequences.shape[1]), true_sequential=False)
+        workers = workers_for(self.skeleton)
+        batch = sequences_at_once(self.skeleton, sequences.shape[1], workers)
+        settings = LoopSettings(batch, true_sequential=False, workers=workers)
         Loop(self.skeleton, sequences, work, settings).run(transform, _note)
 
 
