@@ -9,6 +9,7 @@ from typing import Any
 
 from llmc.block_grids import GRIDS, BlockGrid
 from llmc.compress.quantize.presets import PRESETS
+from llmc.compress.ranges import out_of_range
 from llmc.console import size
 from llmc.errors import UserError
 from llmc.grids import Grid
@@ -88,14 +89,7 @@ class QuantizeConfig:
             problems.append(f"--fallback {self.fallback}: must be a grid with blocks of 32")
         if self.fallback and not self.grid:
             problems.append("--fallback says what to do with rows that --grid cannot hold: give --grid")
-        if self.samples < 1:
-            problems.append(f"--samples {self.samples}: must be at least 1")
-        if not 16 <= self.seq_len <= 32768:
-            problems.append(f"--seq-len {self.seq_len}: must be 16 … 32768")
-        if not 0 < self.damp < 1:
-            problems.append(f"--damp {self.damp}: must lie between 0 and 1")
-        if self.threads is not None and self.threads < 1:
-            problems.append(f"--threads {self.threads}: must be at least 1")
+        problems += out_of_range(self, ("samples",), ("damp",))
         if problems:
             raise UserError("; ".join(problems), "see `llmc quantize --help`")
 
