@@ -77,8 +77,11 @@ class QuantizeConfig:
             problems.append(f"{given[0]} chooses the types itself: leave out --grid and --preset")
         problems += [f"{name} {value:g}: must be above 0" for name, value in targets.items()
                      if isinstance(value, float) and not value > 0]
-        if self.target_size is not None and parse_size(self.target_size) is None:
-            problems.append(f"--target-size {self.target_size}: give bytes with a unit, as in 90MB, 1.2GB or 85MiB")
+        if self.peer is not None and self.peer not in PRESETS:
+            problems.append(f"--target-size {self.target_size}: after as: must come one of {', '.join(PRESETS)}")
+        if self.target_size is not None and self.peer is None and parse_size(self.target_size) is None:
+            problems.append(f"--target-size {self.target_size}: give bytes with a unit, as in 90MB, 1.2GB or 85MiB, or "
+                            "as:PRESET")
         if self.transform != "none" and (self.preset or given):
             problems.append(f"--transform {self.transform} is searched on one grid: give --grid or --bits, or run "
                             "`llmc transform` first")
@@ -106,6 +109,12 @@ class QuantizeConfig:
                 return f"--{name.replace('_', '-')} {value}"
         return None
 
+    @property
+    def peer(self) -> str | None:
+        """The preset of --target-size as:PRESET: its file's size is the budget."""
+        prefix, _, preset = (self.target_size or "").partition(":")
+        return preset if prefix == "as" else None
+
     def numbers(self) -> dict[str, Any]:
         """The settings that decide the result, for manifests and for the fingerprint of `--resume`."""
         deciding = {**asdict(self), "imatrix": self.imatrix and self.imatrix.name}
@@ -132,6 +141,9 @@ def budget_lines(plan: dict[str, Any], counts: dict[str, int], tables: dict[str,
     types = ", ".join(f"{n} {grid}" for grid, n in counts.items())
     ends = "".join(f", {table} {grid}" for table, grid in tables.items())
     classes = ", ".join(f"{name} {size(n)}" for name, n in plan["bytes_by_class"].items())
-    return (f"  {plan['target']}: at most {size(plan['file_bytes'])} as .gguf, {plan['bits_per_weight']:.3f} bits per "
-            f"weight, predicted KL divergence {plan['predicted_kld']:.3g}\n"
+    other = plan.get("peer")
+    peer = (f"  {other['preset']} itself: {size(other['file_bytes'])}, by the same measure predicted at "
+            f"{other['predicted_kld']:.3g}\n") if other else ""
+    return (f"  {plan['target']}: {size(plan['file_bytes'])} as .gguf, {plan['bits_per_weight']:.3f} bits per weight, "
+            f"predicted KL divergence {plan['predicted_kld']:.3g}\n{peer}"
             f"  types  {types}{ends}\n  bytes  {classes}")
