@@ -194,14 +194,17 @@ def test_the_file_keeps_its_size_and_more_room_predicts_less_loss(tied: bool, tm
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "gemma3_text", "phi3", "gpt2"])
 def test_the_planned_size_is_the_files_to_the_byte(family: str, tmp_path: Path, text: Path) -> None:
     """Biases, position tables, fused linears, extra norms; rows that 256 does not divide, blocks that leave gaps."""
-    base = build(family, tmp_path / "base", vocab_size=513)
+    odd = {} if family == "qwen2" else {"vocab_size": 513}  # its class in transformers adds a token 512 of its own
+    base = build(family, tmp_path / "base", **odd)
     (base / "README.md").write_text("---\nlicense: mit\nbase_model: someone/tiny\n---\n")
-    result = quantize(base, settings(text, tmp_path / "q", target_bpw=6.5, method="rtn"))
+    bpw = 9.5 if family == "gpt2" else 6.5  # its position table stays F32
+    result = quantize(base, settings(text, tmp_path / "q", target_bpw=bpw, method="rtn"))
     llmc.export(tmp_path / "q", format="gguf", out=tmp_path / "q.gguf", threads=1)
     assert (tmp_path / "q.gguf").stat().st_size == result["plan"]["file_bytes"]
     assert sum(result["plan"]["bytes_by_class"].values()) == result["plan"]["file_bytes"]
     weights = llmc.inspect(tmp_path / "q.gguf")["weights"]
-    assert weights["bits_per_weight"] == pytest.approx(result["plan"]["bits_per_weight"], rel=1e-9) <= 6.5
+    assert weights["bits_per_weight"] == pytest.approx(result["plan"]["bits_per_weight"], rel=1e-9)
+    assert weights["bits_per_weight"] <= bpw
 
 
 def test_embedding_and_head_are_chosen_too_among_the_types_that_fit(tmp_path: Path, text: Path) -> None:
@@ -219,8 +222,8 @@ def test_embedding_and_head_are_chosen_too_among_the_types_that_fit(tmp_path: Pa
 @pytest.mark.parametrize(("preset", "tied"), [("q4_k_m", True), ("q3_k_m", False), ("q4_0", True)])
 def test_no_larger_than_a_presets_file_and_predicted_no_worse(preset: str, tied: bool, tmp_path: Path, text: Path) -> None:
     base = build("llama", tmp_path / "base", hidden_size=256, intermediate_size=256, tie_word_embeddings=tied)
-    quantize(base, settings(text, tmp_path / "theirs", preset=preset))
-    ours = quantize(base, settings(text, tmp_path / "ours", target_size=f"as:{preset}"))
+    quantize(base, settings(text, tmp_path / "theirs", preset=preset, method="rtn"))
+    ours = quantize(base, settings(text, tmp_path / "ours", target_size=f"as:{preset}", method="rtn"))
     sizes = {n: llmc.export(tmp_path / n, format="gguf", out=tmp_path / f"{n}.gguf", threads=1)["bytes"]
              for n in ("theirs", "ours")}
     promise = ours["plan"]
