@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 from llmc import block_grids, compress, grids
 from llmc.export.blocks import checkpoint as blocks_format
 from llmc.export.gguf import packing
 from llmc.export.gptq import checkpoint as gptq_format
 
+DECIDING = (compress, grids, block_grids, packing, gptq_format, blocks_format)
 
-def code_digest() -> str:
+
+def code_digest(modules: Sequence[ModuleType] = DECIDING) -> str:
     """sha256 that changes when the code that decides a result does, so that `--resume` never mixes two versions."""
     h = hashlib.sha256()
-    for module in (compress, grids, block_grids, packing, gptq_format, blocks_format):
+    for module in modules:
         path = Path(str(module.__file__))
         for file in sorted(path.parent.rglob("*.py")) if path.name == "__init__.py" else [path]:
             h.update(file.read_bytes())

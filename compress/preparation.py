@@ -97,6 +97,9 @@ def _sampled_before(kept: Path, key: dict[str, Any]) -> torch.Tensor | None:
 
 
 def fingerprint(numbers: dict[str, Any], threads: int, files: dict[str, str], text: Calibration | None) -> dict[str, Any]:
-    """All that decides the result: what `--resume` needs to find unchanged. files: sha256 of the model's."""
-    return {**numbers, "threads": threads, "source": files, "calibration_text": text.origin["sha256"] if text else None,
-            "matmul": matmul_precision(), "torch": torch.__version__, "code": code_digest()}
+    """All that decides the result, as JSON gives it back: what `--resume` needs to find unchanged. files: sha256 of the
+    model's."""
+    deciding = {**numbers, "threads": threads, "source": files, "calibration_text": text.origin["sha256"] if text else None,
+                "matmul": matmul_precision(), "torch": torch.__version__, "code": code_digest()}
+    found: dict[str, Any] = json.loads(json.dumps(deciding))
+    return found

@@ -16,7 +16,7 @@ import numpy as np
 from llmc.artifact import read_manifest
 from llmc.console import progress, say, warn
 from llmc.errors import UserError
-from llmc.evals import metrics, report, tasks
+from llmc.evals import metrics, report, task_items, tasks
 from llmc.evals.config import EvalConfig
 from llmc.evals.protocol import Chunks, FolderTokenizer, RuntimeTokenizer, Tokenizer, cut
 from llmc.evals.texts import load_text
@@ -40,7 +40,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     base = locate(config.base) if config.base is not None else None
     wanted = () if config.no_text else (config.text, config.second_text)
     texts = [load_text(t) for t in wanted if t is not None]
-    asked = tasks.load(config.tasks, config.task_items)
+    asked = task_items.load(config.tasks, config.task_items)
     overlaps = {name: _overlap(artifact, name, text) for name, text in [*texts, *((t.name, t.text) for t in asked)]}
     described = report.describe_artifact(artifact)
     report.check_output(config.output, described["sha256"])
@@ -150,7 +150,7 @@ def _run(job: Chunks, runtime: Runtime, base: Runtime | None, is_base: bool) -> 
             "per_token": {k: report.pack(v) for k, v in arrays.items()}}
 
 
-def _run_task(task: tasks.Task, tokenizer: Tokenizer, runtime: Runtime, base: Runtime | None,
+def _run_task(task: task_items.Task, tokenizer: Tokenizer, runtime: Runtime, base: Runtime | None,
               is_base: bool) -> dict[str, Any]:
     """The figures of one task, with the per-item values that paired comparisons need."""
     both = [runtime, *([base] if base else [])]
@@ -158,7 +158,7 @@ def _run_task(task: tasks.Task, tokenizer: Tokenizer, runtime: Runtime, base: Ru
     if prepared.cut:
         warn(f"{prepared.cut} items of {task.name} do not fit {prepared.window} tokens and lose their beginning")
     vocab = _vocabulary(prepared.highest, runtime, base)
-    measures = tasks.KINDS[task.name].measures
+    measures = task_items.KINDS[task.name].measures
     values: list[list[dict[str, Any]]] = [[] for _ in both]
     with progress(f"evaluating {task.name}, item", len(task.items)) as p:
         for item, requests in zip(task.items, prepared.requests, strict=True):

@@ -13,7 +13,7 @@ from typing import Any
 from llmc.console import size
 from llmc.evals import charts
 from llmc.evals.compare import tasks_of
-from llmc.evals.report import predicted_kld
+from llmc.evals.report import budget_of
 from llmc.evals.show import pm
 from llmc.evals.tables import tables
 from llmc.evals.weigh import CLASSES
@@ -66,8 +66,7 @@ def _summary(artifact: dict[str, Any], index: int) -> str:
         ppl = pm(t["perplexity"], 2) + (f" ({paired['perplexity_ratio']['value'] - 1:+.1%})" if paired else "")
         facts.append((f"perplexity, {t['protocol']['text']}", ppl))
         if t["kld"]:
-            predicted = predicted_kld(report)
-            note = "" if predicted is None else f" (predicted {predicted:.4f})"
+            note = f" (predicted {budget['predicted_kld']:.4f})" if (budget := budget_of(report)) else ""
             facts.append((f"KLD, {t['protocol']['text']}", pm(t["kld"], 4) + note))
             facts.append((f"top-1, {t['protocol']['text']}", f"{pm(t['top1'], 1, 100)} %"))
     if "speed" in report:

@@ -1,8 +1,9 @@
 """The report of one artifact: one JSON file that `llmc eval` and `llmc bench` both write into and `llmc compare` reads.
 
-    {"schema": 1, "kind": "llmc-report", "artifact": {…}, "quality": {…}, "speed": {…}, "versions": {…}}
+    {"schema": 1, "kind": "llmc-report", "artifact": {…}, "quality": {…}, "budget": {…}, "speed": {…}, "versions": {…}}
 
-`quality` and `speed` are there once they were measured. The artifact's sha256 says whose figures they are.
+`quality` and `speed` are there once they were measured, `budget` where a budget chose the types. The
+artifact's sha256 says whose figures they are.
 """
 
 from __future__ import annotations
@@ -46,10 +47,24 @@ def describe_artifact(artifact: Path) -> dict[str, Any]:
     }
 
 
-def predicted_kld(report: dict[str, Any]) -> float | None:
-    """The divergence that a budget predicted when it chose the artifact's types (on calibration text); None without one."""
+def budget_of(report: dict[str, Any]) -> dict[str, Any] | None:
+    """What a budget predicted when it chose the artifact's types, and what was found; None for an artifact without one.
+
+    {'target', 'planned_bytes' (of the .gguf file), 'file_bytes' (None: this is not the file), 'predicted_kld' (on
+    calibration text), 'peer' (of --target-size as:PRESET), 'healed', 'measured': [{'text', 'kld', 'se', 'ratio' (to the
+    prediction)}]}. A later pass, `heal`, moves the divergence, not the bytes.
+    """
+    names = [p.get("name") for p in report["artifact"]["passes"]]
     plans = [p["plan"] for p in report["artifact"]["passes"] if p.get("plan")]
-    return float(plans[-1]["predicted_kld"]) if plans else None
+    if not plans:
+        return None
+    plan, texts = plans[-1], report.get("quality", {}).get("texts", [])
+    predicted = float(plan["predicted_kld"])
+    measured = [{"text": t["protocol"]["text"], "kld": t["kld"]["value"], "se": t["kld"]["se"],
+                 "ratio": t["kld"]["value"] / predicted if predicted > 0 else None} for t in texts if t["kld"]]
+    return {"target": plan["target"], "planned_bytes": plan["file_bytes"],
+            "file_bytes": report["artifact"]["size"]["file_bytes"] if "export-gguf" in names else None,
+            "predicted_kld": predicted, "peer": plan.get("peer"), "healed": "heal" in names, "measured": measured}
 
 
 def read_report(path: Path) -> dict[str, Any]:
@@ -81,8 +96,11 @@ def check_output(path: Path | None, digest: str) -> None:
 
 
 def new_report(artifact: dict[str, Any], section: str, value: dict[str, Any]) -> dict[str, Any]:
-    """A report with one section: 'quality' or 'speed'."""
-    return {"schema": SCHEMA, "kind": KIND, "artifact": artifact, section: value, "versions": versions()}
+    """A report with one section: 'quality' or 'speed'. One of an artifact that was made to a budget says beside the quality
+    what the budget promised."""
+    made = {"schema": SCHEMA, "kind": KIND, "artifact": artifact, section: value, "versions": versions()}
+    budget = budget_of(made) if section == "quality" else None
+    return {**made, "budget": budget} if budget else made
 
 
 def save(path: Path, report: dict[str, Any]) -> None:

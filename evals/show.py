@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from llmc.evals.report import predicted_kld
+from llmc.evals.report import budget_of
 
 
 def pm(stat: dict[str, Any] | None, digits: int = 3, factor: float = 1.0, unit: str = "", sign: bool = False) -> str:
@@ -51,8 +51,9 @@ def quality_lines(report: dict[str, Any]) -> str:
             k = t["kld"]
             lines.append(f"  KL divergence    {pm(k, 4)} nats  (median {k['median']:.4f}, p99 {k['p99']:.3f}, "
                          f"max {k['max']:.3f})")
-            if (predicted := predicted_kld(report)) is not None:
-                lines.append(f"  predicted        {predicted:.4f} nats, on calibration text, when the types were chosen")
+            if budget := budget_of(report):
+                lines.append(f"  predicted        {budget['predicted_kld']:.4f} nats, on calibration text, when the types "
+                             f"were chosen{' and before healing' if budget['healed'] else ''}")
             lines.append(f"  top-1 agreement  {pm(t['top1'], 1, 100)} %")
     if quality["texts"]:
         lines.append("\n± is one standard error, from the spread between chunks (unknown for a single chunk)")

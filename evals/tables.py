@@ -6,7 +6,7 @@ from typing import Any
 
 from llmc.console import size
 from llmc.evals.compare import tasks_of
-from llmc.evals.report import predicted_kld
+from llmc.evals.report import budget_of
 from llmc.evals.show import change, filled, matrices, pm, spread
 
 Table = tuple[str, str, list[list[str]]]
@@ -14,9 +14,11 @@ Table = tuple[str, str, list[list[str]]]
 
 
 def tables(comparison: dict[str, Any]) -> list[Table]:
-    """Size, then quality on each text and on tasks, then speed, then gates; what nobody measured is left out."""
+    """Size, budgets, then quality on each text and on tasks, then speed, then gates; what nobody measured is left out."""
     artifacts = comparison["artifacts"]
     out = [_sizes(artifacts)]
+    if any(budget_of(a["report"]) for a in artifacts):
+        out.append(_budgets(artifacts))
     evaluated = [a for a in artifacts if "quality" in a["report"]]
     if evaluated:
         out += [_quality(evaluated, i) for i in range(len(evaluated[0]["report"]["quality"]["texts"]))]
@@ -45,27 +47,39 @@ def _quality(artifacts: list[dict[str, Any]], index: int) -> Table:
     p = artifacts[0]["report"]["quality"]["texts"][index]["protocol"]
     baseline = artifacts[0]["report"]["quality"]["texts"][index]["kld"]
     lossy = baseline is not None and baseline["value"] > 0
-    predicted = [predicted_kld(a["report"]) for a in artifacts]
-    planned = any(x is not None for x in predicted)
-    head = ["artifact", "perplexity", "to baseline", "bits/byte", "KLD, nats",
-            *(["predicted"] if planned else []), *(["Δ KLD"] if lossy else []), "p99 KLD",
-            "top-1 %", *(["Δ top-1"] if lossy else [])]
-    rows = [head]
-    for a, forecast in zip(artifacts, predicted, strict=True):
+    rows = [["artifact", "perplexity", "to baseline", "bits/byte", "KLD, nats", *(["Δ KLD"] if lossy else []), "p99 KLD",
+             "top-1 %", *(["Δ top-1"] if lossy else [])]]
+    for a in artifacts:
         t = a["report"]["quality"]["texts"][index]
         d = (a["differences"] or {}).get("texts")
         paired = d[index] if d else None
         rows.append([
             a["name"], pm(t["perplexity"], 2), change(paired["perplexity_ratio"]) if paired else "–",
             pm(t["bits_per_byte"], 3), pm(t["kld"], 4),
-            *([f"{forecast:.4f}" if forecast is not None else "–"] if planned else []),
             *([pm(paired["kld"] if paired else None, 4, sign=True)] if lossy else []),
             f"{t['kld']['p99']:.3f}" if t["kld"] else "–", pm(t["top1"], 1, 100),
             *([pm(paired["top1"] if paired else None, 1, 100, sign=True)] if lossy else []),
         ])
     return (f"Quality on {p['text']}", f"{p['chunks']} chunks of {p['context']} tokens; ± is one standard error, "
-            "differences to the baseline are paired by token"
-            + ("; predicted: the KLD that the budget's choice of types rested on" if planned else ""), rows)
+            "differences to the baseline are paired by token", rows)
+
+
+def _budgets(artifacts: list[dict[str, Any]]) -> Table:
+    """Predicted against measured, a row for each artifact that a budget chose the types of and each text."""
+    rows = [["artifact", "target", "file planned", "file", "KLD predicted", "text", "KLD measured", "to predicted"]]
+    healed = False
+    for a in artifacts:
+        if (budget := budget_of(a["report"])) is None:
+            continue
+        healed = healed or budget["healed"]
+        file = "–" if budget["file_bytes"] is None else size(budget["file_bytes"])
+        plan = [a["name"], budget["target"], size(budget["planned_bytes"]), file, f"{budget['predicted_kld']:.4f}"]
+        for m in budget["measured"] or [None]:
+            found = ["–", "–", "–"] if m is None else [
+                m["text"], pm({"value": m["kld"], "se": m["se"]}, 4), "–" if m["ratio"] is None else f"{m['ratio']:.2f}x"]
+            rows.append([*plan, *found])
+    return ("Budget", "what was predicted, on calibration text, when the types were chosen; file: of the exported .gguf"
+            + ("; healing came after the prediction" if healed else ""), rows)
 
 
 def _tasks(artifacts: list[dict[str, Any]]) -> Table:

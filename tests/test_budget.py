@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,13 @@ from tiny import build, corpus
 from torch import nn
 
 import llmc
+from llmc.cli import run
 from llmc.compress.quantize import knapsack, sensitivity
+from llmc.compress.quantize.budget import rounded_up
 from llmc.compress.quantize.config import QuantizeConfig, parse_size
 from llmc.compress.quantize.knapsack import Frontier, Option
-from llmc.compress.quantize.run import quantize
+from llmc.compress.quantize.run import quantize as on_all_threads
+from llmc.console import size
 from llmc.errors import UserError
 from llmc.runtimes.torch_model import load_torch_model
 
@@ -155,6 +160,11 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
+def quantize(base: Path, config: QuantizeConfig) -> dict[str, Any]:
+    """On one thread: tiny products gain nothing from more."""
+    return on_all_threads(base, dataclasses.replace(config, threads=1))
+
+
 def plan(base: Path, text: Path, **target: Any) -> dict[str, Any]:
     found: dict[str, Any] = quantize(base, settings(text, Path("p"), dry_run=True, method="rtn", **target))["plan"]
     return found
@@ -172,15 +182,85 @@ def test_the_file_keeps_its_size_and_more_room_predicts_less_loss(tied: bool, tm
     target = floor + 3 * (top - floor) // 8
     result = quantize(base, settings(text, tmp_path / "q", target_size=f"{target}B"))
     assert len(set(result["grids"])) > 1
-    llmc.export(tmp_path / "q", format="gguf", out=tmp_path / "q.gguf")
-    size = (tmp_path / "q.gguf").stat().st_size
-    assert size <= result["plan"]["file_bytes"] <= target
-    assert size > result["plan"]["file_bytes"] - 8192
+    llmc.export(tmp_path / "q", format="gguf", out=tmp_path / "q.gguf", threads=1)
+    assert (tmp_path / "q.gguf").stat().st_size == result["plan"]["file_bytes"] <= target
     found = llmc.inspect(tmp_path / "q.gguf")
     assert found["weights"]["bits_per_weight"] == pytest.approx(result["plan"]["bits_per_weight"], rel=1e-3)
     assert set(result["tables"]) == ({"embedding"} if tied else {"embedding", "head"})
     entry = json.loads((tmp_path / "q/llmc.json").read_text())["passes"][-1]
     assert entry["plan"]["predicted_kld"] == result["plan"]["predicted_kld"]
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "gemma3_text", "phi3", "gpt2"])
+def test_the_planned_size_is_the_files_to_the_byte(family: str, tmp_path: Path, text: Path) -> None:
+    """Biases, position tables, fused linears, extra norms; rows that 256 does not divide, blocks that leave gaps."""
+    odd = {} if family == "qwen2" else {"vocab_size": 513}  # its class in transformers adds a token 512 of its own
+    base = build(family, tmp_path / "base", **odd)
+    (base / "README.md").write_text("---\nlicense: mit\nbase_model: someone/tiny\n---\n")
+    bpw = 9.5 if family == "gpt2" else 6.5  # its position table stays F32
+    result = quantize(base, settings(text, tmp_path / "q", target_bpw=bpw, method="rtn"))
+    llmc.export(tmp_path / "q", format="gguf", out=tmp_path / "q.gguf", threads=1)
+    assert (tmp_path / "q.gguf").stat().st_size == result["plan"]["file_bytes"]
+    assert sum(result["plan"]["bytes_by_class"].values()) == result["plan"]["file_bytes"]
+    weights = llmc.inspect(tmp_path / "q.gguf")["weights"]
+    assert weights["bits_per_weight"] == pytest.approx(result["plan"]["bits_per_weight"], rel=1e-9)
+    assert weights["bits_per_weight"] <= bpw
+
+
+def test_embedding_and_head_are_chosen_too_among_the_types_that_fit(tmp_path: Path, text: Path) -> None:
+    assert set(sensitivity.candidates(576)) == {"q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl"}
+    base = build("llama", tmp_path / "base", tie_word_embeddings=False)  # rows of 64 and 128
+    types: dict[str, set[str]] = {"embedding": set(), "head": set()}
+    for bpw in (4.6, 5.0, 5.5, 6.0, 7.0, 9.0):
+        grids = {t["name"]: t["grid"] for t in plan(base, text, target_bpw=bpw)["tensors"]}
+        assert set(grids.values()) <= set(sensitivity.candidates(64))
+        for table, seen in types.items():
+            seen.add(grids[table])
+    assert all("q8_0" in seen and len(seen) > 1 for seen in types.values())
+
+
+@pytest.mark.parametrize(("preset", "tied"), [("q4_k_m", True), ("q3_k_m", False), ("q4_0", True)])
+def test_no_larger_than_a_presets_file_and_predicted_no_worse(preset: str, tied: bool, tmp_path: Path, text: Path) -> None:
+    base = build("llama", tmp_path / "base", hidden_size=256, intermediate_size=256, tie_word_embeddings=tied)
+    quantize(base, settings(text, tmp_path / "theirs", preset=preset, method="rtn"))
+    ours = quantize(base, settings(text, tmp_path / "ours", target_size=f"as:{preset}", method="rtn"))
+    sizes = {n: llmc.export(tmp_path / n, format="gguf", out=tmp_path / f"{n}.gguf", threads=1)["bytes"]
+             for n in ("theirs", "ours")}
+    promise = ours["plan"]
+    assert sizes == {"theirs": promise["peer"]["file_bytes"], "ours": promise["file_bytes"]}
+    assert sizes["ours"] <= sizes["theirs"]
+    assert promise["peer"]["preset"] == preset
+    assert promise["predicted_kld"] <= promise["peer"]["predicted_kld"]
+    assert ours["grid"] == f"target-size as:{preset}"
+
+
+def test_predicted_against_measured_is_on_page_and_report(tmp_path: Path, text: Path,
+                                                          capsys: pytest.CaptureFixture[str]) -> None:
+    base = build("llama", tmp_path / "base")
+    made = quantize(base, settings(text, tmp_path / "q", target_size="as:q4_0"))["plan"]
+    llmc.export(tmp_path / "q", format="gguf", out=tmp_path / "q.gguf", threads=1)
+    llmc.export(base, format="gguf", out=tmp_path / "f.gguf", threads=1)
+    args = ["--base", str(base), "--text", str(text), "--chunks", "4", "--context", "64", "--threads", "1"]
+    for name in ("f", "q"):
+        assert run(["eval", str(tmp_path / f"{name}.gguf"), *args, "-o", f"{name}.json"]) == 0
+    assert f"predicted        {made['predicted_kld']:.4f} nats" in capsys.readouterr().out
+    reports = [json.loads(Path(f"{name}.json").read_text()) for name in ("f", "q")]
+    assert "budget" not in reports[0]
+    kld = reports[1]["quality"]["texts"][0]["kld"]
+    assert reports[1]["budget"] == {
+        "target": "--target-size as:q4_0", "planned_bytes": made["file_bytes"], "file_bytes": made["file_bytes"],
+        "predicted_kld": made["predicted_kld"], "peer": made["peer"], "healed": False,
+        "measured": [{"text": "calibration.txt", "kld": kld["value"], "se": kld["se"],
+                      "ratio": kld["value"] / made["predicted_kld"]}]}
+    assert run(["compare", "f.json", "q.json"]) == 0
+    printed, html = capsys.readouterr().out, Path("compare.html").read_text(encoding="utf-8")
+    cells = ["q.gguf", "--target-size as:q4_0", size(made["file_bytes"]), size(made["file_bytes"]),
+             f"{made['predicted_kld']:.4f}", "calibration.txt", f"{kld['value']:.4f} ± {kld['se']:.4f}",
+             f"{kld['value'] / made['predicted_kld']:.2f}x"]
+    assert "".join(f"<td>{c}</td>" for c in cells) in html
+    assert f"(predicted {made['predicted_kld']:.4f})" in html
+    assert all(c in printed for c in cells)
+    assert "f.gguf" not in html.split("<h2>Budget</h2>")[1].split("</table>")[0]
 
 
 def test_bits_per_weight_and_divergence_as_budgets(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,11 +282,11 @@ def test_bits_per_weight_and_divergence_as_budgets(tmp_path: Path, text: Path, c
 def test_a_budget_beats_one_type_of_the_same_size(tmp_path: Path, text: Path) -> None:
     base = build("llama", tmp_path / "base", hidden_size=256, intermediate_size=256)
     uniform = quantize(base, settings(text, tmp_path / "u", preset="iq4_xs", method="rtn"))
-    llmc.export(tmp_path / "u", format="gguf", out=tmp_path / "u.gguf")
-    size = (tmp_path / "u.gguf").stat().st_size
-    mixed = quantize(base, settings(text, tmp_path / "m", target_size=f"{size}B", method="rtn"))
+    llmc.export(tmp_path / "u", format="gguf", out=tmp_path / "u.gguf", threads=1)
+    nbytes = (tmp_path / "u.gguf").stat().st_size
+    mixed = quantize(base, settings(text, tmp_path / "m", target_size=f"{nbytes}B", method="rtn"))
     assert mixed["grids"] != uniform["grids"]
-    llmc.export(tmp_path / "m", format="gguf", out=tmp_path / "m.gguf")
+    llmc.export(tmp_path / "m", format="gguf", out=tmp_path / "m.gguf", threads=1)
     results = [llmc.evaluate(tmp_path / f"{n}.gguf", base=base, text=str(text), chunks=8, context=128) for n in "um"]
     kld = [r["quality"]["texts"][0]["kld"]["value"] for r in results]
     assert kld[1] < kld[0]
@@ -215,13 +295,25 @@ def test_a_budget_beats_one_type_of_the_same_size(tmp_path: Path, text: Path) ->
 
 @pytest.mark.parametrize(("target", "words"), [
     ({"target_size": "20kB"}, "--target-size 20kB cannot be reached: the smallest types that fit make"),
-    ({"target_bpw": 1.5}, "cannot be reached: the smallest types that fit make .* bits per weight"),
-    ({"target_kld": 1e-9}, "the least that is predicted is"),
+    ({"target_bpw": 1.5}, "--target-bpw 1.5 cannot be reached: the smallest types that fit make .* bits per weight"),
+    ({"target_kld": 1e-9}, "--target-kld 1e-09 cannot be reached: the least that is predicted is"),
 ])
 def test_what_cannot_be_reached_names_what_can(target: dict[str, Any], words: str, tmp_path: Path, text: Path) -> None:
     base = build("llama", tmp_path / "base")
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=words) as error:
         plan(base, text, **target)
+    option, least = re.match(r"use --(\S+) (\S+) or more", error.value.hint).groups()
+    reached = plan(base, text, **{option.replace("-", "_"): least if option == "target-size" else float(least)})
+    if option == "target-size":
+        assert f"{reached['file_bytes']}B" == least
+        with pytest.raises(UserError, match="cannot be reached"):
+            plan(base, text, target_size=f"{reached['file_bytes'] - 1}B")
+
+
+@hypothesis_settings(max_examples=200, deadline=None)
+@given(st.floats(1e-6, 100))
+def test_what_is_named_as_possible_is_possible(value: float) -> None:
+    assert value <= rounded_up(value) <= 1.002 * value
 
 
 @pytest.mark.parametrize(("options", "words"), [
@@ -229,6 +321,8 @@ def test_what_cannot_be_reached_names_what_can(target: dict[str, Any], words: st
     ({"target_size": "90MB", "preset": "q4_k_m"}, "leave out --grid and --preset"),
     ({"target_bpw": 4.0, "bits": 8}, "leave out --bits"),
     ({"target_size": "90"}, "give bytes with a unit"),
+    ({"target_size": "as:q9_k"}, "after as: must come one of q2_k"),
+    ({"target_size": "like:q4_k_m"}, "give bytes with a unit, .* or as:PRESET"),
     ({"target_kld": -1.0}, "must be above 0"),
 ])
 def test_contradictions_are_refused(options: dict[str, Any], words: str) -> None:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmc.cli import run
 from llmc.errors import UserError
-from llmc.evals import tasks
+from llmc.evals import task_items, tasks
 from llmc.evals.compare import compare
 from llmc.evals.config import CompareConfig, EvalConfig
 from llmc.evals.evaluate import evaluate
@@ -97,14 +97,14 @@ def settings(files: dict[str, Path], **more: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", sorted(ROWS))
 def test_prompts_from_the_hubs_fields(name: str, tmp_path: Path) -> None:
-    task = tasks.load([f"{name}={write(tmp_path / 'f.jsonl', ROWS[name])}"], 0)[0]
+    task = task_items.load([f"{name}={write(tmp_path / 'f.jsonl', ROWS[name])}"], 0)[0]
     assert (task.items[0].pairs, task.items[0].gold) == PROMPTS[name]
     assert (task.name, task.source, task.total) == (name, "f.jsonl", 1)
 
 
 @pytest.mark.parametrize("name", sorted(FLAT))
 def test_prompts_from_flat_fields(name: str, tmp_path: Path) -> None:
-    item = tasks.load([f"{name}={write(tmp_path / 'f.jsonl', FLAT[name])}"], 0)[0].items[0]
+    item = task_items.load([f"{name}={write(tmp_path / 'f.jsonl', FLAT[name])}"], 0)[0].items[0]
     assert (item.pairs, item.gold) == PROMPTS[name]
 
 
@@ -112,17 +112,17 @@ def test_other_spellings(tmp_path: Path) -> None:
     """A JSON list, BOM, blank lines, answers as booleans, labels as letters, names as people write them."""
     rows = [{**ROWS["boolq"], "answer": value} for value in (True, False)]
     (tmp_path / "list.json").write_text(json.dumps(rows))
-    assert [i.gold for i in tasks.load([f"boolq={tmp_path / 'list.json'}"], 0)[0].items] == [1, 0]
+    assert [i.gold for i in task_items.load([f"boolq={tmp_path / 'list.json'}"], 0)[0].items] == [1, 0]
     (tmp_path / "bom.jsonl").write_text("\ufeff" + json.dumps(ROWS["piqa"]) + "\r\n\r\n" + json.dumps(ROWS["piqa"]))
-    assert tasks.load([f"piqa={tmp_path / 'bom.jsonl'}"], 0)[0].total == 2
-    assert tasks.parse(["arc-easy=a,b.jsonl,PIQA", "lambada_openai=c"]) == {
+    assert task_items.load([f"piqa={tmp_path / 'bom.jsonl'}"], 0)[0].total == 2
+    assert task_items.parse(["arc-easy=a,b.jsonl,PIQA", "lambada_openai=c"]) == {
         "arc_easy": "a,b.jsonl", "piqa": None, "lambada": "c"}
 
 
 def test_items_are_evenly_spaced(tmp_path: Path) -> None:
     path = write(tmp_path / "f.jsonl", *({"text": f"word {i}"} for i in range(10)))
     for limit, expected in ((4, [0, 2, 5, 7]), (0, range(10)), (99, range(10)), (1, [0])):
-        task = tasks.load([f"lambada={path}"], limit)[0]
+        task = task_items.load([f"lambada={path}"], limit)[0]
         assert [int(i.pairs[0][1]) for i in task.items] == list(expected)
         assert task.total == 10
 
@@ -148,7 +148,7 @@ BAD: list[tuple[str, list[Any], str]] = [
 def test_bad_items_are_named_by_their_line(name: str, rows: list[Any], words: str, tmp_path: Path) -> None:
     path = write(tmp_path / "f.jsonl", *rows)
     with pytest.raises(UserError, match=words):
-        tasks.load([f"{name}={path}"], 0)
+        task_items.load([f"{name}={path}"], 0)
 
 
 @pytest.mark.parametrize(("written", "words"), [
@@ -159,7 +159,7 @@ def test_bad_items_are_named_by_their_line(name: str, rows: list[Any], words: st
 def test_bad_names_and_files(written: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=words) as e:
-        tasks.load([written], 0)
+        task_items.load([written], 0)
     assert "\n" not in e.value.problem
     assert e.value.hint
 
@@ -167,7 +167,7 @@ def test_bad_names_and_files(written: str, words: str, monkeypatch: pytest.Monke
 def test_a_file_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "f.parquet").write_bytes(b"PAR1\xff\xfe")
     with pytest.raises(UserError, match="not UTF-8"):
-        tasks.load([f"piqa={tmp_path / 'f.parquet'}"], 0)
+        task_items.load([f"piqa={tmp_path / 'f.parquet'}"], 0)
 
 
 def test_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,10 +177,10 @@ def test_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         return [ROWS["arc_easy"]] * 3
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(__version__="4.1.0", load_dataset=load_dataset))
-    task = tasks.load(["arc_easy"], 2)[0]
+    task = task_items.load(["arc_easy"], 2)[0]
     assert (task.source, task.total, len(task.items)) == ("allenai/ai2_arc ARC-Easy test", 3, 2)
     with pytest.raises(UserError, match="offline mode is on") as e:
-        tasks.load(["piqa"], 2)
+        task_items.load(["piqa"], 2)
     assert "piqa=FILE" in e.value.hint
 
 
@@ -199,7 +199,7 @@ def test_spaces_at_the_end_of_a_context_belong_to_the_continuation(bos: int | No
 
 def test_the_left_is_cut_off(tmp_path: Path) -> None:
     path = write(tmp_path / "f.jsonl", {"text": "0123456789 ab"}, {"text": "01 ab"})
-    task = tasks.load([f"lambada={path}"], 0)[0]
+    task = task_items.load([f"lambada={path}"], 0)[0]
     prepared = tasks.prepare(task, Letters(42), 6)
     # 6 tokens are fed; the last one of the 7 is only looked up
     assert [bytes(ids.astype(np.uint8)).decode() for (ids, _), in prepared.requests] == ["6789 ab", "*01 ab"]
@@ -218,7 +218,7 @@ def test_the_left_is_cut_off(tmp_path: Path) -> None:
 
 
 def test_length_decides_acc_norm() -> None:
-    item = tasks.Item((("c", " a"),) * 3, 1, (2, 10, 0))
+    item = task_items.Item((("c", " a"),) * 3, 1, (2, 10, 0))
     got = tasks.judge(item, np.array([-4.0, -8.0, -5.0]), False, ("acc_norm",))
     assert got == {"acc": False, "acc_norm": True}
 
@@ -237,7 +237,7 @@ def test_every_figure_by_hand(made: SimpleNamespace, files: dict[str, Path]) -> 
     assert got["texts"] == []
     model = AutoModelForCausalLM.from_pretrained(made.base, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(made.base)
-    for entry, task in zip(got["tasks"], tasks.load(settings(files)["tasks"], 0), strict=True):
+    for entry, task in zip(got["tasks"], task_items.load(settings(files)["tasks"], 0), strict=True):
         acc, norm, nll = [], [], []
         for item in task.items:
             scores = [slow(model, tokenizer, *pair) for pair in item.pairs]

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FAMILIES, build, corpus, edit_config, tokenizer
+from tiny import FAMILIES, build, corpus, edit_config, poison, tokenizer
 from transformers import AutoModelForCausalLM
 
 import llmc
@@ -197,21 +197,13 @@ def test_dry_run_writes_nothing_and_predicts_the_size(tmp_path: Path, text: Path
     assert plan["out_bytes"] < made["bytes"] < 1.4 * plan["out_bytes"]
 
 
-def poison(folder: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
 def truncate(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
 
 
 BAD_MODELS = {
-    "NaN": (poison, "model.layers.1.mlp.up_proj.weight .* NaN"),
+    "NaN": (lambda f: poison(f, "model.layers.1.mlp.up_proj.weight"), "model.layers.1.mlp.up_proj.weight .* NaN"),
     "half a download": (truncate, "half a download"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
     "pickle": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pickle"),

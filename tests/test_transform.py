@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import FAMILIES, build, corpus
+from tiny import FAMILIES, build, corpus, poison
 
 import llmc
 from llmc.artifact import hash_folder
@@ -326,6 +326,15 @@ def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="quantised already"):
         llmc.transform(tmp_path / "q", out=tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+def test_a_damaged_tensor_is_found_before_any_layer_is_made(tmp_path: Path) -> None:
+    """One that no scaling touches: only a look at every tensor finds it."""
+    folder = build("llama", tmp_path / "m")
+    poison(folder, "model.norm.weight")
+    with pytest.raises(UserError, match=r"model\.norm\.weight .* NaN"):
+        llmc.transform(folder, gauge="equalize", out=tmp_path / "x", threads=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
 
 
 def test_plain_rounding_of_a_gauged_linear_loses_less_on_its_inputs() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -143,6 +144,13 @@ def edit_config(folder: Path, **values: Any) -> None:
     config = json.loads(path.read_text())
     config.update(values)
     path.write_text(json.dumps(config))
+
+
+def poison(folder: Path, name: str) -> None:
+    """A NaN into one tensor of a folder."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name].view(-1)[5] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 class Letters:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llmc.compress.ranges import out_of_range
 from llmc.errors import UserError
 
 
@@ -34,15 +35,7 @@ class HealConfig:
         problems = []
         if not self.teacher:
             problems.append("--teacher is missing: the float model that the quantised one was made from")
-        for name in ("steps", "batch", "held_out", "check_every", "patience"):
-            if getattr(self, name) < 1:
-                problems.append(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
-        if not 16 <= self.seq_len <= 32768:
-            problems.append(f"--seq-len {self.seq_len}: must be 16 … 32768")
-        if not 0 < self.lr < 1:
-            problems.append(f"--lr {self.lr}: must lie between 0 and 1")
-        if self.threads is not None and self.threads < 1:
-            problems.append(f"--threads {self.threads}: must be at least 1")
+        problems += out_of_range(self, ("steps", "batch", "held_out", "check_every", "patience"), ("lr",))
         if problems:
             raise UserError("; ".join(problems), "see `llmc heal --help`")
 

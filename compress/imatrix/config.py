@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llmc.compress.ranges import out_of_range
 from llmc.errors import UserError
 
 
@@ -23,14 +24,7 @@ class ImatrixConfig:
     resume: bool = False
 
     def __post_init__(self) -> None:
-        problems = []
-        if self.samples < 1:
-            problems.append(f"--samples {self.samples}: must be at least 1")
-        if not 16 <= self.seq_len <= 32768:
-            problems.append(f"--seq-len {self.seq_len}: must be 16 … 32768")
-        if self.threads is not None and self.threads < 1:
-            problems.append(f"--threads {self.threads}: must be at least 1")
-        if problems:
+        if problems := out_of_range(self, ("samples",)):
             raise UserError("; ".join(problems), "see `llmc imatrix --help`")
 
     def numbers(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from llmc import block_grids
+from llmc import grids as integer_grids
 from llmc.artifact import NOTES, write_json
-from llmc.block_grids import GRIDS
+from llmc.compress.digest import code_digest
 from llmc.compress.precision import fast_matmul
-from llmc.compress.quantize import sensitivity
-from llmc.compress.quantize.assignment import Assignment, grid_called, has_own_head, linears_of, table_shape
+from llmc.compress.quantize import rtn, scales, sensitivity
+from llmc.compress.quantize.assignment import Assignment, assign, grid_called, has_own_head, linears_of, table_shape
 from llmc.compress.quantize.config import QuantizeConfig, parse_size
 from llmc.compress.quantize.knapsack import Frontier, Option
 from llmc.compress.sampling import sample_from_model
@@ -32,6 +35,7 @@ from llmc.dequantize import check_memory
 from llmc.errors import UserError
 from llmc.evals.weigh import classify
 from llmc.runtimes.torch_model import load_tokenizer, load_torch_model, torch_device
+from llmc.sources import origin_of
 
 if TYPE_CHECKING:
     from llmc.export.gguf.size import Outside  # needs the gguf package
@@ -52,23 +56,38 @@ class Matrix:
     shape: tuple[int, int]
     first: int
 
+    @property
+    def weights(self) -> int:
+        return self.shape[0] * self.shape[1]
+
     def nbytes(self, grid: str) -> int:
-        return self.shape[0] * self.shape[1] // GRIDS[grid].block * GRIDS[grid].block_bytes
+        return self.weights // block_grids.GRIDS[grid].block * block_grids.GRIDS[grid].block_bytes
 
 
 def assign_to_budget(config: QuantizeConfig, skeleton: Skeleton, source: dict[str, Any]) -> Assignment:
     """The best types for `config.target`. source: what the manifest says of the model."""
     matrices = matrices_of(skeleton)
+    peer = types_of(config.peer, config, skeleton) if config.peer else {}  # what refuses a preset costs no measurement
     stored = {n: skeleton.stored_name(f"{_module_name(skeleton, n)}.weight") for n in matrices}
-    outside = _outside(skeleton, source, {s for s in stored.values() if s})
+    outside = _outside(skeleton, origin_of(skeleton.checkpoint.folder, source), {s for s in stored.values() if s})
     measured = _measured(config, skeleton, source, matrices)
-    frontier = Frontier({name: _options(m, measured[name], config.method) for name, m in matrices.items()})
-    parameters = sum(m.shape[0] * m.shape[1] for m in matrices.values()) + outside.parameters
-    chosen = _solve(config, frontier, outside, parameters)
+    options = {name: _options(m, measured[name], config.method) for name, m in matrices.items()}
+    equal = {name: next(o for o in options[name] if o.name == grid) for name, grid in peer.items()}
+    parameters = sum(m.weights for m in matrices.values()) + outside.parameters
+    chosen = _solve(config, Frontier(options), outside, parameters, equal)
     grids = {name: grid_called(o.name) for name, o in chosen.items() if name not in TABLES}
     tables = {name: o.name for name, o in chosen.items() if name in TABLES}
-    plan = _describe(config, chosen, measured, outside, parameters)
+    plan = _describe(config, matrices, chosen, measured, outside, parameters)
+    if config.peer:
+        plan["peer"] = {"preset": config.peer, "file_bytes": _nbytes(equal) + outside.tensors + outside.rest,
+                        "predicted_kld": _loss(equal)}
     return Assignment(str(config.target).removeprefix("--"), grids, {}, tables, plan)
+
+
+def types_of(preset: str, config: QuantizeConfig, skeleton: Skeleton) -> dict[str, str]:
+    """The type that a preset gives each matrix, by the names of `matrices_of`."""
+    mix = assign(QuantizeConfig(preset=preset, method=config.method), skeleton)
+    return {**mix.tables, **{name: str(grid.gguf_type).lower() for name, grid in mix.grids.items()}}
 
 
 def matrices_of(skeleton: Skeleton) -> dict[str, Matrix]:
@@ -113,7 +132,7 @@ def _measured(config: QuantizeConfig, skeleton: Skeleton, source: dict[str, Any]
     length = min(LENGTH, config.seq_len)
     tokenizer = load_tokenizer(skeleton.checkpoint.folder)
     key: dict[str, Any] = {"source": source["files"], "sequences": SEQUENCES, "length": length, "noise": sensitivity.NOISE,
-                           "code": hashlib.sha256(Path(str(sensitivity.__file__)).read_bytes()).hexdigest()}
+                           "code": code_digest((sensitivity, rtn, scales, integer_grids, block_grids))}
     ids = None
     if config.calibration == SELF:
         key |= {"calibration": SELF, "seed": config.seed}
@@ -163,41 +182,63 @@ def memory_bytes(skeleton: Skeleton) -> int:
 
 
 def _options(m: Matrix, measured: dict[str, Any], method: str) -> list[Option]:
+    """What the matrix can be; bytes are those that it takes in the file."""
+    from llmc.export.gguf.size import in_file
+
     gain = GPTQ_GAIN if method == "gptq" and m.name not in TABLES else 1.0
-    return [Option(grid, m.nbytes(grid), max(0.0, measured["sensitivity"]) * t2 * gain)
+    return [Option(grid, in_file(m.nbytes(grid)), max(0.0, measured["sensitivity"]) * t2 * gain)
             for grid, t2 in measured["errors"].items()]
 
 
-def _solve(config: QuantizeConfig, frontier: Frontier, outside: Outside, parameters: int) -> dict[str, Option]:
-    """The best choice for the target; UserError, naming what is possible, where none keeps it."""
+def _solve(config: QuantizeConfig, frontier: Frontier, outside: Outside, parameters: int,
+           equal: dict[str, Option]) -> dict[str, Option]:
+    """The best choice for the target; UserError, naming what is possible, where none keeps it. equal: a choice whose bytes
+    are the budget, empty where the target is a number."""
     whole = outside.tensors + outside.rest
     if config.target_kld is not None:
         if (chosen := frontier.reaching(config.target_kld)) is None:
-            best = sum(o.nbytes for o in (frontier.within(frontier.most) or {}).values())
-            raise UserError(f"--target-kld {config.target_kld:g}: the least that is predicted is {frontier.losses[-1]:.3g}, "
-                            f"at {size(best + whole)}", "give at least that")
+            best = _nbytes(frontier.within(frontier.most) or {})
+            least = rounded_up(float(frontier.losses[-1]))
+            raise UserError(f"{config.target} cannot be reached: the least that is predicted is {least:g}, at "
+                            f"{size(best + whole)}", f"use --target-kld {least:g} or more")
         return chosen
     if config.target_size is not None:
-        allowed, least = (parse_size(config.target_size) or 0) - whole, size(frontier.least + whole)
+        allowed = _nbytes(equal) if equal else (parse_size(config.target_size) or 0) - whole
+        least, words = f"--target-size {frontier.least + whole}B", size(frontier.least + whole)
     else:
         allowed = int(float(config.target_bpw or 0) * parameters / 8) - outside.tensors
-        least = f"{8 * (frontier.least + outside.tensors) / parameters:.3f} bits per weight"
+        bits = rounded_up(8 * (frontier.least + outside.tensors) / parameters)
+        least, words = f"--target-bpw {bits:g}", f"{bits:g} bits per weight"
     if (chosen := frontier.within(allowed)) is None:
-        raise UserError(f"{config.target} cannot be reached: the smallest types that fit make {least}",
-                        "give at least that, or prune the model first")
+        raise UserError(f"{config.target} cannot be reached: the smallest types that fit make {words}",
+                        f"use {least} or more, or prune the model first")
     return chosen
 
 
-def _describe(config: QuantizeConfig, chosen: dict[str, Option], measured: dict[str, dict[str, Any]], outside: Outside,
-              parameters: int) -> dict[str, Any]:
+def rounded_up(value: float) -> float:
+    """To four digits that, given as a target, can be reached."""
+    step = 10.0 ** (math.floor(math.log10(value)) - 3) if value > 0 else 1.0
+    return float(f"{math.ceil(value / step) * step:.4g}")
+
+
+def _nbytes(chosen: dict[str, Option]) -> int:
+    return sum(o.nbytes for o in chosen.values())
+
+
+def _loss(chosen: dict[str, Option]) -> float:
+    return sum(o.loss for o in chosen.values())
+
+
+def _describe(config: QuantizeConfig, matrices: dict[str, Matrix], chosen: dict[str, Option],
+              measured: dict[str, dict[str, Any]], outside: Outside, parameters: int) -> dict[str, Any]:
     """The plan, for people and for the manifest. `tensors` is long."""
-    tensor_bytes = sum(o.nbytes for o in chosen.values()) + outside.tensors
     classes: Counter[str] = Counter()
     for name, option in chosen.items():
         classes[name if name in TABLES else classify(name)] += option.nbytes
+    tensor_bytes = sum(m.nbytes(chosen[name].name) for name, m in matrices.items()) + outside.tensors
     return {
-        "target": config.target, "predicted_kld": sum(o.loss for o in chosen.values()),
-        "file_bytes": tensor_bytes + outside.rest, "bits_per_weight": 8 * tensor_bytes / parameters,
+        "target": config.target, "predicted_kld": _loss(chosen),
+        "file_bytes": _nbytes(chosen) + outside.tensors + outside.rest, "bits_per_weight": 8 * tensor_bytes / parameters,
         "bytes_by_class": {**classes, "other": outside.tensors, "metadata": outside.rest},
         "tensors": [{"name": n, "grid": o.name, "bytes": o.nbytes, "kld": o.loss, "sensitivity": measured[n]["sensitivity"],
                      "error": measured[n]["errors"][o.name]} for n, o in chosen.items()],

@@ -9,6 +9,7 @@ from typing import Any
 
 from llmc.block_grids import GRIDS, BlockGrid
 from llmc.compress.quantize.presets import PRESETS
+from llmc.compress.ranges import out_of_range
 from llmc.console import size
 from llmc.errors import UserError
 from llmc.grids import Grid
@@ -76,8 +77,11 @@ class QuantizeConfig:
             problems.append(f"{given[0]} chooses the types itself: leave out --grid and --preset")
         problems += [f"{name} {value:g}: must be above 0" for name, value in targets.items()
                      if isinstance(value, float) and not value > 0]
-        if self.target_size is not None and parse_size(self.target_size) is None:
-            problems.append(f"--target-size {self.target_size}: give bytes with a unit, as in 90MB, 1.2GB or 85MiB")
+        if self.peer is not None and self.peer not in PRESETS:
+            problems.append(f"--target-size {self.target_size}: after as: must come one of {', '.join(PRESETS)}")
+        if self.target_size is not None and self.peer is None and parse_size(self.target_size) is None:
+            problems.append(f"--target-size {self.target_size}: give bytes with a unit, as in 90MB, 1.2GB or 85MiB, or "
+                            "as:PRESET")
         if self.transform != "none" and (self.preset or given):
             problems.append(f"--transform {self.transform} is searched on one grid: give --grid or --bits, or run "
                             "`llmc transform` first")
@@ -88,14 +92,7 @@ class QuantizeConfig:
             problems.append(f"--fallback {self.fallback}: must be a grid with blocks of 32")
         if self.fallback and not self.grid:
             problems.append("--fallback says what to do with rows that --grid cannot hold: give --grid")
-        if self.samples < 1:
-            problems.append(f"--samples {self.samples}: must be at least 1")
-        if not 16 <= self.seq_len <= 32768:
-            problems.append(f"--seq-len {self.seq_len}: must be 16 … 32768")
-        if not 0 < self.damp < 1:
-            problems.append(f"--damp {self.damp}: must lie between 0 and 1")
-        if self.threads is not None and self.threads < 1:
-            problems.append(f"--threads {self.threads}: must be at least 1")
+        problems += out_of_range(self, ("samples",), ("damp",))
         if problems:
             raise UserError("; ".join(problems), "see `llmc quantize --help`")
 
@@ -111,6 +108,12 @@ class QuantizeConfig:
             if (value := getattr(self, name)) is not None:
                 return f"--{name.replace('_', '-')} {value}"
         return None
+
+    @property
+    def peer(self) -> str | None:
+        """The preset of --target-size as:PRESET: its file's size is the budget."""
+        prefix, _, preset = (self.target_size or "").partition(":")
+        return preset if prefix == "as" else None
 
     def numbers(self) -> dict[str, Any]:
         """The settings that decide the result, for manifests and for the fingerprint of `--resume`."""
@@ -138,6 +141,9 @@ def budget_lines(plan: dict[str, Any], counts: dict[str, int], tables: dict[str,
     types = ", ".join(f"{n} {grid}" for grid, n in counts.items())
     ends = "".join(f", {table} {grid}" for table, grid in tables.items())
     classes = ", ".join(f"{name} {size(n)}" for name, n in plan["bytes_by_class"].items())
-    return (f"  {plan['target']}: at most {size(plan['file_bytes'])} as .gguf, {plan['bits_per_weight']:.3f} bits per "
-            f"weight, predicted KL divergence {plan['predicted_kld']:.3g}\n"
+    other = plan.get("peer")
+    peer = (f"  {other['preset']} itself: {size(other['file_bytes'])}, by the same measure predicted at "
+            f"{other['predicted_kld']:.3g}\n") if other else ""
+    return (f"  {plan['target']}: {size(plan['file_bytes'])} as .gguf, {plan['bits_per_weight']:.3f} bits per weight, "
+            f"predicted KL divergence {plan['predicted_kld']:.3g}\n{peer}"
             f"  types  {types}{ends}\n  bytes  {classes}")

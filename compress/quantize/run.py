@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from functools import cached_property
@@ -87,7 +88,8 @@ class _Job:
         self.source, self.config, self.threads = source, config, threads
         self.checkpoint = open_float(source)
         self.skeleton = Skeleton(self.checkpoint, str(torch_device(config.device)))
-        what = config.grid or config.preset or (config.target or f"{config.bits}bit").removeprefix("--").replace(" ", "-")
+        target = re.sub("[ :]", "-", (config.target or "").removeprefix("--"))
+        what = config.grid or config.preset or target or f"{config.bits}bit"
         self.out = config.out or Path(f"{source.resolve().name}-{config.method}-{what}")
         self.work = self.out.with_name(f".{self.out.name}.unfinished")
         if not config.dry_run:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc.artifact import read_manifest, write_json
-from llmc.compress.digest import code_digest
+from llmc.compress.preparation import fingerprint
 from llmc.compress.quantize.assignment import grid_for
 from llmc.compress.quantize.config import QuantizeConfig
 from llmc.compress.skeleton import Skeleton
@@ -122,8 +122,7 @@ class _Maker:
     def measure(self, learn: Calibration, held: Calibration) -> dict[str, dict[str, Any]]:
         """{candidate: {'kld', 'se' (of the mean, over sequences)}} of the model rounded to nearest on the target grid."""
         path = self.work / "figures.json"
-        key = json.loads(json.dumps({**self.config.numbers(), "source": hash_source(self.source),
-                                     "text": held.origin["sha256"], "code": code_digest()}))
+        key = fingerprint(self.config.numbers(), self.threads, hash_source(self.source), held)
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         measured: dict[str, dict[str, Any]] = found["measured"] if found.get("key") == key else {}
         base: measure.Run | None = None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc.compress.quantize.config import QuantizeConfig
+from llmc.compress.ranges import out_of_range
 from llmc.errors import UserError
 
 GAUGES = ("awq", "equalize", "none")
@@ -46,14 +47,14 @@ class TransformConfig:
             problems.append("--gauge none --rotate none: there is nothing to do")
         if self.untie and self.rotate != "r1r2":
             problems.append(f"--untie goes with --rotate r1r2, not {self.rotate}")
+        problems += out_of_range(self, ("samples",))
         if problems:
             raise UserError("; ".join(problems), "see `llmc transform --help`")
         self.target()
 
     def target(self) -> QuantizeConfig:
         """The quantisation that gauges are searched for. Checks the options that it shares."""
-        same = (*TARGET, "samples", "seq_len", "threads")
-        return QuantizeConfig(**{name: getattr(self, name) for name in same})
+        return QuantizeConfig(**{name: getattr(self, name) for name in TARGET})
 
     def numbers(self) -> dict[str, Any]:
         """The settings that decide the result, for manifests and for the fingerprint of `--resume`."""

@@ -11,7 +11,7 @@ from typing import Any
 from llmc.artifact import check_disk, check_output, note_last
 from llmc.checkpoint import Checkpoint
 from llmc.compress.precision import prepare_cpu
-from llmc.compress.preparation import calibration_text, sampled_file
+from llmc.compress.preparation import calibration_text, check_weights, sampled_file
 from llmc.compress.quantize.assignment import grid_for
 from llmc.compress.skeleton import Skeleton
 from llmc.compress.text import Calibration
@@ -41,6 +41,7 @@ def transform(model: str | Path, config: TransformConfig) -> dict[str, Any]:
     skeleton = check(source, config)
     check_output(out)
     check_disk(out, disk_bytes(skeleton, config), "transforming")
+    check_weights(skeleton.checkpoint)
     kept = sampled_file(out.with_name(f".{out.name}.unfinished"))
     calibration = None
     if config.gauge == "awq":

@@ -15,8 +15,8 @@ from torch import nn
 from llmc.artifact import MANIFEST, hash_folder, new_manifest, publish_folder, read_manifest, write_json
 from llmc.checkpoint import CARD_FILES, TOKENIZER_FILES, Checkpoint
 from llmc.compress.calibration import Loop, LoopSettings, Workspace, sequences_at_once, workers_for
-from llmc.compress.digest import code_digest
 from llmc.compress.precision import matmul_precision
+from llmc.compress.preparation import fingerprint
 from llmc.compress.quantize.config import AnyGrid
 from llmc.compress.skeleton import Skeleton
 from llmc.compress.text import Calibration
@@ -31,9 +31,11 @@ from llmc.sources import hash_source, origin_of
 
 
 class Stage:
-    """name: the pass in the manifest's chain.  settings: what decides its result."""
+    """name: the pass in the manifest's chain.  settings: what decides its result, beside the calibration text if it needs
+    one."""
 
     name: str
+    calibration: Calibration | None = None
 
     def __init__(self, source: Path, out: Path, settings: dict[str, Any], device: str, threads: int, resume: bool) -> None:
         self.source, self.out, self.settings, self.device, self.threads = source, out, settings, device, threads
@@ -41,25 +43,19 @@ class Stage:
 
     def run(self) -> dict[str, Any]:
         """Make the folder `out`; one that an interrupted run finished is taken as it is. Returns its manifest."""
-        fingerprint = json.loads(json.dumps({
-            **self.settings, "pass": self.name, "threads": self.threads, "source": hash_source(self.source),
-            "matmul": matmul_precision(), "torch": torch.__version__, "code": code_digest(), **self.more()}))
+        key = fingerprint({**self.settings, "pass": self.name}, self.threads, hash_source(self.source), self.calibration)
         found = read_manifest(self.out)
-        if self.resume and found and found.get("fingerprint") == fingerprint:
+        if self.resume and found and found.get("fingerprint") == key:
             say(f"{self.out} is finished already")
             return found
         self.checkpoint = Checkpoint.open(self.source)
         self.skeleton = Skeleton(self.checkpoint, self.device)
-        work = Workspace(self.out.with_name(f".{self.out.name.lstrip('.')}.unfinished"), fingerprint, self.resume)
+        work = Workspace(self.out.with_name(f".{self.out.name.lstrip('.')}.unfinished"), key, self.resume)
         if work.done:
             say(f"resuming after layer {work.done} of {len(self.skeleton.layers)}")
         self.layers(work, self.proof_arguments())
         self.outside(work)
-        return self._publish(work, fingerprint)
-
-    def more(self) -> dict[str, Any]:
-        """What else the fingerprint rests on."""
-        return {}
+        return self._publish(work, key)
 
     def layers(self, work: Workspace, arguments: list[dict[str, Any]]) -> None:
         """Change every decoder layer that is not finished yet. arguments: what the model hands to each, for the proof."""
@@ -92,7 +88,7 @@ class Stage:
                 work.commit(index + 1)
                 p.step()
 
-    def _publish(self, work: Workspace, fingerprint: dict[str, Any]) -> dict[str, Any]:
+    def _publish(self, work: Workspace, key: dict[str, Any]) -> dict[str, Any]:
         folder = work.folder / "artifact"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -116,7 +112,7 @@ class Stage:
                  "widened": len(widened), "grown_bytes": sizes[0] - sizes[1], **self.entry()}
         before = read_manifest(self.source) or {}
         manifest = new_manifest("hf", origin_of(self.source), [*before.get("passes", []), entry],
-                                fingerprint=fingerprint, outputs=hash_folder(folder))
+                                fingerprint=key, outputs=hash_folder(folder))
         write_json(folder / MANIFEST, manifest)
         publish_folder(folder, self.out)
         shutil.rmtree(work.folder)
@@ -140,9 +136,6 @@ class GaugeStage(Stage):
     def __init__(self, *args: Any, grid_of: Callable[[int], AnyGrid], calibration: Calibration | None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.grid_of, self.calibration = grid_of, calibration
-
-    def more(self) -> dict[str, Any]:
-        return {"calibration_text": self.calibration.origin["sha256"] if self.calibration else None}
 
     def entry(self) -> dict[str, Any]:
         return {"calibration": self.calibration.origin if self.calibration else None}

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from gguf import GGML_QUANT_VERSION
+from gguf.constants import GGUF_DEFAULT_ALIGNMENT
 
 from llmc.checkpoint import Checkpoint
 from llmc.export.gguf import metadata
@@ -17,16 +18,13 @@ from llmc.export.gguf.export import plan_file
 from llmc.export.gguf.plan import Types
 from llmc.runtimes.torch_model import load_tokenizer
 
-ALIGNMENT = 32  # every tensor of a file begins at a multiple
-MARGIN = 4096  # for what a later export may say otherwise: a name, a licence, a template that was replaced
-
 
 @dataclass(frozen=True)
 class Outside:
     """What a file holds beside some matrices.
 
     tensors: bytes of all other tensors as `llmc export` writes them by default.  parameters: how many weights those have.
-    rest: bytes of metadata, vocabulary and the table of tensors, and of the gaps between tensors at their most.
+    rest: bytes of metadata, vocabulary and the table of tensors, and of the gaps after them and after the other tensors.
     """
 
     tensors: int
@@ -34,10 +32,16 @@ class Outside:
     rest: int
 
 
-def outside(folder: Path, source: dict[str, Any], matrices: set[str]) -> Outside:
-    """Of the file that a float folder becomes, beside its `matrices` (names in the checkpoint).
+def in_file(nbytes: int) -> int:
+    """What a tensor of `nbytes` takes in a file: each is filled up so that the next one is aligned."""
+    return -(-nbytes // GGUF_DEFAULT_ALIGNMENT) * GGUF_DEFAULT_ALIGNMENT
 
-    source: what the manifest says of the folder.  The metadata are written to a file and measured.
+
+def outside(folder: Path, source: dict[str, Any], matrices: set[str]) -> Outside:
+    """Of the file that a float folder becomes, beside its `matrices` (names in the checkpoint): exact for what `llmc export`
+    makes of the quantised folder without further options.
+
+    source: what the quantised folder's manifest will say of its origin.  The metadata are written to a file and measured.
     """
     config = GgufExportConfig(model=folder)
     ckpt = Checkpoint.open(folder)
@@ -56,6 +60,7 @@ def outside(folder: Path, source: dict[str, Any], matrices: set[str]) -> Outside
             w.write_ti_data_to_file()
         finally:
             w.close()
-        rest = path.stat().st_size + ALIGNMENT * (1 + len(plan.entries)) + MARGIN
+        written = path.stat().st_size
     others = [e for e in plan.entries if e.stored not in matrices]
+    rest = in_file(written) + sum(in_file(e.nbytes) - e.nbytes for e in others)
     return Outside(sum(e.nbytes for e in others), sum(int(np.prod(e.shape)) for e in others), rest)

@@ -26,8 +26,8 @@ def quantize(
         help="llama.cpp's mix of types by tensor: q2_k, q2_k_s, q3_k_s, q3_k_m, q3_k_l, q4_k_s, q4_k_m, q5_k_s, q5_k_m, "
              "q6_k, q4_0, …, iq4_nl, iq4_xs. Embedding and head take theirs at the export.")] = D.preset,
     target_size: Annotated[str | None, typer.Option(
-        help="A type for each tensor, by measured sensitivity, so that the .gguf file is at most this large: 90MB, 1.2GB.",
-    )] = D.target_size,
+        help="A type for each tensor, by measured sensitivity, so that the .gguf file is at most this large: 90MB, 1.2GB, "
+             "or as:q4_k_m (any preset): no larger than that preset's file.")] = D.target_size,
     target_bpw: Annotated[float | None, typer.Option(
         help="The same to bits per weight over all of the file's tensors: 4.25.")] = D.target_bpw,
     target_kld: Annotated[float | None, typer.Option(
