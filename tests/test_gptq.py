@@ -57,7 +57,8 @@ def test_sweep_equals_optimal_brain_quantisation_done_the_slow_way() -> None:
             left[:, j + 1 :] += error[:, None] * rest
     factor = inverse_factor(h)
     assert factor is not None
-    assert torch.equal(sweep(w.t().contiguous(), factor, Columns(scale, -8 * scale, zero, 15)), expected)
+    columns = Columns(scale, -8 * scale, zero, torch.arange(n), 15)
+    assert torch.equal(sweep(w.t().contiguous(), factor, columns), expected)
 
 
 def test_scale_search_weighs_a_group_by_what_is_left_when_the_others_compensate() -> None:

@@ -47,11 +47,11 @@ class BlockFactors:
 
     def columns(self, order: torch.Tensor | None = None) -> Columns:
         scale, low = self.group_scales(), self.group_lows()
-        of = column_groups(scale.shape[0], self.grid.group, order, scale.device)
+        group_of = column_groups(scale.shape[0], self.grid.group, order, scale.device)
         start = codes_of(torch.zeros_like(scale), scale, low, self.grid, rounded=False)
         levels = None if self.grid.uniform else self._levels(scale)
         first = 0 if levels is not None else self.grid.levels[0]
-        return Columns(scale[of], (low + scale * first)[of], start[of], len(self.grid.levels) - 1, levels)
+        return Columns(scale, low + scale * first, start, group_of, len(self.grid.levels) - 1, levels)
 
     def nearest(self, w: torch.Tensor) -> torch.Tensor:
         grouped = w.view(-1, self.grid.group, w.shape[1])

@@ -43,12 +43,14 @@ class Columns:
     """The grid of every input column, ready to round one column after the other: value = low + scale * code, or
     scale * levels[code] where levels are not evenly spaced.
 
-    scale, low: float32 [in, out].  start: the code (not rounded) of the value 0, [in, out].
+    scale, low: float32 [groups, out].  start: the code (not rounded) of the value 0, [groups, out].
+    group_of: the group of each column [in].
     """
 
-    def __init__(self, scale: torch.Tensor, low: torch.Tensor, start: torch.Tensor, max_code: int,
+    def __init__(self, scale: torch.Tensor, low: torch.Tensor, start: torch.Tensor, group_of: torch.Tensor, max_code: int,
                  levels: torch.Tensor | None = None) -> None:
-        self.rows = list(zip(scale.unbind(), low.unbind(), reciprocal(scale).unbind(), start.unbind(), strict=True))
+        groups = list(zip(scale.unbind(), low.unbind(), reciprocal(scale).unbind(), start.unbind(), strict=True))
+        self.rows = [groups[g] for g in group_of.tolist()]
         self.max_code, self.levels = max_code, levels
         self.borders = None if levels is None else (levels[1:] + levels[:-1]) / 2
 
@@ -97,8 +99,8 @@ class Scales:
     zero: torch.Tensor
 
     def columns(self, order: torch.Tensor | None = None) -> Columns:
-        groups = column_groups(self.scale.shape[0], self.grid.group_size, order, self.scale.device)
-        return Columns(self.scale[groups], (-self.zero * self.scale)[groups], self.zero[groups], self.grid.max_code)
+        group_of = column_groups(self.scale.shape[0], self.grid.group_size, order, self.scale.device)
+        return Columns(self.scale, -self.zero * self.scale, self.zero, group_of, self.grid.max_code)
 
     def nearest(self, w: torch.Tensor) -> torch.Tensor:
         grouped = w.view(self.scale.shape[0], self.grid.group_size, -1)
