@@ -1,0 +1,48 @@
+"""model.onnx and its data file: one tensor in memory at a time, and tensors that share bytes stored once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import onnx_ir as ir
+
+from llmc.console import progress
+from llmc.export.onnx.emit import Entry
+
+MODEL = "model.onnx"
+DATA = "model.onnx.data"
+GENAI = "genai_config.json"
+INLINE = 1024  # bytes: smaller tensors stay in model.onnx
+ALIGN = 4096  # a page, so that a tensor can be mapped; smaller ones need less
+SMALL = 1 << 16
+
+
+def write(model: ir.Model, entries: dict[str, Entry], folder: Path) -> None:
+    """Write both files. The builder's own tensors (norms, biases, rotary tables) are written as they are."""
+    values = dict(model.graph.initializers)
+    places: dict[str, tuple[int, int]] = {}
+    with (folder / DATA).open("wb") as f, progress("writing tensor", len(values)) as p:
+        for name, value in values.items():
+            entry = entries.get(name)
+            if entry is None and value.const_value.nbytes >= INLINE:
+                places[name] = _append(f, value.const_value.numpy())
+            elif entry is not None and entry.data is not None:
+                places[name] = _append(f, entry.data())
+            p.step(name)
+    for name, value in values.items():
+        at = places.get(getattr(entries.get(name), "same_as", None) or name)
+        if at is not None:
+            t = value.const_value
+            value.const_value = ir.ExternalTensor(DATA, at[0], at[1], t.dtype, shape=t.shape, name=name, base_dir=folder)
+    ir.save(model, folder / MODEL)
+
+
+def _append(f: BinaryIO, data: np.ndarray) -> tuple[int, int]:
+    """Offset and length of an array's bytes at the end of the file."""
+    align = ALIGN if data.nbytes >= SMALL else 64
+    f.write(b"\0" * (-f.tell() % align))
+    at = f.tell()
+    f.write(memoryview(np.ascontiguousarray(data)).cast("B"))
+    return at, data.nbytes
