@@ -21,6 +21,7 @@ from llmc.compress.transform.config import TransformConfig
 from llmc.errors import UserError
 from llmc.evals.config import BenchConfig, CompareConfig, EvalConfig
 from llmc.export.gguf.config import GgufExportConfig
+from llmc.export.onnx.config import OnnxExportConfig
 from llmc.runtimes.config import GenerateConfig
 
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -29,7 +30,7 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "quantize": (QuantizeConfig, {}),
     "imatrix": (ImatrixConfig, {}),
     "transform": (TransformConfig, {}),
-    "export": (GgufExportConfig, {"format": "gguf"}),
+    "export": (GgufExportConfig, {"format": "gguf", **{f.name: f.default for f in fields(OnnxExportConfig)}}),
     "eval": (EvalConfig, {"out": None}),
     "bench": (BenchConfig, {"out": ()}),
     "compare": (CompareConfig, {}),

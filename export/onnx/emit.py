@@ -18,18 +18,16 @@ NBITS = "com.microsoft"
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of the file. Its bytes are made when they are written; `same_as` names one whose bytes it shares."""
+    """A tensor of the file. Its bytes are made when they are written."""
 
     name: str
     dtype: ir.DataType
     shape: tuple[int, ...]
-    data: Callable[[], np.ndarray] | None = None
-    same_as: str | None = None
+    data: Callable[[], np.ndarray]
 
     @property
     def nbytes(self) -> int:
-        """What it adds to the data file."""
-        return 0 if self.same_as else int(np.ceil(np.prod(self.shape) * self.dtype.itemsize))
+        return int(np.ceil(np.prod(self.shape) * self.dtype.itemsize))
 
 
 @dataclass(frozen=True)
@@ -104,25 +102,34 @@ class Emitter:
         return self._cast(b, basename, rows, form, ["batch_size", "sequence_length", k])
 
     def _lookup_codes(self, b: Any, basename: str, prefix: str, pieces: list[Piece], form: Grid, n: int, k: int) -> str:
-        """The table as MatMulNBits has it, or for qdq codes and scales gathered apart and dequantised."""
+        """The table in the form of MatMulNBits, a tied one in the head's own tensors; for qdq a table of its own, codes and
+        scales gathered apart and dequantised. Tables are symmetric."""
         node = f"{basename}/GatherBlockQuantized"
-        w = self._quantised(b, prefix, node, pieces, form, n, k, flat=True,
-                            same_as="lm_head.MatMul" if self.weights.tied and not self.qdq else None)
-        output = f"{node}/output_0"
-        ids = b.input_names["input_ids"]
-        if not self.qdq:
-            zeros = [w.zeros] if w.zeros else []
-            b.make_node("GatherBlockQuantized", inputs=[w.weight, ids, w.scales, *zeros], outputs=[output], name=node,
-                        domain=NBITS, bits=form.bits, block_size=form.group_size, gather_axis=0, quantize_axis=1)
-            return output
-        gathered = []
-        for part, name in (("codes", w.weight), ("scales", w.scales), ("zeros", w.zeros)):
-            if name is not None:
+        blocks, ids = k // form.group_size, b.input_names["input_ids"]
+        if self.qdq:
+            w = self._quantised(b, prefix, f"{basename}/DequantizeLinear", pieces, form, n, k)
+            gathered = []
+            for part, name in (("codes", w.weight), ("scales", w.scales)):
                 gathered.append(f"{basename}/{part}/output_0")
                 b.make_node("Gather", inputs=[name, ids], outputs=[gathered[-1]], name=f"{basename}/{part}")
-        b.make_node("DequantizeLinear", inputs=gathered, outputs=[output], name=f"{basename}/DequantizeLinear", axis=2,
-                    block_size=form.group_size)
-        return output
+            b.make_node("DequantizeLinear", inputs=gathered, outputs=[f"{basename}/DequantizeLinear/output_0"],
+                        name=f"{basename}/DequantizeLinear", axis=2, block_size=form.group_size)
+            return f"{basename}/DequantizeLinear/output_0"
+        if self.weights.tied:
+            codes, scales = "lm_head.MatMul.weight.codes", "lm_head.MatMul.weight.scales"
+        else:
+            w = self._quantised(b, prefix, node, pieces, form, n, k)
+            codes, scales = w.weight, str(w.scales)
+        cut, rows = f"{basename}/scales/output_0", f"{basename}/Reshape/output_0"
+        b.make_node("Reshape", inputs=[scales, f"/model/constants/INT64/[{n}, {blocks}, 1]"], outputs=[cut],
+                    name=f"{basename}/scales")
+        b.make_node("GatherBlockQuantized", inputs=[codes, ids, cut], outputs=[f"{node}/output_0"], name=node, domain=NBITS,
+                    bits=form.bits, block_size=form.group_size, gather_axis=0, quantize_axis=2)
+        b.make_node("Reshape", inputs=[f"{node}/output_0", f"/model/constants/INT64/[0, 0, {k}]"], outputs=[rows],
+                    name=f"{basename}/Reshape")
+        b.make_value(cut, ir.DataType.FLOAT, shape=[n, blocks, 1])
+        b.make_value(f"{node}/output_0", ir.DataType.FLOAT, shape=["batch_size", "sequence_length", blocks, form.group_size])
+        return rows
 
     def _float(self, b: Any, name: str, pieces: list[Piece], form: Form, shape: tuple[int, ...],
                transposed: bool = False) -> str:
@@ -143,28 +150,24 @@ class Emitter:
         return cast
 
     def _quantised(self, b: Any, prefix: str, node: str, pieces: list[Piece], grid: Grid, n: int, k: int,
-                   transposed: bool = False, flat: bool = False, same_as: str | None = None) -> Placed:
-        """Codes, scales and (asymmetric) zero points of a matrix. transposed: as [K, N] of DequantizeLinear; flat: uint8
-        [N, bytes of a row] instead of [N, blocks, bytes of a block]; same_as: prefix of the tensors whose bytes these are."""
+                   transposed: bool = False) -> Placed:
+        """Codes, scales and (asymmetric) zero points of a matrix, [K, N] where `transposed` (for DequantizeLinear)."""
         blocks, bits = k // grid.group_size, grid.bits
         signed = self.qdq and grid.symmetric
-        codes_type, zeros_type, code_shape, zero_shape = ir.DataType.UINT8, ir.DataType.UINT8, (n, k * bits // 8), (
-            n, -(-blocks * bits // 8))
-        scale_shape: tuple[int, ...] = (n, blocks)
+        dtype, scale_shape = ir.DataType.UINT8, (n, blocks)
+        code_shape: tuple[int, ...] = (n, blocks, grid.group_size * bits // 8)
+        zero_shape = (n, -(-blocks * bits // 8))
         if self.qdq:
-            codes_type = {(4, True): ir.DataType.INT4, (4, False): ir.DataType.UINT4, (8, True): ir.DataType.INT8,
-                          (8, False): ir.DataType.UINT8}[bits, grid.symmetric]
-            zeros_type = codes_type
+            dtype = {(4, True): ir.DataType.INT4, (4, False): ir.DataType.UINT4, (8, True): ir.DataType.INT8,
+                     (8, False): ir.DataType.UINT8}[bits, grid.symmetric]
             code_shape, scale_shape = ((k, n), (blocks, n)) if transposed else ((n, k), (n, blocks))
             zero_shape = scale_shape
-        elif not flat:
-            code_shape = (n, blocks, grid.group_size * bits // 8)  # type: ignore[assignment]
 
         def codes() -> np.ndarray:
             c = self.weights.codes(pieces).codes.numpy()
             c = layout.signed(c, bits) if signed else c
             c = np.ascontiguousarray(c.T) if transposed else c
-            return layout.pack(c, bits) if not signed or bits == 8 else layout.pack(c & 15, bits)
+            return layout.pack(c.reshape(1, -1) if self.qdq else c, bits)  # qdq: no padding at the end of a row
 
         def scales() -> np.ndarray:
             s = self.weights.codes(pieces).scales.float().numpy()
@@ -172,18 +175,16 @@ class Emitter:
 
         def zeros() -> np.ndarray:
             z = self.weights.codes(pieces).zeros.numpy()  # type: ignore[union-attr]
-            if self.qdq:  # no padding at the end of a row
+            if self.qdq:
                 z = np.ascontiguousarray(z.T if transposed else z).reshape(1, -1)
             return layout.pack(z, bits)
 
         def tensor(part: str, dtype: ir.DataType, shape: tuple[int, ...], data: Callable[[], np.ndarray]) -> str:
-            shared = None if same_as is None else f"{same_as}.{part}"
-            return self._tensor(b, Entry(f"{prefix}.{part}", dtype, shape, None if shared else data, shared))
+            return self._tensor(b, Entry(f"{prefix}.weight.{part}", dtype, shape, data))
 
-        placed = Placed(node, pieces, grid, tensor("codes", codes_type, code_shape, codes),
+        placed = Placed(node, pieces, grid, tensor("codes", dtype, code_shape, codes),
                         tensor("scales", ir.DataType.FLOAT, scale_shape, scales),
-                        None if grid.symmetric else tensor("zeros", zeros_type, zero_shape, zeros), transposed, signed,
-                        self.qdq)
+                        None if grid.symmetric else tensor("zeros", dtype, zero_shape, zeros), transposed, signed, self.qdq)
         self.placed.append(placed)
         return placed
 

@@ -84,8 +84,8 @@ def _write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> 
         warn(note)
     say(f"writing {out}: {size(total)} of matrices; embedding and head "
         f"{form_name(weights.form(tables.embedding))} ({weights.reason})")
-    writer.write(made, emitter.entries, work)
-    verified = verify.tensors(work, made, weights, emitter.placed)
+    own = writer.write(made, emitter.entries, work)
+    verified = verify.tensors(work, own, weights, emitter.placed)
     ids = check_ids(tok, verified["weights"], context)
     checked = verify.logits(session.Session(work, threads, 0), ckpt, ids, weights)
     level, reason, levels = _level(config, work, ids, threads)

@@ -9,6 +9,7 @@ so that they are told from real values), and the node's pieces are read off what
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import sys
 from bisect import bisect_right
@@ -214,7 +215,9 @@ def build(ckpt: Checkpoint, hf: Any, weights: Weights, model: nn.Module, rows: R
     name = f"Llmc{base.__name__}"
     cls = type(name, (Builder, base), {"llmc_weights": weights, "llmc_rows": rows, "llmc_model": model,
                                        "llmc_emit": emitter})
-    options = {"hf_token": False, "hf_remote": False, "shared_embeddings": False}
+    # a cache as long as the context in every layer: any runtime can feed it, and what attends to a window only still does
+    options = {"hf_token": False, "hf_remote": False, "shared_embeddings": False, "windowed_kv_cache": False}
+    hf = _as_the_builder_reads(hf)
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said), torch.no_grad():
@@ -230,6 +233,17 @@ def build(ckpt: Checkpoint, hf: Any, weights: Weights, model: nn.Module, rows: R
     made.model.graph.sort()
     made.stamp_build_metadata(made.model)
     return made.model
+
+
+def _as_the_builder_reads(hf: Any) -> Any:
+    """A copy of transformers' config. Gemma 3's rotary bases by kind of layer, as transformers 5 has them, go where the
+    builder looks for them."""
+    hf = copy.deepcopy(hf)
+    kinds = getattr(hf, "rope_parameters", None) or {}
+    if "sliding_attention" in kinds and "full_attention" in kinds:
+        hf.rope_local_base_freq = kinds["sliding_attention"]["rope_theta"]
+        hf.rope_parameters = dict(kinds["full_attention"])
+    return hf
 
 
 def _builders() -> Any:

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import torch
 
 from llmc.checkpoint import Checkpoint
@@ -56,17 +55,16 @@ def damaged(what: str) -> UserError:
                      f"check the disk and export again; if it stays, {REPORT}")
 
 
-def tensors(folder: Path, model: ir.Model, weights: Weights, placed: list[Placed]) -> dict[str, int]:
-    """Read every tensor back. Returns how many matrices and weights were compared, in all and those carried as codes."""
+def tensors(folder: Path, own: dict[str, np.ndarray], weights: Weights, placed: list[Placed]) -> dict[str, int]:
+    """Read every tensor back; `own` are those that the builder made. Returns how many matrices and weights were compared, in
+    all and those carried as codes."""
     stored = stored_tensors(folder)
-    planned = model.graph.initializers
-    if stored.keys() != planned.keys():
+    ours = {name for w in placed for name in (w.weight, w.scales, w.zeros) if name}
+    if stored.keys() != ours | own.keys():
         raise damaged("model.onnx holds other tensors than were planned")
     counts = {"tensors": len(stored), "matrices": 0, "weights": 0, "code_matrices": 0, "code_weights": 0}
-    ours: set[str] = set()
     with progress("reading back tensor", len(placed)) as p:
         for w in placed:
-            ours.update(n for n in (w.weight, w.scales, w.zeros) if n)
             shape = sum(x.stop - x.start for x in w.pieces), weights.columns(w.pieces[0].module)
             _compare(w, stored, weights, shape)
             carried = all(x.module in weights.linears for x in w.pieces)
@@ -74,10 +72,8 @@ def tensors(folder: Path, model: ir.Model, weights: Weights, placed: list[Placed
                 counts[f"{prefix}matrices"] += 1
                 counts[f"{prefix}weights"] += shape[0] * shape[1]
             p.step(w.node)
-    for name in planned.keys() - ours:
-        value = planned[name].const_value
-        assert value is not None
-        if stored[name][1].tobytes() != np.ascontiguousarray(value.numpy()).tobytes():
+    for name, values in own.items():
+        if stored[name][1].tobytes() != values.tobytes():
             raise damaged(f"{name} differs from what the model builder made")
     return counts
 

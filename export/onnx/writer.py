@@ -1,4 +1,4 @@
-"""model.onnx and its data file: one tensor in memory at a time, and tensors that share bytes stored once."""
+"""model.onnx and its data file: one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -19,24 +19,26 @@ ALIGN = 4096  # a page, so that a tensor can be mapped; smaller ones need less
 SMALL = 1 << 16
 
 
-def write(model: ir.Model, entries: dict[str, Entry], folder: Path) -> None:
-    """Write both files. The builder's own tensors (norms, biases, rotary tables) are written as they are."""
+def write(model: ir.Model, entries: dict[str, Entry], folder: Path) -> dict[str, np.ndarray]:
+    """Write both files. The builder's own tensors (norms, biases, rotary tables) are written as they are; returned by name,
+    so that what is read back can be held against them."""
     values = dict(model.graph.initializers)
+    own = {name: value.const_value.numpy() for name, value in values.items() if name not in entries}
     places: dict[str, tuple[int, int]] = {}
     with (folder / DATA).open("wb") as f, progress("writing tensor", len(values)) as p:
-        for name, value in values.items():
+        for name in values:
             entry = entries.get(name)
-            if entry is None and value.const_value.nbytes >= INLINE:
-                places[name] = _append(f, value.const_value.numpy())
-            elif entry is not None and entry.data is not None:
+            if entry is not None:
                 places[name] = _append(f, entry.data())
+            elif own[name].nbytes >= INLINE:
+                places[name] = _append(f, own[name])
             p.step(name)
     for name, value in values.items():
-        at = places.get(getattr(entries.get(name), "same_as", None) or name)
-        if at is not None:
+        if at := places.get(name):
             t = value.const_value
             value.const_value = ir.ExternalTensor(DATA, at[0], at[1], t.dtype, shape=t.shape, name=name, base_dir=folder)
     ir.save(model, folder / MODEL)
+    return own
 
 
 def _append(f: BinaryIO, data: np.ndarray) -> tuple[int, int]:

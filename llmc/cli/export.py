@@ -18,8 +18,8 @@ def export(
     model: str = typer.Argument(None, help="A model folder (float or quantised) or a hub id. "
                                            "Left out: the newest model made in this folder."),
     format: str = typer.Option("gguf", "--format", help="gguf, a file for llama.cpp, or onnx, a folder for ONNX Runtime."),
-    out: Path = typer.Option(None, "--out", "-o", help="The file or folder to write. Left out: <model>-<file type>"
-                                                           ".gguf or <model>-onnx here."),
+    out: Path = typer.Option(None, "--out", "-o", help="The file or folder to write. Left out: "
+                                                           "<model>-<file type>.gguf or <model>-onnx here."),
     embedding: str = typer.Option(None, help="gguf: type of the token embedding: f32, f16, bf16 or any GGUF weight type. "
                                              "Left out: what a preset or budget chose, else q8_0 with a quantised "
                                              "model, else as --float-type."),
@@ -51,8 +51,9 @@ def export(
     import llmc
 
     # only what was given is passed on, so that an option of the other format is noticed
-    given = {name: value for name, value in context.params.items()
-             if name not in ("model", "format", "as_json") and getattr(context.get_parameter_source(name), "name", None) != "DEFAULT"}
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = {name: context.params[name] for name, source in sources.items()
+             if source is not None and source.name != "DEFAULT" and name not in ("model", "format", "as_json")}
     report = llmc.export(model, format=format, **given)
     print(json.dumps(report, indent=2) if as_json else describe(report))
 
