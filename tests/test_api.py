@@ -114,8 +114,8 @@ def test_bad_options(made: SimpleNamespace) -> None:
         llmc.quantize(made.base, bits=5)
     with pytest.raises(TypeError, match="bit"):
         llmc.quantize(made.base, bit=4)
-    with pytest.raises(UserError, match="format 'onnx' is not known"):
-        llmc.export(made.gptq, format="onnx")
+    with pytest.raises(UserError, match="format 'papyrus' is not known"):
+        llmc.export(made.gptq, format="papyrus")
 
 
 def test_the_main_job(made: SimpleNamespace, tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from rounding import gptq_folder, is_decoder_linear
-from safetensors.torch import load_file
-from tiny import build
+from safetensors.torch import load_file, save_file
+from tiny import build, edit_config
 
 pytest.importorskip("onnxruntime_genai")
 pytest.importorskip("onnx_ir")
@@ -22,6 +22,7 @@ import onnxruntime
 
 import llmc
 from llmc.artifact import hash_folder, last_artifact, read_manifest
+from llmc.cli import run
 from llmc.errors import UserError
 from llmc.export.onnx import OnnxExportConfig, export_onnx, layout
 from llmc.export.onnx.session import Levels
@@ -136,6 +137,22 @@ def test_tables(tied: bool, head_bits: int, tmp_path: Path) -> None:
     assert report["logits"]["relative_error"] < FLOAT_NOISE
     tables = report["forms"][f"int{head_bits}-sym-g32" if head_bits < 16 else "fp16"]
     assert tables == (1 if tied else 2) + (8 if head_bits == 4 else 0) + (2 if head_bits == 4 else 0)
+
+
+@pytest.mark.parametrize("says_tied", [True, False])
+def test_a_head_that_repeats_the_embedding_is_stored_once(says_tied: bool, tmp_path: Path) -> None:
+    folder = build("llama", tmp_path / "m", tie_word_embeddings=False)
+    tensors = load_file(folder / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    save_file({**tensors, "lm_head.weight": embedding.clone()}, folder / "model.safetensors", metadata={"format": "pt"})
+    edit_config(folder, tie_word_embeddings=says_tied)
+    report = export(folder)
+    assert report["tied"]
+    assert report["forms"] == {"fp16": 11}
+    if says_tied:
+        save_file({**tensors, "lm_head.weight": embedding + 1}, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(UserError, match="its head differs"):
+            export(folder)
 
 
 def test_the_head_has_the_codes_of_a_gguf(tmp_path: Path) -> None:
@@ -325,6 +342,18 @@ def test_options_of_the_other_format_are_refused(tmp_path: Path) -> None:
         llmc.export(tmp_path, format="gguf", head_bits=8)
 
 
+def test_the_command(exported: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["export", str(exported.q), "--format", "onnx", "-o", str(tmp_path / "x"), "--threads", "1"]
+    assert run([*command, "--accuracy-level", "4", "--head-bits", "4", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["forms"] == {"int4-sym-g32": 11}
+    assert report["accuracy_level"] == 4
+    assert run(command) == 0
+    assert "codes bit for bit" in capsys.readouterr().out
+    assert run([*command, "--float-type", "f16"]) == 2, "also where the value is the default"
+    assert "--float-type belongs to --format gguf" in capsys.readouterr().err
+
+
 def test_options_that_contradict_the_model_are_refused(exported: SimpleNamespace, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--dtype int8 has no say"):
         export(exported.q, dtype="int8", out=tmp_path / "x")
@@ -334,8 +363,6 @@ def test_options_that_contradict_the_model_are_refused(exported: SimpleNamespace
 
 def test_weights_beyond_float16_are_refused(tmp_path: Path) -> None:
     folder = build("llama", tmp_path / "m")
-    from safetensors.torch import save_file
-
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = 1e6
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -93,8 +93,7 @@ class Rows:
             for first, stop in sorted(self.placed.get(module, [])):
                 at = stop if first == at else -1
             if at != end - start:
-                raise UserError(f"the model builder does not put {module} into the graph once and whole",
-                                REPORT)
+                raise UserError(f"the model builder does not put {module} into the graph once and whole", REPORT)
 
 
 class Builder:
@@ -133,14 +132,12 @@ class Builder:
 
 @dataclass(frozen=True)
 class Tables:
-    """Names of the embedding's and the head's modules in the checkpoint, the same where they are one matrix."""
+    """Names of the embedding's and the head's modules in the checkpoint, the same where they are one matrix; and a tensor
+    that repeats the embedding as the head."""
 
     embedding: str
     head: str
-
-    @property
-    def tied(self) -> bool:
-        return self.embedding == self.head
+    spare: str | None = None
 
 
 def skeleton(ckpt: Checkpoint, hf: Any) -> tuple[nn.Module, Rows, Tables]:
@@ -152,7 +149,7 @@ def skeleton(ckpt: Checkpoint, hf: Any) -> tuple[nn.Module, Rows, Tables]:
         model = AutoModelForCausalLM.from_config(hf, dtype=torch.float32, trust_remote_code=False)
     linears, prefix = set(quantized.linears(ckpt)), f"{model.base_model_prefix}."
     tables = _tables(ckpt, hf, model, linears, prefix)
-    rows, numbered, used = Rows(), dict[str, nn.Parameter](), {f"{tables.head}.weight", f"{tables.embedding}.weight"}
+    rows, numbered, used = Rows(), dict[str, nn.Parameter](), {tables.spare}
     for name, p in list(model.named_parameters(remove_duplicate=False)):
         owner = model.get_submodule(name.rpartition(".")[0])
         is_head = owner is model.get_output_embeddings() and name.endswith(".weight")
@@ -195,10 +192,12 @@ def _tables(ckpt: Checkpoint, hf: Any, model: Any, linears: set[str], prefix: st
         raise UserError(f"config.json of {ckpt.folder} says that head and embedding are one matrix, but its head differs",
                         "set tie_word_embeddings to false in config.json if the head is right")
     one = embedding[0].removesuffix(".weight")
-    return Tables(one, one if equal or head is None else head[0].removesuffix(".weight"))
+    if head is None:
+        return Tables(one, one)
+    return Tables(one, one, head[0]) if equal else Tables(one, head[0].removesuffix(".weight"))
 
 
-def _refuse_leftovers(ckpt: Checkpoint, used: set[str]) -> None:
+def _refuse_leftovers(ckpt: Checkpoint, used: set[str | None]) -> None:
     """A tensor that the model does not know: only rotary tables, and the zero biases that AutoGPTQ writes, are spare."""
     for name in ckpt.names():
         if name not in used and "rotary_emb.inv_freq" not in name and not (
