@@ -141,7 +141,8 @@ class Weights:
 
     def codes(self, pieces: list[Piece]) -> QuantizedTensor:
         """Joined rows of matrices on one grid."""
-        parts: list[Any] = [quantized.rows_of(self.read(p.module), slice(p.start, p.stop)) for p in pieces]
+        whole: list[Any] = [self.read(p.module) for p in pieces]
+        parts: list[Any] = [quantized.rows_of(q, slice(p.start, p.stop)) for q, p in zip(whole, pieces, strict=True)]
         zeros = None if parts[0].zeros is None else torch.cat([q.zeros for q in parts])
         return QuantizedTensor(parts[0].grid, torch.cat([q.codes for q in parts]), torch.cat([q.scales for q in parts]),
                                zeros)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx_ir as ir
@@ -22,7 +22,7 @@ SMALL = 1 << 16
 def write(model: ir.Model, entries: dict[str, Entry], folder: Path) -> dict[str, np.ndarray]:
     """Write both files. The builder's own tensors (norms, biases, rotary tables) are written as they are; returned by name,
     so that what is read back can be held against them."""
-    values = dict(model.graph.initializers)
+    values: dict[str, Any] = dict(model.graph.initializers)
     own = {name: value.const_value.numpy() for name, value in values.items() if name not in entries}
     places: dict[str, tuple[int, int]] = {}
     with (folder / DATA).open("wb") as f, progress("writing tensor", len(values)) as p:
@@ -46,5 +46,5 @@ def _append(f: BinaryIO, data: np.ndarray) -> tuple[int, int]:
     align = ALIGN if data.nbytes >= SMALL else 64
     f.write(b"\0" * (-f.tell() % align))
     at = f.tell()
-    f.write(memoryview(np.ascontiguousarray(data)).cast("B"))
+    f.write(np.ascontiguousarray(data).data.cast("B"))
     return at, data.nbytes
