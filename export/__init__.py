@@ -13,7 +13,7 @@ from typing import Any
 
 from llmc.errors import UserError
 
-FORMATS = ("gguf",)
+FORMATS = ("gguf", "onnx")
 
 
 class Export(ModuleType):
@@ -22,13 +22,25 @@ class Export(ModuleType):
     def __call__(self, model: str | Path | None = None, format: str = "gguf", **options: Any) -> dict[str, Any]:
         """Write `model` (None: the newest artifact made in this folder) for a runtime.
 
-        Options are the fields of the format's config (`llmc.export.gguf.config.GgufExportConfig`).
+        Options are the fields of the format's config (`llmc.export.gguf.config.GgufExportConfig`,
+        `llmc.export.onnx.config.OnnxExportConfig`). One that belongs to another format is refused.
         """
         if format not in FORMATS:
             raise UserError(f"format {format!r} is not known", f"choose one of {', '.join(FORMATS)}")
+        from dataclasses import fields
+
         from llmc import _config
         from llmc.export.gguf import GgufExportConfig, export_gguf
+        from llmc.export.onnx import OnnxExportConfig, export_onnx
 
+        configs: dict[str, type] = {"gguf": GgufExportConfig, "onnx": OnnxExportConfig}
+        takes = {name: {f.name for f in fields(config)} for name, config in configs.items()}
+        others = {o: name for name in configs if name != format for o in sorted(takes[name] - takes[format])}
+        if wrong := [o for o in options if o in others]:
+            names = ", ".join(f"--{o.replace('_', '-')}" for o in wrong)
+            raise UserError(f"{names} belongs to --format {others[wrong[0]]}, not to {format}", "leave it out")
+        if format == "onnx":
+            return export_onnx(_config(OnnxExportConfig, {"model": model, **options}))
         return export_gguf(_config(GgufExportConfig, {"model": model, **options}))
 
 

@@ -42,7 +42,8 @@ def hash_folder(folder: Path) -> dict[str, str]:
 def versions() -> dict[str, str]:
     """Versions of what decides the numbers."""
     found = {"python": platform.python_version()}
-    for name in ("llmc-toolkit", "torch", "transformers", "tokenizers", "safetensors", "gguf", "llama-cpp-python"):
+    for name in ("llmc-toolkit", "torch", "transformers", "tokenizers", "safetensors", "gguf", "llama-cpp-python",
+                 "onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -79,6 +80,21 @@ def staged_file(path: Path) -> Iterator[Path]:
         raise UserError(f"no permission to write {path}", "choose another place with -o") from e
     finally:
         tmp.unlink(missing_ok=True)
+
+
+@contextmanager
+def staged_folder(out: Path) -> Iterator[Path]:
+    """Yields an empty folder beside `out`; when the block ends without an error it is published, else it is gone."""
+    work = out.with_name(f".{out.name}.partial")
+    try:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        yield work
+        publish_folder(work, out)
+    except PermissionError as e:
+        raise UserError(f"no permission to write {out}", "choose another place with -o") from e
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def publish_folder(work: Path, out: Path) -> None:

@@ -19,7 +19,8 @@ PACKAGES = {
              "accelerate": "accelerate", "jinja2": "jinja2", "psutil": "psutil"},
     "gguf": {"gguf": "gguf", "llama-cpp-python": "llama_cpp", "sentencepiece": "sentencepiece",
              "protobuf": "google.protobuf"},
-    "onnx": {"onnx": "onnx", "onnxruntime": "onnxruntime"},
+    "onnx": {"onnx": "onnx", "onnx-ir": "onnx_ir", "onnxruntime": "onnxruntime",
+             "onnxruntime-genai": "onnxruntime_genai"},
 }
 INSTALL = {"core": "pip install --force-reinstall llmc-toolkit", "gguf": "pip install 'llmc-toolkit[gguf]'",
            "onnx": "pip install 'llmc-toolkit[onnx]'"}

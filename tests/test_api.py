@@ -21,6 +21,7 @@ from llmc.compress.transform.config import TransformConfig
 from llmc.errors import UserError
 from llmc.evals.config import BenchConfig, CompareConfig, EvalConfig
 from llmc.export.gguf.config import GgufExportConfig
+from llmc.export.onnx.config import OnnxExportConfig
 from llmc.runtimes.config import GenerateConfig
 
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -29,7 +30,7 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "quantize": (QuantizeConfig, {}),
     "imatrix": (ImatrixConfig, {}),
     "transform": (TransformConfig, {}),
-    "export": (GgufExportConfig, {"format": "gguf"}),
+    "export": (GgufExportConfig, {"format": "gguf", **{f.name: f.default for f in fields(OnnxExportConfig)}}),
     "eval": (EvalConfig, {"out": None}),
     "bench": (BenchConfig, {"out": ()}),
     "compare": (CompareConfig, {}),
@@ -113,8 +114,8 @@ def test_bad_options(made: SimpleNamespace) -> None:
         llmc.quantize(made.base, bits=5)
     with pytest.raises(TypeError, match="bit"):
         llmc.quantize(made.base, bit=4)
-    with pytest.raises(UserError, match="format 'onnx' is not known"):
-        llmc.export(made.gptq, format="onnx")
+    with pytest.raises(UserError, match="format 'papyrus' is not known"):
+        llmc.export(made.gptq, format="papyrus")
 
 
 def test_the_main_job(made: SimpleNamespace, tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from gguf import GGML_QUANT_VERSION, GGUFWriter
 from llmc.artifact import (
     check_disk,
     check_output,
-    last_artifact,
     manifest_path,
     new_manifest,
     note_last,
@@ -34,15 +33,15 @@ from llmc.export.gguf.config import GgufExportConfig
 from llmc.export.gguf.plan import Plan, Planner, Types
 from llmc.export.gguf.pretokenizers import WITHOUT_MARKS
 from llmc.export.gguf.writer import Entry
+from llmc.export.source import model_folder, source_of, stem
 from llmc.runtimes.targets.this_machine import physical_cores
 from llmc.runtimes.torch_model import load_tokenizer
-from llmc.sources import COMMIT, resolve_model
 
 
 def run(config: GgufExportConfig) -> dict[str, Any]:
     """See `llmc.export.gguf.export_gguf`. Nothing is left behind when a check fails."""
     _need_packages()
-    folder = _model_folder(config)
+    folder = model_folder(config.model)
     ckpt = Checkpoint.open(folder)
     # what can be refused is refused before anything that takes time
     quantized.linears(ckpt)
@@ -67,16 +66,6 @@ def _need_packages() -> None:
     if missing:
         raise UserError(f"exporting GGUF needs {' and '.join(missing)}: gguf to write the file, llama_cpp to check it",
                         "pip install 'llmc-toolkit[gguf]'")
-
-
-def _model_folder(config: GgufExportConfig) -> Path:
-    model = config.model
-    if model is None:
-        model = last_artifact()
-        if model.is_file():
-            raise UserError(f"the newest artifact made here, {model}, is a file already", "name the model folder")
-        say(f"exporting {model}, the newest model made in this folder")
-    return resolve_model(model)
 
 
 def plan_file(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, types: Types) -> Plan:
@@ -106,14 +95,14 @@ def _constant(name: str, values: np.ndarray) -> Entry:
 def _finish(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, threads: int, types: Types,
             plan: Plan) -> dict[str, Any]:
     """Complete the metadata, write, verify, publish; returns the report."""
-    source = metadata.source_of(ckpt.folder)
+    source = source_of(ckpt.folder)
     entries, w = plan.entries, plan.writer
     number, type_name = writer.file_type(entries)
     parameters = sum(int(np.prod(e.shape)) for e in entries)
     metadata.add_provenance(w, source, plan.vocabulary, parameters)
     w.add_file_type(number)
     w.add_quantization_version(GGML_QUANT_VERSION)
-    out = config.out or Path(f"{_stem(ckpt.folder, source)}-{type_name}.gguf")
+    out = config.out or Path(f"{stem(ckpt.folder, source)}-{type_name}.gguf")
     check_output(out)
     total = sum(e.nbytes for e in entries)
     check_disk(out, total + (64 << 20), f"writing {out}")
@@ -140,12 +129,6 @@ def _finish(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, threads: int, 
     }
     _record(out, ckpt, config, source, report)
     return report
-
-
-def _stem(folder: Path, source: dict[str, Any]) -> str:
-    """The folder's name; a snapshot in the hub's cache is called by a commit and takes the model's name."""
-    name = folder.resolve().name
-    return str(source["name"]).rpartition("/")[2] if COMMIT.fullmatch(name) else name
 
 
 def _record(out: Path, ckpt: Checkpoint, config: GgufExportConfig, source: dict[str, Any],

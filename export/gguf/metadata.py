@@ -10,22 +10,15 @@ from typing import Any
 
 from gguf import GGUFWriter
 
-from llmc.artifact import read_manifest
 from llmc.errors import UserError
 from llmc.export.gguf.tokenizer import Vocabulary
-from llmc.sources import HUB_ID, describe_source
+from llmc.sources import HUB_ID
 
 HUB = "https://huggingface.co/"
 PHI3 = re.compile("phi-?3", re.IGNORECASE)
 PHI3_TOKENS = {"<unk>", "<s>", "</s>", "<|endoftext|>"}
 SAMPLING = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
             "repetition_penalty": "penalty_repeat"}
-
-
-def source_of(folder: Path) -> dict[str, Any]:
-    """What the manifest of an artifact of llmc says of the model it was made from, else the folder itself."""
-    manifest = read_manifest(folder)
-    return dict(manifest["source"]) if manifest else describe_source(folder)
 
 
 def name_in_file(name: str, v: Vocabulary) -> str:

@@ -17,16 +17,15 @@ from typing import Any
 
 from gguf import GGUFWriter, TokenType
 
-from llmc.console import warn
 from llmc.errors import UserError
 from llmc.export.gguf import pretokenizers
+from llmc.export.texts import chat_template_of, read_json
 
 # Texts that llama.cpp takes for the end of a generation by themselves (src/llama-vocab.cpp, "eog")
 ENDS_BY_TEXT = {
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>", "</s>",
     "<|eom_id|>", "<EOT>", "[EOT]", "<|end_of_text|>", "<end_of_utterance>", "<eos>",
 }
-SUSPICIOUS = re.compile(r"__\w+__|\|\s*attr\b|\b(import|eval|exec|popen|subprocess)\s*\(")
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 KEY_NAMES = {"unk": "unknown", "pad": "padding"}
 NO_WAY = "this tokenizer cannot be carried into GGUF"
@@ -96,7 +95,7 @@ def complete(v: Vocabulary, folder: Path, tokenizer: Any, chat_template: str) ->
     v.strips_right = any(a["special"] and a.get("rstrip") for a in added)
     _add_affixes(v, tokenizer)
     _add_special_ids(v, folder, tokenizer)
-    v.template = _chat_template(folder, tokenizer, chat_template)
+    v.template = chat_template_of(folder, tokenizer, chat_template)
 
 
 def tokenizer_spec(folder: Path, tokenizer: Any) -> dict[str, Any]:
@@ -206,7 +205,7 @@ def _add_affixes(v: Vocabulary, tokenizer: Any) -> None:
 
 def _add_special_ids(v: Vocabulary, folder: Path, tokenizer: Any) -> None:
     """BOS, EOS, padding and unknown ids, and every id that ends a generation, from all files that name one."""
-    files = [_read_json(folder / name) for name in ("config.json", "generation_config.json")]
+    files = [read_json(folder / name) for name in ("config.json", "generation_config.json")]
     for name in ("bos", "eos", "unk", "pad"):
         for value in [getattr(tokenizer, f"{name}_token_id", None), *(f.get(f"{name}_token_id") for f in files)]:
             for i in value if isinstance(value, list) else [value]:
@@ -228,37 +227,6 @@ def _add_special_ids(v: Vocabulary, folder: Path, tokenizer: Any) -> None:
                         "has places for three beside those that llama.cpp knows by text",
                         "leave some out of eos_token_id in generation_config.json")
     v.special_ids.update(zip(("eot", "eom"), others, strict=False))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise UserError(f"{path} is not valid JSON: {e}", "download it again") from e
-    return values
-
-
-def _chat_template(folder: Path, tokenizer: Any, choice: str) -> str | list[dict[str, str]] | None:
-    """'keep' the model's, 'drop' it, or read another from a file. It is carried as text and not run."""
-    if choice == "drop":
-        return None
-    template: Any = getattr(tokenizer, "chat_template", None)
-    if choice != "keep":
-        try:
-            template = Path(choice).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"--chat-template {choice} is not a text file that can be read: {e}",
-                            "give keep, drop or the path of a Jinja file") from e
-    if not template:
-        return None
-    if isinstance(template, dict):
-        template = [{"name": k, "template": t} for k, t in sorted(template.items())]
-    if found := SUSPICIOUS.search(json.dumps(template)):
-        warn(f"the chat template of {folder} holds {found[0]!r}, which templates have no need of: look at it before you "
-             "run it (--chat-template drop leaves it out)")
-    return template  # type: ignore[no-any-return]
 
 
 def add_vocabulary(writer: GGUFWriter, v: Vocabulary) -> None:

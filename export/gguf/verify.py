@@ -23,32 +23,26 @@ from llmc.errors import UserError
 from llmc.export.gguf import blocks, packing
 from llmc.export.gguf.blocks import Kind
 from llmc.export.gguf.pretokenizers import WITHOUT_MARKS
-from llmc.export.gguf.reference import reference_logits
 from llmc.export.gguf.tokenizer import Vocabulary
 from llmc.export.gguf.writer import Entry
+from llmc.export.parity import (
+    CHECK_TEXT,
+    GENERATED,
+    MARKS,
+    PROMPT,
+    REPORT,
+    check_ids,
+    compare_logits,
+    first_difference,
+    show,
+)
 from llmc.export.quantized import rows_of
+from llmc.export.reference import reference_logits
 from llmc.grids import QuantizedTensor
 from llmc.runtimes.llamacpp import LlamaCpp
 
-REPORT = "please report this with the model's name: the file was not kept"
-CHECK_TEXT = (
-    "The river's level rose 3 cm in 24 hours; by 1987 it'd passed 1,234.5 m and nobody'd noticed. DON'T PANIC!\n\n"
-    "def area(r: float) -> float:\n    \"\"\"π·r², in m²\"\"\"\n\treturn 3.14159 * r ** 2  # TODO\n\n\n"
-    "if (a[i] != b[j] && x >= 0x1F) { return \"%s\\n\"; }  // C, or nearly\n"
-    "Schöne Grüße aus Köln – à bientôt, señor! Żółć. Κόσμος. Привет, как дела? 你好，世界。日本語のテキスト、"
-    "한국어 문장. مرحبا بالعالم\n"
-    "two  spaces   three    four\ttab \t mixed \n \n  end of line \n"
-    "https://example.org/a-b_c?d=1&e=%20 me@example.org 12 123 1234 12345 123456 1.000.000\n"
-    "🙂 🚀🚀 👩‍💻 🇪🇺 ✅ …—“quoted” ‘single’ «bas» ©®™ ½ × ÷ ≠ ∞\n"
-    "I'm you're he'll we've they'd it's I'M WE'LL snake_case camelCase HTTPServer ALLCAPS x=y+z; e.g. etc.)]}>"
-)
-MARKS = "हिन्दी में लिखा, தமிழ் எழுத்து, ภาษาไทยที่นี่"  # scripts with combining marks
-PROMPT = "The river's level rose"
-GENERATED = 16
 FLOATS = {Kind.F32, Kind.F16, Kind.BF16}
 MOST_LOST = 0.25  # of a matrix rounded at the export; Q2_K, the coarsest type, loses about 0.07
-FEW, MANY = 32, 128  # tokens of the logits check: few when the model has more than BIG weights
-BIG = 3_000_000_000
 
 
 def tensors(path: Path, entries: list[Entry]) -> dict[str, int]:
@@ -160,22 +154,13 @@ def logits(runtime: LlamaCpp, ckpt: Checkpoint, ids: np.ndarray, bound: Bound,
     """Run the same ids in torch and in llama.cpp; beyond the bound is an error."""
     theirs = runtime.logits(ids)
     ours = reference_logits(ckpt, ids, held)[:, : theirs.shape[1]]
-    rows = np.array([_compare_logits(a, b) for a, b in zip(ours, theirs, strict=True)])
-    relative = float(np.sqrt(rows[:, 0].sum() / rows[:, 1].sum()))
-    kld, top1 = (float(x) for x in rows[:, 2:].mean(axis=0))
+    relative, kld, top1 = compare_logits(ours, theirs)
     if not (relative <= bound.relative and kld <= bound.kld):  # NaN must fail too
         raise UserError(
             f"llama.cpp's logits are not torch's: relative error {relative:.3g} (at most {bound.relative:g}), mean KL "
             f"divergence {kld:.3g} (at most {bound.kld:g}), top-1 agreement {top1:.0%}", REPORT)
     return {"tokens": len(ids), "relative_error": relative, "max_relative_error": bound.relative, "mean_kld": kld,
             "max_mean_kld": bound.kld, "top1_agreement": top1}
-
-
-def _compare_logits(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float, bool]:
-    """One token's logits [vocab]: squared difference, squared size (both centred), divergence in nats, same top."""
-    a, b = (x.astype(np.float64) - x.mean(dtype=np.float64) for x in (ours, theirs))
-    p, q = (x - x.max() - np.log(np.exp(x - x.max()).sum()) for x in (a, b))
-    return ((a - b) ** 2).sum(), (a**2).sum(), (np.exp(p) * (p - q)).sum(), ours.argmax() == theirs.argmax()
 
 
 def tokens(runtime: LlamaCpp, tokenizer: Any, folder: Path, v: Vocabulary) -> dict[str, Any]:
@@ -186,15 +171,15 @@ def tokens(runtime: LlamaCpp, tokenizer: Any, folder: Path, v: Vocabulary) -> di
         from tokenizers import Tokenizer
 
         plain = Tokenizer.from_file(str(path)).encode(CHECK_TEXT, add_special_tokens=False).ids
-        if at := _first_difference(plain, ids):
-            raise UserError(f"transformers does not tokenise as {path} says: {_show(at[0], plain, ids, tokenizer)}",
+        if at := first_difference(plain, ids):
+            raise UserError(f"transformers does not tokenise as {path} says: {show(at[0], plain, ids, tokenizer)}",
                             "every tool that uses transformers sees wrong tokens: try another version of it")
     for text in (CHECK_TEXT, MARKS):
         expected = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         found = runtime.tokenise(text, special=False).tolist()
-        if (at := _first_difference(expected, found)) and not (text is MARKS and v.pre in WITHOUT_MARKS):
+        if (at := first_difference(expected, found)) and not (text is MARKS and v.pre in WITHOUT_MARKS):
             raise UserError(f"llama.cpp does not tokenise as the model does (pre-tokenizer {v.pre!r}): "
-                            f"{_show(at[0], expected, found, tokenizer)}",
+                            f"{show(at[0], expected, found, tokenizer)}",
                             "give another with --pre NAME, if you know one")
     whole = list(tokenizer(PROMPT)["input_ids"])
     if runtime.tokenise(PROMPT).tolist() != whole:
@@ -216,21 +201,6 @@ def tokens(runtime: LlamaCpp, tokenizer: Any, folder: Path, v: Vocabulary) -> di
             "combining_marks_alike": alike[MARKS], "leading_space_alike": alike[" a"]}
 
 
-def _first_difference(a: list[int], b: list[int]) -> tuple[int] | None:
-    """Index of the first difference in a tuple (so that 0 counts as true), None where there is none."""
-    if a == b:
-        return None
-    return (next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))),)
-
-
-def _show(at: int, expected: list[int], found: list[int], tokenizer: Any) -> str:
-    def words(ids: list[int]) -> list[str]:
-        return [str(t) for t in tokenizer.convert_ids_to_tokens(ids[at : at + 3])]
-
-    return (f"after {tokenizer.decode(expected[max(0, at - 8) : at])!r} come {words(expected)} and not {words(found)} "
-            f"(token {at} of {len(expected)})")
-
-
 def generate(runtime: LlamaCpp) -> str:
     """Greedy continuation of PROMPT, 16 tokens or up to an end token."""
     token = int(runtime.prefill(runtime.tokenise(PROMPT)).argmax())
@@ -246,9 +216,8 @@ def in_llama_cpp(path: Path, ckpt: Checkpoint, tokenizer: Any, v: Vocabulary, en
                  context_length: int, threads: int) -> dict[str, Any]:
     """Open the file and make every check that needs it to run."""
     weights = sum(int(np.prod(e.shape)) for e in entries)
-    n = min(FEW if weights > BIG else MANY, context_length)
-    ids = np.array(tokenizer(CHECK_TEXT)["input_ids"][:n])
-    runtime = LlamaCpp(path, context=max(n, 64), threads=threads, flash_attention=False, kv_type="f32")
+    ids = check_ids(tokenizer, weights, context_length)
+    runtime = LlamaCpp(path, context=max(len(ids), 64), threads=threads, flash_attention=False, kv_type="f32")
     try:
         return {
             "token_ids": tokens(runtime, tokenizer, ckpt.folder, v),

@@ -14,35 +14,47 @@ def register(app: typer.Typer) -> None:
 
 
 def export(
+    context: typer.Context,
     model: str = typer.Argument(None, help="A model folder (float or quantised) or a hub id. "
                                            "Left out: the newest model made in this folder."),
-    format: str = typer.Option("gguf", "--format", help="The format: gguf, for llama.cpp."),
-    out: Path = typer.Option(None, "--out", "-o", help="The file to write. Left out: <model>-<file type>.gguf here."),
-    embedding: str = typer.Option(None, help="Type of the token embedding: f32, f16, bf16 or any GGUF weight type. "
+    format: str = typer.Option("gguf", "--format", help="gguf, a file for llama.cpp, or onnx, a folder for ONNX Runtime."),
+    out: Path = typer.Option(None, "--out", "-o", help="The file or folder to write. Left out: "
+                                                           "<model>-<file type>.gguf or <model>-onnx here."),
+    embedding: str = typer.Option(None, help="gguf: type of the token embedding: f32, f16, bf16 or any GGUF weight type. "
                                              "Left out: what a preset or budget chose, else q8_0 with a quantised "
                                              "model, else as --float-type."),
-    head: str = typer.Option(None, help="Type of the output matrix. Left out: what a preset or budget chose, else "
+    head: str = typer.Option(None, help="gguf: type of the output matrix. Left out: what a preset or budget chose, else "
                                         "as --embedding. "
                                         "A tied model has no output matrix of its own."),
-    float_type: str = typer.Option("f16", help="Type of matrices that are not quantised: f32, f16, bf16 or q8_0."),
-    converter: Path = typer.Option(None, help="A llama.cpp checkout whose converter lays the file out, for "
+    float_type: str = typer.Option("f16", help="gguf: type of matrices that are not quantised: f32, f16, bf16 or q8_0."),
+    converter: Path = typer.Option(None, help="gguf: a llama.cpp checkout whose converter lays the file out, for "
                                               "architectures that llmc does not write by itself. Its Python code is "
                                               "run."),
-    pre: str = typer.Option(None, help="llama.cpp's name of the pre-tokenizer. Left out: found from tokenizer.json."),
+    pre: str = typer.Option(None, help="gguf: llama.cpp's name of the pre-tokenizer. Left out: found from tokenizer.json."),
+    dtype: str = typer.Option(None, help="onnx: how a float model's matrices are stored: fp32, fp16 or int8 (rounded, in "
+                                         "blocks of 32). Left out: fp16. A quantised model carries its codes."),
+    accuracy_level: str = typer.Option("auto", help="onnx: 0 (float32 activations), 4 (rounded to int8, faster), or auto: "
+                                                    "4 where it is measured to be faster and to lose little."),
+    int4: str = typer.Option("nbits", help="onnx: nbits (ONNX Runtime's MatMulNBits) or qdq (standard operators: "
+                                           "DequantizeLinear and MatMul)."),
+    head_bits: int = typer.Option(None, help="onnx: bits of embedding and output matrix: 4, 8 or 16. Left out: 8 beside a "
+                                             "quantised decoder, else as --dtype."),
     chat_template: str = typer.Option("keep", help="keep, drop, or a Jinja file to carry instead."),
     threads: int = typer.Option(None, help="Threads of the checks. Left out: this machine's physical cores."),
     as_json: bool = typer.Option(False, "--json", help="Print the report as one JSON object."),
 ) -> None:
-    """Write a model as one file for its runtime, and prove the file.
+    """Write a model for its runtime, as a GGUF file or an ONNX folder, and prove what was written.
 
-    The codes of a quantised model are carried over bit for bit, and every tensor is read back. llama.cpp must then open
-    the file, make the same tokens and the same logits as transformers, and generate 16 tokens. A file that fails is not
-    kept.
+    The codes of a quantised model are carried over bit for bit, and every tensor is read back. The runtime must then open
+    it, make the same tokens as transformers and the same logits as torch, and generate 16 tokens. What fails is not kept.
     """
     import llmc
 
-    report = llmc.export(model, format=format, out=out, embedding=embedding, head=head, float_type=float_type,
-                         converter=converter, pre=pre, chat_template=chat_template, threads=threads)
+    # only what was given is passed on, so that an option of the other format is noticed
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = {name: context.params[name] for name, source in sources.items()
+             if source is not None and source.name != "DEFAULT" and name not in ("model", "format", "as_json")}
+    report = llmc.export(model, format=format, **given)
     print(json.dumps(report, indent=2) if as_json else describe(report))
 
 
@@ -51,18 +63,28 @@ def describe(report: dict[str, Any]) -> str:
     from llmc.console import size
 
     verified, logits, ids = report["verified"], report["logits"], report["token_ids"]
-    classes = ", ".join(f"{name} {size(n)}" for name, n in report["bytes_by_class"].items() if n)
-    types = ", ".join(f"{n} {name}" for name, n in sorted(report["tensor_types"].items()))
-    lines = [
-        f"{report['path']}: {size(report['bytes'])}, {report['architecture']}, {report['file_type']}",
-        f"  bytes      {classes}",
-        f"  tensors    {types}",
-        f"  read back  {verified['weights']:,} weights equal their source, {verified['code_weights']:,} of them codes bit "
-        "for bit",
-        f"  token ids  {ids['text_tokens']} of the check text and {ids['added_tokens']} added tokens are the same; "
-        f"pre-tokenizer {report['pre_tokenizer']}",
-        f"  logits     relative error {logits['relative_error']:.2g}, mean KL divergence {logits['mean_kld']:.2g}, "
-        f"top-1 agreement {logits['top1_agreement']:.1%} over {logits['tokens']} tokens",
-        f"  says       {report['generated']!r}",
-    ]
-    return "\n".join(lines)
+    lines = [f"{report['path']}: {size(report['bytes'])}, {report['architecture']}"]
+    if "forms" in report:
+        lines += [
+            f"  matrices   {', '.join(f'{n} {name}' for name, n in sorted(report['forms'].items()))}",
+            f"  read back  {verified['weights']:,} weights equal their source, {verified['code_weights']:,} of them codes "
+            "bit for bit",
+            f"  token ids  {ids['text_tokens']} of the check text are the same",
+        ]
+    else:
+        lines[0] += f", {report['file_type']}"
+        classes = ", ".join(f"{name} {size(n)}" for name, n in report["bytes_by_class"].items() if n)
+        types = ", ".join(f"{n} {name}" for name, n in sorted(report["tensor_types"].items()))
+        lines += [
+            f"  bytes      {classes}",
+            f"  tensors    {types}",
+            f"  read back  {verified['weights']:,} weights equal their source, {verified['code_weights']:,} of them codes "
+            "bit for bit",
+            f"  token ids  {ids['text_tokens']} of the check text and {ids['added_tokens']} added tokens are the same; "
+            f"pre-tokenizer {report['pre_tokenizer']}",
+        ]
+    lines.append(f"  logits     relative error {logits['relative_error']:.2g}, mean KL divergence {logits['mean_kld']:.2g}, "
+                 f"top-1 agreement {logits['top1_agreement']:.1%} over {logits['tokens']} tokens")
+    if "accuracy_level" in report:
+        lines.append(f"  level      {report['accuracy_level']}: {report['accuracy_reason']}")
+    return "\n".join([*lines, f"  says       {report['generated']!r}"])

@@ -7,6 +7,7 @@ largest matrix only.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,12 @@ from llmc.runtimes.torch_model import load_torch_model
 
 
 @torch.no_grad()
-def reference_logits(ckpt: Checkpoint, ids: np.ndarray, tables: dict[str, torch.Tensor]) -> np.ndarray:
-    """ids int [n] -> float32 [n, vocab]. tables: 'embedding' and 'head' (the same where they are tied), float32."""
+def reference_logits(ckpt: Checkpoint, ids: np.ndarray, tables: dict[str, torch.Tensor],
+                     rounded: Callable[[str], torch.Tensor] | None = None) -> np.ndarray:
+    """ids int [n] -> float32 [n, vocab]. tables: 'embedding' and 'head' (the same where they are tied), float32.
+
+    rounded: gives a linear that the checkpoint holds as floats, by its module's name in the checkpoint, as the file has it.
+    """
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -32,12 +37,14 @@ def reference_logits(ckpt: Checkpoint, ids: np.ndarray, tables: dict[str, torch.
         # only the eager attention computes every variant (Gemma 2's soft cap is ignored by sdpa)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager",
                                                  trust_remote_code=False)
-    weights = _Weights(ckpt, model, tables)
+    weights = _Weights(ckpt, model, tables, rounded)
     if all(weights.has(name) for name, _ in model.named_parameters()):
         for name, module in model.named_modules():
             if any(True for _ in module.parameters(recurse=False)):
                 module.register_forward_pre_hook(weights.fetch(name))
                 module.register_forward_hook(weights.drop)
+    elif rounded is not None:
+        raise UserError(f"transformers renames the tensors of {ckpt.folder}", "export it as GGUF")
     else:  # transformers renames or stacks this architecture's tensors when it loads them: leave it to that
         model = load_torch_model(ckpt.folder)
         for module, table in ((model.get_output_embeddings(), "head"), (model.get_input_embeddings(), "embedding")):
@@ -52,11 +59,23 @@ def with_rows(table: torch.Tensor, rows: int) -> torch.Tensor:
     return nn.functional.pad(table[:rows], (0, 0, 0, max(0, rows - table.shape[0])))
 
 
+def locate(ckpt: Checkpoint, linears: set[str], name: str, prefix: str) -> tuple[str, bool] | None:
+    """The checkpoint's name of a parameter of transformers' model (with or without the base model's prefix), and whether it
+    is codes: then it is the linear's name."""
+    for candidate in (name, name.removeprefix(prefix), prefix + name):
+        if candidate in ckpt:
+            return candidate, False
+        if (linear := candidate.removesuffix(".weight")) in linears:
+            return linear, True
+    return None
+
+
 class _Weights:
     """Reads the parameters of a module of `model` from a float or quantised checkpoint."""
 
-    def __init__(self, ckpt: Checkpoint, model: nn.Module, tables: dict[str, torch.Tensor]) -> None:
-        self.ckpt = ckpt
+    def __init__(self, ckpt: Checkpoint, model: nn.Module, tables: dict[str, torch.Tensor],
+                 rounded: Callable[[str], torch.Tensor] | None) -> None:
+        self.ckpt, self.rounded = ckpt, rounded
         self.linears = set(quantized.linears(ckpt))
         self.prefix = f"{getattr(model, 'base_model_prefix', '')}."
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
@@ -68,12 +87,8 @@ class _Weights:
         return self._locate(name) is not None
 
     def _locate(self, name: str) -> tuple[str, bool] | None:
-        """The checkpoint's name of a parameter (with or without the base model's prefix), and whether it is codes."""
-        for candidate in (name, name.removeprefix(self.prefix), self.prefix + name):
-            if candidate in self.ckpt:
-                return candidate, False
-            if (linear := candidate.removesuffix(".weight")) in self.linears:
-                return linear, True
+        if found := locate(self.ckpt, self.linears, name, self.prefix):
+            return found
         # a tied head has no tensor; the planner has made sure that it is tied
         return self._locate(f"{self.embedding}.weight") if name == f"{self.head}.weight" else None
 
@@ -100,6 +115,8 @@ class _Weights:
         found = self._locate(name)
         assert found is not None
         stored, is_codes = found
+        if not is_codes and self.rounded is not None and isinstance(module, nn.Linear) and name.endswith(".weight"):
+            return self.rounded(stored.removesuffix(".weight"))
         if not is_codes:
             return self.ckpt.tensor(stored).to(torch.float32)
         w = quantized.read(self.ckpt, stored).dequantize()

@@ -1,0 +1,51 @@
+"""What `llmc export --format onnx` can be asked for. Importing this imports neither torch nor onnx."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmc.errors import UserError
+
+DTYPES = ("fp32", "fp16", "int8")
+LEVELS = ("auto", "0", "4")
+INT4_FORMS = ("nbits", "qdq")
+HEAD_BITS = (4, 8, 16)
+
+
+@dataclass(frozen=True)
+class OnnxExportConfig:
+    """Options of the ONNX exporter; the command line has the same names and defaults."""
+
+    model: Path | str | None = None
+    """Model folder, float or quantised (or a hub id). None: the newest artifact made in this working folder."""
+    out: Path | None = None
+    """The folder to write. None: `<model folder>-onnx` in the working folder."""
+    dtype: str | None = None
+    """How a float model's matrices are stored: 'fp32', 'fp16', or 'int8' (rounded, in blocks of 32). None: 'fp16'.
+    All are computed in float32. A quantised model carries its codes and takes none."""
+    accuracy_level: str = "auto"
+    """'0': float32 activations. '4': activations rounded to 8 bits in blocks, which is faster. 'auto': both are measured
+    when the file is written, and the faster is taken if it loses little."""
+    int4: str = "nbits"
+    """'nbits': ONNX Runtime's MatMulNBits. 'qdq': standard DequantizeLinear and MatMul, for other runtimes."""
+    head_bits: int | None = None
+    """Bits of the embedding and the output matrix. None: what the folder asks for where ONNX holds it, 8 beside a
+    quantised decoder, else as `dtype`."""
+    chat_template: str = "keep"
+    """'keep', 'drop', or the path of a Jinja file."""
+    threads: int | None = None
+    """Threads of the checks in ONNX Runtime and torch. None: this machine's physical cores."""
+
+    def __post_init__(self) -> None:
+        wrong = [
+            f"{name} {value!r} (one of {', '.join(map(str, allowed))})"
+            for name, value, allowed in (
+                ("--dtype", self.dtype, DTYPES), ("--accuracy-level", self.accuracy_level, LEVELS),
+                ("--int4", self.int4, INT4_FORMS), ("--head-bits", self.head_bits, HEAD_BITS))
+            if value is not None and value not in allowed
+        ]
+        if self.threads is not None and self.threads < 1:
+            wrong.append(f"--threads {self.threads} (1 or more)")
+        if wrong:
+            raise UserError("not possible: " + "; ".join(wrong), "choose one of the values in brackets")

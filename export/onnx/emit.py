@@ -1,0 +1,201 @@
+"""The nodes that hold matrices, and the tensors that go with them. Nothing is read: every tensor says how it will be made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from llmc.export.onnx import layout
+from llmc.export.onnx.weights import Form, Piece, Weights
+from llmc.grids import Grid
+
+NBITS = "com.microsoft"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of the file. Its bytes are made when they are written."""
+
+    name: str
+    dtype: ir.DataType
+    shape: tuple[int, ...]
+    data: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.ceil(np.prod(self.shape) * self.dtype.itemsize))
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A matrix in the graph: which rows, in which form, under which tensors."""
+
+    node: str
+    pieces: list[Piece]
+    form: Form
+    weight: str
+    scales: str | None = None
+    zeros: str | None = None
+    transposed: bool = False
+    """Stored as [K, N]."""
+    signed: bool = False
+    """Codes stored as two's complement of code - 2**(bits-1)."""
+    standard: bool = False
+    """Laid out for DequantizeLinear: integers packed without padding at the end of a row."""
+
+
+class Emitter:
+    """Collects what the graph needs. qdq: standard operators instead of MatMulNBits."""
+
+    def __init__(self, weights: Weights, qdq: bool) -> None:
+        self.weights, self.qdq = weights, qdq
+        self.entries: dict[str, Entry] = {}
+        self.placed: list[Placed] = []
+
+    def matmul(self, b: Any, name: str, root: str, output: str, pieces: list[Piece]) -> None:
+        """Nodes that give `output` = `root` @ W.T, W the rows of `pieces`, [N, K]."""
+        form = self.weights.form_of(pieces)
+        prefix = name[1:].replace("/", ".")
+        n, k = sum(p.stop - p.start for p in pieces), self.weights.columns(pieces[0].module)
+        if not isinstance(form, Grid):
+            weight = self._float(b, f"{prefix}.weight", pieces, form, (k, n), transposed=True)
+            self.placed.append(Placed(name, pieces, form, weight, transposed=True))
+            b.make_node("MatMul", inputs=[root, self._cast(b, name, weight, form, [k, n])], outputs=[output], name=name)
+        elif self.qdq:
+            w = self._quantised(b, prefix, name, pieces, form, n, k, transposed=True)
+            values = f"{name}/DequantizeLinear/output_0"
+            b.make_node("DequantizeLinear", inputs=[w.weight, w.scales, *([w.zeros] if w.zeros else [])], outputs=[values],
+                        name=f"{name}/DequantizeLinear", axis=0, block_size=form.group_size)
+            b.make_value(values, ir.DataType.FLOAT, shape=[k, n])
+            b.make_node("MatMul", inputs=[root, values], outputs=[output], name=name)
+        else:
+            w = self._quantised(b, prefix, name, pieces, form, n, k)
+            b.make_node("MatMulNBits", inputs=[root, w.weight, w.scales, *([w.zeros] if w.zeros else [])], outputs=[output],
+                        name=name, domain=NBITS, K=k, N=n, bits=form.bits, block_size=form.group_size, accuracy_level=0)
+
+    def lookup(self, b: Any, basename: str, pieces: list[Piece]) -> str:
+        """Nodes that give the rows of the embedding for `input_ids`; returns the name of their output, float32 [.., K]."""
+        form = self.weights.form_of(pieces)
+        prefix = basename[1:].replace("/", ".")
+        n, k = sum(p.stop - p.start for p in pieces), self.weights.columns(pieces[0].module)
+        ids = b.input_names["input_ids"]
+        if isinstance(form, Grid):
+            return self._lookup_codes(b, basename, prefix, pieces, form, n, k)
+        if self.weights.tied:  # the head's own tensor, [K, N]: its columns are gathered, so that no copy is held
+            b.make_node("Gather", inputs=["lm_head.MatMul.weight", ids], outputs=[f"{basename}/Gather/output_0"],
+                        name=f"{basename}/Gather", axis=1)
+            dtype = ir.DataType.FLOAT if form == "fp32" else ir.DataType.FLOAT16
+            b.make_value(f"{basename}/Gather/output_0", dtype, shape=[k, "batch_size", "sequence_length"])
+            rows = f"{basename}/Transpose/output_0"
+            b.make_node("Transpose", inputs=[f"{basename}/Gather/output_0"], outputs=[rows], name=f"{basename}/Transpose",
+                        perm=[1, 2, 0])
+            b.make_value(rows, dtype, shape=["batch_size", "sequence_length", k])
+        else:
+            weight = self._float(b, f"{prefix}.weight", pieces, form, (n, k))
+            self.placed.append(Placed(f"{basename}/Gather", pieces, form, weight))
+            rows = f"{basename}/Gather/output_0"
+            b.make_node("Gather", inputs=[weight, ids], outputs=[rows], name=f"{basename}/Gather")
+        return self._cast(b, basename, rows, form, ["batch_size", "sequence_length", k])
+
+    def _lookup_codes(self, b: Any, basename: str, prefix: str, pieces: list[Piece], form: Grid, n: int, k: int) -> str:
+        """The table in the form of MatMulNBits, a tied one in the head's own tensors; for qdq a table of its own, codes and
+        scales gathered apart and dequantised. Tables are symmetric."""
+        node = f"{basename}/GatherBlockQuantized"
+        blocks, ids = k // form.group_size, b.input_names["input_ids"]
+        if self.qdq:
+            w = self._quantised(b, prefix, f"{basename}/DequantizeLinear", pieces, form, n, k)
+            gathered = []
+            for part, name in (("codes", w.weight), ("scales", w.scales)):
+                gathered.append(f"{basename}/{part}/output_0")
+                b.make_node("Gather", inputs=[name, ids], outputs=[gathered[-1]], name=f"{basename}/{part}")
+            b.make_node("DequantizeLinear", inputs=gathered, outputs=[f"{basename}/DequantizeLinear/output_0"],
+                        name=f"{basename}/DequantizeLinear", axis=2, block_size=form.group_size)
+            return f"{basename}/DequantizeLinear/output_0"
+        if self.weights.tied:
+            codes, scales = "lm_head.MatMul.weight.codes", "lm_head.MatMul.weight.scales"
+        else:
+            w = self._quantised(b, prefix, node, pieces, form, n, k)
+            codes, scales = w.weight, str(w.scales)
+        cut, rows = f"{basename}/scales/output_0", f"{basename}/Reshape/output_0"
+        b.make_node("Reshape", inputs=[scales, f"/model/constants/INT64/[{n}, {blocks}, 1]"], outputs=[cut],
+                    name=f"{basename}/scales")
+        b.make_node("GatherBlockQuantized", inputs=[codes, ids, cut], outputs=[f"{node}/output_0"], name=node, domain=NBITS,
+                    bits=form.bits, block_size=form.group_size, gather_axis=0, quantize_axis=2)
+        b.make_node("Reshape", inputs=[f"{node}/output_0", f"/model/constants/INT64/[0, 0, {k}]"], outputs=[rows],
+                    name=f"{basename}/Reshape")
+        b.make_value(cut, ir.DataType.FLOAT, shape=[n, blocks, 1])
+        b.make_value(f"{node}/output_0", ir.DataType.FLOAT, shape=["batch_size", "sequence_length", blocks, form.group_size])
+        return rows
+
+    def _float(self, b: Any, name: str, pieces: list[Piece], form: Form, shape: tuple[int, ...],
+               transposed: bool = False) -> str:
+        def data() -> np.ndarray:
+            w = self.weights.values(pieces)
+            return (w.t().contiguous() if transposed else w).numpy()
+
+        dtype = ir.DataType.FLOAT if form == "fp32" else ir.DataType.FLOAT16
+        return self._tensor(b, Entry(name, dtype, shape, data))
+
+    def _cast(self, b: Any, basename: str, value: str, form: Form, shape: list[Any]) -> str:
+        """float16 values as float32: ONNX Runtime folds the cast of a stored matrix when it loads the file."""
+        if form == "fp32":
+            return value
+        cast = f"{basename}/Cast/output_0"
+        b.make_node("Cast", inputs=[value], outputs=[cast], name=f"{basename}/Cast", to=ir.DataType.FLOAT)
+        b.make_value(cast, ir.DataType.FLOAT, shape=shape)
+        return cast
+
+    def _quantised(self, b: Any, prefix: str, node: str, pieces: list[Piece], grid: Grid, n: int, k: int,
+                   transposed: bool = False) -> Placed:
+        """Codes, scales and (asymmetric) zero points of a matrix, [K, N] where `transposed` (for DequantizeLinear)."""
+        blocks, bits = k // grid.group_size, grid.bits
+        signed = self.qdq and grid.symmetric
+        dtype, scale_shape = ir.DataType.UINT8, (n, blocks)
+        code_shape: tuple[int, ...] = (n, blocks, grid.group_size * bits // 8)
+        zero_shape = (n, -(-blocks * bits // 8))
+        if self.qdq:
+            dtype = {(4, True): ir.DataType.INT4, (4, False): ir.DataType.UINT4, (8, True): ir.DataType.INT8,
+                     (8, False): ir.DataType.UINT8}[bits, grid.symmetric]
+            code_shape, scale_shape = ((k, n), (blocks, n)) if transposed else ((n, k), (n, blocks))
+            zero_shape = scale_shape
+
+        def codes() -> np.ndarray:
+            c = self.weights.codes(pieces).codes.numpy()
+            c = layout.signed(c, bits) if signed else c
+            c = np.ascontiguousarray(c.T) if transposed else c
+            return layout.pack(c.reshape(1, -1) if self.qdq else c, bits)  # qdq: no padding at the end of a row
+
+        def scales() -> np.ndarray:
+            s = self.weights.codes(pieces).scales.float().numpy()
+            return np.ascontiguousarray(s.T) if transposed else s
+
+        def zeros() -> np.ndarray:
+            z = self.weights.codes(pieces).zeros.numpy()  # type: ignore[union-attr]
+            if self.qdq:
+                z = np.ascontiguousarray(z.T if transposed else z).reshape(1, -1)
+            return layout.pack(z, bits)
+
+        def tensor(part: str, dtype: ir.DataType, shape: tuple[int, ...], data: Callable[[], np.ndarray]) -> str:
+            return self._tensor(b, Entry(f"{prefix}.weight.{part}", dtype, shape, data))
+
+        placed = Placed(node, pieces, grid, tensor("codes", dtype, code_shape, codes),
+                        tensor("scales", ir.DataType.FLOAT, scale_shape, scales),
+                        None if grid.symmetric else tensor("zeros", dtype, zero_shape, zeros), transposed, signed, self.qdq)
+        self.placed.append(placed)
+        return placed
+
+    def _tensor(self, b: Any, entry: Entry) -> str:
+        """Register a tensor whose bytes come later."""
+        self.entries[entry.name] = entry
+        value = b.make_value(entry.name, entry.dtype, entry.shape)
+        value.const_value = ir.LazyTensor(_not_yet, dtype=entry.dtype, shape=ir.Shape(entry.shape), name=entry.name)
+        b.model.graph.register_initializer(value)
+        return entry.name
+
+
+def _not_yet() -> ir.TensorProtocol:
+    raise AssertionError("the writer puts the place in the data file here")

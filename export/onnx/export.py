@@ -1,0 +1,138 @@
+"""The ONNX export from end to end: plan, write, verify, publish."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmc.artifact import (
+    check_disk,
+    check_output,
+    hash_folder,
+    new_manifest,
+    note_last,
+    read_manifest,
+    staged_folder,
+    write_json,
+)
+from llmc.checkpoint import Checkpoint
+from llmc.console import say, size, warn
+from llmc.errors import UserError
+from llmc.export import quantized
+from llmc.export.onnx.config import OnnxExportConfig
+from llmc.export.source import model_folder, source_of, stem
+from llmc.runtimes.targets.this_machine import physical_cores
+from llmc.runtimes.torch_model import load_tokenizer
+
+PACKAGES = {"onnx": "onnx", "onnx_ir": "onnx-ir", "onnxruntime": "onnxruntime", "onnxruntime_genai": "onnxruntime-genai"}
+
+
+def run(config: OnnxExportConfig) -> dict[str, Any]:
+    """See `llmc.export.onnx.export_onnx`. Nothing is left behind when a check fails."""
+    if missing := [d for module, d in PACKAGES.items() if importlib.util.find_spec(module) is None]:
+        raise UserError(f"exporting ONNX needs {', '.join(missing)}: to build the graph, write it and check it",
+                        "pip install 'llmc-toolkit[onnx]'")
+    from llmc.export.onnx.graph import find_architecture
+
+    folder = model_folder(config.model)
+    ckpt = Checkpoint.open(folder)
+    # what can be refused is refused before anything that takes time
+    quantized.linears(ckpt)
+    find_architecture(ckpt.config)
+    source = source_of(folder)
+    out = config.out or Path(f"{stem(folder, source)}-onnx")
+    check_output(out)
+    if out.is_file():
+        raise UserError(f"{out} is a file, and an ONNX export is a folder", "choose another place with -o")
+    torch.set_num_threads(config.threads or physical_cores())
+    with staged_folder(out) as work:
+        report = _write(config, ckpt, work, str(out))
+        _record(config, ckpt, source, work, report)
+    note_last(out, "onnx")
+    return report
+
+
+def _write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> dict[str, Any]:
+    """Plan, write and check the folder `work`; returns the report."""
+    from transformers import AutoConfig
+
+    from llmc.export.onnx import emit, files, graph, lint, session, verify, writer
+    from llmc.export.onnx.weights import Weights, form_name
+    from llmc.export.parity import check_ids
+
+    started = time.perf_counter()
+    threads = config.threads or physical_cores()
+    hf = AutoConfig.from_pretrained(ckpt.folder, local_files_only=True, trust_remote_code=False)
+    if hasattr(hf, "quantization_config"):
+        del hf.quantization_config
+    context = int(hf.max_position_embeddings)
+    model, rows, tables = graph.skeleton(ckpt, hf)
+    weights = Weights(config, ckpt, tables.embedding, tables.head)
+    emitter = emit.Emitter(weights, qdq=config.int4 == "qdq")
+    made = graph.build(ckpt, hf, weights, model, rows, emitter, work)
+    tok = load_tokenizer(ckpt.folder)
+    template = files.copy_tokenizer(ckpt.folder, work, tok, config.chat_template)
+    total = sum(e.nbytes for e in emitter.entries.values())
+    check_disk(work, total + (64 << 20), f"writing {out}")
+    for note in weights.notes:
+        warn(note)
+    say(f"writing {out}: {size(total)} of matrices; embedding and head "
+        f"{form_name(weights.form(tables.embedding))} ({weights.reason})")
+    own = writer.write(made, emitter.entries, work)
+    verified = verify.tensors(work, own, weights, emitter.placed)
+    ids = check_ids(tok, verified["weights"], context)
+    checked = verify.logits(session.Session(work, threads, 0), ckpt, ids, weights)
+    level, reason, levels = _level(config, work, ids, threads)
+    session.set_level(work, level)
+    files.finish_genai(work, files.end_ids(ckpt.folder, tok), level if emitter.qdq else None)
+    say(f"accuracy level {level}: {reason}")
+    findings = lint.lint(work / writer.MODEL)
+    notes = weights.notes + lint.as_notes(findings)
+    for note in lint.as_notes(findings):
+        say(f"note: {note}")
+    genai = verify.in_genai(work, tok, context)
+    if not genai["token_ids"]["combining_marks_alike"]:
+        warn("words with combining marks (Hindi, Tamil, Thai …) are tokenised differently by onnxruntime-genai")
+    if not genai["token_ids"]["leading_space_alike"]:
+        warn("a text that begins with a space is tokenised differently by onnxruntime-genai and by transformers")
+    return {
+        "path": out, "source": str(ckpt.folder), "architecture": hf.architectures[0],
+        "bytes": sum(p.stat().st_size for p in work.iterdir() if p.is_file()),
+        "weight_bytes": (work / writer.DATA).stat().st_size,
+        "forms": dict(Counter(form_name(w.form) for w in emitter.placed)),
+        "int4": config.int4, "tied": weights.tied, "verified": verified, "logits": checked,
+        "accuracy_level": level, "accuracy_reason": reason, "accuracy_levels": session.as_dict(levels),
+        "chat_template_sha256": template, "notes": notes, "lint": [asdict(f) for f in findings],
+        "seconds": round(time.perf_counter() - started, 1), **genai,
+    }
+
+
+def _level(config: OnnxExportConfig, work: Path, ids: Any, threads: int) -> tuple[int, str, Any]:
+    """The level of accuracy, why, and what was measured (None: nothing)."""
+    from llmc.export.onnx import session
+
+    if not session.has_codes(work):
+        return 0, "no matrix is quantised", None
+    levels = session.measure(work, ids, threads)
+    level, reason = levels.choose()
+    if config.accuracy_level != "auto":
+        level = int(config.accuracy_level)
+        reason = f"as asked; {levels}"
+    return level, reason, levels
+
+
+def _record(config: OnnxExportConfig, ckpt: Checkpoint, source: dict[str, Any], work: Path, report: dict[str, Any]) -> None:
+    """The manifest, continuing the chain of passes of the model it was made from."""
+    before = read_manifest(ckpt.folder) or {}
+    options = {"dtype": config.dtype, "accuracy_level": config.accuracy_level, "int4": config.int4,
+               "head_bits": config.head_bits, "chat_template": config.chat_template}
+    measured = {k: v for k, v in report.items() if k not in ("path", "source")}
+    this = {"name": "export-onnx", "config": options, **measured}
+    manifest = new_manifest("onnx", source, [*before.get("passes", []), this], outputs=hash_folder(work))
+    write_json(work / "llmc.json", manifest)

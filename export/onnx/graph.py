@@ -1,0 +1,256 @@
+"""The decoder's graph, made by onnxruntime-genai's model builder (onnxruntime_genai/models/builders, 0.18) from a model
+without weights, with llmc's own nodes where the builder would put a matrix.
+
+The builder joins, cuts and transposes matrices as an architecture needs it. Which rows of which matrix a node holds is
+therefore not told from names: the model that it is given has, as every matrix's values, the numbers of its rows (in float64,
+so that they are told from real values), and the node's pieces are read off what the builder hands over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import sys
+from bisect import bisect_right
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, ClassVar
+
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from llmc.checkpoint import Checkpoint
+from llmc.errors import UserError
+from llmc.export import quantized
+from llmc.export.onnx import emit
+from llmc.export.onnx.weights import Piece, Weights
+from llmc.export.parity import REPORT
+from llmc.export.reference import locate
+
+# transformers' architecture: the builder's class. Those with which tests/test_export_onnx.py has seen torch's logits
+ARCHITECTURES = {
+    "LlamaForCausalLM": "LlamaModel", "MistralForCausalLM": "MistralModel", "Qwen2ForCausalLM": "QwenModel",
+    "Qwen3ForCausalLM": "Qwen3Model", "Gemma2ForCausalLM": "Gemma2Model", "Gemma3ForCausalLM": "Gemma3Model",
+    "Phi3ForCausalLM": "Phi3MiniModel",
+}
+
+
+def find_architecture(config: dict[str, Any]) -> str:
+    """The builder's class for a config.json."""
+    name = (config.get("architectures") or [f"model_type {config.get('model_type')}"])[0]
+    if name not in ARCHITECTURES:
+        raise UserError(f"no ONNX graph is known for {name}; known are {', '.join(ARCHITECTURES)}",
+                        "export it as GGUF (--format gguf), or evaluate the folder itself")
+    if name == "Phi3ForCausalLM" and config.get("rope_scaling"):
+        raise UserError("no ONNX graph is known for Phi 3 with a scaled rotary embedding (its 128k models)",
+                        "export it as GGUF (--format gguf), or use a 4k model")
+    return ARCHITECTURES[name]
+
+
+class Rows:
+    """Numbers for the rows of all matrices, and the pieces that some of them make."""
+
+    def __init__(self) -> None:
+        self.modules: list[str] = []
+        self.starts = [0]  # of each matrix, and of the next
+        self.placed: dict[str, list[tuple[int, int]]] = {}
+
+    def numbered(self, module: str, shape: torch.Size) -> nn.Parameter:
+        """float64 [N, K] in the memory of a column: row i of the matrix is full of its number."""
+        start = self.starts[-1]
+        numbers = torch.arange(start, start + shape[0], dtype=torch.float64)
+        self.modules.append(module)
+        self.starts.append(start + shape[0])
+        return nn.Parameter(numbers[:, None].expand(*shape), requires_grad=False)
+
+    def pieces(self, w: torch.Tensor) -> list[Piece]:
+        """w: [N, K] of a node. The rows that it holds, in order, each run of one matrix a piece."""
+        if w.dtype != torch.float64 or not torch.equal(w[:, 0], w[:, -1]):
+            raise UserError("the model builder has changed the columns of a matrix", REPORT)
+        numbers = w[:, 0].long()
+        cuts = [0, *((numbers.diff() != 1).nonzero()[:, 0] + 1).tolist(), len(numbers)]
+        found: list[Piece] = []
+        for a, b in pairwise(cuts):
+            number, end = int(numbers[a]), int(numbers[b - 1]) + 1
+            while number < end:  # a run may go on from one matrix into the next
+                i = bisect_right(self.starts, number) - 1
+                stop = min(end, self.starts[i + 1])
+                found.append(Piece(self.modules[i], number - self.starts[i], stop - self.starts[i]))
+                number = stop
+        return found
+
+    def place(self, pieces: list[Piece]) -> None:
+        for p in pieces:
+            self.placed.setdefault(p.module, []).append((p.start, p.stop))
+
+    def check_complete(self) -> None:
+        """Every row of every matrix must have been put somewhere, once."""
+        for module, (start, end) in zip(self.modules, pairwise(self.starts), strict=True):
+            at = 0
+            for first, stop in sorted(self.placed.get(module, [])):
+                at = stop if first == at else -1
+            if at != end - start:
+                raise UserError(f"the model builder does not put {module} into the graph once and whole", REPORT)
+
+
+class Builder:
+    """Mixed into a class of the builder: the places where it would put a matrix."""
+
+    llmc_weights: ClassVar[Weights]
+    llmc_rows: ClassVar[Rows]
+    llmc_model: ClassVar[nn.Module]
+    llmc_emit: ClassVar[emit.Emitter]
+
+    def load_weights(self, _input_path: str) -> nn.Module:
+        return self.llmc_model
+
+    def make_matmul_float(self, matmul: Any, name: str, root_input: str, **kwargs: Any) -> str:
+        """name: '/model/layers.0/mlp/up_proj/MatMul'; the result is `name`/output_0, or 'logits'."""
+        output = "logits" if kwargs.get("logits") else f"{name}/output_0"
+        pieces = self.llmc_rows.pieces(matmul.weight)
+        self.llmc_rows.place(pieces)
+        self.llmc_emit.matmul(self, name, root_input, output, pieces)
+        shape = self.make_hidden_state_shape(  # type: ignore[attr-defined]
+            seq_dim=kwargs.get("seq_dim", "sequence_length"), last_dim=matmul.weight.shape[0])
+        self.make_value(output, self.io_dtype, shape=shape)  # type: ignore[attr-defined]
+        return name
+
+    def make_embedding_lookup(self, embedding: torch.Tensor, basename: str, _lm_head: Any) -> str:
+        pieces = self.llmc_rows.pieces(embedding)
+        if not self.llmc_weights.tied:  # else the head puts the same rows
+            self.llmc_rows.place(pieces)
+        return self.llmc_emit.lookup(self, basename, pieces)
+
+    def is_qkv_projection_packable(self, layer_id: int, attention: Any) -> bool:
+        linears = (attention.q_proj, attention.k_proj, attention.v_proj)
+        forms = {str(self.llmc_weights.form_of(self.llmc_rows.pieces(m.weight))) for m in linears}
+        return len(forms) == 1 and bool(super().is_qkv_projection_packable(layer_id, attention))  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Names of the embedding's and the head's modules in the checkpoint, the same where they are one matrix; and a tensor
+    that repeats the embedding as the head."""
+
+    embedding: str
+    head: str
+    spare: str | None = None
+
+
+def skeleton(ckpt: Checkpoint, hf: Any) -> tuple[nn.Module, Rows, Tables]:
+    """The model with numbered rows as matrices and its own norms and biases; the numbers; and embedding and head."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(hf, dtype=torch.float32, trust_remote_code=False)
+    linears, prefix = set(quantized.linears(ckpt)), f"{model.base_model_prefix}."
+    tables = _tables(ckpt, hf, model, linears, prefix)
+    rows, numbered, used = Rows(), dict[str, nn.Parameter](), {tables.spare}
+    for name, p in list(model.named_parameters(remove_duplicate=False)):
+        owner = model.get_submodule(name.rpartition(".")[0])
+        is_head = owner is model.get_output_embeddings() and name.endswith(".weight")
+        found = locate(ckpt, linears, f"{tables.head}.weight" if is_head else name, prefix)
+        if found is None:
+            raise UserError(f"{ckpt.folder} has no {name}", "the checkpoint and its config.json do not belong together")
+        stored, is_codes = found
+        used.update(quantized.parts(stored) if is_codes else [stored])
+        if p.ndim == 2 and isinstance(owner, nn.Linear | nn.Embedding):
+            module = stored if is_codes else stored.removesuffix(".weight")
+            shape = quantized.shape(ckpt, stored) if is_codes else ckpt.shape(stored)
+            if tuple(shape) != tuple(p.shape):
+                raise UserError(f"{stored} has shape {list(shape)}, config.json says {list(p.shape)}",
+                                "the checkpoint and its config.json do not belong together")
+            if module not in numbered:
+                numbered[module] = rows.numbered(module, p.shape)
+            value = numbered[module]
+        elif p.ndim == 1:
+            value = nn.Parameter(ckpt.tensor(stored).to(torch.float32), requires_grad=False)
+        else:
+            raise UserError(f"{name} has {p.ndim} axes: no ONNX graph is known for such models", "export it as GGUF")
+        setattr(owner, name.rpartition(".")[2], value)
+    _refuse_leftovers(ckpt, used)
+    return model.eval(), rows, tables
+
+
+def _tables(ckpt: Checkpoint, hf: Any, model: Any, linears: set[str], prefix: str) -> Tables:
+    """Tied or not is decided by the tensors; a config.json that says otherwise is refused."""
+    names = {id(m): n for n, m in model.named_modules()}
+    embedding, head = (locate(ckpt, linears, f"{names[id(m)]}.weight", prefix)
+                       for m in (model.get_input_embeddings(), model.get_output_embeddings()))
+    if embedding is None or embedding[1]:
+        raise UserError(f"{ckpt.folder} has no token embedding", "download the model again")
+    says_tied = bool(getattr(hf, "tie_word_embeddings", False))
+    if head is None and not says_tied:
+        raise UserError(f"config.json of {ckpt.folder} says that the head is a matrix of its own, and there is none",
+                        "download the model again, or correct tie_word_embeddings")
+    equal = head is None or (not head[1] and torch.equal(ckpt.tensor(head[0]), ckpt.tensor(embedding[0])))
+    if says_tied and not equal:
+        raise UserError(f"config.json of {ckpt.folder} says that head and embedding are one matrix, but its head differs",
+                        "set tie_word_embeddings to false in config.json if the head is right")
+    one = embedding[0].removesuffix(".weight")
+    if head is None:
+        return Tables(one, one)
+    return Tables(one, one, head[0]) if equal else Tables(one, head[0].removesuffix(".weight"))
+
+
+def _refuse_leftovers(ckpt: Checkpoint, used: set[str | None]) -> None:
+    """A tensor that the model does not know: only rotary tables, and the zero biases that AutoGPTQ writes, are spare."""
+    for name in ckpt.names():
+        if name not in used and "rotary_emb.inv_freq" not in name and not (
+                name.endswith(".bias") and not bool(ckpt.tensor(name).any())):
+            raise UserError(f"{name} of {ckpt.folder} has no place in the model that its config.json names",
+                            "the checkpoint holds more than its architecture")
+
+
+def build(ckpt: Checkpoint, hf: Any, weights: Weights, model: nn.Module, rows: Rows,
+          emitter: emit.Emitter, work: Path) -> ir.Model:
+    """The graph with nothing of its matrices read yet; also writes genai_config.json into `work`."""
+    builders = _builders()
+    base = getattr(builders, find_architecture(ckpt.config))
+    name = f"Llmc{base.__name__}"
+    cls = type(name, (Builder, base), {"llmc_weights": weights, "llmc_rows": rows, "llmc_model": model,
+                                       "llmc_emit": emitter})
+    # a cache as long as the context in every layer: any runtime can feed it, and what attends to a window only still does
+    options = {"hf_token": False, "hf_remote": False, "shared_embeddings": False, "windowed_kv_cache": False}
+    hf = _as_the_builder_reads(hf)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), torch.no_grad():
+            made = cls(hf, ir.DataType.FLOAT, ir.DataType.FLOAT, "cpu", str(work / "cache"), options)
+            if hf.architectures[0] == "Gemma3ForCausalLM":
+                made.model_type = "gemma3_text"
+            made.make_model(str(ckpt.folder))
+            made.make_genai_config(hf, {}, str(work))
+    except (NotImplementedError, AttributeError, KeyError, ValueError) as e:
+        raise UserError(f"the model builder cannot build {ckpt.folder}: {e!r}",
+                        "export it as GGUF (--format gguf), or please report this with the model's name") from e
+    rows.check_complete()
+    made.model.graph.sort()
+    made.stamp_build_metadata(made.model)
+    return made.model
+
+
+def _as_the_builder_reads(hf: Any) -> Any:
+    """A copy of transformers' config. Gemma 3's rotary bases by kind of layer, as transformers 5 has them, go where the
+    builder looks for them."""
+    hf = copy.deepcopy(hf)
+    kinds = getattr(hf, "rope_parameters", None) or {}
+    if "sliding_attention" in kinds and "full_attention" in kinds:
+        hf.rope_local_base_freq = kinds["sliding_attention"]["rope_theta"]
+        hf.rope_parameters = dict(kinds["full_attention"])
+    return hf
+
+
+def _builders() -> Any:
+    """The builder's modules import each other by bare names, from a folder that they add to sys.path: taken off again."""
+    before = list(sys.path)
+    try:
+        from onnxruntime_genai.models import builders
+
+        return builders
+    finally:
+        sys.path[:] = before

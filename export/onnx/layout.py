@@ -1,0 +1,91 @@
+"""The bytes of ONNX Runtime's weight-only quantised matrices, and which grids they hold.
+
+MatMulNBits (com.microsoft, docs/ContribOperators.md of ONNX Runtime): value = scale * (code - zero) in blocks of
+`block_size` columns of a row of [N, K].
+
+    B            uint8 [N, K / block, block * bits / 8]   4 bits: the even column in the low nibble
+    scales       float32 [N, K / block]
+    zero_points  uint8 [N, ceil(K / block * bits / 8)]    packed as B along a row; absent: 8 for 4 bits, 128 for 8
+
+DequantizeLinear (ONNX opset 21), on the transpose [K, N] so that ONNX Runtime can fuse it with the MatMul after it: signed
+codes (code - 8, code - 128) where symmetric, because there an absent zero point is 0; else unsigned ones with zero points.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from llmc.block_grids import BlockGrid, BlockTensor
+from llmc.grids import Grid, QuantizedTensor
+
+BLOCK = 32
+MOST = 128  # larger blocks are slow or wrong in some kernels: their scale is repeated instead
+LEAST = 16  # MatMulNBits takes powers of two from here
+BLOCK_GRIDS = {"q4_0": 4, "q4_1": 4, "q8_0": 8}  # q4_1 where its minimums are whole steps
+
+
+def held_as(grid: Grid | BlockGrid) -> Grid | None:
+    """The grid on which MatMulNBits holds every value of `grid`, None where there is none (see `exact` for q4_1)."""
+    if isinstance(grid, BlockGrid):
+        bits = BLOCK_GRIDS.get(grid.name)
+        return None if bits is None else Grid(bits, BLOCK, not grid.has_min)
+    block = min(MOST, grid.group_size & -grid.group_size)
+    return Grid(grid.bits, block, grid.symmetric) if grid.bits in (4, 8) and block >= LEAST else None
+
+
+def exact(q: QuantizedTensor | BlockTensor) -> QuantizedTensor | None:
+    """The same values, code for code, on the grid that `held_as` names; None where q4_1 has a minimum that is no whole
+    number of steps, from 0 to 15, below zero."""
+    grid = held_as(q.grid)
+    if grid is None:
+        return None
+    if isinstance(q, QuantizedTensor):
+        repeats = q.grid.group_size // grid.group_size
+        zeros = None if q.zeros is None else q.zeros.repeat_interleave(repeats, 1)
+        return QuantizedTensor(grid, q.codes, q.scales.repeat_interleave(repeats, 1), zeros)
+    if q.m is None:
+        return QuantizedTensor(grid, q.codes, q.d)
+    d, m = q.d.to(torch.float32), q.m.to(torch.float32)
+    zeros = torch.where(d == 0, torch.zeros_like(d), -m / d).round()
+    if not bool(((zeros >= 0) & (zeros <= grid.max_code) & (d * zeros == -m)).all()):
+        return None
+    return QuantizedTensor(grid, q.codes, q.d, zeros.to(torch.uint8))
+
+
+def round_to(w: torch.Tensor, bits: int) -> QuantizedTensor:
+    """float [N, K] rounded to blocks of 32, the very codes of GGUF's Q8_0 and Q4_0 (ggml-quants.c of llama.cpp):
+    8 bits: d = max |w| / 127; 4 bits: d = the weight of largest size / -8. Codes by d as float32, d stored as float16."""
+    assert bits in (4, 8)
+    groups = w.to(torch.float32).reshape(w.shape[0], -1, BLOCK)
+    if bits == 8:
+        d = groups.abs().amax(-1) / 127
+    else:
+        d = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1) / -8
+    inverse = torch.where(d == 0, torch.zeros_like(d), 1 / d).unsqueeze(-1)
+    scaled = groups * inverse
+    if bits == 8:  # half away from zero
+        codes = torch.trunc(scaled + torch.copysign(torch.full_like(scaled, 0.5), scaled)) + 128
+    else:
+        codes = torch.trunc(scaled + 8.5).clamp(0, 15)
+    return QuantizedTensor(Grid(bits, BLOCK), codes.to(torch.uint8).view(w.shape), d.to(torch.float16))
+
+
+def pack(values: np.ndarray, bits: int) -> np.ndarray:
+    """uint8 [n, m] -> uint8 [n, ceil(m * bits / 8)], the even column in the low nibble; 8 bits stay as they are."""
+    if bits == 8:
+        return np.ascontiguousarray(values)
+    even = np.pad(values, ((0, 0), (0, values.shape[1] % 2)))
+    return even[:, 0::2] | even[:, 1::2] << 4
+
+
+def unpack(data: np.ndarray, bits: int, width: int) -> np.ndarray:
+    """The inverse of `pack`: uint8 [n, bytes] -> uint8 [n, width]."""
+    if bits == 8:
+        return data
+    return np.stack([data & 15, data >> 4], axis=-1).reshape(data.shape[0], -1)[:, :width]
+
+
+def signed(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes as two's complement of code - 2**(bits-1), still in uint8; its own inverse."""
+    return codes ^ np.uint8(1 << (bits - 1))

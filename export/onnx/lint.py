@@ -1,0 +1,111 @@
+"""What an .onnx file holds that a class of devices will not like, each with the place where that was seen.
+
+It reads any decoder's model.onnx, whoever made it, and nothing of its weights. A finding is a note and not an error: the file
+is right where it is meant to run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import onnx
+
+FLOAT16 = onnx.TensorProto.FLOAT16
+STANDARD = ("", "ai.onnx")
+DIRECTML_OWN = {  # contrib operators with a kernel in DirectML (docs/OperatorKernels.md of ONNX Runtime)
+    "GroupQueryAttention", "MatMulNBits", "MultiHeadAttention", "RotaryEmbedding", "SkipSimplifiedLayerNormalization",
+    "SimplifiedLayerNormalization", "SkipLayerNormalization", "QuickGelu", "FastGelu", "BiasGelu", "DequantizeLinear",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing, once for a file. device: who minds; count: nodes or tensors; first: the name of one."""
+
+    rule: str
+    device: str
+    what: str
+    count: int
+    first: str
+
+
+def lint(path: Path) -> list[Finding]:
+    """path: of model.onnx."""
+    model = onnx.load(path, load_external_data=False)
+    found: list[Finding] = []
+    for rule, device, what, names in _rules():
+        hits = list(names(model))
+        if hits:
+            found.append(Finding(rule, device, what, len(hits), hits[0]))
+    return found
+
+
+def as_notes(findings: list[Finding]) -> list[str]:
+    """A line each, for people."""
+    return [f"{f.device}: {f.what} ({f.count}, first {f.first})" for f in findings]
+
+
+Names = Callable[[Any], Iterator[str]]
+
+
+def _rules() -> Iterator[tuple[str, str, str, Names]]:
+    """(rule, who minds, what there is, the names of what there is)."""
+    nbits = "MatMulNBits"
+    yield ("block-size", "ARM", "KleidiAI's int4 kernels and tract want blocks of 32 (onnxruntime#27751)",
+           lambda m: (n.name for n in _nodes(m, nbits) if _int(n, "block_size") != 32))
+    yield ("large-blocks", "all", "blocks of 256 and more are slow or wrong in some versions (onnxruntime#23004, #28551)",
+           lambda m: (n.name for n in _nodes(m, nbits) if _int(n, "block_size") >= 256))
+    yield ("ragged-rows", "ARM", "KleidiAI wants rows of whole blocks (onnxruntime#27751)",
+           lambda m: (n.name for n in _nodes(m, nbits) if _int(n, "K") % max(1, _int(n, "block_size"))))
+    yield ("asymmetric", "ARM", "KleidiAI took zero points only from March 2026 on, and tract takes none (onnxruntime#27751)",
+           lambda m: (n.name for n in _nodes(m, nbits) if _input(n, 3)))
+    yield ("g-idx", "GPU", "g_idx is skipped by WebGPU's kernels and to be dropped (onnxruntime#24509)",
+           lambda m: (n.name for n in _nodes(m, nbits) if _input(n, 4)))
+    yield ("few-bits", "all", "2 bits with float zero points are about 20 times slower (onnxruntime#28552)",
+           lambda m: (n.name for n in _nodes(m, nbits) if _int(n, "bits", 4) < 4))
+    yield ("level-4", "all", "int8 activations (accuracy_level 4) change the top token of some models (onnxruntime#29849)",
+           lambda m: (n.name for n in _nodes(m, nbits) if _int(n, "accuracy_level") == 4))
+    yield ("contrib-qnn", "NPU", "QNN and other NPUs take standard operators only (Olive#1403)",
+           lambda m: (f"{n.domain}.{n.op_type}" for n in m.graph.node if n.domain not in STANDARD))
+    yield ("contrib-directml", "DirectML", "operators that it has no kernel for run on the CPU",
+           lambda m: (n.op_type for n in m.graph.node if n.domain not in STANDARD and n.op_type not in DIRECTML_OWN))
+    yield ("fp16-compute", "CPU", "float16 inputs are computed in float32 between casts, or not at all",
+           lambda m: (i.name for i in m.graph.input if i.type.tensor_type.elem_type == FLOAT16))
+    yield ("fp16-weights", "CPU", "float16 weights are widened when the file is loaded: half the file, but all the memory",
+           lambda m: _cast_weights(m))
+    yield ("dequantised-at-load", "all", "DequantizeLinear is fused with MatMul when the file is loaded, which takes time "
+           "and memory (onnxruntime#21362)", lambda m: (n.name for n in _nodes(m, "DequantizeLinear")))
+    yield ("absolute-data", "all", "external data lies at a path that only this machine has",
+           lambda m: (t.name for t in m.graph.initializer if _leaves(_location(t))))
+    yield ("one-protobuf", "all", "weights of 2 GB and more must lie outside of the .onnx file (onnxruntime#4707)",
+           lambda m: ("weights" for _ in range(sum(t.ByteSize() for t in m.graph.initializer) >= 2**31 - 1)))
+
+
+def _nodes(model: Any, kind: str) -> Iterator[Any]:
+    return (n for n in model.graph.node if n.op_type == kind)
+
+
+def _int(node: Any, name: str, default: int = 0) -> int:
+    return next((int(a.i) for a in node.attribute if a.name == name), default)
+
+
+def _input(node: Any, i: int) -> bool:
+    return len(node.input) > i and bool(node.input[i])
+
+
+def _location(t: Any) -> str:
+    return next((str(e.value) for e in t.external_data if e.key == "location"), "")
+
+
+def _leaves(location: str) -> bool:
+    """Whether a path leads out of the folder of the file."""
+    return (PurePosixPath(location).is_absolute() or PureWindowsPath(location).is_absolute()
+            or ".." in PurePosixPath(location).parts)
+
+
+def _cast_weights(model: Any) -> Iterator[str]:
+    half = {t.name for t in model.graph.initializer if t.data_type == FLOAT16}
+    return (n.input[0] for n in _nodes(model, "Cast") if n.input[0] in half)

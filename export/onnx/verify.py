@@ -1,0 +1,176 @@
+"""Proof that the folder is what it should be. None of it can be skipped.
+
+1. Every tensor is read back from the finished files, by onnx alone: codes, scales and zero points bit for bit against the
+   checkpoint, floats in their type, the builder's own tensors as it made them.
+2. ONNX Runtime opens the file and must give the logits that torch gives.
+3. onnxruntime-genai must make the token ids of the model's own tokenizer, and generates 16 tokens for a person to look at.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+
+from llmc.checkpoint import Checkpoint
+from llmc.console import progress
+from llmc.errors import UserError
+from llmc.export import quantized
+from llmc.export.onnx import layout
+from llmc.export.onnx.emit import Placed
+from llmc.export.onnx.session import Session
+from llmc.export.onnx.weights import Weights
+from llmc.export.onnx.writer import DATA, MODEL
+from llmc.export.parity import CHECK_TEXT, GENERATED, MARKS, PROMPT, REPORT, compare_logits, first_difference, show
+from llmc.export.reference import reference_logits
+from llmc.grids import Grid, QuantizedTensor
+
+# of the logits at accuracy level 0, both sides in float32: 1e-6 was seen with trained and untrained models, and Gemma's
+# builder rounds its embedding's factor to two decimals, which gives up to 1e-3
+MOST_RELATIVE, MOST_KLD = 2e-3, 1e-4
+
+
+def stored_tensors(folder: Path) -> dict[str, tuple[onnx.TensorProto, np.ndarray]]:
+    """Every tensor of model.onnx with its raw bytes, uint8 [n], mapped from the data file."""
+    model = onnx.load(folder / MODEL, load_external_data=False)
+    data = np.memmap(folder / DATA, np.uint8, "r")
+    found = {}
+    for t in model.graph.initializer:
+        where = {e.key: e.value for e in t.external_data}
+        if not where:
+            found[t.name] = t, np.frombuffer(t.raw_data or onnx.numpy_helper.to_array(t).tobytes(), np.uint8)
+            continue
+        start, length = int(where.get("offset", 0)), int(where["length"])
+        if where["location"] != DATA or start + length > len(data):
+            raise damaged(f"{t.name} lies at {where}, outside of {DATA}")
+        found[t.name] = t, data[start : start + length]
+    return found
+
+
+def damaged(what: str) -> UserError:
+    return UserError(f"the folder does not read back as it was written: {what}",
+                     f"check the disk and export again; if it stays, {REPORT}")
+
+
+def tensors(folder: Path, own: dict[str, np.ndarray], weights: Weights, placed: list[Placed]) -> dict[str, int]:
+    """Read every tensor back; `own` are those that the builder made. Returns how many matrices and weights were compared, in
+    all and those carried as codes."""
+    stored = stored_tensors(folder)
+    ours = {name for w in placed for name in (w.weight, w.scales, w.zeros) if name}
+    if stored.keys() != ours | own.keys():
+        raise damaged("model.onnx holds other tensors than were planned")
+    counts = {"tensors": len(stored), "matrices": 0, "weights": 0, "code_matrices": 0, "code_weights": 0}
+    with progress("reading back tensor", len(placed)) as p:
+        for w in placed:
+            shape = sum(x.stop - x.start for x in w.pieces), weights.columns(w.pieces[0].module)
+            _compare(w, stored, weights, shape)
+            carried = all(x.module in weights.linears for x in w.pieces)
+            for prefix in ("", "code_")[: 1 + carried]:
+                counts[f"{prefix}matrices"] += 1
+                counts[f"{prefix}weights"] += shape[0] * shape[1]
+            p.step(w.node)
+    for name, values in own.items():
+        if stored[name][1].tobytes() != values.tobytes():
+            raise damaged(f"{name} differs from what the model builder made")
+    return counts
+
+
+def _compare(w: Placed, stored: dict[str, Any], weights: Weights, shape: tuple[int, int]) -> None:
+    """One matrix [N, K] of the file against the checkpoint, not against what the writer was given."""
+    raw = stored[w.weight][1]
+    if not isinstance(w.form, Grid):
+        dtype = np.float32 if w.form == "fp32" else np.float16
+        values = raw.view(dtype).reshape(shape[::-1]).T if w.transposed else raw.view(dtype).reshape(shape)
+        if not np.array_equal(values, weights.values(w.pieces).numpy()):
+            raise damaged(f"{w.weight} differs from its source")
+        return
+    found = decode(w, stored, shape)
+    at = 0
+    for piece in w.pieces:
+        rows = slice(at, at + piece.stop - piece.start)
+        at = rows.stop
+        source = weights.source(piece.module)
+        for what, a, b in (("codes", found.codes, source.codes), ("scales", found.scales, source.scales),
+                           ("zero points", found.zeros, source.zeros)):
+            if (a is None) != (b is None) or (a is not None and b is not None
+                                              and not torch.equal(a[rows], b[piece.start : piece.stop])):
+                raise damaged(f"{w.node} has other {what} than {piece.module}")
+        if piece.module in weights.linears:  # and the values are those of the checkpoint's own reading of its codes
+            values = quantized.rows_of(quantized.read(weights.ckpt, piece.module), slice(piece.start, piece.stop))
+            if not torch.equal(quantized.rows_of(found, rows).dequantize(), values.dequantize()):
+                raise damaged(f"{w.node} has other values than {piece.module}")
+
+
+def decode(w: Placed, stored: dict[str, Any], shape: tuple[int, int]) -> QuantizedTensor:
+    """A quantised matrix from the file's bytes, by the formats that layout.py describes."""
+    grid = w.form
+    assert isinstance(grid, Grid)
+    assert w.scales is not None
+    n, k = shape
+    blocks, qdq = k // grid.group_size, w.standard
+    wide = (k, n) if w.transposed else (n, k)
+    narrow = (blocks, n) if w.transposed else (n, blocks)
+
+    def integers(name: str, size: tuple[int, int], flat: bool) -> np.ndarray:
+        raw = stored[name][1]
+        rows = (1, size[0] * size[1]) if flat else size
+        values = layout.unpack(raw.reshape(rows[0], -1), grid.bits, rows[1]).reshape(size)
+        return values.T if w.transposed else values
+
+    codes = integers(w.weight, wide, qdq)
+    if w.signed:
+        codes = layout.signed(codes, grid.bits)
+    scales = stored[w.scales][1].view(np.float32).reshape(narrow)
+    half = (scales.T if w.transposed else scales).astype(np.float16)
+    if not np.array_equal(half.astype(np.float32).T if w.transposed else half.astype(np.float32), scales):
+        raise damaged(f"{w.scales} holds scales that are no float16")
+    zeros = None if w.zeros is None else torch.from_numpy(integers(w.zeros, narrow, qdq).copy())
+    return QuantizedTensor(grid, torch.from_numpy(codes.copy()), torch.from_numpy(half.copy()), zeros)
+
+
+def logits(session: Session, ckpt: Checkpoint, ids: np.ndarray, weights: Weights) -> dict[str, Any]:
+    """Run the same ids in torch and in ONNX Runtime at accuracy level 0; beyond the bound is an error."""
+    theirs = session.logits(ids)
+    held = {"embedding": weights.as_stored(weights.embedding), "head": weights.as_stored(weights.head)}
+    ours = reference_logits(ckpt, ids, held, weights.as_stored)[:, : theirs.shape[1]]
+    relative, kld, top1 = compare_logits(ours, theirs)
+    if not (relative <= MOST_RELATIVE and kld <= MOST_KLD):  # NaN must fail too
+        raise UserError(
+            f"ONNX Runtime's logits are not torch's: relative error {relative:.3g} (at most {MOST_RELATIVE:g}), mean KL "
+            f"divergence {kld:.3g} (at most {MOST_KLD:g}), top-1 agreement {top1:.0%}", REPORT)
+    return {"tokens": len(ids), "relative_error": relative, "max_relative_error": MOST_RELATIVE, "mean_kld": kld,
+            "max_mean_kld": MOST_KLD, "top1_agreement": top1}
+
+
+def in_genai(folder: Path, tokenizer: Any, context_length: int) -> dict[str, Any]:
+    """Open the folder as its users will: the same token ids, and a greedy continuation of PROMPT."""
+    import onnxruntime_genai as og
+
+    try:
+        model = og.Model(str(folder))
+        theirs = og.Tokenizer(model)
+    except RuntimeError as e:
+        raise UserError(f"onnxruntime-genai does not open the folder: {e}", REPORT) from e
+    alike = {}
+    for text in (CHECK_TEXT, MARKS, " a"):
+        expected, found = list(tokenizer(text)["input_ids"]), theirs.encode(text).tolist()
+        at = first_difference(expected, found)
+        alike[text] = at is None
+        if text is CHECK_TEXT and at is not None:
+            raise UserError("onnxruntime-genai does not tokenise as the model does: "
+                            f"{show(at[0], expected, found, tokenizer)}",
+                            "its tokenizer does not know this kind; export it as GGUF (--format gguf)")
+    params = og.GeneratorParams(model)
+    prompt = list(tokenizer(PROMPT)["input_ids"])
+    params.set_search_options(max_length=min(len(prompt) + GENERATED, context_length), do_sample=False)
+    generator = og.Generator(model, params)
+    generator.append_tokens(prompt)
+    while not generator.is_done():
+        generator.generate_next_token()
+    made = generator.get_sequence(0).tolist()
+    return {"token_ids": {"text_tokens": len(tokenizer(CHECK_TEXT)["input_ids"]), "combining_marks_alike": alike[MARKS],
+                          "leading_space_alike": alike[" a"]},
+            "generated": tokenizer.decode(made, skip_special_tokens=True), "generated_tokens": len(made) - len(prompt)}

@@ -1,0 +1,165 @@
+"""What every matrix of a checkpoint becomes in the ONNX file, and its values: decided before a byte is written."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from llmc.block_grids import BlockGrid
+from llmc.checkpoint import Checkpoint
+from llmc.errors import UserError
+from llmc.export import quantized
+from llmc.export.onnx import layout
+from llmc.export.onnx.config import OnnxExportConfig
+from llmc.grids import Grid, QuantizedTensor
+
+Form = Grid | str  # the grid of the codes, or 'fp32' or 'fp16'
+TABLE_BITS = {"q8_0": 8, "q4_0": 4, "f16": 16}
+
+
+def form_name(form: Form) -> str:
+    """'int4-sym-g32', 'fp16', …"""
+    return form.name if isinstance(form, Grid) else form
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows start … stop of one of the checkpoint's matrices."""
+
+    module: str
+    start: int
+    stop: int
+
+
+class Weights:
+    """The matrices of a model by module name. Reads one at a time."""
+
+    def __init__(self, config: OnnxExportConfig, ckpt: Checkpoint, embedding: str, head: str) -> None:
+        """embedding, head: module names in the checkpoint, the same where they are one matrix."""
+        self.ckpt, self.embedding, self.head = ckpt, embedding, head
+        self.linears = set(quantized.linears(ckpt))
+        self.notes: list[str] = []
+        if self.linears and config.dtype is not None:
+            raise UserError(f"{ckpt.folder} is quantised: its codes are carried over, so --dtype {config.dtype} has no say",
+                            "leave --dtype out, or export the float model")
+        self.dtype = "fp16" if self.linears else config.dtype or "fp16"
+        self.table_bits, self.reason = self._table_bits(config)
+        if config.head_bits is not None and head in self.linears:
+            raise UserError(f"the head of {ckpt.folder} is quantised: its codes are carried over", "leave --head-bits out")
+        self._refuse_grids()
+        self.read = lru_cache(maxsize=4)(self._read)
+
+    def _table_bits(self, config: OnnxExportConfig) -> tuple[int | None, str]:
+        """Bits of embedding and head, None for those of the dtype; and why."""
+        if config.head_bits is not None:
+            return config.head_bits, "as asked"
+        wanted = quantized.tables(self.ckpt)
+        types = sorted(set(wanted.values()))
+        if len(types) == 1 and types[0] in TABLE_BITS:
+            return TABLE_BITS[types[0]], "as the folder was made for"
+        if types:
+            self.notes.append(f"the folder was made for the tables {' and '.join(types)}, which ONNX Runtime has no "
+                              "type for: 8 bits in blocks of 32 instead; --head-bits 4 is the smaller choice")
+        if self.linears or self.dtype == "int8":
+            return 8, "8 bits beside a quantised decoder"
+        return None, "as --dtype"
+
+    def _refuse_grids(self) -> None:
+        """One error for all linears whose grid no ONNX type holds."""
+        lost: Counter[str] = Counter()
+        first: dict[str, str] = {}
+        for linear in sorted(self.linears):
+            grid = quantized.grid(self.ckpt, linear)
+            held = layout.held_as(grid) is not None
+            if held and isinstance(grid, BlockGrid) and grid.has_min:
+                held = layout.exact(quantized.read(self.ckpt, linear)) is not None
+            if not held:
+                lost[grid.name] += 1
+                first.setdefault(grid.name, linear)
+        if lost:
+            what = ", ".join(f"{n} linears on {name} (first {first[name]})" for name, n in sorted(lost.items()))
+            bits = {name: 8 if name.startswith(("q5", "q6")) else 4 for name in lost}
+            most = max(bits.values())
+            nearest = " and ".join(sorted({"q4_0" if b == 4 else "q8_0" for b in bits.values()}))
+            raise UserError(
+                f"ONNX Runtime has no weight type that holds {what} exactly; the nearest that it has: {nearest}",
+                f"quantise the float model again with `llmc quantize MODEL --bits {most} --group-size 32`")
+
+    @property
+    def tied(self) -> bool:
+        return self.embedding == self.head
+
+    def columns(self, module: str) -> int:
+        return int(quantized.shape(self.ckpt, module)[1] if module in self.linears
+                   else self.ckpt.shape(f"{module}.weight")[1])
+
+    def form(self, module: str) -> Form:
+        """How the matrix of a module is stored."""
+        if module in self.linears:
+            grid = layout.held_as(quantized.grid(self.ckpt, module))
+            assert grid is not None
+            return grid
+        is_table = module in (self.embedding, self.head)
+        bits = self.table_bits if is_table else 8 if self.dtype == "int8" else None
+        if bits in (4, 8):
+            columns = self.columns(module)
+            if columns % layout.BLOCK:
+                raise UserError(f"{module} has rows of {columns}, which blocks of {layout.BLOCK} do not divide",
+                                "--head-bits 16 keeps it in float16" if is_table else "use --dtype fp16")
+            return Grid(bits, layout.BLOCK)
+        return "fp16" if bits == 16 or self.dtype != "fp32" else "fp32"
+
+    def form_of(self, pieces: list[Piece]) -> Form:
+        """The one form of matrices that are joined in a node."""
+        forms = {self.form(p.module) for p in pieces}
+        assert len(forms) == 1, "the graph joins only matrices of one form"
+        return forms.pop()
+
+    def _read(self, module: str) -> torch.Tensor | QuantizedTensor:
+        """All of a matrix: codes where its form is a grid, else float32 or float16 [N, K]."""
+        form = self.form(module)
+        if module in self.linears:
+            q = layout.exact(quantized.read(self.ckpt, module))
+            assert q is not None
+            return q
+        w = self.ckpt.tensor(f"{module}.weight")
+        if isinstance(form, Grid):
+            return _finite(module, layout.round_to(w, form.bits))
+        stored = w.to(torch.float32 if form == "fp32" else torch.float16)
+        if not bool(torch.isfinite(stored).all()):
+            raise UserError(f"{module} holds values beyond float16's {torch.finfo(torch.float16).max:g}",
+                            "use --dtype fp32 or int8")
+        return stored
+
+    def values(self, pieces: list[Piece]) -> torch.Tensor:
+        """Joined rows of float matrices, [N, K]."""
+        return torch.cat([self.read(p.module)[p.start : p.stop] for p in pieces])  # type: ignore[index]
+
+    def codes(self, pieces: list[Piece]) -> QuantizedTensor:
+        """Joined rows of matrices on one grid."""
+        whole: list[Any] = [self.read(p.module) for p in pieces]
+        parts: list[Any] = [quantized.rows_of(q, slice(p.start, p.stop)) for q, p in zip(whole, pieces, strict=True)]
+        zeros = None if parts[0].zeros is None else torch.cat([q.zeros for q in parts])
+        return QuantizedTensor(parts[0].grid, torch.cat([q.codes for q in parts]), torch.cat([q.scales for q in parts]),
+                               zeros)
+
+    def source(self, module: str) -> QuantizedTensor:
+        """The codes that the file must hold for a matrix, made anew from the checkpoint."""
+        q = self._read(module)
+        assert isinstance(q, QuantizedTensor)
+        return q
+
+    def as_stored(self, module: str) -> torch.Tensor:
+        """float32 [N, K]: what the file says the matrix is."""
+        w = self.read(module)
+        return w.dequantize() if isinstance(w, QuantizedTensor) else w.to(torch.float32)
+
+
+def _finite(module: str, q: QuantizedTensor) -> QuantizedTensor:
+    if not bool(torch.isfinite(q.scales).all()):
+        raise UserError(f"{module} has weights too large for a float16 scale", "use --dtype fp32, or --head-bits 16")
+    return q
