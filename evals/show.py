@@ -110,9 +110,16 @@ def speed_lines(report: dict[str, Any]) -> str:
         f"  peak memory          {size(s['peak_rss'])}",
         f"  read per token       {size(s['token_bytes'])} of weights: {s['read_bandwidth'] / 1e9:.1f} GB/s, "
         f"{copied:.0%} of the copy bandwidth ({s['copy_bandwidth'] / 1e9:.1f} GB/s read plus written)",
+        *_nodes(s["runtime"]),
         f"  medians [IQR] of {s['repetitions']} repetitions after {s['warmup']} warm-ups",
     ]
     return "\n".join([*lines, *(f"  UNSTABLE: {why}" for why in s["unstable"])])
+
+
+def _nodes(runtime: dict[str, Any]) -> list[str]:
+    """Where onnxruntime's nodes ran, of a report that tells."""
+    counts = [f"{sum(operators.values())} on {provider}" for provider, operators in runtime.get("nodes", {}).items()]
+    return [f"  nodes run            {', '.join(counts)}"] if counts else []
 
 
 def spread(s: dict[str, Any], digits: int = 1) -> str:
