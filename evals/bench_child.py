@@ -63,7 +63,8 @@ def _import(artifact: Path) -> None:
         use_extra_buffers()
         return
     onnx = ("llmc.runtimes.onnx_model", "onnx", "onnxruntime")
-    for module in onnx if is_onnx_folder(artifact) else ("llmc.runtimes.torch_model", "transformers.models.auto.modeling_auto"):
+    torch = ("llmc.runtimes.torch_model", "transformers.models.auto.modeling_auto")
+    for module in onnx if is_onnx_folder(artifact) else torch:
         importlib.import_module(module)
 
 

@@ -36,12 +36,13 @@ def hash_artifact(artifact: Path) -> str:
 def describe_artifact(artifact: Path) -> dict[str, Any]:
     """Identity, weight and provenance of an artifact, as far as its manifest tells."""
     manifest = read_manifest(artifact) or {}
+    unnamed = "gguf" if artifact.is_file() else "onnx" if is_onnx_folder(artifact) else "hf"
     passes = manifest.get("passes", [])
     # of the last pass that has any
     layers: list[dict[str, Any]] = next((p["layers"] for p in reversed(passes) if p.get("layers")), [])
     return {
         "name": artifact.name, "path": str(artifact), "sha256": hash_artifact(artifact),
-        "kind": manifest.get("kind") or ("gguf" if artifact.is_file() else "onnx" if is_onnx_folder(artifact) else "hf"), "size": weigh(artifact),
+        "kind": manifest.get("kind") or unnamed, "size": weigh(artifact),
         "source": manifest.get("source"), "created": manifest.get("created"),
         "passes": [{k: v for k, v in p.items() if k != "layers"} for p in passes],
         "layers": [{"layer": x.get("layer"), "error": x.get("error"), "events": x.get("events") or []} for x in layers],

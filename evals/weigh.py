@@ -113,7 +113,8 @@ def weigh(artifact: Path) -> dict[str, Any]:
     decoder = [classes["attention"], classes["mlp"]]
     decoder_parameters = sum(c["parameters"] for c in decoder)
     return {
-        "file_bytes": sum(p.stat().st_size for p in weight_files(artifact)), "tensor_bytes": tensor_bytes, "parameters": parameters,
+        "file_bytes": sum(p.stat().st_size for p in weight_files(artifact)),
+        "tensor_bytes": tensor_bytes, "parameters": parameters,
         "bits_per_weight": 8 * tensor_bytes / parameters,
         "decoder_bits_per_weight": 8 * sum(c["bytes"] for c in decoder) / max(1, decoder_parameters),
         "token_bytes": tensor_bytes - (0 if tied else classes["embedding"]["bytes"]),

@@ -42,7 +42,8 @@ def hash_folder(folder: Path) -> dict[str, str]:
 def versions() -> dict[str, str]:
     """Versions of what decides the numbers."""
     found = {"python": platform.python_version()}
-    for name in ("llmc-toolkit", "torch", "transformers", "tokenizers", "safetensors", "gguf", "llama-cpp-python", "onnx", "onnxruntime"):
+    for name in ("llmc-toolkit", "torch", "transformers", "tokenizers", "safetensors", "gguf", "llama-cpp-python", "onnx",
+                 "onnxruntime"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

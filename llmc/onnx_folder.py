@@ -90,7 +90,7 @@ def open_onnx(folder: Path) -> OnnxFolder:
     """The graph of `folder`, its references checked. Raises UserError where it is incomplete or reaches out of the folder."""
     genai, config = _json(folder / GENAI), _json(folder / "config.json")
     name = genai.get("model", {}).get("decoder", {}).get("filename", MODEL)
-    model = _inside(folder, [folder], str(name), GENAI)
+    model = _inside(folder, str(name), GENAI)
     if not model.is_file():
         raise UserError(f"{folder} has no {name}", AGAIN)
     stat = model.stat()
@@ -148,7 +148,8 @@ def _span(folder: Path, model: Path, tensor: TensorProto) -> Span:
         return Span(None, 0, tensor.ByteSize() if not tensor.raw_data else len(tensor.raw_data))
     entries = {e.key: e.value for e in tensor.external_data}
     # a hub snapshot is links into one folder of blobs: there the graph's own real place counts as inside too
-    file = _inside(folder, [folder, model.resolve().parent], entries.get("location", ""), f"tensor {tensor.name} of {model.name}")
+    roots = (folder.resolve(), model.resolve().parent)
+    file = _inside(folder, entries.get("location", ""), f"tensor {tensor.name} of {model.name}", roots)
     try:
         offset = int(entries.get("offset", 0))
         length = int(entries.get("length", packed_bits(tensor) // 8))
@@ -162,13 +163,12 @@ def _span(folder: Path, model: Path, tensor: TensorProto) -> Span:
     return Span(file, offset, length)
 
 
-def _inside(folder: Path, roots: list[Path], location: str, who: str) -> Path:
-    """folder / location, which must be a relative path whose real place is in one of `roots`."""
-    foreign = PureWindowsPath(location)
-    parts = foreign.parts  # splits at both kinds of slash
+def _inside(folder: Path, location: str, who: str, roots: tuple[Path, ...] = ()) -> Path:
+    """folder / location, which must be a relative path downwards; with `roots` its real place must be in one of them."""
+    windows = PureWindowsPath(location)  # splits at both kinds of slash
     real = (folder / location).resolve()
-    if (not location or location.startswith("/") or foreign.drive or ".." in parts
-            or not any(real.is_relative_to(root.resolve()) for root in roots)):
+    if (not location or windows.root or windows.drive or ".." in windows.parts
+            or (roots and not any(real.is_relative_to(root) for root in roots))):
         raise UserError(f"{who} in {folder} names {location!r}, which is not a file of that folder: refused",
                         "get the model from whoever made it, with all its files in one folder")
     return folder / location

@@ -106,9 +106,10 @@ def _onnx_problems(folder: Path) -> Iterator[str]:
 
     source = open_onnx(folder)
     problems: list[str] = []
+    floats = (TensorProto.FLOAT, TensorProto.FLOAT16)
     for tensor in source.proto.graph.initializer:
         values = _collect(problems, partial(source.array, tensor))
-        if values is not None and tensor.data_type in (TensorProto.FLOAT, TensorProto.FLOAT16) and not np.isfinite(values).all():
+        if values is not None and tensor.data_type in floats and not np.isfinite(values).all():
             problems.append(f"{tensor.name} holds NaN or infinite values")
     yield from problems
 

@@ -56,7 +56,7 @@ class OnnxModel:
             self.vocab_size = s.vocab
             memory = GPUS.get(self.provider, "cpu")
             direct = memory != "cpu" or self.provider == CPU  # the buffers are where the operators work
-            self._cache = KvCache(ort, s.slots, self.context, memory, s.shareable and direct if share is None else share)
+            self._cache: Any = KvCache(ort, s.slots, self.context, memory, s.shareable and direct if share is None else share)
             self._batch = max(1, min(BATCH, self.context, LOGITS_BYTES // (s.vocab * np.dtype(s.logits).itemsize)))
             self._rows = np.empty((self._batch, s.vocab), s.logits)
             self._binding = self._session.io_binding()
