@@ -39,7 +39,7 @@ def quality_lines(report: dict[str, Any]) -> str:
     artifact, quality = report["artifact"], report["quality"]
     weight = artifact["size"]
     lines = [f"{artifact['name']}  {size(weight['file_bytes'])}, {weight['bits_per_weight']:.2f} bits per weight "
-             f"({weight['decoder_bits_per_weight']:.2f} in attention and MLP), run by {quality['runtime']['runtime']}",
+             f"({weight['decoder_bits_per_weight']:.2f} in attention and MLP), run by {_ran_by(quality['runtime'])}",
              f"  {matrices(weight)}"]
     for t in quality["texts"]:
         p = t["protocol"]
@@ -102,7 +102,7 @@ def speed_lines(report: dict[str, Any]) -> str:
     copied = s["read_bandwidth"] / s["copy_bandwidth"]
     lines = [
         f"{report['artifact']['name']}  {size(report['artifact']['size']['file_bytes'])}, run by "
-        f"{s['runtime']['runtime']} on {s['machine']['cpu']}, threads {p['threads']}, {p['device']}",
+        f"{_ran_by(s['runtime'])} on {s['machine']['cpu']}, threads {p['threads']}, {p['device']}",
         f"  load                 {s['load_s']:.2f} s  (file in the page cache)",
         f"  time to first token  {spread(s['first_token'], 3)} s  ({p['prompt']} tokens)",
         f"  prefill              {spread(s['prefill'])} tokens/s",
@@ -114,6 +114,12 @@ def speed_lines(report: dict[str, Any]) -> str:
         f"  medians [IQR] of {s['repetitions']} repetitions after {s['warmup']} warm-ups",
     ]
     return "\n".join([*lines, *(f"  UNSTABLE: {why}" for why in s["unstable"])])
+
+
+def _ran_by(runtime: dict[str, Any]) -> str:
+    """'onnxruntime at accuracy level 4': figures of different levels are of different arithmetic."""
+    levels = runtime.get("accuracy_levels")
+    return runtime["runtime"] + (f" at accuracy level {' and '.join(map(str, levels))}" if levels else "")
 
 
 def _nodes(runtime: dict[str, Any]) -> list[str]:

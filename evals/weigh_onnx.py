@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
 
 from llmc.evals.weigh import Tensor, classify
 from llmc.onnx_folder import OnnxFolder, attributes, elements
-
-if TYPE_CHECKING:
-    from onnx import NodeProto
 
 TABLES = ("Gather", "GatherBlockQuantized")  # read rows of their first input
 
@@ -48,23 +43,16 @@ def _packed(source: OnnxFolder) -> dict[str, tuple[str, str, int, list[str]]]:
         codes, a = sizes[node.input[at]], attributes(node)
         after = node.input[at + 1 : at + 3] if node.op_type != "GatherBlockQuantized" else node.input[2:4]
         names = [codes.name, *(n for n in after if n in sizes)]
-        if node.op_type == "MatMulNBits":
-            kind, parameters = nbits_name(a, len(node.input) > 3 and node.input[3] != ""), a["N"] * a["K"]
-        elif node.op_type == "GatherBlockQuantized":
-            bits = a.get("bits", 4)
-            parameters = elements(codes) * (8 // bits if codes.data_type == 2 else 1)
-            kind = f"int{bits} block {a['block_size']}" + (" asym" if len(names) > 2 else "")
+        if node.op_type == "DequantizeLinear":
+            kind, parameters = f"{TensorProto.DataType.Name(codes.data_type).lower()} QDQ", elements(codes)
         else:
-            kind = f"{TensorProto.DataType.Name(codes.data_type).lower()} QDQ"
-            parameters = elements(codes)
+            bits = a.get("bits", 4)
+            kind = f"int{bits} block {a['block_size']}" + (" asym" if len(names) > 2 else "")
+            packed_in_bytes = codes.data_type == TensorProto.UINT8
+            parameters = a["N"] * a["K"] if at else elements(codes) * (8 // bits if packed_in_bytes else 1)
         label = re.sub(r"[._]?q?weight.*$", "", codes.name) + ".weight"  # exporters name codes weight_Q4, qweight, …
         found.setdefault(codes.name, (label, kind, parameters, names))
     return found
-
-
-def nbits_name(found: dict[str, Any], asymmetric: bool) -> str:
-    """'int4 block 32' of a MatMulNBits node's attributes; without zero points the grid is symmetric."""
-    return f"int{found.get('bits', 4)} block {found['block_size']}" + (" asym" if asymmetric else "")
 
 
 def _tables(source: OnnxFolder) -> set[str]:
@@ -82,14 +70,3 @@ def _tables(source: OnnxFolder) -> set[str]:
                 elif name in source.spans:
                     found.add(name)
     return found
-
-
-def matmul_nbits(source: OnnxFolder) -> list[dict[str, Any]]:
-    """[{bits, block_size, symmetric, accuracy_level, matrices}] of the MatMulNBits nodes, the most frequent first."""
-    def key(node: NodeProto) -> tuple[int, int, bool, int]:
-        a = attributes(node)
-        return a.get("bits", 4), a["block_size"], len(node.input) < 4 or not node.input[3], a.get("accuracy_level", 0)
-
-    counts = Counter(key(n) for n in source.proto.graph.node if n.op_type == "MatMulNBits")
-    names = ("bits", "block_size", "symmetric", "accuracy_level")
-    return [{**dict(zip(names, k, strict=True)), "matrices": n} for k, n in counts.most_common()]

@@ -82,9 +82,8 @@ def _folder(folder: Path) -> dict[str, Any]:
 
 
 def _onnx(folder: Path) -> dict[str, Any]:
-    """An ONNX folder, from its graph and what describes it; 'operators' and 'matmul_nbits' (llmc.evals.weigh_onnx) beside
+    """An ONNX folder, from its graph and what describes it; 'operators' and 'matmul_nbits' (OnnxFolder) beside
     what every artifact tells."""
-    from llmc.evals.weigh_onnx import matmul_nbits
     from llmc.onnx_folder import open_onnx
     from llmc.sources import front_matter
 
@@ -92,7 +91,7 @@ def _onnx(folder: Path) -> dict[str, Any]:
     model, config = source.genai.get("model", {}), source.config
     decoder = model.get("decoder", {})
     opsets = {o.domain or "ai.onnx": o.version for o in source.proto.opset_import}
-    blocks = matmul_nbits(source)
+    blocks = source.matmul_nbits()
     return {
         "format": "ONNX folder, " + ", ".join(f"{domain} {version}" for domain, version in opsets.items()),
         "architecture": model.get("type") or (config.get("architectures") or [config.get("model_type")])[0],

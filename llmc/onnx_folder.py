@@ -69,6 +69,17 @@ class OnnxFolder:
         """How many of each operator the graph holds before ONNX Runtime optimises it."""
         return dict(sorted(Counter(n.op_type for n in self.proto.graph.node).items()))
 
+    def matmul_nbits(self) -> list[dict[str, Any]]:
+        """[{bits, block_size, symmetric, accuracy_level, matrices}] of the MatMulNBits nodes, the most frequent first."""
+        found: Counter[tuple[Any, ...]] = Counter()
+        for node in self.proto.graph.node:
+            if node.op_type == "MatMulNBits":
+                a = attributes(node)
+                symmetric = len(node.input) < 4 or not node.input[3]
+                found[a.get("bits", 4), a["block_size"], symmetric, a.get("accuracy_level", 0)] += 1
+        names = ("bits", "block_size", "symmetric", "accuracy_level")
+        return [{**dict(zip(names, k, strict=True)), "matrices": n} for k, n in found.most_common()]
+
     def array(self, tensor: TensorProto) -> np.ndarray:
         """The values of an initializer; those in external files are mapped, not read."""
         import numpy as np

@@ -165,7 +165,9 @@ class OnnxModel:
     def describe(self) -> dict[str, Any]:
         from llmc.runtimes.targets.this_machine import cpu_features
 
+        levels = sorted({b["accuracy_level"] for b in self._source.matmul_nbits()})
         return {"runtime": self.name, "version": self._ort.__version__, "device": self.device, "threads": self.threads,
+                "accuracy_levels": levels,
                 "session": {**OPTIONS, "intra_op_num_threads": self.threads}, "nodes": self.nodes,
                 "kv": {"shared": self._cache.shared, "bytes": self._cache.nbytes,
                        "types": sorted({s.dtype for s in self.signature.slots})},

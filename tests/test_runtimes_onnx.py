@@ -22,6 +22,7 @@ from llmc.errors import UserError
 from llmc.evals.bench import bench
 from llmc.evals.config import BenchConfig
 from llmc.evals.report import read_report
+from llmc.evals.show import speed_lines
 from llmc.evals.weigh import weigh
 from llmc.onnx_folder import is_onnx_folder, open_onnx
 from llmc.runtimes import onnx_model
@@ -172,6 +173,8 @@ def test_bench_says_what_ran(pair: SimpleNamespace, monkeypatch: pytest.MonkeyPa
     ran = report["speed"]["runtime"]
     assert ran["session"]["intra_op_num_threads"] == ran["threads"] == 1
     assert list(ran["nodes"]) == ["CPUExecutionProvider"]
+    assert ran["accuracy_levels"] == [4]
+    assert "run by onnxruntime at accuracy level 4" in speed_lines(report)
     nodes = ran["nodes"]["CPUExecutionProvider"]
     assert nodes["MatMulNBits"] == open_onnx(pair.int4).operators()["MatMulNBits"]
     assert nodes["GroupQueryAttention"] == 2
