@@ -50,6 +50,7 @@ class InputStatistics:
     ran along on, where x' is what the same linear sees there; None where it ran on none. They belong together: drift under
     the Hessian of other tokens over- or undershoots wherever a few tokens dominate.
     tokens: how many x there were
+    peak: float32 [in], the largest |x| of each column, of x as the linear sees it
 
     Inputs of linears that write to the residual stream (those that end a child module of the layer) are divided by the
     root mean square of the stream at their token, as it enters the layer or with what the linear adds, whichever is larger:
@@ -59,6 +60,7 @@ class InputStatistics:
 
     hessian: torch.Tensor
     tokens: int = 0
+    peak: torch.Tensor | None = None
     drift: torch.Tensor | None = None
     drift_hessian: torch.Tensor | None = None
 
@@ -293,7 +295,7 @@ class LayerRun:
 
     def _nothing_yet(self, group: LinearGroup) -> InputStatistics:
         n = group.in_features
-        found = InputStatistics(torch.zeros(n, n, device=self.device))
+        found = InputStatistics(torch.zeros(n, n, device=self.device), peak=torch.zeros(n, device=self.device))
         if self.unchanged[group.names[0]].places:
             found.drift = torch.zeros(n, n, device=self.device)
         return found
@@ -305,6 +307,8 @@ class LayerRun:
         rows = rows.float() if weight is None else rows * weight  # float32 either way
         add_gram(statistics.hessian, rows)
         statistics.tokens += rows.shape[0]
+        if statistics.peak is not None:
+            statistics.peak = torch.maximum(statistics.peak, x.reshape(rows.shape).abs().amax(0).float())
         unchanged = self.unchanged[name]
         if statistics.drift is not None and self.batch in unchanged.places:
             apart = (unchanged.get(self.batch).to(self.device) - x).view(rows.shape)

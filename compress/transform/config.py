@@ -9,7 +9,7 @@ from typing import Any
 from llmc.compress.quantize.config import QuantizeConfig
 from llmc.errors import UserError
 
-GAUGES = ("awq", "equalize", "none")
+GAUGES = ("awq", "equalize", "smooth", "none")
 ROTATIONS = ("none", "r2", "r1r2")
 TARGET = ("bits", "grid", "fallback", "group_size", "sym")  # these mean what they mean to `llmc quantize`
 CALIBRATED = ("calibration", "samples", "seq_len")
@@ -35,6 +35,13 @@ class TransformConfig:
     threads: int | None = None
     out: Path | None = None
     resume: bool = False
+    alpha: float = 0.5
+    """Of --gauge smooth: how much of the activations' range moves into the weights, 0 to 1."""
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether text is run through the model."""
+        return self.gauge in ("awq", "smooth")
 
     def __post_init__(self) -> None:
         problems = []
@@ -46,6 +53,8 @@ class TransformConfig:
             problems.append("--gauge none --rotate none: there is nothing to do")
         if self.untie and self.rotate != "r1r2":
             problems.append(f"--untie goes with --rotate r1r2, not {self.rotate}")
+        if not 0 <= self.alpha <= 1:
+            problems.append(f"--alpha {self.alpha}: must be 0 to 1")
         if problems:
             raise UserError("; ".join(problems), "see `llmc transform --help`")
         self.target()
@@ -64,5 +73,6 @@ class TransformConfig:
         if stage == "rotate":
             names: tuple[str, ...] = ("rotate", "untie", "seed")
         else:
-            names = ("gauge", *TARGET, *(CALIBRATED if self.gauge == "awq" else ()))
+            searched = ("alpha",) if self.gauge == "smooth" else TARGET
+            names = ("gauge", *searched, *(CALIBRATED if self.calibrated else ()))
         return {name: getattr(self, name) for name in names}

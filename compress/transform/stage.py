@@ -133,7 +133,8 @@ class Stage:
 
 
 class GaugeStage(Stage):
-    """AWQ's scalings on calibration text, or (calibration None) equalisation without data."""
+    """AWQ's or SmoothQuant's (settings['alpha']) scalings on calibration text, or (calibration None) equalisation without
+    data."""
 
     name = "gauge"
 
@@ -148,7 +149,7 @@ class GaugeStage(Stage):
         return {"calibration": self.calibration.origin if self.calibration else None}
 
     def layers(self, work: Workspace, arguments: list[dict[str, Any]]) -> None:
-        transform = Gauge(self.skeleton, arguments, self.grid_of)
+        transform = Gauge(self.skeleton, arguments, self.grid_of, self.settings.get("alpha"))
         if self.calibration is None:
             self.alone(work, transform, transform.change_alone)
             return
