@@ -44,14 +44,16 @@ def _packed(source: OnnxFolder) -> dict[str, tuple[str, str, int, list[str]]]:
         after = node.input[at + 1 : at + 3] if node.op_type != "GatherBlockQuantized" else node.input[2:4]
         names = [codes.name, *(n for n in after if n in sizes)]
         if node.op_type == "DequantizeLinear":
-            kind, parameters = f"{TensorProto.DataType.Name(codes.data_type).lower()} QDQ", elements(codes)
+            block = f" block {a['block_size']}" if a.get("block_size") else ""
+            kind, parameters = f"{TensorProto.DataType.Name(codes.data_type).lower()}{block} QDQ", elements(codes)
         else:
             bits = a.get("bits", 4)
             kind = f"int{bits} block {a['block_size']}" + (" asym" if len(names) > 2 else "")
             packed_in_bytes = codes.data_type == TensorProto.UINT8
             parameters = a["N"] * a["K"] if at else elements(codes) * (8 // bits if packed_in_bytes else 1)
         label = re.sub(r"[._]?q?weight.*$", "", codes.name) + ".weight"  # exporters name codes weight_Q4, qweight, …
-        found.setdefault(codes.name, (label, kind, parameters, names))
+        known = found.setdefault(codes.name, (label, kind, parameters, []))[3]
+        known += [n for n in names if n not in known]  # an embedding that is the head is used by two nodes
     return found
 
 

@@ -84,6 +84,7 @@ def _folder(folder: Path) -> dict[str, Any]:
 def _onnx(folder: Path) -> dict[str, Any]:
     """An ONNX folder, from its graph and what describes it; 'operators' and 'matmul_nbits' (OnnxFolder) beside
     what every artifact tells."""
+    from llmc.evals.weigh_onnx import tensors
     from llmc.onnx_folder import open_onnx
     from llmc.sources import front_matter
 
@@ -91,7 +92,7 @@ def _onnx(folder: Path) -> dict[str, Any]:
     model, config = source.genai.get("model", {}), source.config
     decoder = model.get("decoder", {})
     opsets = {o.domain or "ai.onnx": o.version for o in source.proto.opset_import}
-    blocks = source.matmul_nbits()
+    grids = {t.type for t in tensors(source) if t.kind in ("attention", "mlp") and "int" in t.type}
     return {
         "format": "ONNX folder, " + ", ".join(f"{domain} {version}" for domain, version in opsets.items()),
         "architecture": model.get("type") or (config.get("architectures") or [config.get("model_type")])[0],
@@ -102,9 +103,9 @@ def _onnx(folder: Path) -> dict[str, Any]:
             "kv_heads": decoder.get("num_key_value_heads") or config.get("num_key_value_heads"),
             "context": source.context,
         },
-        "grid": " + ".join(_blocks(b) for b in blocks) or None,
+        "grid": " + ".join(sorted(grids)) or None,
         "operators": source.operators(),
-        "matmul_nbits": blocks,
+        "matmul_nbits": source.matmul_nbits(),
         "tokenizer": _folder_tokenizer(folder, model.get("vocab_size") or config.get("vocab_size")),
         "licence": front_matter(folder / "README.md").get("license"),
     }
@@ -235,6 +236,7 @@ def describe(report: dict[str, Any]) -> str:
             share = 100 * c["bytes"] / w["tensor_bytes"]
             lines.append(f"  {name:<11} {size(c['bytes']):>9}  {share:4.1f} %  {', '.join(c['types'])}")
     if "operators" in report:
+        lines += [f"computed by   {_blocks(b)}" for b in report["matmul_nbits"]]
         lines.append("operators     " + ", ".join(f"{n} {op}" for op, n in report["operators"].items()))
     template = t["chat_template_sha256"]
     kind = f"{t['model']} ({t['pre']}), " if "model" in t else ""

@@ -23,6 +23,9 @@ GPUS = {  # by preference, with the memory that onnxruntime lets Python bind for
     "WebGpuExecutionProvider": "cpu", "DmlExecutionProvider": "cpu", "CoreMLExecutionProvider": "cpu",
 }
 OPTIONS = {"graph_optimization_level": "ORT_ENABLE_ALL", "execution_mode": "ORT_SEQUENTIAL", "inter_op_num_threads": 1}
+# What inputs of fused DequantizeLinear + MatMul are rounded to; onnxruntime's own default is 4, int8. Of the folder's session
+# options it is the only one that decides what is computed, and the only one that is taken from there
+QDQ_LEVEL, QDQ_DEFAULT = "session.qdq_matmulnbits_accuracy_level", "4"
 
 
 def _library() -> Any:
@@ -48,6 +51,8 @@ class OnnxModel:
         self._ort = ort = _library()
         self.folder, self.threads, self.device = folder, threads, device
         self._source = source = open_onnx(folder)
+        told = source.genai.get("model", {}).get("decoder", {}).get("session_options", {})
+        self.qdq_level = str(told.get(QDQ_LEVEL, QDQ_DEFAULT))
         self.provider = _gpu(ort) if device == "gpu" else CPU
         self.context = min(context, source.context or context)
         with tempfile.TemporaryDirectory() as work:
@@ -76,6 +81,7 @@ class OnnxModel:
         options.inter_op_num_threads = OPTIONS["inter_op_num_threads"]
         options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, str(OPTIONS["graph_optimization_level"]))
         options.execution_mode = getattr(ort.ExecutionMode, str(OPTIONS["execution_mode"]))
+        options.add_session_config_entry(QDQ_LEVEL, self.qdq_level)
         options.log_severity_level = 3  # errors only: they are raised as well
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
         try:
@@ -165,13 +171,19 @@ class OnnxModel:
     def describe(self) -> dict[str, Any]:
         from llmc.runtimes.targets.this_machine import cpu_features
 
-        levels = sorted({b["accuracy_level"] for b in self._source.matmul_nbits()})
         return {"runtime": self.name, "version": self._ort.__version__, "device": self.device, "threads": self.threads,
-                "accuracy_levels": levels,
-                "session": {**OPTIONS, "intra_op_num_threads": self.threads}, "nodes": self.nodes,
+                "accuracy_levels": self._accuracy_levels(),
+                "session": {**OPTIONS, "intra_op_num_threads": self.threads, QDQ_LEVEL: self.qdq_level}, "nodes": self.nodes,
                 "kv": {"shared": self._cache.shared, "bytes": self._cache.nbytes,
                        "types": sorted({s.dtype for s in self.signature.slots})},
                 "build": self._ort.get_build_info(), "cpu_features": cpu_features()}
+
+    def _accuracy_levels(self) -> list[int]:
+        """Of the graph's MatMulNBits, and of those that onnxruntime made of DequantizeLinear and MatMul when it loaded it."""
+        written = self._source.matmul_nbits()
+        run = sum(operators.get("MatMulNBits", 0) for operators in self.nodes.values())
+        fused = {int(self.qdq_level)} if run > sum(b["matrices"] for b in written) else set()
+        return sorted({b["accuracy_level"] for b in written} | fused)
 
     def close(self) -> None:
         self._binding = self._cache = self._session = None

@@ -182,6 +182,38 @@ def test_bench_says_what_ran(pair: SimpleNamespace, monkeypatch: pytest.MonkeyPa
     assert report["speed"]["peak_rss"] > 10_000_000
 
 
+def test_standard_operators_run_at_the_level_that_the_folder_asks_for(copy: Path) -> None:
+    """DequantizeLinear and MatMul are fused when the graph is loaded, by default with inputs rounded to int8."""
+    proto = onnx.load(str(copy / "model.onnx"))
+    weight = next(t for t in proto.graph.initializer if "down_proj" in t.name)
+    w = numpy_helper.to_array(weight)  # [128, 64]: rows are columns of the matrix
+    scale = np.abs(w.reshape(4, 32, 64)).max(1) / 7
+    codes = np.rint(w.reshape(4, 32, 64) / scale[:, None]).astype(np.int8).reshape(128, 64)
+    name = "layers.0.mlp.down_proj.qweight"
+    proto.graph.initializer.append(helper.make_tensor(name, TensorProto.INT4, codes.shape, codes.flatten()))
+    proto.graph.initializer.append(numpy_helper.from_array(scale, "q.scales"))
+    weight.CopyFrom(numpy_helper.from_array((codes.reshape(4, 32, 64) * scale[:, None]).reshape(128, 64), weight.name))
+    onnx.save(proto, str(copy / "model.onnx"))
+    exact = OnnxModel(copy, 128, 1)
+    assert exact.describe()["accuracy_levels"] == []
+    node = next(n for n in proto.graph.node if weight.name in n.input)
+    at = list(proto.graph.node).index(node)
+    node.input[1] = "w.dequantised"
+    dequantise = helper.make_node("DequantizeLinear", [name, "q.scales"], ["w.dequantised"], axis=0, block_size=32)
+    proto.graph.node.insert(at, dequantise)
+    onnx.save(proto, str(copy / "model.onnx"))
+    coarse = OnnxModel(copy, 128, 1)
+    assert coarse.describe()["accuracy_levels"] == [4]
+    config = json.loads((copy / "genai_config.json").read_text())
+    config["model"]["decoder"]["session_options"][onnx_model.QDQ_LEVEL] = "0"
+    (copy / "genai_config.json").write_text(json.dumps(config))
+    asked = OnnxModel(copy, 128, 1)
+    assert asked.describe()["accuracy_levels"] == [0]
+    np.testing.assert_allclose(asked.logits(IDS), exact.logits(IDS), **NOISE)
+    assert np.abs(coarse.logits(IDS) - exact.logits(IDS)).max() > 1e-3
+    assert "int4 block 32 QDQ" in inspection.inspect(copy)["grid"]
+
+
 def test_a_gpu_that_did_no_work_is_an_error(pair: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"--device gpu: the installed onnxruntime has only .*CPUExecutionProvider"):
         OnnxModel(pair.fp32, 64, 1, device="gpu")
