@@ -62,12 +62,14 @@ class LayerWatch(Protocol):
 class LoopSettings:
     """batch: sequences run at once.  true_sequential: gather each group's statistics after the groups before it were
     changed, not all of them on the unchanged layer.  reference: the first so many sequences (whole batches) run through
-    the unchanged model too, for `drift`; 0 for none.  workers: how many batches run side by side."""
+    the unchanged model too, for `drift`; 0 for none.  workers: how many batches run side by side.  peaks:
+    keep each column's largest value too."""
 
     batch: int = 8
     true_sequential: bool = True
     reference: int = 0
     workers: int = 1
+    peaks: bool = False
 
 
 def sequences_at_once(skeleton: Skeleton, seq_len: int, workers: int = 1) -> int:
@@ -184,7 +186,7 @@ class Loop:
                             "mixtures of experts are not supported yet")
         pass_.begin(index, layer, trace.groups)
         run = LayerRun(layer, arguments, trace, self.store, self.work.folder, self.settings.true_sequential,
-                       self.settings.workers)
+                       self.settings.workers, self.settings.peaks)
         try:
             if isinstance(pass_, LayerWatch):
                 run.watch(pass_.see)

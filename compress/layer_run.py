@@ -27,6 +27,7 @@ class InputStatistics:
     ran along on, where x' is what the same linear sees there; None where it ran on none. They belong together: drift under
     the Hessian of other tokens over- or undershoots wherever a few tokens dominate.
     tokens: how many x there were
+    peak: float32 [in], the largest |x| of each column, of x as the linear sees it; None where it was not asked for
 
     Inputs of linears that write to the residual stream (those that end a child module of the layer) are divided by the
     root mean square of the stream at their token, as it enters the layer or with what the linear adds, whichever is larger:
@@ -38,6 +39,7 @@ class InputStatistics:
     tokens: int = 0
     drift: torch.Tensor | None = None
     drift_hessian: torch.Tensor | None = None
+    peak: torch.Tensor | None = None
 
 
 class LayerRun:
@@ -46,12 +48,12 @@ class LayerRun:
     scratch: a folder for inputs of linears.  sequential: groups are worked on one after another. Then no linear runs twice:
     once the input of the linear that ends a child module is known, the module is replaced by that linear on that input (in
     a Llama layer the attention runs once, not four times). That is right only when everything before the linear is final.
-    workers: how many batches run side by side, each adding to sums of its own.
+    workers: how many batches run side by side, each adding to sums of its own.  peaks: keep each column's largest |x| too.
     """
 
     def __init__(self, layer: nn.Module, arguments: dict[str, Any], trace: LayerTrace, store: StateStore, scratch: Path,
-                 sequential: bool, workers: int = 1) -> None:
-        self.layer, self.arguments, self.store, self.workers = layer, arguments, store, workers
+                 sequential: bool, workers: int = 1, peaks: bool = False) -> None:
+        self.layer, self.arguments, self.store, self.workers, self.peaks = layer, arguments, store, workers, peaks
         self.groups, self.here = trace.groups, Here()
         self.device = next(layer.parameters()).device
         dtype = torch.bfloat16 if matmul_precision() == "bf16" else torch.float32
@@ -113,6 +115,8 @@ class LayerRun:
         found = InputStatistics(torch.zeros(n, n, device=self.device))
         if self.unchanged[group.names[0]].places:
             found.drift = torch.zeros(n, n, device=self.device)
+        if self.peaks:
+            found.peak = torch.zeros(n, device=self.device)
         return found
 
     def _add(self, statistics: InputStatistics, name: str, x: torch.Tensor) -> None:
@@ -122,6 +126,8 @@ class LayerRun:
         rows = relative(x, weight)
         add_gram(statistics.hessian, rows)
         statistics.tokens += rows.shape[0]
+        if statistics.peak is not None:
+            statistics.peak = torch.maximum(statistics.peak, x.reshape(rows.shape).abs().amax(0).float())
         if statistics.drift is not None and batch in unchanged.places:
             apart = relative(unchanged.get(batch).to(self.device) - x, weight)
             with fast_matmul():
@@ -198,6 +204,8 @@ def total(parts: list[InputStatistics]) -> InputStatistics:
         first.tokens += other.tokens
         if first.drift is not None and other.drift is not None:
             first.drift += other.drift
+        if first.peak is not None and other.peak is not None:
+            first.peak = torch.maximum(first.peak, other.peak)
         if other.drift_hessian is not None:
             assert first.drift_hessian is not None  # the first worker has the first batch
             first.drift_hessian += other.drift_hessian

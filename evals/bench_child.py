@@ -18,6 +18,7 @@ import numpy as np
 
 from llmc.errors import UserError
 from llmc.evals.texts import PYTHON_DOCS, load_text
+from llmc.onnx_folder import is_onnx_folder
 from llmc.runtimes.base import Runtime, open_runtime
 from llmc.runtimes.targets.this_machine import peak_rss
 
@@ -60,9 +61,11 @@ def _import(artifact: Path) -> None:
         from llmc.runtimes.llamacpp import use_extra_buffers
 
         use_extra_buffers()
-    else:
-        for module in ("llmc.runtimes.torch_model", "transformers.models.auto.modeling_auto"):
-            importlib.import_module(module)
+        return
+    onnx = ("llmc.runtimes.onnx_model", "onnx", "onnxruntime")
+    torch = ("llmc.runtimes.torch_model", "transformers.models.auto.modeling_auto")
+    for module in onnx if is_onnx_folder(artifact) else torch:
+        importlib.import_module(module)
 
 
 def _repetition(runtime: Runtime, ids: np.ndarray, generate: int) -> dict[str, float]:

@@ -18,7 +18,8 @@ import numpy as np
 
 from llmc.artifact import read_manifest, sha256, versions, write_json
 from llmc.errors import UserError
-from llmc.evals.weigh import weigh
+from llmc.evals.weigh import weigh, weight_files
+from llmc.onnx_folder import is_onnx_folder, open_onnx
 
 SCHEMA = 1
 KIND = "llmc-report"
@@ -28,19 +29,21 @@ def hash_artifact(artifact: Path) -> str:
     """sha256 of a .gguf file; of a folder, of the names and sha256s of its config and weight files."""
     if artifact.is_file():
         return sha256(artifact)
-    files = sorted([artifact / "config.json", *artifact.glob("*.safetensors")])
+    onnx = is_onnx_folder(artifact)
+    files = sorted(open_onnx(artifact).files if onnx else [artifact / "config.json", *weight_files(artifact)])
     return hashlib.sha256("".join(f"{p.name} {sha256(p)}\n" for p in files).encode()).hexdigest()
 
 
 def describe_artifact(artifact: Path) -> dict[str, Any]:
     """Identity, weight and provenance of an artifact, as far as its manifest tells."""
     manifest = read_manifest(artifact) or {}
+    unnamed = "gguf" if artifact.is_file() else "onnx" if is_onnx_folder(artifact) else "hf"
     passes = manifest.get("passes", [])
     # of the last pass that has any
     layers: list[dict[str, Any]] = next((p["layers"] for p in reversed(passes) if p.get("layers")), [])
     return {
         "name": artifact.name, "path": str(artifact), "sha256": hash_artifact(artifact),
-        "kind": manifest.get("kind") or ("gguf" if artifact.is_file() else "hf"), "size": weigh(artifact),
+        "kind": manifest.get("kind") or unnamed, "size": weigh(artifact),
         "source": manifest.get("source"), "created": manifest.get("created"),
         "passes": [{k: v for k, v in p.items() if k != "layers"} for p in passes],
         "layers": [{"layer": x.get("layer"), "error": x.get("error"), "events": x.get("events") or []} for x in layers],

@@ -39,7 +39,7 @@ def quality_lines(report: dict[str, Any]) -> str:
     artifact, quality = report["artifact"], report["quality"]
     weight = artifact["size"]
     lines = [f"{artifact['name']}  {size(weight['file_bytes'])}, {weight['bits_per_weight']:.2f} bits per weight "
-             f"({weight['decoder_bits_per_weight']:.2f} in attention and MLP), run by {quality['runtime']['runtime']}",
+             f"({weight['decoder_bits_per_weight']:.2f} in attention and MLP), run by {_ran_by(quality['runtime'])}",
              f"  {matrices(weight)}"]
     for t in quality["texts"]:
         p = t["protocol"]
@@ -103,7 +103,7 @@ def speed_lines(report: dict[str, Any]) -> str:
     copied = s["read_bandwidth"] / s["copy_bandwidth"]
     lines = [
         f"{report['artifact']['name']}  {size(report['artifact']['size']['file_bytes'])}, run by "
-        f"{s['runtime']['runtime']} on {s['machine']['cpu']}, threads {p['threads']}, {p['device']}",
+        f"{_ran_by(s['runtime'])} on {s['machine']['cpu']}, threads {p['threads']}, {p['device']}",
         f"  load                 {s['load_s']:.2f} s  (file in the page cache)",
         f"  time to first token  {spread(s['first_token'], 3)} s  ({p['prompt']} tokens)",
         f"  prefill              {spread(s['prefill'])} tokens/s",
@@ -111,9 +111,22 @@ def speed_lines(report: dict[str, Any]) -> str:
         f"  peak memory          {size(s['peak_rss'])}",
         f"  read per token       {size(s['token_bytes'])} of weights: {s['read_bandwidth'] / 1e9:.1f} GB/s, "
         f"{copied:.0%} of the copy bandwidth ({s['copy_bandwidth'] / 1e9:.1f} GB/s read plus written)",
+        *_nodes(s["runtime"]),
         f"  medians [IQR] of {s['repetitions']} repetitions after {s['warmup']} warm-ups",
     ]
     return "\n".join([*lines, *(f"  UNSTABLE: {why}" for why in s["unstable"])])
+
+
+def _ran_by(runtime: dict[str, Any]) -> str:
+    """'onnxruntime at accuracy level 4': figures of different levels are of different arithmetic."""
+    levels = runtime.get("accuracy_levels")
+    return runtime["runtime"] + (f" at accuracy level {' and '.join(map(str, levels))}" if levels else "")
+
+
+def _nodes(runtime: dict[str, Any]) -> list[str]:
+    """Where onnxruntime's nodes ran, of a report that tells."""
+    counts = [f"{sum(operators.values())} on {provider}" for provider, operators in runtime.get("nodes", {}).items()]
+    return [f"  nodes run            {', '.join(counts)}"] if counts else []
 
 
 def spread(s: dict[str, Any], digits: int = 1) -> str:

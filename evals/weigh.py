@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc.errors import UserError
+from llmc.onnx_folder import is_onnx_folder, open_onnx
 
 CLASSES = ("embedding", "head", "attention", "mlp", "other")
 # First match wins; `other` is what is left: norms and what no rule knows. Hugging Face names, then GGUF names.
@@ -40,7 +41,11 @@ def classify(name: str) -> str:
 
 
 def tensors(artifact: Path) -> list[Tensor]:
-    """Every weight of a folder (float or quantised) or a .gguf file, in file order."""
+    """Every weight of a folder (float, quantised or ONNX) or a .gguf file, in file order."""
+    if is_onnx_folder(artifact):
+        from llmc.evals import weigh_onnx
+
+        return list(weigh_onnx.tensors(open_onnx(artifact)))
     if artifact.is_dir():
         return list(_folder_tensors(artifact))
     if artifact.suffix == ".gguf" and artifact.is_file():
@@ -107,12 +112,20 @@ def weigh(artifact: Path) -> dict[str, Any]:
     parameters = sum(t.parameters for t in found)
     decoder = [classes["attention"], classes["mlp"]]
     decoder_parameters = sum(c["parameters"] for c in decoder)
-    files = [artifact] if artifact.is_file() else sorted(artifact.glob("*.safetensors"))
     return {
-        "file_bytes": sum(p.stat().st_size for p in files), "tensor_bytes": tensor_bytes, "parameters": parameters,
+        "file_bytes": sum(p.stat().st_size for p in weight_files(artifact)),
+        "tensor_bytes": tensor_bytes, "parameters": parameters,
         "bits_per_weight": 8 * tensor_bytes / parameters,
         "decoder_bits_per_weight": 8 * sum(c["bytes"] for c in decoder) / max(1, decoder_parameters),
         "token_bytes": tensor_bytes - (0 if tied else classes["embedding"]["bytes"]),
         "tied": tied, "types": dict(sorted(types.items())), "matrices": dict(sorted(matrices.items())),
         "classes": classes,
     }
+
+
+def weight_files(artifact: Path) -> list[Path]:
+    """The files in which an artifact's weights lie."""
+    if is_onnx_folder(artifact):
+        source = open_onnx(artifact)
+        return [source.model, *source.data_files]
+    return [artifact] if artifact.is_file() else sorted(artifact.glob("*.safetensors"))

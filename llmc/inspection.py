@@ -13,13 +13,14 @@ from llmc.artifact import MANIFEST, read_manifest, sha256
 from llmc.checkpoint import TOKENIZER_FILES, Checkpoint
 from llmc.console import size
 from llmc.errors import UserError
+from llmc.onnx_folder import is_onnx_folder
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
 
 def inspect(artifact: str | Path, tensors: bool = False) -> dict[str, Any]:
-    """Contents of a model folder (float or quantised), a .gguf file, or an importance matrix (see `_imatrix`).
+    """Contents of a model folder (float, quantised or ONNX), a .gguf file, or an importance matrix (see `_imatrix`).
 
     Returns {'artifact', 'format', 'architecture', 'model', 'grid', 'weights' (llmc.evals.weigh), 'tokenizer',
     'licence', 'provenance' (the manifest without its file hashes, None where llmc did not make it)} and with `tensors`
@@ -29,7 +30,9 @@ def inspect(artifact: str | Path, tensors: bool = False) -> dict[str, Any]:
     from llmc.evals.weigh import weigh
 
     path = Path(artifact)
-    if path.is_dir():
+    if is_onnx_folder(path):
+        found = _onnx(path)
+    elif path.is_dir():
         found = _folder(path)
     elif path.is_file() and path.suffix == ".gguf":
         if (matrix := _imatrix(path, tensors)) is not None:
@@ -55,11 +58,6 @@ def _folder(folder: Path) -> dict[str, Any]:
     # models that see and hear keep the language model's numbers one level down
     config = ckpt.config | ckpt.config.get("text_config", {})
     quantization = ckpt.quantization or {}
-    tokenizer = {
-        "files": {n: sha256(folder / n) for n in TOKENIZER_FILES if (folder / n).is_file()},
-        "vocabulary": config.get("vocab_size"),
-        "chat_template_sha256": _hash(_folder_template(folder)),
-    }
     method = quantization.get("quant_method")
     grid = None
     if method is not None:
@@ -78,8 +76,52 @@ def _folder(folder: Path) -> dict[str, Any]:
             "context": config.get("max_position_embeddings") or config.get("n_positions"),
         },
         "grid": grid,
-        "tokenizer": tokenizer,
+        "tokenizer": _folder_tokenizer(folder, config.get("vocab_size")),
         "licence": front_matter(folder / "README.md").get("license"),
+    }
+
+
+def _onnx(folder: Path) -> dict[str, Any]:
+    """An ONNX folder, from its graph and what describes it; 'operators' and 'matmul_nbits' (OnnxFolder) beside
+    what every artifact tells."""
+    from llmc.evals.weigh_onnx import tensors
+    from llmc.onnx_folder import open_onnx
+    from llmc.sources import front_matter
+
+    source = open_onnx(folder)
+    model, config = source.genai.get("model", {}), source.config
+    decoder = model.get("decoder", {})
+    opsets = {o.domain or "ai.onnx": o.version for o in source.proto.opset_import}
+    grids = {t.type for t in tensors(source) if t.kind in ("attention", "mlp") and "int" in t.type}
+    return {
+        "format": "ONNX folder, " + ", ".join(f"{domain} {version}" for domain, version in opsets.items()),
+        "architecture": model.get("type") or (config.get("architectures") or [config.get("model_type")])[0],
+        "model": {
+            "layers": decoder.get("num_hidden_layers") or config.get("num_hidden_layers"),
+            "hidden": decoder.get("hidden_size") or config.get("hidden_size"),
+            "heads": decoder.get("num_attention_heads") or config.get("num_attention_heads"),
+            "kv_heads": decoder.get("num_key_value_heads") or config.get("num_key_value_heads"),
+            "context": source.context,
+        },
+        "grid": " + ".join(sorted(grids)) or None,
+        "operators": source.operators(),
+        "matmul_nbits": source.matmul_nbits(),
+        "tokenizer": _folder_tokenizer(folder, model.get("vocab_size") or config.get("vocab_size")),
+        "licence": front_matter(folder / "README.md").get("license"),
+    }
+
+
+def _blocks(b: dict[str, Any]) -> str:
+    """'21 MatMulNBits int4 block 32, accuracy level 4' of one entry of 'matmul_nbits'."""
+    grid = f"int{b['bits']} block {b['block_size']}" + ("" if b["symmetric"] else " asym")
+    return f"{b['matrices']} MatMulNBits {grid}, accuracy level {b['accuracy_level']}"
+
+
+def _folder_tokenizer(folder: Path, vocabulary: int | None) -> dict[str, Any]:
+    return {
+        "files": {n: sha256(folder / n) for n in TOKENIZER_FILES if (folder / n).is_file()},
+        "vocabulary": vocabulary,
+        "chat_template_sha256": _hash(_folder_template(folder)),
     }
 
 
@@ -193,6 +235,9 @@ def describe(report: dict[str, Any]) -> str:
         if c["parameters"]:
             share = 100 * c["bytes"] / w["tensor_bytes"]
             lines.append(f"  {name:<11} {size(c['bytes']):>9}  {share:4.1f} %  {', '.join(c['types'])}")
+    if "operators" in report:
+        lines += [f"computed by   {_blocks(b)}" for b in report["matmul_nbits"]]
+        lines.append("operators     " + ", ".join(f"{n} {op}" for op, n in report["operators"].items()))
     template = t["chat_template_sha256"]
     kind = f"{t['model']} ({t['pre']}), " if "model" in t else ""
     lines += [

@@ -10,6 +10,7 @@ from typing import Any
 
 from llmc.artifact import MANIFEST, hash_folder, manifest_path, read_manifest, sha256
 from llmc.errors import UserError
+from llmc.onnx_folder import is_onnx_folder
 
 
 def verify(artifact: str | Path) -> dict[str, Any]:
@@ -27,7 +28,8 @@ def verify(artifact: str | Path) -> dict[str, Any]:
         problems += _against_manifest(found, manifest.get("outputs"))
     elif not problems:
         problems.append(f"there is no {manifest_path(path)}: llmc did not make this, or its manifest was lost")
-    _collect(problems, lambda: problems.extend(_folder_problems(path) if path.is_dir() else _gguf_problems(path)))
+    look = _onnx_problems if is_onnx_folder(path) else _folder_problems if path.is_dir() else _gguf_problems
+    _collect(problems, lambda: problems.extend(look(path)))
     return {"artifact": str(artifact), "kind": manifest.get("kind"), "files": len(found), "problems": problems}
 
 
@@ -93,6 +95,23 @@ def _quantize_config_problems(config: dict[str, Any], copy: Path) -> Iterator[st
     for key in sorted(config.keys() | other.keys()):
         if config.get(key) != other.get(key):
             yield f"{copy.name} says {key} = {other.get(key)!r}, config.json says {config.get(key)!r}"
+
+
+def _onnx_problems(folder: Path) -> Iterator[str]:
+    """Is the graph whole, its external data all there and inside the folder, and every float weight finite?"""
+    import numpy as np
+    from onnx import TensorProto
+
+    from llmc.onnx_folder import open_onnx
+
+    source = open_onnx(folder)
+    problems: list[str] = []
+    floats = (TensorProto.FLOAT, TensorProto.FLOAT16)
+    for tensor in source.proto.graph.initializer:
+        values = _collect(problems, partial(source.array, tensor))
+        if values is not None and tensor.data_type in floats and not np.isfinite(values).all():
+            problems.append(f"{tensor.name} holds NaN or infinite values")
+    yield from problems
 
 
 def _gguf_problems(file: Path) -> Iterator[str]:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from llmc.errors import UserError
+from llmc.onnx_folder import is_onnx_folder
 
 TOO_LONG = "shorten the text, or raise the context as far as the model was trained for"
 
@@ -19,7 +20,7 @@ class Runtime(Protocol):
     """One loaded artifact. Not safe for use from several threads."""
 
     name: str
-    """'torch' or 'llama.cpp'."""
+    """'torch', 'llama.cpp' or 'onnxruntime'."""
     vocab_size: int
     context: int
     """The most tokens that fit: what was asked for, or fewer where the model was trained for fewer."""
@@ -64,7 +65,8 @@ def locate(artifact: str) -> Path:
 
 
 def open_runtime(artifact: Path, context: int, threads: int, device: str = "cpu") -> Runtime:
-    """Open an artifact in its own runtime: a folder (float or quantised) in torch, a .gguf file in llama.cpp.
+    """Open an artifact in its own runtime: a .gguf file in llama.cpp, an ONNX folder in onnxruntime, any other folder
+    (float or quantised) in torch.
 
     context: the most tokens that will be in the KV cache at once (a model trained for fewer takes fewer).
     """
@@ -72,6 +74,10 @@ def open_runtime(artifact: Path, context: int, threads: int, device: str = "cpu"
         from llmc.runtimes.llamacpp import LlamaCpp
 
         return LlamaCpp(artifact, context=context, threads=threads, device=device)
+    if is_onnx_folder(artifact):
+        from llmc.runtimes.onnx_model import OnnxModel
+
+        return OnnxModel(artifact, context=context, threads=threads, device=device)
     if artifact.is_dir():
         from llmc.runtimes.torch_model import TorchModel
 

@@ -347,3 +347,64 @@ def test_plain_rounding_of_a_gauged_linear_loses_less_on_its_inputs() -> None:
     scale = (s ** gauges.search_alpha(w, hessian, s, grid)[0]).float()
     lost = [float(objective((rtn(w * f, grid).dequantize() / f - w).t(), hessian).sum()) for f in (torch.ones(64), scale)]
     assert lost[1] < 0.95 * lost[0]
+
+
+# ----------------------------------------------------------------------------------------------------------- SmoothQuant
+
+
+def test_smoothing_factors_are_those_of_the_paper(tmp_path: Path) -> None:
+    model = load(build("llama", tmp_path / "m"))
+    layer = layers_of(model)[0]
+    places = {p.writer: p for p in map_layer(model.config, layer).places}
+    peak = torch.rand(64, dtype=torch.float64) + 0.1
+    largest = torch.stack([get_weight(layer.get_submodule(f"self_attn.{n}_proj")).abs().amax(0) for n in "qkv"]).amax(0)
+    expected = peak**0.7 / largest**0.3  # eq. 4 of arXiv:2211.10438
+    found = gauges.smoothing_factors(peak, layer, places["input_layernorm"], 0.7)
+    torch.testing.assert_close(found / found[0], expected / expected[0])
+    # heads that share a value head share its channels: the largest of their columns counts
+    shared = gauges.smoothing_factors(peak, layer, places["self_attn.v_proj"], 1.0)
+    columns = places["self_attn.v_proj"].columns
+    together = torch.stack([peak[columns == c].max() for c in range(places["self_attn.v_proj"].channels)])
+    torch.testing.assert_close(shared / shared[0], together / together[0])
+
+
+def int8_logits(folder: Path) -> torch.Tensor:
+    """Logits with every linear of the decoder in 8 bits: a scale for each row of weights and each token of inputs."""
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
+        return (x / scale).round() * scale
+
+    model = load(folder)
+    for module in layers_of(model).modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight.data = rounded(module.weight.data)
+            module.register_forward_pre_hook(lambda _, args: (rounded(args[0]), *args[1:]))
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "opt"])
+def test_smoothing_spares_8_bit_inputs_from_large_channels(family: str, tmp_path: Path, text: Path) -> None:
+    model = load(build(family, tmp_path / "m"), torch.float32)
+    for layer in layers_of(model):  # some channels far larger than the rest, as large models have them
+        found = map_layer(model.config, layer)
+        for place in found.norms:
+            s = torch.ones(place.channels, dtype=torch.float64)
+            s[[3, 17]] = 1 / 40
+            gauges.apply_gauge(layer, place, s, found.family.offset)
+    model.save_pretrained(tmp_path / "m")
+    exact = logits(tmp_path / "m")
+    result = llmc.transform(tmp_path / "m", gauge="smooth", calibration=text, samples=8, seq_len=64, out=tmp_path / "s",
+                            threads=1)
+    same(logits(tmp_path / "s"), exact, 1e-5)
+    before, after = (float((int8_logits(tmp_path / n) - exact).square().mean().sqrt()) for n in ("m", "s"))
+    assert after < 0.5 * before
+    entry = result["passes"][0]
+    assert entry["config"]["alpha"] == 0.5
+    assert "bits" not in entry["config"]  # no grid is searched
+    assert all(p["after"] < 0.5 for layer in entry["layers"] for n, p in layer["places"].items() if "norm" in n)
+
+
+def test_a_migration_out_of_range(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--alpha 1\.5: must be 0 to 1"):
+        llmc.transform(tmp_path, gauge="smooth", alpha=1.5)

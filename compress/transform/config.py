@@ -10,7 +10,7 @@ from llmc.compress.quantize.config import QuantizeConfig
 from llmc.compress.ranges import out_of_range
 from llmc.errors import UserError
 
-GAUGES = ("awq", "equalize", "none")
+GAUGES = ("awq", "equalize", "smooth", "none")
 ROTATIONS = ("none", "r2", "r1r2")
 TARGET = ("bits", "grid", "fallback", "group_size", "sym")  # these mean what they mean to `llmc quantize`
 CALIBRATED = ("calibration", "samples", "seq_len")
@@ -36,6 +36,13 @@ class TransformConfig:
     threads: int | None = None
     out: Path | None = None
     resume: bool = False
+    alpha: float = 0.5
+    """Of --gauge smooth: how much of the activations' range moves into the weights, 0 to 1."""
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether text is run through the model."""
+        return self.gauge in ("awq", "smooth")
 
     def __post_init__(self) -> None:
         problems = []
@@ -48,6 +55,8 @@ class TransformConfig:
         if self.untie and self.rotate != "r1r2":
             problems.append(f"--untie goes with --rotate r1r2, not {self.rotate}")
         problems += out_of_range(self, ("samples",))
+        if not 0 <= self.alpha <= 1:
+            problems.append(f"--alpha {self.alpha}: must be 0 to 1")
         if problems:
             raise UserError("; ".join(problems), "see `llmc transform --help`")
         self.target()
@@ -65,5 +74,6 @@ class TransformConfig:
         if stage == "rotate":
             names: tuple[str, ...] = ("rotate", "untie", "seed")
         else:
-            names = ("gauge", *TARGET, *(CALIBRATED if self.gauge == "awq" else ()))
+            searched = ("alpha",) if self.gauge == "smooth" else TARGET
+            names = ("gauge", *searched, *(CALIBRATED if self.calibrated else ()))
         return {name: getattr(self, name) for name in names}

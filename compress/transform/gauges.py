@@ -16,8 +16,11 @@ Sources
 * Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", 2019 (arXiv:1906.04721), eq. 11:
   s = sqrt(range of the writer's row / range of the readers' column). Here s^alpha, alpha searched on the same grid; the
   second moments of the unknown input are taken to be those of the writer's rows.
+* Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models", 2022
+  (arXiv:2211.10438), eq. 4: s = (max |x|)^alpha / (max |w|)^(1 - alpha), alpha given. For inputs that are rounded to 8 bits
+  with one scale a token (8-bit ONNX): a few large channels would take the whole scale.
 
-alpha = 0 leaves the weights alone and is always among the choices.
+For the first two, alpha = 0 leaves the weights alone and is always among the choices.
 """
 
 from __future__ import annotations
@@ -44,13 +47,35 @@ def activation_factors(second_moments: torch.Tensor, place: Place) -> torch.Tens
     return normalised((summed / torch.bincount(place.columns, minlength=place.channels)).sqrt())
 
 
-def equalising_factors(layer: nn.Module, place: Place, offset: float) -> torch.Tensor:
-    """Nagel's s, eq. 11 -> float64 [channels], geometric mean 1."""
+def smoothing_factors(peak: torch.Tensor, layer: nn.Module, place: Place, alpha: float) -> torch.Tensor:
+    """SmoothQuant's s, eq. 4, from the largest |x| of the readers' columns [in] -> float64 [channels], geometric mean 1
+    (a common factor changes nothing: scales of tokens and of rows take it up)."""
+    largest = torch.zeros(place.channels, dtype=torch.float64)
+    largest.scatter_reduce_(0, place.columns, peak.double().cpu(), "amax")
+    return normalised(normalised(largest) ** alpha / normalised(_readers_range(layer, place)) ** (1 - alpha))
+
+
+def int8_noise(peak: torch.Tensor, layer: nn.Module, place: Place, s: torch.Tensor) -> float:
+    """What rounding inputs x / s to 8 bits with one scale a token does at most to the readers' outputs, as a mean square, up
+    to a constant: (max |x / s|)^2 |W s|^2."""
+    columns = s[place.columns]
+    squares = sum(get_weight(layer.get_submodule(n)).double().cpu().square().sum(0) for n in place.readers)
+    return float((peak.double().cpu() / columns).amax().square() * (squares * columns.square()).sum())
+
+
+def _readers_range(layer: nn.Module, place: Place) -> torch.Tensor:
+    """float64 [channels]: the largest |w| of the readers' columns."""
     ranges = torch.zeros(place.channels, dtype=torch.float64)
     for name in place.readers:
         columns = get_weight(layer.get_submodule(name)).abs().amax(0).double().cpu()
         ranges = ranges.scatter_reduce(0, place.columns, columns, "amax")
-    return normalised((writer_size(layer, place, offset, "range") / ranges.clamp_min(1e-30)).sqrt())
+    return ranges
+
+
+def equalising_factors(layer: nn.Module, place: Place, offset: float) -> torch.Tensor:
+    """Nagel's s, eq. 11 -> float64 [channels], geometric mean 1."""
+    ranges = _readers_range(layer, place).clamp_min(1e-30)
+    return normalised((writer_size(layer, place, offset, "range") / ranges).sqrt())
 
 
 def writer_size(layer: nn.Module, place: Place, offset: float, of: str) -> torch.Tensor:

@@ -16,7 +16,9 @@ from llmc.compress.transform.gauges import (
     activation_factors,
     apply_gauge,
     equalising_factors,
+    int8_noise,
     search_alpha,
+    smoothing_factors,
     writer_size,
 )
 from llmc.compress.transform.roles import Place, map_layer
@@ -94,19 +96,27 @@ class Rotation(Transform):
 
 
 class Gauge(Transform):
-    """Scalings, searched on the target grid: AWQ's where the loop gives statistics, `change_alone` without data.
+    """Scalings, searched on the target grid: AWQ's where the loop gives statistics, `change_alone` without data; or, with
+    `smooth`, SmoothQuant's for that alpha.
 
     A record's 'places': {name: {'alpha', 'before', 'after'}}, the readers' rounding error as a share of their output energy
-    with alpha = 0 and with the alpha taken, each under the statistics that the search used.
+    with alpha = 0 and with the alpha taken, each under the statistics that the search used; of SmoothQuant the error bound
+    of inputs in 8 bits (gauges.int8_noise), 'before' being 1.
     """
 
-    def __init__(self, skeleton: Skeleton, arguments: list[dict[str, Any]], grid_of: Callable[[int], AnyGrid]) -> None:
+    def __init__(self, skeleton: Skeleton, arguments: list[dict[str, Any]], grid_of: Callable[[int], AnyGrid],
+                 smooth: float | None = None) -> None:
         super().__init__(skeleton, arguments)
-        self.grid_of = grid_of
+        self.grid_of, self.smooth = grid_of, smooth
 
     def change(self, layer: nn.Module, group: LinearGroup, statistics: InputStatistics) -> None:
         for place in self.map.places:
-            if set(place.readers) == set(group.names):
+            if set(place.readers) != set(group.names):
+                continue
+            if self.smooth is not None:
+                assert statistics.peak is not None  # asked of the loop
+                self._migrate(layer, place, statistics.peak, self.smooth)
+            else:
                 s = activation_factors(statistics.hessian.diagonal(), place)
                 self._scale(layer, place, s, statistics.hessian)
 
@@ -116,6 +126,12 @@ class Gauge(Transform):
             s = equalising_factors(layer, place, offset)
             moments = writer_size(layer, place, offset, "rms").square()[place.columns]
             self._scale(layer, place, s, moments.float().to(self.skeleton.device).diag())
+
+    def _migrate(self, layer: nn.Module, place: Place, peak: torch.Tensor, alpha: float) -> None:
+        s = smoothing_factors(peak, layer, place, alpha)
+        noise = [int8_noise(peak, layer, place, factors) for factors in (torch.ones_like(s), s)]
+        self.places[place.name] = {"alpha": alpha, "before": 1.0, "after": noise[1] / (noise[0] or 1.0)}
+        apply_gauge(layer, place, s, self.map.family.offset)
 
     def _scale(self, layer: nn.Module, place: Place, s: torch.Tensor, hessian: torch.Tensor) -> None:
         weight = torch.cat([get_weight(layer.get_submodule(n)) for n in place.readers])

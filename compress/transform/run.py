@@ -44,7 +44,7 @@ def transform(model: str | Path, config: TransformConfig) -> dict[str, Any]:
     check_weights(skeleton.checkpoint)
     kept = sampled_file(out.with_name(f".{out.name}.unfinished"))
     calibration = None
-    if config.gauge == "awq":
+    if config.calibrated:
         calibration = calibration_text(skeleton, hash_source(source), config, threads, kept)
     result = make(source, out, config, calibration, threads)
     kept.unlink(missing_ok=True)
@@ -80,7 +80,7 @@ def disk_bytes(skeleton: Skeleton, config: TransformConfig) -> int:
     """At the peak: the model in float32 as layers and as a folder, and the folder of the stage before; where text is run
     through it, three files of states."""
     hidden = skeleton.config.get_text_config().hidden_size
-    states = 3 * config.samples * config.seq_len * hidden if config.gauge == "awq" else 0
+    states = 3 * config.samples * config.seq_len * hidden if config.calibrated else 0
     return 4 * (3 * sum(p.numel() for p in skeleton.model.parameters()) + states)
 
 

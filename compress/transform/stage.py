@@ -129,7 +129,8 @@ class Stage:
 
 
 class GaugeStage(Stage):
-    """AWQ's scalings on calibration text, or (calibration None) equalisation without data."""
+    """AWQ's or SmoothQuant's (settings['alpha']) scalings on calibration text, or (calibration None) equalisation without
+    data."""
 
     name = "gauge"
 
@@ -141,7 +142,8 @@ class GaugeStage(Stage):
         return {"calibration": self.calibration.origin if self.calibration else None}
 
     def layers(self, work: Workspace, arguments: list[dict[str, Any]]) -> None:
-        transform = Gauge(self.skeleton, arguments, self.grid_of)
+        smooth = self.settings.get("alpha")
+        transform = Gauge(self.skeleton, arguments, self.grid_of, smooth)
         if self.calibration is None:
             self.alone(work, transform, transform.change_alone)
             return
@@ -149,7 +151,7 @@ class GaugeStage(Stage):
         # all groups of a layer at once: a scaling of one place does not change what the others see
         workers = workers_for(self.skeleton)
         batch = sequences_at_once(self.skeleton, sequences.shape[1], workers)
-        settings = LoopSettings(batch, true_sequential=False, workers=workers)
+        settings = LoopSettings(batch, true_sequential=False, workers=workers, peaks=smooth is not None)
         Loop(self.skeleton, sequences, work, settings).run(transform, _note)
 
 

@@ -16,7 +16,7 @@ def register(app: typer.Typer) -> None:
 
 def bench(
     artifacts: list[str] = typer.Argument(..., metavar="ARTIFACT…", show_default=False,
-                                          help="Model folders, .gguf files or hub ids; several are run in turns."),
+                                          help="Model or ONNX folders, .gguf files or hub ids; several are run in turns."),
     prompt: int = typer.Option(BenchConfig.prompt, help="Tokens of the prompt (prefill, time to first token)."),
     generate: int = typer.Option(BenchConfig.generate, help="Tokens to decode after it."),
     repetitions: int = typer.Option(BenchConfig.repetitions, help="Measured repetitions, at least 5."),

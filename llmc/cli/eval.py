@@ -15,7 +15,7 @@ def register(app: typer.Typer) -> None:
 
 
 def evaluate(
-    artifact: str = typer.Argument(..., metavar="ARTIFACT", help="A model folder, a .gguf file or a hub id."),
+    artifact: str = typer.Argument(..., metavar="ARTIFACT", help="A model or ONNX folder, a .gguf file or a hub id."),
     base: str | None = typer.Option(EvalConfig.base, help="The model it was made from: a folder, .gguf or hub id.",
                                     show_default=False),
     text: str = typer.Option(EvalConfig.text, help="A text file, wikitext (from the hub) or python-docs."),

@@ -14,7 +14,7 @@ def register(app: typer.Typer) -> None:
 
 
 def generate(
-    artifact: str = typer.Argument(..., metavar="ARTIFACT", help="A model folder, a .gguf file or a hub id."),
+    artifact: str = typer.Argument(..., metavar="ARTIFACT", help="A model or ONNX folder, a .gguf file or a hub id."),
     prompt: str = typer.Argument(..., metavar="PROMPT", help="What to continue, or to answer with --chat."),
     max_tokens: int = typer.Option(GenerateConfig.max_tokens, help="The most tokens to make."),
     temperature: float = typer.Option(GenerateConfig.temperature, help="0 takes the likeliest token each time."),

@@ -13,7 +13,7 @@ def register(app: typer.Typer) -> None:
 
 
 def inspect(
-    artifact: Path = typer.Argument(..., metavar="ARTIFACT", help="A model folder or .gguf file, llmc's or not."),
+    artifact: Path = typer.Argument(..., metavar="ARTIFACT", help="A model or ONNX folder or .gguf file, llmc's or not."),
     tensors: bool = typer.Option(False, "--tensors", help="List every tensor with its shape, type and bytes."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:

@@ -17,7 +17,10 @@ D = TransformConfig()
 def transform(
     model: Annotated[str, typer.Argument(help="A float model: a Hugging Face folder, a .gguf file, or a hub id (org/name).")],
     gauge: Annotated[str, typer.Option(
-        help="Scale channels: awq (searched on calibration text), equalize (no data) or none.")] = D.gauge,
+        help="Scale channels: awq (searched on calibration text), equalize (no data), smooth (SmoothQuant's, for 8-bit "
+             "activations) or none.")] = D.gauge,
+    alpha: Annotated[float, typer.Option(
+        help="Of --gauge smooth: share of the activations' range that moves into the weights, 0 to 1.")] = D.alpha,
     rotate: Annotated[str, typer.Option(
         help="Rotate: r2 (values of each head), r1r2 (the residual stream too), or none.")] = D.rotate,
     untie: Annotated[bool, typer.Option("--untie", help="With r1r2: give a tied head its own matrix, and pay its bytes."),
@@ -46,7 +49,7 @@ def transform(
     original.
     """
     config = TransformConfig(gauge, rotate, untie, bits, grid, fallback, group_size, sym, calibration, samples, seq_len, seed,
-                             device, threads, out, resume)
+                             device, threads, out, resume, alpha)
     if as_json:
         set_quiet(True)
     from llmc.compress.transform.run import transform as run

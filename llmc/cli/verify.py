@@ -13,7 +13,7 @@ def register(app: typer.Typer) -> None:
 
 
 def verify(
-    artifact: Path = typer.Argument(..., metavar="ARTIFACT", help="A model folder or .gguf file that llmc made."),
+    artifact: Path = typer.Argument(..., metavar="ARTIFACT", help="A model or ONNX folder or .gguf file that llmc made."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
     """Check an artifact against its manifest.

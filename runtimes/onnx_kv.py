@@ -1,0 +1,119 @@
+"""The KV cache of an ONNX decoder: buffers that onnxruntime reads and writes in place, so that no token copies the cache."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from llmc.errors import UserError
+from llmc.onnx_folder import OnnxFolder, attributes
+
+HOW = "export it with `llmc export --format onnx`, or with onnxruntime-genai's model builder"
+FEEDS = ("input_ids", "attention_mask", "position_ids")
+TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int8)": "int8", "tensor(uint8)": "uint8",
+         "tensor(int64)": "int64", "tensor(int32)": "int32"}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The keys or the values of one layer: [1, heads, tokens, width]."""
+
+    past: str
+    present: str
+    heads: int
+    width: int
+    dtype: str
+    window: int
+    """Rows of a cache that slides by itself (GroupQueryAttention's sliding_window_cache); 0: it holds every token."""
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a decoder takes and gives. feeds: {name: numpy type} of FEEDS; logits: numpy type."""
+
+    feeds: dict[str, str]
+    slots: list[Slot]
+    logits: str
+    vocab: int
+    shareable: bool
+    """Whether every cache may be one buffer for past and present: GroupQueryAttention writes all of them."""
+
+
+def read_signature(source: OnnxFolder, session: Any) -> Signature:
+    """The signature of a session, or a UserError that says what makes it no decoder that llmc can run."""
+    inputs, outputs = ({v.name: v for v in values} for values in (session.get_inputs(), session.get_outputs()))
+    feeds = {name: inputs.pop(name) for name in FEEDS if name in inputs}
+    past = {n: v for n, v in inputs.items() if re.fullmatch(r"past_key_values\.\d+\.(key|value)", n)}
+    pairs = {n: n.replace("past_key_values", "present") for n in past}
+    lacking = [n for n in ("input_ids", "logits") if n not in feeds and n not in outputs]
+    lacking += [n for n in pairs.values() if n not in outputs] + ([] if past else ["past_key_values.0.key"])
+    if lacking or len(inputs) > len(past):
+        odd = sorted(inputs.keys() - past.keys())
+        raise UserError(f"{source.model} is no decoder with KV cache that llmc can run: "
+                        + "; ".join(f"{what} {', '.join(names[:4])}" for what, names in
+                                    (("it lacks", lacking), ("it takes the unknown inputs", odd)) if names), HOW)
+    writers = {out: node for node in source.proto.graph.node for out in node.output if out in pairs.values()}
+    windows = {out: _window(source, node) for out, node in writers.items()}
+    decoder = source.genai.get("model", {}).get("decoder", {})
+    slots = [Slot(n, pairs[n], _number(source, v.shape[1], n, decoder.get("num_key_value_heads")),
+                  _number(source, v.shape[3], n, decoder.get("head_size")), _type(source, v), windows.get(pairs[n], 0))
+             for n, v in past.items()]
+    logits = outputs["logits"]
+    return Signature(
+        {n: _type(source, v) for n, v in feeds.items()}, slots, _type(source, logits),
+        _number(source, logits.shape[-1], "logits", source.genai.get("model", {}).get("vocab_size")),
+        len(writers) == len(slots) and all(n.op_type == "GroupQueryAttention" for n in writers.values()))
+
+
+def _window(source: OnnxFolder, node: Any) -> int:
+    """Rows that a self-sliding cache is given: the window, and the slack that the folder asks for."""
+    found = attributes(node)
+    if not found.get("sliding_window_cache"):
+        return 0
+    slack = source.genai.get("model", {}).get("decoder", {}).get("sliding_window", {}).get("cache_slack", 0)
+    return int(found["local_window_size"]) + int(slack)
+
+
+def _number(source: OnnxFolder, declared: Any, name: str, told: Any) -> int:
+    """A dimension as the graph declares it, else as genai_config.json tells it."""
+    found = declared if isinstance(declared, int) else told
+    if not isinstance(found, int):
+        raise UserError(f"neither the graph nor genai_config.json in {source.folder} tells the sizes of {name}", HOW)
+    return found
+
+
+def _type(source: OnnxFolder, value: Any) -> str:
+    if value.type not in TYPES:
+        raise UserError(f"{value.name} of {source.model} is a {value.type}; llmc feeds and reads {', '.join(TYPES)}", HOW)
+    return TYPES[value.type]
+
+
+class KvCache:
+    """Buffers for at most `rows` tokens, on onnxruntime's memory `device` ('cpu', 'cuda').
+
+    shared: past and present are one buffer of full length, and the operator writes the new rows into it. Otherwise two
+    buffers take turns, each seen by the graph at the length that it has reached.
+    """
+
+    def __init__(self, ort: Any, slots: list[Slot], rows: int, device: str, shared: bool) -> None:
+        self.slots, self.rows, self.device, self.shared = slots, rows, device, shared
+
+        def buffer(slot: Slot) -> Any:
+            shape = [1, slot.heads, slot.window or rows, slot.width]
+            return ort.OrtValue.ortvalue_from_shape_and_type(shape, slot.dtype, device, 0)
+
+        self._buffers = [(b := buffer(slot), b if shared else buffer(slot)) for slot in slots]
+
+    def bind(self, binding: Any, past: int, new: int) -> None:
+        """Give a run that adds `new` tokens to `past` its caches; what it writes is the past of the next."""
+        for i, (slot, (old, fresh)) in enumerate(zip(self.slots, self._buffers, strict=True)):
+            whole = slot.window or (self.rows if self.shared else 0)
+            for name, give, value, length in ((slot.past, binding.bind_input, old, whole or past),
+                                              (slot.present, binding.bind_output, fresh, whole or past + new)):
+                give(name, self.device, 0, slot.dtype, [1, slot.heads, length, slot.width], value.data_ptr())
+            self._buffers[i] = fresh, old
+
+    @property
+    def nbytes(self) -> int:
+        return sum(b.tensor_size_in_bytes() for pair in self._buffers for b in pair[: 1 if self.shared else 2])
