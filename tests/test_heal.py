@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +74,20 @@ def test_a_healed_linear_starts_as_what_it_replaces_and_has_autograds_gradients(
 def test_trained_factors_are_values_of_fp16_and_make_the_weight_that_ships(grid: Grid | BlockGrid) -> None:
     q = quantized(grid)
     linear = student.HealedLinear(q, None, torch.float32)
-    for p in linear.trained().values():
-        p.data.normal_(0, 0.1)
-    factors = {name: f.detach() for name, f in linear.factors().items()}
+    linear(torch.eye(256))  # made once, and again after a change
+    with torch.no_grad():
+        for p in linear.trained().values():
+            p.normal_(0, 0.1)
+    factors = linear.factors()
     assert all(torch.equal(f, f.half().float()) for f in factors.values())
     shipped = with_tensors(q, {name: f.half() for name, f in factors.items()})
     torch.testing.assert_close(linear(torch.eye(256)).t(), shipped.dequantize(), rtol=1e-6, atol=1e-6)
     assert not torch.equal(shipped.dequantize(), q.dequantize())
+
+
+def whole(head: nn.Module, known: torch.Tensor) -> Callable[[slice], loss.Whole]:
+    """All that a teacher says at a range of positions."""
+    return lambda part: loss.Whole(head(known.reshape(-1, known.shape[-1])[part]).detach())
 
 
 def test_divergence_in_chunks_is_that_of_whole_logits_and_so_is_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,10 +98,12 @@ def test_divergence_in_chunks_is_that_of_whole_logits_and_so_is_its_gradient(mon
                                     reduction="sum", log_target=True) / 14
     gradient, = torch.autograd.grad(expected, start)
     monkeypatch.setattr(loss, "CHUNK_BYTES", 50 * 4 * 3)  # three positions at a time
-    found = loss.distil(start * 1, known, lambda h: ours(h)[0], lambda h: theirs(h)[0], 50, 1.0)
+    monkeypatch.setattr(loss, "CACHE_BYTES", 50 * 4 * 2)  # in twos
+    aims = whole(theirs, known)
+    found = loss.distil(start * 1, aims, lambda h: ours(h)[0], 50, 1.0)
     assert found == pytest.approx(float(expected.detach()), rel=1e-5)
     torch.testing.assert_close(start.grad, gradient)
-    nothing = loss.distil(known, known, lambda h: theirs(h)[0], lambda h: theirs(h)[0], 50)
+    nothing = loss.distil(known, aims, lambda h: theirs(h)[0], 50)
     assert nothing == pytest.approx(0, abs=1e-6)
 
 

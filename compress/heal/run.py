@@ -34,7 +34,7 @@ from llmc.artifact import (
 from llmc.checkpoint import Checkpoint
 from llmc.compress.digest import code_digest
 from llmc.compress.heal.config import HealConfig
-from llmc.compress.heal.loss import distil
+from llmc.compress.heal.loss import Whole, distil
 from llmc.compress.heal.student import head_of, hidden_states, load_student, load_teacher, norm_weights
 from llmc.compress.precision import matmul_precision, prepare_cpu
 from llmc.compress.sampling import sample_from_model
@@ -225,7 +225,7 @@ class _Job:
             total += self._distil(self._states(self.student, part), self._aim(part), len(part) / len(ids))
         return total
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _aim(self, ids: torch.Tensor) -> torch.Tensor:
         """The teacher's hidden states [n, seq_len, hidden]."""
         return self._states(self.teacher, ids)
@@ -234,12 +234,18 @@ class _Job:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             return hidden_states(model, ids).float()
 
-    def _distil(self, states: torch.Tensor, aim: torch.Tensor, share: float | None = None) -> float:
+    def _distil(self, states: torch.Tensor, known: torch.Tensor, share: float | None = None) -> float:
         """Mean divergence, times `share` where given: then with the gradient."""
         vocab = self.teacher.get_output_embeddings().weight.shape[0]
+        seen = known.reshape(-1, known.shape[-1])
         with (torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16),
               head_of(self.student) as student_head, head_of(self.teacher) as teacher_head):
-            return distil(states, aim, student_head, teacher_head, vocab, share)
+
+            @torch.inference_mode()
+            def aims(part: slice) -> Whole:
+                return Whole(teacher_head(seen[part][None]))
+
+            return distil(states, aims, student_head, vocab, share)
 
     # ---------------------------------------------------------------------------------------------------- what is kept
 
