@@ -8,6 +8,9 @@ from typing import Any
 
 from llmc.errors import UserError
 
+SCOPES = ("end-to-end", "block")
+PRECISIONS = ("auto", "bf16", "fp32")
+
 
 @dataclass(frozen=True)
 class HealConfig:
@@ -15,15 +18,20 @@ class HealConfig:
 
     teacher: str = ""
     calibration: tuple[str, ...] = ("self",)
+    sampled: int = 16
+    scope: str = "end-to-end"
     steps: int = 160
     batch: int = 2
+    accumulate: int = 1
     seq_len: int = 512
     lr: float = 0.001
     norms: bool = True
+    teacher_top_k: int | None = None
     held_out: int = 16
     check_every: int = 20
     patience: int = 3
     checkpointing: bool = False
+    precision: str = "auto"
     seed: int = 0
     device: str = "cpu"
     threads: int | None = None
@@ -34,9 +42,20 @@ class HealConfig:
         problems = []
         if not self.teacher:
             problems.append("--teacher is missing: the float model that the quantised one was made from")
-        for name in ("steps", "batch", "held_out", "check_every", "patience"):
+        for name in ("steps", "batch", "accumulate", "held_out", "check_every", "patience"):
             if getattr(self, name) < 1:
                 problems.append(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        if self.sampled < 0:
+            problems.append(f"--sampled {self.sampled}: must be at least 0")
+        if self.scope not in SCOPES:
+            problems.append(f"--scope {self.scope}: must be {' or '.join(SCOPES)}")
+        if self.precision not in PRECISIONS:
+            problems.append(f"--precision {self.precision}: must be {', '.join(PRECISIONS)}")
+        if self.teacher_top_k is not None and self.teacher_top_k < 1:
+            problems.append(f"--teacher-top-k {self.teacher_top_k}: must be at least 1")
+        if self.scope == "block" and (self.teacher_top_k is not None or self.checkpointing):
+            problems.append("--teacher-top-k and --checkpointing go with --scope end-to-end: a block learns from the "
+                            "teacher's layer and is small")
         if not 16 <= self.seq_len <= 32768:
             problems.append(f"--seq-len {self.seq_len}: must be 16 … 32768")
         if not 0 < self.lr < 1:

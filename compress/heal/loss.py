@@ -14,6 +14,7 @@ import torch
 from torch.nn.functional import log_softmax
 
 CHUNK_BYTES = 48 << 20  # of logits alive at once, float32
+TINY = 1e-30
 CACHE_BYTES = 3 << 20  # of logits worked on at once, float32
 
 
@@ -44,6 +45,43 @@ class Whole:
         total = torch.dot(p.view(-1), log_p.sub_(log_q).view(-1))
         if slope is not None:
             slope.copy_(log_q.exp_().sub_(p))
+        return total
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The teacher's k likeliest tokens, and all others as one class: a lower bound of the whole divergence.
+
+    logs: float32 [n, k], their log-probabilities.  ids: int64 [n, k].  rest: float32 [n], the log of what is left.
+    """
+
+    logs: torch.Tensor
+    ids: torch.Tensor
+    rest: torch.Tensor
+
+    @staticmethod
+    def of(whole: Whole, k: int) -> TopK:
+        every = log_softmax(whole.logits, -1, dtype=torch.float32)
+        logs, ids = every.topk(k, -1)
+        return TopK(logs, ids, every.exp_().scatter_(1, ids, 0).sum(-1).log())
+
+    def compare(self, rows: slice, student: torch.Tensor, slope: torch.Tensor | None) -> torch.Tensor:
+        logs, ids, rest = self.logs[rows], self.ids[rows], self.rest[rows]
+        log_q = log_softmax(student, -1, dtype=torch.float32)
+        known = log_q.gather(1, ids)
+        p, p_rest = logs.exp(), rest.exp()
+        q = log_q.exp_()
+        # summed over the others and not taken from 1, which would leave a float32's rounding of it
+        q_rest = q.scatter(1, ids, 0).sum(-1)
+        total = (p * (logs - known)).sum()
+        if ids.shape[1] < student.shape[1]:
+            total += torch.where(p_rest > 0, p_rest * (rest - q_rest.clamp_min(TINY).log()), 0).sum()
+            scale = 1 - p_rest / q_rest.clamp_min(TINY)
+        else:
+            scale = torch.ones_like(p_rest)
+        if slope is not None:
+            inside = q.gather(1, ids) - p
+            slope.copy_(q.mul_(scale[:, None]).scatter_(1, ids, inside))
         return total
 
 

@@ -4,24 +4,26 @@ A weight is  d * integer * level + m * integer:  `level` is what its code stands
 block, and the integers are those of its group in blocks of 256 (1 elsewhere, and types without a minimum have no second
 term). Codes, and so levels and integers, stay. Each factor is f0 * exp(p), rounded to the fp16 that files hold with the
 gradient passed straight through (Bengio et al., 2013, arXiv:1308.3432), and p is what is trained: a relative step means the
-same for every block, and its gradient needs nothing but the block's weights. Where there is a minimum, one p moves both factors together (the weights grow), and another the minimum
-alone, in steps of about a level: moved apart they would undo each other, and a block's mean would jump.
+same for every block, and its gradient needs nothing but the block's weights. Where there is a minimum, one p moves both
+factors together (the weights grow), and another the minimum alone, in steps of about a level: moved apart they would undo
+each other, and a block's mean would jump.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from llmc.block_grids import BlockTensor
 from llmc.checkpoint import Checkpoint
-from llmc.compress.skeleton import get_weight, is_linear
-from llmc.errors import UserError
+from llmc.compress.skeleton import find_layers, get_weight, is_linear
 from llmc.export import quantized
 from llmc.export.quantized import Quantized
 from llmc.runtimes.torch_model import load_torch_model
@@ -142,23 +144,40 @@ def load_student(folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Heale
 
     dtype: of the products; norms and the residual stream stay float32.
     """
-    checkpoint = Checkpoint.open(folder)
-    names = quantized.linears(checkpoint)
-    if not names:
-        raise UserError(f"{folder} is a float model: there is nothing to heal", "run `llmc quantize` on it first")
+    stored = Checkpoint.open(folder)
+    names = quantized.linears(stored)
     model = load_torch_model(folder).requires_grad_(False)
-    prefix = model.base_model_prefix + "."
     modules = dict(model.named_modules())
     healed = {}
     for name in names:
-        path = next(p for p in (name, name.removeprefix(prefix), prefix + name) if p in modules)
+        path = called(name, modules, model.base_model_prefix)
         linear = modules[path]
-        q = quantized.read(checkpoint, name)
+        q = quantized.read(stored, name)
         assert get_weight(linear).shape == q.shape
         healed[name] = HealedLinear(q, getattr(linear, "bias", None), dtype)
         model.set_submodule(path, healed[name])
     _cast_head(model, dtype)
     return model, healed
+
+
+def called(name: str, known: Container[str], prefix: str) -> str:
+    """What `known` calls something: as it is, or with the base model's prefix left out or added."""
+    return next(n for n in (name, name.removeprefix(prefix + "."), f"{prefix}.{name}") if n in known)
+
+
+def stored_tensors(folder: Checkpoint, linears: dict[str, HealedLinear]) -> dict[str, torch.Tensor]:
+    """The tensors of healed linears, by their names in the checkpoint of the quantised model."""
+    found = {}
+    for name, linear in linears.items():
+        factors = {field: f.to("cpu", torch.float16) for field, f in linear.factors().items()}
+        healed = quantized.encode(quantized.with_tensors(quantized.read(folder, name), factors))
+        found |= {f"{name}.{part}": tensor.contiguous() for part, tensor in healed.items()}
+    return found
+
+
+def moved(linears: dict[str, HealedLinear]) -> float:
+    """By what share the scales changed, on average over linears."""
+    return sum(float((m.shift.detach().exp() - 1).abs().mean()) for m in linears.values()) / len(linears)
 
 
 def load_teacher(folder: Path, dtype: torch.dtype) -> Any:
@@ -179,6 +198,14 @@ def _cast_head(model: Any, dtype: torch.dtype) -> None:
         cast.weight = nn.Parameter(head.weight.detach().to(dtype), requires_grad=False)
         cast.bias = None if head.bias is None else nn.Parameter(head.bias.detach().to(dtype), requires_grad=False)
         model.set_output_embeddings(cast)
+
+
+def checkpoint_layers(model: Any) -> None:
+    """Let each decoder layer keep its input alone, and run again in the backward pass (Chen et al., 2016, arXiv:1604.06174).
+    (transformers' own switch is for models in training mode, whose dropout is on.)"""
+    _, layers = find_layers(model)
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)  # type: ignore[method-assign]
 
 
 def norm_weights(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -49,6 +49,7 @@ class QuantizeConfig:
     resume: bool = False
     dry_run: bool = False
     transform: str = "none"
+    heal: int = 0
 
     def __post_init__(self) -> None:
         problems = []
@@ -88,6 +89,8 @@ class QuantizeConfig:
             problems.append(f"--fallback {self.fallback}: must be a grid with blocks of 32")
         if self.fallback and not self.grid:
             problems.append("--fallback says what to do with rows that --grid cannot hold: give --grid")
+        if self.heal < 0:
+            problems.append(f"--heal {self.heal}: must be at least 0 steps")
         if self.samples < 1:
             problems.append(f"--samples {self.samples}: must be at least 1")
         if not 16 <= self.seq_len <= 32768:
@@ -115,7 +118,7 @@ class QuantizeConfig:
     def numbers(self) -> dict[str, Any]:
         """The settings that decide the result, for manifests and for the fingerprint of `--resume`."""
         deciding = {**asdict(self), "imatrix": self.imatrix and self.imatrix.name}
-        for name in ("out", "resume", "dry_run"):
+        for name in ("out", "resume", "dry_run", "heal"):  # healing has an entry of its own
             del deciding[name]
         if self.method == "rtn":
             text = () if self.calibrated or self.target else ("calibration", "samples", "seq_len", "seed")
