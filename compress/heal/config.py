@@ -27,7 +27,7 @@ class HealConfig:
     lr: float = 0.001
     norms: bool = True
     teacher_top_k: int | None = None
-    held_out: int = 16
+    held_out: int = 8
     check_every: int = 20
     patience: int = 3
     checkpointing: bool = False

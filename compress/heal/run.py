@@ -38,7 +38,15 @@ from llmc.checkpoint import Checkpoint
 from llmc.compress.digest import code_digest
 from llmc.compress.heal.blocks import Blocks
 from llmc.compress.heal.config import HealConfig
-from llmc.compress.heal.student import called, checkpoint_layers, load_student, load_teacher, moved, norm_weights, stored_tensors
+from llmc.compress.heal.student import (
+    called,
+    checkpoint_layers,
+    load_student,
+    load_teacher,
+    moved,
+    norm_weights,
+    stored_tensors,
+)
 from llmc.compress.heal.teacher import Cached, Running, Teacher
 from llmc.compress.heal.texts import Texts, gather
 from llmc.compress.heal.train import EndToEnd
