@@ -373,13 +373,13 @@ def test_quantize_heals_in_one_command(
     with monkeypatch.context() as m:
         m.setattr(EndToEnd, "train", killed)
         with pytest.raises(KeyboardInterrupt):
-            llmc.quantize(base, out=tmp_path / "small", **options)
-    assert not (tmp_path / "small").exists()
-    result = llmc.quantize(base, out=tmp_path / "small", resume=True, **options)
+            llmc.quantize(base, out=tmp_path / "one", **options)
+    assert not (tmp_path / "one").exists()
+    result = llmc.quantize(base, out=tmp_path / "one", resume=True, **options)
     assert result["healed"]["kld"]["after"] <= result["healed"]["kld"]["before"]
-    names = [p["name"] for p in json.loads((tmp_path / "small/llmc.json").read_text())["passes"]]
+    names = [p["name"] for p in json.loads((tmp_path / "one/llmc.json").read_text())["passes"]]
     assert names[-2:] == ["quantize", "heal"]
-    assert [p.name for p in tmp_path.glob(".small*")] == []
+    assert [p.name for p in tmp_path.glob(".one*")] == []
     assert [t["name"] for t in result["healed"]["texts"]] == ["text.txt", "self"]
     assert sum(t["share"] for t in result["healed"]["texts"]) == pytest.approx(1)
-    assert llmc.verify(tmp_path / "small")["problems"] == []
+    assert llmc.verify(tmp_path / "one")["problems"] == []

@@ -40,7 +40,6 @@ from llmc.compress.heal.blocks import Blocks
 from llmc.compress.heal.config import HealConfig
 from llmc.compress.heal.student import (
     called,
-    checkpoint_layers,
     load_student,
     load_teacher,
     moved,
@@ -151,10 +150,8 @@ class _Job:
     def _end_to_end(self, texts: Texts) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Returns (the changed tensors by their names in the folder, what to report)."""
         c = self.config
-        student, linears = load_student(self.folder, self.dtype)
+        student, linears = load_student(self.folder, self.dtype, c.checkpointing)
         student.to(self.device)
-        if c.checkpointing:
-            checkpoint_layers(student)
         factors = {f"{name}.{kind}": p for name, m in linears.items() for kind, p in m.trained().items()}
         norms = norm_weights(student) if c.norms else {}
         for p in norms.values():

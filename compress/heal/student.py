@@ -139,7 +139,7 @@ def _stored(factor: torch.Tensor) -> torch.Tensor:
     return factor.clamp(-65504, 65504).half().float()
 
 
-def load_student(folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, HealedLinear]]:
+def load_student(folder: Path, dtype: torch.dtype, checkpointing: bool = False) -> tuple[Any, dict[str, HealedLinear]]:
     """The model of a quantised folder, everything frozen but the factors, and its linears by their names in the checkpoint.
 
     dtype: of the products; norms and the residual stream stay float32.
@@ -147,6 +147,8 @@ def load_student(folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Heale
     stored = Checkpoint.open(folder)
     names = quantized.linears(stored)
     model = load_torch_model(folder).requires_grad_(False)
+    if checkpointing:
+        checkpoint_layers(model)
     modules = dict(model.named_modules())
     healed = {}
     for name in names:
