@@ -48,7 +48,10 @@ class _Product(torch.autograd.Function):
         x, weight, low = ctx.saved_tensors
         dy = grads[0].to(x.dtype)
         dx = dy @ weight
-        dw = dy.reshape(-1, dy.shape[-1]).t() @ x.reshape(-1, x.shape[-1])  # [out, in]
+        turned = dy.reshape(-1, dy.shape[-1]).t()
+        if weight.shape[0] < weight.shape[1]:
+            turned = turned.contiguous()  # pays where it is the smaller factor (576 x 1536: 3.5 ms against 5.8)
+        dw = turned @ x.reshape(-1, x.shape[-1])  # [out, in]
         dlift = None
         if low is not None:
             dlift = ctx.reach * (dw.view(*low.shape, -1).sum(-1).float() * low).view(*ctx.shape, -1).sum(-1)
