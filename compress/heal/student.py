@@ -11,11 +11,11 @@ each other, and a block's mean would jump.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -165,14 +165,20 @@ def load_student(folder: Path, dtype: torch.dtype, checkpointing: bool = False) 
     return model, healed
 
 
-def called(name: str, known: Container[str], prefix: str) -> str:
+class Names(Protocol):
+    """A set, a dictionary, a checkpoint."""
+
+    def __contains__(self, name: str, /) -> bool: ...
+
+
+def called(name: str, known: Names, prefix: str) -> str:
     """What `known` calls something: as it is, or with the base model's prefix left out or added."""
     return next(n for n in (name, name.removeprefix(prefix + "."), f"{prefix}.{name}") if n in known)
 
 
 def stored_tensors(folder: Checkpoint, linears: dict[str, HealedLinear]) -> dict[str, torch.Tensor]:
     """The tensors of healed linears, by their names in the checkpoint of the quantised model."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for name, linear in linears.items():
         factors = {field: f.to("cpu", torch.float16) for field, f in linear.factors().items()}
         healed = quantized.encode(quantized.with_tensors(quantized.read(folder, name), factors))

@@ -35,7 +35,7 @@ class Running:
         self.device = next(model.parameters()).device
         self.kept: dict[int, torch.Tensor] = {}
 
-    def of(self, rows: list[int]) -> Aims:
+    def of(self, rows: list[int]) -> Callable[[slice], Whole]:
         with torch.inference_mode(), self.forward():
             if all(row < self.keep for row in rows):
                 for row in rows:
@@ -46,7 +46,7 @@ class Running:
                 known = hidden_states(self.model, self.sequences[rows].to(self.device)).float()
         flat = known.reshape(-1, known.shape[-1])
 
-        def aims(part: slice) -> Aim:
+        def aims(part: slice) -> Whole:
             with torch.inference_mode(), self.forward(), head_of(self.model) as head:
                 return Whole(head(flat[part][None]))
         return aims
