@@ -151,13 +151,14 @@ class _Job:
     def _end_to_end(self, texts: Texts) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Returns (the changed tensors by their names in the folder, what to report)."""
         c = self.config
+        teacher = self._teacher(texts)  # before the student is there: it may be gone by then
         student, linears = load_student(self.folder, self.dtype, c.checkpointing)
         student.to(self.device)
         factors = {f"{name}.{kind}": p for name, m in linears.items() for kind, p in m.trained().items()}
         norms = norm_weights(student) if c.norms else {}
         for p in norms.values():
             p.requires_grad_(True)
-        job = EndToEnd(c, student, (factors, norms), self._teacher(texts), texts, self._forward, self.work)
+        job = EndToEnd(c, student, (factors, norms), teacher, texts, self._forward, self.work)
         curve = job.train()
         changed = stored_tensors(self.checkpoint, linears)
         for name, p in norms.items():
