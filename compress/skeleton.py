@@ -69,7 +69,7 @@ class Skeleton:
             raise UserError(f"transformers cannot build the architecture {kind!r} of {folder}: {str(e).splitlines()[0]}",
                             "llmc needs a causal language model that transformers knows without remote code") from e
         self.model.eval()
-        self.layers_name, self.layers = _find_layers(self.model)
+        self.layers_name, self.layers = find_layers(self.model)
         self.known = set(checkpoint.names())
 
     def stored_name(self, name: str) -> str | None:
@@ -219,7 +219,7 @@ def _to(value: Any, device: torch.device) -> Any:
     return value
 
 
-def _find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The decoder layers: the longest module list whose members hold linears."""
     lists = [(n, m) for n, m in model.named_modules()
              if isinstance(m, nn.ModuleList) and len(m) and any(is_linear(x) for x in m[0].modules())]

@@ -29,11 +29,13 @@ class Point:
 
 @dataclass(frozen=True)
 class Line:
-    """A series over whole numbers."""
+    """A series over whole numbers. thin: no dots, for many noisy points.  ring: the x of a point that stands out."""
 
     label: str
     colour: int
     points: Sequence[tuple[float, float]]
+    thin: bool = False
+    ring: float | None = None
 
 
 @dataclass(frozen=True)
@@ -140,14 +142,18 @@ def _label(x: float, y: float, label: str, taken: list[tuple[float, float, float
 
 
 def lines(series: Sequence[Line], x_label: str, y_label: str) -> str:
-    """Lines with a dot at every point; the page's legend names them."""
+    """Lines with a dot at every point, if they are not thin; the page's legend names them."""
     every = [p for s in series for p in s.points]
     x_top, y_top = (max((p[i] for p in every), default=1) or 1 for i in (0, 1))
     axes = _Axes(x_top, y_top, x_label, y_label)
     for s in series:
         path = "L".join(f"{axes.x(x):.1f} {axes.y(y):.1f}" for x, y in s.points)
-        axes.out.append(f'<path class="line" stroke="var(--c{s.colour})" d="M{path}"/>')
-        for x, y in s.points:
+        style = "line thin" if s.thin else "line"
+        axes.out.append(f'<path class="{style}" stroke="var(--c{s.colour})" d="M{path}"/>')
+        for x, y in () if s.thin else s.points:
+            if x == s.ring:
+                axes.out.append(f'<circle cx="{axes.x(x):.1f}" cy="{axes.y(y):.1f}" r="8" fill="none" '
+                                f'stroke="var(--c{s.colour})" stroke-width="2"/>')
             axes.out.append(f'<circle cx="{axes.x(x):.1f}" cy="{axes.y(y):.1f}" r="3" fill="var(--c{s.colour})">'
                             f"<title>{escape(s.label)}, {number(x)}: {y:.4g}</title></circle>")
     return axes.close()

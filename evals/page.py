@@ -79,7 +79,7 @@ def _summary(artifact: dict[str, Any], index: int) -> str:
 
 
 def _charts(artifacts: list[dict[str, Any]]) -> Iterable[str]:
-    """The four pictures; one that has nothing to show says which command fills it."""
+    """The pictures; one that has nothing to show says which command fills it (that of healing is left out)."""
     by_size, by_speed, layers = [], [], []
     texts: list[str] = []
     for i, a in enumerate(artifacts):
@@ -107,7 +107,32 @@ def _charts(artifacts: list[dict[str, Any]]) -> Iterable[str]:
                   _legend([a for a in artifacts if a["report"]["artifact"]["layers"]], artifacts),
                   charts.lines(layers, "decoder layer", "output energy lost, %") if layers else "",
                   "llmc quantize (the manifest beside the artifact records it)")
+    if healed := [a for a in artifacts if _healing(a)]:
+        yield _figure("Healing", "Divergence from the teacher on held-out text (dots; a ring around the step that was kept), "
+                      "and on each step's batch (thin).", _legend(healed, artifacts),
+                      charts.lines(_curves(artifacts), "step", "KL divergence, nats"), "")
     yield _figure("Bytes by class", "Where the file's bytes are.", _kinds(), _bytes(artifacts), "")
+
+
+def _healing(artifact: dict[str, Any]) -> dict[str, Any]:
+    """The last end-to-end healing of an artifact; empty where there was none."""
+    found: list[dict[str, Any]] = [p for p in artifact["report"]["artifact"]["passes"] if p.get("name") == "heal"
+                                   and p.get("curve")]
+    return found[-1] if found else {}
+
+
+def _curves(artifacts: list[dict[str, Any]]) -> list[charts.Line]:
+    """The loss of each step, and over it the held-out text's, for each that was healed."""
+    drawn = []
+    for i, a in enumerate(artifacts):
+        healing, colour = _healing(a), i % COLOURS
+        if losses := healing.get("losses"):
+            points = list(enumerate(losses, 1))
+            drawn.append(charts.Line(f"{a['name']}, batch", colour, points, thin=True))
+        if healing:
+            checks = [(row["step"], row["kld"]) for row in healing["curve"]]
+            drawn.append(charts.Line(f"{a['name']}, held-out", colour, checks, ring=healing["best_step"]))
+    return drawn
 
 
 def _bytes(artifacts: list[dict[str, Any]]) -> str:
@@ -166,7 +191,7 @@ def _provenance(artifact: dict[str, Any]) -> str:
     facts: list[tuple[str, Any]] = [("path", a["path"]), ("sha256", a["sha256"]), ("kind", a["kind"])]
     facts += [(f"source: {k}", v) for k, v in (a.get("source") or {}).items()]
     for p in a["passes"]:
-        facts += [(f"{p.get('name')}: {k}", v) for k, v in p.items() if k != "name"]
+        facts += [(f"{p.get('name')}: {k}", v) for k, v in p.items() if k not in ("name", "curve", "losses")]
     events = [f"layer {x['layer']}: {event}" for x in a["layers"] for event in x["events"]]
     facts += [("event", event) for event in events]
     for section in ("quality", "speed"):

@@ -44,7 +44,7 @@ def transform(model: str | Path, **options: Any) -> dict[str, Any]:
 
 
 def heal(model: str | Path, teacher: str | Path, **options: Any) -> dict[str, Any]:
-    """Train the scales of a GPTQ folder against the float model; options are the fields of HealConfig."""
+    """Train the scales of a quantised folder against the float model; options are the fields of HealConfig."""
     from llmc.compress.heal.config import HealConfig
     from llmc.compress.heal.run import heal as run
 

@@ -286,6 +286,21 @@ def test_page(tmp_path: Path) -> None:
     assert "prefers-color-scheme: dark" in html
 
 
+def test_the_page_draws_how_healing_went(tmp_path: Path) -> None:
+    healed = whole("healed", 250_000, 5, 0.2, 30.0)
+    checks = [{"step": n, "kld": kld, "training": None} for n, kld in ((0, 0.4), (2, 0.1), (4, 0.2))]
+    healed["artifact"]["passes"] = [{"name": "heal", "curve": checks, "losses": [0.5, 0.3, 0.2, 0.3], "best_step": 2}]
+    html = page(compare(config(write(tmp_path, whole("base", 1000_000, 1, 0.0, 10.0), healed))))
+    reader = Reader()
+    reader.feed(html)
+    assert "KL divergence, nats" in reader.text
+    assert re.findall(r"healed, held-out, \d: ([\d.]+)", reader.text) == ["0.4", "0.1", "0.2"]
+    assert reader.attributes["class"].count("line thin") == 1
+    # a ring around the step that was kept, just before its dot
+    assert re.search(r'<circle (cx="[\d.]+" cy="[\d.]+") r="8" fill="none" [^>]+/><circle \1 [^>]+>'
+                     r"<title>healed, held-out, 2: 0.1<", html)
+
+
 def test_markdown_keeps_its_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = write(tmp_path, whole("base", 1000_000, 1, 0.0, 10.0), whole(HOSTILE, 250_000, 5, 0.2, 30.0))
     assert run(["compare", *map(str, paths), "--markdown"]) == 0

@@ -50,6 +50,7 @@ class QuantizeConfig:
     resume: bool = False
     dry_run: bool = False
     transform: str = "none"
+    heal: int = 0
 
     def __post_init__(self) -> None:
         problems = []
@@ -93,6 +94,8 @@ class QuantizeConfig:
         if self.fallback and not self.grid:
             problems.append("--fallback says what to do with rows that --grid cannot hold: give --grid")
         problems += out_of_range(self, ("samples",), ("damp",))
+        if self.heal < 0:
+            problems.append(f"--heal {self.heal}: must be at least 0 steps")
         if problems:
             raise UserError("; ".join(problems), "see `llmc quantize --help`")
 
@@ -118,7 +121,7 @@ class QuantizeConfig:
     def numbers(self) -> dict[str, Any]:
         """The settings that decide the result, for manifests and for the fingerprint of `--resume`."""
         deciding = {**asdict(self), "imatrix": self.imatrix and self.imatrix.name}
-        for name in ("out", "resume", "dry_run"):
+        for name in ("out", "resume", "dry_run", "heal"):  # healing has an entry of its own
             del deciding[name]
         if self.method == "rtn":
             text = () if self.calibrated or self.target else ("calibration", "samples", "seq_len", "seed")

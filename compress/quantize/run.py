@@ -76,9 +76,34 @@ def quantize(model: str | Path, config: QuantizeConfig) -> dict[str, Any]:
         return plan
     check_disk(job.out, plan["disk_bytes"], "quantising")
     check_weights(job.checkpoint)
-    result = job.run()
+    result = quantize_and_heal(job) if config.heal else job.run()
     note_last(job.out, job.kind)
     return {**result, "seconds": round(time.monotonic() - start, 1)}
+
+
+def quantize_and_heal(job: _Job) -> dict[str, Any]:
+    """Quantise into a folder beside the output, heal that against the model that was given (before any transform) into the
+    output, and remove it. A resumed run finds it."""
+    from llmc.compress.heal.config import HealConfig
+    from llmc.compress.heal.run import heal
+
+    c, out = job.config, job.out
+    job.out = out.with_name(f".{out.name}.unhealed")
+    note = job.out.with_suffix(".json")  # what the finished folder was made from, and what came of it
+    key = json.loads(json.dumps({"config": c.numbers(), "source": job.described["files"]}))
+    settings = HealConfig(teacher=str(job.source), calibration=(c.calibration,), steps=c.heal, seq_len=c.seq_len, seed=c.seed,
+                          device=c.device, threads=c.threads, out=out, resume=c.resume)
+    found = json.loads(note.read_text(encoding="utf-8")) if c.resume and note.is_file() and job.out.is_dir() else {}
+    if found.get("key") == key:
+        say(f"{job.out} is finished: healing goes on")
+    else:
+        found = {"key": key, "result": job.run()}
+        write_json(note, found)
+    healed = heal(job.out, settings)
+    shutil.rmtree(job.out)
+    note.unlink()
+    job.out = out
+    return {**found["result"], "out": str(out), "weights_sha256": healed["weights_sha256"], "healed": healed}
 
 
 class _Job:
@@ -135,7 +160,7 @@ class _Job:
             "source": str(self.source), "out": str(self.out), **self._what(), "method": c.method,
             "bits_per_weight": self._bits() / weights,
             "layers": len(self.skeleton.layers), "linear_weights": weights, "out_bytes": out_bytes,
-            "transform": c.transform,
+            "transform": c.transform, "heal": c.heal,
             "disk_bytes": 2 * out_bytes + states + self._transform_bytes(),  # parts and their copy
             "memory_bytes": max(memory, memory_to_measure(self.skeleton)) if c.target else memory,
             "device": c.device, "threads": self.threads, "matmul": matmul_precision(),

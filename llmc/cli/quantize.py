@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from llmc.cli.heal import outcome
 from llmc.compress.quantize.config import QuantizeConfig, budget_lines
 from llmc.console import duration, set_quiet, size
 
@@ -51,6 +52,9 @@ def quantize(
     transform: Annotated[str, typer.Option(
         help="Change the float model first, its function kept: gauge (scale channels), rotate (where that costs no byte), "
              "rotate+gauge, auto (what measures best on held-out calibration text), none.")] = D.transform,
+    heal: Annotated[int, typer.Option(
+        help="Then heal for so many steps against MODEL, as `llmc heal` does on the same text (160 is its default); 0: no.",
+    )] = D.heal,
     device: Annotated[str, typer.Option(help="cpu, gpu, or a torch device.")] = D.device,
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="physical cores")] = D.threads,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Output folder.",
@@ -65,7 +69,7 @@ def quantize(
     """
     config = QuantizeConfig(bits, grid, fallback, preset, target_size, target_bpw, target_kld, method, imatrix, group_size,
                             sym, calibration, samples, seq_len, seed, damp, true_sequential, device, threads, out, resume,
-                            dry_run, transform)
+                            dry_run, transform, heal)
     if as_json:
         set_quiet(True)
     from llmc.compress.quantize.run import quantize as run
@@ -80,8 +84,9 @@ def _plan(p: dict[str, Any]) -> str:
     if m := p["imatrix"]:
         text = f"weighted by {m['name']} ({m['chunk_count']} chunks of {', '.join(m['datasets']) or 'unnamed text'})"
     budget = budget_lines(p["plan"], p["grids"], p["tables"]) + "\n" if "plan" in p else ""
+    then = f", then healed for {p['heal']} steps" if p["heal"] else ""
     return (f"{p['source']} -> {p['out']}\n{budget}"
-            f"  {first}{p['method']} on {'these types' if budget else _grids(p)}, {text}\n"
+            f"  {first}{p['method']} on {'these types' if budget else _grids(p)}, {text}{then}\n"
             f"  {p['layers']} layers, {p['linear_weights'] / 1e6:.1f} M weights, {size(p['out_bytes'])} when done\n"
             f"  at most about {size(p['memory_bytes'])} of memory and {size(p['disk_bytes'])} of disk\n"
             f"  on {p['device']}, {p['threads']} threads, activation products in {p['matmul']}")
@@ -97,7 +102,8 @@ def _grids(r: dict[str, Any]) -> str:
 def _summary(r: dict[str, Any]) -> str:
     departures = f", {r['fallbacks']} layers fell back to RTN" if r["fallbacks"] else ""
     taken = f"transform {r['transform']['taken']}: {r['transform']['why']}\n" if r["transform"] else ""
-    return (f"{taken}{r['out']}: {_grids(r)}, {r['bits_per_weight']:.3g} bits per linear weight, {size(r['bytes'])}, "
+    healed = f"healed: {outcome(r['healed'])}\n" if "healed" in r else ""
+    return (f"{taken}{healed}{r['out']}: {_grids(r)}, {r['bits_per_weight']:.3g} bits per linear weight, {size(r['bytes'])}, "
             f"mean layer error {100 * r['error']:.2f} %{departures}, {duration(r['seconds'])}\n"
             f"next: llmc export --format gguf {r['out']}")
 

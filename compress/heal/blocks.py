@@ -1,0 +1,189 @@
+"""Healing block by block: one decoder layer at a time, against what the teacher's layer puts out.
+
+For models whose end-to-end training does not fit: in memory are one layer, its activations for one batch, and nothing of
+the head. Both streams of hidden states, the teacher's and the healed model's, are files (as in the calibration loop), so
+that a layer learns to make up for what the layers before it have lost (Li et al., "BRECQ", ICLR 2021, section 3.2, without
+its Fisher weights). The error of a token counts relative to the energy of its state: what follows normalises the stream, and
+a few tokens have enormous states.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from llmc.checkpoint import Checkpoint
+from llmc.compress.calibration import Workspace, sequences_at_once
+from llmc.compress.heal.config import HealConfig
+from llmc.compress.heal.student import HealedLinear, called, moved, norm_weights, stored_tensors
+from llmc.compress.heal.texts import Texts
+from llmc.compress.heal.train import Curve, optimizer_of, set_rate
+from llmc.compress.skeleton import Skeleton
+from llmc.compress.states import StateStore
+from llmc.console import progress, say
+from llmc.errors import UserError
+from llmc.export import quantized
+
+
+class Blocks:
+    """The layers of one healing. forward: a context in which layers run in the right precision; dtype: of the products."""
+
+    def __init__(self, config: HealConfig, student: Checkpoint, skeleton: Skeleton, texts: Texts, work: Path,
+                 forward: Callable[[], Any], dtype: torch.dtype) -> None:
+        self.config, self.student, self.skeleton, self.texts = config, student, skeleton, texts
+        self.forward, self.dtype = forward, dtype
+        prefix = skeleton.model.base_model_prefix
+        modules = {n for n, _ in skeleton.model.named_modules()}
+        self.names = {called(n, modules, prefix): n for n in quantized.linears(student)}  # by module
+        _check_tables(skeleton, student)
+        n, width = texts.sequences.shape
+        batch = sequences_at_once(skeleton, width)
+        hidden = skeleton.config.get_text_config().hidden_size
+        self.work = Workspace(work, {}, config.resume)
+        self.theirs, self.ours = (StateStore(work, name, (n, width, hidden), batch) for name in ("teacher", "student"))
+        self.arguments, entering = skeleton.enter((texts.sequences[a:b] for a, b in self.ours.starts()), width)
+        if self.work.done:
+            skeleton.leave()
+            state = self.work.state
+            if not all(s.restore(state["side"], c) for s, c in zip(self._stores, state["checksums"], strict=True)):
+                raise UserError(f"the hidden states in {work} are damaged", "run without --resume to start again")
+            say(f"resuming after layer {self.work.done} of {len(skeleton.layers)}")
+            return
+        self.ours.replace(entering)  # both streams start from the same states
+        self.ours.advance()
+        self.theirs.replace(self.ours.read(a, b) for a, b in self.ours.starts())
+        self.theirs.advance()
+        self._settle(0)
+
+    @property
+    def _stores(self) -> tuple[StateStore, StateStore]:
+        return self.theirs, self.ours
+
+    def _settle(self, done: int) -> None:
+        self.work.commit(done, self.ours.side, [s.settle(s.side) for s in self._stores])
+
+    def run(self) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+        """Heal every layer. Returns (the changed tensors by their names in the checkpoint, a record of each layer)."""
+        layers = len(self.skeleton.layers)
+        with progress("healing, layer", layers, self.work.done) as p:
+            for index in range(self.work.done, layers):
+                with self.skeleton.layer(index) as layer:
+                    tensors, record = self._heal(index, layer)
+                self.ours.advance()
+                self.work.save_layer(index, tensors, record)
+                self._settle(index + 1)
+                p.step(f"error {100 * record['before']:.2f} -> {100 * record['error']:.2f} %")
+        tensors = {}
+        for index in range(layers):
+            tensors |= load_file(self.work.layer_file(index))
+        return tensors, self.work.records()
+
+    def _heal(self, index: int, layer: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """One layer; the states that leave the teacher's and the healed one are written."""
+        with torch.no_grad():
+            self.theirs.replace(self._run(layer, index, self.theirs))
+            self.theirs.advance()
+        ours, linears = self._quantised(index, layer)
+        factors = {f"{n}.{kind}": p for n, m in linears.items() for kind, p in m.trained().items()}
+        norms = norm_weights(ours) if self.config.norms else {}
+        curve = self._train(ours, index, factors, {n: p.requires_grad_(True) for n, p in norms.items()})
+        with torch.no_grad():
+            self.ours.replace(self._run(ours, index, self.ours))
+        tensors = stored_tensors(self.student, linears)
+        prefix = self.skeleton.layer_name(index)
+        tensors |= {self._stored(f"{prefix}.{n}"): p.detach().cpu().float() for n, p in norms.items()}
+        return tensors, {"layer": index, "error": curve.best["kld"], "before": curve.checks[0]["kld"],
+                         "best_step": curve.best["step"], "steps": len(curve.losses), "scales_moved": moved(linears),
+                         "trained": {"scales": sum(p.numel() for p in factors.values()),
+                                     "norms": sum(p.numel() for p in norms.values())}, "events": []}
+
+    def _quantised(self, index: int, layer: nn.Module) -> tuple[nn.Module, dict[str, HealedLinear]]:
+        """The layer as the quantised model has it, and its linears by their names there."""
+        ours, linears = copy.deepcopy(layer), {}
+        prefix = self.skeleton.layer_name(index)
+        paths = [n for n, _ in ours.named_modules() if f"{prefix}.{n}" in self.names]
+        for name, parameter in ours.named_parameters():
+            if name.removesuffix(".weight") not in paths:  # a transformed model has norms and biases of its own
+                parameter.data.copy_(self.student.tensor(self._stored(f"{prefix}.{name}")))
+        for path in paths:
+            name = self.names[f"{prefix}.{path}"]
+            linears[name] = HealedLinear(quantized.read(self.student, name), getattr(ours.get_submodule(path), "bias", None),
+                                         self.dtype).to(self.skeleton.device)
+            ours.set_submodule(path, linears[name])
+        return ours, linears
+
+    def _stored(self, name: str) -> str:
+        return called(name, self.student, self.skeleton.model.base_model_prefix)
+
+    def _run(self, layer: nn.Module, index: int, store: StateStore) -> Iterator[torch.Tensor]:
+        """What leaves a layer, batch by batch."""
+        for first, last in store.starts():
+            yield self._output(layer, index, store.read(first, last))
+
+    def _output(self, layer: nn.Module, index: int, states: torch.Tensor) -> torch.Tensor:
+        with self.forward():
+            out = layer(states.to(self.skeleton.device), **self.arguments[index])
+        found: torch.Tensor = (out[0] if isinstance(out, tuple) else out).float()
+        return found
+
+    def _train(self, layer: nn.Module, index: int, factors: dict[str, Any], norms: dict[str, Any]) -> Curve:
+        """The steps of one layer, which ends with the best parameters by the held-out sequences. ('kld' is the error.)"""
+        c = self.config
+        optimizer, parameters = optimizer_of(factors, norms, c.lr), [*factors.values(), *norms.values()]
+        curve = Curve([{"step": 0, "kld": self._judge(layer, index), "training": None}], [])
+        best = [p.detach().clone() for p in parameters]
+        for step in range(c.steps):
+            if curve.stalled(c):
+                break
+            set_rate(optimizer, c.lr, step, c.steps)
+            optimizer.zero_grad(set_to_none=True)
+            curve.losses.append(sum(self._learn(layer, index, step * c.accumulate + i) for i in range(c.accumulate)))
+            optimizer.step()
+            if (step + 1) % c.check_every == 0 or step + 1 == c.steps:
+                error, least = self._judge(layer, index), curve.best["kld"]
+                curve.checks.append({"step": step + 1, "kld": error, "training": curve.losses[-1]})
+                if error < least:
+                    best = [p.detach().clone() for p in parameters]
+        with torch.no_grad():
+            for p, value in zip(parameters, best, strict=True):
+                p.copy_(value)
+        return curve
+
+    def _learn(self, layer: nn.Module, index: int, batch: int) -> float:
+        """The loss of one batch and its gradients, both divided by the batches of a step."""
+        held, size = self.texts.held_out, self.config.batch
+        first = held + batch * size % max(1, self.texts.sequences.shape[0] - held - size + 1)
+        loss = self._error(layer, index, first, first + size) / self.config.accumulate
+        loss.backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
+
+    @torch.no_grad()
+    def _judge(self, layer: nn.Module, index: int) -> float:
+        """The error over the held-out sequences."""
+        held, size = self.texts.held_out, self.ours.batch
+        parts = [(a, min(a + size, held)) for a in range(0, held, size)]
+        return sum(float(self._error(layer, index, a, b)) * (b - a) for a, b in parts) / held
+
+    def _error(self, layer: nn.Module, index: int, first: int, last: int) -> torch.Tensor:
+        """Mean over tokens of the squared error of the layer's output, relative to the teacher's energy."""
+        aim = self.theirs.read(first, last).to(self.skeleton.device)
+        out = self._output(layer, index, self.ours.read(first, last))
+        return ((out - aim).square().mean(-1) / aim.square().mean(-1).clamp_min(1e-12)).mean()
+
+
+def _check_tables(skeleton: Skeleton, student: Checkpoint) -> None:
+    """Both streams must mean the same: a rotated model's states are the teacher's in other axes."""
+    for part, name in skeleton.outside():
+        stored = skeleton.stored_name(f"{name}.weight") if isinstance(part, nn.Embedding) else None
+        if stored is None:
+            continue
+        theirs = skeleton.checkpoint.tensor(stored).float()
+        if not torch.equal(theirs, student.tensor(called(stored, student, skeleton.model.base_model_prefix)).float()):
+            raise UserError(f"{student.folder} has another {name} than the teacher: its states are not the teacher's",
+                            "name the (transformed) float model that was quantised as --teacher, or use --scope end-to-end")
