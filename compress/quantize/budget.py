@@ -204,14 +204,14 @@ def _solve(config: QuantizeConfig, frontier: Frontier, outside: Outside, paramet
         return chosen
     if config.target_size is not None:
         allowed = _nbytes(equal) if equal else (parse_size(config.target_size) or 0) - whole
-        least, words = f"--target-size {frontier.least + whole}B", size(frontier.least + whole)
+        smallest, words = f"--target-size {frontier.least + whole}B", size(frontier.least + whole)
     else:
         allowed = int(float(config.target_bpw or 0) * parameters / 8) - outside.tensors
         bits = rounded_up(8 * (frontier.least + outside.tensors) / parameters)
-        least, words = f"--target-bpw {bits:g}", f"{bits:g} bits per weight"
+        smallest, words = f"--target-bpw {bits:g}", f"{bits:g} bits per weight"
     if (chosen := frontier.within(allowed)) is None:
         raise UserError(f"{config.target} cannot be reached: the smallest types that fit make {words}",
-                        f"use {least} or more, or prune the model first")
+                        f"use {smallest} or more, or prune the model first")
     return chosen
 
 
