@@ -42,7 +42,7 @@ class TorchModel:
     def logits(self, ids: np.ndarray, start: int = 0) -> np.ndarray:
         self._fit(len(ids))
         out = self.model(self._batch(ids), use_cache=False, logits_to_keep=len(ids) - start).logits[0]
-        return out.float().cpu().numpy()
+        return out[start - len(ids) :].float().cpu().numpy()  # OPT of transformers 4.57 keeps all of them
 
     @torch.inference_mode()
     def prefill(self, ids: np.ndarray) -> np.ndarray:
