@@ -46,7 +46,8 @@ class OnnxExportConfig:
         wrong = [
             f"{name} {value!r} (one of {', '.join(map(str, allowed))})"
             for name, value, allowed in (
-                ("--exporter", self.exporter, EXPORTERS), ("--dtype", self.dtype, DTYPES), ("--accuracy-level", self.accuracy_level, LEVELS),
+                ("--exporter", self.exporter, EXPORTERS),
+                ("--dtype", self.dtype, DTYPES), ("--accuracy-level", self.accuracy_level, LEVELS),
                 ("--int4", self.int4, INT4_FORMS), ("--head-bits", self.head_bits, HEAD_BITS))
             if value is not None and value not in allowed
         ]

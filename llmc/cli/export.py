@@ -31,11 +31,10 @@ def export(
                                               "architectures that llmc does not write by itself. Its Python code is "
                                               "run."),
     pre: str = typer.Option(None, help="gguf: llama.cpp's name of the pre-tokenizer. Left out: found from tokenizer.json."),
-    exporter: str = typer.Option("builder", help="onnx: builder (onnxruntime-genai's, for ONNX Runtime) or optimum (float32 in "
-                                                 "ONNX's standard operators, for other runtimes; needs the extra "
-                                                 "'optimum')."),
-    dequantize: bool = typer.Option(False, "--dequantize", help="onnx, --exporter optimum: write a quantised model's values as "
-                                                                "float32."),
+    exporter: str = typer.Option("builder", help="onnx: builder (for ONNX Runtime) or optimum (float32 in ONNX's "
+                                                 "standard operators, for other runtimes; needs the extra 'optimum')."),
+    dequantize: bool = typer.Option(False, "--dequantize", help="onnx, --exporter optimum: write a quantised model's "
+                                                                "values as float32."),
     dtype: str = typer.Option(None, help="onnx: how a float model's matrices are stored: fp32, fp16 or int8 (rounded, in "
                                          "blocks of 32). Left out: fp16. A quantised model carries its codes."),
     accuracy_level: str = typer.Option("auto", help="onnx: 0 (float32 activations), 4 (rounded to int8, faster), or auto: "
