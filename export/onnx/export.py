@@ -28,7 +28,7 @@ from llmc.export import quantized
 from llmc.export.onnx.config import OnnxExportConfig
 from llmc.export.source import model_folder, source_of, stem
 from llmc.runtimes.targets.this_machine import physical_cores
-from llmc.runtimes.torch_model import load_tokenizer
+from llmc.runtimes.torch_model import load_config, load_tokenizer
 
 PACKAGES = {"onnx": "onnx", "onnx_ir": "onnx-ir", "onnxruntime": "onnxruntime", "onnxruntime_genai": "onnxruntime-genai"}
 
@@ -66,17 +66,13 @@ def run(config: OnnxExportConfig) -> dict[str, Any]:
 
 def _write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> dict[str, Any]:
     """Plan, write and check the folder `work`; returns the report."""
-    from transformers import AutoConfig
-
     from llmc.export.onnx import emit, files, graph, lint, session, verify, writer
     from llmc.export.onnx.weights import Weights, form_name
     from llmc.export.parity import check_ids
 
     started = time.perf_counter()
     threads = config.threads or physical_cores()
-    hf = AutoConfig.from_pretrained(ckpt.folder, local_files_only=True, trust_remote_code=False)
-    if hasattr(hf, "quantization_config"):
-        del hf.quantization_config
+    hf = load_config(ckpt.folder)
     context = int(hf.max_position_embeddings)
     model, rows, tables = graph.skeleton(ckpt, hf)
     weights = Weights(config, ckpt, tables.embedding, tables.head)
