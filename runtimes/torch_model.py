@@ -149,6 +149,8 @@ def load_config(folder: Path) -> Any:
         del config.quantization_config
     if hasattr(config, "rope_theta") and not hasattr(type(config), "rope_parameters"):
         _respell_rope(config)
+    if getattr(config, "attn_logit_softcapping", None):  # Gemma 2: 4.57 would use sdpa, which leaves the soft cap out
+        config._attn_implementation = "eager"
     return config
 
 

@@ -156,6 +156,16 @@ def test_either_spelling_of_rotary_embeddings(family: str, older: dict, newer: d
     assert np.abs(logits["older"] - logits["none"]).max() > 0.1
 
 
+def test_the_soft_cap_of_attention_is_computed(tmp_path: Path) -> None:
+    folder = tiny.build("gemma2", tmp_path / "gemma2", attn_logit_softcapping=0.5)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        expected = model(torch.tensor(IDS, dtype=torch.long)[None]).logits[0].numpy()
+    np.testing.assert_allclose(TorchModel(folder, 64, 1).logits(IDS), expected, rtol=1e-4, atol=1e-4)
+    tiny.edit_config(folder, attn_logit_softcapping=None)
+    assert np.abs(TorchModel(folder, 64, 1).logits(IDS) - expected).max() > 0.1
+
+
 def test_a_tokenizer_as_either_transformers_writes_it(tmp_path: Path) -> None:
     folder = tiny.build("llama", tmp_path / "llama")
     path = folder / "tokenizer_config.json"
