@@ -37,7 +37,7 @@ def run(config: OnnxExportConfig) -> dict[str, Any]:
     """See `llmc.export.onnx.export_onnx`. Nothing is left behind when a check fails."""
     if missing := [d for module, d in PACKAGES.items() if importlib.util.find_spec(module) is None]:
         raise UserError(f"exporting ONNX needs {', '.join(missing)}: to build the graph, write it and check it",
-                        "pip install 'llmc-toolkit[onnx]'")
+                        f"pip install 'llmc-toolkit[{'optimum' if config.exporter == 'optimum' else 'onnx'}]'")
     from llmc.export.onnx import graph, plain
 
     if config.exporter == "optimum":

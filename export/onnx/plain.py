@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import shutil
+import sys
 import time
 import warnings
 from collections import Counter
@@ -88,17 +90,15 @@ def write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> d
     floats = sum(p.nbytes for p in model.parameters())
     check_disk(work, 3 * floats, f"writing {out}")  # traced, written, and a tied table twice
     say(f"tracing {out}: {size(floats)} of float32 weights, held in memory twice")
-    context = int(getattr(model.config, "max_position_embeddings", None) or len(tok))
+    context = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
     tables = {"embedding": model.get_input_embeddings().weight.detach(),
               "head": model.get_output_embeddings().weight.detach()}
-    with contextlib.ExitStack() as later:
-        traced = work / "traced"
-        later.callback(remove, traced)
-        trace(model, traced)
-        graph = ir.load(traced / writer.MODEL)
-        own = writer.write(graph, {}, work)
-        verified = read_back(work, own, model)
-    del model, own, graph
+    traced = work / "traced"
+    trace(model, traced)
+    own = writer.write(ir.load(traced / writer.MODEL), {}, work)
+    verified = read_back(work, own, model)
+    del model, own
+    shutil.rmtree(traced)
     operators = standard_operators(work)
     session = Session(work, config.threads or physical_cores(), 0)
     logits = verify_logits(session, ckpt, check_ids(tok, verified["weights"], context), tables)
@@ -111,12 +111,6 @@ def write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> d
         "generated_tokens": cached["tokens"], "chat_template_sha256": template, "notes": notes,
         "seconds": round(time.perf_counter() - started, 1),
     }
-
-
-def remove(folder: Path) -> None:
-    for path in folder.iterdir():
-        path.unlink()
-    folder.rmdir()
 
 
 def trace(model: Any, folder: Path) -> None:
