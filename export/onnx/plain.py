@@ -73,8 +73,8 @@ def check_model(config: OnnxExportConfig, ckpt: Checkpoint) -> None:
                         "graph keeps that of a short one", OTHERS)
     if quantized.is_quantized(ckpt) and not config.dequantize:
         raise UserError(f"{ckpt.folder} is quantised, and --exporter optimum writes float32",
-                        "leave --exporter out to keep the codes (with --int4 qdq in standard operators), or add "
-                        "--dequantize to write their values")
+                        "leave --exporter out to keep the codes (--int4 qdq has them in the standard DequantizeLinear), or "
+                        "add --dequantize to write their values")
 
 
 def write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> dict[str, Any]:
@@ -90,6 +90,7 @@ def write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> d
     floats = sum(p.nbytes for p in model.parameters())
     check_disk(work, 3 * floats, f"writing {out}")  # traced, written, and a tied table twice
     say(f"tracing {out}: {size(floats)} of float32 weights, held in memory twice")
+    architecture = type(model).__name__
     context = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
     tables = {"embedding": model.get_input_embeddings().weight.detach(),
               "head": model.get_output_embeddings().weight.detach()}
@@ -104,7 +105,7 @@ def write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> d
     logits = verify_logits(session, ckpt, check_ids(tok, verified["weights"], context), tables)
     generated, cached = generate(session, tok, context)
     return {
-        "path": out, "source": str(ckpt.folder), "architecture": ckpt.config["architectures"][0], "exporter": "optimum",
+        "path": out, "source": str(ckpt.folder), "architecture": architecture, "exporter": "optimum",
         "bytes": sum(p.stat().st_size for p in work.iterdir() if p.is_file()),
         "weight_bytes": (work / writer.DATA).stat().st_size, "dequantized": bool(notes), **operators,
         "verified": verified, "logits": logits, "cached_logits": cached, "generated": generated,
