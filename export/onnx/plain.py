@@ -138,10 +138,10 @@ def read_back(work: Path, own: dict[str, np.ndarray], model: Any) -> dict[str, i
     for name, values in own.items():
         if stored[name][1].tobytes() != values.tobytes():
             raise verify.damaged(f"{name} differs from what was traced")
-    present = {sha256(raw).digest() for _, raw in stored.values()}
+    present = {sha256(raw.tobytes()).digest() for _, raw in stored.values()}
     matrices = {name: p.detach() for name, p in model.named_parameters() if p.ndim == 2}
     for name, p in matrices.items():
-        if not present & {sha256(np.ascontiguousarray(m.numpy())).digest() for m in (p, p.t())}:
+        if not present & {sha256(m.contiguous().numpy().tobytes()).digest() for m in (p, p.t())}:
             raise UserError(f"the traced graph does not hold {name} as the model does", REPORT)
     return {"tensors": len(stored), "matrices": len(matrices), "weights": sum(p.numel() for p in matrices.values()),
             "code_matrices": 0, "code_weights": 0}

@@ -87,7 +87,7 @@ class Session:
             logits, *past = self._run(step, past, used, ["logits", *self.present])
             used += len(step)
             rows.append(logits[0, -1])
-            step = rows[-1].argmax(keepdims=True)
+            step = np.array([rows[-1].argmax()])
         return [int(row.argmax()) for row in rows], np.stack(rows)
 
     def seconds(self, ids: np.ndarray) -> tuple[float, float]:

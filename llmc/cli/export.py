@@ -66,7 +66,7 @@ def describe(report: dict[str, Any]) -> str:
     """The report in a few lines for a person."""
     from llmc.console import size
 
-    verified, logits, ids = report["verified"], report["logits"], report.get("token_ids")
+    verified, logits, ids = report["verified"], report["logits"], report.get("token_ids", {})
     lines = [f"{report['path']}: {size(report['bytes'])}, {report['architecture']}"]
     if "forms" in report:
         lines += [
