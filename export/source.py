@@ -15,7 +15,7 @@ def model_folder(model: str | Path | None) -> Path:
     """The folder that the user means; None: the newest made in this working folder."""
     if model is None:
         model = last_artifact()
-        if model.is_file() or not (model / "config.json").is_file():
+        if model.is_file() or not any(model.glob("*.safetensors")):
             what = "a file" if model.is_file() else "an exported folder"
             raise UserError(f"the newest artifact made here, {model}, is {what} already", "name the model folder")
         say(f"exporting {model}, the newest model made in this folder")

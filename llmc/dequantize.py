@@ -99,6 +99,7 @@ def load_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
             raise UserError(f"{name} of {file} holds values that {dtype} cannot", GO_BACK)
     with quiet_transformers(), _reading_back(file):
         tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    restore_bos(tokenizer, field(reader, "tokenizer.ggml.add_bos_token"))
     return model.eval(), tokenizer
 
 
@@ -135,6 +136,12 @@ def restore_pre_tokenizer(tokenizer: Any, name: str | None) -> None:
         made[step]() if step in made else pre_tokenizers.Split(Regex(step), "isolated") for step in steps])
     if whole_words:
         backend.model.ignore_merges = True
+
+
+def restore_bos(tokenizer: Any, wanted: bool | None) -> None:
+    """Texts begin with the start token where the file says so. transformers 4.57 puts it before all text of a Llama."""
+    if wanted is not None and wanted != (tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]):
+        tokenizer.add_bos_token = wanted
 
 
 def check_tokenizer(tokenizer: Any, file: Path) -> None:

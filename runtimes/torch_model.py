@@ -18,6 +18,7 @@ from torch import nn
 from llmc.checkpoint import Checkpoint
 from llmc.errors import UserError
 from llmc.export import quantized
+from llmc.export.texts import read_json
 from llmc.runtimes.base import TOO_LONG
 
 
@@ -42,7 +43,7 @@ class TorchModel:
     def logits(self, ids: np.ndarray, start: int = 0) -> np.ndarray:
         self._fit(len(ids))
         out = self.model(self._batch(ids), use_cache=False, logits_to_keep=len(ids) - start).logits[0]
-        return out.float().cpu().numpy()
+        return out[start - len(ids) :].float().cpu().numpy()  # OPT of transformers 4.57 keeps all of them
 
     @torch.inference_mode()
     def prefill(self, ids: np.ndarray) -> np.ndarray:
@@ -121,14 +122,54 @@ def torch_device(device: str) -> torch.device:
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a folder. No code from the folder is run."""
-    from transformers import AutoTokenizer
+    import transformers
 
+    auto: Any = transformers.AutoTokenizer
+    more: dict[str, Any] = {}
+    if not hasattr(transformers, "TokenizersBackend"):  # 4.57 does not know two things that 5 writes
+        values = read_json(folder / "tokenizer_config.json")
+        if values.get("tokenizer_class") == "TokenizersBackend":
+            auto = transformers.PreTrainedTokenizerFast
+        if isinstance(extra := values.get("extra_special_tokens"), list):
+            more = {"extra_special_tokens": {}, "additional_special_tokens": extra}
     try:
         with quiet_transformers():
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            return auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **more)
     except (OSError, ValueError, KeyError) as e:
         raise UserError(f"{folder} has no tokenizer that transformers can read: {str(e).splitlines()[0]}",
                         "copy the base model's tokenizer files into it") from e
+
+
+def load_config(folder: Path) -> Any:
+    """transformers' reading of config.json, without `quantization_config`. No code from the folder is run."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    if hasattr(config, "rope_theta") and not hasattr(type(config), "rope_parameters"):
+        _respell_rope(config)
+    if getattr(config, "attn_logit_softcapping", None):  # Gemma 2: 4.57 would use sdpa, which leaves the soft cap out
+        config._attn_implementation = "eager"
+    return config
+
+
+def _respell_rope(config: Any) -> None:
+    """`rope_parameters`, as transformers 5 writes it, in the words of 4.57, which would take its defaults in silence."""
+    kinds = getattr(config, "rope_parameters", None) or {}
+    found, local = kinds.get("full_attention", kinds), kinds.get("sliding_attention", {})
+    if any(isinstance(v, dict) for v in found.values()) or (local and not hasattr(config, "rope_local_base_freq")):
+        raise UserError(f"config.json gives {config.model_type} rotary embeddings that this transformers does not know: "
+                        f"{', '.join(kinds)}", "use a newer transformers")
+    values = {k: v for k, v in found.items() if k not in ("rope_theta", "partial_rotary_factor")}
+    if found:
+        config.rope_scaling = None if values.get("rope_type", "default") == "default" else values
+    for key, names in (("rope_theta", ("rope_theta",)), ("partial_rotary_factor", ("partial_rotary_factor", "rotary_pct"))):
+        for name in names:
+            if key in found:
+                setattr(config, name, found[key])
+    if "rope_theta" in local:
+        config.rope_local_base_freq = local["rope_theta"]
 
 
 def load_torch_model(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
@@ -137,19 +178,18 @@ def load_torch_model(folder: Path, device: str = "cpu", dtype: torch.dtype = tor
     Quantised weights are dequantised exactly in float32, then cast to `dtype`. Safetensors only, and no code from the
     folder is run. A tensor that the architecture needs and the folder lacks is an error, not a random weight.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     ckpt = Checkpoint.open(folder)
     auto: Any = AutoModelForCausalLM  # its annotations leave out output_loading_info
     kwargs: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
     try:
         with quiet_transformers():
+            config = load_config(folder)
             if not quantized.is_quantized(ckpt):
-                model, info = auto.from_pretrained(
-                    folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, **kwargs)
+                model, info = auto.from_pretrained(folder, config=config, use_safetensors=True, local_files_only=True,
+                                                   trust_remote_code=False, **kwargs)
             else:
-                config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-                del config.quantization_config
                 with torch.device("meta"):
                     skeleton = auto.from_config(config)
                 weights = _dequantized(ckpt, skeleton, dtype)

@@ -62,28 +62,40 @@ def test_metadata(wheel: Path) -> None:
     for key, value in {"Name": "llmc-toolkit", "License-Expression": "Apache-2.0", "Requires-Python": ">=3.11",
                        "License-File": "LICENSE"}.items():
         assert f"\n{key}: {value}\n" in text
-    assert {"gguf", "onnx", "demo", "dev", "all"} <= set(PROJECT["project"]["optional-dependencies"])
+    assert {"gguf", "onnx", "optimum", "demo", "dev", "all"} <= set(PROJECT["project"]["optional-dependencies"])
     assert "llmc = llmc.cli:main" in archive.read(info.replace("METADATA", "entry_points.txt")).decode()
 
 
-def test_every_pin_is_exact_and_every_dependency_is_pinned() -> None:
-    lines = [x for x in (ROOT / "constraints.txt").read_text().splitlines() if x and not x.startswith("#")]
+def pins(file: str) -> dict[str, str]:
+    lines = [x for x in (ROOT / file).read_text().splitlines() if x and not x.startswith("#")]
     assert [x for x in lines if x.count("==") != 1] == []
-    pinned = {x.split("==")[0].lower().replace("_", "-") for x in lines}
+    return {name.lower().replace("_", "-"): version for name, version in (x.split("==") for x in lines)}
+
+
+@pytest.mark.parametrize(("file", "extra"), [("constraints.txt", "dev"), ("constraints-optimum.txt", "optimum")])
+def test_every_pin_is_exact_and_every_dependency_is_pinned(file: str, extra: str) -> None:
+    pinned = pins(file)
     extras = PROJECT["project"]["optional-dependencies"]
-    wanted = PROJECT["project"]["dependencies"] + extras["gguf"] + extras["dev"]
+    wanted = PROJECT["project"]["dependencies"] + extras["gguf"] + extras["dev"] + extras[extra]
     names = {x.split(">")[0].lower().replace("_", "-") for x in wanted if not x.startswith("llmc-toolkit")}
-    assert names <= pinned
+    assert names <= pinned.keys()
+
+
+def test_the_extra_optimum_changes_no_other_pin() -> None:
+    new, old = pins("constraints.txt"), pins("constraints-optimum.txt")
+    assert {n for n in old if old[n] != new.get(n)} == {
+        "huggingface-hub", "optimum", "optimum-onnx", "tokenizers", "transformers"}
 
 
 # what is imported under another name than it is installed by (datasets is asked for by --calibration hf:NAME)
 IMPORTS = {"yaml": "pyyaml", "llama_cpp": "llama-cpp-python", "google": "protobuf", "datasets": "",
-           "tokenizers": "transformers"}
+           "tokenizers": "transformers", "optimum": "optimum-onnx"}
 
 
 def test_no_import_is_owed_to_somebody_elses_dependency() -> None:
     extras = PROJECT["project"]["optional-dependencies"]
-    declared = {x.split(">")[0].lower() for x in PROJECT["project"]["dependencies"] + extras["gguf"] + extras["onnx"]}
+    declared = {x.split(">")[0].lower() for x in [*PROJECT["project"]["dependencies"], *extras["gguf"], *extras["onnx"],
+                                                  *extras["optimum"]]}
     imported: set[str] = set()
     for folder in MAPPED.values():
         for path in (ROOT / folder).rglob("*.py"):

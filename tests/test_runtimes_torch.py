@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from llmc.errors import UserError
 from llmc.export.gptq import checkpoint as gptq
 from llmc.grids import Grid, QuantizedTensor
-from llmc.runtimes.torch_model import TorchModel, load_torch_model
+from llmc.runtimes.torch_model import TorchModel, load_tokenizer, load_torch_model
 
 IDS = np.arange(3, 40, dtype=np.int32) * 11 % tiny.VOCAB
 
@@ -129,3 +129,53 @@ def test_describe_says_what_ran(tmp_path: Path) -> None:
     d = TorchModel(tiny.build("llama", tmp_path / "m"), 64, threads=1).describe()
     assert d["runtime"] == "torch"
     assert (d["device"], d["threads"], d["dtype"], d["version"]) == ("cpu", 1, "float32", torch.__version__)
+
+
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+
+
+@pytest.mark.parametrize(("family", "older", "newer"), [
+    ("llama", {"rope_theta": 77.0}, {"rope_theta": 77.0, "rope_type": "default"}),
+    ("qwen2", {"rope_theta": 77.0, "rope_scaling": LINEAR}, {"rope_theta": 77.0, **LINEAR}),
+    ("gpt_neox", {"rotary_emb_base": 77.0, "rotary_pct": 0.5},
+     {"rope_theta": 77.0, "rope_type": "default", "partial_rotary_factor": 0.5}),
+    ("gemma3_text", {"rope_theta": 77.0, "rope_local_base_freq": 55.0, "rope_scaling": LINEAR},
+     {"full_attention": {"rope_theta": 77.0, **LINEAR},
+      "sliding_attention": {"rope_theta": 55.0, "rope_type": "default"}})])
+def test_either_spelling_of_rotary_embeddings(family: str, older: dict, newer: dict, tmp_path: Path) -> None:
+    """transformers 4 writes rope_theta and 5 rope_parameters. 4 would read the latter as its defaults."""
+    folder = tiny.build(family, tmp_path / family)
+    names = ("rope_theta", "rope_scaling", "rope_parameters", "rope_local_base_freq", "rotary_emb_base", "rotary_pct",
+             "partial_rotary_factor")
+    config = {k: v for k, v in json.loads((folder / "config.json").read_text()).items() if k not in names}
+    logits = {}
+    for spelling, values in (("none", {}), ("older", older), ("newer", {"rope_parameters": newer})):
+        (folder / "config.json").write_text(json.dumps({**config, **values}))
+        logits[spelling] = TorchModel(folder, context=64, threads=1).logits(IDS)
+    np.testing.assert_array_equal(logits["older"], logits["newer"])
+    assert np.abs(logits["older"] - logits["none"]).max() > 0.1
+
+
+def test_the_soft_cap_of_attention_is_computed(tmp_path: Path) -> None:
+    folder = tiny.build("gemma2", tmp_path / "gemma2", attn_logit_softcapping=0.5)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        expected = model(torch.tensor(IDS, dtype=torch.long)[None]).logits[0].numpy()
+    np.testing.assert_allclose(TorchModel(folder, 64, 1).logits(IDS), expected, rtol=1e-4, atol=1e-4)
+    tiny.edit_config(folder, attn_logit_softcapping=None)
+    assert np.abs(TorchModel(folder, 64, 1).logits(IDS) - expected).max() > 0.1
+
+
+def test_a_tokenizer_as_either_transformers_writes_it(tmp_path: Path) -> None:
+    folder = tiny.build("llama", tmp_path / "llama")
+    path = folder / "tokenizer_config.json"
+    before = json.loads(path.read_text())
+    found = []
+    for name in ("PreTrainedTokenizerFast", "TokenizersBackend"):
+        values = {k: v for k, v in before.items() if k not in ("extra_special_tokens", "additional_special_tokens")}
+        extra = {"extra_special_tokens": ["<s>", "</s>"]} if name == "TokenizersBackend" else {
+            "additional_special_tokens": ["<s>", "</s>"]}
+        path.write_text(json.dumps({**values, **extra, "tokenizer_class": name}))
+        tok = load_tokenizer(folder)
+        found.append((tok("a river's level")["input_ids"], tok.eos_token_id, set(tok.all_special_ids)))
+    assert found[0] == found[1]

@@ -35,7 +35,7 @@ from llmc.export.gguf.pretokenizers import WITHOUT_MARKS
 from llmc.export.gguf.writer import Entry
 from llmc.export.source import model_folder, source_of, stem
 from llmc.runtimes.targets.this_machine import physical_cores
-from llmc.runtimes.torch_model import load_tokenizer
+from llmc.runtimes.torch_model import load_config, load_tokenizer
 
 
 def run(config: GgufExportConfig) -> dict[str, Any]:
@@ -70,10 +70,8 @@ def _need_packages() -> None:
 
 def plan_file(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, types: Types) -> Plan:
     """Decide the whole file for an architecture that llmc knows."""
-    from transformers import AutoConfig
-
     arch = find_architecture(ckpt.config)
-    hf = AutoConfig.from_pretrained(ckpt.folder, local_files_only=True, trust_remote_code=False)
+    hf = load_config(ckpt.folder)
     w = GGUFWriter(None, arch.name)
     rope_tensors, notes = add_hyperparameters(w, arch, hf)
     planner = Planner(ckpt, arch, hf, types)

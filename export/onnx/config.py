@@ -7,6 +7,7 @@ from pathlib import Path
 
 from llmc.errors import UserError
 
+EXPORTERS = ("builder", "optimum")
 DTYPES = ("fp32", "fp16", "int8")
 LEVELS = ("auto", "0", "4")
 INT4_FORMS = ("nbits", "qdq")
@@ -21,6 +22,10 @@ class OnnxExportConfig:
     """Model folder, float or quantised (or a hub id). None: the newest artifact made in this working folder."""
     out: Path | None = None
     """The folder to write. None: `<model folder>-onnx` in the working folder."""
+    exporter: str = "builder"
+    """'builder': onnxruntime-genai's, for ONNX Runtime. 'optimum': optimum-onnx's, float32 in standard operators alone."""
+    dequantize: bool = False
+    """exporter 'optimum': write the values of a quantised model as float32; else it is refused."""
     dtype: str | None = None
     """How a float model's matrices are stored: 'fp32', 'fp16', or 'int8' (rounded, in blocks of 32). None: 'fp16'.
     All are computed in float32. A quantised model carries its codes and takes none."""
@@ -41,11 +46,22 @@ class OnnxExportConfig:
         wrong = [
             f"{name} {value!r} (one of {', '.join(map(str, allowed))})"
             for name, value, allowed in (
+                ("--exporter", self.exporter, EXPORTERS),
                 ("--dtype", self.dtype, DTYPES), ("--accuracy-level", self.accuracy_level, LEVELS),
                 ("--int4", self.int4, INT4_FORMS), ("--head-bits", self.head_bits, HEAD_BITS))
             if value is not None and value not in allowed
         ]
         if self.threads is not None and self.threads < 1:
             wrong.append(f"--threads {self.threads} (1 or more)")
+        wrong += self._not_of_exporter()
         if wrong:
             raise UserError("not possible: " + "; ".join(wrong), "choose one of the values in brackets")
+
+    def _not_of_exporter(self) -> list[str]:
+        """Options that were given and that this exporter does not have."""
+        if self.exporter == "builder":
+            return ["--dequantize with --exporter builder, which carries the codes (leave it out)"] if self.dequantize else []
+        given = {"--dtype": self.dtype not in (None, "fp32"), "--accuracy-level": self.accuracy_level != "auto",
+                 "--int4": self.int4 != "nbits", "--head-bits": self.head_bits is not None}
+        return [f"{name} with --exporter optimum, which writes float32 (leave it out)" for name, is_given in given.items()
+                if is_given]

@@ -28,7 +28,7 @@ from llmc.export import quantized
 from llmc.export.onnx.config import OnnxExportConfig
 from llmc.export.source import model_folder, source_of, stem
 from llmc.runtimes.targets.this_machine import physical_cores
-from llmc.runtimes.torch_model import load_tokenizer
+from llmc.runtimes.torch_model import load_config, load_tokenizer
 
 PACKAGES = {"onnx": "onnx", "onnx_ir": "onnx-ir", "onnxruntime": "onnxruntime", "onnxruntime_genai": "onnxruntime-genai"}
 
@@ -37,14 +37,19 @@ def run(config: OnnxExportConfig) -> dict[str, Any]:
     """See `llmc.export.onnx.export_onnx`. Nothing is left behind when a check fails."""
     if missing := [d for module, d in PACKAGES.items() if importlib.util.find_spec(module) is None]:
         raise UserError(f"exporting ONNX needs {', '.join(missing)}: to build the graph, write it and check it",
-                        "pip install 'llmc-toolkit[onnx]'")
-    from llmc.export.onnx.graph import find_architecture
+                        f"pip install 'llmc-toolkit[{'optimum' if config.exporter == 'optimum' else 'onnx'}]'")
+    from llmc.export.onnx import graph, plain
 
+    if config.exporter == "optimum":
+        plain.check_packages()
     folder = model_folder(config.model)
     ckpt = Checkpoint.open(folder)
     # what can be refused is refused before anything that takes time
     quantized.linears(ckpt)
-    find_architecture(ckpt.config)
+    if config.exporter == "optimum":
+        plain.check_model(config, ckpt)
+    else:
+        graph.find_architecture(ckpt.config)
     source = source_of(folder)
     out = config.out or Path(f"{stem(folder, source)}-onnx")
     check_output(out)
@@ -52,7 +57,8 @@ def run(config: OnnxExportConfig) -> dict[str, Any]:
         raise UserError(f"{out} is a file, and an ONNX export is a folder", "choose another place with -o")
     torch.set_num_threads(config.threads or physical_cores())
     with staged_folder(out) as work:
-        report = _write(config, ckpt, work, str(out))
+        write = plain.write if config.exporter == "optimum" else _write
+        report = write(config, ckpt, work, str(out))
         _record(config, ckpt, source, work, report)
     note_last(out, "onnx")
     return report
@@ -60,17 +66,13 @@ def run(config: OnnxExportConfig) -> dict[str, Any]:
 
 def _write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> dict[str, Any]:
     """Plan, write and check the folder `work`; returns the report."""
-    from transformers import AutoConfig
-
     from llmc.export.onnx import emit, files, graph, lint, session, verify, writer
     from llmc.export.onnx.weights import Weights, form_name
     from llmc.export.parity import check_ids
 
     started = time.perf_counter()
     threads = config.threads or physical_cores()
-    hf = AutoConfig.from_pretrained(ckpt.folder, local_files_only=True, trust_remote_code=False)
-    if hasattr(hf, "quantization_config"):
-        del hf.quantization_config
+    hf = load_config(ckpt.folder)
     context = int(hf.max_position_embeddings)
     model, rows, tables = graph.skeleton(ckpt, hf)
     weights = Weights(config, ckpt, tables.embedding, tables.head)
@@ -130,8 +132,9 @@ def _level(config: OnnxExportConfig, work: Path, ids: Any, threads: int) -> tupl
 def _record(config: OnnxExportConfig, ckpt: Checkpoint, source: dict[str, Any], work: Path, report: dict[str, Any]) -> None:
     """The manifest, continuing the chain of passes of the model it was made from."""
     before = read_manifest(ckpt.folder) or {}
-    options = {"dtype": config.dtype, "accuracy_level": config.accuracy_level, "int4": config.int4,
-               "head_bits": config.head_bits, "chat_template": config.chat_template}
+    options = {"exporter": config.exporter, "dequantize": config.dequantize, "dtype": config.dtype,
+               "accuracy_level": config.accuracy_level, "int4": config.int4, "head_bits": config.head_bits,
+               "chat_template": config.chat_template}
     measured = {k: v for k, v in report.items() if k not in ("path", "source")}
     this = {"name": "export-onnx", "config": options, **measured}
     manifest = new_manifest("onnx", source, [*before.get("passes", []), this], outputs=hash_folder(work))

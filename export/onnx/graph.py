@@ -252,5 +252,8 @@ def _builders() -> Any:
         from onnxruntime_genai.models import builders
 
         return builders
+    except ImportError as e:  # 0.18 imports classes that transformers 4.57 lacks
+        raise UserError(f"onnxruntime-genai's model builder does not load: {e}",
+                        "it needs transformers 5: use an environment without the extra 'optimum'") from e
     finally:
         sys.path[:] = before

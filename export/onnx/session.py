@@ -59,11 +59,11 @@ class Session:
         options.log_severity_level = 3
         options.add_session_config_entry(QDQ_LEVEL, str(level))
         self.session = onnxruntime.InferenceSession(folder / MODEL, options, providers=["CPUExecutionProvider"])
-        decoder = json.loads((folder / GENAI).read_text(encoding="utf-8"))["model"]["decoder"]
-        self.head_size = int(decoder["head_size"])
         self.past = [i for i in self.session.get_inputs() if i.name.startswith("past_key_values.")]
-        others = {i.name for i in self.session.get_inputs()} - {i.name for i in self.past}
-        assert others == {"input_ids", "attention_mask"}, "what the builder makes with GroupQueryAttention"
+        genai = folder / GENAI  # the builder leaves the width of the cache open in the graph
+        self.head_size = int(json.loads(genai.read_text(encoding="utf-8"))["model"]["decoder"]["head_size"]
+                             if genai.is_file() else self.past[0].shape[3])
+        self.others = {i.name for i in self.session.get_inputs()} - {i.name for i in self.past}
         self.present = [i.name.replace("past_key_values.", "present.") for i in self.past]
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
@@ -74,9 +74,21 @@ class Session:
         return [np.zeros((1, int(i.shape[1]), 0, self.head_size), np.float32) for i in self.past]
 
     def _run(self, ids: np.ndarray, past: list[np.ndarray], used: int, outputs: list[str]) -> list[np.ndarray]:
-        feed = {"input_ids": np.asarray(ids, np.int64)[None], "attention_mask": np.ones((1, used + len(ids)), np.int64)}
+        feed = {"input_ids": np.asarray(ids, np.int64)[None], "attention_mask": np.ones((1, used + len(ids)), np.int64),
+                "position_ids": np.arange(used, used + len(ids))[None]}
+        feed = {name: value for name, value in feed.items() if name in self.others}
         feed |= {i.name: p for i, p in zip(self.past, past, strict=True)}
         return self.session.run(outputs, feed)
+
+    def generate(self, ids: np.ndarray, count: int) -> tuple[list[int], np.ndarray]:
+        """Greedy, a token a run on the cache of the last: `count` ids, and the logits [count, vocab] that gave them."""
+        step, past, used, rows = ids, self._empty(), 0, list[np.ndarray]()
+        for _ in range(count):
+            logits, *past = self._run(step, past, used, ["logits", *self.present])
+            used += len(step)
+            rows.append(logits[0, -1])
+            step = np.array([rows[-1].argmax()])
+        return [int(row.argmax()) for row in rows], np.stack(rows)
 
     def seconds(self, ids: np.ndarray) -> tuple[float, float]:
         """Least time of a prefill of `ids` and of a decoded token after it, over a few repeats."""

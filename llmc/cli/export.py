@@ -31,6 +31,10 @@ def export(
                                               "architectures that llmc does not write by itself. Its Python code is "
                                               "run."),
     pre: str = typer.Option(None, help="gguf: llama.cpp's name of the pre-tokenizer. Left out: found from tokenizer.json."),
+    exporter: str = typer.Option("builder", help="onnx: builder (for ONNX Runtime) or optimum (float32 in ONNX's "
+                                                 "standard operators, for other runtimes; needs the extra 'optimum')."),
+    dequantize: bool = typer.Option(False, "--dequantize", help="onnx, --exporter optimum: write a quantised model's "
+                                                                "values as float32."),
     dtype: str = typer.Option(None, help="onnx: how a float model's matrices are stored: fp32, fp16 or int8 (rounded, in "
                                          "blocks of 32). Left out: fp16. A quantised model carries its codes."),
     accuracy_level: str = typer.Option("auto", help="onnx: 0 (float32 activations), 4 (rounded to int8, faster), or auto: "
@@ -62,7 +66,7 @@ def describe(report: dict[str, Any]) -> str:
     """The report in a few lines for a person."""
     from llmc.console import size
 
-    verified, logits, ids = report["verified"], report["logits"], report["token_ids"]
+    verified, logits, ids = report["verified"], report["logits"], report.get("token_ids", {})
     lines = [f"{report['path']}: {size(report['bytes'])}, {report['architecture']}"]
     if "forms" in report:
         lines += [
@@ -70,6 +74,12 @@ def describe(report: dict[str, Any]) -> str:
             f"  read back  {verified['weights']:,} weights equal their source, {verified['code_weights']:,} of them codes "
             "bit for bit",
             f"  token ids  {ids['text_tokens']} of the check text are the same",
+        ]
+    elif "opset" in report:
+        lines += [
+            f"  operators  {sum(report['operators'].values())} of {len(report['operators'])} kinds, all of ONNX's standard, "
+            f"opset {report['opset']}",
+            f"  read back  {verified['weights']:,} weights of {verified['matrices']} matrices equal their source",
         ]
     else:
         lines[0] += f", {report['file_type']}"

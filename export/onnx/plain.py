@@ -1,0 +1,180 @@
+"""`--exporter optimum`: a graph of ONNX's standard operators alone, traced by optimum-onnx, for runtimes that know no others.
+
+All is float32: a quantised model is written with the values of its codes. The folder has config.json instead of
+genai_config.json. What tracing may freeze (a branch on a length, a mask) is what the checks run: a longer text than the
+traced one at once, and token by token on the cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+import sys
+import time
+import warnings
+from collections import Counter
+from hashlib import sha256
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+
+from llmc.artifact import check_disk, write_json
+from llmc.checkpoint import Checkpoint
+from llmc.console import say, size, warn
+from llmc.errors import UserError
+from llmc.export import quantized
+from llmc.export.onnx import files, verify, writer
+from llmc.export.onnx.config import OnnxExportConfig
+from llmc.export.onnx.session import Session
+from llmc.export.parity import GENERATED, PROMPT, REPORT, check_ids
+from llmc.export.reference import reference_logits
+from llmc.runtimes.targets.this_machine import physical_cores
+from llmc.runtimes.torch_model import load_tokenizer, load_torch_model, quiet_transformers
+
+TASK = "text-generation-with-past"
+BY_LENGTH = ("dynamic", "longrope", "su")  # rotary embeddings that depend on the length of the text
+OTHERS = "export it with --exporter builder or as GGUF (--format gguf)"
+
+
+def check_packages() -> None:
+    """optimum-onnx, and a transformers that it knows."""
+    hint = ("in an environment of its own, pip install 'llmc-toolkit[optimum]': it takes transformers 4.57, which is what "
+            "optimum-onnx knows")
+    version = metadata.version("transformers")
+    try:
+        found = metadata.version("optimum-onnx")
+    except metadata.PackageNotFoundError as e:
+        raise UserError("--exporter optimum needs optimum-onnx, which is not installed", hint) from e
+    if int(version.partition(".")[0]) > 4:
+        raise UserError(f"optimum-onnx {found} does not know transformers {version}", hint)
+
+
+def check_model(config: OnnxExportConfig, ckpt: Checkpoint) -> None:
+    """Refuse what can be refused before anything that takes time."""
+    import optimum.exporters.onnx.model_configs  # noqa: F401 - registers the architectures
+    from optimum.exporters.tasks import TasksManager
+
+    kind = str(ckpt.config.get("model_type"))
+    try:
+        tasks = TasksManager.get_supported_tasks_for_model_type(kind, "onnx", library_name="transformers")
+    except KeyError:
+        tasks = {}
+    if TASK not in tasks:
+        raise UserError(f"optimum-onnx {metadata.version('optimum-onnx')} does not know the architecture {kind!r}", OTHERS)
+    scaling = ckpt.config.get("rope_scaling") or ckpt.config.get("rope_parameters") or {}
+    if (rope := scaling.get("rope_type", scaling.get("type"))) in BY_LENGTH:
+        raise UserError(f"{ckpt.folder} has a rotary embedding that depends on the length of the text ({rope}), and a traced "
+                        "graph keeps that of a short one", OTHERS)
+    if quantized.is_quantized(ckpt) and not config.dequantize:
+        raise UserError(f"{ckpt.folder} is quantised, and --exporter optimum writes float32",
+                        "leave --exporter out to keep the codes (--int4 qdq has them in the standard DequantizeLinear), or "
+                        "add --dequantize to write their values")
+
+
+def write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> dict[str, Any]:
+    """Trace, write and check the folder `work`; returns the report."""
+    started = time.perf_counter()
+    notes = ["the values of the codes are written as float32"] if quantized.is_quantized(ckpt) else []
+    for note in notes:
+        warn(note)
+    tok = load_tokenizer(ckpt.folder)
+    template = files.copy_tokenizer(ckpt.folder, work, tok, config.chat_template)
+    write_json(work / "config.json", {k: v for k, v in ckpt.config.items() if k != "quantization_config"})
+    model = load_torch_model(ckpt.folder)
+    floats = sum(p.nbytes for p in model.parameters())
+    check_disk(work, 3 * floats, f"writing {out}")  # traced, written, and a tied table twice
+    say(f"tracing {out}: {size(floats)} of float32 weights, held in memory twice")
+    architecture = type(model).__name__
+    context = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    tables = {"embedding": model.get_input_embeddings().weight.detach(),
+              "head": model.get_output_embeddings().weight.detach()}
+    traced = work / "traced"
+    trace(model, traced)
+    own = writer.write(ir.load(traced / writer.MODEL), {}, work)
+    verified = read_back(work, own, model)
+    del model, own
+    shutil.rmtree(traced)
+    operators = standard_operators(work)
+    session = Session(work, config.threads or physical_cores(), 0)
+    logits = verify_logits(session, ckpt, check_ids(tok, verified["weights"], context), tables)
+    generated, cached = generate(session, tok, context)
+    return {
+        "path": out, "source": str(ckpt.folder), "architecture": architecture, "exporter": "optimum",
+        "bytes": sum(p.stat().st_size for p in work.iterdir() if p.is_file()),
+        "weight_bytes": (work / writer.DATA).stat().st_size, "dequantized": bool(notes), **operators,
+        "verified": verified, "logits": logits, "cached_logits": cached, "generated": generated,
+        "generated_tokens": cached["tokens"], "chat_template_sha256": template, "notes": notes,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def trace(model: Any, folder: Path) -> None:
+    """optimum's graph of the model, with its weights, as model.onnx in a new `folder`."""
+    from optimum.exporters.onnx import export
+    from optimum.exporters.tasks import TasksManager
+
+    folder.mkdir()
+    make = TasksManager.get_exporter_config_constructor("onnx", model=model, task=TASK, library_name="transformers")
+    model.set_attn_implementation("eager")  # computes every variant; sdpa leaves out Gemma 2's soft cap
+    try:
+        with quiet_transformers(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")  # of every branch on a shape: the checks run other shapes
+            export(model, make(model.config, use_past_in_inputs=True), folder / writer.MODEL)
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as e:
+        raise UserError(f"optimum-onnx cannot trace {type(model).__name__}: {e!r}", OTHERS) from e
+
+
+def read_back(work: Path, own: dict[str, np.ndarray], model: Any) -> dict[str, int]:
+    """Every tensor of the file against optimum's, and every matrix of the model sought among them, transposed or not."""
+    stored = verify.stored_tensors(work)
+    if stored.keys() != own.keys():
+        raise verify.damaged("model.onnx holds other tensors than were traced")
+    for name, values in own.items():
+        if stored[name][1].tobytes() != values.tobytes():
+            raise verify.damaged(f"{name} differs from what was traced")
+    present = {sha256(raw.tobytes()).digest() for _, raw in stored.values()}
+    matrices = {name: p.detach() for name, p in model.named_parameters() if p.ndim == 2}
+    for name, p in matrices.items():
+        if not present & {sha256(m.contiguous().numpy().tobytes()).digest() for m in (p, p.t())}:
+            raise UserError(f"the traced graph does not hold {name} as the model does", REPORT)
+    return {"tensors": len(stored), "matrices": len(matrices), "weights": sum(p.numel() for p in matrices.values()),
+            "code_matrices": 0, "code_weights": 0}
+
+
+def standard_operators(work: Path) -> dict[str, Any]:
+    """The opset and how many of each operator the graph holds; one that is not of the standard is an error."""
+    onnx.checker.check_model(work / writer.MODEL, full_check=True)
+    model = onnx.load(work / writer.MODEL, load_external_data=False)
+    nodes = list(all_nodes(model.graph))
+    if foreign := sorted({f"{n.domain}.{n.op_type}" for n in nodes if n.domain not in ("", "ai.onnx")}):
+        raise UserError(f"the traced graph holds operators that are not of the standard: {', '.join(foreign)}", REPORT)
+    (opset,) = (o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+    return {"opset": opset, "operators": dict(sorted(Counter(n.op_type for n in nodes).items()))}
+
+
+def all_nodes(graph: onnx.GraphProto) -> Any:
+    """The nodes of a graph and of the graphs inside them."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for inner in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
+                yield from all_nodes(inner)
+
+
+def verify_logits(session: Session, ckpt: Checkpoint, ids: np.ndarray, tables: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """A text at once: ONNX Runtime against torch."""
+    return verify.bounded(reference_logits(ckpt, ids, tables), session.logits(ids), "torch's")
+
+
+def generate(session: Session, tok: Any, context: int) -> tuple[str, dict[str, Any]]:
+    """A greedy continuation of PROMPT, token by token on the cache; its logits must be those of the whole text at once."""
+    prompt = np.array(tok(PROMPT)["input_ids"])
+    new, cached = session.generate(prompt, min(GENERATED, context - len(prompt)))
+    whole = session.logits(np.append(prompt, new[:-1]))[len(prompt) - 1 :]
+    return tok.decode([*prompt, *new], skip_special_tokens=True), verify.bounded(whole, cached, "with a cache those without")
