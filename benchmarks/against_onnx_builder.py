@@ -1,7 +1,7 @@
-"""The same base, the same settings, the same runtime: llmc's 4-bit ONNX against that of onnxruntime-genai's own model builder.
+"""The same base, the same settings, the same runtime: llmc's 4-bit ONNX against that of onnxruntime-genai's model builder.
 
-The builder rounds the float base (`-p int4`, blocks of 32, symmetric, the embedding and the head one 8-bit table where the base
-ties them); llmc's folder carries the codes that `llmc quantize` chose. Both graphs are read and must ask for the same: bits,
+The builder rounds the float base (`-p int4`, blocks of 32, symmetric, embedding and head one 8-bit table where the base ties
+them); llmc's folder carries the codes that `llmc quantize` chose. Both graphs are read and must ask for the same: bits,
 block, symmetry and accuracy level of every MatMulNBits, and sizes within 1 %. A third row is the GGUF of llmc's folder in
 llama.cpp, with the KL divergence between the two exported files. Each text is run once in the float base for all of them.
 Speeds are those of `llmc bench`, the files taking turns in one run; the ratio is the median over the rounds. Prints a table
@@ -61,11 +61,12 @@ def make(args: argparse.Namespace) -> dict[str, Path]:
         command(*llmc, "export", folder, "--format", "gguf", *common, "-o", files[GGUF])
     if not files[THEIRS].exists():
         tied = str(bool(Checkpoint.open(args.base).config.get("tie_word_embeddings"))).lower()
+        # algo_config=default would name a shared 8-bit table wrongly: ONNX Runtime 1.31 refuses that file (builder 0.18)
         unfinished = work / f".builder-{level}.unfinished"
         command(sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", args.base, "-o", unfinished, "-p", "int4",
-                "-e", "cpu", "-c", work / "cache", "--extra_options", f"block_size={BLOCK}", "is_symmetric=true",
-                f"accuracy_level={level}", "matmul_mixed_precision=last_matmul:int8", f"shared_embeddings={tied}",
-                "hf_token=false")
+                "-e", "cpu", "-c", work / "cache", "--extra_options", "algo_config=rtn", f"block_size={BLOCK}",
+                "is_symmetric=true", f"accuracy_level={level}", "matmul_mixed_precision=last_matmul:int8",
+                f"shared_embeddings={tied}", "hf_token=false")
         unfinished.rename(files[THEIRS])
     return files
 

@@ -16,8 +16,10 @@ import llmc
 from llmc.grids import Grid
 
 pytestmark = pytest.mark.real
-LINEARS = {"attn/qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "attn/o_proj": ("self_attn.o_proj",),
-           "mlp/gate_proj": ("mlp.gate_proj",), "mlp/up_proj": ("mlp.up_proj",), "mlp/down_proj": ("mlp.down_proj",)}
+LINEARS = {
+    "attn/qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "attn/o_proj": ("self_attn.o_proj",),
+    "mlp/gate_proj": ("mlp.gate_proj",), "mlp/up_proj": ("mlp.up_proj",), "mlp/down_proj": ("mlp.down_proj",),
+}
 
 
 @pytest.fixture(scope="module")

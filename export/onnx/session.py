@@ -112,8 +112,8 @@ class Levels:
     @property
     def gain(self) -> str:
         """What level 4 gains."""
-        return (f"prefill {self.prefill_4:.0f} against {self.prefill_0:.0f} tokens/s, decoding {self.decode_4:.1f} against "
-                f"{self.decode_0:.1f}")
+        return (f"prefill {self.prefill_4:.0f} against {self.prefill_0:.0f} tokens/s, decoding {self.decode_4:.1f} "
+                f"against {self.decode_0:.1f}")
 
     def choose(self) -> tuple[int, str]:
         """The level, and why."""
@@ -126,8 +126,8 @@ class Levels:
         return 4, f"level 4 is faster and loses little: {self.gain}; {lost}"
 
     def __str__(self) -> str:
-        return (f"level 4 against level 0 is {self.gain}, a KL divergence of {self.kld:.2g}, {self.top1_agreement:.1%} of the "
-                "top tokens kept")
+        return (f"level 4 against level 0: {self.gain}; a KL divergence of {self.kld:.2g}, {self.top1_agreement:.1%} of "
+                "the top tokens kept")
 
 
 def measure(folder: Path, ids: np.ndarray, threads: int) -> Levels:
