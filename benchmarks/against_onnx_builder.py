@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from llmc.checkpoint import Checkpoint
-from llmc.console import progress, size
+from llmc.console import progress, say, size
 from llmc.evals import metrics
 from llmc.evals.bench import bench
 from llmc.evals.config import BenchConfig
@@ -105,6 +105,8 @@ def measure(files: dict[str, Path], args: argparse.Namespace) -> tuple[dict[str,
         for name, chunks in seen.items():
             nll, kld, top1 = (np.stack(x) for x in zip(*chunks, strict=True))
             found[name].append(metrics.summarise(nll, job.protocol.bytes, kld, top1, np.stack(base_nll)))
+        say(f"{Path(text).name}: KL divergence " + ", ".join(f"{n} {q[-1]['kld']['value']:.4f}" for n, q in found.items())
+            + f", llmc's two files {between[-1]['value']:.4f}")
     for runtime in (base, *runtimes.values()):
         runtime.close()
     return found, between
