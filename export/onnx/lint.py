@@ -66,6 +66,10 @@ def _rules() -> Iterator[tuple[str, str, str, Names]]:
            lambda m: (n.name for n in _nodes(m, nbits) if _input(n, 4)))
     yield ("few-bits", "all", "2 bits with float zero points are about 20 times slower (onnxruntime#28552)",
            lambda m: (n.name for n in _nodes(m, nbits) if _int(n, "bits", 4) < 4))
+    yield ("unpacked-8-bit", "CPU", "8-bit matrices have a kernel at accuracy_level 4 only (MatMulNBits' ComputeBUnpacked): "
+           "below it each is unpacked to float32 for every token, and decoding is many times slower; --head-bits 16 or 4 "
+           "avoids it for the head",
+           lambda m: (n.name for n in _nodes(m, nbits) if _int(n, "bits", 4) == 8 and _int(n, "accuracy_level") != 4))
     yield ("level-4", "all", "int8 activations (accuracy_level 4) change the top token of some models (onnxruntime#29849)",
            lambda m: (n.name for n in _nodes(m, nbits) if _int(n, "accuracy_level") == 4))
     yield ("contrib-qnn", "NPU", "QNN and other NPUs take standard operators only (Olive#1403)",

@@ -23,6 +23,7 @@ from llmc.export.parity import compare_logits
 
 QDQ_LEVEL = "session.qdq_matmulnbits_accuracy_level"
 STEPS, REPEATS = 8, 3  # tokens decoded in a measurement, and how often it is made
+ENOUGH = 3.0  # seconds after which no more is measured: at level 0 ONNX Runtime may take seconds for a token (lint.py)
 # What level 4 may do to the text of the check. A 4-bit grid itself loses 0.1 or more and keeps 70 to 80 % of the top tokens;
 # llama.cpp rounds activations alike, always. On SmolLM2-135M level 4 cost 0.0045 and kept 94 %; where a kernel goes wrong
 # (onnxruntime#29849) it is far more
@@ -92,8 +93,9 @@ class Session:
 
     def seconds(self, ids: np.ndarray) -> tuple[float, float]:
         """Least time of a prefill of `ids` and of a decoded token after it, over a few repeats."""
-        prefill, decode = [], []
-        for _ in range(1 + REPEATS):  # the first warms up
+        prefill, decode = [], list[float]()
+        begun = time.perf_counter()
+        while not decode or (len(prefill) <= REPEATS and time.perf_counter() - begun < ENOUGH):
             start = time.perf_counter()
             logits, *past = self._run(ids, self._empty(), 0, ["logits", *self.present])
             prefill.append(time.perf_counter() - start)
@@ -102,7 +104,9 @@ class Session:
                 start = time.perf_counter()
                 logits, *past = self._run(token, past, len(ids) + i, ["logits", *self.present])
                 decode.append(time.perf_counter() - start)
-        return min(prefill[1:]), min(decode[STEPS:])
+                if start - begun > ENOUGH:
+                    break
+        return min(prefill), min(decode)
 
 
 @dataclass(frozen=True)
@@ -117,20 +121,25 @@ class Levels:
     decode_0: float
     decode_4: float
 
+    @property
+    def gain(self) -> str:
+        """What level 4 gains."""
+        return (f"prefill {self.prefill_4:.0f} against {self.prefill_0:.0f} tokens/s, decoding {self.decode_4:.1f} "
+                f"against {self.decode_0:.1f}")
+
     def choose(self) -> tuple[int, str]:
         """The level, and why."""
         lost = (f"a KL divergence of {self.kld:.2g} and {self.top1_agreement:.1%} of the top tokens kept over {self.tokens} "
                 "tokens")
-        gain = (f"prefill {self.prefill_4:.0f} against {self.prefill_0:.0f} tokens/s, decoding {self.decode_4:.1f} against "
-                f"{self.decode_0:.1f}")
         if not (self.kld <= MOST_KLD and self.top1_agreement >= LEAST_TOP1):  # NaN must not pass
-            return 0, f"level 4 loses too much: {lost} (at most {MOST_KLD} and at least {LEAST_TOP1:.0%}); {gain}"
+            return 0, f"level 4 loses too much: {lost} (at most {MOST_KLD} and at least {LEAST_TOP1:.0%}); {self.gain}"
         if (self.prefill_4 / self.prefill_0 * self.decode_4 / self.decode_0) ** 0.5 < LEAST_GAIN:
-            return 0, f"level 4 is not faster here: {gain}"
-        return 4, f"level 4 is faster and loses little: {gain}; {lost}"
+            return 0, f"level 4 is not faster here: {self.gain}"
+        return 4, f"level 4 is faster and loses little: {self.gain}; {lost}"
 
     def __str__(self) -> str:
-        return f"KL divergence from level 0 to 4 {self.kld:.2g}, {self.top1_agreement:.1%} of the top tokens kept"
+        return (f"level 4 against level 0: {self.gain}; a KL divergence of {self.kld:.2g}, {self.top1_agreement:.1%} of "
+                "the top tokens kept")
 
 
 def measure(folder: Path, ids: np.ndarray, threads: int) -> Levels:
