@@ -183,7 +183,7 @@ def test_other_products_are_not_kept(outliers: Path, tmp_path: Path, monkeypatch
         return real(x, q)
 
     monkeypatch.setattr(w8a8, "linear", off)
-    with pytest.raises(UserError, match="other products than torch at /model/layers.0") as e:
+    with pytest.raises(UserError, match=r"other products than torch at /model/layers\.0") as e:
         export(outliers, dtype="w8a8", out=tmp_path / "x")
     assert "VNNI" in e.value.hint
     assert not (tmp_path / "x").exists()

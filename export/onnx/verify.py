@@ -146,8 +146,8 @@ def logits(session: Session, ckpt: Checkpoint, ids: np.ndarray, weights: Weights
         raise UserError(
             f"ONNX Runtime's logits are not torch's: relative error {relative:.3g} (at most {MOST_RELATIVE:g}), mean KL "
             f"divergence {kld:.3g} (at most {MOST_KLD:g}), top-1 agreement {top1:.0%}", REPORT)
-    found = {"tokens": len(ids), "relative_error": relative, "max_relative_error": MOST_RELATIVE, "mean_kld": kld,
-             "max_mean_kld": MOST_KLD, "top1_agreement": top1}
+    found: dict[str, Any] = {"tokens": len(ids), "relative_error": relative, "max_relative_error": MOST_RELATIVE,
+                             "mean_kld": kld, "max_mean_kld": MOST_KLD, "top1_agreement": top1}
     return found | {"products": linears.products()} if linears.watched else found
 
 

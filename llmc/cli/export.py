@@ -87,7 +87,7 @@ def describe(report: dict[str, Any]) -> str:
     lines.append(f"  logits     relative error {logits['relative_error']:.2g}, mean KL divergence {logits['mean_kld']:.2g}, "
                  f"top-1 agreement {logits['top1_agreement']:.1%} over {logits['tokens']} tokens")
     if products := logits.get("products"):
-        lines.append(f"  products   of {products['linears']} W8A8 matrices: {products['equal']:,} of {products['products']:,} "
+        lines.append(f"  products   {products['equal']:,} of {products['products']:,} of {products['linears']} W8A8 matrices "
                      f"equal torch's, the rest within {products['largest_error']:.2g} of the largest")
     if "accuracy_level" in report:
         lines.append(f"  level      {report['accuracy_level']}: {report['accuracy_reason']}")
