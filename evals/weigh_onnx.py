@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from llmc.evals.weigh import Tensor, classify
 from llmc.onnx_folder import OnnxFolder, attributes, elements
@@ -31,21 +32,31 @@ def tensors(source: OnnxFolder) -> Iterator[Tensor]:
 
 
 def _packed(source: OnnxFolder) -> dict[str, tuple[str, str, int, list[str]]]:
-    """{initializer with codes: (label, type, parameters, all its initializers)} of blockwise quantised matrices."""
+    """{initializer with codes: (label, type, parameters, all its initializers)} of quantised matrices."""
     from onnx import TensorProto
 
     sizes = {t.name: t for t in source.proto.graph.initializer}
+    readers: dict[str, list[Any]] = {}
+    for node in source.proto.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
     found: dict[str, tuple[str, str, int, list[str]]] = {}
     for node in source.proto.graph.node:
-        at = {"MatMulNBits": 1, "GatherBlockQuantized": 0, "DequantizeLinear": 0}.get(node.op_type)
+        at = {"MatMulNBits": 1, "MatMulInteger": 1, "GatherBlockQuantized": 0, "DequantizeLinear": 0}.get(node.op_type)
         if at is None or node.input[at] not in sizes:
             continue
         codes, a = sizes[node.input[at]], attributes(node)
-        after = node.input[at + 1 : at + 3] if node.op_type != "GatherBlockQuantized" else node.input[2:4]
+        if node.op_type == "MatMulInteger":  # inputs are rounded as well; its scales come after the product
+            after = [*node.input[3:4], *_factors(node, readers)]
+        else:
+            after = node.input[at + 1 : at + 3] if node.op_type != "GatherBlockQuantized" else node.input[2:4]
         names = [codes.name, *(n for n in after if n in sizes)]
         if node.op_type == "DequantizeLinear":
             block = f" block {a['block_size']}" if a.get("block_size") else ""
             kind, parameters = f"{TensorProto.DataType.Name(codes.data_type).lower()}{block} QDQ", elements(codes)
+        elif node.op_type == "MatMulInteger":
+            rows = " rows" if any(elements(sizes[n]) > 1 for n in names[1:]) else ""
+            kind, parameters = f"{TensorProto.DataType.Name(codes.data_type).lower()}{rows} W8A8", elements(codes)
         else:
             bits = a.get("bits", 4)
             kind = f"int{bits} block {a['block_size']}" + (" asym" if len(names) > 2 else "")
@@ -55,6 +66,15 @@ def _packed(source: OnnxFolder) -> dict[str, tuple[str, str, int, list[str]]]:
         known = found.setdefault(codes.name, (label, kind, parameters, []))[3]
         known += [n for n in names if n not in known]  # an embedding that is the head is used by two nodes
     return found
+
+
+def _factors(node: Any, readers: dict[str, list[Any]]) -> list[str]:
+    """What a product of integers is multiplied with on its way to floats."""
+    names: list[str] = []
+    while len(after := readers.get(node.output[0], [])) == 1 and after[0].op_type in ("Cast", "Mul"):
+        names += [n for n in after[0].input if n != node.output[0]]
+        node = after[0]
+    return names
 
 
 def _tables(source: OnnxFolder) -> set[str]:

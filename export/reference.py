@@ -22,10 +22,12 @@ from llmc.runtimes.torch_model import load_config, load_torch_model
 
 @torch.no_grad()
 def reference_logits(ckpt: Checkpoint, ids: np.ndarray, tables: dict[str, torch.Tensor],
-                     rounded: Callable[[str], torch.Tensor] | None = None) -> np.ndarray:
+                     rounded: Callable[[str], torch.Tensor] | None = None,
+                     inputs: Callable[[str, torch.Tensor], torch.Tensor] | None = None) -> np.ndarray:
     """ids int [n] -> float32 [n, vocab]. tables: 'embedding' and 'head' (the same where they are tied), float32.
 
     rounded: gives a linear that the checkpoint holds as floats, by its module's name in the checkpoint, as the file has it.
+    inputs: gives what such a linear makes of its input before the product.
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
@@ -35,7 +37,7 @@ def reference_logits(ckpt: Checkpoint, ids: np.ndarray, tables: dict[str, torch.
         # only the eager attention computes every variant (Gemma 2's soft cap is ignored by sdpa)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager",
                                                  trust_remote_code=False)
-    weights = _Weights(ckpt, model, tables, rounded)
+    weights = _Weights(ckpt, model, tables, rounded, inputs)
     if all(weights.has(name) for name, _ in model.named_parameters()):
         for name, module in model.named_modules():
             if any(True for _ in module.parameters(recurse=False)):
@@ -72,8 +74,9 @@ class _Weights:
     """Reads the parameters of a module of `model` from a float or quantised checkpoint."""
 
     def __init__(self, ckpt: Checkpoint, model: nn.Module, tables: dict[str, torch.Tensor],
-                 rounded: Callable[[str], torch.Tensor] | None) -> None:
-        self.ckpt, self.rounded = ckpt, rounded
+                 rounded: Callable[[str], torch.Tensor] | None,
+                 inputs: Callable[[str, torch.Tensor], torch.Tensor] | None) -> None:
+        self.ckpt, self.rounded, self.inputs = ckpt, rounded, inputs
         self.linears = set(quantized.linears(ckpt))
         self.prefix = f"{getattr(model, 'base_model_prefix', '')}."
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
@@ -91,14 +94,21 @@ class _Weights:
         return self._locate(f"{self.embedding}.weight") if name == f"{self.head}.weight" else None
 
     def fetch(self, module_name: str) -> Any:
-        def hook(module: nn.Module, _args: Any) -> None:
+        def hook(module: nn.Module, args: Any) -> Any:
             for name, p in list(module.named_parameters(recurse=False)):
                 value = self._read(f"{module_name}.{name}", module)
                 if value.shape != p.shape:
                     raise UserError(f"{module_name}.{name} has shape {list(value.shape)}, config.json says "
                                     f"{list(p.shape)}", "the checkpoint and its config.json do not belong together")
                 setattr(module, name, nn.Parameter(value, requires_grad=False))
+            return args if self.inputs is None else self._rounded_input(module_name, module, args)
         return hook
+
+    def _rounded_input(self, module_name: str, module: nn.Module, args: Any) -> Any:
+        found = self._locate(f"{module_name}.weight") if isinstance(module, nn.Linear) and module_name != self.head else None
+        if found is None or found[1] or self.inputs is None:
+            return args
+        return (self.inputs(found[0].removesuffix(".weight"), args[0]), *args[1:])
 
     @staticmethod
     def drop(module: nn.Module, _args: Any, _out: Any) -> None:

@@ -80,3 +80,9 @@ def test_float16(tmp_path: Path) -> None:
 def test_standard_operators_are_dequantised_at_load(tmp_path: Path) -> None:
     assert rules(tmp_path, [helper.make_node("DequantizeLinear", ["B", "s"], ["y"], "d", axis=0, block_size=32)]) == {
         "dequantised-at-load"}
+
+
+@pytest.mark.parametrize(("kind", "found"), [(TensorProto.INT8, True), (TensorProto.UINT8, False)])
+def test_products_that_saturate_are_those_of_signed_weights(kind: int, found: bool, tmp_path: Path) -> None:
+    node = helper.make_node("MatMulInteger", ["x", "B"], ["y"], "mm")
+    assert ("saturation" in rules(tmp_path, [node], [tensor("B", kind=kind)])) == found

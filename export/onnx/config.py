@@ -8,7 +8,7 @@ from pathlib import Path
 from llmc.errors import UserError
 
 EXPORTERS = ("builder", "optimum")
-DTYPES = ("fp32", "fp16", "int8")
+DTYPES = ("fp32", "fp16", "int8", "w8a8")
 LEVELS = ("auto", "0", "4")
 INT4_FORMS = ("nbits", "qdq")
 HEAD_BITS = (4, 8, 16)
@@ -27,8 +27,9 @@ class OnnxExportConfig:
     dequantize: bool = False
     """exporter 'optimum': write the values of a quantised model as float32; else it is refused."""
     dtype: str | None = None
-    """How a float model's matrices are stored: 'fp32', 'fp16', or 'int8' (rounded, in blocks of 32). None: 'fp16'.
-    All are computed in float32. A quantised model carries its codes and takes none."""
+    """How a float model's matrices are stored: 'fp32', 'fp16', or 'int8' (rounded, in blocks of 32), computed in float32;
+    or 'w8a8', int8 with a scale for each row, multiplied with inputs that are int8 with a scale for each token. None: 'fp16'.
+    A quantised model carries its codes and takes none."""
     accuracy_level: str = "auto"
     """'0': float32 activations. '4': activations rounded to 8 bits in blocks, which is faster. 'auto': both are measured
     when the file is written, and the faster is taken if it loses little."""

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from llmc.export.onnx import layout
-from llmc.export.onnx.weights import Form, Piece, Weights
+from llmc.export.onnx import layout, w8a8
+from llmc.export.onnx.weights import W8A8, Form, Piece, Weights
 from llmc.grids import Grid
 
 NBITS = "com.microsoft"
@@ -55,13 +55,18 @@ class Emitter:
         self.weights, self.qdq = weights, qdq
         self.entries: dict[str, Entry] = {}
         self.placed: list[Placed] = []
+        self.rounded: list[w8a8.Rounded] = []
 
     def matmul(self, b: Any, name: str, root: str, output: str, pieces: list[Piece]) -> None:
         """Nodes that give `output` = `root` @ W.T, W the rows of `pieces`, [N, K]."""
         form = self.weights.form_of(pieces)
         prefix = name[1:].replace("/", ".")
         n, k = sum(p.stop - p.start for p in pieces), self.weights.columns(pieces[0].module)
-        if not isinstance(form, Grid):
+        if form == W8A8:
+            w = self._rows(b, prefix, name, pieces, n, k)
+            self.rounded.append(w8a8.Rounded(name, root, output))
+            w8a8.nodes(b, self.rounded[-1], w.weight, str(w.scales), k, n)
+        elif not isinstance(form, Grid):
             weight = self._float(b, f"{prefix}.weight", pieces, form, (k, n), transposed=True)
             self.placed.append(Placed(name, pieces, form, weight, transposed=True))
             b.make_node("MatMul", inputs=[root, self._cast(b, name, weight, form, [k, n])], outputs=[output], name=name)
@@ -148,6 +153,20 @@ class Emitter:
         b.make_node("Cast", inputs=[value], outputs=[cast], name=f"{basename}/Cast", to=ir.DataType.FLOAT)
         b.make_value(cast, ir.DataType.FLOAT, shape=shape)
         return cast
+
+    def _rows(self, b: Any, prefix: str, node: str, pieces: list[Piece], n: int, k: int) -> Placed:
+        """Codes [K, N] of a matrix with a scale for each row."""
+        def codes() -> np.ndarray:
+            return np.ascontiguousarray(layout.signed(self.weights.codes(pieces).codes.numpy(), 8).T)
+
+        def scales() -> np.ndarray:
+            return self.weights.codes(pieces).scales[:, 0].numpy()
+
+        placed = Placed(node, pieces, W8A8, self._tensor(b, Entry(f"{prefix}.weight.codes", ir.DataType.INT8, (k, n), codes)),
+                        self._tensor(b, Entry(f"{prefix}.weight.scales", ir.DataType.FLOAT, (n,), scales)),
+                        transposed=True, signed=True)
+        self.placed.append(placed)
+        return placed
 
     def _quantised(self, b: Any, prefix: str, node: str, pieces: list[Piece], grid: Grid, n: int, k: int,
                    transposed: bool = False) -> Placed:

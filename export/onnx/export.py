@@ -66,7 +66,7 @@ def run(config: OnnxExportConfig) -> dict[str, Any]:
 
 def _write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> dict[str, Any]:
     """Plan, write and check the folder `work`; returns the report."""
-    from llmc.export.onnx import emit, files, graph, lint, session, verify, writer
+    from llmc.export.onnx import emit, files, graph, lint, session, verify, w8a8_proof, writer
     from llmc.export.onnx.weights import Weights, form_name
     from llmc.export.parity import check_ids
 
@@ -89,7 +89,8 @@ def _write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> 
     own = writer.write(made, emitter.entries, work)
     verified = verify.tensors(work, own, weights, emitter.placed)
     ids = check_ids(tok, verified["weights"], context)
-    checked = verify.logits(session.Session(work, threads, 0), ckpt, ids, weights)
+    linears = w8a8_proof.Linears(emitter, weights)
+    checked = verify.logits(session.Session(work, threads, 0, linears.watched), ckpt, ids, weights, linears)
     level, reason, levels = _level(config, work, ids, threads)
     session.set_level(work, level)
     files.finish_genai(work, files.end_ids(ckpt.folder, tok), level if emitter.qdq else None)
@@ -120,7 +121,7 @@ def _level(config: OnnxExportConfig, work: Path, ids: Any, threads: int) -> tupl
     from llmc.export.onnx import session
 
     if not session.has_codes(work):
-        return 0, "no matrix is quantised", None
+        return 0, "no matrix is quantised in blocks", None
     levels = session.measure(work, ids, threads)
     level, reason = levels.choose()
     if config.accuracy_level != "auto":

@@ -72,6 +72,8 @@ def _rules() -> Iterator[tuple[str, str, str, Names]]:
            lambda m: (n.name for n in _nodes(m, nbits) if _int(n, "bits", 4) == 8 and _int(n, "accuracy_level") != 4))
     yield ("level-4", "all", "int8 activations (accuracy_level 4) change the top token of some models (onnxruntime#29849)",
            lambda m: (n.name for n in _nodes(m, nbits) if _int(n, "accuracy_level") == 4))
+    yield ("saturation", "CPU", "x86 without VNNI adds pairs of uint8 times int8 in 16 bits, which saturate: "
+           "wrong without a message (onnxruntime#6004)", lambda m: (n.name for n in _signed_products(m)))
     yield ("contrib-qnn", "NPU", "QNN and other NPUs take standard operators only (Olive#1403)",
            lambda m: (f"{n.domain}.{n.op_type}" for n in m.graph.node if n.domain not in STANDARD))
     yield ("contrib-directml", "DirectML", "operators that it has no kernel for run on the CPU",
@@ -90,6 +92,11 @@ def _rules() -> Iterator[tuple[str, str, str, Names]]:
 
 def _nodes(model: Any, kind: str) -> Iterator[Any]:
     return (n for n in model.graph.node if n.op_type == kind)
+
+
+def _signed_products(model: Any) -> Iterator[Any]:
+    int8 = {t.name for t in model.graph.initializer if t.data_type == onnx.TensorProto.INT8}
+    return (n for n in _nodes(model, "MatMulInteger") if n.input[1] in int8)
 
 
 def _int(node: Any, name: str, default: int = 0) -> int:

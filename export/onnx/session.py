@@ -22,6 +22,7 @@ from llmc.export.onnx.writer import GENAI, MODEL
 from llmc.export.parity import compare_logits
 
 QDQ_LEVEL = "session.qdq_matmulnbits_accuracy_level"
+DATA_FOLDER = "session.model_external_initializers_file_folder_path"  # of a model that is given as bytes
 STEPS, REPEATS = 8, 3  # tokens decoded in a measurement, and how often it is made
 ENOUGH = 3.0  # seconds after which no more is measured: at level 0 ONNX Runtime may take seconds for a token (lint.py)
 # What level 4 may do to the text of the check. A 4-bit grid itself loses 0.1 or more and keeps 70 to 80 % of the top tokens;
@@ -52,14 +53,21 @@ def has_codes(folder: Path) -> bool:
 
 
 class Session:
-    """model.onnx on the CPU, with a cache that is passed from call to call."""
+    """model.onnx on the CPU, with a cache that is passed from call to call. watched: values inside of the graph, float32,
+    for `values`."""
 
-    def __init__(self, folder: Path, threads: int, level: int) -> None:
+    def __init__(self, folder: Path, threads: int, level: int, watched: tuple[str, ...] = ()) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         options.add_session_config_entry(QDQ_LEVEL, str(level))
-        self.session = onnxruntime.InferenceSession(folder / MODEL, options, providers=["CPUExecutionProvider"])
+        model: Path | bytes = folder / MODEL
+        if watched:
+            proto = onnx.load(folder / MODEL, load_external_data=False)
+            proto.graph.output.extend(onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in watched)
+            model = proto.SerializeToString()
+            options.add_session_config_entry(DATA_FOLDER, str(folder))
+        self.session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         self.past = [i for i in self.session.get_inputs() if i.name.startswith("past_key_values.")]
         genai = folder / GENAI  # the builder leaves the width of the cache open in the graph
         self.head_size = int(json.loads(genai.read_text(encoding="utf-8"))["model"]["decoder"]["head_size"]
@@ -70,6 +78,10 @@ class Session:
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """int [n] from an empty cache -> float32 [n, vocab]."""
         return self._run(ids, self._empty(), 0, ["logits"])[0][0]
+
+    def values(self, ids: np.ndarray, watched: tuple[str, ...]) -> dict[str, np.ndarray]:
+        """int [n] from an empty cache -> float32 [n, ..] for each name."""
+        return {name: v[0] for name, v in zip(watched, self._run(ids, self._empty(), 0, list(watched)), strict=True)}
 
     def _empty(self) -> list[np.ndarray]:
         return [np.zeros((1, int(i.shape[1]), 0, self.head_size), np.float32) for i in self.past]

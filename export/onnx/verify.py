@@ -2,7 +2,7 @@
 
 1. Every tensor is read back from the finished files, by onnx alone: codes, scales and zero points bit for bit against the
    checkpoint, floats in their type, the builder's own tensors as it made them.
-2. ONNX Runtime opens the file and must give the logits that torch gives.
+2. ONNX Runtime opens the file and must give the logits that torch gives; W8A8 in steps (w8a8_proof.py).
 3. onnxruntime-genai must make the token ids of the model's own tokenizer, and generates 16 tokens for a person to look at.
 """
 
@@ -22,7 +22,8 @@ from llmc.export import quantized
 from llmc.export.onnx import layout
 from llmc.export.onnx.emit import Placed
 from llmc.export.onnx.session import Session
-from llmc.export.onnx.weights import Weights
+from llmc.export.onnx.w8a8_proof import Linears
+from llmc.export.onnx.weights import W8A8, Weights
 from llmc.export.onnx.writer import DATA, MODEL
 from llmc.export.parity import CHECK_TEXT, GENERATED, MARKS, PROMPT, REPORT, compare_logits, first_difference, show
 from llmc.export.reference import reference_logits
@@ -81,7 +82,7 @@ def tensors(folder: Path, own: dict[str, np.ndarray], weights: Weights, placed: 
 def _compare(w: Placed, stored: dict[str, Any], weights: Weights, shape: tuple[int, int]) -> None:
     """One matrix [N, K] of the file against the checkpoint, not against what the writer was given."""
     raw = stored[w.weight][1]
-    if not isinstance(w.form, Grid):
+    if not isinstance(w.form, Grid) and w.form != W8A8:
         dtype = np.float32 if w.form == "fp32" else np.float16
         values = raw.view(dtype).reshape(shape[::-1]).T if w.transposed else raw.view(dtype).reshape(shape)
         if not np.array_equal(values, weights.values(w.pieces).numpy()):
@@ -106,10 +107,9 @@ def _compare(w: Placed, stored: dict[str, Any], weights: Weights, shape: tuple[i
 
 def decode(w: Placed, stored: dict[str, Any], shape: tuple[int, int]) -> QuantizedTensor:
     """A quantised matrix from the file's bytes, by the formats that layout.py describes."""
-    grid = w.form
-    assert isinstance(grid, Grid)
-    assert w.scales is not None
     n, k = shape
+    grid = w.form if isinstance(w.form, Grid) else Grid(8, k)
+    assert w.scales is not None
     blocks, qdq = k // grid.group_size, w.standard
     wide = (k, n) if w.transposed else (n, k)
     narrow = (blocks, n) if w.transposed else (n, blocks)
@@ -124,19 +124,25 @@ def decode(w: Placed, stored: dict[str, Any], shape: tuple[int, int]) -> Quantiz
     if w.signed:
         codes = layout.signed(codes, grid.bits)
     scales = stored[w.scales][1].view(np.float32).reshape(narrow)
-    half = (scales.T if w.transposed else scales).astype(np.float16)
-    if not np.array_equal(half.astype(np.float32).T if w.transposed else half.astype(np.float32), scales):
-        raise damaged(f"{w.scales} holds scales that are no float16")
+    scales = scales.T if w.transposed else scales
+    if w.form != W8A8:
+        half = scales.astype(np.float16)
+        if not np.array_equal(half.astype(np.float32), scales):
+            raise damaged(f"{w.scales} holds scales that are no float16")
+        scales = half
     zeros = None if w.zeros is None else torch.from_numpy(integers(w.zeros, narrow, qdq).copy())
-    return QuantizedTensor(grid, torch.from_numpy(codes.copy()), torch.from_numpy(half.copy()), zeros)
+    return QuantizedTensor(grid, torch.from_numpy(codes.copy()), torch.from_numpy(scales.copy()), zeros)
 
 
-def logits(session: Session, ckpt: Checkpoint, ids: np.ndarray, weights: Weights) -> dict[str, Any]:
-    """Run the same ids in torch and in ONNX Runtime at accuracy level 0; beyond the bound is an error."""
-    theirs = session.logits(ids)
+def logits(session: Session, ckpt: Checkpoint, ids: np.ndarray, weights: Weights, linears: Linears) -> dict[str, Any]:
+    """Run the same ids in torch and in ONNX Runtime at accuracy level 0; beyond the bound is an error. session: that watches
+    the W8A8 linears."""
+    linears.values = session.values(ids, ("logits", *linears.watched))
+    theirs = linears.values.pop("logits")
     held = {"embedding": weights.as_stored(weights.embedding), "head": weights.as_stored(weights.head)}
-    ours = reference_logits(ckpt, ids, held, weights.as_stored)[:, : theirs.shape[1]]
-    return bounded(ours, theirs, "torch's")
+    ours = reference_logits(ckpt, ids, held, weights.as_stored, linears.replace)[:, : theirs.shape[1]]
+    found = bounded(ours, theirs, "torch's")
+    return found | {"products": linears.products()} if linears.watched else found
 
 
 def bounded(ours: np.ndarray, theirs: np.ndarray, what: str) -> dict[str, Any]:

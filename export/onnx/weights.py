@@ -9,15 +9,17 @@ from typing import Any
 
 import torch
 
+from llmc.artifact import read_manifest
 from llmc.block_grids import BlockGrid
 from llmc.checkpoint import Checkpoint
 from llmc.errors import UserError
 from llmc.export import quantized
-from llmc.export.onnx import layout
+from llmc.export.onnx import layout, w8a8
 from llmc.export.onnx.config import OnnxExportConfig
 from llmc.grids import Grid, QuantizedTensor
 
-Form = Grid | str  # the grid of the codes, or 'fp32' or 'fp16'
+Form = Grid | str  # the grid of the codes, or 'fp32', 'fp16' or W8A8
+W8A8 = "w8a8"
 TABLE_BITS = {"q8_0": 8, "q4_0": 4, "f16": 16}
 
 
@@ -47,6 +49,9 @@ class Weights:
             raise UserError(f"{ckpt.folder} is quantised: its codes are carried over, so --dtype {config.dtype} has no say",
                             "leave --dtype out, or export the float model")
         self.dtype = "fp16" if self.linears else config.dtype or "fp16"
+        if self.dtype == W8A8 and not _smoothed(ckpt):
+            self.notes.append(f"{ckpt.folder} was not smoothed: its inputs' largest channels set the steps of all others; "
+                              "`llmc transform MODEL --gauge smooth` first makes a folder that loses less")
         self.table_bits, self.reason = self._table_bits(config)
         if config.head_bits is not None and head in self.linears:
             raise UserError(f"the head of {ckpt.folder} is quantised: its codes are carried over", "leave --head-bits out")
@@ -64,7 +69,7 @@ class Weights:
         if types:
             self.notes.append(f"the folder was made for the tables {' and '.join(types)}, which ONNX Runtime has no "
                               "type for: 8 bits in blocks of 32 instead; --head-bits 4 is the smaller choice")
-        if self.linears or self.dtype == "int8":
+        if self.linears or self.dtype in ("int8", W8A8):
             return 8, "8 bits beside a quantised decoder"
         return None, "as --dtype"
 
@@ -111,6 +116,8 @@ class Weights:
                 raise UserError(f"{module} has rows of {columns}, which blocks of {layout.BLOCK} do not divide",
                                 "--head-bits 16 keeps it in float16" if is_table else "use --dtype fp16")
             return Grid(bits, layout.BLOCK)
+        if self.dtype == W8A8 and not is_table:
+            return W8A8
         return "fp16" if bits == 16 or self.dtype != "fp32" else "fp32"
 
     def form_of(self, pieces: list[Piece]) -> Form:
@@ -129,6 +136,8 @@ class Weights:
         w = self.ckpt.tensor(f"{module}.weight")
         if isinstance(form, Grid):
             return _finite(module, layout.round_to(w, form.bits))
+        if form == W8A8:
+            return _finite(module, w8a8.round_rows(w))
         stored = w.to(torch.float32 if form == "fp32" else torch.float16)
         if not bool(torch.isfinite(stored).all()):
             raise UserError(f"{module} holds values beyond float16's {torch.finfo(torch.float16).max:g}",
@@ -159,7 +168,14 @@ class Weights:
         return w.dequantize() if isinstance(w, QuantizedTensor) else w.to(torch.float32)
 
 
+def _smoothed(ckpt: Checkpoint) -> bool:
+    """Whether SmoothQuant's migration is one of the passes that made a folder."""
+    passes = (read_manifest(ckpt.folder) or {}).get("passes", [])
+    return any(p.get("config", {}).get("gauge") == "smooth" for p in passes)
+
+
 def _finite(module: str, q: QuantizedTensor) -> QuantizedTensor:
     if not bool(torch.isfinite(q.scales).all()):
-        raise UserError(f"{module} has weights too large for a float16 scale", "use --dtype fp32, or --head-bits 16")
+        raise UserError(f"{module} has weights that are not finite or too large for a scale",
+                        "use --dtype fp32, or --head-bits 16")
     return q

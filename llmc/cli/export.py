@@ -35,8 +35,9 @@ def export(
                                                  "standard operators, for other runtimes; needs the extra 'optimum')."),
     dequantize: bool = typer.Option(False, "--dequantize", help="onnx, --exporter optimum: write a quantised model's "
                                                                 "values as float32."),
-    dtype: str = typer.Option(None, help="onnx: how a float model's matrices are stored: fp32, fp16 or int8 (rounded, in "
-                                         "blocks of 32). Left out: fp16. A quantised model carries its codes."),
+    dtype: str = typer.Option(None, help="onnx: how a float model's matrices are stored: fp32, fp16, int8 (rounded, in "
+                                         "blocks of 32) or w8a8 (int8 by rows, and inputs in int8 by tokens: transform "
+                                         "with --gauge smooth first). Left out: fp16. A quantised model carries its codes."),
     accuracy_level: str = typer.Option("auto", help="onnx: 0 (float32 activations), 4 (rounded to int8, faster), or auto: "
                                                     "4 where it is measured to be faster and to lose little."),
     int4: str = typer.Option("nbits", help="onnx: nbits (ONNX Runtime's MatMulNBits) or qdq (standard operators: "
@@ -95,6 +96,9 @@ def describe(report: dict[str, Any]) -> str:
         ]
     lines.append(f"  logits     relative error {logits['relative_error']:.2g}, mean KL divergence {logits['mean_kld']:.2g}, "
                  f"top-1 agreement {logits['top1_agreement']:.1%} over {logits['tokens']} tokens")
+    if products := logits.get("products"):
+        lines.append(f"  products   {products['equal']:,} of {products['products']:,} of {products['linears']} W8A8 matrices "
+                     f"equal torch's, the rest within {products['largest_error']:.2g} of the largest")
     if "accuracy_level" in report:
         lines.append(f"  level      {report['accuracy_level']}: {report['accuracy_reason']}")
     return "\n".join([*lines, f"  says       {report['generated']!r}"])

@@ -70,7 +70,9 @@ def _summary(r: dict[str, Any]) -> str:
             lines.append(f"  {p['name']}: {p['config']['rotate']}")
     if r["untied_bytes"]:
         lines.append(f"  the head is a matrix of its own now: {size(r['untied_bytes'])} more in an 8-bit file")
-    return "\n".join([*lines, f"next: llmc quantize {r['out']}"])
+    smooth = any(p["config"].get("gauge") == "smooth" for p in r["passes"])
+    after = f"export {r['out']} --format onnx --dtype w8a8" if smooth else f"quantize {r['out']}"
+    return "\n".join([*lines, f"next: llmc {after}"])
 
 
 def register(app: typer.Typer) -> None:
