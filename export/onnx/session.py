@@ -105,7 +105,7 @@ class Session:
 
     def seconds(self, ids: np.ndarray) -> tuple[float, float]:
         """Least time of a prefill of `ids` and of a decoded token after it, over a few repeats."""
-        prefill, decode = [], list[float]()
+        prefill, decode = list[float](), list[float]()
         begun = time.perf_counter()
         while not decode or (len(prefill) <= REPEATS and time.perf_counter() - begun < ENOUGH):
             start = time.perf_counter()
