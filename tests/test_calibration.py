@@ -75,7 +75,9 @@ def whole_model(
     folder: Path, layers_name: str, groups: list[tuple[int, LinearGroup]], sequential: bool,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(Hessian, drift) from two whole models in memory, run once more for every group."""
-    changed, original = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval() for _ in range(2))
+    # transformers 4.57's default attention leaves out Gemma 2's soft cap; the spelled-out one never does
+    changed, original = (AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager").eval() for _ in range(2))
 
     def seen(model: nn.Module, index: int, group: LinearGroup) -> tuple[torch.Tensor, torch.Tensor]:
         """What the group sees, and the root mean square of the stream that enters its layer or leaves its first linear."""

@@ -22,7 +22,8 @@ IDS = np.arange(3, 40, dtype=np.int32) * 11 % tiny.VOCAB
 
 
 def reference(folder: Path, ids: np.ndarray = IDS) -> np.ndarray:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    # transformers 4.57's default attention leaves out Gemma 2's soft cap; the spelled-out one never does
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
         return model(torch.tensor(ids, dtype=torch.long)[None]).logits[0].numpy()
 
