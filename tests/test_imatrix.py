@@ -19,7 +19,7 @@ import llmc
 from llmc.block_grids import GRIDS
 from llmc.checkpoint import Checkpoint
 from llmc.cli import run
-from llmc.compress import calibration, precision
+from llmc.compress import layer_run, precision
 from llmc.compress.imatrix.run import SquaresPass
 from llmc.compress.quantize.rtn import rtn
 from llmc.compress.skeleton import get_weight, is_linear
@@ -38,7 +38,7 @@ TEXT = {"samples": 6, "seq_len": 48}
 
 @pytest.fixture(autouse=True)
 def _full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (precision, calibration):
+    for module in (precision, layer_run):
         monkeypatch.setattr(module, "matmul_precision", lambda: "ieee")
 
 

@@ -36,7 +36,6 @@ from llmc.artifact import (
 )
 from llmc.checkpoint import Checkpoint
 from llmc.compress.digest import code_digest
-from llmc.compress.heal.attention import FasterAttention
 from llmc.compress.heal.blocks import Blocks
 from llmc.compress.heal.config import HealConfig
 from llmc.compress.heal.student import (
@@ -145,7 +144,7 @@ class _Job:
     @contextmanager
     def _forward(self) -> Iterator[None]:
         """Inside, models run in the precision of this job."""
-        with FasterAttention(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             yield
 
     def _end_to_end(self, texts: Texts) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
