@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
 import torch
 
@@ -21,14 +21,10 @@ def share(workers: int, job: Callable[[int], Iterator[None]]) -> None:
 
     def work(worker: int) -> None:
         torch.set_num_threads(max(1, threads // workers))  # of this thread
-        try:
-            with torch.no_grad():
-                for _ in job(worker):
-                    if stop.is_set():
-                        return
-        except BaseException:
-            stop.set()
-            raise
+        with torch.no_grad():
+            for _ in job(worker):
+                if stop.is_set():
+                    return
 
     if workers == 1:
         for _ in job(0):
@@ -36,11 +32,12 @@ def share(workers: int, job: Callable[[int], Iterator[None]]) -> None:
         return
     try:
         with ThreadPoolExecutor(workers, thread_name_prefix="llmc-worker") as pool:
+            parts = [pool.submit(work, k) for k in range(workers)]
             try:
-                for future in [pool.submit(work, k) for k in range(workers)]:
-                    future.result()
-            except BaseException:  # Ctrl-C reaches this thread only
+                wait(parts, return_when=FIRST_EXCEPTION)
+            finally:  # all are done, or one has failed, or Ctrl-C came, which reaches this thread only
                 stop.set()
-                raise
+        for part in parts:
+            part.result()
     finally:
         torch.set_num_threads(threads)  # the workers' setting is also the one of threads that start later

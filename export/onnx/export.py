@@ -27,6 +27,7 @@ from llmc.errors import UserError
 from llmc.export import quantized
 from llmc.export.onnx.config import OnnxExportConfig
 from llmc.export.source import model_folder, source_of, stem
+from llmc.onnx_folder import MODEL
 from llmc.runtimes.targets.this_machine import physical_cores
 from llmc.runtimes.torch_model import load_config, load_tokenizer
 
@@ -95,7 +96,7 @@ def _write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> 
     session.set_level(work, level)
     files.finish_genai(work, files.end_ids(ckpt.folder, tok), level if emitter.qdq else None)
     say(f"accuracy level {level}: {reason}")
-    findings = lint.lint(work / writer.MODEL)
+    findings = lint.lint(work / MODEL)
     notes = weights.notes + lint.as_notes(findings)
     for note in lint.as_notes(findings):
         say(f"note: {note}")

@@ -11,8 +11,8 @@ from typing import Any
 from llmc.checkpoint import CARD_FILES, TOKENIZER_FILES
 from llmc.errors import UserError
 from llmc.export.onnx.session import QDQ_LEVEL
-from llmc.export.onnx.writer import GENAI
 from llmc.export.texts import chat_template_of, read_json
+from llmc.onnx_folder import GENAI
 
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
 

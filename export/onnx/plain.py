@@ -34,6 +34,7 @@ from llmc.export.onnx.config import OnnxExportConfig
 from llmc.export.onnx.session import Session
 from llmc.export.parity import GENERATED, PROMPT, REPORT, check_ids
 from llmc.export.reference import reference_logits
+from llmc.onnx_folder import MODEL
 from llmc.runtimes.targets.this_machine import physical_cores
 from llmc.runtimes.torch_model import load_tokenizer, load_torch_model, quiet_transformers
 
@@ -96,7 +97,7 @@ def write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> d
               "head": model.get_output_embeddings().weight.detach()}
     traced = work / "traced"
     trace(model, traced)
-    own = writer.write(ir.load(traced / writer.MODEL), {}, work)
+    own = writer.write(ir.load(traced / MODEL), {}, work)
     verified = read_back(work, own, model)
     del model, own
     shutil.rmtree(traced)
@@ -125,7 +126,7 @@ def trace(model: Any, folder: Path) -> None:
     try:
         with quiet_transformers(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")  # of every branch on a shape: the checks run other shapes
-            export(model, make(model.config, use_past_in_inputs=True), folder / writer.MODEL)
+            export(model, make(model.config, use_past_in_inputs=True), folder / MODEL)
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as e:
         raise UserError(f"optimum-onnx cannot trace {type(model).__name__}: {e!r}", OTHERS) from e
 
@@ -149,8 +150,8 @@ def read_back(work: Path, own: dict[str, np.ndarray], model: Any) -> dict[str, i
 
 def standard_operators(work: Path) -> dict[str, Any]:
     """The opset and how many of each operator the graph holds; one that is not of the standard is an error."""
-    onnx.checker.check_model(work / writer.MODEL, full_check=True)
-    model = onnx.load(work / writer.MODEL, load_external_data=False)
+    onnx.checker.check_model(work / MODEL, full_check=True)
+    model = onnx.load(work / MODEL, load_external_data=False)
     nodes = list(all_nodes(model.graph))
     if foreign := sorted({f"{n.domain}.{n.op_type}" for n in nodes if n.domain not in ("", "ai.onnx")}):
         raise UserError(f"the traced graph holds operators that are not of the standard: {', '.join(foreign)}", REPORT)

@@ -18,8 +18,8 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from llmc.export.onnx.writer import GENAI, MODEL
 from llmc.export.parity import compare_logits
+from llmc.onnx_folder import GENAI, MODEL
 
 QDQ_LEVEL = "session.qdq_matmulnbits_accuracy_level"
 DATA_FOLDER = "session.model_external_initializers_file_folder_path"  # of a model that is given as bytes

@@ -24,10 +24,11 @@ from llmc.export.onnx.emit import Placed
 from llmc.export.onnx.session import Session
 from llmc.export.onnx.w8a8_proof import Linears
 from llmc.export.onnx.weights import W8A8, Weights
-from llmc.export.onnx.writer import DATA, MODEL
+from llmc.export.onnx.writer import DATA
 from llmc.export.parity import CHECK_TEXT, GENERATED, MARKS, PROMPT, REPORT, compare_logits, first_difference, show
 from llmc.export.reference import reference_logits
 from llmc.grids import Grid, QuantizedTensor
+from llmc.onnx_folder import MODEL
 
 # of the logits at accuracy level 0, both sides in float32: 1e-6 was seen with trained and untrained models, and Gemma's
 # builder rounds its embedding's factor to two decimals, which gives up to 1e-3

@@ -10,10 +10,9 @@ import onnx_ir as ir
 
 from llmc.console import progress
 from llmc.export.onnx.emit import Entry
+from llmc.onnx_folder import MODEL
 
-MODEL = "model.onnx"
 DATA = "model.onnx.data"
-GENAI = "genai_config.json"
 INLINE = 1024  # bytes: smaller tensors stay in model.onnx
 ALIGN = 4096  # a page, so that a tensor can be mapped; smaller ones need less
 SMALL = 1 << 16
