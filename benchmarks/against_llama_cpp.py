@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -38,12 +39,17 @@ CONTEXT = 512
 
 
 def timed(*command: object) -> dict[str, float]:
-    """Run a command; wall seconds and the peak resident memory of the largest child so far, in bytes."""
+    """Run a command: wall seconds, seconds of all its cores, and its peak resident memory in bytes."""
     start = time.monotonic()
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{command[0]} failed:\n{done.stderr[-3000:]}")
-    return {"seconds": time.monotonic() - start, "peak_rss": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024}
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen([str(c) for c in command], stdout=log, stderr=log)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            log.seek(0)
+            sys.exit(f"{command[0]} failed:\n{log.read().decode(errors='replace')[-3000:]}")
+    return {"seconds": time.monotonic() - start, "cpu_seconds": usage.ru_utime + usage.ru_stime,
+            "peak_rss": usage.ru_maxrss * 1024}
 
 
 def make(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -86,7 +92,7 @@ def make(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def measure(files: dict[str, Path], args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """Perplexity, KL divergence and top-1 agreement of every file on every text, {name: [a text's]}."""
+    """Perplexity, KL divergence and top-1 agreement of every file or folder on every text, {name: [a text's]}."""
     tokenizer, base = FolderTokenizer(Path(args.base)), open_runtime(Path(args.base), CONTEXT, args.threads, "cpu")
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in files}
     runtimes = {name: open_runtime(path, CONTEXT, args.threads, "cpu") for name, path in files.items()}
