@@ -26,7 +26,6 @@ GENAI = "genai_config.json"
 MODEL = "model.onnx"
 INSTALL = "pip install 'llmc-toolkit[onnx]'"
 AGAIN = "copy the whole folder again, or export it again"
-HEAD = "/lm_head/MatMul"  # the node of the output matrix, as onnxruntime-genai's builder names it
 # What the inputs of a quantised matrix are rounded to before the product: 0 nothing, 4 int8 in blocks. A MatMulNBits says it
 # itself; for DequantizeLinear and MatMul, which ONNX Runtime fuses, it is an option of the session, 4 where it is left out
 LEVEL, QDQ_LEVEL, QDQ_DEFAULT = "accuracy_level", "session.qdq_matmulnbits_accuracy_level", 4
@@ -60,6 +59,8 @@ class OnnxFolder:
     data_files: list[Path]
     edited: bool = False
     """Whether `proto` is another graph than that of `model`."""
+    watched: tuple[str, ...] = ()
+    """Names of values inside of the graph that an edited graph gives besides its outputs."""
 
     @property
     def files(self) -> list[Path]:
@@ -79,21 +80,32 @@ class OnnxFolder:
 
     def edit(self, level: int | None = None, head_level: int | None = None, watched: tuple[str, ...] = ()) -> OnnxFolder:
         """The folder with another graph, in memory. level: accuracy level of every quantised matrix; head_level: of the
-        head's MatMulNBits, else as `level`; watched: float32 values inside of the graph that become outputs."""
+        head's MatMulNBits, else as `level`; watched: float32 values inside of the graph."""
         from onnx import TensorProto, helper
 
-        proto, genai = copy.deepcopy(self.proto), copy.deepcopy(self.genai)
+        proto, genai, head = copy.deepcopy(self.proto), copy.deepcopy(self.genai), self.head()
         if level is not None:
             for node in proto.graph.node:
                 if node.op_type == "MatMulNBits":
+                    value = head_level if head_level is not None and node == head else level
                     for old in [a for a in node.attribute if a.name == LEVEL]:
                         node.attribute.remove(old)
-                    value = head_level if head_level is not None and node.name == HEAD else level
                     node.attribute.append(helper.make_attribute(LEVEL, value))
             options = genai.setdefault("model", {}).setdefault("decoder", {}).setdefault("session_options", {})
             options[QDQ_LEVEL] = str(level)
         proto.graph.output.extend(helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in watched)
-        return replace(self, proto=proto, genai=genai, edited=True)
+        return replace(self, proto=proto, genai=genai, edited=True, watched=watched)
+
+    def head(self) -> NodeProto | None:
+        """The product that gives the logits, None where the graph has none."""
+        writers = {out: node for node in self.proto.graph.node for out in node.output}
+        todo = ["logits"]
+        while todo:
+            node = writers.pop(todo.pop(), None)
+            if node is not None and node.op_type.startswith(("MatMul", "Gemm")):
+                return node
+            todo += [] if node is None else node.input
+        return None
 
     def operators(self) -> dict[str, int]:
         """How many of each operator the graph holds before ONNX Runtime optimises it."""
