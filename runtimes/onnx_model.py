@@ -172,7 +172,8 @@ class OnnxModel:
 
         return {"runtime": self.name, "version": self._ort.__version__, "device": self.device, "threads": self.threads,
                 "accuracy_levels": self._accuracy_levels(),
-                "session": {**OPTIONS, "intra_op_num_threads": self.threads, QDQ_LEVEL: str(self._source.qdq_level)}, "nodes": self.nodes,
+                "session": {**OPTIONS, "intra_op_num_threads": self.threads, QDQ_LEVEL: str(self._source.qdq_level)},
+                "nodes": self.nodes,
                 "kv": {"shared": self._cache.shared, "bytes": self._cache.nbytes,
                        "types": sorted({s.dtype for s in self.signature.slots})},
                 "build": self._ort.get_build_info(), "cpu_features": cpu_features()}

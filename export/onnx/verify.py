@@ -21,13 +21,13 @@ from llmc.errors import UserError
 from llmc.export import quantized
 from llmc.export.onnx import layout
 from llmc.export.onnx.emit import Placed
-from llmc.export.onnx.session import Session
 from llmc.export.onnx.w8a8_proof import Linears
 from llmc.export.onnx.weights import W8A8, Weights
 from llmc.export.parity import CHECK_TEXT, GENERATED, MARKS, PROMPT, REPORT, compare_logits, first_difference, show
 from llmc.export.reference import reference_logits
 from llmc.grids import Grid, QuantizedTensor
 from llmc.onnx_folder import open_onnx
+from llmc.runtimes.onnx_model import OnnxModel
 
 # of the logits at accuracy level 0, both sides in float32: 1e-6 was seen with trained and untrained models, and Gemma's
 # builder rounds its embedding's factor to two decimals, which gives up to 1e-3
@@ -123,10 +123,10 @@ def decode(w: Placed, stored: dict[str, Any], shape: tuple[int, int]) -> Quantiz
     return QuantizedTensor(grid, torch.from_numpy(codes.copy()), torch.from_numpy(scales.copy()), zeros)
 
 
-def logits(session: Session, ckpt: Checkpoint, ids: np.ndarray, weights: Weights, linears: Linears) -> dict[str, Any]:
-    """Run the same ids in torch and in ONNX Runtime at accuracy level 0; beyond the bound is an error. session: that watches
-    the W8A8 linears."""
-    linears.values = session.values(ids, ("logits", *linears.watched))
+def logits(runtime: OnnxModel, ckpt: Checkpoint, ids: np.ndarray, weights: Weights, linears: Linears) -> dict[str, Any]:
+    """Run the same ids in torch and in ONNX Runtime at accuracy level 0; beyond the bound is an error. runtime: at that
+    level, watching the W8A8 linears."""
+    linears.values = runtime.values(ids)
     theirs = linears.values.pop("logits")
     held = {"embedding": weights.as_stored(weights.embedding), "head": weights.as_stored(weights.head)}
     ours = reference_logits(ckpt, ids, held, weights.as_stored, linears.replace)[:, : theirs.shape[1]]
