@@ -27,6 +27,7 @@ from llmc.errors import UserError
 from llmc.export.onnx import OnnxExportConfig, export_onnx, layout
 from llmc.export.onnx.levels import Levels, Measured, choose
 from llmc.grids import Grid, QuantizedTensor
+from llmc.runtimes.onnx_model import OnnxModel
 from llmc.runtimes.torch_model import TorchModel
 
 # largest relative error of the logits at accuracy level 0, both sides in float32
@@ -96,6 +97,29 @@ def test_every_family_gives_torchs_logits(family: str, tmp_path: Path) -> None:
     assert report["logits"]["top1_agreement"] == 1.0
     assert report["generated"].startswith("The river's level rose")
     assert report["generated_tokens"] > 0
+
+
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.5, 1.7, 2.0, 2.5, 3.0],
+            "long_factor": [4.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 16.0], "original_max_position_embeddings": 48}
+
+
+@pytest.mark.parametrize(("family", "scaling", "context"), [
+    ("phi3", LONGROPE, 48), ("llama", {"rope_type": "dynamic", "factor": 4.0}, 256)])
+def test_a_rotary_embedding_that_depends_on_the_length(family: str, scaling: dict[str, Any], context: int,
+                                                       tmp_path: Path) -> None:
+    """It is right as far as nothing depends on the length, and the context ends there."""
+    original = {"original_max_position_embeddings": 48} if family == "phi3" else {}
+    folder = build(family, tmp_path / "m", rope_parameters={"rope_theta": 10000.0, **scaling}, **original)
+    report = export(folder, dtype="fp32")
+    assert report["logits"]["relative_error"] < FLOAT_NOISE
+    assert any("changes beyond 48 tokens" in n for n in report["notes"]) == (family == "phi3")
+    genai = json.loads((tmp_path / "m-onnx" / "genai_config.json").read_text())
+    assert genai["model"]["context_length"] == genai["search"]["max_length"] == context
+    ids = np.random.default_rng(0).integers(2, 512, context)
+    ours = TorchModel(folder, context=256, threads=1).logits(ids)
+    theirs = OnnxModel(tmp_path / "m-onnx", 256, 1)
+    assert theirs.context == context
+    assert np.abs(ours - theirs.logits(ids)).max() < 1e-4
 
 
 @pytest.mark.parametrize("int4", ["nbits", "qdq"])

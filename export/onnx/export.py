@@ -67,7 +67,7 @@ def run(config: OnnxExportConfig) -> dict[str, Any]:
 
 def _write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> dict[str, Any]:
     """Plan, write and check the folder `work`; returns the report."""
-    from llmc.export.onnx import emit, files, graph, levels, lint, verify, w8a8_proof, writer
+    from llmc.export.onnx import emit, files, graph, levels, lint, rope, verify, w8a8_proof, writer
     from llmc.export.onnx.weights import Weights, form_name
     from llmc.export.parity import check_ids
     from llmc.onnx_folder import open_onnx
@@ -76,9 +76,10 @@ def _write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> 
     started = time.perf_counter()
     threads = config.threads or physical_cores()
     hf = load_config(ckpt.folder)
-    context = int(hf.max_position_embeddings)
+    context, ends_early = rope.context_of(hf.to_dict())
     model, rows, tables = graph.skeleton(ckpt, hf)
     weights = Weights(config, ckpt, tables.embedding, tables.head)
+    weights.notes += [ends_early] if ends_early else []
     emitter = emit.Emitter(weights, qdq=config.int4 == "qdq")
     made = graph.build(ckpt, hf, weights, model, rows, emitter, work)
     tok = load_tokenizer(ckpt.folder)

@@ -29,7 +29,7 @@ from llmc.checkpoint import Checkpoint
 from llmc.console import say, size, warn
 from llmc.errors import UserError
 from llmc.export import quantized
-from llmc.export.onnx import files, verify, writer
+from llmc.export.onnx import files, rope, verify, writer
 from llmc.export.onnx.config import OnnxExportConfig
 from llmc.export.parity import GENERATED, PROMPT, REPORT, check_ids
 from llmc.export.reference import reference_logits
@@ -39,7 +39,6 @@ from llmc.runtimes.targets.this_machine import physical_cores
 from llmc.runtimes.torch_model import load_tokenizer, load_torch_model, quiet_transformers
 
 TASK = "text-generation-with-past"
-BY_LENGTH = ("dynamic", "longrope", "su")  # rotary embeddings that depend on the length of the text
 OTHERS = "export it with --exporter builder or as GGUF (--format gguf)"
 
 
@@ -61,16 +60,15 @@ def check_model(config: OnnxExportConfig, ckpt: Checkpoint) -> None:
     import optimum.exporters.onnx.model_configs  # noqa: F401 - registers the architectures
     from optimum.exporters.tasks import TasksManager
 
-    kind = str(ckpt.config.get("model_type"))
+    model_type = str(ckpt.config.get("model_type"))
     try:
-        tasks = TasksManager.get_supported_tasks_for_model_type(kind, "onnx", library_name="transformers")
+        tasks = TasksManager.get_supported_tasks_for_model_type(model_type, "onnx", library_name="transformers")
     except KeyError:
         tasks = {}
     if TASK not in tasks:
-        raise UserError(f"optimum-onnx {metadata.version('optimum-onnx')} does not know the architecture {kind!r}", OTHERS)
-    scaling = ckpt.config.get("rope_scaling") or ckpt.config.get("rope_parameters") or {}
-    if (rope := scaling.get("rope_type", scaling.get("type"))) in BY_LENGTH:
-        raise UserError(f"{ckpt.folder} has a rotary embedding that depends on the length of the text ({rope}), and a traced "
+        raise UserError(f"optimum-onnx {metadata.version('optimum-onnx')} does not know the architecture {model_type!r}", OTHERS)
+    if kind := rope.by_length(ckpt.config):
+        raise UserError(f"{ckpt.folder} has a rotary embedding that depends on the length of the text ({kind}), and a traced "
                         "graph keeps that of a short one", OTHERS)
     if quantized.is_quantized(ckpt) and not config.dequantize:
         raise UserError(f"{ckpt.folder} is quantised, and --exporter optimum writes float32",
