@@ -23,7 +23,7 @@ class Levels:
         self.codes, self.values = codes.to(dtype), values[codes]
 
     def entries(self, doubled: torch.Tensor) -> torch.Tensor:
-        """Where in `codes` and `values` the level nearest to half of `doubled` is, int64 for torch.take; changes `doubled`."""
+        """Where in `codes` and `values` the level nearest to half of `doubled` is, for torch.take; changes `doubled`."""
         return doubled.ceil_().clamp_(self.lowest, self.highest).long()
 
 

@@ -66,7 +66,8 @@ def check_model(config: OnnxExportConfig, ckpt: Checkpoint) -> None:
     except KeyError:
         tasks = {}
     if TASK not in tasks:
-        raise UserError(f"optimum-onnx {metadata.version('optimum-onnx')} does not know the architecture {model_type!r}", OTHERS)
+        raise UserError(f"optimum-onnx {metadata.version('optimum-onnx')} does not know the architecture {model_type!r}",
+                        OTHERS)
     if kind := rope.by_length(ckpt.config):
         raise UserError(f"{ckpt.folder} has a rotary embedding that depends on the length of the text ({kind}), and a traced "
                         "graph keeps that of a short one", OTHERS)

@@ -27,5 +27,5 @@ def context_of(config: dict[str, Any]) -> tuple[int, str | None]:
     first = config.get("original_max_position_embeddings") or scaling.get("original_max_position_embeddings") or whole
     if kind in (None, "dynamic") or int(first) >= whole:
         return whole, None
-    return int(first), (f"the rotary embedding ({kind}) changes beyond {first} tokens, and a graph has one: the context of the "
-                        f"file ends there, not at the model's {whole}; a GGUF (--format gguf) has both")
+    return int(first), (f"the rotary embedding ({kind}) changes beyond {first} tokens, and a graph has one: the context of "
+                        f"the file ends there, not at the model's {whole}; a GGUF (--format gguf) has both")
