@@ -11,7 +11,6 @@ Every finished layer and the states that leave it are on the disk before the nex
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from llmc.artifact import fsync, staged_file, write_json
 from llmc.compress.layer_run import InputStatistics, LayerRun
 from llmc.compress.skeleton import LinearGroup, Skeleton, get_weight, trace_layer
 from llmc.compress.states import StateStore
+from llmc.compress.unfinished import open_unfinished
 from llmc.console import progress
 from llmc.errors import UserError
 
@@ -85,22 +85,13 @@ def workers_for(skeleton: Skeleton) -> int:
 
 
 class Workspace:
-    """The folder of an unfinished run: `state.json`, `layers/`, the hidden states. Guarded by a fingerprint."""
+    """The folder of an unfinished run: `state.json`, `layers/`, the hidden states (unfinished.py says what guards it)."""
 
     def __init__(self, folder: Path, fingerprint: dict[str, Any], resume: bool) -> None:
+        open_unfinished(folder, fingerprint, resume)
         self.folder, self.layers = folder, folder / "layers"
-        self.state: dict[str, Any] = {"fingerprint": fingerprint, "done": 0}
         found = folder / "state.json"
-        if resume and found.is_file():
-            old = json.loads(found.read_text(encoding="utf-8"))
-            differing = sorted(k for k in {*fingerprint, *old["fingerprint"]}
-                               if fingerprint.get(k) != old["fingerprint"].get(k))
-            if differing:
-                raise UserError(f"cannot resume: the unfinished run in {folder} differs in {', '.join(differing)}",
-                                "run with the same model and options, or without --resume to start again")
-            self.state = old
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
+        self.state: dict[str, Any] = json.loads(found.read_text(encoding="utf-8")) if found.is_file() else {"done": 0}
         self.layers.mkdir(parents=True, exist_ok=True)
 
     @property

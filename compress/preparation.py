@@ -12,8 +12,6 @@ from safetensors.torch import save_file
 
 from llmc.artifact import staged_file
 from llmc.checkpoint import Checkpoint
-from llmc.compress.digest import code_digest
-from llmc.compress.precision import matmul_precision
 from llmc.compress.sampling import sample_from_model
 from llmc.compress.skeleton import Skeleton
 from llmc.compress.text import SELF, Calibration, from_model, load_calibration
@@ -94,12 +92,3 @@ def _sampled_before(kept: Path, key: dict[str, Any]) -> torch.Tensor | None:
         same = f.metadata() == {"key": json.dumps(key, sort_keys=True)}
         ids: torch.Tensor = f.get_tensor("ids")
     return ids if same else None
-
-
-def fingerprint(numbers: dict[str, Any], threads: int, files: dict[str, str], text: Calibration | None) -> dict[str, Any]:
-    """All that decides the result, as JSON gives it back: what `--resume` needs to find unchanged. files: sha256 of the
-    model's."""
-    deciding = {**numbers, "threads": threads, "source": files, "calibration_text": text.origin["sha256"] if text else None,
-                "matmul": matmul_precision(), "torch": torch.__version__, "code": code_digest()}
-    found: dict[str, Any] = json.loads(json.dumps(deciding))
-    return found

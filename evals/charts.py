@@ -17,7 +17,8 @@ LETTER = 6.6  # width of a letter at 12 px, about
 
 @dataclass(frozen=True)
 class Point:
-    """A mark of a scatter chart. error: half-length of the vertical bar. hollow: drawn as a ring (a second text)."""
+    """A mark of a scatter chart. error: half-length of the vertical bar. hollow: drawn as a ring (a second text).
+    doubtful: its x is no figure to rely on; drawn with a broken outline and named UNSTABLE."""
 
     x: float
     y: float
@@ -25,6 +26,7 @@ class Point:
     colour: int
     error: float | None = None
     hollow: bool = False
+    doubtful: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,22 +110,27 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str) -> str:
         x, y = axes.x(p.x), axes.y(p.y)
         colour = f"var(--c{p.colour})"
         shape = 'r="8" fill="none"' if p.hollow else f'r="5" fill="{colour}"'
+        shape += ' fill-opacity="0.3" stroke-dasharray="3 2"' if p.doubtful else ""
+        mark = " UNSTABLE" if p.doubtful else ""
         bar = ""
         if p.error:
             low, high = axes.y(max(0.0, p.y - p.error)), axes.y(p.y + p.error)
             bar = f'<path class="error" stroke="{colour}" d="M{x:.1f} {low:.1f}V{high:.1f}M{x - 4:.1f} ' \
                   f'{high:.1f}h8M{x - 4:.1f} {low:.1f}h8"/>'
         circle = f'<circle cx="{x:.1f}" cy="{y:.1f}" {shape} stroke="{colour}" stroke-width="2"/>'
-        axes.out.append(f"<g><title>{escape(p.label)}: {p.x:.4g}, {p.y:.4g}</title>{bar}{circle}</g>")
+        axes.out.append(f"<g><title>{escape(p.label)}: {p.x:.4g}, {p.y:.4g}{mark}</title>{bar}{circle}</g>")
         if not p.hollow:
-            axes.out.append(_label(x, y, p.label, taken))
+            axes.out.append(_label(x, y, _shorten(p.label, 34 - len(mark)) + mark, taken))
     return axes.close()
+
+
+def _shorten(label: str, most: int) -> str:
+    return label if len(label) <= most else label[: most - 1] + "…"
 
 
 def _label(x: float, y: float, label: str, taken: list[tuple[float, float, float, float]]) -> str:
     """Set `label` at the first of some places around (x, y) that is inside the frame and free, else above the mark."""
-    shown = label if len(label) <= 34 else label[:33] + "…"
-    width = LETTER * len(shown)
+    width = LETTER * len(label)
     places = [(x + 13, y + 4, "start"), (x - 13 - width, y + 4, "end"), (x - width / 2, y - 14, "middle"),
               (x - width / 2, y + 22, "middle"), (x + 9, y - 13, "start"), (x - 9 - width, y - 13, "end"),
               (x + 9, y + 21, "start"), (x - 9 - width, y + 21, "end")]
@@ -138,7 +145,7 @@ def _label(x: float, y: float, label: str, taken: list[tuple[float, float, float
     place = next((p for p in places if free(box(p))), places[2])
     taken.append(box(place))
     at = {"start": place[0], "end": place[0] + width, "middle": place[0] + width / 2}[place[2]]
-    return text(at, place[1], shown, "mark", place[2])
+    return text(at, place[1], label, "mark", place[2])
 
 
 def lines(series: Sequence[Line], x_label: str, y_label: str) -> str:

@@ -71,7 +71,8 @@ def _summary(artifact: dict[str, Any], index: int) -> str:
             facts.append((f"top-1, {t['protocol']['text']}", f"{pm(t['top1'], 1, 100)} %"))
     if "speed" in report:
         speedup = f" ({changes['decode_speedup']['value']:.2f}x)" if changes.get("decode_speedup") else ""
-        facts.append(("decode", f"{report['speed']['decode']['median']:.1f} tokens/s{speedup}"))
+        doubt = "".join(f"; UNSTABLE: {why}" for why in report["speed"]["unstable"])
+        facts.append(("decode", f"{report['speed']['decode']['median']:.1f} tokens/s{speedup}{doubt}"))
         facts.append(("peak memory", size(report["speed"]["peak_rss"])))
     role = "baseline" if artifact["differences"] is None else "candidate"
     return (f'<section class="card"><p class="kicker"><i class="dot" style="background:var(--c{index % COLOURS})"></i>'
@@ -91,16 +92,17 @@ def _charts(artifacts: list[dict[str, Any]]) -> Iterable[str]:
             y = (t["kld"]["value"], a["name"], colour, t["kld"]["se"], n > 0)
             by_size.append(charts.Point(report["artifact"]["size"]["file_bytes"] / 1e6, *y))
             if "speed" in report:
-                by_speed.append(charts.Point(report["speed"]["decode"]["median"], *y))
+                by_speed.append(charts.Point(report["speed"]["decode"]["median"], *y, bool(report["speed"]["unstable"])))
         points = [(x["layer"], 100 * x["error"]) for x in report["artifact"]["layers"] if x["error"] is not None]
         if points:
             layers.append(charts.Line(a["name"], colour, points))
     rings = f" Filled: {texts[0]}. Rings: {', '.join(texts[1:])}." if len(texts) > 1 else ""
+    doubt = " Broken outline: the repetitions of its bench disagree." if any(p.doubtful for p in by_speed) else ""
     kld = "KL divergence to the base, nats"
     yield _figure("Size against divergence", "Down and left is better." + rings, _legend(artifacts),
                   charts.scatter(by_size, "file, MB", kld) if by_size else "",
                   "llmc eval ARTIFACT --base BASE -o REPORT")
-    yield _figure("Speed against divergence", "Down and right is better." + rings, _legend(artifacts),
+    yield _figure("Speed against divergence", "Down and right is better." + rings + doubt, _legend(artifacts),
                   charts.scatter(by_speed, "decode, tokens/s", kld) if by_speed else "",
                   "llmc bench ARTIFACT -o REPORT (into the report of llmc eval)")
     yield _figure("Error by layer", "Share of each layer's output energy that was lost, as the pass recorded it.",

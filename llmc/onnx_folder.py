@@ -6,11 +6,12 @@ Opening one reads the graph and no weights, and refuses whatever names a file ou
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,9 @@ GENAI = "genai_config.json"
 MODEL = "model.onnx"
 INSTALL = "pip install 'llmc-toolkit[onnx]'"
 AGAIN = "copy the whole folder again, or export it again"
+# What the inputs of a quantised matrix are rounded to before the product: 0 nothing, 4 int8 in blocks. A MatMulNBits says it
+# itself; for DequantizeLinear and MatMul, which ONNX Runtime fuses, it is an option of the session, 4 where it is left out
+LEVEL, QDQ_LEVEL, QDQ_DEFAULT = "accuracy_level", "session.qdq_matmulnbits_accuracy_level", 4
 
 
 def is_onnx_folder(path: Path) -> bool:
@@ -53,6 +57,10 @@ class OnnxFolder:
     spans: dict[str, Span]
     """Of every initializer of the main graph, by name."""
     data_files: list[Path]
+    edited: bool = False
+    """Whether `proto` is another graph than that of `model`."""
+    watched: tuple[str, ...] = ()
+    """Names of values inside of the graph that an edited graph gives besides its outputs."""
 
     @property
     def files(self) -> list[Path]:
@@ -65,6 +73,40 @@ class OnnxFolder:
         """The most tokens that the model was trained for, where the folder tells."""
         return self.genai.get("model", {}).get("context_length") or self.config.get("max_position_embeddings")
 
+    @property
+    def qdq_level(self) -> int:
+        """The accuracy level of DequantizeLinear and MatMul."""
+        return int(self.genai.get("model", {}).get("decoder", {}).get("session_options", {}).get(QDQ_LEVEL, QDQ_DEFAULT))
+
+    def edit(self, level: int | None = None, head_level: int | None = None, watched: tuple[str, ...] = ()) -> OnnxFolder:
+        """The folder with another graph, in memory. level: accuracy level of every quantised matrix; head_level: of the
+        head's MatMulNBits, else as `level`; watched: float32 values inside of the graph."""
+        from onnx import TensorProto, helper
+
+        proto, genai, head = copy.deepcopy(self.proto), copy.deepcopy(self.genai), self.head()
+        if level is not None:
+            for node in proto.graph.node:
+                if node.op_type == "MatMulNBits":
+                    value = head_level if head_level is not None and node == head else level
+                    for old in [a for a in node.attribute if a.name == LEVEL]:
+                        node.attribute.remove(old)
+                    node.attribute.append(helper.make_attribute(LEVEL, value))
+            options = genai.setdefault("model", {}).setdefault("decoder", {}).setdefault("session_options", {})
+            options[QDQ_LEVEL] = str(level)
+        proto.graph.output.extend(helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in watched)
+        return replace(self, proto=proto, genai=genai, edited=True, watched=watched)
+
+    def head(self) -> NodeProto | None:
+        """The product that gives the logits, None where the graph has none."""
+        writers = {out: node for node in self.proto.graph.node for out in node.output}
+        todo = ["logits"]
+        while todo:
+            node = writers.pop(todo.pop(), None)
+            if node is not None and node.op_type.startswith(("MatMul", "Gemm")):
+                return node
+            todo += [] if node is None else node.input
+        return None
+
     def operators(self) -> dict[str, int]:
         """How many of each operator the graph holds before ONNX Runtime optimises it."""
         return dict(sorted(Counter(n.op_type for n in self.proto.graph.node).items()))
@@ -76,25 +118,33 @@ class OnnxFolder:
             if node.op_type == "MatMulNBits":
                 a = attributes(node)
                 symmetric = len(node.input) < 4 or not node.input[3]
-                found[a.get("bits", 4), a["block_size"], symmetric, a.get("accuracy_level", 0)] += 1
-        names = ("bits", "block_size", "symmetric", "accuracy_level")
+                found[a.get("bits", 4), a["block_size"], symmetric, a.get(LEVEL, 0)] += 1
+        names = ("bits", "block_size", "symmetric", LEVEL)
         return [{**dict(zip(names, k, strict=True)), "matrices": n} for k, n in found.most_common()]
 
-    def array(self, tensor: TensorProto) -> np.ndarray:
-        """The values of an initializer; those in external files are mapped, not read."""
+    def raw(self, tensor: TensorProto) -> np.ndarray:
+        """The bytes of an initializer, uint8 [n]; those in external files are mapped, not read."""
         import numpy as np
+        from onnx import numpy_helper
+
+        span = self.spans[tensor.name]
+        if span.file is None:
+            return np.frombuffer(tensor.raw_data or numpy_helper.to_array(tensor).tobytes(), np.uint8)
+        return np.memmap(span.file, np.uint8, "r", span.offset, (span.length,))
+
+    def array(self, tensor: TensorProto) -> np.ndarray:
+        """The values of an initializer, mapped likewise; those of less than 8 bits in external files stay packed."""
         from onnx import helper, numpy_helper
 
         span = self.spans[tensor.name]
         if span.file is None:
             return numpy_helper.to_array(tensor)
-        dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
         if 8 * span.length != packed_bits(tensor):
             raise UserError(f"{tensor.name} has {span.length:,} bytes in {span.file.name}, its shape needs "
                             f"{packed_bits(tensor) // 8:,}", AGAIN)
-        if bits_of(tensor.data_type) < 8:  # two or four values a byte: left packed
-            return np.memmap(span.file, np.uint8, "r", span.offset, (span.length,))
-        return np.memmap(span.file, dtype, "r", span.offset, tuple(tensor.dims))
+        if bits_of(tensor.data_type) < 8:
+            return self.raw(tensor)
+        return self.raw(tensor).view(helper.tensor_dtype_to_np_dtype(tensor.data_type)).reshape(tuple(tensor.dims))
 
 
 def open_onnx(folder: Path) -> OnnxFolder:
@@ -104,8 +154,7 @@ def open_onnx(folder: Path) -> OnnxFolder:
     model = _inside(folder, str(name), GENAI)
     if not model.is_file():
         raise UserError(f"{folder} has no {name}", AGAIN)
-    stat = model.stat()
-    proto = _load(model, stat.st_mtime_ns, stat.st_size)
+    proto = read_graph(model)
     files = {span.file for tensor in _tensors(proto) if (span := _span(folder, model, tensor)).file is not None}
     spans = {tensor.name: _span(folder, model, tensor) for tensor in proto.graph.initializer}
     return OnnxFolder(folder, model, proto, genai, config, spans, sorted(f for f in files if f is not None))
@@ -119,6 +168,12 @@ def _json(path: Path) -> dict[str, Any]:
     except ValueError as e:
         raise UserError(f"{path} is not valid JSON: {e}", AGAIN) from e
     return found if isinstance(found, dict) else {}
+
+
+def read_graph(model: Path) -> ModelProto:
+    """A graph without its external weights, its references unchecked. Not to be changed: others may be given the same."""
+    stat = model.stat()
+    return _load(model, stat.st_mtime_ns, stat.st_size)
 
 
 @lru_cache(maxsize=2)  # one command asks for several things of one file; an evaluation may have two such folders
@@ -157,7 +212,7 @@ def _span(folder: Path, model: Path, tensor: TensorProto) -> Span:
 
     if tensor.data_location != TensorProto.EXTERNAL:
         return Span(None, 0, tensor.ByteSize() if not tensor.raw_data else len(tensor.raw_data))
-    entries = {e.key: e.value for e in tensor.external_data}
+    entries = external(tensor)
     # a hub snapshot is links into one folder of blobs: there the graph's own real place counts as inside too
     roots = (folder.resolve(), model.resolve().parent)
     file = _inside(folder, entries.get("location", ""), f"tensor {tensor.name} of {model.name}", roots)
@@ -176,13 +231,22 @@ def _span(folder: Path, model: Path, tensor: TensorProto) -> Span:
 
 def _inside(folder: Path, location: str, who: str, roots: tuple[Path, ...] = ()) -> Path:
     """folder / location, which must be a relative path downwards; with `roots` its real place must be in one of them."""
-    windows = PureWindowsPath(location)  # splits at both kinds of slash
     real = (folder / location).resolve()
-    if (not location or windows.root or windows.drive or ".." in windows.parts
-            or (roots and not any(real.is_relative_to(root) for root in roots))):
+    if not location or leaves(location) or (roots and not any(real.is_relative_to(root) for root in roots)):
         raise UserError(f"{who} in {folder} names {location!r}, which is not a file of that folder: refused",
                         "get the model from whoever made it, with all its files in one folder")
     return folder / location
+
+
+def leaves(location: str) -> bool:
+    """Whether a path leads out of the folder of whoever names it, on any system."""
+    windows = PureWindowsPath(location)  # splits at both kinds of slash
+    return bool(windows.root or windows.drive or ".." in windows.parts)
+
+
+def external(tensor: TensorProto) -> dict[str, str]:
+    """Where a tensor says that its bytes lie: location, offset, length; {} of one in the graph itself."""
+    return {e.key: e.value for e in tensor.external_data}
 
 
 def bits_of(data_type: int) -> int:

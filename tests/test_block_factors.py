@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from test_block_grids import ggml_quantize
 from test_gptq import lost, problem
 
 from llmc.block_grids import GRIDS, BlockGrid, BlockTensor
 from llmc.compress.quantize.block_factors import BlockFactors, search_blocks
 from llmc.compress.quantize.gptq import descend, gptq, sweep
+from llmc.compress.quantize.levels import levels_of
 from llmc.compress.quantize.rtn import rtn
 from llmc.export.gguf.packing import pack, unpack
 
@@ -30,6 +33,38 @@ def test_factors_are_stored_without_loss(grid: BlockGrid) -> None:
     assert torch.equal(stored.dequantize().t(), factors.values(codes))
     again = unpack(pack(stored), grid)
     assert torch.equal(again.dequantize(), stored.dequantize())
+
+
+@given(st.one_of(st.just(GRIDS["iq4_nl"].levels),
+                 st.lists(st.integers(-300, 300), min_size=2, max_size=20, unique=True).map(lambda x: tuple(sorted(x)))),
+       st.lists(st.floats(-1e6, 1e6, width=32), max_size=20))
+def test_the_nearest_level_is_that_of_a_search(levels: tuple[int, ...], others: list[float]) -> None:
+    values = torch.tensor(levels, dtype=torch.float32)
+    borders = (values[1:] + values[:-1]) / 2
+    ends = torch.tensor([torch.inf, -torch.inf])
+    x = torch.cat([values, borders, *(torch.nextafter(borders, end.expand_as(borders)) for end in ends), ends,
+                   torch.tensor(others)])
+    table = levels_of(levels, x.dtype, x.device)
+    entries = table.entries(x * 2)
+    expected = torch.bucketize(x, borders)
+    assert torch.equal(torch.take(table.codes, entries), expected.float())
+    assert torch.equal(torch.take(table.values, entries), values[expected])
+
+
+@pytest.mark.parametrize("name", ["iq4_nl", "iq4_xs"])
+def test_columns_on_a_border_take_the_lower_level(name: str) -> None:
+    """As the search over borders that the look-up stands for: bit for bit, for targets on and beside every border."""
+    levels = torch.tensor(GRIDS[name].levels, dtype=torch.float32)
+    borders = (levels[1:] + levels[:-1]) / 2
+    scale = torch.tensor([[0.25, -3.0, 0.0171]]).repeat_interleave(3 * len(borders), 1)
+    near = torch.cat([borders, torch.nextafter(borders, borders + 1), torch.nextafter(borders, borders - 1)])
+    target = near.repeat(3) * scale[0]
+    factors = BlockFactors(GRIDS[name], scale, None, None, None)
+    code = torch.empty_like(target)
+    value = factors.columns().round(0, target, code)
+    expected = torch.bucketize(target * (1 / scale[0]), borders)
+    assert torch.equal(code, expected.float())
+    assert torch.equal(value, levels[expected] * scale[0])
 
 
 @ALL

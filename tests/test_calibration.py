@@ -204,8 +204,8 @@ def test_weights_are_freed_and_the_scratch_files_gone(tmp_path: Path) -> None:
     _, loop, _ = stream(folder, tmp_path / "work", LoopSettings(reference=5))
     assert all(p.is_meta for p in loop.skeleton.model.parameters())
     assert sorted(p.name for p in (tmp_path / "work").iterdir()) == [
-        "hidden.a.f32", "hidden.b.f32", "hidden.c.f32", "layers", "reference.a.f32", "reference.b.f32", "reference.c.f32",
-        "state.json"]
+        "fingerprint.json", "hidden.a.f32", "hidden.b.f32", "hidden.c.f32", "layers", "reference.a.f32", "reference.b.f32",
+        "reference.c.f32", "state.json"]
 
 
 def test_a_run_stopped_at_any_layer_goes_on_from_durable_states(tmp_path: Path) -> None:

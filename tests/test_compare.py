@@ -286,6 +286,24 @@ def test_page(tmp_path: Path) -> None:
     assert "prefers-color-scheme: dark" in html
 
 
+def test_the_page_marks_a_bench_that_is_unstable(tmp_path: Path) -> None:
+    name = "a-name-that-is-longer-than-its-label-may-be"
+    shaky = whole(name, 250_000, 5, 0.2, 30.0)
+    mark = "UNSTABLE"
+    reports = write(tmp_path, whole("base", 1000_000, 1, 0.0, 10.0), shaky)
+    assert mark not in page(compare(config(reports)))
+    shaky["speed"]["unstable"] = ["decode spreads by 23% (IQR / median)", "prefill drifts by +12% over the repetitions"]
+    html = page(compare(config(write(tmp_path, whole("base", 1000_000, 1, 0.0, 10.0), shaky))))
+    cards, size_chart, speed_chart = html.split("<figure")[:3]
+    assert re.findall(r"<dd>([^<]*)</dd>", cards)[-2] == (
+        f"30.0 tokens/s (3.00x); {mark}: {shaky['speed']['unstable'][0]}; {mark}: {shaky['speed']['unstable'][1]}")
+    assert cards.count(mark) == 2, "the baseline's bench is stable"
+    assert mark not in size_chart, "its size is certain"
+    assert re.findall(r'class="mark"[^>]*>([^<]*)<', speed_chart) == ["base", "a-name-that-is-longer-th… UNSTABLE"]
+    assert speed_chart.count("stroke-dasharray") == 2  # a point for each of the two texts
+    assert "Broken outline" in speed_chart
+
+
 def test_the_page_draws_how_healing_went(tmp_path: Path) -> None:
     healed = whole("healed", 250_000, 5, 0.2, 30.0)
     checks = [{"step": n, "kld": kld, "training": None} for n, kld in ((0, 0.4), (2, 0.1), (4, 0.2))]

@@ -153,11 +153,9 @@ def test_resume_refuses_other_settings(tmp_path: Path, text: Path, monkeypatch: 
     with pytest.raises(KeyboardInterrupt):
         quantize(base, settings(text, tmp_path / "q"))
     monkeypatch.undo()
-    work = tmp_path / ".q.unfinished"
-    state = {"fingerprint": {"bits": 8}, "done": 1}
-    (work / "state.json").write_text(json.dumps(state))
-    with pytest.raises(UserError, match=r"cannot resume.*bits"):
-        quantize(base, settings(text, tmp_path / "q", resume=True))
+    with pytest.raises(UserError, match=r"cannot resume.* differs in damp\n"):
+        quantize(base, settings(text, tmp_path / "q", damp=0.5, resume=True))
+    assert quantize(base, settings(text, tmp_path / "q", damp=0.5))["out"] == str(tmp_path / "q"), "begins anew"
 
 
 def test_shards_are_read_wherever_they_lie(tmp_path: Path, text: Path) -> None:

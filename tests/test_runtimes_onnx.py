@@ -25,8 +25,8 @@ from llmc.evals.report import read_report
 from llmc.evals.show import speed_lines
 from llmc.evals.weigh import weigh
 from llmc.export.onnx.lint import as_notes, lint
-from llmc.onnx_folder import is_onnx_folder, open_onnx
-from llmc.runtimes import onnx_model
+from llmc.onnx_folder import QDQ_LEVEL, is_onnx_folder, open_onnx
+from llmc.runtimes import onnx_model, onnx_session
 from llmc.runtimes.base import open_runtime
 from llmc.runtimes.onnx_model import OnnxModel
 from llmc.runtimes.torch_model import TorchModel
@@ -183,6 +183,41 @@ def test_bench_says_what_ran(pair: SimpleNamespace, monkeypatch: pytest.MonkeyPa
     assert report["speed"]["peak_rss"] > 10_000_000
 
 
+def test_opening_runs_nothing(pair: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the execution providers take is found at the first use, so that load time is load time."""
+    profiles: list[Path] = []
+    real = onnx_session.ran
+    monkeypatch.setattr(onnx_session, "ran", lambda profile: profiles.append(profile) or real(profile))
+    runtime = OnnxModel(pair.fp32, 128, 1)
+    assert not profiles
+    np.testing.assert_allclose(runtime.prefill(IDS), pair.logits[-1], **NOISE)
+    runtime.decode(3)
+    assert runtime.describe()["nodes"] == runtime.nodes
+    assert len(profiles) == 1
+    assert not profiles[0].parent.exists()
+
+
+def test_a_watched_value_is_what_the_graph_computes(pair: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_model, "BATCH", 37)
+    source = open_onnx(pair.fp32)
+    node = next(n for n in source.proto.graph.node if n.name == "/model/layers.1/mlp/down_proj/MatMul")
+    given = OnnxModel(source.edit(watched=(node.input[0], node.output[0])), 128, 1).values(IDS)
+    weight = source.array(next(t for t in source.proto.graph.initializer if t.name == node.input[1]))
+    np.testing.assert_allclose(given[node.output[0]], given[node.input[0]] @ weight, **NOISE)
+    np.testing.assert_allclose(given["logits"], pair.logits, **NOISE)
+    assert source.proto.graph.output == open_onnx(pair.fp32).proto.graph.output
+
+
+def test_levels_can_be_tried_without_writing_them(pair: SimpleNamespace) -> None:
+    source = open_onnx(pair.int4)
+    written, same, exact, mixed = (OnnxModel(s, 128, 1) for s in (
+        source, source.edit(level=4), source.edit(level=0), source.edit(level=0, head_level=4)))
+    assert [m.describe()["accuracy_levels"] for m in (written, same, exact, mixed)] == [[4], [4], [0], [0, 4]]
+    logits = [m.logits(IDS) for m in (written, same, exact, mixed)]
+    np.testing.assert_array_equal(logits[0], logits[1])
+    assert np.abs(logits[0] - logits[2]).max() > np.abs(logits[3] - logits[2]).max() > 0
+
+
 def test_standard_operators_run_at_the_level_that_the_folder_asks_for(copy: Path) -> None:
     """DequantizeLinear and MatMul are fused when the graph is loaded, by default with inputs rounded to int8."""
     proto = onnx.load(str(copy / "model.onnx"))
@@ -206,7 +241,7 @@ def test_standard_operators_run_at_the_level_that_the_folder_asks_for(copy: Path
     coarse = OnnxModel(copy, 128, 1)
     assert coarse.describe()["accuracy_levels"] == [4]
     config = json.loads((copy / "genai_config.json").read_text())
-    config["model"]["decoder"]["session_options"][onnx_model.QDQ_LEVEL] = "0"
+    config["model"]["decoder"]["session_options"][QDQ_LEVEL] = "0"
     (copy / "genai_config.json").write_text(json.dumps(config))
     asked = OnnxModel(copy, 128, 1)
     assert asked.describe()["accuracy_levels"] == [0]
@@ -219,9 +254,9 @@ def test_a_gpu_that_did_no_work_is_an_error(pair: SimpleNamespace, monkeypatch: 
     with pytest.raises(UserError, match=r"--device gpu: the installed onnxruntime has only .*CPUExecutionProvider"):
         OnnxModel(pair.fp32, 64, 1, device="gpu")
     # a provider that is in this build and takes no node of ours
-    monkeypatch.setattr(onnx_model, "GPUS", {"AzureExecutionProvider": "cpu"})
+    monkeypatch.setattr(onnx_session, "GPUS", {"AzureExecutionProvider": "cpu"})
     with pytest.raises(UserError, match=r"no node of .* ran on AzureExecutionProvider, all on CPUExecutionProvider"):
-        OnnxModel(pair.fp32, 64, 1, device="gpu")
+        OnnxModel(pair.fp32, 64, 1, device="gpu").prefill(IDS)
 
 
 def test_inspect(pair: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:

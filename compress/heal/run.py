@@ -11,7 +11,6 @@ Embedding and head are not trained: a quantised folder holds them in float, and 
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -35,7 +34,6 @@ from llmc.artifact import (
     write_json,
 )
 from llmc.checkpoint import Checkpoint
-from llmc.compress.digest import code_digest
 from llmc.compress.heal.blocks import Blocks
 from llmc.compress.heal.config import HealConfig
 from llmc.compress.heal.student import (
@@ -53,6 +51,7 @@ from llmc.compress.precision import matmul_precision, prepare_cpu
 from llmc.compress.preparation import SAMPLING_BATCH
 from llmc.compress.sampling import sample_from_model
 from llmc.compress.skeleton import Skeleton
+from llmc.compress.unfinished import fingerprint, open_unfinished
 from llmc.console import say, warn
 from llmc.errors import UserError
 from llmc.export import quantized
@@ -112,22 +111,11 @@ class _Job:
         return self._publish(changed, texts, result)
 
     def _open(self) -> None:
-        """The folder of an unfinished run, guarded by a fingerprint."""
+        """The folder of an unfinished run."""
         self.source, self.teacher_source = describe_source(self.folder), describe_source(self.teacher_folder)
-        found = self.work / "fingerprint.json"
-        fingerprint = json.loads(json.dumps({
-            **self.config.numbers(), "threads": self.threads, "device": str(self.device), "model": self.source["files"],
-            "teacher_files": self.teacher_source["files"], "torch": torch.__version__, "code": code_digest(),
-            "dtype": str(self.dtype)}))
-        if self.config.resume and found.is_file():
-            old = json.loads(found.read_text(encoding="utf-8"))
-            if differing := sorted(k for k in fingerprint if fingerprint[k] != old.get(k)):
-                raise UserError(f"cannot resume: the unfinished run in {self.work} differs in {', '.join(differing)}",
-                                "run with the same model and options, or without --resume to start again")
-        else:
-            shutil.rmtree(self.work, ignore_errors=True)
-            self.work.mkdir(parents=True)
-            write_json(found, fingerprint)
+        key = fingerprint(self.config.numbers(), self.threads, self.source["files"], device=str(self.device),
+                          dtype=str(self.dtype), teacher=self.teacher_source["files"])
+        open_unfinished(self.work, key, self.config.resume)
 
     def _sample(self, count: int) -> torch.Tensor:
         """So many sequences of the teacher's own text; a resumed run finds them."""

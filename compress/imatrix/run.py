@@ -22,9 +22,10 @@ from llmc.compress.calibration import Loop, LoopSettings, Workspace, sequences_a
 from llmc.compress.imatrix.config import ImatrixConfig
 from llmc.compress.imatrix.importance import matrix_names
 from llmc.compress.precision import matmul_precision, prepare_cpu
-from llmc.compress.preparation import calibration_text, check_weights, fingerprint, open_float, sampled_file
+from llmc.compress.preparation import calibration_text, check_weights, open_float, sampled_file
 from llmc.compress.skeleton import LinearGroup, Skeleton
 from llmc.compress.text import Calibration
+from llmc.compress.unfinished import fingerprint
 from llmc.console import say
 from llmc.errors import UserError
 from llmc.export.gguf.imatrix import Entry, Imatrix, write_imatrix

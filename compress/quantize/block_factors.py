@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from llmc.block_grids import BlockGrid, BlockTensor
+from llmc.compress.quantize.levels import levels_of
 from llmc.compress.quantize.scales import ROWS, Columns, column_groups, least_squares, metric, stored
 
 SHRINKS = 14  # candidates: the full range times SMALLEST … 1.1
@@ -49,7 +50,7 @@ class BlockFactors:
         scale, low = self.group_scales(), self.group_lows()
         group_of = column_groups(scale.shape[0], self.grid.group, order, scale.device)
         start = codes_of(torch.zeros_like(scale), scale, low, self.grid, rounded=False)
-        levels = None if self.grid.uniform else self._levels(scale)
+        levels = None if self.grid.uniform else levels_of(self.grid.levels, scale.dtype, scale.device)
         first = 0 if levels is not None else self.grid.levels[0]
         return Columns(scale, low + scale * first, start, group_of, len(self.grid.levels) - 1, levels)
 
@@ -134,8 +135,8 @@ def codes_of(w: torch.Tensor, scale: torch.Tensor, low: torch.Tensor, grid: Bloc
     if grid.uniform:
         position -= grid.levels[0]
         return position.round_().clamp_(0, len(grid.levels) - 1) if rounded else position
-    levels = torch.tensor(grid.levels, dtype=w.dtype, device=w.device)
-    return torch.bucketize(position, (levels[1:] + levels[:-1]) / 2).to(w.dtype)
+    levels = levels_of(grid.levels, w.dtype, w.device)
+    return torch.take(levels.codes, levels.entries(position.mul_(2)))
 
 
 def search_blocks(w: torch.Tensor, hessian: torch.Tensor, factor: torch.Tensor | None, grid: BlockGrid) -> BlockFactors:

@@ -35,7 +35,7 @@ from llmc.compress.calibration import (
 )
 from llmc.compress.imatrix.importance import Importance
 from llmc.compress.precision import matmul_precision, prepare_cpu
-from llmc.compress.preparation import calibration_text, check_weights, fingerprint, open_float, sampled_file
+from llmc.compress.preparation import calibration_text, check_weights, open_float, sampled_file
 from llmc.compress.quantize.assignment import assign, linears_of
 from llmc.compress.quantize.budget import assign_to_budget
 from llmc.compress.quantize.budget import memory_bytes as memory_to_measure
@@ -44,6 +44,7 @@ from llmc.compress.quantize.layer_pass import QuantizePass, digest
 from llmc.compress.skeleton import Skeleton, get_weight
 from llmc.compress.text import Calibration
 from llmc.compress.transform.choose import Choice, choose
+from llmc.compress.unfinished import fingerprint
 from llmc.console import progress, say, warn
 from llmc.errors import UserError
 from llmc.export.blocks import checkpoint as blocks_format

@@ -17,6 +17,7 @@ from typing import Protocol, Self
 import torch
 
 from llmc.block_grids import BlockTensor
+from llmc.compress.quantize.levels import Levels
 from llmc.grids import Grid, QuantizedTensor
 
 SHRINKS = 12  # candidates: the full range times 0.72 … 1.10
@@ -41,28 +42,28 @@ def stored(scale: torch.Tensor) -> torch.Tensor:
 
 class Columns:
     """The grid of every input column, ready to round one column after the other: value = low + scale * code, or
-    scale * levels[code] where levels are not evenly spaced.
+    scale * level where levels are not evenly spaced.
 
     scale, low: float32 [groups, out].  start: the code (not rounded) of the value 0, [groups, out].
     group_of: the group of each column [in].
     """
 
     def __init__(self, scale: torch.Tensor, low: torch.Tensor, start: torch.Tensor, group_of: torch.Tensor, max_code: int,
-                 levels: torch.Tensor | None = None) -> None:
-        groups = list(zip(scale.unbind(), low.unbind(), reciprocal(scale).unbind(), start.unbind(), strict=True))
+                 levels: Levels | None = None) -> None:
+        inverse = reciprocal(scale) if levels is None else reciprocal(scale) * 2  # exact: a target is doubled on the way
+        groups = list(zip(scale.unbind(), low.unbind(), inverse.unbind(), start.unbind(), strict=True))
         self.rows = [groups[g] for g in group_of.tolist()]
         self.max_code, self.levels = max_code, levels
-        self.borders = None if levels is None else (levels[1:] + levels[:-1]) / 2
 
     def round(self, column: int, target: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
         """Put the codes nearest to `target` [out] into `code`; returns their values."""
         scale, low, inverse, start = self.rows[column]
-        if self.levels is None or self.borders is None:
+        if self.levels is None:
             torch.addcmul(start, target, inverse, out=code).round_().clamp_(0, self.max_code)
             return torch.addcmul(low, code, scale)
-        index = torch.bucketize(target * inverse, self.borders)
-        code.copy_(index)
-        return self.levels[index] * scale
+        entries = self.levels.entries(torch.mul(target, inverse, out=code))
+        torch.take(self.levels.codes, entries, out=code)
+        return torch.take(self.levels.values, entries).mul_(scale)
 
 
 class Factors(Protocol):

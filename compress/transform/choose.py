@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from llmc.artifact import read_manifest, write_json
-from llmc.compress.preparation import fingerprint
 from llmc.compress.quantize.assignment import grid_for
 from llmc.compress.quantize.config import QuantizeConfig
 from llmc.compress.skeleton import Skeleton
@@ -20,6 +19,7 @@ from llmc.compress.transform.config import CALIBRATED, TARGET, TransformConfig
 from llmc.compress.transform.ends import is_tied
 from llmc.compress.transform.roles import family_of
 from llmc.compress.transform.run import make
+from llmc.compress.unfinished import fingerprint
 from llmc.console import say
 from llmc.errors import UserError
 from llmc.runtimes.torch_model import torch_device

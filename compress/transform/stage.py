@@ -16,7 +16,6 @@ from llmc.artifact import MANIFEST, hash_folder, new_manifest, publish_folder, r
 from llmc.checkpoint import CARD_FILES, TOKENIZER_FILES, Checkpoint
 from llmc.compress.calibration import Loop, LoopSettings, Workspace, sequences_at_once, workers_for
 from llmc.compress.precision import matmul_precision
-from llmc.compress.preparation import fingerprint
 from llmc.compress.quantize.config import AnyGrid
 from llmc.compress.skeleton import Skeleton
 from llmc.compress.text import Calibration
@@ -24,6 +23,7 @@ from llmc.compress.transform.ends import is_tied, name_of, stored_head
 from llmc.compress.transform.layer_pass import PROOF_TOKENS, Gauge, Rotation, Transform, as_stored
 from llmc.compress.transform.roles import family_of
 from llmc.compress.transform.rotations import fold, orthogonal, rotate_columns
+from llmc.compress.unfinished import fingerprint
 from llmc.console import progress, say
 from llmc.errors import UserError
 from llmc.shards import pieces_of, write_checkpoint

@@ -33,6 +33,9 @@ class OnnxExportConfig:
     accuracy_level: str = "auto"
     """'0': float32 activations. '4': activations rounded to 8 bits in blocks, which is faster. 'auto': both are measured
     when the file is written, and the faster is taken if it loses little."""
+    head_accuracy_level: str | None = None
+    """The same of the output matrix alone, where it is quantised: at level 0 an 8-bit one takes most of a token's time. None:
+    as `accuracy_level`, measured apart where that is 'auto'."""
     int4: str = "nbits"
     """'nbits': ONNX Runtime's MatMulNBits. 'qdq': standard DequantizeLinear and MatMul, for other runtimes."""
     head_bits: int | None = None
@@ -49,20 +52,25 @@ class OnnxExportConfig:
             for name, value, allowed in (
                 ("--exporter", self.exporter, EXPORTERS),
                 ("--dtype", self.dtype, DTYPES), ("--accuracy-level", self.accuracy_level, LEVELS),
+                ("--head-accuracy-level", self.head_accuracy_level, LEVELS),
                 ("--int4", self.int4, INT4_FORMS), ("--head-bits", self.head_bits, HEAD_BITS))
             if value is not None and value not in allowed
         ]
         if self.threads is not None and self.threads < 1:
             wrong.append(f"--threads {self.threads} (1 or more)")
-        wrong += self._not_of_exporter()
+        wrong += self._contradictions()
         if wrong:
             raise UserError("not possible: " + "; ".join(wrong), "choose one of the values in brackets")
 
-    def _not_of_exporter(self) -> list[str]:
-        """Options that were given and that this exporter does not have."""
+    def _contradictions(self) -> list[str]:
+        """Options that were given and that the exporter or form asked for does not have."""
         if self.exporter == "builder":
-            return ["--dequantize with --exporter builder, which carries the codes (leave it out)"] if self.dequantize else []
-        given = {"--dtype": self.dtype not in (None, "fp32"), "--accuracy-level": self.accuracy_level != "auto",
-                 "--int4": self.int4 != "nbits", "--head-bits": self.head_bits is not None}
-        return [f"{name} with --exporter optimum, which writes float32 (leave it out)" for name, is_given in given.items()
-                if is_given]
+            given = {"--dequantize with --exporter builder, which carries the codes": self.dequantize,
+                     "--head-accuracy-level with --int4 qdq, whose level is one for all matrices":
+                         self.int4 == "qdq" and self.head_accuracy_level is not None}
+        else:
+            names = {"--dtype": self.dtype not in (None, "fp32"), "--accuracy-level": self.accuracy_level != "auto",
+                     "--head-accuracy-level": self.head_accuracy_level is not None, "--int4": self.int4 != "nbits",
+                     "--head-bits": self.head_bits is not None}
+            given = {f"{name} with --exporter optimum, which writes float32": is_given for name, is_given in names.items()}
+        return [f"{what} (leave it out)" for what, is_given in given.items() if is_given]

@@ -67,16 +67,19 @@ def run(config: OnnxExportConfig) -> dict[str, Any]:
 
 def _write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> dict[str, Any]:
     """Plan, write and check the folder `work`; returns the report."""
-    from llmc.export.onnx import emit, files, graph, lint, session, verify, w8a8_proof, writer
+    from llmc.export.onnx import emit, files, graph, levels, lint, rope, verify, w8a8_proof, writer
     from llmc.export.onnx.weights import Weights, form_name
     from llmc.export.parity import check_ids
+    from llmc.onnx_folder import open_onnx
+    from llmc.runtimes.onnx_model import OnnxModel
 
     started = time.perf_counter()
     threads = config.threads or physical_cores()
     hf = load_config(ckpt.folder)
-    context = int(hf.max_position_embeddings)
+    context, ends_early = rope.context_of(hf.to_dict())
     model, rows, tables = graph.skeleton(ckpt, hf)
     weights = Weights(config, ckpt, tables.embedding, tables.head)
+    weights.notes += [ends_early] if ends_early else []
     emitter = emit.Emitter(weights, qdq=config.int4 == "qdq")
     made = graph.build(ckpt, hf, weights, model, rows, emitter, work)
     tok = load_tokenizer(ckpt.folder)
@@ -91,11 +94,12 @@ def _write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> 
     verified = verify.tensors(work, own, weights, emitter.placed)
     ids = check_ids(tok, verified["weights"], context)
     linears = w8a8_proof.Linears(emitter, weights)
-    checked = verify.logits(session.Session(work, threads, 0, linears.watched), ckpt, ids, weights, linears)
-    level, reason, levels = _level(config, work, ids, threads)
-    session.set_level(work, level)
-    files.finish_genai(work, files.end_ids(ckpt.folder, tok), level if emitter.qdq else None)
-    say(f"accuracy level {level}: {reason}")
+    runtime = OnnxModel(open_onnx(work).edit(level=0, watched=linears.watched), len(ids), threads)
+    checked = verify.logits(runtime, ckpt, ids, weights, linears)
+    runtime.close()
+    taken, reason, measured = levels.settle(work, config, ids, threads)
+    files.finish_genai(work, files.end_ids(ckpt.folder, tok), taken.level if emitter.qdq else None)
+    say(f"accuracy {taken}: {reason}")
     findings = lint.lint(work / MODEL)
     notes = weights.notes + lint.as_notes(findings)
     for note in lint.as_notes(findings):
@@ -111,32 +115,19 @@ def _write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> 
         "weight_bytes": (work / writer.DATA).stat().st_size,
         "forms": dict(Counter(form_name(w.form) for w in emitter.placed)),
         "int4": config.int4, "tied": weights.tied, "verified": verified, "logits": checked,
-        "accuracy_level": level, "accuracy_reason": reason, "accuracy_levels": session.as_dict(levels),
+        "accuracy_level": taken.level, "head_accuracy_level": taken.head, "accuracy_reason": reason,
+        "accuracy_levels": [asdict(m) for m in measured],
         "chat_template_sha256": template, "notes": notes, "lint": [asdict(f) for f in findings],
         "seconds": round(time.perf_counter() - started, 1), **genai,
     }
-
-
-def _level(config: OnnxExportConfig, work: Path, ids: Any, threads: int) -> tuple[int, str, Any]:
-    """The level of accuracy, why, and what was measured (None: nothing)."""
-    from llmc.export.onnx import session
-
-    if not session.has_codes(work):
-        return 0, "no matrix is quantised in blocks", None
-    levels = session.measure(work, ids, threads)
-    level, reason = levels.choose()
-    if config.accuracy_level != "auto":
-        level = int(config.accuracy_level)
-        reason = f"as asked; {levels}"
-    return level, reason, levels
 
 
 def _record(config: OnnxExportConfig, ckpt: Checkpoint, source: dict[str, Any], work: Path, report: dict[str, Any]) -> None:
     """The manifest, continuing the chain of passes of the model it was made from."""
     before = read_manifest(ckpt.folder) or {}
     options = {"exporter": config.exporter, "dequantize": config.dequantize, "dtype": config.dtype,
-               "accuracy_level": config.accuracy_level, "int4": config.int4, "head_bits": config.head_bits,
-               "chat_template": config.chat_template}
+               "accuracy_level": config.accuracy_level, "head_accuracy_level": config.head_accuracy_level,
+               "int4": config.int4, "head_bits": config.head_bits, "chat_template": config.chat_template}
     measured = {k: v for k, v in report.items() if k not in ("path", "source")}
     this = {"name": "export-onnx", "config": options, **measured}
     manifest = new_manifest("onnx", source, [*before.get("passes", []), this], outputs=hash_folder(work))

@@ -10,9 +10,8 @@ from typing import Any
 
 from llmc.checkpoint import CARD_FILES, TOKENIZER_FILES
 from llmc.errors import UserError
-from llmc.export.onnx.session import QDQ_LEVEL
 from llmc.export.texts import chat_template_of, read_json
-from llmc.onnx_folder import GENAI
+from llmc.onnx_folder import GENAI, QDQ_LEVEL
 
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
 

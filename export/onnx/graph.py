@@ -25,7 +25,7 @@ from torch import nn
 from llmc.checkpoint import Checkpoint
 from llmc.errors import UserError
 from llmc.export import quantized
-from llmc.export.onnx import emit
+from llmc.export.onnx import emit, rope
 from llmc.export.onnx.weights import Piece, Weights
 from llmc.export.parity import REPORT
 from llmc.export.reference import locate
@@ -44,9 +44,6 @@ def find_architecture(config: dict[str, Any]) -> str:
     if name not in ARCHITECTURES:
         raise UserError(f"no ONNX graph is known for {name}; known are {', '.join(ARCHITECTURES)}",
                         "export it as GGUF (--format gguf), or evaluate the folder itself")
-    if name == "Phi3ForCausalLM" and config.get("rope_scaling"):
-        raise UserError("no ONNX graph is known for Phi 3 with a scaled rotary embedding (its 128k models)",
-                        "export it as GGUF (--format gguf), or use a 4k model")
     return ARCHITECTURES[name]
 
 
@@ -103,6 +100,17 @@ class Builder:
     llmc_rows: ClassVar[Rows]
     llmc_model: ClassVar[nn.Module]
     llmc_emit: ClassVar[emit.Emitter]
+
+    def make_rope_init(self, config: Any) -> None:
+        """Of what depends on the length of the text, transformers' own embedding for a short one."""
+        if not rope.by_length(config.to_dict()):
+            super().make_rope_init(config)  # type: ignore[misc]
+            return
+        rotary: Any = self.llmc_model.base_model.rotary_emb  # type: ignore[union-attr]
+        attributes = self.rope_attrs  # type: ignore[attr-defined]
+        steps = torch.arange(0, 2 * len(rotary.inv_freq), 2, dtype=torch.float32) / (2 * len(rotary.inv_freq))
+        attributes["rescale_factors"] = 1 / (rotary.inv_freq * attributes["theta"] ** steps)
+        attributes["mscale"] = rotary.attention_scaling
 
     def load_weights(self, _input_path: str) -> nn.Module:
         return self.llmc_model
@@ -235,9 +243,11 @@ def build(ckpt: Checkpoint, hf: Any, weights: Weights, model: nn.Module, rows: R
 
 
 def _as_the_builder_reads(hf: Any) -> Any:
-    """A copy of transformers' config. Gemma 3's rotary bases by kind of layer, as transformers 5 has them, go where the
-    builder looks for them."""
+    """A copy of transformers' config, with the context that a graph may have. Gemma 3's rotary bases by kind of layer, as
+    transformers 5 has them, go where the builder looks for them."""
     hf = copy.deepcopy(hf)
+    if rope.by_length(hf.to_dict()):
+        hf.max_position_embeddings = hf.original_max_position_embeddings = rope.context_of(hf.to_dict())[0]
     kinds = getattr(hf, "rope_parameters", None) or {}
     if "sliding_attention" in kinds and "full_attention" in kinds:
         hf.rope_local_base_freq = kinds["sliding_attention"]["rope_theta"]

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import onnx
+
+from llmc.onnx_folder import LEVEL, attributes, external, leaves, read_graph
 
 FLOAT16 = onnx.TensorProto.FLOAT16
 STANDARD = ("", "ai.onnx")
@@ -34,7 +36,7 @@ class Finding:
 
 def lint(path: Path) -> list[Finding]:
     """path: of model.onnx."""
-    model = onnx.load(path, load_external_data=False)
+    model = read_graph(path)
     found: list[Finding] = []
     for rule, device, what, names in _rules():
         hits = list(names(model))
@@ -55,23 +57,23 @@ def _rules() -> Iterator[tuple[str, str, str, Names]]:
     """(rule, who minds, what there is, the names of what there is)."""
     nbits = "MatMulNBits"
     yield ("block-size", "ARM", "KleidiAI's int4 kernels and tract want blocks of 32 (onnxruntime#27751)",
-           lambda m: (n.name for n in _nodes(m, nbits) if _int(n, "block_size") != 32))
+           lambda m: (name for name, a in _matrices(m) if a["block_size"] != 32))
     yield ("large-blocks", "all", "blocks of 256 and more are slow or wrong in some versions (onnxruntime#23004, #28551)",
-           lambda m: (n.name for n in _nodes(m, nbits) if _int(n, "block_size") >= 256))
+           lambda m: (name for name, a in _matrices(m) if a["block_size"] >= 256))
     yield ("ragged-rows", "ARM", "KleidiAI wants rows of whole blocks (onnxruntime#27751)",
-           lambda m: (n.name for n in _nodes(m, nbits) if _int(n, "K") % max(1, _int(n, "block_size"))))
+           lambda m: (name for name, a in _matrices(m) if a["K"] % max(1, a["block_size"])))
     yield ("asymmetric", "ARM", "KleidiAI took zero points only from March 2026 on, and tract takes none (onnxruntime#27751)",
            lambda m: (n.name for n in _nodes(m, nbits) if _input(n, 3)))
     yield ("g-idx", "GPU", "g_idx is skipped by WebGPU's kernels and to be dropped (onnxruntime#24509)",
            lambda m: (n.name for n in _nodes(m, nbits) if _input(n, 4)))
     yield ("few-bits", "all", "2 bits with float zero points are about 20 times slower (onnxruntime#28552)",
-           lambda m: (n.name for n in _nodes(m, nbits) if _int(n, "bits", 4) < 4))
+           lambda m: (name for name, a in _matrices(m) if a["bits"] < 4))
     yield ("unpacked-8-bit", "CPU", "8-bit matrices have a kernel at accuracy_level 4 only (MatMulNBits' ComputeBUnpacked): "
-           "below it each is unpacked to float32 for every token, and decoding is many times slower; --head-bits 16 or 4 "
-           "avoids it for the head",
-           lambda m: (n.name for n in _nodes(m, nbits) if _int(n, "bits", 4) == 8 and _int(n, "accuracy_level") != 4))
+           "below it each is unpacked to float32 for every token, and decoding is many times slower; "
+           "--head-accuracy-level 4, or --head-bits 16 or 4, avoids it for the head",
+           lambda m: (name for name, a in _matrices(m) if a["bits"] == 8 and a[LEVEL] != 4))
     yield ("level-4", "all", "int8 activations (accuracy_level 4) change the top token of some models (onnxruntime#29849)",
-           lambda m: (n.name for n in _nodes(m, nbits) if _int(n, "accuracy_level") == 4))
+           lambda m: (name for name, a in _matrices(m) if a[LEVEL] == 4))
     yield ("saturation", "CPU", "x86 without VNNI adds pairs of uint8 times int8 in 16 bits, which saturate: "
            "wrong without a message (onnxruntime#6004)", lambda m: (n.name for n in _signed_products(m)))
     yield ("contrib-qnn", "NPU", "QNN and other NPUs take standard operators only (Olive#1403)",
@@ -85,7 +87,7 @@ def _rules() -> Iterator[tuple[str, str, str, Names]]:
     yield ("dequantised-at-load", "all", "DequantizeLinear is fused with MatMul when the file is loaded, which takes time "
            "and memory (onnxruntime#21362)", lambda m: (n.name for n in _nodes(m, "DequantizeLinear")))
     yield ("absolute-data", "all", "external data lies at a path that only this machine has",
-           lambda m: (t.name for t in m.graph.initializer if _leaves(_location(t))))
+           lambda m: (t.name for t in m.graph.initializer if leaves(external(t).get("location", ""))))
     yield ("one-protobuf", "all", "weights of 2 GB and more must lie outside of the .onnx file (onnxruntime#4707)",
            lambda m: ("weights" for _ in range(sum(t.ByteSize() for t in m.graph.initializer) >= 2**31 - 1)))
 
@@ -94,27 +96,18 @@ def _nodes(model: Any, kind: str) -> Iterator[Any]:
     return (n for n in model.graph.node if n.op_type == kind)
 
 
+def _matrices(model: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and attributes of every MatMulNBits."""
+    return ((n.name, {"bits": 4, "block_size": 0, "K": 0, LEVEL: 0, **attributes(n)}) for n in _nodes(model, "MatMulNBits"))
+
+
 def _signed_products(model: Any) -> Iterator[Any]:
     int8 = {t.name for t in model.graph.initializer if t.data_type == onnx.TensorProto.INT8}
     return (n for n in _nodes(model, "MatMulInteger") if n.input[1] in int8)
 
 
-def _int(node: Any, name: str, default: int = 0) -> int:
-    return next((int(a.i) for a in node.attribute if a.name == name), default)
-
-
 def _input(node: Any, i: int) -> bool:
     return len(node.input) > i and bool(node.input[i])
-
-
-def _location(t: Any) -> str:
-    return next((str(e.value) for e in t.external_data if e.key == "location"), "")
-
-
-def _leaves(location: str) -> bool:
-    """Whether a path leads out of the folder of the file."""
-    return (PurePosixPath(location).is_absolute() or PureWindowsPath(location).is_absolute()
-            or ".." in PurePosixPath(location).parts)
 
 
 def _cast_weights(model: Any) -> Iterator[str]:

@@ -29,17 +29,16 @@ from llmc.checkpoint import Checkpoint
 from llmc.console import say, size, warn
 from llmc.errors import UserError
 from llmc.export import quantized
-from llmc.export.onnx import files, verify, writer
+from llmc.export.onnx import files, rope, verify, writer
 from llmc.export.onnx.config import OnnxExportConfig
-from llmc.export.onnx.session import Session
 from llmc.export.parity import GENERATED, PROMPT, REPORT, check_ids
 from llmc.export.reference import reference_logits
 from llmc.onnx_folder import MODEL
+from llmc.runtimes.onnx_model import OnnxModel
 from llmc.runtimes.targets.this_machine import physical_cores
 from llmc.runtimes.torch_model import load_tokenizer, load_torch_model, quiet_transformers
 
 TASK = "text-generation-with-past"
-BY_LENGTH = ("dynamic", "longrope", "su")  # rotary embeddings that depend on the length of the text
 OTHERS = "export it with --exporter builder or as GGUF (--format gguf)"
 
 
@@ -61,16 +60,16 @@ def check_model(config: OnnxExportConfig, ckpt: Checkpoint) -> None:
     import optimum.exporters.onnx.model_configs  # noqa: F401 - registers the architectures
     from optimum.exporters.tasks import TasksManager
 
-    kind = str(ckpt.config.get("model_type"))
+    model_type = str(ckpt.config.get("model_type"))
     try:
-        tasks = TasksManager.get_supported_tasks_for_model_type(kind, "onnx", library_name="transformers")
+        tasks = TasksManager.get_supported_tasks_for_model_type(model_type, "onnx", library_name="transformers")
     except KeyError:
         tasks = {}
     if TASK not in tasks:
-        raise UserError(f"optimum-onnx {metadata.version('optimum-onnx')} does not know the architecture {kind!r}", OTHERS)
-    scaling = ckpt.config.get("rope_scaling") or ckpt.config.get("rope_parameters") or {}
-    if (rope := scaling.get("rope_type", scaling.get("type"))) in BY_LENGTH:
-        raise UserError(f"{ckpt.folder} has a rotary embedding that depends on the length of the text ({rope}), and a traced "
+        raise UserError(f"optimum-onnx {metadata.version('optimum-onnx')} does not know the architecture {model_type!r}",
+                        OTHERS)
+    if kind := rope.by_length(ckpt.config):
+        raise UserError(f"{ckpt.folder} has a rotary embedding that depends on the length of the text ({kind}), and a traced "
                         "graph keeps that of a short one", OTHERS)
     if quantized.is_quantized(ckpt) and not config.dequantize:
         raise UserError(f"{ckpt.folder} is quantised, and --exporter optimum writes float32",
@@ -102,9 +101,11 @@ def write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> d
     del model, own
     shutil.rmtree(traced)
     operators = standard_operators(work)
-    session = Session(work, config.threads or physical_cores(), 0)
-    logits = verify_logits(session, ckpt, check_ids(tok, verified["weights"], context), tables)
-    generated, cached = generate(session, tok, context)
+    ids, prompt = check_ids(tok, verified["weights"], context), np.array(tok(PROMPT)["input_ids"])
+    runtime = OnnxModel(work, max(len(ids), len(prompt) + GENERATED), config.threads or physical_cores())
+    logits = verify_logits(runtime, ckpt, ids, tables)
+    generated, cached = generate(runtime, tok, prompt)
+    runtime.close()
     return {
         "path": out, "source": str(ckpt.folder), "architecture": architecture, "exporter": "optimum",
         "bytes": sum(p.stat().st_size for p in work.iterdir() if p.is_file()),
@@ -168,14 +169,17 @@ def all_nodes(graph: onnx.GraphProto) -> Any:
                 yield from all_nodes(inner)
 
 
-def verify_logits(session: Session, ckpt: Checkpoint, ids: np.ndarray, tables: dict[str, torch.Tensor]) -> dict[str, Any]:
+def verify_logits(runtime: OnnxModel, ckpt: Checkpoint, ids: np.ndarray, tables: dict[str, torch.Tensor]) -> dict[str, Any]:
     """A text at once: ONNX Runtime against torch."""
-    return verify.bounded(reference_logits(ckpt, ids, tables), session.logits(ids), "torch's")
+    return verify.bounded(reference_logits(ckpt, ids, tables), runtime.logits(ids), "torch's")
 
 
-def generate(session: Session, tok: Any, context: int) -> tuple[str, dict[str, Any]]:
-    """A greedy continuation of PROMPT, token by token on the cache; its logits must be those of the whole text at once."""
-    prompt = np.array(tok(PROMPT)["input_ids"])
-    new, cached = session.generate(prompt, min(GENERATED, context - len(prompt)))
-    whole = session.logits(np.append(prompt, new[:-1]))[len(prompt) - 1 :]
-    return tok.decode([*prompt, *new], skip_special_tokens=True), verify.bounded(whole, cached, "with a cache those without")
+def generate(runtime: OnnxModel, tok: Any, prompt: np.ndarray) -> tuple[str, dict[str, Any]]:
+    """A greedy continuation, token by token on the cache; its logits must be those of the whole text at once."""
+    rows = [runtime.prefill(prompt)]
+    while len(rows) < min(GENERATED, runtime.context - len(prompt)):
+        rows.append(runtime.decode(int(rows[-1].argmax())))
+    new = [int(row.argmax()) for row in rows]
+    whole = runtime.logits(np.append(prompt, new[:-1]), start=len(prompt) - 1)
+    text = tok.decode([*prompt, *new], skip_special_tokens=True)
+    return text, verify.bounded(whole, np.stack(rows), "with a cache those without")

@@ -21,14 +21,13 @@ from llmc.errors import UserError
 from llmc.export import quantized
 from llmc.export.onnx import layout
 from llmc.export.onnx.emit import Placed
-from llmc.export.onnx.session import Session
 from llmc.export.onnx.w8a8_proof import Linears
 from llmc.export.onnx.weights import W8A8, Weights
-from llmc.export.onnx.writer import DATA
 from llmc.export.parity import CHECK_TEXT, GENERATED, MARKS, PROMPT, REPORT, compare_logits, first_difference, show
 from llmc.export.reference import reference_logits
 from llmc.grids import Grid, QuantizedTensor
-from llmc.onnx_folder import MODEL
+from llmc.onnx_folder import open_onnx
+from llmc.runtimes.onnx_model import OnnxModel
 
 # of the logits at accuracy level 0, both sides in float32: 1e-6 was seen with trained and untrained models, and Gemma's
 # builder rounds its embedding's factor to two decimals, which gives up to 1e-3
@@ -37,19 +36,8 @@ MOST_RELATIVE, MOST_KLD = 2e-3, 1e-4
 
 def stored_tensors(folder: Path) -> dict[str, tuple[onnx.TensorProto, np.ndarray]]:
     """Every tensor of model.onnx with its raw bytes, uint8 [n], mapped from the data file."""
-    model = onnx.load(folder / MODEL, load_external_data=False)
-    data = np.memmap(folder / DATA, np.uint8, "r")
-    found = {}
-    for t in model.graph.initializer:
-        where = {e.key: e.value for e in t.external_data}
-        if not where:
-            found[t.name] = t, np.frombuffer(t.raw_data or onnx.numpy_helper.to_array(t).tobytes(), np.uint8)
-            continue
-        start, length = int(where.get("offset", 0)), int(where["length"])
-        if where["location"] != DATA or start + length > len(data):
-            raise damaged(f"{t.name} lies at {where}, outside of {DATA}")
-        found[t.name] = t, data[start : start + length]
-    return found
+    source = open_onnx(folder)
+    return {t.name: (t, source.raw(t)) for t in source.proto.graph.initializer}
 
 
 def damaged(what: str) -> UserError:
@@ -135,10 +123,10 @@ def decode(w: Placed, stored: dict[str, Any], shape: tuple[int, int]) -> Quantiz
     return QuantizedTensor(grid, torch.from_numpy(codes.copy()), torch.from_numpy(scales.copy()), zeros)
 
 
-def logits(session: Session, ckpt: Checkpoint, ids: np.ndarray, weights: Weights, linears: Linears) -> dict[str, Any]:
-    """Run the same ids in torch and in ONNX Runtime at accuracy level 0; beyond the bound is an error. session: that watches
-    the W8A8 linears."""
-    linears.values = session.values(ids, ("logits", *linears.watched))
+def logits(runtime: OnnxModel, ckpt: Checkpoint, ids: np.ndarray, weights: Weights, linears: Linears) -> dict[str, Any]:
+    """Run the same ids in torch and in ONNX Runtime at accuracy level 0; beyond the bound is an error. runtime: at that
+    level, watching the W8A8 linears."""
+    linears.values = runtime.values(ids)
     theirs = linears.values.pop("logits")
     held = {"embedding": weights.as_stored(weights.embedding), "head": weights.as_stored(weights.head)}
     ours = reference_logits(ckpt, ids, held, weights.as_stored, linears.replace)[:, : theirs.shape[1]]

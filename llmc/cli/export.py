@@ -40,6 +40,9 @@ def export(
                                          "with --gauge smooth first). Left out: fp16. A quantised model carries its codes."),
     accuracy_level: str = typer.Option("auto", help="onnx: 0 (float32 activations), 4 (rounded to int8, faster), or auto: "
                                                     "4 where it is measured to be faster and to lose little."),
+    head_accuracy_level: str = typer.Option(None, help="onnx: the same of the output matrix alone, where it has 4 or 8 bits: "
+                                                       "0, 4 or auto. Left out: as --accuracy-level, and measured apart "
+                                                       "where that is auto."),
     int4: str = typer.Option("nbits", help="onnx: nbits (ONNX Runtime's MatMulNBits) or qdq (standard operators: "
                                            "DequantizeLinear and MatMul)."),
     head_bits: int = typer.Option(None, help="onnx: bits of embedding and output matrix: 4, 8 or 16. Left out: 8 beside a "
@@ -100,5 +103,6 @@ def describe(report: dict[str, Any]) -> str:
         lines.append(f"  products   {products['equal']:,} of {products['products']:,} of {products['linears']} W8A8 matrices "
                      f"equal torch's, the rest within {products['largest_error']:.2g} of the largest")
     if "accuracy_level" in report:
-        lines.append(f"  level      {report['accuracy_level']}: {report['accuracy_reason']}")
+        head = "" if report["head_accuracy_level"] is None else f", head {report['head_accuracy_level']}"
+        lines.append(f"  level      {report['accuracy_level']}{head}: {report['accuracy_reason']}")
     return "\n".join([*lines, f"  says       {report['generated']!r}"])

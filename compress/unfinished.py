@@ -1,0 +1,46 @@
+"""The folder of an unfinished run, guarded by a fingerprint of all that decides its result: `--resume` goes on in it, or says
+what has changed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmc.artifact import write_json
+from llmc.compress.digest import code_digest
+from llmc.compress.precision import matmul_precision
+from llmc.compress.text import Calibration
+from llmc.errors import UserError
+
+FILE = "fingerprint.json"
+
+
+def fingerprint(numbers: dict[str, Any], threads: int, files: dict[str, str], text: Calibration | None = None,
+                **more: Any) -> dict[str, Any]:
+    """All that decides the result, as JSON gives it back. numbers: the pass's settings; files: sha256 of the model's; more:
+    what else a pass depends on."""
+    deciding = {**numbers, "threads": threads, "source": files, "calibration_text": text.origin["sha256"] if text else None,
+                **more, "matmul": matmul_precision(),
+                "torch": torch.__version__, "code": code_digest()}
+    found: dict[str, Any] = json.loads(json.dumps(deciding))
+    return found
+
+
+def open_unfinished(folder: Path, wanted: dict[str, Any], resume: bool) -> None:
+    """Make `folder` ready: with `resume` what is in it stays, and must have been begun under the same fingerprint; else it is
+    emptied."""
+    found = folder / FILE
+    if resume and found.is_file():
+        old = json.loads(found.read_text(encoding="utf-8"))
+        if differing := sorted(k for k in {*wanted, *old} if wanted.get(k) != old.get(k)):
+            raise UserError(f"cannot resume: the unfinished run in {folder} differs in {', '.join(differing)}",
+                            "run with the same model and options, or without --resume to start again")
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    write_json(found, wanted)

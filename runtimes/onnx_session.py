@@ -1,0 +1,81 @@
+"""A session of onnxruntime: how it is opened, its errors, and what of it really ran."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from llmc.errors import UserError
+from llmc.onnx_folder import AGAIN, INSTALL, QDQ_LEVEL, OnnxFolder
+
+CPU = "CPUExecutionProvider"
+GPUS = {  # by preference, with the memory that onnxruntime lets Python bind for it
+    "CUDAExecutionProvider": "cuda", "MIGraphXExecutionProvider": "cpu", "ROCMExecutionProvider": "cpu",
+    "WebGpuExecutionProvider": "cpu", "DmlExecutionProvider": "cpu", "CoreMLExecutionProvider": "cpu",
+}
+OPTIONS = {"graph_optimization_level": "ORT_ENABLE_ALL", "execution_mode": "ORT_SEQUENTIAL", "inter_op_num_threads": 1}
+DATA_FOLDER = "session.model_external_initializers_file_folder_path"  # of a graph that is given as bytes
+
+
+def library() -> Any:
+    try:
+        import onnxruntime
+    except (ImportError, OSError) as e:  # not installed, or its shared library does not load here
+        raise UserError(f"running an ONNX folder needs the package `onnxruntime` ({e})", INSTALL) from e
+    return onnxruntime
+
+
+def gpu_provider() -> str:
+    """The GPU execution provider of the installed onnxruntime."""
+    there = library().get_available_providers()
+    for provider in GPUS:
+        if provider in there:
+            return provider
+    raise UserError(f"--device gpu: the installed onnxruntime has only {', '.join(there)}",
+                    "use --device cpu, or install a build for your GPU, such as onnxruntime-gpu")
+
+
+def open_session(source: OnnxFolder, provider: str, threads: int, profile: Path) -> Any:
+    """A session that profiles what it runs into a file whose name begins with `profile`, until end_profiling.
+
+    Of the folder's session options only the accuracy level of DequantizeLinear and MatMul is taken: no other decides what is
+    computed."""
+    ort = library()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = OPTIONS["inter_op_num_threads"]
+    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, str(OPTIONS["graph_optimization_level"]))
+    options.execution_mode = getattr(ort.ExecutionMode, str(OPTIONS["execution_mode"]))
+    options.add_session_config_entry(QDQ_LEVEL, str(source.qdq_level))
+    options.log_severity_level = 3  # errors only: they are raised as well
+    options.enable_profiling, options.profile_file_prefix = True, str(profile)
+    graph: str | bytes = str(source.model)
+    if source.edited:
+        graph = source.proto.SerializeToString()
+        options.add_session_config_entry(DATA_FOLDER, str(source.folder))
+    try:
+        return ort.InferenceSession(graph, options, providers=list(dict.fromkeys([provider, CPU])))
+    except errors() as e:
+        raise UserError(f"onnxruntime cannot load {source.model}: {first_line(e)}", AGAIN) from e
+
+
+def ran(profile: Path) -> dict[str, dict[str, int]]:
+    """{execution provider: {operator: nodes}} of what a profile of onnxruntime says was run, after its optimisations."""
+    events = [e for e in json.loads(profile.read_text(encoding="utf-8"))
+              if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]
+    counts = {p: Counter(e["args"]["op_name"] for e in events if e["args"]["provider"] == p)
+              for p in sorted({e["args"]["provider"] for e in events})}
+    return {p: dict(sorted(c.items())) for p, c in counts.items()}
+
+
+def errors() -> tuple[type[Exception], ...]:
+    """onnxruntime's exceptions, which share no class of their own."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    return tuple(e for e in vars(state).values() if isinstance(e, type) and issubclass(e, Exception))
+
+
+def first_line(e: Exception) -> str:
+    return str(e).strip().splitlines()[0]
