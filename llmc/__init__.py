@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     export: Export
 
-__all__ = ["__version__", "bench", "compare", "evaluate", "export", "generate", "heal", "imatrix", "inspect", "quantize",
-           "transform", "verify"]
+__all__ = ["__version__", "bench", "compare", "evaluate", "export", "generate", "heal", "imatrix", "inspect", "prune",
+           "quantize", "transform", "verify"]
 
 Config = TypeVar("Config")
 
@@ -33,6 +33,14 @@ def quantize(model: str | Path, **options: Any) -> dict[str, Any]:
     from llmc.compress.quantize.run import quantize as run
 
     return run(model, _config(QuantizeConfig, options))
+
+
+def prune(model: str | Path, **options: Any) -> dict[str, Any]:
+    """Make a float model sparser, shallower or narrower; options are the fields of PruneConfig."""
+    from llmc.compress.prune.config import PruneConfig
+    from llmc.compress.prune.run import prune as run
+
+    return run(model, _config(PruneConfig, options))
 
 
 def transform(model: str | Path, **options: Any) -> dict[str, Any]:
