@@ -7,15 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from llmc.compress.prune.config import MASKS
 from llmc.errors import UserError
 from llmc.onnx_folder import is_onnx_folder
 from llmc.recipes.commands import ARTIFACTS, CALLED, FLOAT, GGUF, ONNX, ONNX_GRIDS, PAGE, QUANTISED, REPORT
 from llmc.recipes.recipe import BASE, EACH, Recipe, nearest, override, parse, read_text, scalar
 from llmc.recipes.typed import Typed, type_steps
 from llmc.sources import HUB_ID, WHAT_TO_GIVE
-
-MASKED = ("magnitude", "wanda", "sparsegpt")  # prune methods that leave the shapes and put zeros into matrices
-
 
 @dataclass(frozen=True)
 class Step:
@@ -65,7 +63,7 @@ def load(source: str | Path, model: str | Path | None = None, settings: dict[str
         recipe = replace(recipe, model=str(model))
     typed = type_steps(recipe, problems)
     base, kind = _base(recipe, need_model, problems)
-    steps = _Linker(kind, problems).link(recipe, typed)
+    steps = _Linker(recipe, kind, problems).link(typed)
     if found := sorted(dict.fromkeys(problems), key=_line_of):
         listed = "\n  ".join(found)
         raise UserError(f"the recipe {name} has {len(found)} problem{'s' * (len(found) > 1)}:\n  {listed}",
@@ -109,14 +107,14 @@ def _base(recipe: Recipe, need_model: bool, problems: list[str]) -> tuple[str, s
 class _Linker:
     """Walks the steps in order and knows what has been made so far."""
 
-    def __init__(self, base_kind: str, problems: list[str]) -> None:
-        self.problems = problems
+    def __init__(self, recipe: Recipe, base_kind: str, problems: list[str]) -> None:
+        self.recipe, self.problems = recipe, problems
         self.kinds: dict[str, str | None] = {BASE: base_kind}  # None: a step that has problems of its own
         self.made: dict[str, Step] = {}
         self.newest = BASE
 
-    def link(self, recipe: Recipe, typed: list[Typed | None]) -> list[Step]:
-        for entry, t in zip(recipe.steps, typed, strict=True):
+    def link(self, typed: list[Typed | None]) -> list[Step]:
+        for entry, t in zip(self.recipe.steps, typed, strict=True):
             if t is None:
                 self.kinds[entry.name] = None
                 if entry.command not in ("export", "eval", "bench", "compare"):
@@ -172,8 +170,8 @@ class _Linker:
                 self._problem(t, "teacher", "the base is quantised itself: name a float teacher")
             return BASE
         if t.teacher not in self.kinds:
-            path = t.teacher
-            if not Path(path).expanduser().exists() and HUB_ID.fullmatch(path) is None:
+            path = self.recipe.path(t.teacher)
+            if not Path(path).exists() and HUB_ID.fullmatch(path) is None:
                 self._problem(t, "teacher", f"there is no earlier step and no model {path!r}{nearest(path, self.kinds)}")
             return path
         if self.kinds[t.teacher] not in (FLOAT, None):
@@ -193,7 +191,7 @@ class _Linker:
 
     def _reshapes(self, name: str) -> bool:
         step = self.made[name]
-        return step.command == "prune" and step.typed.config.method not in MASKED
+        return step.command == "prune" and step.typed.config.method not in MASKS
 
     def _rules(self, t: Typed, source: str) -> None:
         """What kinds alone do not tell."""

@@ -60,9 +60,9 @@ class Recipe:
     text: str
 
     def path(self, value: str) -> str:
-        """A path of the recipe: beside the recipe where such a file is, else as it is written."""
-        beside = self.folder / Path(value).expanduser()
-        return str(beside.absolute()) if beside.exists() else value
+        """A path of the recipe: beside the recipe where such a file is, else in the working folder, else as it is written."""
+        places = (self.folder / Path(value).expanduser(), Path(value).expanduser())
+        return next((str(p.absolute()) for p in places if p.exists()), value)
 
 
 def shipped() -> list[str]:

@@ -17,7 +17,6 @@ from llmc.recipes.chain import Chain, load
 from llmc.recipes.commands import PAGE, REPORT
 from llmc.recipes.config import RunConfig
 from llmc.recipes.estimate import Times
-from llmc.recipes.identity import Hashes
 from llmc.recipes.jobs import (
     DONE,
     MARK,
@@ -57,7 +56,7 @@ def run_recipe(recipe: str | Path, config: RunConfig) -> dict[str, Any]:
         ran = []
         for number, job in enumerate(todo, 1):
             say(f"\n[{number}/{len(todo)}] {job.id}")
-            do(job, jobs, chain, hashes)
+            remember(job, chain, do(job, jobs, chain))
             ran.append(job.id)
         return report.write(chain, jobs, folder, ran)
 
@@ -82,14 +81,13 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def do(job: Job, jobs: Mapping[str, Job], chain: Chain, hashes: Hashes) -> None:
-    """Make one job's artifact, and note that it is done."""
-    seconds = None
-    whole = not may_resume(job)
+def do(job: Job, jobs: Mapping[str, Job], chain: Chain) -> dict[str, Any]:
+    """Make one job's artifact, note that it is done, and return the note."""
+    seconds, resumed = None, may_resume(job)
     if adopted(job):
         say(f"{job.artifact} is finished")
     else:
-        if whole or not job.step.typed.command.resumes or (job.folder / DONE).exists():
+        if not resumed or not job.step.typed.command.resumes or (job.folder / DONE).exists():
             clear(job)
         job.folder.mkdir(parents=True, exist_ok=True)
         write_json(job.folder / STARTED, started(job))
@@ -100,13 +98,21 @@ def do(job: Job, jobs: Mapping[str, Job], chain: Chain, hashes: Hashes) -> None:
             raise type(e)(f"step {job.id}: {e.problem}", e.hint) from e
         seconds = round(time.monotonic() - begun, 1)
     files = files_of(job)
-    made = weight_bytes(job.artifact) if job.step.typed.command.makes_model else sum(n for n, *_ in files.values())
-    write_json(job.folder / DONE, {"schema": SCHEMA, "key": job.key, "job": job.id, "seconds": seconds,
-                                   "resumed": not whole, "bytes": made, "files": files})
+    left = sum(n for n, *_ in files.values())
+    made = weight_bytes(job.artifact) if job.step.typed.command.makes_model else left
+    note = {"schema": SCHEMA, "key": job.key, "job": job.id, "seconds": seconds, "resumed": resumed, "bytes": made,
+            "left": left, "files": files}
+    write_json(job.folder / DONE, note)
     (job.folder / STARTED).unlink()
-    if seconds is not None and whole:
-        Times().note(job, base_bytes(chain.base), max(seconds, 0.1), sum(n for n, *_ in files.values()))
-        say(f"{job.id}: {duration(seconds)}")
+    return note
+
+
+def remember(job: Job, chain: Chain, note: dict[str, Any]) -> None:
+    """Say how long a job took, and keep it for estimates if it was run from start to end."""
+    if note["seconds"] is not None:
+        say(f"{job.id}: {duration(note['seconds'])}")
+        if not note["resumed"]:
+            Times().note(job, base_bytes(chain.base), max(note["seconds"], 0.1), note["left"])
 
 
 def call(job: Job, jobs: Mapping[str, Job], chain: Chain) -> None:

@@ -20,3 +20,26 @@ def summary(report: dict[str, Any]) -> str:
     page = Path(report["folder"]) / f"{report['recipe']['name']}.html"
     return "\n\n".join([*found, "\n".join([f"{done}; {duration(report['seconds'])} of work in all", *files,
                                            f"the page is {page}"])])
+
+
+def sweep_summary(result: dict[str, Any]) -> str:
+    """What `llmc sweep` prints."""
+    from llmc.evals.show import table
+    from llmc.recipes.sweep_page import tables
+
+    page = Path(result["folder"]) / f"{result['recipe']}-sweep.html"
+    found = [f"{title}  ({note})\n{table(rows)}" for title, note, rows in tables(result)]
+    return "\n\n".join([*found, f"{len(result['ran'])} steps were run\nthe page is {page}"])
+
+
+def chain_lines(chain: Any) -> str:
+    """A checked recipe: each step, what it works on and what it is asked for."""
+    from llmc.evals.html import words
+    from llmc.recipes.report import asked
+
+    lines = [f"{chain.recipe.name}: {len(chain.steps)} steps, from {chain.base or 'the model that --model will name'}"]
+    for s in chain.steps:
+        options = ", ".join(f"{k} {words(v)}" for k, v in asked(s).items()) or "defaults"
+        teacher = f", teacher {s.teacher}" if s.teacher else ""
+        lines.append(f"  {s.name}: {s.command} of {', '.join(s.inputs)}{teacher} ({options})")
+    return "\n".join(lines)
