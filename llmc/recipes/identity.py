@@ -71,7 +71,10 @@ def model_digest(model: str, hashes: Hashes) -> str:
 def settings(step: Step, hashes: Hashes) -> dict[str, Any]:
     """A step's options as they decide its result: files by what is in them, not by where they lie."""
     values: dict[str, Any] = json.loads(json.dumps(step.typed.options(), default=str))
+    values = {k: v for k, v in values.items() if k in deciding(step)}
     for option, paths in step.typed.files.items():
+        if option not in values:
+            continue
         values[option] = [str(values[option]) if option == "tasks" else "", *([p.name, hashes.of(p)] for p in paths)]
         if option == "tasks":  # names of tasks, without where their files are
             values[option][0] = [item.partition("=")[0] for t in step.typed.config.tasks for item in t.split(",")]
@@ -79,6 +82,15 @@ def settings(step: Step, hashes: Hashes) -> dict[str, Any]:
             files = {str(p) for p in paths}
             values[option][0] = [c for c in step.typed.config.calibration if c not in files]
     return values
+
+
+def deciding(step: Step) -> set[str]:
+    """The options that decide the result, by what the command itself says where it does: rounding to nearest reads no text."""
+    config = step.typed.config
+    if not hasattr(config, "numbers"):
+        return set(step.typed.options())
+    unread = {"calibration", "samples", "seq_len"} if step.command == "transform" and not config.calibrated else set()
+    return (set(config.numbers()) | {"heal", "device", "threads"}) - unread
 
 
 def key(step: Step, inputs: list[str], teacher: str | None, base: str, hashes: Hashes) -> str:

@@ -111,7 +111,7 @@ def parse(name: str, text: str, folder: Path, problems: list[str]) -> Recipe:
     top = _mapping(root, "", problems)
     problems += [f"line {line}: {key!r} is not known: must be {', '.join(KEYS)}{nearest(key, KEYS)}"
                  for key, (_, line) in top.items() if key not in KEYS]
-    values = {key: _value(node) for key, (node, _) in top.items() if key in ("about", "model", "defaults")}
+    values = {key: _value(node, problems) for key, (node, _) in top.items() if key in ("about", "model", "defaults")}
     for key, kind in (("about", str), ("model", str), ("defaults", dict)):
         if values.get(key) is not None and not isinstance(values[key], kind):
             problems.append(f"line {top[key][1]}: {key} must be {'a mapping of options' if kind is dict else 'text'}")
@@ -136,13 +136,16 @@ def _mapping(node: Any, where: str, problems: list[str]) -> dict[str, tuple[Any,
     return found
 
 
-def _value(node: Any) -> Any:
-    """The plain Python value of a node."""
+def _value(node: Any, problems: list[str]) -> Any:
+    """The plain Python value of a node; None, and a problem, where it would be anything else (`!!python/…`)."""
     import yaml
 
     loader = yaml.SafeLoader("")
     try:
         return loader.construct_document(node)
+    except (yaml.YAMLError, ValueError) as e:  # ValueError: a date that is none
+        problems.append(f"line {node.start_mark.line + 1}: {getattr(e, 'problem', None) or e}")
+        return None
     finally:
         loader.dispose()
 
@@ -164,10 +167,10 @@ def _entry(item: Any, problems: list[str]) -> Entry | None:
         return None
     if isinstance(body, yaml.MappingNode):
         parts = _mapping(body, f", {command}", problems)
-        options = {k: _value(v) for k, (v, _) in parts.items()}
+        options = {k: _value(v, problems) for k, (v, _) in parts.items()}
         lines = {k: n for k, (_, n) in parts.items()}
     else:
-        value, short = None if body is None else _value(body), COMMANDS[command].short
+        value, short = None if body is None else _value(body, problems), COMMANDS[command].short
         options = {} if value is None else {short or "": value}
         lines = dict.fromkeys(options, line)
         if value is not None and short is None:
