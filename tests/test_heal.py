@@ -22,9 +22,11 @@ import llmc
 from llmc.artifact import hash_folder
 from llmc.block_grids import GRIDS, BlockGrid, BlockTensor
 from llmc.checkpoint import Checkpoint
-from llmc.compress.heal import blocks, loss, student
-from llmc.compress.heal.train import EndToEnd, schedule
+from llmc.compress.heal import blocks, student
+from llmc.compress.heal.train import EndToEnd
 from llmc.compress.quantize.rtn import rtn
+from llmc.compress.teaching import loss, models
+from llmc.compress.teaching.training import schedule
 from llmc.errors import UserError
 from llmc.export import quantized as quantized_folder
 from llmc.export.gptq import checkpoint as gptq_format
@@ -114,8 +116,8 @@ def test_the_head_is_the_models_own(family: str, tmp_path: Path) -> None:
     ids = torch.arange(20)[None]
     with torch.no_grad():
         whole = model(ids).logits[0]
-        states = student.hidden_states(model, ids)
-        with student.head_of(model) as head:
+        states = models.hidden_states(model, ids)
+        with models.head_of(model) as head:
             torch.testing.assert_close(head(states[:, 5:9]), whole[5:9])
         torch.testing.assert_close(model(ids).logits[0], whole)
 
@@ -134,11 +136,11 @@ def test_checkpointing_runs_layers_again_and_has_the_same_gradients(family: str,
     for checkpointing in (False, True):
         model = load_torch_model(build(family, tmp_path / "m"))
         if checkpointing:
-            student.checkpoint_layers(model)
+            models.checkpoint_layers(model)
         norm = next(iter(student.norm_weights(model).values()))
         linear = next(m for m in model.modules() if student.is_linear(m))
         linear.register_forward_hook(lambda *_args, c=checkpointing: calls.append(c))
-        student.hidden_states(model, ids).square().sum().backward()
+        models.hidden_states(model, ids).square().sum().backward()
         gradients.append(norm.grad)
     assert (calls.count(False), calls.count(True)) == (1, 2)
     torch.testing.assert_close(*gradients)
@@ -248,7 +250,7 @@ def test_a_run_that_had_stopped_early_does_not_train_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as m:
-        m.setattr("llmc.compress.heal.run.write_checkpoint", killed)
+        m.setattr("llmc.compress.teaching.job.write_checkpoint", killed)
         with pytest.raises(KeyboardInterrupt):
             llmc.heal(small, base, calibration=text, out=tmp_path / "killed", **options)
     again = llmc.heal(small, base, calibration=text, out=tmp_path / "killed", resume=True, **options)
