@@ -57,4 +57,8 @@ class EndToEnd(Training):
         with self.forward():
             states = hidden_states(self.student, self.texts.sequences[rows].to(self.device)).float()
             with head_of(self.student) as head:
-                return distil(states, aims, head, self.vocab, share)
+                loss, _ = distil(states, aims, head, self.vocab)
+        if share is None:
+            return float(loss)
+        (loss * share).backward()
+        return float(loss.detach()) * share

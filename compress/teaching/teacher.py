@@ -10,11 +10,9 @@ import numpy as np
 import torch
 
 from llmc.artifact import write_json
-from llmc.compress.teaching.loss import Aim, TopK, Whole
+from llmc.compress.teaching.loss import Aims, Part, TopK, Whole
 from llmc.compress.teaching.models import head_of, hidden_states
 from llmc.console import progress
-
-Aims = Callable[[slice], Aim]  # what it says at a range of the positions of some sequences, one after another
 
 
 class Teacher(Protocol):
@@ -38,7 +36,7 @@ class Running:
         self.device = next(model.parameters()).device
         self.kept: dict[int, torch.Tensor] = {}
 
-    def of(self, rows: list[int]) -> Callable[[slice], Whole]:
+    def of(self, rows: list[int]) -> Callable[[Part], Whole]:
         with torch.inference_mode(), self.forward():
             if all(row < self.keep for row in rows):
                 for row in rows:
@@ -49,9 +47,10 @@ class Running:
                 known = hidden_states(self.model, self.sequences[rows].to(self.device)).float()
         flat = known.reshape(-1, known.shape[-1])
 
-        def aims(part: slice) -> Whole:
+        def aims(part: Part) -> Whole:
             with torch.inference_mode(), self.forward(), head_of(self.model) as head:
-                return Whole(head(flat[part][None])[:, : self.vocab] / self.temperature)
+                logits = head(flat[part][None])[:, : self.vocab]
+                return Whole(logits if self.temperature == 1 else logits / self.temperature)
         return aims
 
 

@@ -16,7 +16,21 @@ from typing import Any
 import typer
 import typer.core
 
-from llmc.cli import bench, compare, doctor, eval, export, generate, heal, imatrix, inspect, quantize, transform, verify
+from llmc.cli import (
+    bench,
+    compare,
+    distill,
+    doctor,
+    eval,
+    export,
+    generate,
+    heal,
+    imatrix,
+    inspect,
+    quantize,
+    transform,
+    verify,
+)
 from llmc.console import set_quiet
 from llmc.errors import UserError
 
@@ -76,7 +90,8 @@ def _options(
             warnings.simplefilter("ignore")
 
 
-for command in (quantize, transform, heal, imatrix, export, eval, bench, compare, generate, inspect, verify, doctor):
+for command in (quantize, transform, distill, heal, imatrix, export, eval, bench, compare, generate, inspect, verify,
+                doctor):
     command.register(app)
 
 
