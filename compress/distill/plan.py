@@ -10,6 +10,7 @@ import torch
 from llmc.compress.distill.config import DistillConfig
 from llmc.compress.skeleton import Skeleton, find_layers, get_weight, is_linear
 from llmc.compress.teaching.loss import CHUNK_BYTES
+from llmc.compress.transform.ends import is_tied
 
 RUNTIME = 600_000_000  # of Python, torch and transformers
 SHARE = 0.5  # of a bare product's speed that training reaches: attention, norms, the optimiser take the rest
@@ -19,7 +20,7 @@ PROBE = (1024, 1024, 2048)  # rows, columns in, columns out
 def plan_of(student: Skeleton, teacher: Skeleton, c: DistillConfig, dtype: torch.dtype, device: torch.device,
             threads: int) -> dict[str, Any]:
     """Sizes, and estimates of memory, disk and time ('seconds'; None on a device that is not measured here)."""
-    ours, theirs = (sum(p.numel() for p in m.model.parameters()) for m in (student, teacher))
+    ours, theirs = (_parameters(m) for m in (student, teacher))
     trained = ours if c.lora is None else _adapter(student, c.lora)
     kept = 0 if c.teacher_top_k else theirs * dtype.itemsize
     tokens, held = c.steps * c.batch * c.accumulate * c.seq_len, c.held_out * c.seq_len
@@ -38,6 +39,12 @@ def plan_of(student: Skeleton, teacher: Skeleton, c: DistillConfig, dtype: torch
             "trained": trained, "tokens": tokens, "memory_bytes": memory, "seconds": seconds,
             "disk_bytes": 3 * folder + 2 * 16 * trained + cached, "device": str(device), "threads": threads,
             "precision": str(dtype).removeprefix("torch."), "steps": c.steps, "loss": c.loss}
+
+
+def _parameters(m: Skeleton) -> int:
+    """A table that is embedding and head counts once (a skeleton holds it twice)."""
+    twice = m.model.get_output_embeddings().weight.numel() if is_tied(m) else 0
+    return sum(p.numel() for p in m.model.parameters()) - twice
 
 
 def _active(m: Skeleton) -> int:

@@ -1,4 +1,4 @@
-"""The processes that train together: one, or as many as `accelerate launch` started."""
+"""The processes that train together: one, or as many as `accelerate launch` (on CPUs torchrun) started."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def join_team(device: str) -> tuple[Any, torch.device]:
     kind = str(accelerator.distributed_type).rpartition(".")[2]
     if not kind.startswith("MULTI_"):
         raise UserError(f"accelerate is set up for {kind}, which splits a model over processes",
-                        "use `accelerate launch --multi_gpu` or `--cpu`: each process has a whole copy")
+                        "use `accelerate launch --multi_gpu` or torchrun: each process has a whole copy")
     own = accelerator.device
     if device != "gpu" and torch.device(device).type != own.type:
         raise UserError(f"--device {device}: accelerate gave this process {own}",
-                        "use --device gpu, or `accelerate launch --cpu`")
+                        "use --device gpu, or set ACCELERATE_USE_CPU=1")
     if not accelerator.is_main_process:
         set_quiet(True)
     return accelerator, own
