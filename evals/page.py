@@ -18,6 +18,9 @@ from llmc.evals.show import pm
 from llmc.evals.tables import tables
 from llmc.evals.weigh import CLASSES
 
+# passes that record a curve: title, caption, the figure of a check, label of its axis
+TRAININGS = {"distill": ("Distillation", "The loss that was trained", "loss", "loss, nats"),
+             "heal": ("Healing", "Divergence from the teacher", "kld", "KL divergence, nats")}
 MEASURES = {
     "perplexity": "exp of the mean negative log likelihood: how surprised the model is by the text; lower is better.",
     "KL divergence (KLD)": "how far the next-token distribution moved from the base model's, in nats; 0 is identical.",
@@ -34,7 +37,7 @@ def page(comparison: dict[str, Any]) -> str:
     body = [
         f'<header><p class="kicker">llmc compare</p><h1>{escape(title)}</h1>{html.verdict(comparison["gates"])}</header>',
         f'<div class="cards">{"".join(_summary(a, i) for i, a in enumerate(artifacts))}</div>',
-        f'<div class="charts">{"".join(figures(artifacts))}</div>',
+        f'<div class="charts">{"".join([*figures(artifacts), *trainings(artifacts)])}</div>',
         *(html.table(*t) for t in tables(comparison)),
         html.section("What the figures are", html.pairs(MEASURES.items())),
         *_protocols(artifacts), *(provenance(a) for a in artifacts),
@@ -66,7 +69,7 @@ def _summary(artifact: dict[str, Any], index: int) -> str:
 
 
 def figures(artifacts: list[dict[str, Any]]) -> Iterable[str]:
-    """The pictures; one that has nothing to show says which command fills it (that of healing is left out)."""
+    """The pictures; one that has nothing to show says which command fills it."""
     by_size, by_speed, layers = [], [], []
     texts: list[str] = []
     for i, a in enumerate(artifacts):
@@ -94,31 +97,36 @@ def figures(artifacts: list[dict[str, Any]]) -> Iterable[str]:
                   _legend([a for a in artifacts if a["report"]["artifact"]["layers"]], artifacts),
                   charts.lines(layers, "decoder layer", "output energy lost, %") if layers else "",
                   "llmc quantize (the manifest beside the artifact records it)")
-    if healed := [a for a in artifacts if _healing(a)]:
-        yield html.figure("Healing", "Divergence from the teacher on held-out text (dots; a ring around the step that was kept), "
-                      "and on each step's batch (thin).", _legend(healed, artifacts),
-                      charts.lines(_curves(artifacts), "step", "KL divergence, nats"), "")
     yield html.figure("Bytes by class", "Where the file's bytes are.", _kinds(), _bytes(artifacts), "")
 
 
-def _healing(artifact: dict[str, Any]) -> dict[str, Any]:
-    """The last end-to-end healing of an artifact; empty where there was none."""
-    found: list[dict[str, Any]] = [p for p in artifact["report"]["artifact"]["passes"] if p.get("name") == "heal"
+def trainings(artifacts: list[dict[str, Any]]) -> Iterable[str]:
+    """The curves of what was trained, a picture for each kind of training that there was."""
+    for name, (title, caption, by, label) in TRAININGS.items():
+        if trained := [a for a in artifacts if _training(a, name)]:
+            yield html.figure(title, f"{caption} on held-out text (dots; a ring around the step that was kept), and on each "
+                          "step's batch (thin).", _legend(trained, artifacts),
+                          charts.lines(_curves(artifacts, name, by), "step", label), "")
+
+
+def _training(artifact: dict[str, Any], name: str) -> dict[str, Any]:
+    """The last pass of that name with a curve; empty where there was none."""
+    found: list[dict[str, Any]] = [p for p in artifact["report"]["artifact"]["passes"] if p.get("name") == name
                                    and p.get("curve")]
     return found[-1] if found else {}
 
 
-def _curves(artifacts: list[dict[str, Any]]) -> list[charts.Line]:
-    """The loss of each step, and over it the held-out text's, for each that was healed."""
+def _curves(artifacts: list[dict[str, Any]], name: str, by: str) -> list[charts.Line]:
+    """The loss of each step, and over it the held-out text's, for each that was trained by that pass."""
     drawn = []
     for i, a in enumerate(artifacts):
-        healing, colour = _healing(a), i % COLOURS
-        if losses := healing.get("losses"):
+        training, colour = _training(a, name), i % COLOURS
+        if losses := training.get("losses"):
             points = list(enumerate(losses, 1))
             drawn.append(charts.Line(f"{a['name']}, batch", colour, points, thin=True))
-        if healing:
-            checks = [(row["step"], row["kld"]) for row in healing["curve"]]
-            drawn.append(charts.Line(f"{a['name']}, held-out", colour, checks, ring=healing["best_step"]))
+        if training:
+            checks = [(row["step"], row[by]) for row in training["curve"]]
+            drawn.append(charts.Line(f"{a['name']}, held-out", colour, checks, ring=training["best_step"]))
     return drawn
 
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     export: Export
 
-__all__ = ["__version__", "bench", "compare", "evaluate", "export", "generate", "heal", "imatrix", "inspect", "prune",
-           "quantize", "run_recipe", "sweep", "transform", "verify"]
+__all__ = ["__version__", "bench", "compare", "distill", "evaluate", "export", "generate", "heal", "imatrix", "inspect",
+           "prune", "quantize", "run_recipe", "sweep", "transform", "verify"]
 
 Config = TypeVar("Config")
 
@@ -56,9 +56,15 @@ def heal(model: str | Path, teacher: str | Path, **options: Any) -> dict[str, An
     from llmc.compress.heal.config import HealConfig
     from llmc.compress.heal.run import heal as run
 
-    texts = options.pop("calibration", HealConfig.calibration)
-    texts = (str(texts),) if isinstance(texts, str | Path) else tuple(str(t) for t in texts)
-    return run(model, _config(HealConfig, {"teacher": str(teacher), "calibration": texts, **options}))
+    return run(model, _config(HealConfig, {"teacher": str(teacher), **_texts(options)}))
+
+
+def distill(student: str | Path, teacher: str | Path, **options: Any) -> dict[str, Any]:
+    """Train a smaller float model to say what `teacher` says; options are the fields of DistillConfig."""
+    from llmc.compress.distill.config import DistillConfig
+    from llmc.compress.distill.run import distill as run
+
+    return run(student, _config(DistillConfig, {"teacher": str(teacher), **_texts(options)}))
 
 
 def imatrix(model: str | Path, **options: Any) -> dict[str, Any]:
@@ -160,6 +166,14 @@ def verify(artifact: str | Path) -> dict[str, Any]:
     from llmc.verification import verify as run
 
     return run(artifact)
+
+
+def _texts(options: dict[str, Any]) -> dict[str, Any]:
+    """Options whose `calibration` may be one text or several, as text or as paths."""
+    texts = options.get("calibration")
+    if texts is None:
+        return options
+    return {**options, "calibration": (str(texts),) if isinstance(texts, str | Path) else tuple(str(t) for t in texts)}
 
 
 def _config(cls: type[Config], options: dict[str, Any]) -> Config:

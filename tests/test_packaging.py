@@ -76,7 +76,7 @@ def pins(file: str) -> dict[str, str]:
 def test_every_pin_is_exact_and_every_dependency_is_pinned(file: str, extra: str) -> None:
     pinned = pins(file)
     extras = PROJECT["project"]["optional-dependencies"]
-    wanted = PROJECT["project"]["dependencies"] + extras["gguf"] + extras["dev"] + extras[extra]
+    wanted = PROJECT["project"]["dependencies"] + extras["gguf"] + extras["dev"] + extras[extra] + extras["distill"]
     names = {x.split(">")[0].lower().replace("_", "-") for x in wanted if not x.startswith("llmc-toolkit")}
     assert names <= pinned.keys()
 
@@ -95,7 +95,7 @@ IMPORTS = {"yaml": "pyyaml", "llama_cpp": "llama-cpp-python", "google": "protobu
 def test_no_import_is_owed_to_somebody_elses_dependency() -> None:
     extras = PROJECT["project"]["optional-dependencies"]
     declared = {x.split(">")[0].lower() for x in [*PROJECT["project"]["dependencies"], *extras["gguf"], *extras["onnx"],
-                                                  *extras["optimum"]]}
+                                                  *extras["optimum"], *extras["distill"]]}
     imported: set[str] = set()
     for folder in MAPPED.values():
         for path in (ROOT / folder).rglob("*.py"):

@@ -18,6 +18,7 @@ import typer
 from llmc.cli import (
     bench,
     compare,
+    distill,
     doctor,
     eval,
     export,
@@ -81,7 +82,8 @@ def _options(
             warnings.simplefilter("ignore")
 
 
-for command in (prune, quantize, transform, heal, imatrix, export, eval, bench, compare, generate, inspect, verify, doctor):
+for command in (prune, quantize, transform, distill, heal, imatrix, export, eval, bench, compare, generate, inspect, verify,
+                doctor):
     command.register(app)
 for command in (run_recipe, sweep, recipe):
     command.register(app)

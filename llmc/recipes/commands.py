@@ -9,7 +9,6 @@ import dataclasses
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 FLOAT, QUANTISED, GGUF, ONNX, REPORT, PAGE = "float", "quantised", "gguf", "onnx", "report", "page"
@@ -46,10 +45,6 @@ class Command:
         module, _, name = self.configs[format].partition(":")
         found: type = getattr(import_module(module), name)
         return found
-
-    def present(self) -> bool:
-        """Whether this build has the command."""
-        return all(find_spec(m.rpartition(".")[0]) is not None for m in self.configs.values())
 
     @property
     def makes_model(self) -> bool:
@@ -97,4 +92,4 @@ def options(command: str, format: str = "") -> dict[str, dataclasses.Field[Any]]
 
 def every_option() -> set[str]:
     """The options of all commands together."""
-    return {name for c in COMMANDS.values() if c.present() for format in c.configs for name in options(c.name, format)}
+    return {name for c in COMMANDS.values() for format in c.configs for name in options(c.name, format)}

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from llmc.console import duration, size
 from llmc.evals import charts, gates, html
-from llmc.evals.page import MEASURES, figures
+from llmc.evals.page import MEASURES, TRAININGS, figures
 from llmc.evals.show import change, filled, pm
 from llmc.evals.show import markdown as as_markdown
 from llmc.evals.tables import Table
@@ -94,23 +94,24 @@ def pictures(report: dict[str, Any]) -> Iterable[str]:
     shown = [{"name": a["name"], "report": a["report"], "differences": None} for a in report["artifacts"] if "report" in a]
     if shown:
         yield from figures(shown)
-    curves = [s for s in report["steps"] if "curve" in s]
-    if curves:
-        yield html.figure("Training", "On held-out text (dots; a ring around the step that was kept), and on each step's batch "
-                          "(thin).", html.legend((i + 1, s["job"]) for i, s in enumerate(curves)),
-                          charts.lines([c for i, s in enumerate(curves) for c in _curve(s, i + 1)], "step", "loss, nats"), "")
+    for command, (title, caption, by, label) in TRAININGS.items():
+        if trained := [s for s in report["steps"] if "curve" in s and s["command"] == command]:
+            drawn = [line for i, s in enumerate(trained, 1) for line in _curve(s, i, by)]
+            yield html.figure(title, f"{caption} on held-out text (dots; a ring around the step that was kept), and on each "
+                              "step's batch (thin).", html.legend((i, s["job"]) for i, s in enumerate(trained, 1)),
+                              charts.lines(drawn, "step", label), "")
     timed = [s for s in report["steps"] if s["seconds"]]
     if timed:
         rows = [charts.Bar(s["job"], [s["seconds"]], duration(s["seconds"])) for s in timed]
         yield html.figure("Time", "Of each step, when it was run.", "", charts.bars(rows, ["seconds"], "seconds"), "")
 
 
-def _curve(step: dict[str, Any], colour: int) -> Iterable[charts.Line]:
+def _curve(step: dict[str, Any], colour: int, by: str) -> Iterable[charts.Line]:
     """The loss of each training step and what was seen on held-out text, as the manifest has them."""
     c = step["curve"]
     if losses := c.get("losses"):
         yield charts.Line(f"{step['job']}, batch", colour, list(enumerate(losses, 1)), thin=True)
-    checks = [(row["step"], row["kld"]) for row in c.get("curve", []) if row.get("kld") is not None]
+    checks = [(row["step"], row[by]) for row in c.get("curve", [])]
     if checks:
         yield charts.Line(f"{step['job']}, held-out", colour, checks, ring=c.get("best_step"))
 

@@ -90,11 +90,8 @@ def _format(entry: Entry, given: dict[str, Any], problems: list[str]) -> str | N
 
 
 def _installed(entry: Entry, format: str, problems: list[str]) -> bool:
-    """Whether the command, and the packages it needs, are here."""
+    """Whether the packages that the command needs are here."""
     command = COMMANDS[entry.command]
-    if not command.present():
-        problems.append(f"{entry.where()}: this build of llmc has no command {command.name}")
-        return False
     if missing := [m for m in command.needs.get(format, ()) if importlib.util.find_spec(m) is None]:
         problems.append(f"{entry.where()}: {format} needs the package{'s' if len(missing) > 1 else ''} {', '.join(missing)}: "
                         f"pip install 'llmc-toolkit[{format}]'")

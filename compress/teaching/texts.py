@@ -1,4 +1,4 @@
-"""Healing text: of every source as much as the steps need, some of it held out to judge by.
+"""The text to learn from: of every source as much as the steps need, some of it held out to judge by.
 
 Text that the teacher writes itself covers what it has learned (Liu et al., 2023, arXiv:2305.17888); text of the user's covers
 what the model is for. The default is the user's with a little of the teacher's mixed in.
@@ -8,15 +8,35 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from llmc.compress.heal.config import HealConfig
 from llmc.compress.text import SELF, Calibration, from_model, load_calibration
 from llmc.errors import UserError
 
 SELF_SEQUENCES = 128  # of the teacher's own text where there is no other: sampling takes time, steps go round and round
+
+
+class TextSettings(Protocol):
+    """What decides the text."""
+
+    @property
+    def calibration(self) -> tuple[str, ...]: ...
+    @property
+    def sampled(self) -> int: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def batch(self) -> int: ...
+    @property
+    def accumulate(self) -> int: ...
+    @property
+    def seq_len(self) -> int: ...
+    @property
+    def held_out(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
 
 
 @dataclass
@@ -33,14 +53,15 @@ class Texts:
         return [self.held_out + (step * size + i) % n for i in range(size)]
 
 
-def gather(c: HealConfig, tokenizer: Any, sample: Callable[[int], torch.Tensor]) -> Texts:
+def gather(c: TextSettings, tokenizer: Any, sample: Callable[[int], torch.Tensor], processes: int = 1) -> Texts:
     """The sequences of a run, shuffled by the seed; the held-out ones are evenly spaced over all sources.
 
-    sample: so many sequences of the teacher's own, int64 [n, seq_len].
+    sample: so many sequences of the teacher's own, int64 [n, seq_len].  processes: that train together, each on its batches.
     """
-    needed = c.steps * c.batch * c.accumulate + c.held_out
+    at_once = c.batch * c.accumulate * processes
+    needed = c.steps * at_once + c.held_out
     named = [spec for spec in c.calibration if spec != SELF]
-    alone = max(SELF_SEQUENCES, c.held_out + c.batch * c.accumulate)
+    alone = max(SELF_SEQUENCES, c.held_out + at_once)
     sampled = min(needed, c.sampled if named else alone)
     parts = []
     for i, spec in enumerate(named):
@@ -50,8 +71,8 @@ def gather(c: HealConfig, tokenizer: Any, sample: Callable[[int], torch.Tensor])
         parts.append(from_model(sample(sampled), tokenizer, {"seed": c.seed, "temperature": 1.0}))
     ids = torch.cat([p.sequences for p in parts])
     n = ids.shape[0]
-    if n < c.held_out + c.batch * c.accumulate:
-        raise UserError(f"the healing text gives {n} sequences of {c.seq_len}, and {c.held_out} are held out",
+    if n < c.held_out + at_once:
+        raise UserError(f"the text gives {n} sequences of {c.seq_len}, and {c.held_out} are held out",
                         "give more text, a smaller --seq-len or a smaller --held-out")
     held = {i * n // c.held_out + n // (2 * c.held_out) for i in range(c.held_out)}
     order = torch.randperm(n, generator=torch.Generator().manual_seed(c.seed)).tolist()
