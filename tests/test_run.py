@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +21,7 @@ import tiny
 import llmc
 from llmc.cli import run as command
 from llmc.console import size
+from llmc.artifact import versions
 from llmc.errors import UserError
 from llmc.evals.show import pm
 
@@ -49,6 +52,23 @@ def base(made: SimpleNamespace) -> Path:
 def write(text: str, name: str = "r.yaml") -> str:
     Path(name).write_text(text)
     return name
+
+
+@pytest.fixture(scope="module")
+def finished(made: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which SHORT was run once, for the tests to copy: evaluations take their time."""
+    folder = tmp_path_factory.mktemp("finished")
+    with contextlib.chdir(folder):
+        Path("text.txt").write_text(tiny.corpus()[:40_000])
+        llmc.run_recipe(write(SHORT), model=made.base, out="run")
+    return folder
+
+
+@pytest.fixture
+def short(base: Path, finished: Path) -> dict[str, Any]:
+    """SHORT was run in the test's folder: its report."""
+    shutil.copytree(finished, ".", dirs_exist_ok=True)
+    return dict(json.loads(Path("run/r.json").read_text()))
 
 
 SHORT = f"defaults: {QUICK}\nsteps: [quantize: {{method: rtn}}, export, eval, compare: {{max_kld: 100}}]"
@@ -109,46 +129,46 @@ def test_nothing_is_made_twice_and_a_change_makes_what_depends_on_it(base: Path)
     assert planned(text, base) == healed, "rotation and round-to-nearest read no text"
 
 
-def test_moved_files_are_the_same_files(base: Path, tmp_path: Path) -> None:
-    llmc.run_recipe(write(SHORT), model=base, out="run")
+def test_moved_files_are_the_same_files(base: Path, short: dict[str, Any], tmp_path: Path) -> None:
     folder = tmp_path / "elsewhere"
     folder.mkdir()
-    Path("run").rename(folder / "run")
-    Path("text.txt").rename(folder / "text.txt")
-    os.utime(folder / "text.txt", (1, 1))
-    file = write(SHORT, str(folder / "r.yaml"))
-    assert llmc.run_recipe(file, model=base, out=folder / "run")["ran"] == []
-
-
-def test_a_damaged_artifact_is_made_again_and_a_deleted_one_only_if_needed(base: Path) -> None:
-    first = llmc.run_recipe(write(SHORT), model=base, out="run")
-    quantised = next(Path(a["path"]) for a in first["artifacts"] if a["name"] == "quantize")
-    for p in (quantised, *quantised.iterdir()):
+    for name in ("run", "text.txt", "r.yaml"):
+        Path(name).rename(folder / name)
+    for p in folder.rglob("*"):
         if p.is_file():
-            p.unlink()
-    quantised.rmdir()
-    assert llmc.run_recipe(write(SHORT), model=base, out="run")["ran"] == [], "all that was made of it is there"
-    file = next(Path(a["path"]) for a in first["artifacts"] if a["name"] == "export")
+            os.utime(p, (1, 1))
+    assert llmc.run_recipe(folder / "r.yaml", model=base, out=folder / "run")["ran"] == []
+
+
+def test_a_deleted_artifact_is_made_again_only_if_needed(base: Path, short: dict[str, Any]) -> None:
+    shutil.rmtree(path_of(short, "quantize"))
+    assert llmc.run_recipe("r.yaml", model=base, out="run")["ran"] == [], "all that was made of it is there"
+    file = path_of(short, "export")
     good = file.read_bytes()
     file.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-    plan = llmc.run_recipe(write(SHORT), model=base, out="run", dry_run=True)["plan"]
+    plan = llmc.run_recipe("r.yaml", model=base, out="run", dry_run=True)["plan"]
     assert {r["job"]: r["state"] for r in plan} == {"quantize": "run", "export": "run", "eval base": "cached",
                                                     "eval export": "cached", "compare": "cached"}
     assert "was changed" in next(r["why"] for r in plan if r["job"] == "export")
-    assert llmc.run_recipe(write(SHORT), model=base, out="run")["ran"] == ["quantize", "export"]
+    assert llmc.run_recipe("r.yaml", model=base, out="run")["ran"] == ["quantize", "export"]
     assert file.read_bytes() == good
 
 
-def test_a_dry_run_leaves_nothing(base: Path) -> None:
-    before = sorted(Path().iterdir())
-    plan = llmc.run_recipe(write(SHORT), model=base, out="run", dry_run=True)["plan"]
+def path_of(report: dict[str, Any], name: str) -> Path:
+    return Path(next(a["path"] for a in report["artifacts"] if a["name"] == name))
+
+
+def test_a_dry_run_leaves_nothing_and_knows_earlier_times(base: Path, finished: Path) -> None:
+    write(SHORT)
+    before = set(Path().iterdir())
+    plan = llmc.run_recipe("r.yaml", model=base, out="run", dry_run=True)["plan"]
     assert [r["state"] for r in plan] == ["run"] * 5
+    assert [r["seconds"] for r in plan] == [None] * 5, "nothing was measured here yet"
     assert plan[0]["memory_bytes"] > 0, "of quantize's own plan"
-    assert all(r["seconds"] is None for r in plan), "nothing was measured here yet"
-    assert sorted(Path().iterdir()) == [*before, Path("r.yaml")] or set(Path().iterdir()) - set(before) == {Path("r.yaml")}
-    llmc.run_recipe(write(SHORT), model=base, out="run")
-    later = llmc.run_recipe(write(SHORT), model=base, out="other", dry_run=True)["plan"]
-    assert all(r["seconds"] is not None for r in later), "the same steps were timed in this working folder"
+    assert set(Path().iterdir()) == before
+    shutil.copytree(finished / ".llmc", ".llmc")
+    later = llmc.run_recipe("r.yaml", model=base, out="run", dry_run=True)["plan"]
+    assert all(r["seconds"] > 0 for r in later), "such steps were timed in this working folder"
 
 
 def killed(base: Path, wait_for: str) -> None:
@@ -184,37 +204,31 @@ def test_kill_and_continue(base: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert len(steps["heal"]["curve"]["losses"]) == 40
 
 
-def test_a_published_artifact_without_a_note_is_kept(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_published_artifact_without_a_note_is_kept(base: Path, short: dict[str, Any]) -> None:
     """The kill comes between the artifact's rename and the note that it is done."""
-    first = llmc.run_recipe(write(SHORT), model=base, out="run")
-    folder = next(iter(Path("run").glob("quantize-*")))
+    folder = path_of(short, "quantize").parent
     note = json.loads((folder / ".done.json").read_text())
     (folder / ".done.json").unlink()
-    from llmc.recipes.jobs import versions
-
     (folder / ".started.json").write_text(json.dumps({"key": note["key"], "versions": versions()}))
-    (folder / "quantize" / "config.json").touch()
-    for gone in (*Path("run").glob("export-*"), *Path("run").glob("eval-export-*")):
-        for p in gone.iterdir():
-            p.unlink()
-        gone.rmdir()
-    again = llmc.run_recipe(write(SHORT), model=base, out="run")
-    assert again["ran"] == ["quantize", "export", "eval export"]
-    steps = {s["job"]: s for s in again["steps"]}
-    assert steps["quantize"]["seconds"] is None, "it was not made again"
-    assert [a["bytes"] for a in again["artifacts"]] == [a["bytes"] for a in first["artifacts"]]
+    weights = folder / "quantize" / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    shutil.rmtree(path_of(short, "export").parent)
+    assert llmc.run_recipe("r.yaml", model=base, out="run")["ran"] == ["quantize", "export"]
+    assert weights.stat().st_mtime_ns == before, "it was not made again"
+    assert (folder / ".done.json").is_file()
 
 
-def test_a_missed_gate_is_exit_code_1_every_time(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write(SHORT.replace("max_kld: 100", "max_kld: 0.000001"))
+def test_a_missed_gate_is_exit_code_1_every_time(base: Path, short: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["run", "r.yaml", "--model", str(base), "-o", "run"]
+    assert command([*args, "--set", "compare.max_kld=100"]) == 0
     for _ in range(2):
-        assert command(["run", "r.yaml", "--model", str(base), "-o", "run"]) == 1
+        assert command([*args, "--set", "compare.max_kld=0.000001"]) == 1
         out = capsys.readouterr()
         assert "MISSED" in out.out
         assert "1 of 1 gates missed" in out.err
     assert "nothing to do" in out.out
-    assert Path("run/r.html").is_file()
-    assert not llmc.run_recipe("r.yaml", model=base, out="run")["passed"]
+    assert "1 of 1 gates missed" in Path("run/r.html").read_text()
+    assert not llmc.run_recipe("r.yaml", model=base, out="run", set={"compare.max_kld": "0.000001"})["passed"]
 
 
 def test_a_step_that_fails_is_named_and_keeps_what_was_made(base: Path) -> None:
@@ -251,8 +265,7 @@ def test_json_and_markdown(base: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().out == Path("run/r.md").read_text() + "\n"
 
 
-def test_an_unchanged_run_imports_nothing_heavy(base: Path) -> None:
-    llmc.run_recipe(write(SHORT), model=base, out="run")
+def test_an_unchanged_run_imports_nothing_heavy(base: Path, short: dict[str, Any]) -> None:
     code = (f"import sys, llmc; print(llmc.run_recipe('r.yaml', model={str(base)!r}, out='run')['ran'])\n"
             "print([m for m in ('torch', 'transformers', 'gguf', 'numpy') if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

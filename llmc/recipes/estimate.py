@@ -64,7 +64,7 @@ class Times:
         write_json(self.path, self.known)
 
 
-def own_plan(job: Job, model: Path | str, there: bool) -> dict[str, Any]:
+def own_plan(job: Job, model: Path | str, base: str, there: bool) -> dict[str, Any]:
     """What the command's own --dry-run says of memory and disk, in bytes; {} where it has none.
 
     model: what it will work on, or the base where that is not made yet (there False): its problems are then not the step's.
@@ -73,8 +73,10 @@ def own_plan(job: Job, model: Path | str, there: bool) -> dict[str, Any]:
 
     options = job.step.typed.options()
     try:
-        if job.step.command in ("quantize", "prune") and not getattr(job.step.typed.config, "target", None):
-            plan: dict[str, Any] = getattr(llmc, job.step.command)(model, dry_run=True, **options)
+        # the plan of a budget measures first, for minutes
+        if job.step.command in ("prune", "distill", "quantize") and not getattr(job.step.typed.config, "target", None):
+            teacher = {"teacher": base} if job.teacher else {}
+            plan: dict[str, Any] = getattr(llmc, job.step.command)(model, dry_run=True, **teacher, **options)
             return {k: plan[k] for k in ("memory_bytes", "disk_bytes") if k in plan}
         if job.step.command == "transform":
             from llmc.compress.transform.run import check, disk_bytes

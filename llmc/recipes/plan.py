@@ -7,7 +7,6 @@ from typing import Any
 
 from llmc.console import duration, size
 from llmc.errors import UserError
-from llmc.evals.show import table
 from llmc.recipes.estimate import Times, own_plan
 from llmc.recipes.identity import Hashes
 from llmc.recipes.jobs import Job, is_done, may_resume, weight_bytes
@@ -17,16 +16,17 @@ CACHED, RUN, RESUME, UNUSED = "cached", "run", "resume", "not needed"
 
 
 def states(jobs: dict[str, Job], hashes: Hashes) -> dict[str, tuple[str, str]]:
-    """{job: (state, why)}. A job that is gone (somebody wanted the disk) is not needed while all that was made of it is there;
-    whatever is run needs all that it works on."""
+    """{job: (state, why)}. A model that is gone (somebody wanted the disk) is not needed while the models that were made of it
+    are there, or the reports of a report; whatever is run needs all that it works on."""
     done = {job.id: is_done(job, hashes) for job in jobs.values()}
     found: dict[str, tuple[str, str]] = {}
     for job in reversed(jobs.values()):
-        users = [j.id for j in jobs.values() if job.id in (*j.inputs, j.teacher)]
+        users = [j for j in jobs.values() if job.id in (*j.inputs, j.teacher)]
+        heirs = [j for j in users if j.step.typed.command.makes_model] if job.step.typed.command.makes_model else users
         there, why = done[job.id]
         if there:
             found[job.id] = (CACHED, "")
-        elif users and all(found[u][0] in (CACHED, UNUSED) for u in users):
+        elif heirs and all(found[u.id][0] in (CACHED, UNUSED) for u in users):
             found[job.id] = (UNUSED, why or "its results are there")
         else:
             found[job.id] = (RESUME if job.step.typed.command.resumes and not why and may_resume(job) else RUN, why)
@@ -51,7 +51,7 @@ def plan(jobs: dict[str, Job], base: str, state: dict[str, tuple[str, str]]) -> 
             there = source is None or state[source.id][0] == CACHED
             row |= {"seconds": times.seconds(job, length), "disk_bytes": times.disk(job, length)}
             try:
-                row |= own_plan(job, base if source is None or not there else source.artifact, there)
+                row |= own_plan(job, base if source is None or not there else source.artifact, base, there)
             except UserError as e:
                 raise UserError(f"step {job.id}: {e.problem}", e.hint) from e
         rows.append(row)
@@ -70,6 +70,8 @@ def base_bytes(base: str) -> int:
 
 def lines(rows: list[dict[str, Any]]) -> str:
     """The plan for people."""
+    from llmc.evals.show import table
+
     told = [["step", "from", "", "time", "memory", "disk"]]
     for r in rows:
         about = "~" if r["state"] in (RUN, RESUME) else ""

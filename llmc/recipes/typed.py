@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -124,6 +125,8 @@ def _config(recipe: Recipe, entry: Entry, command: Command, format: str, given: 
             continue
         if isinstance(value, str | int | float) and str(hints[name]).startswith("tuple["):
             value = (value,)
+        if isinstance(value, float) and str in (hints[name], *get_args(hints[name])):
+            value = f"{Decimal(repr(value)):f}"  # 0.00001 as it was written, not 1e-05
         try:
             values[name] = pydantic.TypeAdapter(hints[name], config=rules).validate_python(value)
         except pydantic.ValidationError as e:
