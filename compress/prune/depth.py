@@ -19,7 +19,7 @@ from torch import nn
 
 from llmc.checkpoint import Checkpoint
 from llmc.compress.calibration import Workspace
-from llmc.compress.heal.loss import divergence
+from llmc.compress.teaching.loss import divergence
 from llmc.compress.precision import fast_forward
 from llmc.compress.skeleton import LinearGroup, Skeleton, replaced
 from llmc.compress.transform.measure import run

@@ -37,9 +37,10 @@ def plan(jobs: dict[str, Job], base: str, state: dict[str, tuple[str, str]]) -> 
     """A row for each job: {job, command, from, state, why, seconds, memory_bytes, disk_bytes}; what is not known is None.
 
     seconds of a cached job: what it took. Estimates are of earlier steps of the kind, scaled by the base's size.
+    Raises UserError with what the steps' own plans find wrong.
     """
     times, length = Times(), base_bytes(base)
-    rows = []
+    rows, problems = [], []
     for job in jobs.values():
         row: dict[str, Any] = {"job": job.id, "command": job.step.command, "from": list(job.inputs),
                                "teacher": job.teacher, "state": state[job.id][0], "why": state[job.id][1],
@@ -53,8 +54,10 @@ def plan(jobs: dict[str, Job], base: str, state: dict[str, tuple[str, str]]) -> 
             try:
                 row |= own_plan(job, base if source is None or not there else source.artifact, base, there)
             except UserError as e:
-                raise UserError(f"step {job.id}: {e.problem}", e.hint) from e
+                problems.append(f"step {job.id}: {e.problem}" + (f" ({e.hint})" if e.hint else ""))
         rows.append(row)
+    if problems:
+        raise UserError("\n  ".join(problems), "nothing was run")
     return rows
 
 
