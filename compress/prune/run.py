@@ -80,8 +80,8 @@ class _Job:
             of = PATTERNS[c.pattern][1]
             widths = {get_weight(module).shape[1]: name for _, name, module in linears_of(self.skeleton)}
             if uneven := sorted(w for w in widths if w % of):
-                raise UserError(f"--pattern {c.pattern}: rows of {uneven[0]} weights ({widths[uneven[0]]}) do not divide into "
-                                f"runs of {of}", "use --sparsity")
+                raise UserError(f"--pattern {c.pattern}: rows of {uneven[0]} weights ({widths[uneven[0]]}) do not divide "
+                                f"into runs of {of}", "use --sparsity")
         if c.method == "width":
             self.notes = narrowed(self.skeleton.config, c)[1]
 
