@@ -150,7 +150,7 @@ class _Job:
         }
         entry = {"name": "prune", "config": c.numbers(), "threads": self.threads, "device": str(self.skeleton.device),
                  "matmul": matmul_precision(), "calibration": text.origin, "held_out_sequences": len(held),
-                 "notes": self.notes, **summary, "layers": made.layers}
+                 "notes": self.notes, **summary, **made.record}
         hashes = publish(self.source, folder, self.out, self.described, entry)
         shutil.rmtree(work.folder)
         sampled_file(self.work).unlink(missing_ok=True)
