@@ -30,12 +30,12 @@ from llmc.shards import Piece, pieces_of
 
 @dataclass
 class Made:
-    """pieces, config: the new model.  summary: for result and manifest.  layers: for the manifest alone."""
+    """pieces, config: the new model.  summary: for result and manifest.  record: for the manifest alone."""
 
     pieces: list[Piece]
     config: dict[str, Any]
     summary: dict[str, Any]
-    layers: list[dict[str, Any]]
+    record: dict[str, Any]
 
 
 def make(skeleton: Skeleton, c: PruneConfig, work: Workspace, sequences: torch.Tensor) -> Made:
@@ -59,7 +59,7 @@ def by_mask(skeleton: Skeleton, c: PruneConfig, work: Workspace, sequences: torc
     records = work.records()
     return Made(pieces, skeleton.checkpoint.config, {
         "error": sum(r["error"] for r in records) / len(records), "events": sum(len(r["events"]) for r in records),
-        "fallbacks": sum(any(x["method"] != c.method for x in r["linears"].values()) for r in records)}, records)
+        "fallbacks": sum(any(x["method"] != c.method for x in r["linears"].values()) for r in records)}, {"layers": records})
 
 
 def _alone(skeleton: Skeleton, pass_: MaskPass, work: Workspace) -> None:
@@ -90,7 +90,7 @@ def by_depth(skeleton: Skeleton, c: PruneConfig, work: Workspace, sequences: tor
 def without(skeleton: Skeleton, dropped: list[int], records: list[dict[str, Any]]) -> Made:
     """The model without these layers."""
     config = depth.shortened(skeleton.checkpoint.config, skeleton.config, dropped)
-    return Made(depth.pieces_without(skeleton, dropped), config, {"dropped": dropped}, records)
+    return Made(depth.pieces_without(skeleton, dropped), config, {"dropped": dropped}, {"layers": records})
 
 
 def by_width(skeleton: Skeleton, c: PruneConfig, work: Workspace, sequences: torch.Tensor) -> Made:
@@ -109,7 +109,8 @@ def by_width(skeleton: Skeleton, c: PruneConfig, work: Workspace, sequences: tor
         work.save_layer(count + index, tensors, {"layer": index})  # after the sums, which a resumed run reads again
         pieces += pieces_of(work.layer_file(count + index))
     layers = [{"layer": i, "groups": kept.groups[i].tolist(), "ffn": kept.ffn[i].tolist()} for i in range(count)]
-    return Made(pieces, width.narrow_config(checkpoint.config, new), {"shape": vars(new)}, layers)
+    return Made(pieces, width.narrow_config(checkpoint.config, new), {"shape": vars(new)},
+                {"layers": layers, "channels": kept.hidden.tolist()})
 
 
 def along_of(c: PruneConfig) -> int:

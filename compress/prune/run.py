@@ -80,8 +80,8 @@ class _Job:
             of = PATTERNS[c.pattern][1]
             widths = {get_weight(module).shape[1]: name for _, name, module in linears_of(self.skeleton)}
             if uneven := sorted(w for w in widths if w % of):
-                raise UserError(f"--pattern {c.pattern}: rows of {uneven[0]} weights ({widths[uneven[0]]}) do not divide into "
-                                f"runs of {of}", "use --sparsity")
+                raise UserError(f"--pattern {c.pattern}: rows of {uneven[0]} weights ({widths[uneven[0]]}) do not divide "
+                                f"into runs of {of}", "use --sparsity")
         if c.method == "width":
             self.notes = narrowed(self.skeleton.config, c)[1]
 
@@ -150,7 +150,7 @@ class _Job:
         }
         entry = {"name": "prune", "config": c.numbers(), "threads": self.threads, "device": str(self.skeleton.device),
                  "matmul": matmul_precision(), "calibration": text.origin, "held_out_sequences": len(held),
-                 "notes": self.notes, **summary, "layers": made.layers}
+                 "notes": self.notes, **summary, **made.record}
         hashes = publish(self.source, folder, self.out, self.described, entry)
         shutil.rmtree(work.folder)
         sampled_file(self.work).unlink(missing_ok=True)

@@ -25,6 +25,7 @@ from llmc.errors import UserError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")  # gated, with RMSNorms, by these names
 GEMMA = ("gemma2", "gemma3_text")  # scale their embedding by the root of the number of channels, and norms by 1 + weight
+DIVIDING = ("llama", "gemma2", "gemma3_text")  # transformers 5 wants the channels to be a multiple of the query heads
 WIDE, NARROW = 256, 32  # blocks of GGUF's types: K-quants, all others
 
 
@@ -60,24 +61,32 @@ def narrowed(config: Any, c: PruneConfig) -> tuple[Shape, list[str]]:
         possible = ", ".join(f"{n / old.groups:.4g}" for n in range(1, old.groups + 1))
         raise UserError(f"--heads {c.heads:g}: {old.groups * old.per_group} query heads share {old.groups} key and value "
                         f"heads, and {groups:.4g} of these are no whole number", f"use one of {possible}")
+    new_groups = round(groups)
     ffn, ffn_step = _rounded(old.ffn, c.ffn, "ffn", WIDE)
     hidden, hidden_step = _rounded(old.hidden, c.hidden, "hidden", WIDE if old.hidden % WIDE == 0 else NARROW)
+    if kind in DIVIDING and hidden % (new_groups * old.per_group):
+        fitting = [n for n in range(1, old.groups + 1) if hidden % (n * old.per_group) == 0]
+        raise UserError(f"{hidden} channels are no multiple of {new_groups * old.per_group} query heads, and transformers "
+                        f"loads no {kind} model like that",
+                        f"use --heads {' or '.join(f'{n / old.groups:.4g}' for n in fitting)}" if fitting else
+                        "keep another share with --hidden")
     notes = [f"{name}: {new} of {was}, the multiple of {step} nearest to {share:g} of it"
              for name, new, was, step, share in (("ffn", ffn, old.ffn, ffn_step, c.ffn),
                                                  ("hidden", hidden, old.hidden, hidden_step, c.hidden)) if share != 1]
     if c.heads != 1:
-        notes.append(f"heads: {round(groups) * old.per_group} of {old.groups * old.per_group}, in {round(groups)} of "
+        notes.append(f"heads: {new_groups * old.per_group} of {old.groups * old.per_group}, in {new_groups} of "
                      f"{old.groups} groups")
-    return Shape(ffn, round(groups), old.per_group, old.head, hidden), notes
+    return Shape(ffn, new_groups, old.per_group, old.head, hidden), notes
 
 
 def _rounded(width: int, share: float, name: str, first: int) -> tuple[int, int]:
-    """(the multiple of `first`, or else of NARROW, nearest to a share of `width` and below it, that multiple)."""
+    """(the multiple of `first` nearest to a share of `width`, where it is below it and within an eighth of what was asked for,
+    or else of NARROW; that multiple)."""
     if share == 1:
         return width, 1
     for step in sorted({first, NARROW}, reverse=True):
         found = int(width * share / step + 0.5) * step
-        if 0 < found < width:
+        if 0 < found < width and (step == NARROW or abs(found - width * share) <= width * share / 8):
             return found, step
     raise UserError(f"--{name} {share:g}: no multiple of {NARROW} lies near {width * share:.0f} and below {width}",
                     f"keep {NARROW / width:.3g} to {(width - 1) // NARROW * NARROW / width:.3g} of it")

@@ -76,7 +76,8 @@ def head_of(ran: Run) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
     if getattr(head, "bias", None) is not None:
         bias = skeleton.stored_name(name_of(skeleton, head).removesuffix("weight") + "bias")
         if bias is None:
-            raise UserError(f"{skeleton.checkpoint.folder} has no tensor for the bias of its head", "the checkpoint is incomplete")
+            raise UserError(f"{skeleton.checkpoint.folder} has no tensor for the bias of its head",
+                            "the checkpoint is incomplete")
         head._parameters["bias"] = nn.Parameter(skeleton.checkpoint.tensor(bias).to(skeleton.device).float(), False)
 
     def through(*_args: Any, **_kwargs: Any) -> Any:

@@ -25,8 +25,8 @@ def prune(
         help="2:4 or 4:8: so many zeros in each run of weights of a row.", show_default="none")] = D.pattern,
     drop: Annotated[int | None, typer.Option(help="Of depth: how many layers go.", show_default="none")] = D.drop,
     by: Annotated[str, typer.Option(
-        help="Of depth: kl (the layer whose absence is measured to cost least goes, one at a time; the whole model in memory) "
-             "or influence (those that turn their input least).")] = D.by,
+        help="Of depth: kl (the layer whose absence is measured to cost least goes, one at a time; the whole model in "
+             "memory) or influence (those that turn their input least).")] = D.by,
     ffn: Annotated[float, typer.Option(
         help="Of width: share of the feed-forward neurons that stays, to a multiple of 256 where that can be, else of 32.",
     )] = D.ffn,
@@ -52,8 +52,8 @@ def prune(
 ) -> None:
     """Make a float model sparser, shallower or narrower: a plain model folder of the same architecture.
 
-    Zeros are exact and `llmc quantize` keeps them. Embedding, head and norms are not made sparse. What was lost is measured on
-    text that pruning did not look at.
+    Zeros are exact and `llmc quantize` keeps them. Embedding, head and norms are not made sparse. What was lost is measured
+    on text that pruning did not look at.
     """
     config = PruneConfig(method, sparsity, pattern, drop, by, ffn, heads, hidden, calibration, samples, seq_len, seed, damp,
                          device, threads, out, resume, dry_run)
@@ -86,8 +86,8 @@ def _summary(r: dict[str, Any]) -> str:
         shares = r["sparsity_per_layer"]
         lines.append(f"  sparsity    {100 * r['sparsity']:.2f} % of the linears, {100 * min(shares):.2f} to "
                      f"{100 * max(shares):.2f} % by layer")
-    lines.append(f"  held-out    perplexity {q['base_perplexity']['value']:.2f} -> {q['perplexity']['value']:.2f}, KL divergence "
-                 f"{q['kld']['value']:.3g}, top-1 agreement {100 * q['top1']['value']:.1f} %")
+    lines.append(f"  held-out    perplexity {q['base_perplexity']['value']:.2f} -> {q['perplexity']['value']:.2f}, KL "
+                 f"divergence {q['kld']['value']:.3g}, top-1 agreement {100 * q['top1']['value']:.1f} %")
     if r.get("fallbacks"):
         lines.append(f"  {r['fallbacks']} layers have linears that fell back to Wanda")
     return "\n".join([*lines, r["advice"]])

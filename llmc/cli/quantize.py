@@ -56,7 +56,8 @@ def quantize(
         help="Then heal for so many steps against MODEL, as `llmc heal` does on the same text (160 is its default); 0: no.",
     )] = D.heal,
     lose_zeros: Annotated[bool, typer.Option(
-        "--lose-zeros", help="Let a grid or transform that cannot keep the zeros of a pruned model lose them.")] = D.lose_zeros,
+        "--lose-zeros", help="Let a grid or transform that cannot keep the zeros of a pruned model lose them."),
+    ] = D.lose_zeros,
     device: Annotated[str, typer.Option(help="cpu, gpu, or a torch device.")] = D.device,
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="physical cores")] = D.threads,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Output folder.",
