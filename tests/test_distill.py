@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from llmc.checkpoint import TOKENIZER_FILES, Checkpoint
 from llmc.cli import run as command_line
 from llmc.compress.distill import adapters, pupil
 from llmc.compress.teaching import loss
+from llmc.compress.text import load_answers
 from llmc.errors import UserError
 from llmc.runtimes.torch_model import load_torch_model
 
@@ -320,14 +322,58 @@ def test_two_processes_learn_what_one_learns_from_twice_the_batches(trio: tuple[
     teacher, student, text = trio
     options = {**OPTIONS, "batch": 2, "steps": 8, "threads": 1}
     one = llmc.distill(student, teacher, calibration=text, out=tmp_path / "one", accumulate=2, **options)
-    command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "llmc", "distill", str(student), "--teacher", str(teacher), "--calibration", str(text), "--json",
-               "-o", str(tmp_path / "two"), *flags(options)]
+    command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               "-m", "llmc", "distill", str(student), "--teacher", str(teacher), "--calibration", str(text),
+               "--json", "-o", str(tmp_path / "two"), *flags(options)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     two = json.loads(done.stdout)  # one process prints
     assert two["processes"] == 2
     assert [r["loss"] for r in two["curve"]] == pytest.approx([r["loss"] for r in one["curve"]], rel=1e-3)
     assert llmc.verify(tmp_path / "two")["problems"] == []
+
+
+CHATML = ("{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
+          "{% if add_generation_prompt %}<s>assistant\n{% endif %}")
+
+
+def test_only_answers_are_learned_and_sequences_without_any_left_out(tmp_path: Path) -> None:
+    tok = tokenizer()
+    tok.chat_template = CHATML
+    chat = [{"role": "user", "content": "What is it? " + "Well, " * 90}, {"role": "assistant", "content": "A thing."},
+            {"role": "user", "content": "And?"}, {"role": "assistant", "content": "No more."}]
+    file = tmp_path / "chat.jsonl"
+    file.write_text("\n".join(json.dumps({"messages": chat}) for _ in range(20)))
+    found = load_answers(str(file), tok, 32)
+    assert found.answers is not None
+    said = "".join(tok.decode(ids[mask]) for ids, mask in zip(found.sequences, found.answers, strict=True))
+    assert set(said.replace("</s>", "|").replace("\n", "").split("|")) == {"A thing.", "No more.", ""}
+    assert said.count("thing") > 15
+    assert found.answers.any(1).all()
+    everything = len(tok(file.read_text()).input_ids) // 32
+    assert 0 < found.origin["left_out"] < everything
+    tok.chat_template = "{{ messages | length }}"
+    with pytest.raises(UserError, match="writes earlier turns anew"):
+        load_answers(str(file), tok, 32)
+    with pytest.raises(UserError, match="has no answers"):
+        load_answers(str(tmp_path / "chat.txt"), tok, 32)
+
+
+def test_a_student_learns_answers(trio: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    teacher, student, _ = trio
+    models = [shutil.copytree(f, tmp_path / f.name) for f in (teacher, student)]
+    for model in models:
+        (model / "chat_template.jinja").write_text(CHATML)
+    lines = corpus()[:60_000].splitlines()
+    chats = [[{"role": "user", "content": a}, {"role": "assistant", "content": b}]
+             for a, b in zip(lines[::2], lines[1::2], strict=False) if a and b]
+    file = tmp_path / "chat.jsonl"
+    file.write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
+    result = llmc.distill(models[1], models[0], calibration=file, answers_only=True, ce_weight=0.5, out=tmp_path / "out",
+                          **OPTIONS | {"sampled": 8})
+    assert result["loss"]["after"] < result["loss"]["before"]
+    text = json.loads((tmp_path / "out/llmc.json").read_text())["passes"][-1]["texts"][0]
+    assert 0 < text["answer_tokens"] < text["tokens"]
 
 
 def test_heads_of_unequal_padding_are_compared_over_the_tokens(trio: tuple[Path, Path, Path], tmp_path: Path) -> None:

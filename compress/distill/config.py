@@ -22,7 +22,7 @@ class DistillConfig:
     teacher: str = ""
     calibration: tuple[str, ...] = ("self",)
     sampled: int = 16
-    steps: int = 300
+    steps: int = 200
     batch: int = 2
     accumulate: int = 1
     seq_len: int = 512
@@ -37,8 +37,9 @@ class DistillConfig:
     teacher_top_k: int | None = None
     lora: int | None = None
     held_out: int = 8
-    check_every: int = 25
+    check_every: int = 20
     patience: int = 3
+    answers_only: bool = False
     checkpointing: bool = False
     precision: str = "auto"
     seed: int = 0

@@ -47,10 +47,10 @@ def distill(student: str | Path, config: DistillConfig) -> dict[str, Any]:
     """
     start = time.monotonic()
     threads = config.threads or physical_cores()
-    prepare_cpu(threads)
     if config.lora is not None:
         check_peft()
     job = _Job(resolve_model(student), resolve_model(config.teacher), config, threads)
+    prepare_cpu(threads)  # accelerate has ideas of its own
     plan = plan_of(job.student, job.taught, config, job.dtype, job.device, threads)
     if config.dry_run:
         return {"source": str(job.folder), "out": str(job.out), **plan}
@@ -72,7 +72,7 @@ class _Job(Job):
         self.accelerator, device = join_team(config.device)
         self.processes = self.accelerator.num_processes
         super().__init__(folder, teacher, config, threads, config.out or Path(f"{folder.resolve().name}-distilled"), device)
-        self.config = config
+        self.config, self.answers_only = config, config.answers_only
         self.student, self.taught = (Skeleton(open_float(f), "cpu") for f in (folder, teacher))
         self.vocab = common_vocabulary(self.student, self.taught)
         _check_positions(config, self.student, self.taught)
@@ -93,7 +93,8 @@ class _Job(Job):
         return found
 
     def run(self) -> dict[str, Any]:
-        check_weights(self.checkpoint)
+        for checkpoint in (self.checkpoint, self.taught.checkpoint):
+            check_weights(checkpoint)
         self.open_work()
         texts = self.texts()
         # before the student is there: it may be gone by then

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from typing import Any
 
@@ -18,8 +19,9 @@ def join_team(device: str) -> tuple[Any, torch.device]:
     """(accelerate's Accelerator, the device of this process). All processes but the first fall silent."""
     from accelerate import Accelerator, InitProcessGroupKwargs
 
+    launched = int(os.environ.get("LOCAL_RANK", -1)) != -1
     # placement and precision are ours: several runs in one Python process may differ in them
-    accelerator = Accelerator(device_placement=False, mixed_precision="no",
+    accelerator = Accelerator(device_placement=False, mixed_precision="no", cpu=launched and device == "cpu",
                               kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
     if accelerator.num_processes == 1:
         return accelerator, torch_device(device)
@@ -29,8 +31,7 @@ def join_team(device: str) -> tuple[Any, torch.device]:
                         "use `accelerate launch --multi_gpu` or torchrun: each process has a whole copy")
     own = accelerator.device
     if device != "gpu" and torch.device(device).type != own.type:
-        raise UserError(f"--device {device}: accelerate gave this process {own}",
-                        "use --device gpu, or set ACCELERATE_USE_CPU=1")
+        raise UserError(f"--device {device}: accelerate gave this process {own}", "use --device gpu")
     if not accelerator.is_main_process:
         set_quiet(True)
     return accelerator, own

@@ -16,6 +16,7 @@ from llmc.compress.distill.pupil import Pupil, captured
 from llmc.compress.teaching.teacher import Running, Teacher
 from llmc.compress.teaching.texts import Texts
 from llmc.compress.teaching.training import BETAS, Training
+from llmc.errors import UserError
 
 
 def optimizer_of(parameters: Sequence[torch.nn.Parameter], c: DistillConfig, device: torch.device) -> torch.optim.AdamW:
@@ -58,6 +59,8 @@ class Distilling(Training):
                 a.backward(whole / c.accumulate)
             sums += torch.stack([loss, hidden]) / c.accumulate
         loss, hidden = a.reduce(sums, "mean").tolist()
+        if not math.isfinite(loss + hidden):
+            raise UserError(f"the loss is no number after {step} steps", "use a smaller --lr, or --precision fp32")
         self.hidden.append(hidden)
         return float(loss)
 
@@ -71,12 +74,13 @@ class Distilling(Training):
     def judge(self) -> dict[str, float]:
         """The objective and the perplexity over the held-out sequences; beside them, what the states lacked in training."""
         a, held = self.accelerator, self.texts.held_out
-        sums = torch.zeros(2, dtype=torch.float64)
+        sums = torch.zeros(3)  # each weighed by the tokens that count, and these
         for row in range(a.process_index, held, a.num_processes):
+            tokens = int((self._targets([row]) >= 0).sum())
             _, loss, nll, _ = self._run(self.pupil, [row])
-            sums += torch.tensor([float(loss), float(nll)], dtype=torch.float64)
-        loss, nll = (a.reduce(sums.float().to(self.device), "sum") / held).tolist()
-        found = {"loss": loss, "perplexity": math.exp(nll)}
+            sums += tokens * torch.tensor([float(loss), float(nll), 1])
+        loss, nll, tokens = a.reduce(sums.to(self.device), "sum").tolist()
+        found = {"loss": loss / tokens, "perplexity": math.exp(min(nll / tokens, 700))}
         if self.layers and self.hidden:
             found["hidden"] = sum(self.hidden) / len(self.hidden)
         self.hidden = []
@@ -95,9 +99,10 @@ class Distilling(Training):
             states, aims = [], self.teacher.of(rows)
         # made under inference_mode, which autograd does not take: hence copies
         with self.forward():
-            return module(ids.to(self.device), next_tokens(ids).to(self.device), aims, [s.clone() for s in states])
+            return module(ids.to(self.device), self._targets(rows).to(self.device), aims, [s.clone() for s in states])
 
-
-def next_tokens(ids: torch.Tensor) -> torch.Tensor:
-    """int64 [n * seq_len]: what follows each position; -1 at the ends of sequences."""
-    return torch.cat([ids[:, 1:], ids.new_full((ids.shape[0], 1), -1)], 1).flatten()
+    def _targets(self, rows: list[int]) -> torch.Tensor:
+        """int64 [n * seq_len]: what follows each position; -1 at the ends of sequences and where it is not to be learned."""
+        ids, counted = self.texts.sequences[rows], self.texts.counted
+        following = ids[:, 1:] if counted is None else torch.where(counted[rows][:, 1:], ids[:, 1:], -1)
+        return torch.cat([following, ids.new_full((len(rows), 1), -1)], 1).flatten()

@@ -49,6 +49,7 @@ class Job:
 
     name: str
     processes = 1  # that train together
+    answers_only = False  # of conversations
 
     def __init__(self, folder: Path, teacher: Path, config: Settings, threads: int, out: Path, device: torch.device) -> None:
         self.folder, self.teacher_folder, self.settings, self.threads = folder, teacher, config, threads
@@ -89,7 +90,7 @@ class Job:
 
     def texts(self) -> Texts:
         """The sequences to learn from and to judge by."""
-        return gather(self.settings, load_tokenizer(self.folder), self._sample, self.processes)
+        return gather(self.settings, load_tokenizer(self.folder), self._sample, self.processes, self.answers_only)
 
     def _sample(self, count: int) -> torch.Tensor:
         """So many sequences of the teacher's own text; a resumed run finds them."""

@@ -52,6 +52,8 @@ def distill(
     held_out: Annotated[int, typer.Option(help="Sequences of the text kept back to choose the best step by.")] = D.held_out,
     check_every: Annotated[int, typer.Option(help="Steps between two looks at the held-out text.")] = D.check_every,
     patience: Annotated[int, typer.Option(help="Stop after so many looks without a better one.")] = D.patience,
+    answers_only: Annotated[bool, typer.Option(
+        "--answers-only", help="Learn only what assistants say in the `messages` of .jsonl files.")] = D.answers_only,
     checkpointing: Annotated[bool, typer.Option(
         "--checkpointing", help="Compute activations twice and keep few of them: less memory, more time.",
     )] = D.checkpointing,
@@ -74,7 +76,7 @@ def distill(
     """
     config = DistillConfig(teacher, tuple(calibration), sampled, steps, batch, accumulate, seq_len, lr, weight_decay, clip,
                            loss, temperature, ce_weight, hidden_weight, layer_map, teacher_top_k, lora, held_out, check_every,
-                           patience, checkpointing, precision, seed, device, threads, out, resume, dry_run)
+                           patience, answers_only, checkpointing, precision, seed, device, threads, out, resume, dry_run)
     if as_json:
         set_quiet(True)
     from llmc.compress.distill.run import distill as run
