@@ -24,6 +24,7 @@ from llmc.errors import UserError
 from llmc.evals.config import BenchConfig, CompareConfig, EvalConfig
 from llmc.export.gguf.config import GgufExportConfig
 from llmc.export.onnx.config import OnnxExportConfig
+from llmc.recipes.config import RunConfig, SweepConfig
 from llmc.runtimes.config import GenerateConfig
 
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -39,6 +40,8 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "bench": (BenchConfig, {"out": ()}),
     "compare": (CompareConfig, {}),
     "generate": (GenerateConfig, {}),
+    "run": (RunConfig, {}),
+    "sweep": (SweepConfig, {}),
 }
 RENAMED = {"output": "out", "outputs": "out"}
 ONLY_PRINTED = {"json", "markdown", "help"}  # how the command shows its result

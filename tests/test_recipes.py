@@ -69,6 +69,7 @@ steps:
                                                           "over: leave dtype out"),
     (["export: {dtype: w8a8}"], "line 2, export: export has no option 'dtype'"),
     (["prune: wanda", "transform: {rotate: r2}"], "line 3, transform: a rotation fills the zeros of prune"),
+    (["prune: wanda", "quantize: q4_1"], "line 3, quantize: q4_1 has no code for the zeros of prune"),
     (["prune: {method: depth, drop: 1}", "quantize", "heal: {teacher: base}"],
      "line 4, heal: base has another shape than what is healed"),
     (["quantize", "heal: {teacher: quantize}"], "line 3, heal: the teacher must be a float model"),

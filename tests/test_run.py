@@ -19,9 +19,9 @@ import pytest
 import tiny
 
 import llmc
+from llmc.artifact import versions
 from llmc.cli import run as command
 from llmc.console import size
-from llmc.artifact import versions
 from llmc.errors import UserError
 from llmc.evals.show import pm
 
@@ -186,7 +186,7 @@ def killed(base: Path, wait_for: str) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_kill_and_continue(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Killed in the middle of healing: what was finished stays, healing goes on, and the result is the uninterrupted one's."""
+    """Killed while healing: what was finished stays, healing goes on, and the result is that of an uninterrupted run."""
     text = f"defaults: {QUICK}\nsteps: [quantize: {{method: rtn}}, heal: {{steps: 40, batch: 1, held_out: 2, sampled: 0, " \
            "check_every: 1, patience: 99}, export]"
     write(text)
@@ -218,7 +218,8 @@ def test_a_published_artifact_without_a_note_is_kept(base: Path, short: dict[str
     assert (folder / ".done.json").is_file()
 
 
-def test_a_missed_gate_is_exit_code_1_every_time(base: Path, short: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missed_gate_is_exit_code_1_every_time(base: Path, short: dict[str, Any],
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
     args = ["run", "r.yaml", "--model", str(base), "-o", "run"]
     assert command([*args, "--set", "compare.max_kld=100"]) == 0
     for _ in range(2):
@@ -233,7 +234,7 @@ def test_a_missed_gate_is_exit_code_1_every_time(base: Path, short: dict[str, An
 
 def test_a_step_that_fails_is_named_and_keeps_what_was_made(base: Path) -> None:
     write(f"defaults: {QUICK}\nsteps: [quantize: {{method: rtn}}, export: {{embedding: q4_k}}]")
-    with pytest.raises(UserError, match="^step export: "):
+    with pytest.raises(UserError, match=r"^step export: "):
         llmc.run_recipe("r.yaml", model=base, out="run")
     again = llmc.run_recipe("r.yaml", model=base, out="run", set=["export.embedding=q8_0"])
     assert again["ran"] == ["export"]

@@ -19,9 +19,9 @@ from torch import nn
 
 from llmc.checkpoint import Checkpoint
 from llmc.compress.calibration import Workspace
-from llmc.compress.teaching.loss import divergence
 from llmc.compress.precision import fast_forward
 from llmc.compress.skeleton import LinearGroup, Skeleton, replaced
+from llmc.compress.teaching.loss import divergence
 from llmc.compress.transform.measure import run
 from llmc.console import progress
 from llmc.errors import UserError

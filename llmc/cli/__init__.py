@@ -11,7 +11,6 @@ import sys
 import traceback
 import warnings
 from types import TracebackType
-from typing import Any
 
 import typer
 

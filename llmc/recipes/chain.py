@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from llmc.block_grids import GRIDS
 from llmc.compress.prune.config import MASKS
 from llmc.errors import UserError
 from llmc.onnx_folder import is_onnx_folder
@@ -14,6 +15,7 @@ from llmc.recipes.commands import ARTIFACTS, CALLED, FLOAT, GGUF, ONNX, ONNX_GRI
 from llmc.recipes.recipe import BASE, EACH, Recipe, nearest, override, parse, read_text, scalar
 from llmc.recipes.typed import Typed, type_steps
 from llmc.sources import HUB_ID, WHAT_TO_GIVE
+
 
 @dataclass(frozen=True)
 class Step:
@@ -178,7 +180,7 @@ class _Linker:
             self._problem(t, "teacher", f"the teacher must be a float model, and {t.teacher} is "
                                         f"{CALLED.get(str(self.kinds[t.teacher]), 'no model')}")
         elif reshaped and not any(self._reshapes(n) for n in self._line(t.teacher)):
-            self._problem(t, "teacher", f"{t.teacher} has another shape than what is healed: healing pairs them layer by layer")
+            self._problem(t, "teacher", f"{t.teacher} has another shape than what is healed: layers are paired")
         return t.teacher
 
     def _line(self, name: str) -> list[str]:
@@ -209,6 +211,10 @@ class _Linker:
         masked = [n for n in line if self.made[n].command == "prune" and not self._reshapes(n)]
         if masked and t.command.name == "transform" and config.rotate != "none":
             self._problem(t, "rotate", f"a rotation fills the zeros of {masked[0]}: rotate before pruning")
+        if masked and t.command.name == "quantize" and config.grid and not (
+                config.lose_zeros or GRIDS[config.grid].holds_zero):
+            self._problem(t, "grid", f"{config.grid} has no code for the zeros of {masked[0]}: take another grid, or "
+                                     "lose_zeros: true")
 
     # ---------------------------------------------------------------------------------------------- what is measured
 

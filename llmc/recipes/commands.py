@@ -17,7 +17,7 @@ ARTIFACTS = (FLOAT, QUANTISED, GGUF, ONNX)
 CALLED = {FLOAT: "a float model", QUANTISED: "a quantised model", GGUF: "a .gguf file", ONNX: "an ONNX folder"}
 
 # What a recipe decides itself: inputs, outputs and how it is run. The rest of a config's fields are a step's options.
-OWN = {"model", "artifact", "artifacts", "student", "reports", "base", "teacher", "out", "output", "outputs", "page", "resume",
+OWN = {"model", "artifact", "artifacts", "reports", "base", "teacher", "out", "output", "outputs", "page", "resume",
        "dry_run"}
 PLACEHOLDERS: dict[str, Any] = {"artifact": "-", "artifacts": ("-",), "reports": (), "teacher": "-"}
 

@@ -85,7 +85,7 @@ def settings(step: Step, hashes: Hashes) -> dict[str, Any]:
 
 
 def deciding(step: Step) -> set[str]:
-    """The options that decide the result, by what the command itself says where it does: rounding to nearest reads no text."""
+    """The options that decide the result, by what the command says itself where it does: rounding reads no text."""
     config = step.typed.config
     if not hasattr(config, "numbers"):
         return set(step.typed.options())
@@ -97,7 +97,8 @@ def key(step: Step, inputs: list[str], teacher: str | None, base: str, hashes: H
     """The key of a unit of work: the same key, the same result. inputs, teacher, base: keys or digests of these."""
     made: dict[str, Any] = {
         "command": step.command, "format": step.typed.format, "name": step.name, "options": settings(step, hashes),
-        "inputs": inputs, "teacher": teacher, "code": code_digest(step.typed.command.code), "version": version("llmc-toolkit"),
+        "inputs": inputs, "teacher": teacher, "code": code_digest(step.typed.command.code),
+        "version": version("llmc-toolkit"),
     }
     if step.kind == REPORT:
         made |= {"base": base if step.command == "eval" else None, "runtimes": {n: version(n) for n in RUNTIMES}}

@@ -57,7 +57,8 @@ class Job:
 
 def open_folder(folder: Path) -> Hashes:
     """The run folder, new or one of an earlier run; anybody else's folder is refused."""
-    if folder.exists() and not folder.is_dir() or folder.is_dir() and any(folder.iterdir()) and not (folder / MARK).is_file():
+    taken = any(folder.iterdir()) if folder.is_dir() else folder.exists()
+    if taken and not (folder / MARK).is_file():
         raise UserError(f"{folder} is there already and holds no run of a recipe", "choose another folder with -o")
     return Hashes(folder / HASHES)
 

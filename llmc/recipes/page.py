@@ -71,11 +71,15 @@ def _artifacts(artifacts: list[dict[str, Any]], text: str | None) -> Table:
             "–" if a["bytes"] is None else f"{a['bytes'] / artifacts[0]['bytes']:.1%}",
             pm(t["perplexity"], 2) if t else "–", change(t["perplexity_ratio"]) if t and t["kld"] else "–",
             pm(t["kld"], 4) if t else "–", pm(t["top1"], 1, 100) if t else "–",
-            *(f"{speed[k]['median']:.1f}" + ("?" if speed["unstable"] else "") if speed else "–" for k in ("decode", "prefill")),
-            size(speed["peak_rss"]) if speed else "–",
+            *(_speed(speed, k) if speed else "–" for k in ("decode", "prefill")), size(speed["peak_rss"]) if speed else "–",
         ])
     on = f"measured on {text}" if text else "nothing was evaluated"
     return "What each step did", f"{on}; – is not measured; ? marks an unstable speed; ± is one standard error", filled(rows)
+
+
+def _speed(speed: dict[str, Any], what: str) -> str:
+    """'41.2', or '41.2?' of a run that was unstable."""
+    return f"{speed[what]['median']:.1f}" + ("?" if speed["unstable"] else "")
 
 
 def _steps(steps: list[dict[str, Any]]) -> Table:

@@ -11,13 +11,12 @@ from llmc.recipes.estimate import Times, own_plan
 from llmc.recipes.identity import Hashes
 from llmc.recipes.jobs import Job, is_done, may_resume, weight_bytes
 
-
 CACHED, RUN, RESUME, UNUSED = "cached", "run", "resume", "not needed"
 
 
 def states(jobs: dict[str, Job], hashes: Hashes) -> dict[str, tuple[str, str]]:
-    """{job: (state, why)}. A model that is gone (somebody wanted the disk) is not needed while the models that were made of it
-    are there, or the reports of a report; whatever is run needs all that it works on."""
+    """{job: (state, why)}. A model that is gone (somebody wanted the disk) is not needed while the models that were made of
+    it are there, nor is a report while what was made of it is; whatever is run needs all that it works on."""
     done = {job.id: is_done(job, hashes) for job in jobs.values()}
     found: dict[str, tuple[str, str]] = {}
     for job in reversed(jobs.values()):

@@ -85,7 +85,7 @@ def read_text(recipe: str | Path) -> tuple[str, str, Path]:
     if str(recipe) in shipped():
         file = resources.files("llmc.recipes").joinpath("shipped", f"{recipe}.yaml")
         return str(recipe), file.read_text(encoding="utf-8"), Path()
-    raise UserError(f"there is no recipe file {recipe} and none of that name comes with llmc" + nearest(str(recipe), shipped()),
+    raise UserError(f"there is no recipe file {recipe}, and llmc has none of that name{nearest(str(recipe), shipped())}",
                     "give a YAML file, or one of `llmc recipe ls`")
 
 
@@ -104,8 +104,8 @@ def parse(name: str, text: str, folder: Path, problems: list[str]) -> Recipe:
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""
-        raise UserError(f"{name} is not valid YAML: {where}{getattr(e, 'problem', None) or e}", "see `llmc recipe show edge-4bit`"
-                        ) from e
+        raise UserError(f"{name} is not valid YAML: {where}{getattr(e, 'problem', None) or e}",
+                        "see `llmc recipe show edge-4bit`") from e
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f"{name} is no recipe: it must be a mapping with `steps`", "see `llmc recipe show edge-4bit`")
     top = _mapping(root, "", problems)
@@ -160,7 +160,7 @@ def _entry(item: Any, problems: list[str]) -> Entry | None:
     elif isinstance(item, yaml.MappingNode) and len(item.value) == 1:
         command, body = str(item.value[0][0].value), item.value[0][1]
     else:
-        problems.append(f"line {line}: a step is one command, as in `- quantize: {{bits: 4}}`, with its options indented below it")
+        problems.append(f"line {line}: a step is one command, as in `- quantize: {{bits: 4}}`, with its options below it")
         return None
     if command not in COMMANDS:
         problems.append(f"line {line}: {command!r} is no step: must be {', '.join(COMMANDS)}{nearest(command, COMMANDS)}")
@@ -191,7 +191,7 @@ def _named(steps: list[Entry], problems: list[str]) -> list[Entry]:
             name = next(n for n in free if n not in taken)
             taken.add(name)
         elif NAME.fullmatch(name) is None or name in (BASE, EACH):
-            problems.append(f"line {s.line}: the name {name!r} is not possible: letters, digits, '_', '-' and '.', at most 48, "
+            problems.append(f"line {s.line}: the name {name!r} is not possible: letters, digits, '_', '-', '.', at most 48, "
                             f"and not {BASE} or {EACH}")
         elif name in {n.name for n in named}:
             problems.append(f"line {s.line}: {name} is the name of an earlier step")

@@ -3,8 +3,8 @@
     {"schema", "kind": "llmc-recipe-report", "recipe": {name, about, text, …}, "model", "steps": […], "artifacts": […],
      "comparisons": […], "gates": […], "passed", "seconds", "versions"}
 
-A step: {job, command, from, teacher, options, key, artifact, bytes, seconds, curve?}. An artifact: {name, step, kind, path, bytes,
-report?}, the base first; `report` is what eval and bench last said of it, without the arrays. Figures are theirs, never new.
+A step: {job, command, from, teacher, options, key, artifact, bytes, seconds, curve?}. An artifact: {name, step, kind, path,
+bytes, report?}, the base first; `report` is what eval and bench last said of it, without the arrays. Figures are theirs, never new.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ KIND = "llmc-recipe-report"
 
 
 def write(chain: Chain, jobs: Mapping[str, Job], folder: Path, ran: list[str]) -> dict[str, Any]:
-    """The report of a finished chain, written to the run folder (when something changed), with 'ran', the jobs of this run."""
+    """The report of a finished chain, written to the run folder when something changed, with 'ran', this run's jobs."""
     place = folder / f"{chain.recipe.name}.json"
     pages = [place.with_suffix(s) for s in (".html", ".md")]
     before = read(place)

@@ -30,7 +30,7 @@ KIND = "llmc-sweep-report"
 
 
 def sweep(recipe: str | Path, config: SweepConfig) -> dict[str, Any]:
-    """Run every variant that is not there yet, and return {'variants', 'artifacts', 'front', …}; with `dry_run` {'plan': […]}.
+    """Run what is not there yet of every variant, and return {'variants', 'artifacts', …}; with `dry_run` {'plan': […]}.
 
     Raises UserError with the problems of all variants before a weight is read. A variant that fails while it runs is named in
     'failed', and the others go on.

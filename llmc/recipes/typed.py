@@ -171,7 +171,7 @@ def _with_files(recipe: Recipe, name: str, value: Any, hint: Any) -> tuple[Any, 
         paths = [recipe.path(path) if path else "" for _, _, path in named]
         joined = ",".join(f"{task}{sign}{path}" for (task, sign, _), path in zip(named, paths, strict=True))
         return joined, tuple(Path(p) for p in paths if p)
-    if any(value == word or word.endswith(":") and value.startswith(word) for word in TEXTS[name]):
+    if any(value == word or (word.endswith(":") and value.startswith(word)) for word in TEXTS[name]):
         return value, ()
     path = recipe.path(str(value))
     return path, (Path(path),)
