@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,12 @@ HUB_SAMPLES = 512
 
 @dataclass(frozen=True)
 class Calibration:
-    """sequences: int64 [samples, seq_len], every one full.  origin: what the manifest records."""
+    """sequences: int64 [samples, seq_len], every one full.  origin: what the manifest records.  answers: bool like sequences,
+    the tokens of assistants' answers, where they were asked for."""
 
     sequences: torch.Tensor
     origin: dict[str, Any]
+    answers: torch.Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -61,6 +64,54 @@ def load_calibration(spec: str, tokenizer: Any, samples: int | None, seq_len: in
     })
 
 
+def load_answers(spec: str, tokenizer: Any, seq_len: int) -> Calibration:
+    """Sequences from the conversations of a .jsonl file, with `answers`: which tokens an assistant says, its end-of-turn mark
+    included. Sequences without any are left out and counted ('left_out')."""
+    path = Path(spec)
+    if path.suffix != ".jsonl":
+        raise UserError(f"{spec} has no answers: only a .jsonl file of `messages` tells who says what",
+                        "leave out --answers-only, or give such a file")
+    text, spans = "", []
+    for row, where in _rows(_raw(path), path):
+        text += "\n\n" if text else ""
+        said, found = _conversation(_messages(row, tokenizer, where), tokenizer, where)
+        spans += [(len(text) + a, len(text) + b) for a, b in found]
+        text += said
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    inside = torch.zeros(len(text) + 1, dtype=torch.bool)
+    for first, last in spans:
+        inside[first:last] = True
+    starts = torch.tensor([a for a, _ in encoded.offset_mapping], dtype=torch.int64)
+    n = len(encoded.input_ids) // seq_len
+    ids = torch.tensor(encoded.input_ids[: n * seq_len], dtype=torch.int64).view(n, seq_len)
+    answers = inside[starts[: n * seq_len]].view(n, seq_len)
+    kept = answers[:, 1:].any(1)  # the first token of a sequence has nothing before it that could say it
+    if not kept.any():
+        raise UserError(f"{spec} gives no sequence of {seq_len} tokens with an answer in it",
+                        "give more text, or a smaller --seq-len")
+    ids, answers = ids[kept], answers[kept]
+    return Calibration(ids, {
+        "name": path.name, "sha256": hashlib.sha256(text.encode()).hexdigest(), "samples": ids.shape[0], "seq_len": seq_len,
+        "tokens": ids.numel(), "tokens_in_text": len(encoded.input_ids), "answer_tokens": int(answers.sum()),
+        "left_out": int(n - kept.sum()), "sketch": sketch(tokenizer.decode(ids.flatten().tolist())),
+    }, answers)
+
+
+def _conversation(messages: list[Any], tokenizer: Any, where: str) -> tuple[str, list[tuple[int, int]]]:
+    """(what the template makes of the messages, where in it assistants speak): what a message adds to all before it."""
+    whole, spans = _render(messages, tokenizer, where), []
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or message.get("role") != "assistant":
+            continue
+        before = _render(messages[:i], tokenizer, where, add_generation_prompt=True)
+        after = _render(messages[: i + 1], tokenizer, where)
+        if not (after.startswith(before) and whole.startswith(after)):
+            raise UserError(f"{where}: the model's chat template writes earlier turns anew, so answers cannot be told apart",
+                            "give conversations of one answer each, or leave out --answers-only")
+        spans.append((len(before), len(after)))
+    return whole, spans
+
+
 def from_model(text_ids: torch.Tensor, tokenizer: Any, origin: dict[str, Any]) -> Calibration:
     """Sequences that the model sampled itself (`sampling.sample_from_model`)."""
     text = tokenizer.decode(text_ids.flatten().tolist())
@@ -70,41 +121,55 @@ def from_model(text_ids: torch.Tensor, tokenizer: Any, origin: dict[str, Any]) -
     })
 
 
-def _read(path: Path, tokenizer: Any) -> list[str]:
+def _raw(path: Path) -> str:
     try:
-        raw = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError as e:
         raise UserError(f"the calibration file {path} does not exist", "give a text or .jsonl file, `self` or hf:NAME") from e
     except (IsADirectoryError, PermissionError) as e:
         raise UserError(f"the calibration file {path} cannot be read: {e.strerror}", "give a text or .jsonl file") from e
     except UnicodeDecodeError as e:
         raise UserError(f"the calibration file {path} is not UTF-8 text (byte {e.start})", "save it as UTF-8") from e
+
+
+def _read(path: Path, tokenizer: Any) -> list[str]:
+    raw = _raw(path)
     if path.suffix != ".jsonl":
         return [raw]
-    documents = []
+    return [_document(row, tokenizer, where) for row, where in _rows(raw, path)]
+
+
+def _rows(raw: str, path: Path) -> Iterator[tuple[Any, str]]:
+    """(the object, where it stands) of each line of a .jsonl file."""
     for number, line in enumerate(raw.splitlines(), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            yield json.loads(line), f"{path}, line {number}"
         except ValueError as e:
             raise UserError(f"{path}, line {number} is not JSON: {e}", "each line must be one JSON object") from e
-        documents.append(_document(row, tokenizer, f"{path}, line {number}"))
-    return documents
 
 
 def _document(row: Any, tokenizer: Any, where: str) -> str:
     """One row: `text` as it is, or `messages` through the model's chat template (transformers renders it sandboxed)."""
-    from jinja2 import TemplateError
-
     if isinstance(row, dict) and isinstance(row.get("text"), str):
         return str(row["text"])
+    return _render(_messages(row, tokenizer, where), tokenizer, where)
+
+
+def _messages(row: Any, tokenizer: Any, where: str) -> list[Any]:
     if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
         raise UserError(f"{where} has neither `text` nor `messages`", 'write {"text": "…"} or {"messages": […]}')
     if not tokenizer.chat_template:
         raise UserError(f"{where} has `messages` and the model has no chat template", "give plain `text` instead")
+    return list(row["messages"])
+
+
+def _render(messages: list[Any], tokenizer: Any, where: str, **more: bool) -> str:
+    from jinja2 import TemplateError
+
     try:
-        return str(tokenizer.apply_chat_template(row["messages"], tokenize=False))
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **more))
     except (TemplateError, TypeError, KeyError, ValueError) as e:
         raise UserError(f"{where}: the model's chat template refused the messages: {e}", "check roles and contents") from e
 

@@ -26,6 +26,9 @@ def page() -> str:
         command = group.get_command(root, name)
         context = command.context_class(command, info_name=name, parent=root)
         parts += _block(f"llmc {name}", command.get_help(context))
+        for inner in getattr(command, "commands", {}).values():
+            below = inner.context_class(inner, info_name=inner.name, parent=context)
+            parts += _block(f"llmc {name} {inner.name}", inner.get_help(below))
     return "\n".join(parts)
 
 

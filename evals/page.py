@@ -7,18 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from html import escape
-from importlib import resources
 from typing import Any
 
 from llmc.console import size
-from llmc.evals import charts
+from llmc.evals import charts, html
 from llmc.evals.compare import tasks_of
+from llmc.evals.html import COLOURS
 from llmc.evals.report import budget_of
 from llmc.evals.show import pm
 from llmc.evals.tables import tables
 from llmc.evals.weigh import CLASSES
 
-COLOURS = 8  # --c0 … --c7 of page.css
+# passes that record a curve: title, caption, the figure of a check, label of its axis
+TRAININGS = {"distill": ("Distillation", "The loss that was trained", "loss", "loss, nats"),
+             "heal": ("Healing", "Divergence from the teacher", "kld", "KL divergence, nats")}
 MEASURES = {
     "perplexity": "exp of the mean negative log likelihood: how surprised the model is by the text; lower is better.",
     "KL divergence (KLD)": "how far the next-token distribution moved from the base model's, in nats; 0 is identical.",
@@ -30,29 +32,17 @@ MEASURES = {
 def page(comparison: dict[str, Any]) -> str:
     """The whole HTML of a result of `compare`."""
     artifacts = comparison["artifacts"]
-    css = resources.files("llmc.evals").joinpath("page.css").read_text(encoding="utf-8")
     names = [a["name"] for a in artifacts]
     title = " against ".join([", ".join(names[1:]), names[0]]) if len(names) > 1 else names[0]
     body = [
-        f"<header><p class=\"kicker\">llmc compare</p><h1>{escape(title)}</h1>{_verdict(comparison)}</header>",
+        f'<header><p class="kicker">llmc compare</p><h1>{escape(title)}</h1>{html.verdict(comparison["gates"])}</header>',
         f'<div class="cards">{"".join(_summary(a, i) for i, a in enumerate(artifacts))}</div>',
-        f'<div class="charts">{"".join(_charts(artifacts))}</div>',
-        *(_table(*t) for t in tables(comparison)),
-        _section("What the figures are", _pairs(MEASURES.items())),
-        *_protocols(artifacts), *(_provenance(a) for a in artifacts),
+        f'<div class="charts">{"".join([*figures(artifacts), *trainings(artifacts)])}</div>',
+        *(html.table(*t) for t in tables(comparison)),
+        html.section("What the figures are", html.pairs(MEASURES.items())),
+        *_protocols(artifacts), *(provenance(a) for a in artifacts),
     ]
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<style>{css}</style></head><body><main>{''.join(body)}</main></body></html>\n")
-
-
-def _verdict(comparison: dict[str, Any]) -> str:
-    gates = comparison["gates"]
-    if not gates:
-        return ""
-    missed = sum(not g["passed"] for g in gates)
-    words = f"{missed} of {len(gates)} gates missed" if missed else f"all {len(gates)} gates passed"
-    return f'<p class="verdict {"bad" if missed else "good"}">{words}</p>'
+    return html.document(title, body)
 
 
 def _summary(artifact: dict[str, Any], index: int) -> str:
@@ -76,11 +66,11 @@ def _summary(artifact: dict[str, Any], index: int) -> str:
         facts.append(("peak memory", size(report["speed"]["peak_rss"])))
     role = "baseline" if artifact["differences"] is None else "candidate"
     return (f'<section class="card"><p class="kicker"><i class="dot" style="background:var(--c{index % COLOURS})"></i>'
-            f"{role}</p><h2>{escape(artifact['name'])}</h2>{_pairs(facts)}</section>")
+            f"{role}</p><h2>{escape(artifact['name'])}</h2>{html.pairs(facts)}</section>")
 
 
-def _charts(artifacts: list[dict[str, Any]]) -> Iterable[str]:
-    """The pictures; one that has nothing to show says which command fills it (that of healing is left out)."""
+def figures(artifacts: list[dict[str, Any]]) -> Iterable[str]:
+    """The pictures; one that has nothing to show says which command fills it."""
     by_size, by_speed, layers = [], [], []
     texts: list[str] = []
     for i, a in enumerate(artifacts):
@@ -99,41 +89,46 @@ def _charts(artifacts: list[dict[str, Any]]) -> Iterable[str]:
     rings = f" Filled: {texts[0]}. Rings: {', '.join(texts[1:])}." if len(texts) > 1 else ""
     doubt = " Broken outline: the repetitions of its bench disagree." if any(p.doubtful for p in by_speed) else ""
     kld = "KL divergence to the base, nats"
-    yield _figure("Size against divergence", "Down and left is better." + rings, _legend(artifacts),
+    yield html.figure("Size against divergence", "Down and left is better." + rings, _legend(artifacts),
                   charts.scatter(by_size, "file, MB", kld) if by_size else "",
                   "llmc eval ARTIFACT --base BASE -o REPORT")
-    yield _figure("Speed against divergence", "Down and right is better." + rings + doubt, _legend(artifacts),
+    yield html.figure("Speed against divergence", "Down and right is better." + rings + doubt, _legend(artifacts),
                   charts.scatter(by_speed, "decode, tokens/s", kld) if by_speed else "",
                   "llmc bench ARTIFACT -o REPORT (into the report of llmc eval)")
-    yield _figure("Error by layer", "Share of each layer's output energy that was lost, as the pass recorded it.",
+    yield html.figure("Error by layer", "Share of each layer's output energy that was lost, as the pass recorded it.",
                   _legend([a for a in artifacts if a["report"]["artifact"]["layers"]], artifacts),
                   charts.lines(layers, "decoder layer", "output energy lost, %") if layers else "",
                   "llmc quantize (the manifest beside the artifact records it)")
-    if healed := [a for a in artifacts if _healing(a)]:
-        yield _figure("Healing", "Divergence from the teacher on held-out text (dots; a ring around the step that was kept), "
-                      "and on each step's batch (thin).", _legend(healed, artifacts),
-                      charts.lines(_curves(artifacts), "step", "KL divergence, nats"), "")
-    yield _figure("Bytes by class", "Where the file's bytes are.", _kinds(), _bytes(artifacts), "")
+    yield html.figure("Bytes by class", "Where the file's bytes are.", _kinds(), _bytes(artifacts), "")
 
 
-def _healing(artifact: dict[str, Any]) -> dict[str, Any]:
-    """The last end-to-end healing of an artifact; empty where there was none."""
-    found: list[dict[str, Any]] = [p for p in artifact["report"]["artifact"]["passes"] if p.get("name") == "heal"
+def trainings(artifacts: list[dict[str, Any]]) -> Iterable[str]:
+    """The curves of what was trained, a picture for each kind of training that there was."""
+    for name, (title, caption, by, label) in TRAININGS.items():
+        if trained := [a for a in artifacts if _training(a, name)]:
+            yield html.figure(title, f"{caption} on held-out text (dots; a ring around the step that was kept), and on each "
+                          "step's batch (thin).", _legend(trained, artifacts),
+                          charts.lines(_curves(artifacts, name, by), "step", label), "")
+
+
+def _training(artifact: dict[str, Any], name: str) -> dict[str, Any]:
+    """The last pass of that name with a curve; empty where there was none."""
+    found: list[dict[str, Any]] = [p for p in artifact["report"]["artifact"]["passes"] if p.get("name") == name
                                    and p.get("curve")]
     return found[-1] if found else {}
 
 
-def _curves(artifacts: list[dict[str, Any]]) -> list[charts.Line]:
-    """The loss of each step, and over it the held-out text's, for each that was healed."""
+def _curves(artifacts: list[dict[str, Any]], name: str, by: str) -> list[charts.Line]:
+    """The loss of each step, and over it the held-out text's, for each that was trained by that pass."""
     drawn = []
     for i, a in enumerate(artifacts):
-        healing, colour = _healing(a), i % COLOURS
-        if losses := healing.get("losses"):
+        training, colour = _training(a, name), i % COLOURS
+        if losses := training.get("losses"):
             points = list(enumerate(losses, 1))
             drawn.append(charts.Line(f"{a['name']}, batch", colour, points, thin=True))
-        if healing:
-            checks = [(row["step"], row["kld"]) for row in healing["curve"]]
-            drawn.append(charts.Line(f"{a['name']}, held-out", colour, checks, ring=healing["best_step"]))
+        if training:
+            checks = [(row["step"], row[by]) for row in training["curve"]]
+            drawn.append(charts.Line(f"{a['name']}, held-out", colour, checks, ring=training["best_step"]))
     return drawn
 
 
@@ -146,17 +141,9 @@ def _bytes(artifacts: list[dict[str, Any]]) -> str:
     return charts.bars(rows, CLASSES, "MB of tensors")
 
 
-def _figure(title: str, caption: str, legend: str, svg: str, how: str) -> str:
-    content = svg or f'<p class="empty">Not measured. It is filled by <code>{escape(how)}</code></p>'
-    return (f'<figure class="card"><h2>{escape(title)}</h2><figcaption>{escape(caption)}</figcaption>{legend}{content}'
-            "</figure>")
-
-
 def _legend(shown: list[dict[str, Any]], every: list[dict[str, Any]] | None = None) -> str:
     order = [a["name"] for a in every or shown]
-    items = ((order.index(a["name"]) % COLOURS, a["name"]) for a in shown)
-    spans = (f'<span><i class="dot" style="background:var(--c{i})"></i>{escape(name)}</span>' for i, name in items)
-    return f'<p class="legend">{"".join(spans)}</p>'
+    return html.legend((order.index(a["name"]), a["name"]) for a in shown)
 
 
 def _kinds() -> str:
@@ -164,30 +151,22 @@ def _kinds() -> str:
     return f'<p class="legend">{"".join(items)}</p>'
 
 
-def _table(title: str, note: str, rows: list[list[str]]) -> str:
-    head, *rest = ["".join(f"<{tag}>{escape(c)}</{tag}>" for c in row)
-                   for tag, row in zip(["th"] + ["td"] * (len(rows) - 1), rows, strict=True)]
-    body = "".join(f"<tr>{r}</tr>" for r in rest)
-    whole = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return _section(title, f'<p class="note">{escape(note)}</p><div class="scroll">{whole}</div>')
-
-
 def _protocols(artifacts: list[dict[str, Any]]) -> Iterable[str]:
     """How it was measured: equal for all (compare has made sure), so shown once."""
     evaluated = next((a["report"] for a in artifacts if "quality" in a["report"]), None)
     for t in evaluated["quality"]["texts"] if evaluated else []:
-        yield _section(f"Protocol: {t['protocol']['text']}", _pairs(t["protocol"].items()), folded=True)
+        yield html.section(f"Protocol: {t['protocol']['text']}", html.pairs(t["protocol"].items()), folded=True)
     seen = {name: t for a in reversed(artifacts) for name, t in tasks_of(a["report"]).items()}
     for name, t in seen.items():
-        yield _section(f"Protocol: {name}", _pairs({**t["protocol"], "items from": t["source"]}.items()), folded=True)
+        yield html.section(f"Protocol: {name}", html.pairs({**t["protocol"], "items from": t["source"]}.items()), folded=True)
     benched = next((a["report"] for a in artifacts if "speed" in a["report"]), None)
     if benched:
         s = benched["speed"]
         machine = {**s["machine"], "memory": size(s["machine"]["memory"])}
-        yield _section("Protocol: speed", _pairs({**s["protocol"], **machine}.items()), folded=True)
+        yield html.section("Protocol: speed", html.pairs({**s["protocol"], **machine}.items()), folded=True)
 
 
-def _provenance(artifact: dict[str, Any]) -> str:
+def provenance(artifact: dict[str, Any]) -> str:
     """Where one artifact comes from and what ran it."""
     a, report = artifact["report"]["artifact"], artifact["report"]
     facts: list[tuple[str, Any]] = [("path", a["path"]), ("sha256", a["sha256"]), ("kind", a["kind"])]
@@ -201,23 +180,4 @@ def _provenance(artifact: dict[str, Any]) -> str:
             facts += [(f"run by ({section}), {k}", v) for k, v in report[section]["runtime"].items()]
             facts += [("unstable", why) for why in report[section].get("unstable", [])]
     facts += [(f"version: {k}", v) for k, v in report["versions"].items()]
-    return _section(f"Provenance: {artifact['name']}", _pairs(facts), folded=True)
-
-
-def _pairs(pairs: Iterable[tuple[str, Any]]) -> str:
-    return "<dl>" + "".join(f"<dt>{escape(str(k))}</dt><dd>{escape(_words(v))}</dd>" for k, v in pairs) + "</dl>"
-
-
-def _words(value: Any) -> str:
-    """A value of a report on one line."""
-    if isinstance(value, dict):
-        return ", ".join(f"{k} {_words(v)}" for k, v in value.items())
-    if isinstance(value, list):
-        return " ".join(_words(v) for v in value)
-    return "–" if value is None else str(value)
-
-
-def _section(title: str, content: str, folded: bool = False) -> str:
-    if folded:
-        return f'<details class="card"><summary>{escape(title)}</summary>{content}</details>'
-    return f'<section class="card"><h2>{escape(title)}</h2>{content}</section>'
+    return html.section(f"Provenance: {artifact['name']}", html.pairs(facts), folded=True)

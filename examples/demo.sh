@@ -28,4 +28,7 @@ step llmc bench base-f16.gguf small.gguf -o base.json -o small.json
 step llmc generate small.gguf "Why is the sky blue?" --chat
 step llmc verify small.gguf
 step llmc compare base.json small.json --page compare.html
-printf '\nthe page with the pictures: %s\n' "$PWD/compare.html"
+
+# the same kind of chain from one file: 8 bits, with gates (llmc recipe show int8-safe)
+step llmc run int8-safe --model base --set eval.chunks=4 -o int8-safe
+printf '\nthe pages with the pictures: %s\n' "$PWD/compare.html, $PWD/int8-safe/int8-safe.html"

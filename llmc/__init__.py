@@ -12,7 +12,7 @@ Importing llmc imports nothing heavy; each function imports what it needs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     export: Export
 
-__all__ = ["__version__", "bench", "compare", "evaluate", "export", "generate", "heal", "imatrix", "inspect", "quantize",
-           "transform", "verify"]
+__all__ = ["__version__", "bench", "compare", "distill", "evaluate", "export", "generate", "heal", "imatrix", "inspect",
+           "prune", "quantize", "run_recipe", "sweep", "transform", "verify"]
 
 Config = TypeVar("Config")
 
@@ -33,6 +33,14 @@ def quantize(model: str | Path, **options: Any) -> dict[str, Any]:
     from llmc.compress.quantize.run import quantize as run
 
     return run(model, _config(QuantizeConfig, options))
+
+
+def prune(model: str | Path, **options: Any) -> dict[str, Any]:
+    """Make a float model sparser, shallower or narrower; options are the fields of PruneConfig."""
+    from llmc.compress.prune.config import PruneConfig
+    from llmc.compress.prune.run import prune as run
+
+    return run(model, _config(PruneConfig, options))
 
 
 def transform(model: str | Path, **options: Any) -> dict[str, Any]:
@@ -48,9 +56,15 @@ def heal(model: str | Path, teacher: str | Path, **options: Any) -> dict[str, An
     from llmc.compress.heal.config import HealConfig
     from llmc.compress.heal.run import heal as run
 
-    texts = options.pop("calibration", HealConfig.calibration)
-    texts = (str(texts),) if isinstance(texts, str | Path) else tuple(str(t) for t in texts)
-    return run(model, _config(HealConfig, {"teacher": str(teacher), "calibration": texts, **options}))
+    return run(model, _config(HealConfig, {"teacher": str(teacher), **_texts(options)}))
+
+
+def distill(student: str | Path, teacher: str | Path, **options: Any) -> dict[str, Any]:
+    """Train a smaller float model to say what `teacher` says; options are the fields of DistillConfig."""
+    from llmc.compress.distill.config import DistillConfig
+    from llmc.compress.distill.run import distill as run
+
+    return run(student, _config(DistillConfig, {"teacher": str(teacher), **_texts(options)}))
 
 
 def imatrix(model: str | Path, **options: Any) -> dict[str, Any]:
@@ -97,6 +111,40 @@ def compare(*reports: str | Path, **options: Any) -> dict[str, Any]:
     return without_arrays(result)
 
 
+def run_recipe(recipe: str | Path, set: Mapping[str, Any] | Sequence[str] = (), **options: Any) -> dict[str, Any]:
+    """Run a chain of commands (`llmc run`): a YAML file or a shipped recipe; options are the fields of RunConfig.
+
+    set: {'quantize.grid': 'q4_1'}, or as typed ['quantize.grid=q4_1']. A missed gate raises nothing: look at 'passed'.
+    """
+    from llmc.recipes.config import RunConfig
+    from llmc.recipes.run import run_recipe as run
+
+    return run(recipe, _config(RunConfig, {"set": _typed(set), **options}))
+
+
+def sweep(recipe: str | Path, vary: Mapping[str, Sequence[Any]] | Sequence[str] = (),
+          set: Mapping[str, Any] | Sequence[str] = (), **options: Any) -> dict[str, Any]:
+    """Run a recipe in every combination of some options (`llmc sweep`); options are the fields of SweepConfig.
+
+    vary: {'quantize.grid': ['q4_0', 'q4_k']}, or as typed ['quantize.grid=q4_0,q4_k'].
+    """
+    from llmc.recipes.config import SweepConfig
+    from llmc.recipes.sweep import sweep as run
+
+    if isinstance(vary, Mapping):
+        vary = [f"{k}={','.join(map(str, values))}" for k, values in vary.items()]
+    return run(recipe, _config(SweepConfig, {"vary": tuple(vary), "set": _typed(set), **options}))
+
+
+def _typed(settings: Mapping[str, Any] | Sequence[str]) -> tuple[str, ...]:
+    """Settings as they are typed on the command line; values as JSON, which YAML reads."""
+    import json
+
+    if not isinstance(settings, Mapping):
+        return tuple(settings)
+    return tuple(f"{k}={v if isinstance(v, str) else json.dumps(v, default=str)}" for k, v in settings.items())
+
+
 def generate(artifact: str | Path, prompt: str, **options: Any) -> dict[str, Any]:
     """Text from an artifact in its own runtime; options are the fields of GenerateConfig."""
     from llmc.runtimes.base import locate
@@ -118,6 +166,14 @@ def verify(artifact: str | Path) -> dict[str, Any]:
     from llmc.verification import verify as run
 
     return run(artifact)
+
+
+def _texts(options: dict[str, Any]) -> dict[str, Any]:
+    """Options whose `calibration` may be one text or several, as text or as paths."""
+    texts = options.get("calibration")
+    if texts is None:
+        return options
+    return {**options, "calibration": (str(texts),) if isinstance(texts, str | Path) else tuple(str(t) for t in texts)}
 
 
 def _config(cls: type[Config], options: dict[str, Any]) -> Config:

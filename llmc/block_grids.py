@@ -46,6 +46,11 @@ class BlockGrid:
         return self.levels == tuple(range(self.levels[0], self.levels[-1] + 1))
 
     @property
+    def holds_zero(self) -> bool:
+        """Whether the value 0 has a code in every group: not where a minimum is added, nor among iq4's levels."""
+        return 0 in self.levels and not self.has_min
+
+    @property
     def groups(self) -> int:
         """Groups in a block."""
         return self.block // self.group

@@ -21,10 +21,11 @@ PACKAGES = {
              "protobuf": "google.protobuf"},
     "onnx": {"onnx": "onnx", "onnx-ir": "onnx_ir", "onnxruntime": "onnxruntime",
              "onnxruntime-genai": "onnxruntime_genai"},
+    "distill": {"peft": "peft"},
     "optimum": {"optimum-onnx": "optimum.exporters.onnx"},
 }
 INSTALL = {"core": "pip install --force-reinstall llmc-toolkit", "gguf": "pip install 'llmc-toolkit[gguf]'",
-           "onnx": "pip install 'llmc-toolkit[onnx]'",
+           "onnx": "pip install 'llmc-toolkit[onnx]'", "distill": "pip install 'llmc-toolkit[distill]' (for --lora)",
            "optimum": "pip install 'llmc-toolkit[optimum]' in an environment of its own: it takes transformers 4.57"}
 
 

@@ -38,6 +38,11 @@ class Grid:
         return (1 << self.bits) - 1
 
     @property
+    def holds_zero(self) -> bool:
+        """Whether the value 0 has a code in every group: here the zero point is one."""
+        return True
+
+    @property
     def bits_per_weight(self) -> float:
         """Codes plus fp16 scale (plus a packed zero point when asymmetric)."""
         return self.bits + (16 + (0 if self.symmetric else self.bits)) / self.group_size

@@ -15,6 +15,8 @@ import typer
 
 import llmc
 from llmc.cli import app
+from llmc.compress.distill.config import DistillConfig
+from llmc.compress.heal.config import HealConfig
 from llmc.compress.imatrix.config import ImatrixConfig
 from llmc.compress.quantize.config import QuantizeConfig
 from llmc.compress.transform.config import TransformConfig
@@ -22,6 +24,7 @@ from llmc.errors import UserError
 from llmc.evals.config import BenchConfig, CompareConfig, EvalConfig
 from llmc.export.gguf.config import GgufExportConfig
 from llmc.export.onnx.config import OnnxExportConfig
+from llmc.recipes.config import RunConfig, SweepConfig
 from llmc.runtimes.config import GenerateConfig
 
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -30,11 +33,15 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "quantize": (QuantizeConfig, {}),
     "imatrix": (ImatrixConfig, {}),
     "transform": (TransformConfig, {}),
+    "heal": (HealConfig, {"teacher": None}),
+    "distill": (DistillConfig, {"teacher": None}),
     "export": (GgufExportConfig, {"format": "gguf", **{f.name: f.default for f in fields(OnnxExportConfig)}}),
     "eval": (EvalConfig, {"out": None}),
     "bench": (BenchConfig, {"out": ()}),
     "compare": (CompareConfig, {}),
     "generate": (GenerateConfig, {}),
+    "run": (RunConfig, {}),
+    "sweep": (SweepConfig, {}),
 }
 RENAMED = {"output": "out", "outputs": "out"}
 ONLY_PRINTED = {"json", "markdown", "help"}  # how the command shows its result
@@ -52,7 +59,9 @@ def options(command: str) -> dict[str, Any]:
 
 def plain(value: Any) -> Any:
     """Without the difference between what typer and Python call nothing."""
-    return None if value in ((), [], None) else str(value) if isinstance(value, Path) else value
+    if value in ((), [], None):
+        return None
+    return str(value) if isinstance(value, Path) else tuple(value) if isinstance(value, list) else value
 
 
 @pytest.mark.parametrize("command", sorted(CONFIGS))

@@ -56,8 +56,8 @@ print(json.dumps({{"heavy": [m for m in heavy if m in sys.modules], "pages": pag
 
 
 def test_all_commands_are_there() -> None:
-    expected = {"quantize", "heal", "imatrix", "export", "eval", "bench", "compare", "generate", "inspect", "verify",
-                "doctor"}
+    expected = {"quantize", "distill", "heal", "imatrix", "export", "eval", "bench", "compare", "generate", "inspect",
+                "prune", "recipe", "run", "sweep", "verify", "doctor"}
     assert expected <= set(COMMANDS)
 
 

@@ -304,14 +304,15 @@ def test_the_page_marks_a_bench_that_is_unstable(tmp_path: Path) -> None:
     assert "Broken outline" in speed_chart
 
 
-def test_the_page_draws_how_healing_went(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "by", "label"), [("heal", "kld", "KL divergence, nats"), ("distill", "loss", "loss, nats")])
+def test_the_page_draws_how_a_training_went(name: str, by: str, label: str, tmp_path: Path) -> None:
     healed = whole("healed", 250_000, 5, 0.2, 30.0)
-    checks = [{"step": n, "kld": kld, "training": None} for n, kld in ((0, 0.4), (2, 0.1), (4, 0.2))]
-    healed["artifact"]["passes"] = [{"name": "heal", "curve": checks, "losses": [0.5, 0.3, 0.2, 0.3], "best_step": 2}]
+    checks = [{"step": n, by: value, "training": None} for n, value in ((0, 0.4), (2, 0.1), (4, 0.2))]
+    healed["artifact"]["passes"] = [{"name": name, "curve": checks, "losses": [0.5, 0.3, 0.2, 0.3], "best_step": 2}]
     html = page(compare(config(write(tmp_path, whole("base", 1000_000, 1, 0.0, 10.0), healed))))
     reader = Reader()
     reader.feed(html)
-    assert "KL divergence, nats" in reader.text
+    assert label in reader.text
     assert re.findall(r"healed, held-out, \d: ([\d.]+)", reader.text) == ["0.4", "0.1", "0.2"]
     assert reader.attributes["class"].count("line thin") == 1
     # a ring around the step that was kept, just before its dot

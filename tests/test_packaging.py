@@ -72,7 +72,8 @@ def pins(file: str) -> dict[str, str]:
     return {name.lower().replace("_", "-"): version for name, version in (x.split("==") for x in lines)}
 
 
-@pytest.mark.parametrize(("file", "extra"), [("constraints.txt", "dev"), ("constraints-optimum.txt", "optimum")])
+@pytest.mark.parametrize(("file", "extra"), [("constraints.txt", "dev"), ("constraints.txt", "distill"),
+                                               ("constraints-optimum.txt", "optimum")])
 def test_every_pin_is_exact_and_every_dependency_is_pinned(file: str, extra: str) -> None:
     pinned = pins(file)
     extras = PROJECT["project"]["optional-dependencies"]
@@ -95,7 +96,7 @@ IMPORTS = {"yaml": "pyyaml", "llama_cpp": "llama-cpp-python", "google": "protobu
 def test_no_import_is_owed_to_somebody_elses_dependency() -> None:
     extras = PROJECT["project"]["optional-dependencies"]
     declared = {x.split(">")[0].lower() for x in [*PROJECT["project"]["dependencies"], *extras["gguf"], *extras["onnx"],
-                                                  *extras["optimum"]]}
+                                                  *extras["optimum"], *extras["distill"]]}
     imported: set[str] = set()
     for folder in MAPPED.values():
         for path in (ROOT / folder).rglob("*.py"):

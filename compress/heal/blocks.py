@@ -21,11 +21,13 @@ from torch import nn
 from llmc.checkpoint import Checkpoint
 from llmc.compress.calibration import Workspace, sequences_at_once
 from llmc.compress.heal.config import HealConfig
-from llmc.compress.heal.student import HealedLinear, called, moved, norm_weights, stored_tensors
-from llmc.compress.heal.texts import Texts
-from llmc.compress.heal.train import Curve, optimizer_of, set_rate
+from llmc.compress.heal.student import HealedLinear, moved, norm_weights, stored_tensors
+from llmc.compress.heal.train import optimizer_of
 from llmc.compress.skeleton import Skeleton
 from llmc.compress.states import StateStore
+from llmc.compress.teaching.models import called
+from llmc.compress.teaching.texts import Texts
+from llmc.compress.teaching.training import Curve, set_rate
 from llmc.console import progress, say
 from llmc.errors import UserError
 from llmc.export import quantized

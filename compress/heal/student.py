@@ -11,19 +11,16 @@ each other, and a block's mean would jump.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from llmc.block_grids import BlockTensor
 from llmc.checkpoint import Checkpoint
-from llmc.compress.skeleton import find_layers, get_weight, is_linear
+from llmc.compress.skeleton import get_weight, is_linear
+from llmc.compress.teaching.models import called, cast_head, checkpoint_layers
 from llmc.export import quantized
 from llmc.export.quantized import Quantized
 from llmc.runtimes.torch_model import load_torch_model
@@ -161,19 +158,8 @@ def load_student(folder: Path, dtype: torch.dtype, checkpointing: bool = False) 
         assert get_weight(linear).shape == q.shape
         healed[name] = HealedLinear(q, getattr(linear, "bias", None), dtype)
         model.set_submodule(path, healed[name])
-    _cast_head(model, dtype)
+    cast_head(model, dtype)
     return model, healed
-
-
-class Names(Protocol):
-    """A set, a dictionary, a checkpoint."""
-
-    def __contains__(self, name: str, /) -> bool: ...
-
-
-def called(name: str, known: Names, prefix: str) -> str:
-    """What `known` calls something: as it is, or with the base model's prefix left out or added."""
-    return next(n for n in (name, name.removeprefix(prefix + "."), f"{prefix}.{name}") if n in known)
 
 
 def stored_tensors(folder: Checkpoint, linears: dict[str, HealedLinear]) -> dict[str, torch.Tensor]:
@@ -191,68 +177,8 @@ def moved(linears: dict[str, HealedLinear]) -> float:
     return sum(float((m.shift.detach().exp() - 1).abs().mean()) for m in linears.values()) / len(linears)
 
 
-def load_teacher(folder: Path, dtype: torch.dtype) -> Any:
-    """The float model, frozen. Only the linears of its body are `dtype`: as in the student, all else is float32."""
-    model = load_torch_model(folder).requires_grad_(False)
-    for module in getattr(model, model.base_model_prefix).modules():
-        if is_linear(module):
-            module.to(dtype)
-    _cast_head(model, dtype)
-    return model
-
-
-def _cast_head(model: Any, dtype: torch.dtype) -> None:
-    """The frozen head in the type of the products, once and not at each use; a table it shared stays as it is."""
-    head = model.get_output_embeddings()
-    if type(head) is nn.Linear and head.weight.dtype != dtype:
-        cast = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
-        cast.weight = nn.Parameter(head.weight.detach().to(dtype), requires_grad=False)
-        cast.bias = None if head.bias is None else nn.Parameter(head.bias.detach().to(dtype), requires_grad=False)
-        model.set_output_embeddings(cast)
-
-
-def checkpoint_layers(model: Any) -> None:
-    """Let each decoder layer keep its input alone, and run again in the backward pass (Chen et al., 2016, arXiv:1604.06174).
-    (transformers' own switch is for models in training mode, whose dropout is on.)"""
-    _, layers = find_layers(model)
-    for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)  # type: ignore[method-assign]
-
-
 def norm_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """The weights of norms: vectors of the width of the stream, outside linears and embeddings."""
     return {f"{path}.{name}".strip("."): p for path, m in model.named_modules()
             if not isinstance(m, HealedLinear | nn.Embedding) and not is_linear(m)
             for name, p in m.named_parameters(recurse=False) if name == "weight" and p.dim() == 1}
-
-
-def hidden_states(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """What the head reads: [n, seq_len, hidden], after the last norm."""
-    states: torch.Tensor = getattr(model, model.base_model_prefix)(input_ids=ids, use_cache=False).last_hidden_state
-    return states
-
-
-@contextmanager
-def head_of(model: Any) -> Iterator[Any]:
-    """Inside, a function from hidden states [1, n, hidden] to logits [n, vocab], with whatever the architecture does
-    there (soft caps, scalings): the model itself, whose body hands the given states through."""
-    from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
-
-    body = getattr(model, model.base_model_prefix)
-    forward = body.forward
-    given: list[torch.Tensor] = []
-    body.forward = lambda *_args, **_kwargs: BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=given[-1])
-    nothing = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
-
-    def head(states: torch.Tensor) -> torch.Tensor:
-        given.append(states)
-        try:
-            logits: torch.Tensor = model(input_ids=nothing, use_cache=False).logits[0]
-        finally:
-            given.pop()
-        return logits
-
-    try:
-        yield head
-    finally:
-        body.forward = forward

@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from llmc.block_grids import FALLBACK, GRIDS
+from llmc.compress.prune.masks import mask_of
 from llmc.compress.quantize import presets
 from llmc.compress.quantize.config import INTEGER, AnyGrid, QuantizeConfig
 from llmc.compress.skeleton import Skeleton, get_weight
+from llmc.console import warn
 from llmc.errors import UserError
 from llmc.grids import Grid
+
+ROTATING = ("rotate", "rotate+gauge", "auto")  # transforms that mix the columns of a matrix
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,28 @@ def _check_rows(c: QuantizeConfig, skeleton: Skeleton, grids: dict[str, AnyGrid]
         f"rows of {uneven[0][0]} weights do not divide into groups of {uneven[0][1]} in {skeleton.checkpoint.folder}",
         f"use --group-size {fits[0]}" if fits and not by_name else "no group size of 32, 64 or 128 fits this model"
         if not by_name else "no GGUF block grid fits rows that are no multiple of 32")
+
+
+def keeps_zeros(source: Path, c: QuantizeConfig, assignment: Assignment) -> bool:
+    """Whether `source` was pruned to a mask that has to be kept. UserError where the grids or the transform cannot, unless
+    --lose-zeros allows it."""
+    mask = mask_of(source)
+    if mask is None:
+        return False
+    without = sorted({assignment.stored(n) for n, grid in assignment.grids.items() if not grid.holds_zero})
+    rotating = c.transform in ROTATING
+    if not without and not rotating:
+        return not c.lose_zeros
+    why = (f"--transform {c.transform} may mix its columns" if rotating else
+           f"{', '.join(without)} {'has' if len(without) == 1 else 'have'} no code for the value 0")
+    if not c.lose_zeros:
+        grids = [name for name, grid in GRIDS.items() if grid.holds_zero]
+        hint = ("use --transform gauge" if rotating else
+                f"use --bits 4 or 8, or --grid {', '.join(grids[:-1])} or {grids[-1]} (and such a --fallback)")
+        raise UserError(f"{source} was pruned to a mask ({100 * mask['sparsity']:.0f} % zeros), and {why}",
+                        f"{hint}; --lose-zeros gives the zeros up")
+    warn(f"the zeros of {source} are not kept: {why}")
+    return False
 
 
 def table_shape(skeleton: Skeleton) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from llmc import grids as integer_grids
 from llmc.artifact import NOTES, write_json
 from llmc.compress.digest import code_digest
 from llmc.compress.precision import fast_matmul
+from llmc.compress.prune.masks import mask_of
 from llmc.compress.quantize import rtn, scales, sensitivity
 from llmc.compress.quantize.assignment import Assignment, assign, grid_called, has_own_head, linears_of, table_shape
 from llmc.compress.quantize.config import QuantizeConfig, parse_size
@@ -72,9 +73,12 @@ def assign_to_budget(config: QuantizeConfig, skeleton: Skeleton, source: dict[st
     outside = _outside(skeleton, origin_of(skeleton.checkpoint.folder, source), {s for s in stored.values() if s})
     measured = _measured(config, skeleton, source, matrices)
     options = {name: _options(m, measured[name], config.method) for name, m in matrices.items()}
+    keep = mask_of(skeleton.checkpoint.folder) is not None and not config.lose_zeros
+    allowed = {name: [o for o in found if name in TABLES or block_grids.GRIDS[o.name].holds_zero or not keep]
+               for name, found in options.items()}
     equal = {name: next(o for o in options[name] if o.name == grid) for name, grid in peer.items()}
     parameters = sum(m.weights for m in matrices.values()) + outside.parameters
-    chosen = _solve(config, Frontier(options), outside, parameters, equal)
+    chosen = _solve(config, Frontier(allowed), outside, parameters, equal)
     grids = {name: grid_called(o.name) for name, o in chosen.items() if name not in TABLES}
     tables = {name: o.name for name, o in chosen.items() if name in TABLES}
     plan = _describe(config, matrices, chosen, measured, outside, parameters)

@@ -51,6 +51,7 @@ class QuantizeConfig:
     dry_run: bool = False
     transform: str = "none"
     heal: int = 0
+    lose_zeros: bool = False
 
     def __post_init__(self) -> None:
         problems = []

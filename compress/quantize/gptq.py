@@ -94,18 +94,31 @@ def compensate(weight: torch.Tensor, hessian: torch.Tensor, drift: torch.Tensor)
     return None if int(info) != 0 else weight + torch.cholesky_solve((weight @ drift).t(), lower).t()
 
 
-def gptq(weight: torch.Tensor, hessian: torch.Tensor, grid: AnyGrid, damp: float = 0.01,
-         refinements: int = REFINEMENTS) -> GPTQResult:
-    """Quantise `weight` float32 [out, in] under `hessian` float32 [in, in] (destroyed: it is damped in place).
+@dataclass
+class Damped:
+    """A Hessian that has been damped until it could be factored.
+
+    factor: U with U^T U = H^-1 in `order`, or None where no damping helped.  order: of the columns, int64 [in], None for
+    their own.  damp: what was needed.  dead: how many columns the calibration text never used."""
+
+    factor: torch.Tensor | None
+    order: torch.Tensor | None
+    damp: float
+    dead: int
+    events: list[str]
+
+
+def damped(hessian: torch.Tensor, damp: float, by_use: bool = True) -> Damped:
+    """Damp `hessian` [in, in] in place and factor it, its columns by falling H_jj (by_use) or as they lie.
 
     damp: added to the diagonal as a share of its mean; raised tenfold until the Hessian can be factored (an event).
     """
-    w = weight.t().contiguous()
     diagonal = hessian.diagonal()
     dead = diagonal == 0
     diagonal[dead] = diagonal.mean() if not bool(dead.all()) else 1.0
     mean, raised = float(diagonal.mean()), 0.0
-    factor, order, events = None, torch.argsort(diagonal, descending=True, stable=True), []
+    order = torch.argsort(diagonal, descending=True, stable=True) if by_use else None
+    factor, events = None, []
     while factor is None and damp <= MAX_DAMP:
         diagonal += mean * (damp - raised)
         raised = damp
@@ -113,15 +126,44 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, grid: AnyGrid, damp: float
         if factor is None:
             events.append(f"the Hessian could not be factored at damp {damp:g}")
             damp *= 10
+    return Damped(factor, order, raised, int(dead.sum()), events)
+
+
+def gptq(weight: torch.Tensor, hessian: torch.Tensor, grid: AnyGrid, damp: float = 0.01,
+         refinements: int = REFINEMENTS, keep: torch.Tensor | None = None) -> GPTQResult:
+    """Quantise `weight` float32 [out, in] under `hessian` float32 [in, in] (destroyed: it is damped in place).
+
+    damp: see `damped`.  keep: bool [out, in]; where it is false the code is that of zero, and the others make up for it (for
+    grids that have such a code). Scales are then searched for the weights that stay.
+    """
+    w = weight.t().contiguous()
+    stay = None if keep is None else keep.t().contiguous()
+    found = damped(hessian, damp)
+    factor, order = found.factor, found.order
     energy = objective(w, hessian)
-    if factor is None:
-        return GPTQResult(None, energy.clone(), energy, raised, int(dead.sum()), events)
+    if factor is None or order is None:
+        return GPTQResult(None, energy.clone(), energy, found.damp, found.dead, found.events)
     back = torch.argsort(order)
-    factors = search_factors(w, hessian, factor[:, back], grid)
-    codes = sweep(w[order], factor, factors.columns(order))[back]
-    del factor
-    codes, factors, error = refine(w, hessian, codes, factors, refinements)
-    return GPTQResult(factors.tensor(codes), error, energy, raised, int(dead.sum()), events)
+    factors = search_factors(w if stay is None else w * stay, hessian, factor[:, back], grid)
+    codes = sweep(w[order], factor, only(factors.columns(order), stay, order))[back]
+    del factor, found.factor
+    codes, factors, error = refine(w, hessian, codes, factors, refinements, stay)
+    return GPTQResult(factors.tensor(codes), error, energy, found.damp, found.dead, found.events)
+
+
+class Kept:
+    """Columns of a pruned weight: what is pruned is rounded from zero, whatever is asked. keep: bool [in, out]."""
+
+    def __init__(self, columns: Columns, keep: torch.Tensor) -> None:
+        self.columns, self.keep = columns, keep.unbind()
+
+    def round(self, column: int, target: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
+        return self.columns.round(column, target * self.keep[column], code)
+
+
+def only(columns: Columns, keep: torch.Tensor | None, order: torch.Tensor | None = None) -> Columns | Kept:
+    """`columns` where nothing is pruned, else such that what is not in `keep` [in, out] becomes zero."""
+    return columns if keep is None else Kept(columns, keep if order is None else keep[order])
 
 
 def search_factors(w: torch.Tensor, hessian: torch.Tensor, factor: torch.Tensor | None, grid: AnyGrid) -> Factors:
@@ -134,7 +176,7 @@ def objective(delta: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     return (hessian @ delta).mul_(delta).sum(0)
 
 
-def sweep(w: torch.Tensor, factor: torch.Tensor, columns: Columns) -> torch.Tensor:
+def sweep(w: torch.Tensor, factor: torch.Tensor, columns: Columns | Kept) -> torch.Tensor:
     """Algorithm 1 of the GPTQ paper. w: [in, out], columns: its grid, both in the order of the sweep; factor: U of it.
 
     Returns codes (as floats) [in, out]. w is used as working memory.
@@ -154,7 +196,7 @@ def sweep(w: torch.Tensor, factor: torch.Tensor, columns: Columns) -> torch.Tens
 
 
 def descend(hessian: torch.Tensor, codes: torch.Tensor, values: torch.Tensor, gradient: torch.Tensor,
-            columns: Columns) -> None:
+            columns: Columns | Kept) -> None:
     """One pass of coordinate descent (QuantEase, eq. 7): each code in turn to the grid value that is best given all
     others, q_j - gradient_j / H_jj.
 
@@ -175,8 +217,9 @@ def descend(hessian: torch.Tensor, codes: torch.Tensor, values: torch.Tensor, gr
 
 
 def refine(w: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor, factors: Factors,
-           turns: int) -> tuple[torch.Tensor, Factors, torch.Tensor]:
-    """Factors, then codes, in turns. codes [in, out] are changed in place. Returns codes, factors and the error [out]."""
+           turns: int, keep: torch.Tensor | None = None) -> tuple[torch.Tensor, Factors, torch.Tensor]:
+    """Factors, then codes, in turns. codes [in, out] are changed in place; those outside `keep` stay the code of zero.
+    Returns codes, factors and the error [out]."""
     values = factors.values(codes)
     gradient = hessian @ (values - w)
     error = (gradient * (values - w)).sum(0)
@@ -188,6 +231,6 @@ def refine(w: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor, factors:
         factors = factors.where(better, tried)
         values, gradient = torch.where(better, new_values, values), torch.where(better, new_gradient, gradient)
         factors = factors.descend(hessian, codes, values, gradient)
-        descend(hessian, codes, values, gradient, factors.columns())
+        descend(hessian, codes, values, gradient, only(factors.columns(), keep))
         error = (gradient * (values - w)).sum(0)
     return codes, factors, error

@@ -23,13 +23,16 @@ class QuantizePass:
     """A `LayerPass`: GPTQ on every group of linears, each layer's tensors in the form of the checkpoint.
 
     assignment: the grid of every linear.  importance: what columns count where linears are rounded to nearest.
+    masked: weights that are zero stay zero. (Rounding to nearest does that by itself on grids that have a zero.)
 
     A layer's record: {'layer', 'error' (share of the output energy lost, all linears), 'events' [in words],
     'linears': {name: {'grid', 'error', 'method' ('gptq' | 'rtn'), 'damp', 'dead_columns', 'tokens_per_column', 'sha256'}}}.
     """
 
-    def __init__(self, skeleton: Skeleton, assignment: Assignment, damp: float, importance: Importance | None = None) -> None:
+    def __init__(self, skeleton: Skeleton, assignment: Assignment, damp: float, importance: Importance | None = None,
+                 masked: bool = False) -> None:
         self.skeleton, self.assignment, self.damp, self.importance = skeleton, assignment, damp, importance
+        self.masked = masked
 
     def begin(self, index: int, layer: nn.Module, groups: list[LinearGroup]) -> None:
         self.prefix = self.skeleton.layer_name(index)
@@ -60,7 +63,8 @@ class QuantizePass:
     def _stacked(self, layer: nn.Module, grid: AnyGrid, targets: dict[str, torch.Tensor], hessian: torch.Tensor,
                  tokens_per_column: float) -> None:
         """GPTQ on linears of one input and one grid; targets: what each is to be rounded to [out, in]. Destroys hessian."""
-        result = gptq(torch.cat(list(targets.values())), hessian, grid, self.damp)
+        keep = torch.cat([get_weight(layer.get_submodule(n)) != 0 for n in targets]) if self.masked else None
+        result = gptq(torch.cat(list(targets.values())), hessian, grid, self.damp, keep=keep)
         for event in result.events:
             self._note(f"{next(iter(targets))}: {event}")
         if result.weight is None:

@@ -36,7 +36,7 @@ from llmc.compress.calibration import (
 from llmc.compress.imatrix.importance import Importance
 from llmc.compress.precision import matmul_precision, prepare_cpu
 from llmc.compress.preparation import calibration_text, check_weights, open_float, sampled_file
-from llmc.compress.quantize.assignment import assign, linears_of
+from llmc.compress.quantize.assignment import assign, keeps_zeros, linears_of
 from llmc.compress.quantize.budget import assign_to_budget
 from llmc.compress.quantize.budget import memory_bytes as memory_to_measure
 from llmc.compress.quantize.config import QuantizeConfig, budget_lines
@@ -124,6 +124,7 @@ class _Job:
         self.assignment = (assign_to_budget(config, self.skeleton, self.described) if config.target
                            else assign(config, self.skeleton))
         self._say_missed()
+        self.masked = keeps_zeros(source, config, self.assignment)
 
     @cached_property
     def described(self) -> dict[str, Any]:
@@ -161,7 +162,7 @@ class _Job:
             "source": str(self.source), "out": str(self.out), **self._what(), "method": c.method,
             "bits_per_weight": self._bits() / weights,
             "layers": len(self.skeleton.layers), "linear_weights": weights, "out_bytes": out_bytes,
-            "transform": c.transform, "heal": c.heal,
+            "transform": c.transform, "heal": c.heal, "zeros_kept": self.masked,
             "disk_bytes": 2 * out_bytes + states + self._transform_bytes(),  # parts and their copy
             "memory_bytes": max(memory, memory_to_measure(self.skeleton)) if c.target else memory,
             "device": c.device, "threads": self.threads, "matmul": matmul_precision(),
@@ -215,7 +216,7 @@ class _Job:
             say(budget_lines(self.assignment.plan, self.assignment.counts(), self.assignment.tables))
         if work.done:
             say(f"resuming after layer {work.done} of {len(self.skeleton.layers)}")
-        pass_ = QuantizePass(self.skeleton, self.assignment, self.config.damp, self.importance)
+        pass_ = QuantizePass(self.skeleton, self.assignment, self.config.damp, self.importance, self.masked)
         if calibration is not None:
             self._explain(calibration)
             workers = workers_for(self.skeleton)
@@ -274,6 +275,7 @@ class _Job:
         summary = _summary(records, self.config.method)
         known = calibration.origin if calibration else self.importance and self.importance.calibration
         entry = {"name": "quantize", **self._what(), "config": self.config.numbers(), "threads": self.threads,
+                 "zeros_kept": self.masked,
                  "device": str(self.skeleton.device), "matmul": matmul_precision(),
                  "calibration": known, "imatrix": self.importance and self.importance.origin,
                  "reference_sequences": self._along() if calibration else None, "layers": records, **summary,

@@ -14,11 +14,11 @@ from torch import nn
 
 from llmc.checkpoint import Checkpoint
 from llmc.compress.calibration import sequences_at_once
-from llmc.compress.heal.loss import CHUNK_BYTES, divergence
 from llmc.compress.quantize.config import AnyGrid
 from llmc.compress.quantize.rtn import rtn
 from llmc.compress.skeleton import Skeleton, get_weight, set_weight
-from llmc.compress.transform.ends import is_tied, stored_head
+from llmc.compress.teaching.loss import CHUNK_BYTES, divergence
+from llmc.compress.transform.ends import is_tied, name_of, stored_head
 from llmc.console import progress
 from llmc.errors import UserError
 
@@ -33,8 +33,10 @@ class Run:
 
 
 @torch.no_grad()
-def run(folder: Path, sequences: torch.Tensor, device: str, grid_of: Callable[[int], AnyGrid] | None, what: str) -> Run:
-    """Run int64 sequences [n, seq_len] through a float folder, its linears rounded to nearest where grid_of says how.
+def run(folder: Path, sequences: torch.Tensor, device: str, grid_of: Callable[[int], AnyGrid] | None, what: str,
+        layers: list[int] | None = None) -> Run:
+    """Run int64 sequences [n, seq_len] through a float folder, its linears rounded to nearest where grid_of says how; through
+    all of its layers, or through `layers` alone.
 
     All in float32: what is measured may be smaller than bf16's own rounding.
     """
@@ -43,8 +45,9 @@ def run(folder: Path, sequences: torch.Tensor, device: str, grid_of: Callable[[i
     arguments, entering = skeleton.enter(iter(sequences.split(batch)), sequences.shape[1])
     states = torch.cat(list(entering))
     tuples = False
-    with progress(f"measuring {what}, layer", len(skeleton.layers)) as p:
-        for index in range(len(skeleton.layers)):
+    wanted = range(len(skeleton.layers)) if layers is None else layers
+    with progress(f"measuring {what}, layer", len(wanted)) as p:
+        for index in wanted:
             with skeleton.layer(index) as layer:
                 if grid_of is not None:
                     for linear in skeleton.linears(index).values():
@@ -71,7 +74,11 @@ def head_of(ran: Run) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
              else skeleton.checkpoint.tensor(stored_head(skeleton)).to(skeleton.device))
     head._parameters["weight"] = nn.Parameter(table.float(), requires_grad=False)
     if getattr(head, "bias", None) is not None:
-        raise UserError(f"the head of {skeleton.checkpoint.folder} has a bias", "use --transform gauge or rotate")
+        bias = skeleton.stored_name(name_of(skeleton, head).removesuffix("weight") + "bias")
+        if bias is None:
+            raise UserError(f"{skeleton.checkpoint.folder} has no tensor for the bias of its head",
+                            "the checkpoint is incomplete")
+        head._parameters["bias"] = nn.Parameter(skeleton.checkpoint.tensor(bias).to(skeleton.device).float(), False)
 
     def through(*_args: Any, **_kwargs: Any) -> Any:
         return (given[-1],) if ran.tuples else given[-1]

@@ -12,6 +12,7 @@ from llmc.artifact import check_disk, check_output, note_last
 from llmc.checkpoint import Checkpoint
 from llmc.compress.precision import prepare_cpu
 from llmc.compress.preparation import calibration_text, check_weights, sampled_file
+from llmc.compress.prune.masks import mask_of
 from llmc.compress.quantize.assignment import grid_for
 from llmc.compress.skeleton import Skeleton
 from llmc.compress.text import Calibration
@@ -58,6 +59,9 @@ def check(source: Path, config: TransformConfig) -> Skeleton:
     if checkpoint.quantization is not None:
         raise UserError(f"{source} is quantised already ({checkpoint.quantization.get('quant_method')})",
                         "transforms come before quantisation: start from the float model")
+    if config.rotate != "none" and mask_of(source):
+        raise UserError(f"{source} was pruned to a mask, and --rotate {config.rotate} mixes its columns: no zero would stay",
+                        "use --gauge alone, which keeps zeros, or rotate before you prune")
     skeleton = Skeleton(checkpoint, str(torch_device(config.device)))
     family = family_of(skeleton.config)
     if config.rotate == "r1r2":

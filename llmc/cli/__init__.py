@@ -11,32 +11,37 @@ import sys
 import traceback
 import warnings
 from types import TracebackType
-from typing import Any
 
 import typer
-import typer.core
 
-from llmc.cli import bench, compare, doctor, eval, export, generate, heal, imatrix, inspect, quantize, transform, verify
+from llmc.cli import (
+    bench,
+    compare,
+    distill,
+    doctor,
+    eval,
+    export,
+    generate,
+    heal,
+    imatrix,
+    inspect,
+    prune,
+    quantize,
+    recipe,
+    run_recipe,
+    sweep,
+    transform,
+    verify,
+)
+from llmc.cli.group import Commands
 from llmc.console import set_quiet
 from llmc.errors import UserError
 
 BUG = 70  # EX_SOFTWARE of sysexits.h; Python's own 1 would read as a failed gate
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
-class _Commands(typer.core.TyperGroup):
-    """The group of commands. Its flags that typer leaves at None are False here: to find out that None is no bool,
-    typer imports pydantic, which would be half the time of every --help."""
-
-    def get_params(self, ctx: Any) -> Any:
-        params = super().get_params(ctx)
-        for param in params:
-            if param.name in ("help", "install_completion", "show_completion"):
-                param.default = False
-        return params
-
-
 app = typer.Typer(
-    name="llmc", cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    name="llmc", cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -76,7 +81,10 @@ def _options(
             warnings.simplefilter("ignore")
 
 
-for command in (quantize, transform, heal, imatrix, export, eval, bench, compare, generate, inspect, verify, doctor):
+for command in (prune, quantize, transform, distill, heal, imatrix, export, eval, bench, compare, generate, inspect, verify,
+                doctor):
+    command.register(app)
+for command in (run_recipe, sweep, recipe):
     command.register(app)
 
 

@@ -55,6 +55,9 @@ def quantize(
     heal: Annotated[int, typer.Option(
         help="Then heal for so many steps against MODEL, as `llmc heal` does on the same text (160 is its default); 0: no.",
     )] = D.heal,
+    lose_zeros: Annotated[bool, typer.Option(
+        "--lose-zeros", help="Let a grid or transform that cannot keep the zeros of a pruned model lose them."),
+    ] = D.lose_zeros,
     device: Annotated[str, typer.Option(help="cpu, gpu, or a torch device.")] = D.device,
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="physical cores")] = D.threads,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Output folder.",
@@ -69,7 +72,7 @@ def quantize(
     """
     config = QuantizeConfig(bits, grid, fallback, preset, target_size, target_bpw, target_kld, method, imatrix, group_size,
                             sym, calibration, samples, seq_len, seed, damp, true_sequential, device, threads, out, resume,
-                            dry_run, transform, heal)
+                            dry_run, transform, heal, lose_zeros)
     if as_json:
         set_quiet(True)
     from llmc.compress.quantize.run import quantize as run

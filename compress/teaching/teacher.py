@@ -10,32 +10,33 @@ import numpy as np
 import torch
 
 from llmc.artifact import write_json
-from llmc.compress.heal.loss import Aim, TopK, Whole
-from llmc.compress.heal.student import head_of, hidden_states
+from llmc.compress.teaching.loss import Aims, Part, TopK, Whole
+from llmc.compress.teaching.models import head_of, hidden_states
 from llmc.console import progress
-
-Aims = Callable[[slice], Aim]  # what it says at a range of the positions of some sequences, one after another
 
 
 class Teacher(Protocol):
     """A source of aims."""
 
     def of(self, rows: list[int]) -> Aims:
-        """For these sequences of the healing text."""
+        """For these sequences of the text."""
 
 
 class Running:
     """The float model itself. It keeps the hidden states of the first `keep` sequences, which are asked for again and again.
 
-    sequences: int64 [n, seq_len].  forward: a context in which models run in the right precision.
+    sequences: int64 [n, seq_len].  forward: a context in which models run in the right precision.  vocab: how many of its
+    logits count (None: all).  temperature: that they are divided by.
     """
 
-    def __init__(self, model: Any, sequences: torch.Tensor, keep: int, forward: Callable[[], Any]) -> None:
+    def __init__(self, model: Any, sequences: torch.Tensor, keep: int, forward: Callable[[], Any], vocab: int | None = None,
+                 temperature: float = 1.0) -> None:
         self.model, self.sequences, self.keep, self.forward = model, sequences, keep, forward
+        self.vocab, self.temperature = vocab, temperature
         self.device = next(model.parameters()).device
         self.kept: dict[int, torch.Tensor] = {}
 
-    def of(self, rows: list[int]) -> Callable[[slice], Whole]:
+    def of(self, rows: list[int]) -> Callable[[Part], Whole]:
         with torch.inference_mode(), self.forward():
             if all(row < self.keep for row in rows):
                 for row in rows:
@@ -46,9 +47,10 @@ class Running:
                 known = hidden_states(self.model, self.sequences[rows].to(self.device)).float()
         flat = known.reshape(-1, known.shape[-1])
 
-        def aims(part: slice) -> Whole:
+        def aims(part: Part) -> Whole:
             with torch.inference_mode(), self.forward(), head_of(self.model) as head:
-                return Whole(head(flat[part][None]))
+                logits = head(flat[part][None])[:, : self.vocab]
+                return Whole(logits if self.temperature == 1 else logits / self.temperature)
         return aims
 
 

@@ -1,0 +1,1 @@
+"""Distillation: a smaller float model is trained to say what a larger one says."""

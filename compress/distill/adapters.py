@@ -1,0 +1,46 @@
+"""Low-rank adapters instead of full weights, through peft (Hu et al., "LoRA", 2021, arXiv:2106.09685).
+
+An adapter adds B A x * (alpha / rank) to what a frozen linear puts out; B starts at zero, and in the end the product is added
+to the weight.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from llmc.compress.skeleton import find_layers, is_linear
+from llmc.errors import UserError
+
+SCALE = 2  # alpha / rank
+
+
+def check_peft() -> None:
+    """Before any work: peft is here."""
+    try:
+        import peft  # noqa: F401
+    except ModuleNotFoundError as e:
+        raise UserError("--lora needs the package `peft`",
+                        "pip install 'llmc-toolkit[distill]', or train full weights") from e
+
+
+def add_adapters(model: Any, rank: int, seed: int) -> None:
+    """Freeze the model and put an adapter on every linear of its decoder layers."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    prefix, layers = find_layers(model)
+    names = [f"{prefix}.{i}.{name}" for i, layer in enumerate(layers) for name, m in layer.named_modules() if is_linear(m)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=names), model)
+
+
+def merge_adapters(model: Any) -> None:
+    """Add every adapter to its weight, and leave the model as it was built."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found = [(name, m) for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+    for name, module in found:
+        module.merge()
+        model.set_submodule(name, module.get_base_layer())

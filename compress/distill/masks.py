@@ -1,0 +1,44 @@
+"""The zeros of a pruned student stay zeros: its gradients are masked, and its weights once more after each step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmc.compress.skeleton import find_layers, is_linear
+
+
+class Masks:
+    """kept: bool like its parameter, True where the weight is not zero."""
+
+    def __init__(self, kept: dict[nn.Parameter, torch.Tensor]) -> None:
+        self.kept = kept
+
+    @property
+    def zeros(self) -> int:
+        return sum(int(kept.numel() - kept.sum()) for kept in self.kept.values())
+
+    def mask_gradients(self) -> None:
+        for p, kept in self.kept.items():
+            if p.grad is not None:
+                p.grad.mul_(kept)
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        for p, kept in self.kept.items():
+            p.mul_(kept)
+
+
+def is_sparse(manifest: dict[str, Any] | None) -> bool:
+    """Whether the chain of passes set single weights to zero."""
+    pruned = [p.get("config", {}) for p in (manifest or {}).get("passes", []) if p.get("name") == "prune"]
+    return any(c.get("sparsity") or c.get("pattern") for c in pruned)
+
+
+def masks_of(model: Any) -> Masks:
+    """Of every linear of the decoder layers that has a weight of exactly zero."""
+    _, layers = find_layers(model)
+    weights = [m.weight for layer in layers for m in layer.modules() if is_linear(m)]
+    return Masks({w: w.detach() != 0 for w in weights if bool((w.detach() == 0).any())})

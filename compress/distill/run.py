@@ -1,0 +1,164 @@
+"""`llmc distill`: train a smaller float model, a pruned one say, to say what a larger one says.
+
+What is minimised is the divergence of the student's next-token distributions from the teacher's (loss.py), where asked for
+with a share of the text's own next tokens and with the error of hidden states (pupil.py). The best weights by a held-out part
+of the text are kept, not the last, and what is reported of the result is measured after they were rounded to the type that
+the folder stores.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmc.artifact import check_disk, check_output, note_last, read_manifest
+from llmc.compress.distill.adapters import add_adapters, check_peft, merge_adapters
+from llmc.compress.distill.config import DistillConfig
+from llmc.compress.distill.masks import Masks, is_sparse, masks_of
+from llmc.compress.distill.plan import plan_of
+from llmc.compress.distill.pupil import Pupil, map_layers
+from llmc.compress.distill.team import join_team
+from llmc.compress.distill.train import Distilling
+from llmc.compress.distill.vocabulary import common_vocabulary
+from llmc.compress.precision import prepare_cpu
+from llmc.compress.preparation import check_weights, open_float
+from llmc.compress.skeleton import Skeleton
+from llmc.compress.teaching.job import Job
+from llmc.compress.teaching.loss import Objective
+from llmc.compress.teaching.models import called, checkpoint_layers
+from llmc.compress.teaching.training import Curve
+from llmc.console import warn
+from llmc.errors import UserError
+from llmc.runtimes.targets.this_machine import physical_cores
+from llmc.runtimes.torch_model import load_torch_model
+from llmc.sources import resolve_model
+
+
+def distill(student: str | Path, config: DistillConfig) -> dict[str, Any]:
+    """Train `student` and write it as a folder of the same shapes.
+
+    Returns {'out', 'steps', 'best_step', 'loss': {'before', 'after'}, 'perplexity': {'before', 'after'}, 'curve', 'seconds',
+    …}; with `dry_run` the plan and its estimates. Of several processes (`accelerate launch`) the first alone writes and
+    returns that, the others return {}.
+    """
+    start = time.monotonic()
+    threads = config.threads or physical_cores()
+    if config.lora is not None:
+        check_peft()
+    job = _Job(resolve_model(student), resolve_model(config.teacher), config, threads)
+    prepare_cpu(threads)  # accelerate has ideas of its own
+    plan = plan_of(job.student, job.taught, config, job.dtype, job.device, threads)
+    if config.dry_run:
+        return {"source": str(job.folder), "out": str(job.out), **plan}
+    check_output(job.out)
+    check_disk(job.out, plan["disk_bytes"], "distilling")
+    result = job.run()
+    if not job.leads:
+        return {}
+    note_last(job.out, "hf")
+    return {**result, "seconds": round(time.monotonic() - start, 1)}
+
+
+class _Job(Job):
+    """One distillation: what is known before it starts, and the steps. student, taught: both models, without weights."""
+
+    name = "distill"
+
+    def __init__(self, folder: Path, teacher: Path, config: DistillConfig, threads: int) -> None:
+        self.accelerator, device = join_team(config.device)
+        self.processes = self.accelerator.num_processes
+        super().__init__(folder, teacher, config, threads, config.out or Path(f"{folder.resolve().name}-distilled"), device)
+        self.config, self.answers_only = config, config.answers_only
+        self.student, self.taught = (Skeleton(open_float(f), "cpu") for f in (folder, teacher))
+        self.vocab = common_vocabulary(self.student, self.taught)
+        _check_positions(config, self.student, self.taught)
+        depths = len(self.student.layers), len(self.taught.layers)
+        self.layers = map_layers(config.pairs(), *depths) if config.hidden_weight else []
+        self.sparse = is_sparse(read_manifest(folder))
+        if self.sparse and config.lora is not None:
+            raise UserError(f"{folder} was pruned to zeros, which an adapter would fill",
+                            "leave out --lora: full weights keep them")
+        self.objective = Objective(config.loss == "reverse-kl", config.temperature, config.ce_weight)
+
+    @property
+    def leads(self) -> bool:
+        return bool(self.accelerator.is_main_process)
+
+    def leader_first(self) -> AbstractContextManager[Any]:
+        found: AbstractContextManager[Any] = self.accelerator.main_process_first()
+        return found
+
+    def run(self) -> dict[str, Any]:
+        for checkpoint in (self.checkpoint, self.taught.checkpoint):
+            check_weights(checkpoint)
+        self.open_work()
+        texts = self.texts()
+        # before the student is there: it may be gone by then
+        teacher = self.teacher(texts, self.vocab, self.config.temperature)
+        pupil, masks = self._pupil()
+        training = Distilling(self.config, pupil, teacher, [b for _, b in self.layers], texts, masks, self.accelerator,
+                              self.forward, self.device, self.work)
+        trained = sum(p.numel() for n, p in training.parameters.items() if not n.startswith("projections."))
+        curve = training.train()
+        changed = self._settle(pupil.model)
+        after = training.judge()
+        if curve.best["step"] == 0:
+            warn("distillation never beat the start on the held-out text: the model is as it was")
+        return self.publish("hf", changed, texts, self._result(curve, after, trained, masks)) if self.leads else {}
+
+    def _pupil(self) -> tuple[Pupil, Masks]:
+        """The student in float32 with what is trained of it, and its zeros that must stay."""
+        c = self.config
+        model = load_torch_model(self.folder)
+        masks = masks_of(model) if self.sparse else Masks({})
+        if c.lora is not None:
+            add_adapters(model, c.lora, c.seed)
+        if c.checkpointing:
+            checkpoint_layers(model)
+        widths = tuple(s.config.get_text_config().hidden_size for s in (self.student, self.taught))
+        pupil = Pupil(model, self.objective, self.vocab, [a for a, _ in self.layers], c.hidden_weight, widths, c.seed)
+        return pupil.to(self.device), masks
+
+    @torch.no_grad()
+    def _settle(self, model: Any) -> dict[str, torch.Tensor]:
+        """Adapters are merged, and weights become what their stored types hold. Returns those that changed, by their names in
+        the checkpoint."""
+        if self.config.lora is not None:
+            merge_adapters(model)
+        changed = {}
+        for name, p in model.named_parameters(remove_duplicate=False):
+            stored = self._stored(name, model.base_model_prefix)
+            if stored is None:
+                continue
+            before = self.checkpoint.tensor(stored)
+            after = p.detach().to("cpu", before.dtype).contiguous()
+            p.copy_(after)
+            if not torch.equal(before, after):
+                changed[stored] = after
+        return changed
+
+    def _stored(self, name: str, prefix: str) -> str | None:
+        """A parameter's name in the checkpoint; None for the second name of a tied table."""
+        try:
+            return called(name, self.checkpoint, prefix)
+        except StopIteration:
+            return None
+
+    def _result(self, curve: Curve, after: dict[str, float], trained: int, masks: Masks) -> dict[str, Any]:
+        first = curve.checks[0]
+        return {"steps": len(curve.losses), "best_step": curve.best["step"], "curve": curve.checks, "losses": curve.losses,
+                **{key: {"before": first[key], "after": after[key]} for key in ("loss", "perplexity")},
+                "trained": trained, "vocabulary": self.vocab, "layer_map": [list(pair) for pair in self.layers],
+                "processes": self.processes, "zeros_kept": masks.zeros}
+
+
+def _check_positions(c: DistillConfig, *models: Skeleton) -> None:
+    for model in models:
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or c.seq_len
+        if c.seq_len > limit:
+            raise UserError(f"--seq-len {c.seq_len}: {model.checkpoint.folder} has positions for {limit} tokens",
+                            f"use --seq-len {limit} or less")

@@ -1,0 +1,108 @@
+"""The steps of a distillation, in one process or in several that share each step (Hugging Face accelerate)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmc.compress.distill.config import DistillConfig
+from llmc.compress.distill.masks import Masks
+from llmc.compress.distill.pupil import Pupil, captured
+from llmc.compress.teaching.teacher import Running, Teacher
+from llmc.compress.teaching.texts import Texts
+from llmc.compress.teaching.training import BETAS, Training
+from llmc.errors import UserError
+
+
+def optimizer_of(parameters: Sequence[torch.nn.Parameter], c: DistillConfig, device: torch.device) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter, 2019, arXiv:1711.05101); vectors (norms, biases) do not decay."""
+    groups = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": c.weight_decay, "share": 1.0},
+              {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0, "share": 1.0}]
+    # one pass over the memory instead of seven
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=c.rate, betas=BETAS, fused=device.type in ("cpu", "cuda"))
+
+
+class Distilling(Training):
+    """A step is `accumulate` batches in each process. Which sequences they are depends only on how many there are in all, so
+    two processes learn from what one with twice the batches would.
+
+    forward: a context in which models run in the right precision.
+    """
+
+    what = "distilling"
+    by = "loss"
+
+    def __init__(self, config: DistillConfig, pupil: Pupil, teacher: Teacher, layers: Sequence[int], texts: Texts,
+                 masks: Masks, accelerator: Any, forward: Callable[[], Any], device: torch.device, work: Path) -> None:
+        trained = {n: p for n, p in pupil.named_parameters() if p.requires_grad}
+        super().__init__(config, config.rate, trained, optimizer_of(list(trained.values()), config, device), work,
+                         accelerator.is_main_process)
+        self.c, self.pupil, self.teacher, self.layers, self.texts, self.masks = config, pupil, teacher, layers, texts, masks
+        self.accelerator, self.forward, self.device = accelerator, forward, device
+        self.shared = accelerator.prepare_model(pupil, device_placement=False)
+        self.hidden: list[float] = []  # of the steps since the last check
+
+    def learn(self, step: int) -> float:
+        """The mean loss of the batches of a step, with their gradients."""
+        c, a = self.c, self.accelerator
+        sums = torch.zeros(2, device=self.device)
+        for i in range(c.accumulate):
+            batch = (step * c.accumulate + i) * a.num_processes + a.process_index
+            last = i + 1 == c.accumulate
+            with nullcontext() if last else a.no_sync(self.shared):
+                whole, loss, _, hidden = self._run(self.shared, self.texts.batch(batch, c.batch), self.layers)
+                a.backward(whole / c.accumulate)
+            sums += torch.stack([loss, hidden]) / c.accumulate
+        loss, hidden = a.reduce(sums, "mean").tolist()
+        if not math.isfinite(loss + hidden):
+            raise UserError(f"the loss is no number after {step} steps", "use a smaller --lr, or --precision fp32")
+        self.hidden.append(hidden)
+        return float(loss)
+
+    def update(self) -> None:
+        self.masks.mask_gradients()
+        self.accelerator.clip_grad_norm_(self.parameters.values(), self.c.clip)
+        self.optimizer.step()
+        self.masks.apply()
+
+    @torch.no_grad()
+    def judge(self) -> dict[str, float]:
+        """The objective and the perplexity over the held-out sequences; beside them, what the states lacked in training."""
+        a, held = self.accelerator, self.texts.held_out
+        sums = torch.zeros(3)  # each weighed by the tokens that count, and these
+        for row in range(a.process_index, held, a.num_processes):
+            tokens = int((self._targets([row]) >= 0).sum())
+            _, loss, nll, _ = self._run(self.pupil, [row])
+            sums += tokens * torch.tensor([float(loss), float(nll), 1])
+        loss, nll, tokens = a.reduce(sums.to(self.device), "sum").tolist()
+        found = {"loss": loss / tokens, "perplexity": math.exp(min(nll / tokens, 700))}
+        if self.layers and self.hidden:
+            found["hidden"] = sum(self.hidden) / len(self.hidden)
+        self.hidden = []
+        return found
+
+    def settled(self) -> None:
+        self.accelerator.wait_for_everyone()
+
+    def _run(self, module: Any, rows: list[int], layers: Sequence[int] = ()) -> Any:
+        """What a Pupil returns of these sequences."""
+        ids = self.texts.sequences[rows]
+        if isinstance(self.teacher, Running):
+            with captured(self.teacher.model, layers) as states:
+                aims = self.teacher.of(rows)
+        else:
+            states, aims = [], self.teacher.of(rows)
+        # made under inference_mode, which autograd does not take: hence copies
+        with self.forward():
+            return module(ids.to(self.device), self._targets(rows).to(self.device), aims, [s.clone() for s in states])
+
+    def _targets(self, rows: list[int]) -> torch.Tensor:
+        """int64 [n * seq_len]: what follows each position; -1 at the ends of sequences and where it is not to be learned."""
+        ids, counted = self.texts.sequences[rows], self.texts.counted
+        following = ids[:, 1:] if counted is None else torch.where(counted[rows][:, 1:], ids[:, 1:], -1)
+        return torch.cat([following, ids.new_full((len(rows), 1), -1)], 1).flatten()

@@ -1,0 +1,178 @@
+"""Whole decoder layers that go: which, and what is left as a plain model.
+
+* influence: Men et al., "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect", 2024
+  (arXiv:2403.03853), eq. 1: 1 - the mean cosine between what enters and what leaves a layer; the lowest go, all at once.
+* kl: the layer whose absence, measured, diverges least from the whole model goes; then the next, with that one gone. This
+  knows how layers work together, which influence does not, and holds the whole model in memory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmc.checkpoint import Checkpoint
+from llmc.compress.calibration import Workspace
+from llmc.compress.precision import fast_forward
+from llmc.compress.skeleton import LinearGroup, Skeleton, replaced
+from llmc.compress.teaching.loss import divergence
+from llmc.compress.transform.measure import run
+from llmc.console import progress
+from llmc.errors import UserError
+from llmc.shards import Piece, pieces_of
+
+KL_SEQUENCES = 8  # that the divergence is measured on: on 8 x 256 scored tokens its order settles
+STALE = ("sliding_window_pattern", "_sliding_window_pattern")  # rules of a layer's number: per-layer lists take their place
+TOLERANCE = 1e-4  # the same operations on the same weights: 0 is what is seen
+
+
+class InfluenceWatch:
+    """A `LayerWatch`: a layer's record is {'layer', 'influence'}, 1 - the mean cosine over all tokens."""
+
+    def begin(self, index: int, layer: nn.Module, groups: list[LinearGroup]) -> None:
+        self.total, self.tokens = 0.0, 0
+        self.handle = layer.register_forward_hook(self._add, with_kwargs=True)
+
+    def _add(self, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        entering = args[0] if args else kwargs["hidden_states"]
+        leaving = out[0] if isinstance(out, tuple) else out
+        cosine = torch.cosine_similarity(entering.double(), leaving.double(), dim=-1)
+        self.total += float(cosine.sum())
+        self.tokens += cosine.numel()
+
+    def see(self, group: LinearGroup, inputs: torch.Tensor) -> None:
+        """Linears do not matter here."""
+
+    def finish(self, index: int, layer: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        self.handle.remove()
+        return {}, {"layer": index, "influence": 1 - self.total / self.tokens}
+
+
+def lowest(influences: list[float], drop: int) -> list[int]:
+    """The layers that go, ascending."""
+    return sorted(sorted(range(len(influences)), key=lambda i: influences[i])[:drop])
+
+
+@torch.no_grad()
+def drop_by_kl(model: nn.Module, layers: str, ids: torch.Tensor, drop: int, work: Workspace) -> list[int]:
+    """The layers that go, in the order they went. model: in memory; layers: the name of its list; ids int64 [n, length].
+
+    What a round measured is its record in `work`: {'layer': round, 'dropped': layer, 'kld': {layer: mean KL}}.
+    """
+    gone = [int(r["dropped"]) for r in work.records()[: work.done]]
+    count = len(model.get_submodule(layers))  # type: ignore[arg-type]
+    with progress("dropping layer", drop, work.done) as p:
+        for turn in range(work.done, drop):
+            kld = without_each(model, layers, ids, gone, count)
+            gone.append(min(kld, key=lambda i: kld[i]))
+            record = {"layer": turn, "dropped": gone[-1], "kld": {str(i): v for i, v in kld.items()}}
+            work.save_layer(turn, {}, record)
+            work.commit(turn + 1)
+            p.step(f"number {gone[-1]} goes, KLD {kld[gone[-1]]:.4f}")
+    return gone
+
+
+def without_each(model: nn.Module, layers: str, ids: torch.Tensor, gone: list[int], count: int) -> dict[int, float]:
+    """Mean KL divergence (nats a token of the second halves) from the whole model of the one without the layers `gone` and
+    one more, by the number of that one. Layers before it are not run again."""
+    found = {i: 0.0 for i in range(count) if i not in gone}
+    device = next(model.parameters()).device
+    with fast_forward(device):
+        for row in ids.to(device):
+            whole, outputs = _run(model, layers, row, {})
+            through = _handing_through(isinstance(outputs[0], tuple))
+            absent = {f"{layers}.{i}": through for i in gone}
+            _, outputs = _run(model, layers, row, absent)
+            for i in found:
+                known = {f"{layers}.{j}": _returning(outputs[j]) for j in range(i)}
+                logits, _ = _run(model, layers, row, {**absent, **known, f"{layers}.{i}": through})
+                found[i] += float(divergence(logits, whole))
+    return {i: total / (ids.shape[0] * (ids.shape[1] // 2)) for i, total in found.items()}
+
+
+def _run(model: nn.Module, layers: str, row: torch.Tensor,
+         forwards: dict[str, Callable[..., Any]]) -> tuple[torch.Tensor, list[Any]]:
+    """Logits [length / 2, vocab] of the second half of a sequence, with some layers run by other functions, and every layer's
+    output."""
+    outputs: list[Any] = []
+    handles = [layer.register_forward_hook(lambda _m, _args, out: outputs.append(out))
+               for layer in model.get_submodule(layers).children()]
+    half = row.shape[0] // 2
+    try:
+        with replaced(model, forwards):
+            logits: torch.Tensor = model(input_ids=row[None], use_cache=False, logits_to_keep=half).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    return logits[0, -half:], outputs  # OPT of transformers 4.57 keeps all of them
+
+
+def _returning(output: Any) -> Callable[..., Any]:
+    return lambda *_args, **_kwargs: output
+
+
+def _handing_through(tuples: bool) -> Callable[..., Any]:
+    def through(*args: Any, **kwargs: Any) -> Any:
+        states = args[0] if args else kwargs["hidden_states"]
+        return (states,) if tuples else states
+    return through
+
+
+# ------------------------------------------------------------------------------------------------------- the new model
+
+
+def place_of(skeleton: Skeleton, name: str) -> tuple[str, int, str] | None:
+    """('model.layers', 3, 'mlp.up_proj.weight') of a tensor of the checkpoint; None outside the decoder layers."""
+    listed = re.escape(skeleton.layers_name.rpartition(".")[2])
+    found = re.match(rf"((?:.*\.)?{listed})\.(\d+)\.(.*)", name)
+    return (found[1], int(found[2]), found[3]) if found else None
+
+
+def pieces_without(skeleton: Skeleton, dropped: list[int]) -> list[Piece]:
+    """Every tensor that stays, as the source has it, the layers renumbered."""
+    kept = [i for i in range(len(skeleton.layers)) if i not in dropped]
+    found = []
+    for piece in (piece for shard in skeleton.checkpoint.files for piece in pieces_of(shard)):
+        place = place_of(skeleton, piece.name)
+        if place is None:
+            found.append(piece)
+        elif place[1] in kept:
+            found.append(replace(piece, name=f"{place[0]}.{kept.index(place[1])}.{place[2]}"))
+    return found
+
+
+def shortened(raw: dict[str, Any], config: Any, dropped: list[int]) -> dict[str, Any]:
+    """config.json `raw` of the model without the layers `dropped`. config: transformers' reading of it, which spells out
+    per-layer lists that raw leaves to a rule of the layer's number."""
+    text = config.get_text_config()
+    count = text.num_hidden_layers
+    kept = [i for i in range(count) if i not in dropped]
+    known = {**text.to_dict(), **raw.get("text_config", raw)}
+    edited = {key: [value[i] for i in kept] for key, value in known.items()
+              if isinstance(value, list) and len(value) == count and not key.endswith("token_id") and key != "architectures"}
+    edited[getattr(text, "attribute_map", {}).get("num_hidden_layers", "num_hidden_layers")] = len(kept)
+    if isinstance(limit := known.get("max_window_layers"), int):
+        edited["max_window_layers"] = sum(i < limit for i in kept)
+    own = {k: v for k, v in {**raw.get("text_config", raw), **edited}.items() if k not in STALE}
+    return {**raw, "text_config": own} if "text_config" in raw else own
+
+
+def prove(source: Path, pruned: Path, dropped: list[int], ids: torch.Tensor, device: str) -> float:
+    """The largest difference of the states that leave the last layer, relative to their largest value, between the new folder
+    and the source run without those layers. UserError if they differ by more than float noise."""
+    count = len(Skeleton(Checkpoint.open(source), device).layers)
+    kept = [i for i in range(count) if i not in dropped]
+    wanted = run(source, ids, device, None, "the source without them", kept).states
+    found = run(pruned, ids, device, None, "the new folder").states
+    difference = float((wanted - found).abs().max() / wanted.abs().max())
+    if not difference < TOLERANCE:
+        raise UserError(f"without layers {', '.join(map(str, sorted(dropped)))} {source} computes something else once the "
+                        f"rest are renumbered (relative difference {difference:.2g}): its layers depend on their number",
+                        "prune its width or its weights instead")
+    return difference

@@ -1,0 +1,129 @@
+"""The five methods as jobs over a model: each gives the tensors and the config of the pruned model, and what to record."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from llmc.compress.calibration import (
+    LayerPass,
+    LayerWatch,
+    Loop,
+    LoopSettings,
+    Workspace,
+    sequences_at_once,
+    workers_for,
+)
+from llmc.compress.prune import depth, width
+from llmc.compress.prune.config import MASKS, PruneConfig
+from llmc.compress.prune.mask_pass import MaskPass
+from llmc.compress.quantize.run import REFERENCE_LEAST, REFERENCE_SHARE, spread
+from llmc.compress.skeleton import Skeleton
+from llmc.compress.transform.ends import is_tied
+from llmc.console import progress
+from llmc.runtimes.torch_model import load_torch_model
+from llmc.shards import Piece, pieces_of
+
+
+@dataclass
+class Made:
+    """pieces, config: the new model.  summary: for result and manifest.  record: for the manifest alone."""
+
+    pieces: list[Piece]
+    config: dict[str, Any]
+    summary: dict[str, Any]
+    record: dict[str, Any]
+
+
+def make(skeleton: Skeleton, c: PruneConfig, work: Workspace, sequences: torch.Tensor) -> Made:
+    """Prune by `c.method`. sequences: int64 [n, seq_len] to look at; the pieces lie in the source and in `work`."""
+    if c.method in MASKS:
+        return by_mask(skeleton, c, work, sequences)
+    return by_depth(skeleton, c, work, sequences) if c.method == "depth" else by_width(skeleton, c, work, sequences)
+
+
+def by_mask(skeleton: Skeleton, c: PruneConfig, work: Workspace, sequences: torch.Tensor) -> Made:
+    pass_ = MaskPass(skeleton, c)
+    if c.method == "magnitude":
+        _alone(skeleton, pass_, work)
+    else:
+        along = along_of(c)
+        run(skeleton, work, spread(sequences, along) if along else sequences, pass_, along)
+    pieces = [p for i in range(len(skeleton.layers)) for p in pieces_of(work.layer_file(i))]
+    pruned = {p.name for p in pieces}
+    for shard in skeleton.checkpoint.files:
+        pieces += pieces_of(shard, set(skeleton.checkpoint.headers[shard]) - pruned)
+    records = work.records()
+    return Made(pieces, skeleton.checkpoint.config, {
+        "error": sum(r["error"] for r in records) / len(records), "events": sum(len(r["events"]) for r in records),
+        "fallbacks": sum(any(x["method"] != c.method for x in r["linears"].values()) for r in records)}, {"layers": records})
+
+
+def _alone(skeleton: Skeleton, pass_: MaskPass, work: Workspace) -> None:
+    """No activations are needed: layers are read, pruned and written."""
+    with progress("layer", len(skeleton.layers), work.done) as p:
+        for index in range(work.done, len(skeleton.layers)):
+            with skeleton.layer(index) as layer:
+                pass_.begin(index, layer, [])
+                for name, linear in skeleton.linears(index).items():
+                    pass_.alone(name, linear)
+                work.save_layer(index, *pass_.finish(index, layer))
+            work.commit(index + 1)
+            p.step()
+
+
+def by_depth(skeleton: Skeleton, c: PruneConfig, work: Workspace, sequences: torch.Tensor) -> Made:
+    assert c.drop is not None  # the config says so
+    if c.by == "influence":
+        run(skeleton, work, sequences, depth.InfluenceWatch())
+        dropped = depth.lowest([r["influence"] for r in work.records()], c.drop)
+    else:
+        few = min(depth.KL_SEQUENCES, len(sequences))
+        model = load_torch_model(skeleton.checkpoint.folder, str(skeleton.device), torch.float32)
+        dropped = depth.drop_by_kl(model, skeleton.layers_name, spread(sequences, few)[:few], c.drop, work)
+    return without(skeleton, dropped, work.records())
+
+
+def without(skeleton: Skeleton, dropped: list[int], records: list[dict[str, Any]]) -> Made:
+    """The model without these layers."""
+    config = depth.shortened(skeleton.checkpoint.config, skeleton.config, dropped)
+    return Made(depth.pieces_without(skeleton, dropped), config, {"dropped": dropped}, {"layers": records})
+
+
+def by_width(skeleton: Skeleton, c: PruneConfig, work: Workspace, sequences: torch.Tensor) -> Made:
+    new, _ = width.narrowed(skeleton.config, c)
+    count, checkpoint, tied = len(skeleton.layers), skeleton.checkpoint, is_tied(skeleton)
+    run(skeleton, work, sequences, width.ImportanceWatch(width.Shape.of(skeleton.config)))
+    kept = width.slices(skeleton, new, [load_file(work.layer_file(i)) for i in range(count)])
+    by_layer: dict[int, list[str]] = {}
+    for name in checkpoint.names():
+        place = depth.place_of(skeleton, name)
+        by_layer.setdefault(count if place is None else place[1], []).append(name)
+    pieces: list[Piece] = []
+    for index, names in by_layer.items():
+        layer = None if index == count else index
+        tensors = {n: kept.cut(n, checkpoint.tensor(n), layer, tied) for n in names}
+        work.save_layer(count + index, tensors, {"layer": index})  # after the sums, which a resumed run reads again
+        pieces += pieces_of(work.layer_file(count + index))
+    layers = [{"layer": i, "groups": kept.groups[i].tolist(), "ffn": kept.ffn[i].tolist()} for i in range(count)]
+    return Made(pieces, width.narrow_config(checkpoint.config, new), {"shape": vars(new)},
+                {"layers": layers, "channels": kept.hidden.tolist()})
+
+
+def along_of(c: PruneConfig) -> int:
+    """On how many sequences the unchanged model runs along, as for the quantiser."""
+    n = c.samples - c.held_out
+    return max(min(n, REFERENCE_LEAST), n // REFERENCE_SHARE) if c.method == "sparsegpt" else 0
+
+
+def run(skeleton: Skeleton, work: Workspace, sequences: torch.Tensor, pass_: LayerPass | LayerWatch, along: int = 0) -> None:
+    workers = workers_for(skeleton)
+    settings = LoopSettings(sequences_at_once(skeleton, sequences.shape[1], workers), True, along, workers)
+    Loop(skeleton, sequences, work, settings).run(pass_, _note)
+
+
+def _note(record: dict[str, Any]) -> str:
+    return f"error {100 * record['error']:.1f} %" if "error" in record else ""

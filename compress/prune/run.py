@@ -1,0 +1,159 @@
+"""`llmc prune`: from a float model folder to a smaller or sparser one of the same kind."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmc.artifact import check_disk, check_output, note_last
+from llmc.checkpoint import Checkpoint
+from llmc.compress.calibration import BATCH_BYTES, SUMS_BYTES, Workspace
+from llmc.compress.precision import matmul_precision, prepare_cpu
+from llmc.compress.preparation import calibration_text, check_weights, open_float, sampled_file
+from llmc.compress.prune.config import PATTERNS, PruneConfig
+from llmc.compress.prune.depth import prove
+from llmc.compress.prune.folder import publish, write_folder, zeros_of
+from llmc.compress.prune.methods import Made, along_of, make
+from llmc.compress.prune.quality import advice, judge, split
+from llmc.compress.prune.width import narrowed
+from llmc.compress.quantize.assignment import linears_of
+from llmc.compress.skeleton import Skeleton, get_weight
+from llmc.compress.text import Calibration
+from llmc.compress.unfinished import fingerprint
+from llmc.console import say
+from llmc.dequantize import check_memory
+from llmc.errors import UserError
+from llmc.runtimes.targets.this_machine import physical_cores
+from llmc.runtimes.torch_model import torch_device
+from llmc.sources import describe_source, resolve_model
+
+
+def prune(model: str | Path, config: PruneConfig) -> dict[str, Any]:
+    """Write a pruned copy of the float model `model`.
+
+    Returns {'out', 'method', 'parameters', 'parameters_before', 'nonzero', 'bytes', 'bytes_before', 'sparsity' (of the
+    linears of the decoder layers), 'sparsity_per_layer', 'quality', 'advice', 'seconds', …}; with `dry_run` the plan. Raises
+    UserError before any work for whatever can be known before.
+    """
+    start = time.monotonic()
+    threads = config.threads or physical_cores()
+    prepare_cpu(threads)
+    job = _Job(resolve_model(model), config, threads)
+    plan = job.plan()
+    if config.dry_run:
+        return plan
+    check_disk(job.out, plan["disk_bytes"], "pruning")
+    if config.method == "depth" and config.by == "kl":
+        check_memory(plan["memory_bytes"], "measuring every layer's absence, with the whole model in memory,")
+    check_weights(job.checkpoint)
+    result = job.run()
+    note_last(job.out, "hf")
+    return {**result, "seconds": round(time.monotonic() - start, 1)}
+
+
+class _Job:
+    """One pruning: what is known before it starts, and the steps."""
+
+    def __init__(self, source: Path, config: PruneConfig, threads: int) -> None:
+        self.source, self.config, self.threads = source, config, threads
+        self.checkpoint = open_float(source)
+        self.skeleton = Skeleton(self.checkpoint, str(torch_device(config.device)))
+        self.out = config.out or Path(f"{source.resolve().name}-{config.what}")
+        self.work = self.out.with_name(f".{self.out.name}.unfinished")
+        if not config.dry_run:
+            check_output(self.out)
+        self.notes: list[str] = []
+        self._check()
+
+    def _check(self) -> None:
+        """What the config asks for must fit the model."""
+        c, count = self.config, len(self.skeleton.layers)
+        if c.drop is not None and c.drop >= count:
+            raise UserError(f"--drop {c.drop}: {self.source} has {count} layers", f"drop at most {count - 1}")
+        if c.pattern is not None:
+            of = PATTERNS[c.pattern][1]
+            widths = {get_weight(module).shape[1]: name for _, name, module in linears_of(self.skeleton)}
+            if uneven := sorted(w for w in widths if w % of):
+                raise UserError(f"--pattern {c.pattern}: rows of {uneven[0]} weights ({widths[uneven[0]]}) do not divide "
+                                f"into runs of {of}", "use --sparsity")
+        if c.method == "width":
+            self.notes = narrowed(self.skeleton.config, c)[1]
+
+    @cached_property
+    def described(self) -> dict[str, Any]:
+        """What the manifest says of the source; its files are hashed for it."""
+        return describe_source(self.source)
+
+    def plan(self) -> dict[str, Any]:
+        """What will be done, what it will weigh and what it needs."""
+        c = self.config
+        hidden = self.skeleton.config.get_text_config().hidden_size
+        widest = max(max(get_weight(m).shape) for m in self.skeleton.linears(0).values())
+        layer = sum(get_weight(m).numel() for m in self.skeleton.linears(0).values()) * 4
+        tokens, along = (c.sequences * c.seq_len, along_of(c) * c.seq_len) if c.method in ("wanda", "sparsegpt") else (0, 0)
+        states = 12 * hidden * (tokens + along) + 4 * (hidden + widest) * tokens + 4 * (3 * hidden + widest) * along
+        if c.method in ("depth", "width"):
+            states = 12 * hidden * c.sequences * c.seq_len
+        before = sum(self.checkpoint.nbytes(n) for n in self.checkpoint.names())
+        table = self.skeleton.model.get_output_embeddings().weight.numel() * 4
+        memory = 600_000_000 + 2 * layer + 16 * widest * widest + SUMS_BYTES + 4 * BATCH_BYTES + 2 * table
+        if c.method == "depth" and c.by == "kl":
+            memory = max(memory, 4 * sum(p.numel() for p in self.skeleton.model.parameters()) + 2 * table + 800_000_000)
+        return {
+            "source": str(self.source), "out": str(self.out), "method": c.method, "what": c.what, "notes": self.notes,
+            "layers": len(self.skeleton.layers), "bytes_before": before, "disk_bytes": 2 * before + states,
+            "memory_bytes": memory, "whole_model_in_memory": c.method == "depth" and c.by == "kl", "device": c.device,
+            "threads": self.threads, "matmul": matmul_precision(), "calibration": c.calibration,
+            "tokens": (c.sequences - c.held_out) * c.seq_len, "held_out_tokens": c.held_out * c.seq_len,
+        }
+
+    def run(self) -> dict[str, Any]:
+        files = self.described["files"]
+        sized = replace(self.config, samples=self.config.sequences)
+        text = calibration_text(self.skeleton, files, sized, self.threads, sampled_file(self.work))
+        work = Workspace(self.work, fingerprint(self.config.numbers(), self.threads, files, text), self.config.resume)
+        if work.done:
+            say(f"resuming after step {work.done}")
+        if self.config.method == "magnitude":
+            seen, held = text.sequences[:0], text.sequences
+        else:
+            seen, held = split(text.sequences, self.config.held_out)
+            say(f"calibration: {text.origin['name']}, {seen.numel():,} tokens, and {held.numel():,} held out to judge by")
+        for note in self.notes:
+            say(note)
+        made = make(self.skeleton, self.config, work, seen)
+        folder = work.folder / "artifact"
+        write_folder(self.source, folder, made.pieces, made.config)
+        if self.config.method == "depth":
+            made.summary["proof"] = prove(self.source, folder, made.summary["dropped"], held[:1, :64],
+                                          str(self.skeleton.device))
+        return self._publish(work, made, text, held)
+
+    def _publish(self, work: Workspace, made: Made, text: Calibration, held: torch.Tensor) -> dict[str, Any]:
+        """Judge the folder, describe it, and put it in its place."""
+        c, folder = self.config, work.folder / "artifact"
+        quality = judge(self.source, folder, held, text.origin["name"], str(self.skeleton.device))
+        written = Checkpoint.open(folder)
+        zeros, weights = zeros_of(written)
+        before, after = (sum(math.prod(k.shape(n)) for n in k.names()) for k in (self.checkpoint, written))
+        summary = {
+            "method": c.method, "parameters_before": before, "parameters": after, "nonzero": after - sum(zeros),
+            "bytes_before": sum(self.checkpoint.nbytes(n) for n in self.checkpoint.names()),
+            "bytes": sum(written.nbytes(n) for n in written.names()), "sparsity": sum(zeros) / sum(weights),
+            "sparsity_per_layer": [z / w for z, w in zip(zeros, weights, strict=True)], "quality": quality, **made.summary,
+        }
+        entry = {"name": "prune", "config": c.numbers(), "threads": self.threads, "device": str(self.skeleton.device),
+                 "matmul": matmul_precision(), "calibration": text.origin, "held_out_sequences": len(held),
+                 "notes": self.notes, **summary, **made.record}
+        hashes = publish(self.source, folder, self.out, self.described, entry)
+        shutil.rmtree(work.folder)
+        sampled_file(self.work).unlink(missing_ok=True)
+        return {"out": str(self.out), "source": str(self.source), **summary, "notes": self.notes,
+                "advice": advice(quality, self.source, self.out), "weights_sha256": hashes}

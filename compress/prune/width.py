@@ -1,0 +1,200 @@
+"""Narrower layers: which neurons, heads and channels go, by what passes through them, and what is left as a plain model.
+
+Muralidharan et al., "Compact Language Models via Pruning and Knowledge Distillation" (Minitron), 2024 (arXiv:2407.14679),
+section 2.2, from one pass over calibration text:
+
+* a feed-forward neuron counts as the mean size of its activation, |x_j| as the down projection is given it;
+* an attention head as the mean L2 norm of its output, as the output projection is given it. Query heads that share a key and
+  value head stay together: a group counts as the sum of its heads, and goes or stays whole;
+* a channel of the residual stream as the mean size of the norms' outputs there, over all layers.
+
+Every layer keeps as many of each, its own neurons and groups; the channels are the same everywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmc.compress.prune.config import PruneConfig
+from llmc.compress.skeleton import LinearGroup, Skeleton
+from llmc.errors import UserError
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")  # gated, with RMSNorms, by these names
+GEMMA = ("gemma2", "gemma3_text")  # scale their embedding by the root of the number of channels, and norms by 1 + weight
+DIVIDING = ("llama", "gemma2", "gemma3_text")  # transformers 5 wants the channels to be a multiple of the query heads
+WIDE, NARROW = 256, 32  # blocks of GGUF's types: K-quants, all others
+
+
+@dataclass(frozen=True)
+class Shape:
+    """ffn: neurons of a layer.  groups: key and value heads.  per_group: query heads of each.  head: its width.
+    hidden: channels of the residual stream."""
+
+    ffn: int
+    groups: int
+    per_group: int
+    head: int
+    hidden: int
+
+    @classmethod
+    def of(cls, config: Any) -> Shape:
+        c = config.get_text_config()
+        heads = c.num_attention_heads
+        groups = getattr(c, "num_key_value_heads", None) or heads
+        return cls(c.intermediate_size, groups, heads // groups, getattr(c, "head_dim", None) or c.hidden_size // heads,
+                   c.hidden_size)
+
+
+def narrowed(config: Any, c: PruneConfig) -> tuple[Shape, list[str]]:
+    """The shape after pruning, and a line on every number that is not the one asked for."""
+    kind = config.get_text_config().model_type
+    if kind not in FAMILIES:
+        raise UserError(f"--method width does not know the architecture {kind!r}",
+                        f"it knows {', '.join(FAMILIES)}; --method depth and the masks work for every architecture")
+    old = Shape.of(config)
+    groups = old.groups * c.heads
+    if abs(groups - round(groups)) > 0.02 or round(groups) < 1:
+        possible = ", ".join(f"{n / old.groups:.4g}" for n in range(1, old.groups + 1))
+        raise UserError(f"--heads {c.heads:g}: {old.groups * old.per_group} query heads share {old.groups} key and value "
+                        f"heads, and {groups:.4g} of these are no whole number", f"use one of {possible}")
+    new_groups = round(groups)
+    ffn, ffn_step = _rounded(old.ffn, c.ffn, "ffn", WIDE)
+    hidden, hidden_step = _rounded(old.hidden, c.hidden, "hidden", WIDE if old.hidden % WIDE == 0 else NARROW)
+    if kind in DIVIDING and hidden % (new_groups * old.per_group):
+        fitting = [n for n in range(1, old.groups + 1) if hidden % (n * old.per_group) == 0]
+        raise UserError(f"{hidden} channels are no multiple of {new_groups * old.per_group} query heads, and transformers "
+                        f"loads no {kind} model like that",
+                        f"use --heads {' or '.join(f'{n / old.groups:.4g}' for n in fitting)}" if fitting else
+                        "keep another share with --hidden")
+    notes = [f"{name}: {new} of {was}, the multiple of {step} nearest to {share:g} of it"
+             for name, new, was, step, share in (("ffn", ffn, old.ffn, ffn_step, c.ffn),
+                                                 ("hidden", hidden, old.hidden, hidden_step, c.hidden)) if share != 1]
+    if c.heads != 1:
+        notes.append(f"heads: {new_groups * old.per_group} of {old.groups * old.per_group}, in {new_groups} of "
+                     f"{old.groups} groups")
+    return Shape(ffn, new_groups, old.per_group, old.head, hidden), notes
+
+
+def _rounded(width: int, share: float, name: str, first: int) -> tuple[int, int]:
+    """(the multiple of `first` nearest to a share of `width`, where it is below it and within an eighth of what was asked for,
+    or else of NARROW; that multiple)."""
+    if share == 1:
+        return width, 1
+    for step in sorted({first, NARROW}, reverse=True):
+        found = int(width * share / step + 0.5) * step
+        if 0 < found < width and (step == NARROW or abs(found - width * share) <= width * share / 8):
+            return found, step
+    raise UserError(f"--{name} {share:g}: no multiple of {NARROW} lies near {width * share:.0f} and below {width}",
+                    f"keep {NARROW / width:.3g} to {(width - 1) // NARROW * NARROW / width:.3g} of it")
+
+
+class ImportanceWatch:
+    """A `LayerWatch`. A layer's tensors: 'ffn' [neurons], 'groups' [key and value heads], 'hidden' [channels], float32: sums
+    over tokens (and, of 'hidden', over the norms that linears read)."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+
+    def begin(self, index: int, layer: nn.Module, groups: list[LinearGroup]) -> None:
+        s = self.shape
+        self.sums = {"ffn": torch.zeros(s.ffn, dtype=torch.float64), "groups": torch.zeros(s.groups, dtype=torch.float64),
+                     "hidden": torch.zeros(s.hidden, dtype=torch.float64)}
+
+    def see(self, group: LinearGroup, inputs: torch.Tensor) -> None:
+        rows = inputs.reshape(-1, group.in_features).float()
+        if group.names[0].endswith("down_proj"):
+            self._add("ffn", rows.abs())
+        elif group.names[0].endswith("o_proj"):
+            by_head = torch.linalg.vector_norm(rows.view(len(rows), self.shape.groups, -1, self.shape.head), dim=-1)
+            self._add("groups", by_head.sum(-1))
+        else:
+            self._add("hidden", rows.abs())
+
+    def finish(self, index: int, layer: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        return {name: sums.float() for name, sums in self.sums.items()}, {"layer": index}
+
+    def _add(self, name: str, sizes: torch.Tensor) -> None:
+        self.sums[name] += sizes.sum(0).double().cpu()
+
+
+def highest(importance: torch.Tensor, count: int) -> torch.Tensor:
+    """int64 [count]: where the largest are, ascending; of equal ones, the first."""
+    return importance.argsort(descending=True, stable=True)[:count].sort().values
+
+
+@dataclass
+class Slices:
+    """Which rows and columns of every tensor stay. ffn, groups: int64, by layer; hidden: int64."""
+
+    old: Shape
+    new: Shape
+    gemma: bool
+    ffn: list[torch.Tensor]
+    groups: list[torch.Tensor]
+    hidden: torch.Tensor
+    scale: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.scale = (self.old.hidden / self.new.hidden) ** 0.5 if self.gemma else 1.0
+
+    def cut(self, name: str, tensor: torch.Tensor, layer: int | None, tied: bool) -> torch.Tensor:
+        """A tensor of the checkpoint in its new shape; layer: None outside the decoder layers."""
+        owner, part = name.rpartition(".")[0].rpartition(".")[2], name.rpartition(".")[2]
+        if layer is None:
+            cut = tensor.index_select(-1, self.hidden)
+            return self._rescaled(owner, cut, tied) if self.scale != 1 else cut
+        rows, columns = self._of(owner, layer, tensor, name)
+        cut = tensor if rows is None else tensor.index_select(0, rows)
+        return cut if columns is None or part == "bias" else cut.index_select(1, columns)
+
+    def _of(self, owner: str, layer: int, tensor: torch.Tensor, name: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """(rows, columns) that stay of a tensor of a decoder layer; None: all. Of biases the rows, which they have too."""
+        s, ffn = self.old, self.ffn[layer]
+        kv = self._spread(self.groups[layer], s.head)
+        query = self._spread(self.groups[layer], s.per_group * s.head)
+        first_k, first_v = s.groups * s.per_group * s.head, s.groups * (s.per_group + 1) * s.head
+        known = {
+            "q_proj": (query, self.hidden), "k_proj": (kv, self.hidden), "v_proj": (kv, self.hidden),
+            "qkv_proj": (torch.cat([query, first_k + kv, first_v + kv]), self.hidden), "o_proj": (self.hidden, query),
+            "gate_proj": (ffn, self.hidden), "up_proj": (ffn, self.hidden), "down_proj": (self.hidden, ffn),
+            "gate_up_proj": (torch.cat([ffn, s.ffn + ffn]), self.hidden),
+            "q_norm": (None, None), "k_norm": (None, None),  # of single heads
+        }
+        if owner in known:
+            return known[owner]
+        if owner.endswith("layernorm") and tensor.shape == (s.hidden,):
+            return self.hidden, None
+        raise UserError(f"--method width does not know what {name} is for", "use --method depth or a mask")
+
+    def _rescaled(self, owner: str, cut: torch.Tensor, tied: bool) -> torch.Tensor:
+        """Gemma multiplies its embedding by the root of the number of channels, which falls: the table makes up for it, and
+        where it is the head too, the last norm (1 + weight) takes that back."""
+        if owner == "embed_tokens":
+            return (cut.float() * self.scale).to(cut.dtype)
+        if owner == "norm" and tied:
+            return ((1 + cut.float()) / self.scale - 1).to(cut.dtype)
+        return cut
+
+    @staticmethod
+    def _spread(groups: torch.Tensor, width: int) -> torch.Tensor:
+        """The rows of whole groups, `width` rows each."""
+        return (groups[:, None] * width + torch.arange(width)).flatten()
+
+
+def slices(skeleton: Skeleton, new: Shape, sums: list[dict[str, torch.Tensor]]) -> Slices:
+    """What stays, by the importance that `ImportanceWatch` summed in each layer."""
+    hidden = torch.stack([s["hidden"] for s in sums]).double().sum(0)
+    kind = skeleton.config.get_text_config().model_type
+    return Slices(Shape.of(skeleton.config), new, kind in GEMMA, [highest(s["ffn"], new.ffn) for s in sums],
+                  [highest(s["groups"], new.groups) for s in sums], highest(hidden, new.hidden))
+
+
+def narrow_config(raw: dict[str, Any], new: Shape) -> dict[str, Any]:
+    """config.json of the new shape, the width of a head spelled out: it no longer follows from the others."""
+    values = {"intermediate_size": new.ffn, "num_attention_heads": new.groups * new.per_group,
+              "num_key_value_heads": new.groups, "head_dim": new.head, "hidden_size": new.hidden}
+    return {**raw, "text_config": {**raw["text_config"], **values}} if "text_config" in raw else {**raw, **values}

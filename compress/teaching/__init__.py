@@ -1,0 +1,1 @@
+"""Training a model to say what another says: what healing and distillation share."""

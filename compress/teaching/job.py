@@ -1,0 +1,148 @@
+"""A teaching from two folders to a third: what `llmc heal` and `llmc distill` do around their training.
+
+The student's folder is published again with the tensors that changed; every other byte of it stays. While it runs, a hidden
+folder beside the output keeps what `--resume` needs, under a fingerprint of all that decides the result.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from llmc.artifact import MANIFEST, hash_folder, new_manifest, publish_folder, read_manifest, staged_file, write_json
+from llmc.checkpoint import Checkpoint
+from llmc.compress.precision import matmul_precision
+from llmc.compress.preparation import SAMPLING_BATCH
+from llmc.compress.sampling import sample_from_model
+from llmc.compress.teaching.models import load_teacher
+from llmc.compress.teaching.teacher import Cached, Running, Teacher
+from llmc.compress.teaching.texts import Texts, TextSettings, gather
+from llmc.compress.unfinished import fingerprint, open_unfinished
+from llmc.console import say
+from llmc.errors import UserError
+from llmc.runtimes.torch_model import load_tokenizer, load_torch_model
+from llmc.shards import pieces_of, write_checkpoint
+from llmc.sources import describe_source
+
+
+class Settings(TextSettings, Protocol):
+    """What the configs of teaching commands share."""
+
+    @property
+    def teacher_top_k(self) -> int | None: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def resume(self) -> bool: ...
+    def numbers(self) -> dict[str, Any]: ...
+
+
+class Job:
+    """name: the pass in the manifest's chain.  out: the folder to make."""
+
+    name: str
+    processes = 1  # that train together
+    answers_only = False  # of conversations
+
+    def __init__(self, folder: Path, teacher: Path, config: Settings, threads: int, out: Path, device: torch.device) -> None:
+        self.folder, self.teacher_folder, self.settings, self.threads = folder, teacher, config, threads
+        self.out, self.device = out, device
+        self.work = out.with_name(f".{out.name}.unfinished")
+        self.checkpoint = Checkpoint.open(folder)
+        native = matmul_precision() == "bf16" or device.type != "cpu"
+        precision = config.precision if config.precision != "auto" else "bf16" if native else "fp32"
+        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes (it is one of several)."""
+        return True
+
+    def leader_first(self) -> AbstractContextManager[Any]:
+        """The leading process goes through a block before the others."""
+        return nullcontext()
+
+    def open_work(self) -> None:
+        """The folder of an unfinished run, guarded by a fingerprint."""
+        self.source, self.teacher_source = describe_source(self.folder), describe_source(self.teacher_folder)
+        key = fingerprint(self.settings.numbers(), self.threads, self.source["files"], device=str(self.device),
+                          dtype=str(self.dtype), teacher=self.teacher_source["files"], processes=self.processes)
+        with self.leader_first():
+            open_unfinished(self.work, key, self.settings.resume or not self.leads)
+
+    def texts(self) -> Texts:
+        """The sequences to learn from and to judge by."""
+        return gather(self.settings, load_tokenizer(self.folder), self._sample, self.processes, self.answers_only)
+
+    def _sample(self, count: int) -> torch.Tensor:
+        """So many sequences of the teacher's own text; a resumed run finds them."""
+        kept = self.work / "sampled.safetensors"
+        with self.leader_first():
+            if not kept.is_file():
+                say(f"sampling {count} sequences of text from the teacher")
+                model = load_torch_model(self.teacher_folder, str(self.device), torch.bfloat16)
+                ids = sample_from_model(model, load_tokenizer(self.folder), count, self.settings.seq_len, self.settings.seed,
+                                        SAMPLING_BATCH)
+                with staged_file(kept) as tmp:
+                    save_file({"ids": ids}, tmp)
+        return load_file(kept)["ids"]
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Inside, models run in the precision of this job."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            yield
+
+    def teacher(self, texts: Texts, vocab: int | None = None, temperature: float = 1.0) -> Teacher:
+        """The float model, or its likeliest tokens: then the model is in memory only until it has said them.
+
+        vocab, temperature: of what it says (see Running).
+        """
+        k = self.settings.teacher_top_k
+        shape = (texts.sequences.shape[0], texts.sequences.shape[1])
+        if k is not None and Cached.complete(self.work):
+            return Cached(self.work, shape, k, self.device)
+        model = load_teacher(self.teacher_folder, self.dtype).to(self.device)
+        running = Running(model, texts.sequences, texts.held_out, self.forward, vocab, temperature)
+        if k is None:
+            return running
+        rows = vocab or model.get_output_embeddings().weight.shape[0]
+        if k > rows:
+            raise UserError(f"--teacher-top-k {k}: the model has {rows} tokens", "give fewer")
+        with self.leader_first():
+            cached = Cached(self.work, shape, k, self.device)
+            if not Cached.complete(self.work):
+                cached.fill(running)
+        return cached
+
+    def publish(self, kind: str, changed: dict[str, torch.Tensor], texts: Texts, result: dict[str, Any]) -> dict[str, Any]:
+        """The student's folder with its changed tensors, every other byte as it was. Returns what the command prints."""
+        new = self.work / "changed.safetensors"
+        save_file(changed, new)
+        folder = self.work / "artifact"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        headers = self.checkpoint.headers
+        kept = [piece for f in self.checkpoint.files for piece in pieces_of(f, set(headers[f]) - set(changed))]
+        write_checkpoint(folder, kept + pieces_of(new))
+        for file in self.folder.iterdir():
+            if file.is_file() and file.name != MANIFEST and ".safetensors" not in file.name:
+                shutil.copyfile(file, folder / file.name)
+        entry = {"name": self.name, "config": self.settings.numbers(), "threads": self.threads, "device": str(self.device),
+                 "precision": str(self.dtype).removeprefix("torch."), "teacher": self.teacher_source,
+                 "texts": texts.origins, **result}
+        before = read_manifest(self.folder) or {}
+        manifest = new_manifest(kind, before.get("source") or self.source, [*before.get("passes", []), entry])
+        manifest["outputs"] = hash_folder(folder)
+        write_json(folder / MANIFEST, manifest)
+        publish_folder(folder, self.out)
+        shutil.rmtree(self.work)
+        return {"out": str(self.out), **{k: v for k, v in result.items() if k not in ("losses", "layers")},
+                "texts": [{"name": o["name"], "share": o["share"]} for o in texts.origins],
+                "weights_sha256": {k: v for k, v in manifest["outputs"].items() if "safetensors" in k}}

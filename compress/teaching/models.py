@@ -1,0 +1,87 @@
+"""What teaching does with models: load the teacher, take apart body and head, and say what a checkpoint calls a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from llmc.compress.skeleton import find_layers, is_linear
+from llmc.runtimes.torch_model import load_torch_model
+
+
+class Names(Protocol):
+    """A set, a dictionary, a checkpoint."""
+
+    def __contains__(self, name: str, /) -> bool: ...
+
+
+def called(name: str, known: Names, prefix: str) -> str:
+    """What `known` calls something: as it is, or with the base model's prefix left out or added."""
+    return next(n for n in (name, name.removeprefix(prefix + "."), f"{prefix}.{name}") if n in known)
+
+
+def load_teacher(folder: Path, dtype: torch.dtype) -> Any:
+    """The float model, frozen. Only the linears of its body are `dtype`: as in the student, all else is float32."""
+    model = load_torch_model(folder).requires_grad_(False)
+    for module in getattr(model, model.base_model_prefix).modules():
+        if is_linear(module):
+            module.to(dtype)
+    cast_head(model, dtype)
+    return model
+
+
+def cast_head(model: Any, dtype: torch.dtype) -> None:
+    """The frozen head in the type of the products, once and not at each use; a table it shared stays as it is."""
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear and head.weight.dtype != dtype:
+        cast = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
+        cast.weight = nn.Parameter(head.weight.detach().to(dtype), requires_grad=False)
+        cast.bias = None if head.bias is None else nn.Parameter(head.bias.detach().to(dtype), requires_grad=False)
+        model.set_output_embeddings(cast)
+
+
+def checkpoint_layers(model: Any) -> None:
+    """Let each decoder layer keep its input alone, and run again in the backward pass (Chen et al., 2016, arXiv:1604.06174).
+    (transformers' own switch is for models in training mode, whose dropout is on.)"""
+    _, layers = find_layers(model)
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)  # type: ignore[method-assign]
+
+
+def hidden_states(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """What the head reads: [n, seq_len, hidden], after the last norm."""
+    states: torch.Tensor = getattr(model, model.base_model_prefix)(input_ids=ids, use_cache=False).last_hidden_state
+    return states
+
+
+@contextmanager
+def head_of(model: Any) -> Iterator[Any]:
+    """Inside, a function from hidden states [1, n, hidden] to logits [n, vocab], with whatever the architecture does
+    there (soft caps, scalings): the model itself, whose body hands the given states through."""
+    from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+    body = getattr(model, model.base_model_prefix)
+    forward = body.forward
+    given: list[torch.Tensor] = []
+    body.forward = lambda *_args, **_kwargs: BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=given[-1])
+    nothing = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
+
+    def head(states: torch.Tensor) -> torch.Tensor:
+        given.append(states)
+        try:
+            logits: torch.Tensor = model(input_ids=nothing, use_cache=False).logits[0]
+        finally:
+            given.pop()
+        return logits
+
+    try:
+        yield head
+    finally:
+        body.forward = forward

@@ -1,0 +1,172 @@
+"""The steps of a training: schedule, looks at the held-out text, early stop, and files that a killed run goes on from."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from llmc.artifact import staged_file
+from llmc.console import progress, say
+
+WARM_UP = 0.05  # share of the steps
+FLOOR = 0.05  # of the learning rate, at the end of the cosine
+BETAS = (0.9, 0.95)
+
+
+class Steps(Protocol):
+    """The settings that a training reads."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def check_every(self) -> int: ...
+    @property
+    def patience(self) -> int: ...
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float, step: int, steps: int) -> None:
+    """Each group's share of the rate of this step."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["share"] * schedule(step, steps)
+
+
+def schedule(step: int, steps: int) -> float:
+    """Share of the learning rate: linear warm-up, then a cosine down to FLOOR (Loshchilov and Hutter, 2017)."""
+    warm = max(1, round(WARM_UP * steps))
+    if step < warm:
+        return (step + 1) / warm
+    return FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+@dataclass
+class Curve:
+    """checks: {'step', what the held-out text says, 'training' (mean loss since the last)}.  losses: of every step.
+    by: the figure of a check that counts."""
+
+    checks: list[dict[str, Any]]
+    losses: list[float]
+    by: str = "kld"
+
+    @property
+    def best(self) -> dict[str, Any]:
+        return min(self.checks, key=lambda row: row[self.by])
+
+    def stalled(self, c: Steps) -> bool:
+        """Whether the last checks, so many as `patience` says, brought nothing. (While the rate is high the loss may rise and
+        come back: patience counts in the second half.)"""
+        since = self.checks[-1]["step"] - max(self.best["step"], c.steps // 2)
+        return bool(since >= c.patience * c.check_every)
+
+
+class Training:
+    """parameters: what is trained, by name; lr: of groups whose share is 1.  work: where the best parameters and all that
+    `--resume` needs are kept.  writes: whether this process does the keeping (one of several that train together)."""
+
+    what = "training"
+    by = "kld"
+
+    def __init__(self, config: Steps, lr: float, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer,
+                 work: Path, writes: bool = True) -> None:
+        self.config, self.lr, self.parameters, self.optimizer = config, lr, parameters, optimizer
+        self.work, self.writes = work, writes
+
+    def learn(self, step: int) -> float:
+        """Make the gradients of a step. Returns its loss."""
+        raise NotImplementedError
+
+    def judge(self) -> dict[str, float]:
+        """What the held-out text says: the figure `by`, and others."""
+        raise NotImplementedError
+
+    def update(self) -> None:
+        """Move the parameters along their gradients."""
+        self.optimizer.step()
+
+    def settled(self) -> None:
+        """Files were written: wait until all processes can read them."""
+
+    def train(self) -> Curve:
+        """Every step that is not done yet; the parameters end as the best by the held-out text."""
+        c, curve = self.config, self._restore()
+        done = len(curve.losses)
+        if not curve.checks:
+            curve.checks.append({"step": 0, **self.judge(), "training": None})
+            self._keep_best()
+        with progress(f"{self.what}, step", c.steps, done) as p:
+            for step in range(done, c.steps):
+                if curve.stalled(c):
+                    say(f"no better for {c.patience} checks: stopped at step {step}")
+                    break
+                set_rate(self.optimizer, self.lr, step, c.steps)
+                self.optimizer.zero_grad(set_to_none=True)
+                curve.losses.append(self.learn(step))
+                self.update()
+                note = f"loss {curve.losses[-1]:.4f}"
+                if (step + 1) % c.check_every == 0 or step + 1 == c.steps:
+                    note = self._check(step + 1, curve)
+                p.step(note)
+        self.settled()
+        best = load_file(self.work / "best.safetensors")
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(best[name])
+        return curve
+
+    def _check(self, step: int, curve: Curve) -> str:
+        """Look at the held-out text after `step` steps. Returns a note for the progress line."""
+        found, recent = self.judge(), curve.losses[curve.checks[-1]["step"]:]
+        better = found[self.by] < curve.best[self.by]
+        curve.checks.append({"step": step, **found, "training": sum(recent) / len(recent)})
+        if better:
+            self._keep_best()
+        self._save(curve)
+        return f"held-out {self.by} {found[self.by]:.4f} (start {curve.checks[0][self.by]:.4f})"
+
+    # ---------------------------------------------------------------------------------------------------- what is kept
+
+    def _keep_best(self) -> None:
+        if self.writes:
+            with staged_file(self.work / "best.safetensors") as tmp:
+                save_file({k: p.detach().cpu().contiguous() for k, p in self.parameters.items()}, tmp)
+
+    def _save(self, curve: Curve) -> None:
+        """Everything that `--resume` needs to go on bit-identically after the last check, in one file."""
+        if not self.writes:
+            return
+        tensors: dict[str, torch.Tensor] = {}
+        for name, p in self.parameters.items():
+            tensors[f"{name}:value"] = p.detach()
+            tensors |= {f"{name}:{key}": t for key, t in self.optimizer.state[p].items()}
+        metadata = {"checks": json.dumps(curve.checks), "losses": json.dumps(curve.losses)}
+        with staged_file(self.work / "state.safetensors") as tmp:
+            save_file({k: t.cpu().contiguous() for k, t in tensors.items()}, tmp, metadata=metadata)
+
+    @torch.no_grad()
+    def _restore(self) -> Curve:
+        path = self.work / "state.safetensors"
+        if not path.is_file():
+            return Curve([], [], self.by)
+        with safe_open(path, framework="pt") as f:
+            curve = Curve(json.loads(f.metadata()["checks"]), json.loads(f.metadata()["losses"]), self.by)
+            stored: dict[str, dict[str, str]] = {}
+            for key in f.keys():  # noqa: SIM118 - no dictionary
+                name, _, field = key.rpartition(":")
+                stored.setdefault(name, {})[field] = key
+            for name, p in self.parameters.items():
+                keys = stored[name]
+                p.copy_(f.get_tensor(keys.pop("value")))
+                self.optimizer.state[p] = {field: self._placed(field, f.get_tensor(key), p) for field, key in keys.items()}
+        say(f"resuming after step {len(curve.losses)}")
+        return curve
+
+    def _placed(self, field: str, value: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+        """Where the optimiser wants it: counts of steps stay on the CPU, but for a fused one."""
+        fused = any(group.get("fused") for group in self.optimizer.param_groups)
+        return value if field == "step" and not fused else value.to(p.device)

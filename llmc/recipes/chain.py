@@ -1,0 +1,266 @@
+"""What each step of a recipe works on, and whether it can: legality is decided by the kinds of artifacts, from data."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llmc.block_grids import GRIDS
+from llmc.compress.prune.config import MASKS
+from llmc.errors import UserError
+from llmc.onnx_folder import is_onnx_folder
+from llmc.recipes.commands import ARTIFACTS, CALLED, FLOAT, GGUF, ONNX, ONNX_GRIDS, PAGE, QUANTISED, REPORT
+from llmc.recipes.recipe import BASE, EACH, Recipe, nearest, override, parse, read_text, scalar
+from llmc.recipes.typed import Typed, type_steps
+from llmc.sources import HUB_ID, WHAT_TO_GIVE
+
+
+@dataclass(frozen=True)
+class Step:
+    """A legal step. inputs: names of steps or 'base'.  teacher: the same, or a model's path, None where it takes none.
+    kind: of what it gives.  reports: for compare, the eval and bench steps that measured each input, in its order."""
+
+    typed: Typed
+    inputs: tuple[str, ...]
+    teacher: str | None
+    kind: str
+    reports: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.typed.name
+
+    @property
+    def command(self) -> str:
+        return self.typed.command.name
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A recipe that can be run. base: the model's path or hub id."""
+
+    recipe: Recipe
+    base: str
+    steps: tuple[Step, ...]
+
+    def step(self, name: str) -> Step:
+        return next(s for s in self.steps if s.name == name)
+
+
+def load(source: str | Path, model: str | Path | None = None, settings: dict[str, Any] | None = None,
+         need_model: bool = True) -> Chain:
+    """Read a recipe, set `settings` ('step.option': value; text is read as YAML reads it) and check it all.
+
+    Raises UserError with every problem of the recipe at once. need_model False: a recipe without a model is checked for a
+    float one.
+    """
+    name, text, folder = read_text(source)
+    problems: list[str] = []
+    recipe = parse(name, text, folder, problems)
+    values = {k: scalar(v) if isinstance(v, str) and k != "model" else v for k, v in (settings or {}).items()}
+    recipe = override(recipe, values, problems)
+    if model is not None:
+        recipe = replace(recipe, model=str(model))
+    typed = type_steps(recipe, problems)
+    base, kind = _base(recipe, need_model, problems)
+    steps = _Linker(recipe, kind, problems).link(typed)
+    if found := sorted(dict.fromkeys(problems), key=_line_of):
+        listed = "\n  ".join(found)
+        raise UserError(f"the recipe {name} has {len(found)} problem{'s' * (len(found) > 1)}:\n  {listed}",
+                        "nothing was read or run; options are those of `llmc COMMAND --help`")
+    return Chain(recipe, base, tuple(steps))
+
+
+def _line_of(problem: str) -> int:
+    """For sorting by place; what has no line comes first."""
+    found = re.match(r"line (\d+)", problem)
+    return int(found[1]) if found else 0
+
+
+def _base(recipe: Recipe, need_model: bool, problems: list[str]) -> tuple[str, str]:
+    """The model that it all starts from, and its kind (of a hub id: a float model until it is here)."""
+    if not recipe.model:
+        if need_model:
+            problems.append("there is no model: give --model MODEL, or write `model:` into the recipe")
+        return "", FLOAT
+    base = recipe.path(recipe.model)
+    path = Path(base)
+    if path.is_dir():
+        if is_onnx_folder(path):
+            problems.append(f"model {base}: an ONNX folder is made by export and cannot be the start")
+            return base, FLOAT
+        try:
+            from llmc.checkpoint import Checkpoint
+
+            return str(path.absolute()), QUANTISED if Checkpoint.open(path).quantization else FLOAT
+        except UserError as e:
+            problems.append(f"model: {e.problem}")
+    elif path.is_file():
+        if path.suffix != ".gguf":
+            problems.append(f"model {base}: {WHAT_TO_GIVE}")
+        return str(path.absolute()), FLOAT  # its values, dequantised
+    elif HUB_ID.fullmatch(base) is None:
+        problems.append(f"model: there is no folder or file {base}: {WHAT_TO_GIVE}")
+    return base, FLOAT
+
+
+class _Linker:
+    """Walks the steps in order and knows what has been made so far."""
+
+    def __init__(self, recipe: Recipe, base_kind: str, problems: list[str]) -> None:
+        self.recipe, self.problems = recipe, problems
+        self.kinds: dict[str, str | None] = {BASE: base_kind}  # None: a step that has problems of its own
+        self.made: dict[str, Step] = {}
+        self.newest = BASE
+
+    def link(self, typed: list[Typed | None]) -> list[Step]:
+        for entry, t in zip(self.recipe.steps, typed, strict=True):
+            if t is None:
+                self.kinds[entry.name] = None
+                if entry.command not in ("export", "eval", "bench", "compare"):
+                    self.newest = entry.name
+                continue
+            step = self._step(t)
+            self.kinds[t.name] = t.gives
+            self.made[t.name] = step
+            if t.command.makes_model and t.gives not in (GGUF, ONNX):
+                self.newest = t.name
+        return list(self.made.values())
+
+    def _step(self, t: Typed) -> Step:
+        if t.gives == PAGE:
+            return self._compare(t)
+        if t.gives == REPORT:
+            return Step(t, self._measured(t), None, REPORT)
+        inputs = self._checked(t, t.of or (self.newest,), t.command.takes)
+        if len(inputs) > 1:
+            self._problem(t, "of", f"{t.command.name} works on one model, and {', '.join(inputs)} were named")
+        if inputs[:1]:
+            self._rules(t, inputs[0])
+        return Step(t, inputs[:1], self._teacher(t, inputs[0] if inputs else BASE), t.gives)
+
+    def _problem(self, t: Typed, option: str, words: str) -> None:
+        where = t.entry.where(option if option in t.entry.options else None)
+        self.problems.append(f"{where}: {words}")
+
+    def _checked(self, t: Typed, names: tuple[str, ...], takes: tuple[str, ...]) -> tuple[str, ...]:
+        """The names that are there and of a kind that the command takes; the others are problems."""
+        good = []
+        for name in names:
+            kind = self.kinds.get(name)
+            if name not in self.kinds:
+                self._problem(t, "of", f"there is no earlier step {name!r}{nearest(name, self.kinds)}")
+            elif kind is not None and kind not in takes:
+                what = CALLED.get(kind, "no model")
+                need = " or ".join(CALLED[k] for k in takes)
+                self._problem(t, "of", f"{t.command.name} takes {need}, and {name} is {what}{_remedy(t.command.name, kind)}")
+            else:
+                good.append(name)
+        return tuple(good)
+
+    def _teacher(self, t: Typed, student: str) -> str | None:
+        """The teacher of heal and distill: the base, or for healing what is of the student's shape."""
+        if t.command.name not in ("heal", "distill"):
+            return None
+        reshaped = t.command.name == "heal" and any(self._reshapes(n) for n in self._line(student))
+        if t.teacher is None:
+            if reshaped:  # layers must pair: the float model that was quantised has the shape
+                return next((n for n in self._line(student) if self.kinds.get(n) == FLOAT), BASE)
+            if self.kinds[BASE] == QUANTISED:
+                self._problem(t, "teacher", "the base is quantised itself: name a float teacher")
+            return BASE
+        if t.teacher not in self.kinds:
+            path = self.recipe.path(t.teacher)
+            if not Path(path).exists() and HUB_ID.fullmatch(path) is None:
+                self._problem(t, "teacher", f"there is no earlier step and no model {path!r}{nearest(path, self.kinds)}")
+            return path
+        if self.kinds[t.teacher] not in (FLOAT, None):
+            self._problem(t, "teacher", f"the teacher must be a float model, and {t.teacher} is "
+                                        f"{CALLED.get(str(self.kinds[t.teacher]), 'no model')}")
+        elif reshaped and not any(self._reshapes(n) for n in self._line(t.teacher)):
+            self._problem(t, "teacher", f"{t.teacher} has another shape than what is healed: layers are paired")
+        return t.teacher
+
+    def _line(self, name: str) -> list[str]:
+        """A step and what it was made from, newest first; the base is no step."""
+        line = []
+        while name in self.made:
+            line.append(name)
+            name = self.made[name].inputs[0] if self.made[name].inputs else BASE
+        return line
+
+    def _reshapes(self, name: str) -> bool:
+        step = self.made[name]
+        return step.command == "prune" and step.typed.config.method not in MASKS
+
+    def _rules(self, t: Typed, source: str) -> None:
+        """What kinds alone do not tell."""
+        line = self._line(source)
+        quantised = next((self.made[n] for n in line if self.made[n].command == "quantize"), None)
+        config = t.config
+        if t.format == "onnx" and quantised:
+            q = quantised.typed.config
+            grid = q.target or (q.preset or q.grid)
+            if grid is not None and grid not in ONNX_GRIDS:
+                self._problem(t, "of", f"ONNX Runtime has no weight types for what {quantised.name} makes ({grid}): it has "
+                                       f"--bits 4 and 8 and the grids {', '.join(ONNX_GRIDS)}")
+            if config.dtype is not None:
+                self._problem(t, "dtype", f"{source} is quantised, and its codes are carried over: leave dtype out")
+        masked = [n for n in line if self.made[n].command == "prune" and not self._reshapes(n)]
+        if masked and t.command.name == "transform" and config.rotate != "none":
+            self._problem(t, "rotate", f"a rotation fills the zeros of {masked[0]}: rotate before pruning")
+        if masked and t.command.name == "quantize" and config.grid and not (
+                config.lose_zeros or GRIDS[config.grid].holds_zero):
+            self._problem(t, "grid", f"{config.grid} has no code for the zeros of {masked[0]}: take another grid, or "
+                                     "lose_zeros: true")
+
+    # ---------------------------------------------------------------------------------------------- what is measured
+
+    def _exports(self, of_base: bool) -> list[str]:
+        """Exported artifacts so far: those of the base itself, or the others."""
+        return [n for n, s in self.made.items() if s.kind in (GGUF, ONNX) and (s.inputs == (BASE,)) == of_base]
+
+    def _measured(self, t: Typed) -> tuple[str, ...]:
+        """What eval, bench and compare look at: the base (or its exports), then every export so far, or the newest model."""
+        base = self._exports(of_base=True) or [BASE]
+        if t.of == (EACH,):
+            models = [n for n, s in self.made.items() if s.kind in ARTIFACTS and n not in base]
+            return (*base, *models)
+        if t.of is None:
+            others = self._exports(of_base=False) or [self.newest] * (self.newest != BASE)
+            return tuple(n for n in (*base, *others) if self.kinds.get(n) is not None)
+        return self._checked(t, tuple(dict.fromkeys(t.of)), ARTIFACTS)
+
+    def _compare(self, t: Typed) -> Step:
+        """The artifacts to hold side by side, the base's first, and the newest measurements of each."""
+        measurements = [s for s in self.made.values() if s.kind == REPORT]
+        seen = list(dict.fromkeys(n for s in measurements for n in s.inputs))
+        names = tuple(n for n in self._measured(t) if n in seen or t.of not in (None, (EACH,)))
+        reports = []
+        for name in names:
+            newest = {s.command: s.name for s in measurements if name in s.inputs}
+            reports.append(tuple(newest.values()))
+            if not newest:
+                self._problem(t, "of", f"{name} was not measured: put an eval or bench step before it")
+        if not names and not any(k is None for k in self.kinds.values()):
+            self._problem(t, "of", "there is nothing to compare: put an eval or bench step before it")
+        for gate, needs in (("max_ppl_increase", "eval"), ("max_kld", "eval"), ("min_top1", "eval"),
+                            ("min_decode_speedup", "bench")):
+            lacking = [n for n, steps in zip(names, reports, strict=True)
+                       if not any(self.made[s].command == needs for s in steps)]
+            if getattr(t.config, gate) is not None and lacking and None not in self.kinds.values():
+                self._problem(t, gate, f"{gate} needs {needs} of {', '.join(lacking)}: put a step `{needs}` before it")
+        return Step(t, names, None, PAGE, tuple(reports))
+
+
+def _remedy(command: str, kind: str) -> str:
+    """': put a quantize step before it', where one step would do."""
+    if command == "heal" and kind == FLOAT:
+        return ": put a quantize step before it"
+    if kind == QUANTISED:
+        return f": {command} comes before quantize"
+    if kind in (GGUF, ONNX):
+        return ": an exported file is an end; name the model with `of`"
+    return ""

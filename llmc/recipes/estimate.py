@@ -1,0 +1,90 @@
+"""How long and how large a step will be: from what such steps took in this folder before, and from the commands' own plans.
+
+Nothing is guessed: without an earlier step of the kind there is no time.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from llmc.artifact import NOTES, write_json
+from llmc.errors import UserError
+from llmc.recipes.jobs import Job
+
+KEPT = 8  # earlier steps of a kind that are remembered
+
+
+def kind(job: Job) -> str:
+    """Steps whose times can be held against each other, scaled by `work`."""
+    config = job.step.typed.config
+    how = [str(getattr(config, name)) for name in ("method", "scope", "gauge", "exporter", "device") if hasattr(config, name)]
+    return " ".join([job.step.command, job.step.typed.format, *how, str(getattr(config, "heal", 0) > 0)])
+
+
+def work(job: Job, base_bytes: int) -> float:
+    """What the time of a step goes with: the base's bytes times the tokens (or repetitions) that are run through it."""
+    c = job.step.typed.config
+    if hasattr(c, "steps"):
+        tokens = c.steps * c.batch * getattr(c, "accumulate", 1) * c.seq_len
+    elif hasattr(c, "chunks"):
+        tokens = (c.chunks or 1000) * c.context * (1 + (c.second_text is not None)) * (not c.no_text) + 100 * len(
+            c.tasks) * c.task_items
+    elif hasattr(c, "repetitions"):
+        tokens = (c.repetitions + c.warmup) * (c.prompt + c.generate) * len(job.inputs)
+    else:
+        tokens = c.samples * c.seq_len if getattr(c, "calibrated", hasattr(c, "samples")) else 1
+    return float(base_bytes) * tokens
+
+
+class Times:
+    """Seconds and bytes of earlier steps, in `.llmc/` of the working folder."""
+
+    def __init__(self) -> None:
+        self.path = Path(NOTES) / "step-times.json"
+        self.known: dict[str, list[list[float]]] = (
+            json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {})
+
+    def seconds(self, job: Job, base_bytes: int) -> float | None:
+        """The median of earlier steps of the kind, scaled."""
+        rates = [s / w for w, s, _, _ in self.known.get(kind(job), [])]
+        return median(rates) * work(job, base_bytes) if rates else None
+
+    def disk(self, job: Job, base_bytes: int) -> float | None:
+        """Bytes that it will leave, by what such steps left of a base's."""
+        shares = [left / base for _, _, base, left in self.known.get(kind(job), [])]
+        return median(shares) * base_bytes if shares else None
+
+    def note(self, job: Job, base_bytes: int, seconds: float, left: int) -> None:
+        """Remember a step that was run from start to end."""
+        self.known[kind(job)] = [*self.known.get(kind(job), []), [work(job, base_bytes), seconds, base_bytes, left]][-KEPT:]
+        self.path.parent.mkdir(exist_ok=True)
+        write_json(self.path, self.known)
+
+
+def own_plan(job: Job, model: Path | str, base: str, there: bool) -> dict[str, Any]:
+    """What the command's own --dry-run says of memory and disk, in bytes; {} where it has none.
+
+    model: what it will work on, or the base where that is not made yet (there False): its problems are then not the step's.
+    """
+    import llmc
+
+    options = job.step.typed.options()
+    try:
+        # the plan of a budget measures first, for minutes
+        if job.step.command in ("prune", "distill", "quantize") and not getattr(job.step.typed.config, "target", None):
+            teacher = {"teacher": base} if job.teacher else {}
+            plan: dict[str, Any] = getattr(llmc, job.step.command)(model, dry_run=True, **teacher, **options)
+            return {k: plan[k] for k in ("memory_bytes", "disk_bytes") if k in plan}
+        if job.step.command == "transform":
+            from llmc.compress.transform.run import check, disk_bytes
+            from llmc.sources import resolve_model
+
+            config = job.step.typed.config
+            return {"disk_bytes": disk_bytes(check(resolve_model(model), config), config)}
+    except UserError:
+        if there:
+            raise
+    return {}

@@ -1,0 +1,131 @@
+"""Who is who: sha256 of what decides a step. Files are hashed once and known again by size and time of change."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import time
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from llmc.artifact import sha256, write_json
+from llmc.checkpoint import INDEX, TOKENIZER_FILES, Checkpoint
+from llmc.recipes.chain import Step
+from llmc.recipes.commands import REPORT
+
+YOUNG = 2.0  # seconds: a file changed this lately could change again without its time telling
+RUNTIMES = ("torch", "transformers", "llama-cpp-python", "onnxruntime")  # measurements are of these too
+
+
+class Hashes:
+    """sha256 of files, remembered in `memo` by path, size, time of change and inode."""
+
+    def __init__(self, memo: Path) -> None:
+        self.memo = memo
+        self.known: dict[str, list[Any]] = json.loads(memo.read_text(encoding="utf-8")) if memo.is_file() else {}
+        self.changed = False
+
+    def of(self, path: Path) -> str:
+        """sha256 of a file, or of a folder's files by name."""
+        if path.is_dir():
+            files = sorted(p for p in path.rglob("*") if p.is_file())
+            return digest({p.relative_to(path).as_posix(): self.of(p) for p in files})
+        stat = path.stat()
+        mark = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        name = str(path.absolute())
+        if self.known.get(name, [])[:3] != mark:
+            self.known[name] = [*mark, sha256(path)]
+            self.changed = True
+            if time.time() - stat.st_mtime < YOUNG:
+                return str(self.known.pop(name)[3])
+        return str(self.known[name][3])
+
+    def save(self) -> None:
+        if self.changed:
+            write_json(self.memo, self.known)
+            self.changed = False
+
+
+def digest(value: Any) -> str:
+    """sha256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def model_digest(model: str, hashes: Hashes) -> str:
+    """sha256 of what decides a model: weights, config and tokenizer of a folder, or the .gguf file."""
+    path = Path(model).expanduser()
+    if not path.exists():
+        from llmc.sources import resolve_model
+
+        path = resolve_model(model)  # a hub id: its snapshot
+    if path.is_file():
+        return hashes.of(path)
+    names = ("config.json", "generation_config.json", INDEX, *TOKENIZER_FILES)
+    files = [path / n for n in names if (path / n).is_file()] + Checkpoint.open(path).files
+    return digest({p.name: hashes.of(p) for p in files})
+
+
+def settings(step: Step, hashes: Hashes) -> dict[str, Any]:
+    """A step's options as they decide its result: files by what is in them, not by where they lie."""
+    values: dict[str, Any] = json.loads(json.dumps(step.typed.options(), default=str))
+    values = {k: v for k, v in values.items() if k in deciding(step)}
+    for option, paths in step.typed.files.items():
+        if option not in values:
+            continue
+        values[option] = [str(values[option]) if option == "tasks" else "", *([p.name, hashes.of(p)] for p in paths)]
+        if option == "tasks":  # names of tasks, without where their files are
+            values[option][0] = [item.partition("=")[0] for t in step.typed.config.tasks for item in t.split(",")]
+        elif option == "calibration" and isinstance(step.typed.config.calibration, tuple):
+            files = {str(p) for p in paths}
+            values[option][0] = [c for c in step.typed.config.calibration if c not in files]
+    return values
+
+
+def deciding(step: Step) -> set[str]:
+    """The options that decide the result, by what the command says itself where it does: rounding reads no text."""
+    config = step.typed.config
+    if not hasattr(config, "numbers"):
+        return set(step.typed.options())
+    unread = {"calibration", "samples", "seq_len"} if step.command == "transform" and not config.calibrated else set()
+    return (set(config.numbers()) | {"heal", "device", "threads"}) - unread
+
+
+def key(step: Step, inputs: list[str], teacher: str | None, base: str, hashes: Hashes) -> str:
+    """The key of a unit of work: the same key, the same result. inputs, teacher, base: keys or digests of these."""
+    made: dict[str, Any] = {
+        "command": step.command, "format": step.typed.format, "name": step.name, "options": settings(step, hashes),
+        "inputs": inputs, "teacher": teacher, "code": code_digest(step.typed.command.code),
+        "version": version("llmc-toolkit"),
+    }
+    if step.kind == REPORT:
+        made |= {"base": base if step.command == "eval" else None, "runtimes": {n: version(n) for n in RUNTIMES}}
+        if step.command == "bench":
+            from llmc.runtimes.targets.this_machine import cpu_model, physical_cores
+
+            made["machine"] = [cpu_model(), physical_cores()]
+    return digest(made)
+
+
+@cache
+def version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@cache
+def code_digest(modules: tuple[str, ...]) -> str:
+    """sha256 of the source of modules and packages, which are not imported for it."""
+    h = hashlib.sha256()
+    for name in modules:
+        spec = importlib.util.find_spec(name)
+        assert spec is not None
+        assert spec.origin is not None
+        files = [f for folder in spec.submodule_search_locations or () for f in sorted(Path(folder).rglob("*.py"))]
+        for file in files or [Path(spec.origin)]:
+            h.update(file.read_bytes())
+    return h.hexdigest()

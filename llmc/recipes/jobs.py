@@ -1,0 +1,151 @@
+"""A chain as jobs: the units that are made once and known again. A step is one job; an eval step has one for each artifact.
+
+A run folder holds a folder for each job, called by its step and key: the artifact, `.done.json` (written last: it says
+that the job is done, how long it took and what its files looked like), and `.started.json` while it runs.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llmc.artifact import manifest_path, read_manifest, sha256, versions
+from llmc.errors import UserError
+from llmc.recipes.chain import Chain, Step
+from llmc.recipes.commands import GGUF, PAGE, REPORT
+from llmc.recipes.identity import Hashes, key, model_digest
+from llmc.recipes.recipe import BASE
+
+SCHEMA = 1
+DONE, STARTED, MARK, HASHES = ".done.json", ".started.json", ".run.json", ".hashes.json"  # no name of a step has a dot first
+
+
+@dataclass(frozen=True)
+class Job:
+    """id: 'quantize', or 'eval small' of the artifact small.  inputs: ids of jobs, or 'base'; for compare of jobs that
+    measured.  target: of an eval job, what is evaluated."""
+
+    id: str
+    step: Step
+    inputs: tuple[str, ...]
+    teacher: str | None
+    key: str
+    folder: Path
+    target: str | None = None
+
+    @property
+    def artifact(self) -> Path:
+        """What it makes: a folder, a file, or for bench the folder of its reports."""
+        name = {GGUF: f"{self.step.name}.gguf", PAGE: "compare.json"}.get(self.step.kind, self.step.name)
+        return self.folder if self.step.kind == REPORT else self.folder / name
+
+    def report(self, target: str) -> Path:
+        """Where an eval or bench job leaves the report of `target`."""
+        return self.folder / f"{target}.json"
+
+    def record(self) -> dict[str, Any] | None:
+        """`.done.json`, or None while the job is not done."""
+        path = self.folder / DONE
+        if not path.is_file():
+            return None
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found if found.get("schema") == SCHEMA and found.get("key") == self.key else None
+
+
+def open_folder(folder: Path) -> Hashes:
+    """The run folder, new or one of an earlier run; anybody else's folder is refused."""
+    taken = any(folder.iterdir()) if folder.is_dir() else folder.exists()
+    if taken and not (folder / MARK).is_file():
+        raise UserError(f"{folder} is there already and holds no run of a recipe", "choose another folder with -o")
+    return Hashes(folder / HASHES)
+
+
+def jobs_of(chain: Chain, folder: Path, hashes: Hashes) -> dict[str, Job]:
+    """The jobs of a chain by id, in an order in which they can be done."""
+    base = model_digest(chain.base, hashes)
+    keys, jobs = {BASE: base}, {}
+
+    def add(job: Job, given: list[str]) -> None:
+        teacher = None if job.teacher is None else keys.get(job.teacher) or model_digest(job.teacher, hashes)
+        made = key(job.step, given, teacher, base, hashes)
+        label = job.step.name + (f"-{job.target}" if job.target else "")
+        keys[job.id] = made
+        jobs[job.id] = replace(job, key=made, folder=folder / f"{label}-{made[:12]}")
+
+    for step in chain.steps:
+        if step.command == "eval":
+            for target in step.inputs:
+                add(Job(f"{step.name} {target}", step, (target,), None, "", folder, target), [keys[target]])
+        elif step.kind == PAGE:
+            ids = tuple(measuring(step, chain, target, name) for target, names in zip(step.inputs, step.reports, strict=True)
+                        for name in names)
+            unique = tuple(dict.fromkeys(ids))
+            add(Job(step.name, step, unique, None, "", folder), [*step.inputs, *(keys[i] for i in unique)])
+        else:
+            add(Job(step.name, step, step.inputs, step.teacher, "", folder), [keys[n] for n in step.inputs])
+    return jobs
+
+
+def measuring(step: Step, chain: Chain, target: str, name: str) -> str:
+    """The id of the job in which the step `name` measured `target`."""
+    return f"{name} {target}" if chain.step(name).command == "eval" else name
+
+
+def is_done(job: Job, hashes: Hashes) -> tuple[bool, str]:
+    """Whether a job's result is there as it was left; if not, why ('' where it was never made)."""
+    record = job.record()
+    if record is None:
+        return False, ""
+    for name, (length, changed, sha) in record["files"].items():
+        path = job.folder / name
+        if not path.is_file():
+            return False, f"{name} is gone"
+        stat = path.stat()
+        if (stat.st_size, stat.st_mtime_ns) != (length, changed) and hashes.of(path) != sha:
+            return False, f"{name} was changed since it was made"
+    return True, ""
+
+
+def adopted(job: Job) -> bool:
+    """Whether an artifact was published and the run was killed before it was noted: it is whole, and is kept."""
+    if job.step.kind in (REPORT, PAGE) or not (job.folder / STARTED).is_file():
+        return False
+    return manifest_path(job.artifact).is_file() and may_resume(job)
+
+
+def may_resume(job: Job) -> bool:
+    """Whether an interrupted job can go on: under the very libraries that it was begun with."""
+    path = job.folder / STARTED
+    return path.is_file() and json.loads(path.read_text(encoding="utf-8")) == started(job)
+
+
+def started(job: Job) -> dict[str, Any]:
+    """What `.started.json` says."""
+    return {"key": job.key, "versions": versions()}
+
+
+def files_of(job: Job) -> dict[str, list[Any]]:
+    """The files of a finished job: [bytes, time of change in ns, sha256 (as its manifest has it)]."""
+    known = (read_manifest(job.artifact) or {}).get("outputs", {}) if job.artifact.exists() else {}
+    root = job.artifact if job.artifact.is_dir() else job.folder
+    found = {}
+    for path in sorted(p for p in job.folder.rglob("*") if p.is_file() and p.name not in (DONE, STARTED)):
+        stat = path.stat()
+        inner = path.relative_to(root).as_posix() if path.is_relative_to(root) else ""
+        found[path.relative_to(job.folder).as_posix()] = [stat.st_size, stat.st_mtime_ns, known.get(inner) or sha256(path)]
+    return found
+
+
+def weight_bytes(path: Path) -> int:
+    """Of the weights of a model, wherever they lie: a .gguf file, or a folder's safetensors or ONNX files."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(p.stat().st_size for p in path.glob("*") if p.suffix in (".safetensors", ".onnx", ".data"))
+
+
+def clear(job: Job) -> None:
+    """Remove what a job left."""
+    shutil.rmtree(job.folder, ignore_errors=True)

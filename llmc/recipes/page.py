@@ -1,0 +1,139 @@
+"""The chain's page and its Markdown: what each step did to size, perplexity, divergence and speed, and what it took."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from html import escape
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from llmc.console import duration, size
+from llmc.evals import charts, gates, html
+from llmc.evals.page import MEASURES, TRAININGS, figures
+from llmc.evals.show import change, filled, pm
+from llmc.evals.show import markdown as as_markdown
+from llmc.evals.tables import Table
+
+
+def page(report: dict[str, Any], folder: Path) -> str:
+    """The whole HTML of a report (report.py). folder: where it will lie, for links to the comparisons' pages."""
+    recipe = report["recipe"]
+    body = [
+        f'<header><p class="kicker">llmc run</p><h1>{escape(recipe["name"])}</h1><p>{escape(recipe["about"])}</p>'
+        f'{html.verdict(report["gates"])}{_links(report, folder)}</header>',
+        *(html.table(*t) for t in tables(report)),
+        f'<div class="charts">{"".join(pictures(report))}</div>',
+        html.section("What the figures are", html.pairs(MEASURES.items())),
+        html.section("The recipe", f"<pre>{escape(recipe['text'])}</pre>", folded=True),
+        *(html.section(f"Provenance: {a['name']}", html.pairs(facts(a)), folded=True) for a in report["artifacts"]),
+        html.section("Versions", html.pairs(report["versions"].items()), folded=True),
+    ]
+    return html.document(recipe["name"], body)
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report's tables, and where everything came from, as Markdown."""
+    parts = [f"# {report['recipe']['name']}", report["recipe"]["about"]]
+    parts += [f"## {title}\n\n{note}\n\n{as_markdown(rows)}" for title, note, rows in tables(report)]
+    for a in report["artifacts"]:
+        rows = [["", a["name"]], *([k, html.words(v).replace("\n", " ")] for k, v in facts(a))]
+        parts.append(f"## Provenance: {a['name']}\n\n{as_markdown(rows)}")
+    return "\n\n".join(p for p in parts if p) + "\n"
+
+
+def tables(report: dict[str, Any]) -> list[Table]:
+    """Artifacts, on each text; steps; gates."""
+    texts = list(dict.fromkeys(t["protocol"]["text"] for a in report["artifacts"] for t in _texts(a)))
+    found = [_artifacts(report["artifacts"], text) for text in texts or [None]]
+    found.append(_steps(report["steps"]))
+    if report["gates"]:
+        rows = [["gate", "verdict"], *([gates.describe(g), "passed" if g["passed"] else "MISSED"] for g in report["gates"])]
+        found.append(("Gates", "held for every candidate and every text", rows))
+    return found
+
+
+def _texts(artifact: dict[str, Any]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = artifact.get("report", {}).get("quality", {}).get("texts", [])
+    return found
+
+
+def _artifacts(artifacts: list[dict[str, Any]], text: str | None) -> Table:
+    """A row for each artifact, in the order of the chain."""
+    rows = [["artifact", "made from", "weights", "of base", "perplexity", "to base", "KLD, nats", "top-1 %", "decode tok/s",
+             "prefill tok/s", "peak memory"]]
+    for a in artifacts:
+        t = next((t for t in _texts(a) if t["protocol"]["text"] == text), None)
+        speed = a.get("report", {}).get("speed")
+        rows.append([
+            a["name"], a["from"] or "–", "–" if a["bytes"] is None else size(a["bytes"]),
+            "–" if a["bytes"] is None else f"{a['bytes'] / artifacts[0]['bytes']:.1%}",
+            pm(t["perplexity"], 2) if t else "–", change(t["perplexity_ratio"]) if t and t["kld"] else "–",
+            pm(t["kld"], 4) if t else "–", pm(t["top1"], 1, 100) if t else "–",
+            *(_speed(speed, k) if speed else "–" for k in ("decode", "prefill")), size(speed["peak_rss"]) if speed else "–",
+        ])
+    on = f"measured on {text}" if text else "nothing was evaluated"
+    return "What each step did", f"{on}; – is not measured; ? marks an unstable speed; ± is one standard error", filled(rows)
+
+
+def _speed(speed: dict[str, Any], what: str) -> str:
+    """'41.2', or '41.2?' of a run that was unstable."""
+    return f"{speed[what]['median']:.1f}" + ("?" if speed["unstable"] else "")
+
+
+def _steps(steps: list[dict[str, Any]]) -> Table:
+    rows = [["step", "from", "asked for", "time"]]
+    for s in steps:
+        options = ", ".join(f"{k} {html.words(v)}" for k, v in s["options"].items()) or "defaults"
+        source = ", ".join(s["from"]) + (f" (teacher {s['teacher']})" if s["teacher"] else "")
+        time = "–" if s["seconds"] is None else duration(s["seconds"]) + (" (resumed)" if s["resumed"] else "")
+        rows.append([s["job"], source, options, time])
+    total = sum(s["seconds"] or 0 for s in steps)
+    return "Steps", f"{duration(total)} in all, each step timed when it was run; a resumed one from there on", rows
+
+
+def pictures(report: dict[str, Any]) -> Iterable[str]:
+    """Those of llmc compare for what was measured, then the curves of training and the time of each step."""
+    shown = [{"name": a["name"], "report": a["report"], "differences": None} for a in report["artifacts"] if "report" in a]
+    if shown:
+        yield from figures(shown)
+    for command, (title, caption, by, label) in TRAININGS.items():
+        if trained := [s for s in report["steps"] if "curve" in s and s["command"] == command]:
+            drawn = [line for i, s in enumerate(trained, 1) for line in _curve(s, i, by)]
+            yield html.figure(title, f"{caption} on held-out text (dots; a ring around the step that was kept), and on each "
+                              "step's batch (thin).", html.legend((i, s["job"]) for i, s in enumerate(trained, 1)),
+                              charts.lines(drawn, "step", label), "")
+    timed = [s for s in report["steps"] if s["seconds"]]
+    if timed:
+        rows = [charts.Bar(s["job"], [s["seconds"]], duration(s["seconds"])) for s in timed]
+        yield html.figure("Time", "Of each step, when it was run.", "", charts.bars(rows, ["seconds"], "seconds"), "")
+
+
+def _curve(step: dict[str, Any], colour: int, by: str) -> Iterable[charts.Line]:
+    """The loss of each training step and what was seen on held-out text, as the manifest has them."""
+    c = step["curve"]
+    if losses := c.get("losses"):
+        yield charts.Line(f"{step['job']}, batch", colour, list(enumerate(losses, 1)), thin=True)
+    checks = [(row["step"], row[by]) for row in c.get("curve", [])]
+    if checks:
+        yield charts.Line(f"{step['job']}, held-out", colour, checks, ring=c.get("best_step"))
+
+
+def facts(artifact: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Where an artifact comes from: source, passes with their texts and hashes, versions."""
+    told: list[tuple[str, Any]] = [("path", artifact["path"]), ("kind", artifact["kind"])]
+    if sha := artifact.get("report", {}).get("artifact", {}).get("sha256"):
+        told.append(("sha256", sha))
+    provenance = artifact.get("provenance") or {}
+    told += [(f"source: {k}", v) for k, v in (provenance.get("source") or {}).items()]
+    for p in provenance.get("passes") or []:
+        told += [(f"{p.get('name')}: {k}", v) for k, v in p.items() if k != "name"]
+    told += [("created", provenance["created"])] if provenance.get("created") else []
+    return told + [(f"version: {k}", v) for k, v in (provenance.get("versions") or {}).items()]
+
+
+def _links(report: dict[str, Any], folder: Path) -> str:
+    """To the pages of the comparisons, which lie beside this one."""
+    return "".join(f'<p><a href="{escape(quote(Path(os.path.relpath(c["page"], folder)).as_posix()))}">{escape(c["job"])}: '
+                   "side by side, with paired differences</a></p>" for c in report["comparisons"])

@@ -1,0 +1,234 @@
+"""A recipe as it is written: YAML with the line of everything, so that an error can point at it.
+
+    about: 4 bits for llama.cpp
+    model: base                      # a folder, .gguf or hub id; or --model on the command line
+    defaults: {calibration: my.txt}  # options for every step that has them
+    steps:
+      - quantize: {bits: 4}          # a command of llmc and its options
+      - export: gguf                 # or its main option alone
+      - eval                         # or nothing at all
+      - compare: {max_kld: 0.3}
+
+A step may say `name: NAME` (else its command is its name) and `of: NAME`, what it works on.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from llmc.errors import UserError
+from llmc.recipes.commands import COMMANDS
+
+BASE, EACH = "base", "each"  # names that no step may have
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,47}")
+KEYS = ("about", "model", "defaults", "steps")
+LARGEST = 1 << 20  # bytes: a recipe is no data
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One step as written. lines: of each option, counted from 1; an option of the command line has none."""
+
+    name: str
+    command: str
+    options: dict[str, Any]
+    line: int
+    lines: dict[str, int] = field(default_factory=dict)
+
+    def where(self, option: str | None = None) -> str:
+        """'line 7, quantize'"""
+        line = self.lines.get(option or "", 0 if option in self.options else self.line)
+        return f"line {line}, {self.name}" if line else f"--set {self.name}.{option}"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """folder: where its relative paths are looked for first."""
+
+    name: str
+    about: str
+    model: str | None
+    defaults: dict[str, Any]
+    steps: tuple[Entry, ...]
+    folder: Path
+    text: str
+
+    def path(self, value: str) -> str:
+        """A path of the recipe: beside the recipe where such a file is, else in the working folder, else as it is written."""
+        places = (self.folder / Path(value).expanduser(), Path(value).expanduser())
+        return next((str(p.absolute()) for p in places if p.exists()), value)
+
+
+def shipped() -> list[str]:
+    """Names of the recipes that come with llmc."""
+    files = resources.files("llmc.recipes").joinpath("shipped").iterdir()
+    return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
+
+
+def read_text(recipe: str | Path) -> tuple[str, str, Path]:
+    """(name, text, folder) of a recipe file or a shipped recipe."""
+    path = Path(recipe).expanduser()
+    if path.is_file():
+        if path.stat().st_size > LARGEST:
+            raise UserError(f"{path} is no recipe: it has {path.stat().st_size:,} bytes", "give a YAML file with `steps`")
+        try:
+            stem = re.sub(r"[^\w.-]+", "-", path.name.removesuffix(".yaml").removesuffix(".yml")).strip(".-")
+            return stem or "recipe", path.read_text(encoding="utf-8"), path.parent
+        except UnicodeDecodeError as e:
+            raise UserError(f"{path} is not UTF-8 text (byte {e.start})", "give a YAML file with `steps`") from e
+    if str(recipe) in shipped():
+        file = resources.files("llmc.recipes").joinpath("shipped", f"{recipe}.yaml")
+        return str(recipe), file.read_text(encoding="utf-8"), Path()
+    raise UserError(f"there is no recipe file {recipe}, and llmc has none of that name{nearest(str(recipe), shipped())}",
+                    "give a YAML file, or one of `llmc recipe ls`")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """', did you mean grid?' or nothing."""
+    close = difflib.get_close_matches(word, list(known), 1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def parse(name: str, text: str, folder: Path, problems: list[str]) -> Recipe:
+    """The recipe in `text`; what is wrong with its form goes to `problems`, and the rest is still read."""
+    import yaml
+
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        where = f"line {mark.line + 1}: " if mark else ""
+        raise UserError(f"{name} is not valid YAML: {where}{getattr(e, 'problem', None) or e}",
+                        "see `llmc recipe show edge-4bit`") from e
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError(f"{name} is no recipe: it must be a mapping with `steps`", "see `llmc recipe show edge-4bit`")
+    top = _mapping(root, "", problems)
+    problems += [f"line {line}: {key!r} is not known: must be {', '.join(KEYS)}{nearest(key, KEYS)}"
+                 for key, (_, line) in top.items() if key not in KEYS]
+    values = {key: _value(node, problems) for key, (node, _) in top.items() if key in ("about", "model", "defaults")}
+    for key, kind in (("about", str), ("model", str), ("defaults", dict)):
+        if values.get(key) is not None and not isinstance(values[key], kind):
+            problems.append(f"line {top[key][1]}: {key} must be {'a mapping of options' if kind is dict else 'text'}")
+            values[key] = None
+    node = top["steps"][0] if "steps" in top else None
+    if not isinstance(node, yaml.SequenceNode) or not node.value:
+        problems.append("steps: there are none; write a list of commands under `steps:`")
+    steps = [_entry(item, problems) for item in node.value] if isinstance(node, yaml.SequenceNode) else []
+    entries = _named([s for s in steps if s], problems)
+    return Recipe(name, str(values.get("about") or ""), values.get("model"), values.get("defaults") or {}, tuple(entries),
+                  folder, text)
+
+
+def _mapping(node: Any, where: str, problems: list[str]) -> dict[str, tuple[Any, int]]:
+    """key: (value's node, line). A key that stands twice is a problem, not the last one's win."""
+    found: dict[str, tuple[Any, int]] = {}
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        if str(key.value) in found:
+            problems.append(f"line {line}{where}: {key.value} stands there twice")
+        found[str(key.value)] = (value, line)
+    return found
+
+
+def _value(node: Any, problems: list[str]) -> Any:
+    """The plain Python value of a node; None, and a problem, where it would be anything else (`!!python/…`)."""
+    import yaml
+
+    loader = yaml.SafeLoader("")
+    try:
+        return loader.construct_document(node)
+    except (yaml.YAMLError, ValueError) as e:  # ValueError: a date that is none
+        problems.append(f"line {node.start_mark.line + 1}: {getattr(e, 'problem', None) or e}")
+        return None
+    finally:
+        loader.dispose()
+
+
+def _entry(item: Any, problems: list[str]) -> Entry | None:
+    """`quantize`, `quantize: {grid: q4_k}`, `quantize: q4_k`, or None where no command can be found."""
+    import yaml
+
+    line = item.start_mark.line + 1
+    if isinstance(item, yaml.ScalarNode):
+        command, body = str(item.value), None
+    elif isinstance(item, yaml.MappingNode) and len(item.value) == 1:
+        command, body = str(item.value[0][0].value), item.value[0][1]
+    else:
+        problems.append(f"line {line}: a step is one command, as in `- quantize: {{bits: 4}}`, with its options below it")
+        return None
+    if command not in COMMANDS:
+        problems.append(f"line {line}: {command!r} is no step: must be {', '.join(COMMANDS)}{nearest(command, COMMANDS)}")
+        return None
+    if isinstance(body, yaml.MappingNode):
+        parts = _mapping(body, f", {command}", problems)
+        options = {k: _value(v, problems) for k, (v, _) in parts.items()}
+        lines = {k: n for k, (_, n) in parts.items()}
+    else:
+        value, short = None if body is None else _value(body, problems), COMMANDS[command].short
+        options = {} if value is None else {short or "": value}
+        lines = dict.fromkeys(options, line)
+        if value is not None and short is None:
+            problems.append(f"line {line}: write {command}'s options by name, as in `- {command}: {{name: value}}`")
+            options = {}
+    name = options.pop("name", None)
+    return Entry("" if name is None else str(name), command, options, line, lines)
+
+
+def _named(steps: list[Entry], problems: list[str]) -> list[Entry]:
+    """Every step with its name: the one given, else the command, numbered from the second on."""
+    taken = {s.name for s in steps if s.name}
+    named: list[Entry] = []
+    for s in steps:
+        name = s.name
+        if not name:
+            free = (s.command if i == 1 else f"{s.command}-{i}" for i in range(1, len(steps) + 2))
+            name = next(n for n in free if n not in taken)
+            taken.add(name)
+        elif NAME.fullmatch(name) is None or name in (BASE, EACH):
+            problems.append(f"line {s.line}: the name {name!r} is not possible: letters, digits, '_', '-', '.', at most 48, "
+                            f"and not {BASE} or {EACH}")
+        elif name in {n.name for n in named}:
+            problems.append(f"line {s.line}: {name} is the name of an earlier step")
+        named.append(replace(s, name=name))
+    return named
+
+
+def override(recipe: Recipe, settings: Mapping[str, Any], problems: list[str]) -> Recipe:
+    """The recipe with `step.option` (or `option`, of the defaults, or `model`) set to other values."""
+    steps = {s.name: s for s in recipe.steps}
+    for key, value in settings.items():
+        step, dot, option = key.rpartition(".")
+        if not dot:
+            recipe = replace(recipe, model=str(value)) if key == "model" else replace(
+                recipe, defaults={**recipe.defaults, key: value})
+        elif step not in steps:
+            problems.append(f"--set {key}: there is no step {step!r}: the steps are {', '.join(steps)}{nearest(step, steps)}")
+        else:
+            old = steps[step]
+            lines = {k: n for k, n in old.lines.items() if k != option}
+            steps[step] = replace(old, options={**old.options, option: value}, lines=lines)
+    return replace(recipe, steps=tuple(steps[s.name] for s in recipe.steps))
+
+
+def setting(text: str) -> tuple[str, str]:
+    """('quantize.grid', 'q4_1') of 'quantize.grid=q4_1'."""
+    key, sign, value = text.partition("=")
+    if not sign or not key.strip():
+        raise UserError(f"--set {text}: write it like --set quantize.grid=q4_1", "give STEP.OPTION=VALUE")
+    return key.strip(), value
+
+
+def scalar(text: str) -> Any:
+    """A value of the command line, read as YAML reads it: 4, 0.5, true, [a, b], q4_1."""
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        raise UserError(f"{text!r} is not a value: {e}", "quote it") from e

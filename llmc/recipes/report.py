@@ -1,0 +1,143 @@
+"""What a run made: one report of the chain as JSON, Markdown and HTML, put together from what the steps left.
+
+    {"schema", "kind": "llmc-recipe-report", "recipe": {name, about, text, …}, "model", "steps": […], "artifacts": […],
+     "comparisons": […], "gates": […], "passed", "seconds", "versions"}
+
+A step: {job, command, from, teacher, options, key, artifact, bytes, seconds, curve?}. An artifact: {name, step, kind, path,
+bytes, report?}, the base first; `report` is what eval and bench last said of it, without the arrays. Figures are theirs, never new.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llmc.artifact import read_manifest, staged_file, versions, write_json
+from llmc.recipes.chain import Chain, Step
+from llmc.recipes.commands import PAGE, REPORT
+from llmc.recipes.jobs import Job, measuring, weight_bytes
+from llmc.recipes.recipe import BASE
+
+SCHEMA = 1
+KIND = "llmc-recipe-report"
+
+
+def write(chain: Chain, jobs: Mapping[str, Job], folder: Path, ran: list[str]) -> dict[str, Any]:
+    """The report of a finished chain, written to the run folder when something changed, with 'ran', this run's jobs."""
+    place = folder / f"{chain.recipe.name}.json"
+    pages = [place.with_suffix(s) for s in (".html", ".md")]
+    before = read(place)
+    if not ran and before.get("recipe") == described(chain, jobs) and all(p.is_file() for p in pages):
+        return {**before, "ran": []}
+    made = build(chain, jobs, folder)
+    from llmc.recipes.page import markdown, page
+
+    for path, text in zip(pages, (page(made, folder), markdown(made)), strict=True):
+        with staged_file(path) as tmp:
+            tmp.write_text(text, encoding="utf-8")
+    write_json(place, made)
+    return {**made, "ran": ran}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A report of an earlier run; {} where there is none that this version can read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and (found.get("kind"), found.get("schema")) == (KIND, SCHEMA) else {}
+
+
+def described(chain: Chain, jobs: Mapping[str, Job]) -> dict[str, Any]:
+    """The recipe as it was run: equal for equal runs."""
+    r = chain.recipe
+    return {"name": r.name, "about": r.about, "text": r.text, "keys": {i: j.key for i, j in jobs.items()}}
+
+
+def build(chain: Chain, jobs: Mapping[str, Job], folder: Path) -> dict[str, Any]:
+    """The report from the records, manifests and reports that lie in the run folder."""
+    steps = [_step(j) for j in jobs.values()]
+    comparisons = [_comparison(j) for j in jobs.values() if j.step.kind == PAGE]
+    gates = [g for c in comparisons for g in c["gates"]]
+    made = [s for s in chain.steps if s.typed.command.makes_model]
+    artifacts = [_base(chain, jobs), *(_artifact(s, chain, jobs) for s in made)]
+    return {
+        "schema": SCHEMA, "kind": KIND, "recipe": described(chain, jobs), "model": chain.base, "folder": str(folder),
+        "steps": steps, "artifacts": artifacts, "comparisons": comparisons, "gates": gates,
+        "passed": all(g["passed"] for g in gates), "seconds": sum(s["seconds"] or 0 for s in steps), "versions": versions(),
+    }
+
+
+def _step(job: Job) -> dict[str, Any]:
+    """One job: what was asked for beside the defaults, and what it took."""
+    record = job.record() or {}
+    manifest = (read_manifest(job.artifact) or {}) if job.step.typed.command.makes_model and job.artifact.exists() else {}
+    last = (manifest.get("passes") or [{}])[-1]
+    curve = {k: last[k] for k in ("curve", "losses", "best_step") if k in last}
+    return {"job": job.id, "command": job.step.command, "from": list(job.inputs), "teacher": job.teacher,
+            "options": asked(job.step), "key": job.key, "artifact": str(job.artifact), "bytes": record.get("bytes"),
+            "seconds": record.get("seconds"), "resumed": record.get("resumed", False), **({"curve": curve} if curve else {})}
+
+
+def asked(step: Step) -> dict[str, Any]:
+    """A step's options that are not the command's defaults, as text where they are no JSON."""
+    config = step.typed.config
+    defaults = {f.name: f.default for f in dataclasses.fields(config)}
+    given = {k: v for k, v in step.typed.options().items() if v != defaults[k]}
+    found: dict[str, Any] = json.loads(json.dumps(given, default=str))
+    return ({"format": step.typed.format} if step.typed.format else {}) | found
+
+
+def measured(step: Step, jobs: Mapping[str, Job], chain: Chain) -> dict[str, list[Path]]:
+    """The report files that a compare step reads, by artifact."""
+    return {target: [jobs[measuring(step, chain, target, name)].report(target) for name in names]
+            for target, names in zip(step.inputs, step.reports, strict=True)}
+
+
+def _figures(name: str, chain: Chain, jobs: Mapping[str, Job]) -> dict[str, Any]:
+    """{'report': what the last eval and the last bench step said of an artifact, joined}; {} where none did."""
+    from llmc.evals.report import read_report, without_arrays
+
+    joined: dict[str, Any] = {}
+    for step in chain.steps:
+        if step.kind == REPORT and name in step.inputs:
+            path = jobs[measuring(step, chain, name, step.name)].report(name)
+            joined |= without_arrays(read_report(path))
+    return {"report": joined} if joined else {}
+
+
+def _base(chain: Chain, jobs: Mapping[str, Job]) -> dict[str, Any]:
+    path = Path(chain.base)
+    if not path.exists():
+        from llmc.sources import resolve_model
+
+        path = resolve_model(chain.base)
+    return {"name": BASE, "step": None, "kind": "base", "path": str(path), "bytes": weight_bytes(path), "from": None,
+            **_figures(BASE, chain, jobs)}
+
+
+def _artifact(step: Step, chain: Chain, jobs: Mapping[str, Job]) -> dict[str, Any]:
+    job = jobs[step.name]
+    manifest = (read_manifest(job.artifact) or {}) if job.artifact.exists() else {}
+    provenance = {"source": manifest.get("source"), "created": manifest.get("created"), "versions": manifest.get("versions"),
+                  "passes": [_told(p) for p in manifest.get("passes", [])]}
+    return {"name": step.name, "step": step.command, "kind": step.kind, "path": str(job.artifact),
+            "bytes": (job.record() or {}).get("bytes"), "from": step.inputs[0], "provenance": provenance,
+            **_figures(step.name, chain, jobs)}
+
+
+def _told(entry: dict[str, Any]) -> dict[str, Any]:
+    """A manifest's pass without what only machines read."""
+    kept = {k: v for k, v in entry.items() if k not in ("layers", "curve", "losses", "plan")}
+    if isinstance(text := kept.get("calibration"), dict):
+        kept["calibration"] = {k: v for k, v in text.items() if k != "sketch"}
+    return kept
+
+
+def _comparison(job: Job) -> dict[str, Any]:
+    result = json.loads(job.artifact.read_text(encoding="utf-8"))
+    return {"job": job.id, "page": str(job.folder / "compare.html"), "gates": result["gates"], "passed": result["passed"],
+            "baseline": result["baseline"], "artifacts": [a["name"] for a in result["artifacts"]]}

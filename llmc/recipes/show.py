@@ -1,0 +1,45 @@
+"""A report of a chain for the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from llmc.console import duration
+
+
+def summary(report: dict[str, Any]) -> str:
+    """What `llmc run` prints: the tables, the files, and where the page is."""
+    from llmc.evals.show import table
+    from llmc.recipes.page import tables
+
+    ran = report["ran"]
+    done = f"{len(ran)} of {len(report['steps'])} steps were run" if ran else "nothing to do: every step is as it was"
+    found = [f"{title}  ({note})\n{table(rows)}" for title, note, rows in tables(report)]
+    files = [f"  {a['name']}: {a['path']}" for a in report["artifacts"] if a["kind"] in ("gguf", "onnx")]
+    page = Path(report["folder"]) / f"{report['recipe']['name']}.html"
+    return "\n\n".join([*found, "\n".join([f"{done}; {duration(report['seconds'])} of work in all", *files,
+                                           f"the page is {page}"])])
+
+
+def sweep_summary(result: dict[str, Any]) -> str:
+    """What `llmc sweep` prints."""
+    from llmc.evals.show import table
+    from llmc.recipes.sweep_page import tables
+
+    page = Path(result["folder"]) / f"{result['recipe']}-sweep.html"
+    found = [f"{title}  ({note})\n{table(rows)}" for title, note, rows in tables(result)]
+    return "\n\n".join([*found, f"{len(result['ran'])} steps were run\nthe page is {page}"])
+
+
+def chain_lines(chain: Any) -> str:
+    """A checked recipe: each step, what it works on and what it is asked for."""
+    from llmc.evals.html import words
+    from llmc.recipes.report import asked
+
+    lines = [f"{chain.recipe.name}: {len(chain.steps)} steps, from {chain.base or 'the model that --model will name'}"]
+    for s in chain.steps:
+        options = ", ".join(f"{k} {words(v)}" for k, v in asked(s).items()) or "defaults"
+        teacher = f", teacher {s.teacher}" if s.teacher else ""
+        lines.append(f"  {s.name}: {s.command} of {', '.join(s.inputs)}{teacher} ({options})")
+    return "\n".join(lines)

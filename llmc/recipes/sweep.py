@@ -1,0 +1,167 @@
+"""`llmc sweep`: a recipe in every combination of some options; variants share the steps that are the same.
+
+What is better is decided by three figures that are wanted at once, the file's size, the divergence from the base and the
+decode speed: a file is on the Pareto front where no other is as good in all that was measured of both, and better in one.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from llmc.artifact import staged_file, versions, write_json
+from llmc.console import say
+from llmc.errors import UserError
+from llmc.recipes import report
+from llmc.recipes.chain import Chain, load
+from llmc.recipes.commands import GGUF, ONNX
+from llmc.recipes.config import SweepConfig
+from llmc.recipes.executors import EXECUTORS
+from llmc.recipes.jobs import Job, jobs_of, open_folder
+from llmc.recipes.plan import RESUME, RUN, lines, plan, states
+from llmc.recipes.recipe import setting
+from llmc.recipes.run import locked
+
+MOST = 256  # variants: more is a slip of the fingers
+KIND = "llmc-sweep-report"
+
+
+def sweep(recipe: str | Path, config: SweepConfig) -> dict[str, Any]:
+    """Run what is not there yet of every variant, and return {'variants', 'artifacts', …}; with `dry_run` {'plan': […]}.
+
+    Raises UserError with the problems of all variants before a weight is read. A variant that fails while it runs is named in
+    'failed', and the others go on.
+    """
+    settings = dict(setting(s) for s in config.set)
+    choices = variations(config.vary)
+    chains = _chains(recipe, config, settings, choices)
+    name = next(iter(chains.values())).recipe.name
+    folder = config.out or Path(name)
+    hashes = open_folder(folder)
+    jobs = {variant: jobs_of(chain, folder, hashes) for variant, chain in chains.items()}
+    unique, owner = _unique(jobs, chains)
+    base = next(iter(chains.values())).base
+    state = states(unique, hashes)
+    if config.dry_run:
+        return {"recipe": name, "folder": str(folder), "variants": list(chains), "plan": plan(unique, base, state)}
+    with locked(folder):
+        hashes.save()
+        todo = {i: j for i, j in unique.items() if state[i][0] in (RUN, RESUME)}
+        say(f"{len(chains)} variants with {sum(map(len, jobs.values()))} steps, {len(unique)} of them different")
+        if todo:
+            say(lines(plan(unique, base, state)))
+        failed = EXECUTORS[config.executor](todo, {i: (jobs[owner[i]], chains[owner[i]]) for i in todo})
+        return _publish(name, folder, chains, jobs, failed, list(todo))
+
+
+def variations(vary: tuple[str, ...]) -> dict[str, list[str]]:
+    """{'quantize.grid': ['q4_0', 'q4_k'], …} of what was typed."""
+    found: dict[str, list[str]] = {}
+    for text in vary:
+        key, sign, values = text.partition("=")
+        listed = [v.strip() for v in values.split(",") if v.strip()]
+        if not sign or not listed or not key.strip():
+            raise UserError(f"--vary {text}: write it like --vary quantize.grid=q4_0,q4_k", "give STEP.OPTION=VALUE,VALUE,…")
+        if key.strip() in found:
+            raise UserError(f"--vary names {key.strip()} twice", "give all its values in one list")
+        found[key.strip()] = listed
+    return found
+
+
+def _chains(recipe: str | Path, config: SweepConfig, settings: dict[str, str],
+            choices: dict[str, list[str]]) -> dict[str, Chain]:
+    """The chain of every variant, by what is particular about it; the problems of all at once."""
+    combinations = list(product(*choices.values()))
+    if len(combinations) > MOST:
+        raise UserError(f"{len(combinations)} variants are more than {MOST}", "vary fewer options, or in several sweeps")
+    chains, problems = {}, []
+    for values in combinations:
+        chosen = dict(zip(choices, values, strict=True))
+        variant = " ".join(f"{k}={v}" for k, v in chosen.items())
+        try:
+            chains[variant] = load(recipe, config.model, settings | chosen)
+        except UserError as e:
+            problems.append(f"{variant}: {e.problem}")
+    if problems:
+        raise UserError("\n".join(problems), "nothing was read or run")
+    return chains
+
+
+def _unique(jobs: dict[str, dict[str, Job]], chains: dict[str, Chain]) -> tuple[dict[str, Job], dict[str, str]]:
+    """Every different job once, by its folder's name, its inputs renamed alike; and of which variant it was first."""
+    found: dict[str, Job] = {}
+    owner: dict[str, str] = {}
+    for variant, own in jobs.items():
+        for job in own.values():
+            label = job.folder.name
+            if label not in found:
+                renamed = tuple(own[i].folder.name if i in own else i for i in job.inputs)
+                teacher = own[job.teacher].folder.name if job.teacher in own else job.teacher
+                found[label] = replace(job, id=label, inputs=renamed, teacher=teacher)
+                owner[label] = variant
+    return found, owner
+
+
+def _publish(name: str, folder: Path, chains: dict[str, Chain], jobs: dict[str, dict[str, Job]],
+             failed: dict[str, str], ran: list[str]) -> dict[str, Any]:
+    """The sweep's report and page; of every whole variant the chain's figures."""
+    variants, artifacts = [], []
+    for variant, chain in chains.items():
+        own = jobs[variant]
+        broken = {failed[j.folder.name] for j in own.values() if j.folder.name in failed}
+        told: dict[str, Any] = {"variant": variant, "failed": sorted(broken), "steps": [j.folder.name for j in own.values()]}
+        if not broken:
+            made = report.build(chain, own, folder)
+            told |= {"gates": made["gates"], "passed": made["passed"], "seconds": made["seconds"]}
+            artifacts += [_point(a, variant) for a in made["artifacts"] if a["kind"] in (GGUF, ONNX)]
+        variants.append(told)
+    shared: dict[str, dict[str, Any]] = {}
+    for a in artifacts:  # the same file in several variants, as the base's export is, is one point
+        before = shared.setdefault(a["path"], {**a, "variants": []})
+        before["variants"].append(a["variant"])
+    points = [{**a, "variant": a["variant"] if len(a["variants"]) < len(chains) or len(chains) == 1 else "every variant"}
+              for a in shared.values()]
+    for a in points:
+        a["front"] = on_front(a, points)
+    result = {"schema": report.SCHEMA, "kind": KIND, "recipe": name, "folder": str(folder), "variants": variants,
+              "artifacts": points, "passed": all(v.get("passed", False) for v in variants), "versions": versions()}
+    from llmc.recipes.sweep_page import markdown, page
+
+    for suffix, text in ((".html", page(result)), (".md", markdown(result))):
+        with staged_file(folder / f"{name}-sweep{suffix}") as tmp:
+            tmp.write_text(text, encoding="utf-8")
+    write_json(folder / f"{name}-sweep.json", result)
+    return {**json.loads(json.dumps(result)), "ran": ran}
+
+
+def _point(artifact: dict[str, Any], variant: str) -> dict[str, Any]:
+    """What is compared of a file: bytes, divergence on the first text, decode speed; None where not measured."""
+    measured = artifact.get("report", {})
+    text = next(iter(measured.get("quality", {}).get("texts", [])), None)
+    speed = measured.get("speed")
+    return {"name": artifact["name"], "variant": variant, "kind": artifact["kind"], "path": artifact["path"],
+            "from": artifact["from"], "bytes": artifact["bytes"], "text": text and text["protocol"]["text"],
+            "perplexity": text and text["perplexity"], "kld": text and text["kld"],
+            "decode": speed and speed["decode"]["median"], "unstable": bool(speed and speed["unstable"])}
+
+
+def figures(point: dict[str, Any]) -> tuple[float | None, float | None, float | None]:
+    """(bytes, divergence, minus tokens/s): less is better."""
+    return (point["bytes"], point["kld"] and point["kld"]["value"], None if point["decode"] is None else -point["decode"])
+
+
+def on_front(point: dict[str, Any], points: list[dict[str, Any]]) -> bool:
+    """Whether no other file beats it, by the figures that were measured of both (at least of size and divergence)."""
+    ours = figures(point)
+    if ours[0] is None or ours[1] is None:
+        return False
+    for other in points:
+        theirs = figures(other)
+        pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
+        if theirs[1] is not None and all(b <= a for a, b in pairs) and any(b < a for a, b in pairs):
+            return False
+    return True
+

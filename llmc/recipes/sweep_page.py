@@ -1,0 +1,71 @@
+"""The page of a sweep: every file by size, divergence and speed, the Pareto front marked, and the variants."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import Any
+
+from llmc.console import duration, size
+from llmc.evals import charts, gates, html
+from llmc.evals.show import filled, pm
+from llmc.evals.show import markdown as as_markdown
+from llmc.evals.tables import Table
+
+FRONT, BEHIND = 1, 0  # colours
+
+
+def page(result: dict[str, Any]) -> str:
+    """The whole HTML."""
+    body = [
+        f'<header><p class="kicker">llmc sweep</p><h1>{escape(result["recipe"])}</h1>'
+        f'{html.verdict([g for v in result["variants"] for g in v.get("gates", [])])}</header>',
+        f'<div class="charts">{"".join(_pictures(result["artifacts"]))}</div>',
+        *(html.table(*t) for t in tables(result)),
+        html.section("Versions", html.pairs(result["versions"].items()), folded=True),
+    ]
+    return html.document(f"{result['recipe']}: sweep", body)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The tables as Markdown."""
+    return f"# {result['recipe']}: sweep\n\n" + "\n\n".join(
+        f"## {title}\n\n{note}\n\n{as_markdown(rows)}" for title, note, rows in tables(result)) + "\n"
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    """The files, smallest first, and the variants."""
+    rows = [["file", "variant", "front", "size", "perplexity", "KLD, nats", "decode tok/s"]]
+    for a in sorted(result["artifacts"], key=lambda a: a["bytes"] or 0):
+        speed = "–" if a["decode"] is None else f"{a['decode']:.1f}" + ("?" if a["unstable"] else "")
+        rows.append([a["name"], a["variant"], "★" if a["front"] else "", "–" if a["bytes"] is None else size(a["bytes"]),
+                     pm(a["perplexity"], 2), pm(a["kld"], 4), speed])
+    text = next((a["text"] for a in result["artifacts"] if a["text"]), None)
+    found = [("Pareto front", f"★: no other file is as good in size, divergence (on {text}) and speed, and better in one; "
+              "? marks an unstable speed", filled(rows))]
+    told = [["variant", "gates", "time of its steps", "failed"]]
+    for v in result["variants"]:
+        missed = [gates.describe(g) for g in v.get("gates", []) if not g["passed"]]
+        verdict = "; ".join(missed) or ("passed" if v.get("gates") else "–")
+        told.append([v["variant"], verdict, "–" if "seconds" not in v else duration(v["seconds"]), "; ".join(v["failed"]) or "–"])
+    found.append(("Variants", "steps that several variants share were run once and count in each", filled(told)))
+    return found
+
+
+def _pictures(artifacts: list[dict[str, Any]]) -> list[str]:
+    """Size and speed against divergence, the front's points filled with its colour."""
+    drawn = [a for a in artifacts if a["kld"] and a["bytes"]]
+    key = html.legend([(FRONT, "on the front"), (BEHIND, "beaten by another")])
+    label = "KL divergence to the base, nats"
+    by_size = [_mark(a, a["bytes"] / 1e6) for a in drawn]
+    by_speed = [_mark(a, a["decode"]) for a in drawn if a["decode"]]
+    return [
+        html.figure("Size against divergence", "Down and left is better.", key,
+                    charts.scatter(by_size, "file, MB", label) if by_size else "", "a step `eval` in the recipe"),
+        html.figure("Speed against divergence", "Down and right is better.", key,
+                    charts.scatter(by_speed, "decode, tokens/s", label) if by_speed else "", "a step `bench` in the recipe"),
+    ]
+
+
+def _mark(artifact: dict[str, Any], x: float) -> charts.Point:
+    name = artifact["name"] if artifact["variant"] == "every variant" else f"{artifact['variant']} {artifact['name']}"
+    return charts.Point(x, artifact["kld"]["value"], name, FRONT if artifact["front"] else BEHIND, artifact["kld"]["se"])

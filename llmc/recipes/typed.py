@@ -1,0 +1,177 @@
+"""A step's options against the config that its command already has: names, types, then the config's own rules."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from llmc.errors import UserError
+from llmc.recipes.commands import COMMANDS, GGUF, ONNX, PLACEHOLDERS, Command, every_option, options
+from llmc.recipes.recipe import Entry, Recipe, nearest
+
+LINKS = ("of", "teacher")  # what a step works on is no option of the command
+# Options that name files, and the words that are no file. (Options typed Path are files too.)
+TEXTS: dict[str, tuple[str, ...]] = {
+    "calibration": ("self", "hf:"), "text": ("python-docs", "wikitext"), "second_text": ("python-docs", "wikitext"),
+    "chat_template": ("keep", "drop"), "tasks": (),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Typed:
+    """A step whose options are right. config: of the command, with placeholders for what the recipe decides.
+    files: what the options name on this disk, by option."""
+
+    entry: Entry
+    command: Command
+    format: str
+    config: Any
+    files: dict[str, tuple[Path, ...]]
+    of: tuple[str, ...] | None
+    teacher: str | None
+
+    @property
+    def name(self) -> str:
+        return self.entry.name
+
+    @property
+    def gives(self) -> str:
+        return {"gguf": GGUF, "onnx": ONNX}[self.format] if self.format else self.command.gives
+
+    def options(self) -> dict[str, Any]:
+        """The config's fields that are the recipe's business, defaults included."""
+        return {name: getattr(self.config, name) for name in options(self.command.name, self.format)}
+
+
+def type_steps(recipe: Recipe, problems: list[str]) -> list[Typed | None]:
+    """Every step typed, None where that failed; all problems are added to `problems`."""
+    problems += [f"defaults: no step has an option {name!r}{nearest(name, every_option())}" for name in recipe.defaults
+                 if name not in every_option()]
+    return [_typed(recipe, entry, problems) for entry in recipe.steps]
+
+
+def _typed(recipe: Recipe, entry: Entry, problems: list[str]) -> Typed | None:
+    command = COMMANDS[entry.command]
+    given = dict(entry.options)
+    format = _format(entry, given, problems)
+    links = {k: given.pop(k) for k in LINKS if k in given}
+    if format is None or not _installed(entry, format, problems):
+        return None
+    known = options(command.name, format)
+    given = {**{k: v for k, v in recipe.defaults.items() if k in known}, **given}
+    found = len(problems)
+    of = _of(entry, links.get("of"), problems)
+    teacher = links.get("teacher")
+    if teacher is not None and (not isinstance(teacher, str) or "teacher" not in _fields(command, format)):
+        problems.append(f"{entry.where('teacher')}: {command.name} takes no teacher" if isinstance(teacher, str)
+                        else f"{entry.where('teacher')}: teacher must be a step's name, base, or a model")
+    config, files = _config(recipe, entry, command, format, given, problems)
+    if config is None or len(problems) > found:
+        return None
+    return Typed(entry, command, format, config, files, of, teacher)
+
+
+def _fields(command: Command, format: str) -> set[str]:
+    return {f.name for f in dataclasses.fields(command.config(format))}  # type: ignore[arg-type]
+
+
+def _format(entry: Entry, given: dict[str, Any], problems: list[str]) -> str | None:
+    """Which of the command's configs; takes `format` out of the options."""
+    configs = COMMANDS[entry.command].configs
+    if "" in configs:
+        return ""
+    format = given.pop("format", "gguf")
+    if format not in configs:
+        problems.append(f"{entry.where('format')}: format {format!r}: must be {' or '.join(configs)}")
+        return None
+    return str(format)
+
+
+def _installed(entry: Entry, format: str, problems: list[str]) -> bool:
+    """Whether the packages that the command needs are here."""
+    command = COMMANDS[entry.command]
+    if missing := [m for m in command.needs.get(format, ()) if importlib.util.find_spec(m) is None]:
+        problems.append(f"{entry.where()}: {format} needs the package{'s' if len(missing) > 1 else ''} {', '.join(missing)}: "
+                        f"pip install 'llmc-toolkit[{format}]'")
+    return True
+
+
+def _of(entry: Entry, of: Any, problems: list[str]) -> tuple[str, ...] | None:
+    if of is None:
+        return None
+    names = [of] if isinstance(of, str) else of
+    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
+        problems.append(f"{entry.where('of')}: of must be a step's name or a list of them")
+        return None
+    return tuple(names)
+
+
+def _config(recipe: Recipe, entry: Entry, command: Command, format: str, given: dict[str, Any],
+            problems: list[str]) -> tuple[Any, dict[str, tuple[Path, ...]]]:
+    """The command's config, and the files that it names; (None, …) where an option is wrong."""
+    import pydantic
+
+    cls = command.config(format)
+    hints, known = get_type_hints(cls), options(command.name, format)
+    wrong = len(problems)
+    problems += [f"{entry.where(k)}: {command.name} has no option {k!r}{nearest(k, known)}" for k in given if k not in known]
+    values: dict[str, Any] = {}
+    rules = pydantic.ConfigDict(coerce_numbers_to_str=True)
+    for name, value in given.items():
+        if name not in known:
+            continue
+        if isinstance(value, str | int | float) and str(hints[name]).startswith("tuple["):
+            value = (value,)
+        if isinstance(value, float) and str in (hints[name], *get_args(hints[name])):
+            value = f"{Decimal(repr(value)):f}"  # 0.00001 as it was written, not 1e-05
+        try:
+            values[name] = pydantic.TypeAdapter(hints[name], config=rules).validate_python(value)
+        except pydantic.ValidationError as e:
+            problems.append(f"{entry.where(name)}: {name} {value!r}: {_words(e)}")
+        if isinstance(value, bool) and bool not in (hints[name], *get_args(hints[name])):
+            problems.append(f"{entry.where(name)}: {name} {str(value).lower()}: it is no switch (quote it if it is a word)")
+    files = {}
+    for name in values:
+        values[name], files[name] = _with_files(recipe, name, values[name], hints[name])
+        problems += [f"{entry.where(name)}: {name}: there is no file {p}" for p in files[name] if not p.exists()]
+    required = {k: v for k, v in PLACEHOLDERS.items() if k in _fields(command, format)}
+    try:
+        config = cls(**required, **values)
+        if command.name == "compare":
+            from llmc.evals import gates
+
+            gates.parse(config)
+    except UserError as e:
+        problems += [f"{entry.where()}: {p}" for p in e.problem.split("; ")]
+        return None, {}
+    return (None if len(problems) > wrong else config), {k: v for k, v in files.items() if v}
+
+
+def _words(error: Any) -> str:
+    """pydantic's complaints in few words."""
+    told = dict.fromkeys(e["msg"].replace("Input should be", "must be").removeprefix("Value error, ") for e in error.errors())
+    return "; ".join(told)
+
+
+def _with_files(recipe: Recipe, name: str, value: Any, hint: Any) -> tuple[Any, tuple[Path, ...]]:
+    """An option's value with its paths found (beside the recipe, else in the working folder), and the files among them."""
+    if isinstance(value, Path):
+        found = Path(recipe.path(str(value)))
+        return found, (found,)
+    if name not in TEXTS or value is None:
+        return value, ()
+    if isinstance(value, tuple):
+        parts = [_with_files(recipe, name, v, str) for v in value]
+        return tuple(v for v, _ in parts), tuple(p for _, paths in parts for p in paths)
+    if name == "tasks":  # 'arc_easy=FILE,piqa'
+        named = [item.partition("=") for item in str(value).split(",")]
+        paths = [recipe.path(path) if path else "" for _, _, path in named]
+        joined = ",".join(f"{task}{sign}{path}" for (task, sign, _), path in zip(named, paths, strict=True))
+        return joined, tuple(Path(p) for p in paths if p)
+    if any(value == word or (word.endswith(":") and value.startswith(word)) for word in TEXTS[name]):
+        return value, ()
+    path = recipe.path(str(value))
+    return path, (Path(path),)
