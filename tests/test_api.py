@@ -16,6 +16,7 @@ import typer
 import llmc
 from llmc.cli import app
 from llmc.compress.imatrix.config import ImatrixConfig
+from llmc.compress.prune.config import PruneConfig
 from llmc.compress.quantize.config import QuantizeConfig
 from llmc.compress.transform.config import TransformConfig
 from llmc.errors import UserError
@@ -29,6 +30,7 @@ COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[
 CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "quantize": (QuantizeConfig, {}),
     "imatrix": (ImatrixConfig, {}),
+    "prune": (PruneConfig, {}),
     "transform": (TransformConfig, {}),
     "export": (GgufExportConfig, {"format": "gguf", **{f.name: f.default for f in fields(OnnxExportConfig)}}),
     "eval": (EvalConfig, {"out": None}),
