@@ -154,7 +154,7 @@ def shortened(raw: dict[str, Any], config: Any, dropped: list[int]) -> dict[str,
     count = text.num_hidden_layers
     kept = [i for i in range(count) if i not in dropped]
     known = {**text.to_dict(), **raw.get("text_config", raw)}
-    edited = {key: [value[i] for i in kept] for key, value in known.items()
+    edited: dict[str, Any] = {key: [value[i] for i in kept] for key, value in known.items()
               if isinstance(value, list) and len(value) == count and not key.endswith("token_id") and key != "architectures"}
     edited[getattr(text, "attribute_map", {}).get("num_hidden_layers", "num_hidden_layers")] = len(kept)
     if isinstance(limit := known.get("max_window_layers"), int):
