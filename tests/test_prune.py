@@ -523,3 +523,17 @@ def test_the_command_line_says_what_was_lost_and_what_to_do(tmp_path: Path, text
     bad = subprocess.run([*command, "--sparsity", "0.5"], capture_output=True, text=True)
     assert bad.returncode == 2
     assert "goes with --method magnitude" in bad.stderr
+
+
+def test_per_layer_lists_are_trimmed_and_rules_of_the_layers_number_spelled_out() -> None:
+    from tiny import config as tiny_config
+
+    from llmc.compress.prune.depth import shortened
+
+    kinds = ["sliding_attention", "full_attention"] * 2
+    config = tiny_config("gemma2", num_hidden_layers=4, layer_types=kinds)
+    raw = {"num_hidden_layers": 4, "layer_types": None, "eos_token_id": [1, 2, 3, 4], "sliding_window_pattern": 2,
+           "max_window_layers": 3, "architectures": ["A", "B", "C", "D"], "hidden_size": 64}
+    assert shortened(raw, config, [1, 2]) == {
+        "num_hidden_layers": 2, "layer_types": [kinds[0], kinds[3]], "eos_token_id": [1, 2, 3, 4], "max_window_layers": 1,
+        "architectures": ["A", "B", "C", "D"], "hidden_size": 64}
