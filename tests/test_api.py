@@ -18,6 +18,7 @@ from llmc.cli import app
 from llmc.compress.distill.config import DistillConfig
 from llmc.compress.heal.config import HealConfig
 from llmc.compress.imatrix.config import ImatrixConfig
+from llmc.compress.prune.config import PruneConfig
 from llmc.compress.quantize.config import QuantizeConfig
 from llmc.compress.transform.config import TransformConfig
 from llmc.errors import UserError
@@ -32,6 +33,7 @@ COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[
 CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "quantize": (QuantizeConfig, {}),
     "imatrix": (ImatrixConfig, {}),
+    "prune": (PruneConfig, {}),
     "transform": (TransformConfig, {}),
     "heal": (HealConfig, {"teacher": None}),
     "distill": (DistillConfig, {"teacher": None}),

@@ -153,13 +153,15 @@ def shortened(raw: dict[str, Any], config: Any, dropped: list[int]) -> dict[str,
     text = config.get_text_config()
     count = text.num_hidden_layers
     kept = [i for i in range(count) if i not in dropped]
-    known = {**text.to_dict(), **raw.get("text_config", raw)}
-    edited = {key: [value[i] for i in kept] for key, value in known.items()
-              if isinstance(value, list) and len(value) == count and not key.endswith("token_id") and key != "architectures"}
+    before = raw.get("text_config", raw)
+    known = {**text.to_dict(), **{k: v for k, v in before.items() if v is not None}}
+    edited: dict[str, Any] = {
+        key: [value[i] for i in kept] for key, value in known.items()
+        if isinstance(value, list) and len(value) == count and not key.endswith("token_id") and key != "architectures"}
     edited[getattr(text, "attribute_map", {}).get("num_hidden_layers", "num_hidden_layers")] = len(kept)
     if isinstance(limit := known.get("max_window_layers"), int):
         edited["max_window_layers"] = sum(i < limit for i in kept)
-    own = {k: v for k, v in {**raw.get("text_config", raw), **edited}.items() if k not in STALE}
+    own = {k: v for k, v in {**before, **edited}.items() if k not in STALE}
     return {**raw, "text_config": own} if "text_config" in raw else own
 
 

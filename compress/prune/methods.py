@@ -108,7 +108,7 @@ def by_width(skeleton: Skeleton, c: PruneConfig, work: Workspace, sequences: tor
         tensors = {n: kept.cut(n, checkpoint.tensor(n), layer, tied) for n in names}
         work.save_layer(count + index, tensors, {"layer": index})  # after the sums, which a resumed run reads again
         pieces += pieces_of(work.layer_file(count + index))
-    layers = [{"layer": i, "groups": kept.groups[i].tolist(), "ffn": kept.ffn[i].tolist()} for i in range(count)]
+    layers = [{"layer": i, "groups": kept.groups[i].tolist()} for i in range(count)]
     return Made(pieces, width.narrow_config(checkpoint.config, new), {"shape": vars(new)},
                 {"layers": layers, "channels": kept.hidden.tolist()})
 

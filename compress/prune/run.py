@@ -103,7 +103,8 @@ class _Job:
             states = 12 * hidden * c.sequences * c.seq_len
         before = sum(self.checkpoint.nbytes(n) for n in self.checkpoint.names())
         table = self.skeleton.model.get_output_embeddings().weight.numel() * 4
-        memory = 600_000_000 + 2 * layer + 16 * widest * widest + SUMS_BYTES + 4 * BATCH_BYTES + 2 * table
+        judging = 8 * hidden * c.held_out * c.seq_len + 2 * table  # both models' states, and their heads
+        memory = 600_000_000 + 2 * layer + 16 * widest * widest + SUMS_BYTES + 4 * BATCH_BYTES + judging
         if c.method == "depth" and c.by == "kl":
             memory = max(memory, 4 * sum(p.numel() for p in self.skeleton.model.parameters()) + 2 * table + 800_000_000)
         return {

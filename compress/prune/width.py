@@ -80,8 +80,8 @@ def narrowed(config: Any, c: PruneConfig) -> tuple[Shape, list[str]]:
 
 
 def _rounded(width: int, share: float, name: str, first: int) -> tuple[int, int]:
-    """(the multiple of `first` nearest to a share of `width`, where it is below it and within an eighth of what was asked for,
-    or else of NARROW; that multiple)."""
+    """(the multiple of `first` nearest to a share of `width`, where it is below it and within an eighth of what was asked
+    for, or else of NARROW; that multiple)."""
     if share == 1:
         return width, 1
     for step in sorted({first, NARROW}, reverse=True):

@@ -119,7 +119,10 @@ class QuantizePass:
 
     def _keep(self, name: str, linear: nn.Module, q: Quantized, lost: float, energy: float, **record: Any) -> None:
         """From here on the layer runs with the weights that ship."""
-        set_weight(linear, q.dequantize())
+        value = q.dequantize()
+        if self.masked and bool((value[get_weight(linear) == 0] != 0).any()):
+            raise RuntimeError(f"{self.prefix}.{name}: a pruned weight is not zero on {q.grid.name}")
+        set_weight(linear, value)
         cpu = with_tensors(q, {field: tensor.cpu() for field, tensor in tensors_of(q).items()})
         if not self.assignment.portable:
             cpu = as_blocks(cpu)

@@ -275,8 +275,7 @@ class _Job:
         summary = _summary(records, self.config.method)
         known = calibration.origin if calibration else self.importance and self.importance.calibration
         entry = {"name": "quantize", **self._what(), "config": self.config.numbers(), "threads": self.threads,
-                 "zeros_kept": self.masked,
-                 "device": str(self.skeleton.device), "matmul": matmul_precision(),
+                 "device": str(self.skeleton.device), "matmul": matmul_precision(), "zeros_kept": self.masked,
                  "calibration": known, "imatrix": self.importance and self.importance.origin,
                  "reference_sequences": self._along() if calibration else None, "layers": records, **summary,
                  **({"transform": choice.record} if choice else {})}

@@ -28,7 +28,7 @@ def prune(
         help="Of depth: kl (the layer whose absence is measured to cost least goes, one at a time; the whole model in "
              "memory) or influence (those that turn their input least).")] = D.by,
     ffn: Annotated[float, typer.Option(
-        help="Of width: share of the feed-forward neurons that stays, to a multiple of 256 where that can be, else of 32.",
+        help="Of width: share of the feed-forward neurons that stays, to a multiple of 256 where one is near, else of 32.",
     )] = D.ffn,
     heads: Annotated[float, typer.Option(
         help="Of width: share of the attention heads that stays, in whole key-value groups.")] = D.heads,
