@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 SEQ_LEN = range(16, 32768 + 1)
+PRECISIONS = ("auto", "bf16", "fp32")  # of products in training
 
 
 def out_of_range(config: Any, counts: Iterable[str], shares: Iterable[str] = ()) -> list[str]:

@@ -170,7 +170,7 @@ def _render(messages: list[Any], tokenizer: Any, where: str, **more: bool) -> st
 
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **more))
-    except (TemplateError, TypeError, KeyError, ValueError) as e:
+    except (TemplateError, TypeError, KeyError, IndexError, ValueError) as e:
         raise UserError(f"{where}: the model's chat template refused the messages: {e}", "check roles and contents") from e
 
 

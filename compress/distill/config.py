@@ -6,13 +6,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llmc.compress.ranges import out_of_range
+from llmc.compress.ranges import PRECISIONS, out_of_range
 from llmc.errors import UserError
 
 LOSSES = ("forward-kl", "reverse-kl")
-PRECISIONS = ("auto", "bf16", "fp32")
 AUTO = "auto"
-FULL_LR, LORA_LR = 1e-4, 1e-3
+FULL_LR, LORA_LR = 1e-4, 5e-4
 
 
 @dataclass(frozen=True)

@@ -40,5 +40,5 @@ def is_sparse(manifest: dict[str, Any] | None) -> bool:
 def masks_of(model: Any) -> Masks:
     """Of every linear of the decoder layers that has a weight of exactly zero."""
     _, layers = find_layers(model)
-    weights = [m.weight for layer in layers for m in layer.modules() if is_linear(m)]
+    weights = [p for layer in layers for m in layer.modules() if is_linear(m) for p in m.parameters() if p.dim() == 2]
     return Masks({w: w.detach() != 0 for w in weights if bool((w.detach() == 0).any())})

@@ -88,8 +88,7 @@ def captured(model: Any, layers: Sequence[int]) -> Iterator[list[torch.Tensor]]:
                 states[:] = [found[i] for i in layers]
         return hook
 
-    modules = find_layers(model)[1] if layers else []
-    handles = [modules[i].register_forward_hook(keep(i)) for i in sorted(set(layers))]
+    handles = [find_layers(model)[1][i].register_forward_hook(keep(i)) for i in sorted(set(layers))]
     try:
         yield states
     finally:

@@ -13,7 +13,7 @@ import torch
 from llmc.compress.distill.config import DistillConfig
 from llmc.compress.distill.masks import Masks
 from llmc.compress.distill.pupil import Pupil, captured
-from llmc.compress.teaching.teacher import Running, Teacher
+from llmc.compress.teaching.teacher import Teacher
 from llmc.compress.teaching.texts import Texts
 from llmc.compress.teaching.training import BETAS, Training
 from llmc.errors import UserError
@@ -92,11 +92,8 @@ class Distilling(Training):
     def _run(self, module: Any, rows: list[int], layers: Sequence[int] = ()) -> Any:
         """What a Pupil returns of these sequences."""
         ids = self.texts.sequences[rows]
-        if isinstance(self.teacher, Running):
-            with captured(self.teacher.model, layers) as states:
-                aims = self.teacher.of(rows)
-        else:
-            states, aims = [], self.teacher.of(rows)
+        with captured(getattr(self.teacher, "model", None), layers) as states:  # a cached teacher has none, nor layers
+            aims = self.teacher.of(rows)
         # made under inference_mode, which autograd does not take: hence copies
         with self.forward():
             return module(ids.to(self.device), self._targets(rows).to(self.device), aims, [s.clone() for s in states])

@@ -6,11 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llmc.compress.ranges import out_of_range
+from llmc.compress.ranges import PRECISIONS, out_of_range
 from llmc.errors import UserError
 
 SCOPES = ("end-to-end", "block")
-PRECISIONS = ("auto", "bf16", "fp32")
 
 
 @dataclass(frozen=True)
