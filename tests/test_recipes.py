@@ -95,7 +95,7 @@ def test_illegal(steps: list[str], problem: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "- quantize", "steps: 4", "steps: []", "just words", "steps:\n  - [quantize]"])
 def test_what_is_no_recipe(text: str) -> None:
-    with pytest.raises(UserError, match="no recipe|there are none|a step is one command"):
+    with pytest.raises(UserError, match=r"no recipe|there are none|a step is one command"):
         chain(text)
 
 

@@ -1,4 +1,4 @@
-"""`llmc run`: what is made once, what is made again, what a killed run leaves, and whether the page says what was measured."""
+"""`llmc run`: what is made once, what is made again, what a killed run leaves, and whether the page says what was found."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from llmc.evals.show import pm
 
 QUICK = "{calibration: text.txt, samples: 8, seq_len: 32, threads: 1, context: 32, chunks: 2}"
 RECIPE = f"""\
-about: <all> that a recipe can do, on a tiny model
+about: some <i>steps</i>, on a tiny model
 defaults: {QUICK}
 steps:
   - export: {{of: base, name: full}}
@@ -35,8 +35,7 @@ steps:
   - quantize: {{method: rtn}}
   - heal: {{steps: 2, batch: 1, held_out: 2, sampled: 0, check_every: 1}}
   - export: {{name: small}}
-  - eval: {{of: each}}
-  - bench: {{prompt: 8, generate: 2, warmup: 0}}
+  - eval
   - compare: {{max_kld: 100}}
 """
 
@@ -74,33 +73,41 @@ def short(base: Path, finished: Path) -> dict[str, Any]:
 SHORT = f"defaults: {QUICK}\nsteps: [quantize: {{method: rtn}}, export, eval, compare: {{max_kld: 100}}]"
 
 
-def test_a_whole_chain_and_its_page(base: Path) -> None:
-    result = llmc.run_recipe(write(RECIPE), model=base, out="run")
+TINY = {"prune.drop": 1, "samples": 8, "seq_len": 64, "distill.steps": 4, "distill.check_every": 2, "distill.batch": 1,
+        "distill.held_out": 2, "heal.steps": 2, "heal.batch": 1, "heal.held_out": 2, "context": 64, "chunks": 2, "sampled": 0,
+        "bench.prompt": 8, "bench.generate": 2, "bench.warmup": 0, "threads": 1, "calibration": "text.txt",
+        "compare.max_kld": 100}
+
+
+def test_the_shipped_chain_of_everything_and_its_page(base: Path) -> None:
+    """phone-prune-distill, as it comes, on a tiny model."""
+    result = llmc.run_recipe("phone-prune-distill", model=base, out="run", set=TINY)
     assert result["passed"]
-    assert len(result["ran"]) == len(result["steps"]) == 12
+    assert len(result["ran"]) == len(result["steps"]) == 14
     by_name = {a["name"]: a for a in result["artifacts"]}
-    assert list(by_name) == ["base", "full", "transform", "quantize", "heal", "small"]
-    html, text = Path("run/r.html").read_text(), Path("run/r.md").read_text()
-    for name in ("full", "transform", "quantize", "heal", "small"):
+    assert list(by_name) == ["base", "base-f16", "prune", "distill", "quantize", "heal", "phone"]
+    html, text = (Path(f"run/phone-prune-distill.{s}").read_text() for s in ("html", "md"))
+    for name in ("base-f16", "prune", "distill", "quantize", "heal", "phone"):
         (path,) = Path("run").glob(f"eval-{name}-*/{name}.json")
-        report = json.loads(path.read_text())
-        (measured,) = report["quality"]["texts"]
+        (measured,) = json.loads(path.read_text())["quality"]["texts"]
         for page in (html, text):  # the very figures of the reports, and nobody else's
             assert pm(measured["perplexity"], 2) in page
             assert pm(measured["kld"], 4) in page
         assert by_name[name]["report"]["quality"]["texts"][0]["kld"] == measured["kld"]
         assert size(by_name[name]["bytes"]) in html
-    (speed,) = Path("run").glob("bench-*/small.json")
+    (speed,) = Path("run").glob("bench-*/phone.json")
     assert f"{json.loads(speed.read_text())['speed']['decode']['median']:.1f}" in html
-    assert "<all>" not in html
-    assert "&lt;all&gt;" in html
     assert not re.search(r'(src|href)="https?:|<script', html), "the page needs nothing from anywhere"
     (link,) = re.findall(r'href="([^"]+)"', html)
     assert Path("run", link).is_file()
-    passes = [p["name"] for p in by_name["small"]["provenance"]["passes"]]
-    assert passes == ["rotate", "quantize", "heal", "export-gguf"]
-    assert json.loads(Path("run/r.json").read_text())["artifacts"] == result["artifacts"]
-    assert "Training" in html, "healing's curve"
+    passes = [p["name"] for p in by_name["phone"]["provenance"]["passes"]]
+    assert passes == ["prune", "distill", "quantize", "heal", "export-gguf"]
+    assert json.loads(Path("run/phone-prune-distill.json").read_text())["artifacts"] == result["artifacts"]
+    for curve in ("<h2>Distillation</h2>", "<h2>Healing</h2>"):
+        assert curve in html
+    heal = next(s for s in result["steps"] if s["job"] == "heal")
+    assert heal["teacher"] == "distill"
+    assert len(heal["curve"]["losses"]) == 2
 
 
 def planned(text: str, base: Path, **settings: Any) -> list[str]:
@@ -110,13 +117,16 @@ def planned(text: str, base: Path, **settings: Any) -> list[str]:
 
 
 def test_nothing_is_made_twice_and_a_change_makes_what_depends_on_it(base: Path) -> None:
-    text = RECIPE.replace("  - bench: {prompt: 8, generate: 2, warmup: 0}\n", "").replace(", {of: each}", "")
+    text = RECIPE
     first = llmc.run_recipe(write(text), model=base, out="run")
     again = llmc.run_recipe(write(text), model=base, out="run")
     assert again["ran"] == []
     assert again["artifacts"] == first["artifacts"]
+    page = Path("run/r.html").read_text()
+    assert "<i>steps" not in page
+    assert "some &lt;i&gt;steps" in page
 
-    healed = ["heal", "small", "eval heal", "eval small", "compare"]
+    healed = ["heal", "small", "eval small", "compare"]
     assert planned(text, base, **{"heal.steps": 3}) == healed
     assert planned(text, base, **{"eval.chunks": 1})[0] == "eval full"
     assert planned(text, base, **{"transform.seed": 1})[0] == "transform"

@@ -131,10 +131,11 @@ def test_a_variant_that_fails_does_not_stop_the_others(base: Path, capsys: pytes
 
 
 @pytest.fixture
-def ray_here() -> Iterator[None]:
-    """A Ray of one core on this machine."""
+def ray_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A Ray of one core on this machine, whose workers do not stand behind everything else (Ray's default is nice 15)."""
     import ray
 
+    monkeypatch.setenv("RAY_worker_niceness", "0")
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
     yield
     ray.shutdown()

@@ -4,7 +4,7 @@
      "comparisons": […], "gates": […], "passed", "seconds", "versions"}
 
 A step: {job, command, from, teacher, options, key, artifact, bytes, seconds, curve?}. An artifact: {name, step, kind, path,
-bytes, report?}, the base first; `report` is what eval and bench last said of it, without the arrays. Figures are theirs, never new.
+bytes, report?}, the base first; `report` is what eval and bench last said of it, without the arrays. Figures are theirs.
 """
 
 from __future__ import annotations

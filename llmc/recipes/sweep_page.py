@@ -46,7 +46,8 @@ def tables(result: dict[str, Any]) -> list[Table]:
     for v in result["variants"]:
         missed = [gates.describe(g) for g in v.get("gates", []) if not g["passed"]]
         verdict = "; ".join(missed) or ("passed" if v.get("gates") else "–")
-        told.append([v["variant"], verdict, "–" if "seconds" not in v else duration(v["seconds"]), "; ".join(v["failed"]) or "–"])
+        took = duration(v["seconds"]) if "seconds" in v else "–"
+        told.append([v["variant"], verdict, took, "; ".join(v["failed"]) or "–"])
     found.append(("Variants", "steps that several variants share were run once and count in each", filled(told)))
     return found
 
