@@ -1,12 +1,12 @@
 """How much of the log-perplexity that dropping layers costs does `llmc distill` bring back, on text it was not trained on?
 
-The student is the base without the layers of `--drop` (counted from 0), or the folder `--student` (what `llmc prune --method
-depth` made). All three models are judged by `llmc eval` in torch. Prints the held-out curve, a table and one JSON line; exit
-code 1 where less than `--least` comes back on the first text or the distillation takes longer than `--minutes`. What is in
-the folder `--work` already is not made again. Options after `--` go to `llmc distill`.
+The student is what `llmc prune --method depth --drop N` makes of the base, or the folder `--student`. All three models are
+judged by `llmc eval` in torch. Prints the held-out curve, a table and one JSON line; exit code 1 where less than `--least`
+comes back on the first text or the distillation takes longer than `--minutes`. What is in the folder `--work` already is not
+made again. Options after `--` go to `llmc distill`.
 
     python benchmarks/distill.py --base BASE --calibration mixed.txt --text wiki.test.raw --text tinystories.txt \
-        --work /some/empty/folder [--drop 10,15,20 | --student FOLDER] [-- --steps 300 --lr 1e-4]
+        --work /some/empty/folder [--drop 3 | --student FOLDER] [-- --steps 300 --lr 1e-4]
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
-import shutil
 import subprocess
 import sys
 import time
@@ -23,34 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import llmc
-from llmc.checkpoint import Checkpoint
 from llmc.evals.show import table
 from llmc.runtimes.targets.this_machine import physical_cores
-
-
-def without_layers(base: Path, out: Path, dropped: set[int]) -> Path:
-    """A folder of a Llama-like model that lacks these decoder layers; the ones after them are numbered again."""
-    from safetensors.torch import save_file
-
-    checkpoint = Checkpoint.open(base)
-    kept = [i for i in range(checkpoint.config["num_hidden_layers"]) if i not in dropped]
-    tensors = {}
-    for name in checkpoint.names():
-        layer = re.match(r"(.*\blayers\.)(\d+)(\..*)", name)
-        if layer is None:
-            tensors[name] = checkpoint.tensor(name)
-        elif int(layer[2]) in kept:
-            tensors[f"{layer[1]}{kept.index(int(layer[2]))}{layer[3]}"] = checkpoint.tensor(name)
-    config = {**checkpoint.config, "num_hidden_layers": len(kept)}
-    if "layer_types" in config:
-        config["layer_types"] = [config["layer_types"][i] for i in kept]
-    out.mkdir(parents=True)
-    for file in base.iterdir():
-        if file.is_file() and file.name != "llmc.json" and ".safetensors" not in file.name:
-            shutil.copyfile(file, out / file.name)
-    (out / "config.json").write_text(json.dumps(config, indent=2))
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    return out
 
 
 def distilled(student: Path, args: argparse.Namespace, out: Path) -> dict[str, Any]:
@@ -78,7 +50,7 @@ def main() -> None:
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--text", action="append", required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--drop", default="10,15,20", help="layers that the student lacks")
+    parser.add_argument("--drop", type=int, default=3, help="how many layers the student lacks")
     parser.add_argument("--student", type=Path, help="a pruned folder instead of --drop")
     parser.add_argument("--chunks", type=int, default=40)
     parser.add_argument("--threads", type=int, default=physical_cores())
@@ -89,7 +61,7 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     student = args.student or args.work / "student"
     if not student.exists():
-        without_layers(args.base, student, {int(i) for i in args.drop.split(",")})
+        llmc.prune(args.base, method="depth", drop=args.drop, calibration=args.calibration, threads=args.threads, out=student)
     made = distilled(student, args, args.work / "distilled")
     for row in made["curve"]:
         print(f"step {row['step']:>5}  held-out loss {row['loss']:.4f}  perplexity {row['perplexity']:.2f}")

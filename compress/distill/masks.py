@@ -31,12 +31,6 @@ class Masks:
             p.mul_(kept)
 
 
-def is_sparse(manifest: dict[str, Any] | None) -> bool:
-    """Whether the chain of passes set single weights to zero."""
-    pruned = [p.get("config", {}) for p in (manifest or {}).get("passes", []) if p.get("name") == "prune"]
-    return any(c.get("sparsity") or c.get("pattern") for c in pruned)
-
-
 def masks_of(model: Any) -> Masks:
     """Of every linear of the decoder layers that has a weight of exactly zero."""
     _, layers = find_layers(model)

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from llmc.artifact import check_disk, check_output, note_last, read_manifest
+from llmc.artifact import check_disk, check_output, note_last
 from llmc.compress.distill.adapters import add_adapters, check_peft, merge_adapters
 from llmc.compress.distill.config import DistillConfig
-from llmc.compress.distill.masks import Masks, is_sparse, masks_of
+from llmc.compress.distill.masks import Masks, masks_of
 from llmc.compress.distill.plan import plan_of
 from llmc.compress.distill.pupil import Pupil, map_layers
 from llmc.compress.distill.team import join_team
@@ -26,6 +26,7 @@ from llmc.compress.distill.train import Distilling
 from llmc.compress.distill.vocabulary import common_vocabulary
 from llmc.compress.precision import prepare_cpu
 from llmc.compress.preparation import check_weights, open_float
+from llmc.compress.prune.masks import mask_of
 from llmc.compress.skeleton import Skeleton
 from llmc.compress.teaching.job import Job
 from llmc.compress.teaching.loss import Objective
@@ -78,7 +79,7 @@ class _Job(Job):
         _check_positions(config, self.student, self.taught)
         depths = len(self.student.layers), len(self.taught.layers)
         self.layers = map_layers(config.pairs(), *depths) if config.hidden_weight else []
-        self.sparse = is_sparse(read_manifest(folder))
+        self.sparse = mask_of(folder) is not None
         if self.sparse and config.lora is not None:
             raise UserError(f"{folder} was pruned to zeros, which an adapter would fill",
                             "leave out --lora: full weights keep them")
