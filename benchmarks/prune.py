@@ -22,6 +22,7 @@ from llmc.checkpoint import Checkpoint
 from llmc.compress.prune.folder import write_folder
 from llmc.compress.prune.methods import without
 from llmc.compress.skeleton import Skeleton
+from llmc.runtimes.targets.this_machine import physical_cores
 
 MASKS = ("magnitude", "wanda", "sparsegpt")
 
@@ -54,7 +55,7 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=20)
     parser.add_argument("--drop", type=int, default=3)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=physical_cores())
     parser.add_argument("--only", choices=["masks", "depth"])
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
