@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from killing import kill_9
 from safetensors.torch import load_file, save_file
 from tiny import build, corpus, tokenizer
 from torch import nn
@@ -300,15 +298,8 @@ def test_resume_after_a_kill_is_bit_identical(
     teacher, student, text = trio
     options = {**OPTIONS, **options}
     whole = llmc.distill(student, teacher, calibration=text, out=tmp_path / "whole", **options)
-    command = [sys.executable, "-P", "-m", "llmc", "distill", str(student), "--teacher", str(teacher),
-               "--calibration", str(text), "-o", str(tmp_path / "killed"), *flags(options)]
-    running = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    state = tmp_path / ".killed.unfinished/state.safetensors"
-    deadline = time.monotonic() + 300
-    while not state.exists() and time.monotonic() < deadline and running.poll() is None:
-        time.sleep(0.002)
-    os.kill(running.pid, signal.SIGKILL)
-    running.wait()
+    kill_9(["distill", str(student), "--teacher", str(teacher), "--calibration", str(text), "-o", str(tmp_path / "killed"),
+            *flags(options)], tmp_path, ".killed.unfinished/state.safetensors")
     assert not (tmp_path / "killed").exists()
     again = llmc.distill(student, teacher, calibration=text, out=tmp_path / "killed", resume=True, **options)
     assert again["curve"] == whole["curve"]

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from killing import kill_9
 from tiny import build, corpus, tokenizer
 from torch import nn
 
@@ -223,15 +219,8 @@ def test_resume_after_a_kill_is_bit_identical(pair: tuple[Path, Path, Path], tmp
     base, small, text = pair
     llmc.heal(small, base, calibration=text, out=tmp_path / "whole", **OPTIONS)
     flags = [x for k, v in OPTIONS.items() for x in (f"--{k.replace('_', '-')}", str(v))]
-    command = [sys.executable, "-m", "llmc", "heal", str(small), "--teacher", str(base), "--calibration", str(text),
-               "-o", str(tmp_path / "killed"), *flags]
-    running = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    state = tmp_path / ".killed.unfinished/state.safetensors"
-    deadline = time.monotonic() + 120
-    while not state.exists() and time.monotonic() < deadline and running.poll() is None:
-        time.sleep(0.002)
-    os.kill(running.pid, signal.SIGKILL)
-    running.wait()
+    kill_9(["heal", str(small), "--teacher", str(base), "--calibration", str(text), "-o", str(tmp_path / "killed"), *flags],
+           tmp_path, ".killed.unfinished/state.safetensors")
     assert not (tmp_path / "killed").exists()
     llmc.heal(small, base, calibration=text, out=tmp_path / "killed", resume=True, **OPTIONS)
     ours, theirs = hash_folder(tmp_path / "killed"), hash_folder(tmp_path / "whole")

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from killing import kill_9
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, build, corpus, edit_config, tokenizer
 from torch import nn
@@ -406,13 +404,7 @@ def test_resume_after_kill_9_gives_the_same_bytes(method: str, tmp_path: Path, t
                "--samples", "16", "--seq-len", "64", "--threads", "2", "--json", "-o"]
     whole = json.loads(subprocess.run([*command, "whole"], check=True, capture_output=True).stdout)
 
-    process = subprocess.Popen([*command, "killed"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    second = Path(".killed.unfinished/layers/0001.json")
-    deadline = time.monotonic() + 240
-    while not second.exists() and time.monotonic() < deadline:
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_9([*command[3:], "killed"], tmp_path, ".killed.unfinished/layers/0001.json")
     assert not Path("killed").exists()
     assert Path(".killed.unfinished/state.json").exists()
 

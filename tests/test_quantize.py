@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from killing import kill_9
 from tiny import FAMILIES, build, corpus, edit_config, poison, tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -127,13 +127,7 @@ def test_resume_after_kill_9_gives_the_same_bytes(calibration: str, tmp_path: Pa
                "--seq-len", "64", "--threads", "2", "--json", "-o"]
     whole = json.loads(subprocess.run([*command, "whole"], check=True, capture_output=True).stdout)
 
-    process = subprocess.Popen([*command, "killed"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    second_layer = Path(".killed.unfinished/layers/0001.json")
-    deadline = time.monotonic() + 120
-    while not second_layer.exists() and time.monotonic() < deadline:
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_9([*command[3:], "killed"], tmp_path, ".killed.unfinished/layers/0001.json")
     assert not Path("killed").exists()
     assert Path(".killed.unfinished/state.json").exists()
 

@@ -7,16 +7,15 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny
+from killing import kill_9
 
 import llmc
 from llmc.artifact import versions
@@ -183,15 +182,7 @@ def test_a_dry_run_leaves_nothing_and_knows_earlier_times(base: Path, finished: 
 
 def killed(base: Path, wait_for: str) -> None:
     """A run in a process of its own, killed with SIGKILL once `wait_for` is there."""
-    args = [sys.executable, "-m", "llmc", "run", "r.yaml", "--model", str(base), "-o", "run"]
-    process = subprocess.Popen(args, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 240
-    while not list(Path("run").glob(wait_for)):
-        assert process.poll() is None, "it ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_9(["run", "r.yaml", "--model", str(base), "-o", "run"], Path("run"), wait_for)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from killing import kill_9
 from tiny import FAMILIES, build, corpus, poison
 
 import llmc
@@ -302,13 +300,7 @@ def test_resume_after_kill_9_gives_the_same_bytes(options: list[str], tmp_path: 
     command = [sys.executable, "-m", "llmc", "transform", "m", *options, "--calibration", str(text), "--samples", "8",
                "--seq-len", "64", "--threads", "1", "--json", "-o"]
     subprocess.run([*command, "whole"], check=True, capture_output=True)
-    process = subprocess.Popen([*command, "killed"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    second = Path(".killed.unfinished/layers/0001.json")
-    deadline = time.monotonic() + 120
-    while not second.exists() and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.001)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_9([*command[3:], "killed"], tmp_path, ".killed.unfinished/layers/0001.json")
     assert not Path("killed").exists()
     done = subprocess.run([*command, "killed", "--resume"], check=True, capture_output=True)
     assert json.loads(done.stdout)["out"] == "killed"

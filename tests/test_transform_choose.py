@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from killing import kill_9
 from tiny import build, corpus
 
 import llmc
@@ -136,12 +134,7 @@ def test_a_finished_transform_is_used_again_after_kill_9(tmp_path: Path, text: P
     command = [sys.executable, "-m", "llmc", "quantize", "m", "--transform", "auto", "--calibration", str(text),
                "--samples", "16", "--seq-len", "64", "--threads", "1", "--json", "-o"]
     subprocess.run([*command, "whole"], check=True, capture_output=True)
-    process = subprocess.Popen([*command, "killed"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 1200
-    while not Path(".killed.unfinished/layers/0001.json").exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_9([*command[3:], "killed"], tmp_path, ".killed.unfinished/layers/0001.json", seconds=1200)
     assert Path(".killed.transformed/figures.json").exists()
     loud = [x for x in command if x != "--json"]
     done = subprocess.run([*loud, "killed", "--resume"], check=True, capture_output=True)
