@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,6 +79,45 @@ class CompareConfig:
     min_top1: str | None = None
     min_decode_speedup: str | None = None
     page: Path = Path("compare.html")
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """`llmc fit`. Sizes as typed: '2GB', '90MB'; shares: '80%'. None: no such limit."""
+
+    items: tuple[Path, ...]
+    """Artifacts (.gguf files, ONNX folders) and reports."""
+    target: tuple[str, ...] = ()
+    """Names of targets, or ids of device profiles; () : this machine."""
+    min_decode: float | None = None
+    """Tokens/s at `context`."""
+    max_first_token: float | None = None
+    """Seconds, for `prompt` tokens."""
+    max_kld: float | None = None
+    min_top1: str | None = None
+    max_ram: str | None = None
+    max_size: str | None = None
+    context: int = 2048
+    """Tokens in the KV cache: what memory is counted with, and where decoding is looked at."""
+    prompt: int = 512
+    targets: Path | None = None
+    """The file of targets; None: ./targets.toml or the user's."""
+
+    def __post_init__(self) -> None:
+        _at_least("--context", self.context, 8)
+        _at_least("--prompt", self.prompt, 1)
+        object.__setattr__(self, "items", tuple(Path(i) for i in self.items))
+        object.__setattr__(self, "target", (self.target,) if isinstance(self.target, str) else tuple(self.target))
+        if not self.items:
+            raise UserError("no artifact to judge", "name .gguf files, ONNX folders or reports")
+
+
+def parse_bytes(option: str, written: str) -> int:
+    """'2GB', '90 MB' or '1500000' in bytes; decimal units, as everywhere in llmc."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(B|kB|MB|GB)?", written.strip())
+    if not match:
+        raise UserError(f"{option} {written!r} is no size", f"write it like {option} 2GB or 90MB")
+    return round(float(match[1]) * {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}[match[2] or "B"])
 
 
 def _at_least(option: str, value: int, low: int) -> None:

@@ -42,7 +42,7 @@ class Model:
     """What an artifact's speed depends on.
 
     token_bytes: by stored type, of the weights that a decoded token reads   prefill_weights: that a prompt token meets
-    kv_heads, head_dim: of the KV cache   window: tokens that attention looks back, None: all
+    decoder_bytes: of these weights   kv_heads, head_dim: of the KV cache   window: tokens that attention looks back, None: all
     """
 
     name: str
@@ -55,6 +55,7 @@ class Model:
     head_dim: int
     vocabulary: int
     window: int | None = None
+    decoder_bytes: int = 0
 
     def kv_bytes(self, tokens: int, bytes_per_value: float = 2.0) -> int:
         """K and V of all layers at `tokens` tokens, f16 if not said otherwise."""
@@ -135,8 +136,9 @@ def rates_of_profile(profile: Profile, target: str | None = None) -> Rates:
     whose = "" if source is profile else f" of {source.name}"
     points = f"{len(source.measured)} published measurements{whose}"
     share = median(r for _, r in source.achieved()) / source.bandwidth.value
-    basis = (f"profile {profile.id} ({profile.name}): {points}; they read {share:.0%} of {source.bandwidth.value / 1e9:.1f} GB/s"
-             + ("" if flops else "; no prefill is published"))
+    unknown = "" if flops else "; no prefill is published"
+    basis = (f"profile {profile.id} ({profile.name}): {points}; they read {share:.0%} of "
+             f"{source.bandwidth.value / 1e9:.1f} GB/s{unknown}")
     return Rates(target or profile.id, basis, int(profile.ram.value), read, flops, (0.7 * cost, cost, 1.3 * cost))
 
 
@@ -195,6 +197,17 @@ def rates_here(types: set[str], threads: int, read_bandwidth: float, target: str
     return Rates(target, basis, psutil.virtual_memory().total, read, flops, (HERE_BELOW * low, mid, HERE_ABOVE * high))
 
 
+def rates_of_facts(target: str, facts: dict[str, Any]) -> Rates:
+    """Of a device that was probed and has no profile: what it reads from memory, and its f32 matmul rate.
+
+    Kernels that unpack weights keep below the first and, with integer dot products, often above the second.
+    """
+    read, flops = float(facts["read_bandwidth"]), facts.get("matmul_flops")
+    return Rates(target, f"probed {facts.get('probed', 'there')}: reads {read / 1e9:.1f} GB/s; kernels were not measured",
+                 int(facts["memory"]), {OTHER: (0.5 * read, 0.8 * read, read)},
+                 {OTHER: (0.5 * flops, flops, 3.0 * flops)} if flops else {}, (0.0, 50e-6, 500e-6))
+
+
 # ------------------------------------------------------------------------------------------------------------ artifacts
 
 
@@ -212,8 +225,9 @@ def model_of(artifact: Path) -> Model:
         if weight["tied"] or t.kind != "embedding":
             read[t.type] = read.get(t.type, 0) + t.nbytes
     shape = _gguf_shape(artifact) if artifact.is_file() else _onnx_shape(artifact)
-    met = sum(t.parameters for t in found if t.kind in ("attention", "mlp"))
-    return Model(name=artifact.name, file_bytes=weight["file_bytes"], token_bytes=read, prefill_weights=met, **shape)
+    met = [t for t in found if t.kind in ("attention", "mlp")]
+    return Model(name=artifact.name, file_bytes=weight["file_bytes"], token_bytes=read, **shape,
+                 prefill_weights=sum(t.parameters for t in met), decoder_bytes=sum(t.nbytes for t in met))
 
 
 def _gguf_shape(file: Path) -> dict[str, Any]:
