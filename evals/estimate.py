@@ -42,7 +42,7 @@ class Model:
     """What an artifact's speed depends on.
 
     token_bytes: by stored type, of the weights that a decoded token reads   prefill_weights: that a prompt token meets
-    decoder_bytes: of these weights   kv_heads, head_dim: of the KV cache   window: tokens that attention looks back, None: all
+    decoder_bytes: of these weights   kv_heads, head_dim: of the KV cache   window: tokens that attention sees, None: all
     """
 
     name: str

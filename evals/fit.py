@@ -146,8 +146,8 @@ def _decode(c: Candidate, target: str, rates: lazily, config: FitConfig) -> Figu
     """Measured at the greatest depth that does not pass the context."""
     if (s := _section(c, target)) is None:
         return _estimated(c, rates, config, "decode")
-    curve = s.get("decode_curve") or [{"depth": s["protocol"]["prompt"], "decode": s["decode"]}]
-    point = max((p for p in curve if p["depth"] <= config.context), key=lambda p: p["depth"], default=curve[0])
+    curve = s["decode_curve"]
+    point = max((p for p in curve if p["depth"] <= config.context), key=lambda p: int(p["depth"]), default=curve[0])
     return _spread(point["decode"], s, f"at depth {point['depth']}")
 
 
@@ -155,8 +155,7 @@ def _first_token(c: Candidate, target: str, rates: lazily, config: FitConfig) ->
     """Measured with the prompt that was asked for; another length is no measurement of this one."""
     s = _section(c, target)
     if s is not None:
-        curve = s.get("prefill_curve") or [{"tokens": s["protocol"]["prompt"], "first_token": s["first_token"]}]
-        for point in curve:
+        for point in s["prefill_curve"]:
             if point["tokens"] == config.prompt:
                 return _spread(point["first_token"], s, f"{config.prompt} tokens")
     return _estimated(c, rates, config, "first_token")
@@ -166,8 +165,8 @@ def _ram(c: Candidate, target: str, rates: lazily, config: FitConfig) -> Figure 
     """The peak of the bench, and what its KV cache lacked to the context; else file, cache and buffers."""
     s = _section(c, target)
     if s is not None:
-        p = s["protocol"]
-        held = max([p["prompt"]] + [x["depth"] for x in s.get("decode_curve", [])]) + p["generate"]
+        longest = [p["tokens"] for p in s["prefill_curve"]] + [p["depth"] for p in s["decode_curve"]]
+        held = max(longest) + s["protocol"]["generate"]
         more = c.model.kv_bytes(config.context) - c.model.kv_bytes(held) if c.model else 0
         value = float(s["peak_rss"] + max(0, more))
         return Figure((value, value, value), "measured", f"peak, and a KV cache of {config.context}" if more > 0 else "peak")
@@ -188,7 +187,12 @@ def _quality(key: str, c: Candidate, target: str, rates: lazily, config: FitConf
 
 
 def _size(c: Candidate, target: str, rates: lazily, config: FitConfig) -> Figure | None:
-    value = float(c.model.file_bytes if c.model else c.report["artifact"]["size"]["file_bytes"]) if c.model or c.report else 0.0
+    if c.model:
+        value = float(c.model.file_bytes)
+    elif c.report:
+        value = float(c.report["artifact"]["size"]["file_bytes"])
+    else:
+        return None
     return Figure((value, value, value), "measured", "file")
 
 
@@ -217,10 +221,9 @@ def candidate(item: Path) -> Candidate:
 
 def rates_for(name: str, candidates: list[Candidate], file: Path | None) -> Rates:
     """Of a target: this machine's are measured, another's are its profile's or what was probed; else of a profile's id."""
+    from llmc.evals.estimate import rates_here, rates_of_facts, rates_of_profile
     from llmc.runtimes.targets.profile import profile_ids, read_profile
     from llmc.runtimes.targets.target import load_targets
-
-    from llmc.evals.estimate import rates_here, rates_of_facts, rates_of_profile
 
     targets = load_targets(file)
     if name not in targets and name in profile_ids():

@@ -48,9 +48,12 @@ def _by_ram(model: Model, limits: dict[str, tuple[float, bool]], context: int) -
 
 
 def _grids(model: Model, file_bytes: float, what: str) -> Iterator[str]:
-    """The largest grid of the decoder that the size leaves, all else as it is."""
+    """The largest grid of the decoder that the size leaves."""
     why = {"decode": "to decode so fast", "ram": "to fit the memory", "size": "to be so small"}[what]
-    bits = 8 * (file_bytes - (model.file_bytes - model.decoder_bytes)) / max(1, model.prefill_weights)
+    # embedding and head are kept at 8 bits, or below where they are
+    eight = 34 / 32 * model.vocabulary * model.heads * model.head_dim
+    rest = min(model.file_bytes - model.decoder_bytes, eight)
+    bits = 8 * (file_bytes - rest) / max(1, model.prefill_weights)
     fitting = [g for g in GRIDS.values() if g.bits_per_weight <= bits]
     if not fitting:
         yield (f"{why}, a file may have {size(max(0.0, file_bytes))}, which leaves {max(0.0, bits):.2f} bits a weight: less "
@@ -81,8 +84,8 @@ def devices(candidates: list[Any], judged: list[dict[str, Any]], target: str, li
     good = {c["name"] for c in judged
             if all(c["figures"][k].get("answer", "yes") == "yes" for k in ("kld", "top1", "size") if k in c["figures"])}
     models = [c.model for c in candidates if c.model and c.name in good]
-    rates = sorted((rates_of_profile(read_profile(id)) for id in profile_ids() if id != target), key=lambda r: r.read[OTHER][1])
-    for r in rates:
+    rates = [rates_of_profile(read_profile(id)) for id in profile_ids() if id != target]
+    for r in sorted(rates, key=lambda r: r.read[OTHER][1]):
         for model in models:
             e = estimate(model, r, config.context, config.prompt, config.context)
             first = e["first_token"]["high"] if e["first_token"] else float("inf")

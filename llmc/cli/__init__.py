@@ -21,6 +21,7 @@ from llmc.cli import (
     doctor,
     eval,
     export,
+    fit,
     generate,
     heal,
     imatrix,
@@ -81,8 +82,8 @@ def _options(
             warnings.simplefilter("ignore")
 
 
-for command in (prune, quantize, transform, distill, heal, imatrix, export, eval, bench, compare, generate, inspect, verify,
-                doctor):
+for command in (prune, quantize, transform, distill, heal, imatrix, export, eval, bench, compare, fit, generate, inspect,
+                verify, doctor):
     command.register(app)
 for command in (run_recipe, sweep, recipe):
     command.register(app)
