@@ -102,12 +102,12 @@ def answer(figure: Figure | None, limit: float, most: bool) -> str:
     return "yes" if keeps(worst) else "maybe" if keeps(best) else "no"
 
 
-def judge(c: Candidate, target: str, rates: lazily, limits: dict[str, tuple[float, bool]],
-          config: FitConfig) -> dict[str, Any]:
-    """One candidate on one target: every figure that has a limit, and decode and ram always."""
+def judge(c: Candidate, target: str, rates: lazily, limits: dict[str, tuple[float, bool]], config: FitConfig,
+          estimates: bool = True) -> dict[str, Any]:
+    """One candidate on one target: every figure that has a limit, and with `estimates` decode and ram always."""
     figures = {}
-    for name in dict.fromkeys([*limits, "decode", "ram"]):
-        figure = _FIGURES[name](c, target, rates, config)
+    for name in dict.fromkeys([*limits, *(("decode", "ram") if estimates else ())]):
+        figure = _FIGURES[name](c, target, rates if estimates else None, config)
         limit, most = limits.get(name, (None, False))
         told = {} if limit is None else {"limit": limit, "answer": answer(figure, limit, most)}
         shown = {} if figure is None else {**dict(zip(("low", "mid", "high"), figure.interval, strict=True)),
@@ -135,14 +135,14 @@ def _spread(s: dict[str, Any], section: dict[str, Any], note: str) -> Figure:
     return Figure((low, s["median"], high), "measured", note + doubt)
 
 
-def _estimated(c: Candidate, rates: lazily, config: FitConfig, key: str) -> Figure | None:
-    if c.model is None:
+def _estimated(c: Candidate, rates: lazily | None, config: FitConfig, key: str) -> Figure | None:
+    if c.model is None or rates is None:
         return None
     found = estimate(c.model, rates.get(), config.context, config.prompt, config.context)[key]
     return None if found is None else Figure((found["low"], found["mid"], found["high"]), "estimate")
 
 
-def _decode(c: Candidate, target: str, rates: lazily, config: FitConfig) -> Figure | None:
+def _decode(c: Candidate, target: str, rates: lazily | None, config: FitConfig) -> Figure | None:
     """Measured at the greatest depth that does not pass the context."""
     if (s := _section(c, target)) is None:
         return _estimated(c, rates, config, "decode")
@@ -151,7 +151,7 @@ def _decode(c: Candidate, target: str, rates: lazily, config: FitConfig) -> Figu
     return _spread(point["decode"], s, f"at depth {point['depth']}")
 
 
-def _first_token(c: Candidate, target: str, rates: lazily, config: FitConfig) -> Figure | None:
+def _first_token(c: Candidate, target: str, rates: lazily | None, config: FitConfig) -> Figure | None:
     """Measured with the prompt that was asked for; another length is no measurement of this one."""
     s = _section(c, target)
     if s is not None:
@@ -161,7 +161,7 @@ def _first_token(c: Candidate, target: str, rates: lazily, config: FitConfig) ->
     return _estimated(c, rates, config, "first_token")
 
 
-def _ram(c: Candidate, target: str, rates: lazily, config: FitConfig) -> Figure | None:
+def _ram(c: Candidate, target: str, rates: lazily | None, config: FitConfig) -> Figure | None:
     """The peak of the bench, and what its KV cache lacked to the context; else file, cache and buffers."""
     s = _section(c, target)
     if s is not None:
@@ -170,13 +170,13 @@ def _ram(c: Candidate, target: str, rates: lazily, config: FitConfig) -> Figure 
         more = c.model.kv_bytes(config.context) - c.model.kv_bytes(held) if c.model else 0
         value = float(s["peak_rss"] + max(0, more))
         return Figure((value, value, value), "measured", f"peak, and a KV cache of {config.context}" if more > 0 else "peak")
-    if c.model is None:
+    if c.model is None or rates is None:
         return None
     value = float(memory(c.model, config.context))
     return Figure((0.95 * value, value, 1.25 * value), "estimate")  # the runtime's own libraries come on top
 
 
-def _quality(key: str, c: Candidate, target: str, rates: lazily, config: FitConfig) -> Figure | None:
+def _quality(key: str, c: Candidate, target: str, rates: lazily | None, config: FitConfig) -> Figure | None:
     """The worst text's figure, with twice its standard error."""
     texts = [t for t in (c.report or {}).get("quality", {}).get("texts", []) if t[key] is not None]
     if not texts:
@@ -186,7 +186,7 @@ def _quality(key: str, c: Candidate, target: str, rates: lazily, config: FitConf
     return Figure((value - TWO_SIGMA * se, value, value + TWO_SIGMA * se), "measured", worst["protocol"]["text"])
 
 
-def _size(c: Candidate, target: str, rates: lazily, config: FitConfig) -> Figure | None:
+def _size(c: Candidate, target: str, rates: lazily | None, config: FitConfig) -> Figure | None:
     if c.model:
         value = float(c.model.file_bytes)
     elif c.report:
@@ -196,7 +196,7 @@ def _size(c: Candidate, target: str, rates: lazily, config: FitConfig) -> Figure
     return Figure((value, value, value), "measured", "file")
 
 
-_FIGURES: dict[str, Callable[[Candidate, str, lazily, FitConfig], Figure | None]] = {
+_FIGURES: dict[str, Callable[[Candidate, str, lazily | None, FitConfig], Figure | None]] = {
     "decode": _decode, "first_token": _first_token, "ram": _ram, "size": _size,
     "kld": partial(_quality, "kld"), "top1": partial(_quality, "top1"),
 }
@@ -212,7 +212,7 @@ def candidate(item: Path) -> Candidate:
         report = read_report(item)
         path = Path(report["artifact"]["path"])
         there = path if path.exists() else item.parent / path.name
-        whole = there.exists() and (there.suffix == ".gguf" or there.is_dir() and report["artifact"]["kind"] == "onnx")
+        whole = there.exists() and (there.suffix == ".gguf" or (there.is_dir() and report["artifact"]["kind"] == "onnx"))
         return Candidate(report["artifact"]["name"], report, model_of(there) if whole else None)
     if not item.exists():
         raise UserError(f"there is no {item}", "name .gguf files, ONNX folders or reports")

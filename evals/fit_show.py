@@ -11,7 +11,8 @@ from llmc.evals.show import table
 MARKS = {"yes": "yes", "no": "NO", "maybe": "maybe", "unknown": "not measured"}
 _UNITS: dict[str, tuple[str, Callable[[float], str]]] = {
     "decode": ("decode tok/s", lambda v: f"{v:.3g}"), "first_token": ("first token s", lambda v: f"{v:.3g}"),
-    "kld": ("KLD", lambda v: f"{v:.4f}"), "top1": ("top-1", lambda v: f"{v:.1%}"), "ram": ("memory", size), "size": ("file", size),
+    "kld": ("KLD", lambda v: f"{v:.4f}"), "top1": ("top-1", lambda v: f"{v:.1%}"),
+    "ram": ("memory", size), "size": ("file", size),
 }
 
 
@@ -31,7 +32,8 @@ def rows(target: dict[str, Any]) -> list[list[str]]:
     """A row for each candidate of one target of `fit`."""
     names = list(dict.fromkeys(n for c in target["candidates"] for n in c["figures"]))
     head = ["candidate", "fits", *(_UNITS[n][0] for n in names)]
-    return [head, *([c["name"], MARKS[c["fits"]], *(describe(c["figures"][n], n) for n in names)] for c in target["candidates"])]
+    told = ([c["name"], MARKS[c["fits"]], *(describe(c["figures"][n], n) for n in names)] for c in target["candidates"])
+    return [head, *told]
 
 
 def fit_lines(result: dict[str, Any]) -> str:

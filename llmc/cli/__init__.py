@@ -1,6 +1,6 @@
 """The command line, `llmc COMMAND …`. One module a command; here is what all share: errors, exit codes, verbosity.
 
-Exit codes: 0 done, 1 a gate of `llmc compare` failed, 2 bad input or environment, 70 a bug in llmc, 130 Ctrl-C.
+Exit codes: 0 done, 1 a gate of `llmc compare` or `llmc ship` failed, or nothing fits (`llmc fit`), 2 bad input or environment, 70 a bug in llmc, 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from llmc.cli import (
     quantize,
     recipe,
     run_recipe,
+    ship,
     sweep,
     transform,
     verify,
@@ -82,8 +83,8 @@ def _options(
             warnings.simplefilter("ignore")
 
 
-for command in (prune, quantize, transform, distill, heal, imatrix, export, eval, bench, compare, fit, generate, inspect,
-                verify, doctor):
+for command in (prune, quantize, transform, distill, heal, imatrix, export, eval, bench, compare, fit, ship, generate,
+                inspect, verify, doctor):
     command.register(app)
 for command in (run_recipe, sweep, recipe):
     command.register(app)
