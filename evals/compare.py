@@ -14,16 +14,17 @@ import numpy as np
 from llmc.errors import UserError
 from llmc.evals import gates, metrics, tasks
 from llmc.evals.config import CompareConfig
+from llmc.evals.matrix import matrix
 from llmc.evals.report import merged, read_report, speeds_of, targets_of, unpack
 from llmc.evals.report import without_arrays as report_without_arrays
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:
-    """{baseline, artifacts: […], gates: […], passed}; the first artifact is the baseline.
+    """{baseline, artifacts: […], matrix: […], gates: […], passed}; the first artifact is the baseline.
 
-    Each artifact: {name, report, differences}; differences (None for the baseline) are {size_ratio, texts: [{text,
-    perplexity_ratio, kld, top1}], tasks: {name: {acc, acc_norm, perplexity_ratio}}, speeds: {target: {decode_speedup,
-    first_token_ratio, peak_rss_ratio}}}, None where not measured of both; emulated speeds are never compared.
+    matrix: see matrix.py. Each artifact: {name, report, differences}; differences (None for the baseline) are {size_ratio,
+    texts: [{text, perplexity_ratio, kld, top1}], tasks: {name: {acc, acc_norm, perplexity_ratio}}, speeds: {target:
+    {decode_speedup, first_token_ratio, peak_rss_ratio}}}, None where not measured of both; emulated speeds are not compared.
     Raises UserError where figures are not comparable or a gate has no figure to look at.
     """
     limits = gates.parse(config)
@@ -33,8 +34,8 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     artifacts = [{"name": r["artifact"]["name"], "report": r,
                   "differences": None if r is baseline else differences(baseline, r)} for r in reports]
     results = gates.apply(limits, artifacts[1:] or artifacts)
-    return {"baseline": baseline["artifact"]["name"], "artifacts": artifacts, "gates": results,
-            "passed": all(g["passed"] for g in results)}
+    return {"baseline": baseline["artifact"]["name"], "artifacts": artifacts, "matrix": matrix(artifacts, config),
+            "gates": results, "passed": all(g["passed"] for g in results)}
 
 
 def join(reports: list[dict[str, Any]], paths: tuple[Path, ...]) -> list[dict[str, Any]]:

@@ -99,6 +99,16 @@ class CompareConfig:
     min_top1: str | None = None
     min_decode_speedup: str | None = None
     page: Path = Path("compare.html")
+    target: tuple[str, ...] = ()
+    """Targets or device profiles for which there are estimates where nothing was measured."""
+    targets: Path | None = None
+    """The file of targets; None: ./targets.toml or the user's."""
+    context: int = 2048
+    """Tokens in the KV cache of estimates."""
+
+    def __post_init__(self) -> None:
+        _at_least("--context", self.context, 8)
+        object.__setattr__(self, "target", (self.target,) if isinstance(self.target, str) else tuple(self.target))
 
 
 @dataclass(frozen=True)

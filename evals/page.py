@@ -10,7 +10,7 @@ from html import escape
 from typing import Any
 
 from llmc.console import size
-from llmc.evals import charts, html
+from llmc.evals import charts, html, matrix_page
 from llmc.evals.compare import tasks_of
 from llmc.evals.html import COLOURS
 from llmc.evals.report import budget_of, speeds_of, targets_of
@@ -37,7 +37,7 @@ def page(comparison: dict[str, Any]) -> str:
     body = [
         f'<header><p class="kicker">llmc compare</p><h1>{escape(title)}</h1>{html.verdict(comparison["gates"])}</header>',
         f'<div class="cards">{"".join(_summary(a, i) for i, a in enumerate(artifacts))}</div>',
-        f'<div class="charts">{"".join([*figures(artifacts), *trainings(artifacts)])}</div>',
+        f'<div class="charts">{"".join([*figures(artifacts, comparison["matrix"]), *trainings(artifacts)])}</div>',
         *(html.table(*t) for t in tables(comparison)),
         html.section("What the figures are", html.pairs(MEASURES.items())),
         *_protocols(artifacts), *(provenance(a) for a in artifacts),
@@ -70,10 +70,9 @@ def _summary(artifact: dict[str, Any], index: int) -> str:
             f"{role}</p><h2>{escape(artifact['name'])}</h2>{html.pairs(facts)}</section>")
 
 
-def figures(artifacts: list[dict[str, Any]]) -> Iterable[str]:
+def figures(artifacts: list[dict[str, Any]], cells: list[dict[str, Any]]) -> Iterable[str]:
     """The pictures; one that has nothing to show says which command fills it."""
     by_size, layers = [], []
-    by_speed: dict[str, list[charts.Point]] = {t: [] for t in targets_of([a["report"] for a in artifacts])}
     texts: list[str] = []
     for i, a in enumerate(artifacts):
         report, colour = a["report"], i % COLOURS
@@ -83,9 +82,6 @@ def figures(artifacts: list[dict[str, Any]]) -> Iterable[str]:
             texts = texts if t["protocol"]["text"] in texts else [*texts, t["protocol"]["text"]]
             y = (t["kld"]["value"], a["name"], colour, t["kld"]["se"], n > 0)
             by_size.append(charts.Point(report["artifact"]["size"]["file_bytes"] / 1e6, *y))
-            for target, s in speeds_of(report).items():
-                if not s["target"]["emulated"]:
-                    by_speed[target].append(charts.Point(s["decode"]["median"], *y, bool(s["unstable"])))
         errors = [(x["layer"], 100 * x["error"]) for x in report["artifact"]["layers"] if x["error"] is not None]
         if errors:
             layers.append(charts.Line(a["name"], colour, errors))
@@ -94,12 +90,10 @@ def figures(artifacts: list[dict[str, Any]]) -> Iterable[str]:
     yield html.figure("Size against divergence", "Down and left is better." + rings, _legend(artifacts),
                   charts.scatter(by_size, "file, MB", kld) if by_size else "",
                   "llmc eval ARTIFACT --base BASE -o REPORT")
-    for target, points in ({t: p for t, p in by_speed.items() if p} or {"": []}).items():
-        doubt = " Broken outline: the repetitions of its bench disagree." if any(p.doubtful for p in points) else ""
-        on = f" on {target}" if target else ""
-        yield html.figure(f"Speed{on} against divergence", "Down and right is better." + rings + doubt, _legend(artifacts),
-                      charts.scatter(points, "decode, tokens/s", kld) if points else "",
-                      "llmc bench ARTIFACT -o REPORT (into the report of llmc eval)")
+    if not cells:
+        yield html.figure("Speed against divergence", "Down and right is better.", "", "",
+                          "llmc bench ARTIFACT -o REPORT (into the report of llmc eval)")
+    yield from matrix_page.figures(cells, [a["name"] for a in artifacts])
     yield html.figure("Error by layer", "Share of each layer's output energy that was lost, as the pass recorded it.",
                   _legend([a for a in artifacts if a["report"]["artifact"]["layers"]], artifacts),
                   charts.lines(layers, "decoder layer", "output energy lost, %") if layers else "",

@@ -6,6 +6,7 @@ from typing import Any
 
 from llmc.console import size
 from llmc.evals.compare import tasks_of
+from llmc.evals.matrix_page import tables as devices
 from llmc.evals.report import budget_of, speeds_of, targets_of
 from llmc.evals.show import change, filled, matrices, pm, spread
 
@@ -26,6 +27,7 @@ def tables(comparison: dict[str, Any]) -> list[Table]:
             out.append(_tasks(evaluated))
     for target in targets_of([a["report"] for a in artifacts]):
         out.append(_speed([a for a in artifacts if target in speeds_of(a["report"])], target))
+    out += devices(comparison["matrix"])
     if comparison["gates"]:
         out.append(_gates(comparison["gates"]))
     return out

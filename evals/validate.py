@@ -31,8 +31,8 @@ def validate(reports: tuple[Path, ...], targets: Path | None = None, profiles: b
             out += _of_section(c, target, section, rates)
     for id in profile_ids() if profiles else ():
         for p in left_out(read_profile(id)):
-            out.append({"target": id, "point": p["point"], "what": "decode, published", "measured": p["measured"], **p["decode"],
-                        "error": p["error"], "inside": p["inside"]})
+            out.append({"target": id, "point": p["point"], "what": "decode, published", "measured": p["measured"],
+                        **p["decode"], "error": p["error"], "inside": p["inside"]})
     return out
 
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     export: Export
 
-__all__ = ["__version__", "bench", "compare", "distill", "evaluate", "export", "fit", "generate", "heal", "imatrix", "inspect",
-           "prune", "quantize", "run_recipe", "sweep", "transform", "verify"]
+__all__ = ["__version__", "bench", "compare", "distill", "evaluate", "export", "fit", "generate", "heal", "imatrix",
+           "inspect", "prune", "quantize", "run_recipe", "ship", "sweep", "transform", "verify"]
 
 Config = TypeVar("Config")
 
@@ -117,6 +117,14 @@ def fit(*items: str | Path, **options: Any) -> dict[str, Any]:
     from llmc.evals.fit import fit as run
 
     return run(_config(FitConfig, {"items": tuple(Path(i) for i in items), **options}))
+
+
+def ship(gates: str | Path) -> dict[str, Any]:
+    """Whether the artifacts of a gates file may ship; a missed gate raises nothing here: look at 'passed'."""
+    from llmc.evals.ship import read_gates
+    from llmc.evals.ship import ship as run
+
+    return run(read_gates(Path(gates)))
 
 
 def run_recipe(recipe: str | Path, set: Mapping[str, Any] | Sequence[str] = (), **options: Any) -> dict[str, Any]:
