@@ -119,7 +119,7 @@ class LlamaCpp:
     """A runtime (see runtimes/base.py) over one llama.cpp context of `context` tokens.
 
     flash_attention: None leaves the choice to llama.cpp
-    kv_type: 'f16' (llama.cpp's default) or 'f32'; parity checks against torch use False and 'f32'
+    kv_type: 'f16' (llama.cpp's default), 'q8_0' or 'f32'; parity checks against torch use False and 'f32'
     extra_buffers: let llama.cpp repack weights for this CPU; None: unless that crashes (see amx.py), which is then said
     """
 
@@ -147,7 +147,7 @@ class LlamaCpp:
         params.n_ctx = self.context
         params.n_batch = params.n_ubatch = self._batch
         params.n_threads = params.n_threads_batch = threads
-        params.type_k = params.type_v = {"f16": lib.GGML_TYPE_F16, "f32": lib.GGML_TYPE_F32}[kv_type]
+        params.type_k = params.type_v = getattr(lib, f"GGML_TYPE_{kv_type.upper()}")
         if flash_attention is not None:
             params.flash_attn_type = int(flash_attention)  # LLAMA_FLASH_ATTN_TYPE_DISABLED = 0, _ENABLED = 1
         if device == "cpu":
@@ -155,8 +155,9 @@ class LlamaCpp:
         self._ctx = lib.llama_init_from_model(self._model, params)
         if not self._ctx:
             self.close()
-            raise UserError(f"llama.cpp cannot make a context of {self.context} tokens for {path}: {_errors()}",
-                            "choose a smaller context")
+            kv = f" and a KV cache in {kv_type}" if kv_type == "q8_0" else ""
+            raise UserError(f"llama.cpp cannot make a context of {self.context} tokens{kv} for {path}: {_errors()}",
+                            "leave out --kv" if kv else "choose a smaller context")
         self._used = 0
         _log.clear()
 
