@@ -30,12 +30,14 @@ class EvalConfig:
     """Items of each task that are evaluated, evenly spaced; 0 for all."""
     no_text: bool = False
     """Only the tasks."""
+    kv: str | None = None
+    """Type of the artifact's KV cache, f16 or q8_0; None: the runtime's own. The base keeps its own."""
 
     def __post_init__(self) -> None:
         _at_least("--context", self.context, 8)
         _at_least("--chunks", self.chunks, 0)
         _at_least("--task-items", self.task_items, 0)
-        _common(self.threads, self.device)
+        _common(self.threads, self.device, self.kv)
         if isinstance(self.tasks, str):
             object.__setattr__(self, "tasks", (self.tasks,))
         if self.no_text and not self.tasks:
@@ -57,7 +59,11 @@ class BenchConfig:
     """Where the medians are not known well after `repetitions`, up to so many are made."""
     warmup: int = 2
     threads: int | None = None
+    thread_sweep: bool = False
+    """Try numbers of threads as well, and name the best."""
     device: str = "cpu"
+    kv: str | None = None
+    """Type of the KV cache, f16 or q8_0; None: the runtime's own."""
     target: tuple[str, ...] = ()
     """Names of targets; none given: this machine."""
     targets: Path | None = None
@@ -81,7 +87,7 @@ class BenchConfig:
         _at_least("--repetitions", self.repetitions, 5)
         _at_least("--max-repetitions", self.max_repetitions, self.repetitions)
         _at_least("--warmup", self.warmup, 0)
-        _common(self.threads, self.device)
+        _common(self.threads, self.device, self.kv)
         if not self.artifacts:
             raise UserError("no artifact to bench", "name a model folder or a .gguf file")
         if self.outputs and len(self.outputs) != len(self.artifacts):
@@ -166,8 +172,10 @@ def _at_least(option: str, value: int, low: int) -> None:
         raise UserError(f"{option} {value} is out of range: at least {low}", f"try {option} {low}")
 
 
-def _common(threads: int | None, device: str) -> None:
+def _common(threads: int | None, device: str, kv: str | None) -> None:
     if threads is not None:
         _at_least("--threads", threads, 1)
     if device not in ("cpu", "gpu"):
         raise UserError(f"--device {device!r} is not known", "choose cpu or gpu")
+    if kv not in (None, "f16", "q8_0"):
+        raise UserError(f"--kv {kv!r} is not known", "choose f16 or q8_0")

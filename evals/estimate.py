@@ -20,6 +20,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from llmc.errors import UserError
+from llmc.evals import kv
 
 if TYPE_CHECKING:
     from llmc.runtimes.targets.profile import Profile
@@ -42,7 +43,7 @@ class Model:
     """What an artifact's speed depends on.
 
     token_bytes: by stored type, of the weights that a decoded token reads   prefill_weights: that a prompt token meets
-    decoder_bytes: of these weights   kv_heads, head_dim: of the KV cache   window: tokens that attention sees, None: all
+    decoder_bytes: of these weights   cache: of the KV cache, as llmc.evals.kv.shape tells; None where the file does not
     """
 
     name: str
@@ -51,16 +52,21 @@ class Model:
     prefill_weights: int
     layers: int
     heads: int
-    kv_heads: int
-    head_dim: int
     vocabulary: int
-    window: int | None = None
+    cache: dict[str, Any] | None = None
     decoder_bytes: int = 0
 
-    def kv_bytes(self, tokens: int, bytes_per_value: float = 2.0) -> int:
-        """K and V of all layers at `tokens` tokens, f16 if not said otherwise."""
-        seen = min(tokens, self.window) if self.window else tokens
-        return int(2 * self.layers * self.kv_heads * self.head_dim * bytes_per_value * seen)
+    def kv_bytes(self, tokens: int, type: str = "f16") -> int:
+        """K and V of all layers with `tokens` tokens in the cache."""
+        return kv.bytes_at(self.cache, tokens, type) if self.cache else 0
+
+    def attention(self, n: int) -> float:
+        """Operations of attention in a prefill of n tokens: two products, each over half of n x n, or of n x window."""
+        if self.cache is None:
+            return 0.0
+        sliding = self.cache["sliding_layers"]
+        seen = (self.cache["layers"] - sliding) * n + sliding * min(n, self.cache["window"] or n)
+        return 2.0 * n * seen * self.heads * float(self.cache["head_dim"])
 
 
 @dataclass(frozen=True)
@@ -102,9 +108,7 @@ def _prefill(model: Model, rates: Rates, n: int, i: int) -> float:
     """Tokens/s. The flop rate of a file of several types is that of its types, weighted by the bytes they have."""
     total = sum(model.token_bytes.values())
     per_flop = sum(b / total / rates.flops.get(kind, rates.flops[OTHER])[i] for kind, b in model.token_bytes.items())
-    seen = min(n, model.window) if model.window else n
-    operations = 2.0 * n * model.prefill_weights + 2.0 * n * seen * model.layers * model.heads * model.head_dim
-    return n / (operations * per_flop)
+    return n / ((2.0 * n * model.prefill_weights + model.attention(n)) * per_flop)
 
 
 def memory(model: Model, context: int) -> int:
@@ -154,7 +158,7 @@ def left_out(profile: Profile) -> list[dict[str, Any]]:
         rest = replace(profile, measured=others)
         if m.decode is None or m.token_bytes is None or not rest.achieved():
             continue
-        model = Model(m.model, m.token_bytes, {m.type: m.token_bytes}, 1, m.layers, 1, 0, 1, 1)
+        model = Model(m.model, m.token_bytes, {m.type: m.token_bytes}, 1, m.layers, 1, 1)
         got = estimate(model, rates_of_profile(rest))["decode"]
         out.append({"point": f"{m.model} {m.type}", "measured": m.decode, "decode": got,
                     "error": got["mid"] / m.decode - 1, "inside": got["low"] <= m.decode <= got["high"]})
@@ -226,37 +230,28 @@ def model_of(artifact: Path) -> Model:
             read[t.type] = read.get(t.type, 0) + t.nbytes
     shape = _gguf_shape(artifact) if artifact.is_file() else _onnx_shape(artifact)
     met = [t for t in found if t.kind in ("attention", "mlp")]
-    return Model(name=artifact.name, file_bytes=weight["file_bytes"], token_bytes=read, **shape,
+    return Model(name=artifact.name, file_bytes=weight["file_bytes"], token_bytes=read, **shape, cache=kv.shape(artifact),
                  prefill_weights=sum(t.parameters for t in met), decoder_bytes=sum(t.nbytes for t in met))
 
 
-def _gguf_shape(file: Path) -> dict[str, Any]:
-    """layers, heads, kv_heads, head_dim, vocabulary and window of the file's metadata."""
+def _gguf_shape(file: Path) -> dict[str, int]:
+    """layers, heads and vocabulary of the file's metadata."""
     from llmc.sources import field, open_gguf
 
     reader = open_gguf(file)
     arch = field(reader, "general.architecture")
-
-    def read(key: str, default: Any = None) -> Any:
-        value = field(reader, f"{arch}.{key}")
-        value = max(value) if isinstance(value, list) else value  # by layer: the largest bounds it
-        return default if value is None else value
-
-    heads = int(read("attention.head_count", 1))
+    heads = field(reader, f"{arch}.attention.head_count")
     embedding = next(t for t in reader.tensors if t.name == "token_embd.weight")
-    return {"layers": int(read("block_count")), "heads": heads, "kv_heads": int(read("attention.head_count_kv", heads)),
-            "head_dim": int(read("attention.key_length", int(read("embedding_length")) // heads)),
-            "vocabulary": int(embedding.shape[1]), "window": read("attention.sliding_window")}
+    return {"layers": int(field(reader, f"{arch}.block_count")), "vocabulary": int(embedding.shape[1]),
+            "heads": int(max(heads) if isinstance(heads, list) else heads)}  # by layer: the largest bounds it
 
 
-def _onnx_shape(folder: Path) -> dict[str, Any]:
+def _onnx_shape(folder: Path) -> dict[str, int]:
     from llmc.onnx_folder import open_onnx
 
     source = open_onnx(folder)
     model = source.genai.get("model", {})
     decoder, config = model.get("decoder", {}), source.config
-    heads = int(decoder.get("num_attention_heads") or config["num_attention_heads"])
-    return {"layers": int(decoder.get("num_hidden_layers") or config["num_hidden_layers"]), "heads": heads,
-            "kv_heads": int(decoder.get("num_key_value_heads") or config.get("num_key_value_heads") or heads),
-            "head_dim": int(decoder.get("head_size") or config.get("head_dim") or config["hidden_size"] // heads),
+    return {"layers": int(decoder.get("num_hidden_layers") or config["num_hidden_layers"]),
+            "heads": int(decoder.get("num_attention_heads") or config["num_attention_heads"]),
             "vocabulary": int(model.get("vocab_size") or config["vocab_size"])}

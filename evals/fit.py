@@ -10,11 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmc.errors import UserError
 from llmc.evals.config import FitConfig, parse_bytes
 from llmc.evals.estimate import Interval, Model, Rates, estimate, memory, model_of
+
+if TYPE_CHECKING:
+    from llmc.runtimes.targets.target import Target
 
 ORDER = ("no", "unknown", "maybe", "yes")  # the worst of a candidate's answers is its own
 TWO_SIGMA = 2.0
@@ -234,7 +237,7 @@ def rates_for(name: str, candidates: list[Candidate], file: Path | None) -> Rate
     target = targets[name]
     if target.address == "local-cpu":
         types = {kind for c in candidates if c.model for kind in c.model.token_bytes}
-        return rates_here(types, **_this_machine(target.facts))
+        return rates_here(types, **_this_machine(target))
     if target.profile:
         return rates_of_profile(read_profile(target.profile), name)
     if "read_bandwidth" in target.facts:
@@ -243,15 +246,14 @@ def rates_for(name: str, candidates: list[Candidate], file: Path | None) -> Rate
                     f"`llmc target probe {name}`")
 
 
-def _this_machine(facts: dict[str, Any]) -> dict[str, Any]:
+def _this_machine(target: Target) -> dict[str, Any]:
     """threads, read_bandwidth and cache of `rates_here`."""
     from llmc.artifact import NOTES
-    from llmc.evals.bandwidth import copy_bandwidth
-    from llmc.runtimes.targets import this_machine
+    from llmc.runtimes.targets.device import connect, probed
+    from llmc.runtimes.targets.this_machine import physical_cores
 
-    threads = this_machine.physical_cores()
-    return {"threads": threads, "read_bandwidth": facts.get("read_bandwidth") or copy_bandwidth(threads),
-            "cache": Path(NOTES) / "kernel-rates.json"}
+    known = target.facts if "read_bandwidth" in target.facts else probed(connect(target))
+    return {"threads": physical_cores(), "read_bandwidth": known["read_bandwidth"], "cache": Path(NOTES) / "kernel-rates.json"}
 
 
 # ---------------------------------------------------------------------------------------------------------------- advice

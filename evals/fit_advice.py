@@ -23,9 +23,9 @@ def smaller(model: Model, rates: Rates, limits: dict[str, tuple[float, bool]], c
         what = min(room, key=lambda k: room[k])
         yield from _grids(model, room[what], what)
     if "ram" in limits and memory(model, context) > limits["ram"][0]:
-        fixed, each = memory(model, 0), model.kv_bytes(1 << 20) / (1 << 20) + 0.0
+        fixed, each = memory(model, 0), model.kv_bytes(context) / context
         left = limits["ram"][0] - fixed - 4 * min(512, context) * model.vocabulary
-        if model.window is None and each > 0 and left / each >= LEAST_CONTEXT:
+        if each > 0 and left / each >= LEAST_CONTEXT:
             yield f"or keep {model.name} and run it with --context {int(left / each)}"
 
 
@@ -51,7 +51,7 @@ def _grids(model: Model, file_bytes: float, what: str) -> Iterator[str]:
     """The largest grid of the decoder that the size leaves."""
     why = {"decode": "to decode so fast", "ram": "to fit the memory", "size": "to be so small"}[what]
     # embedding and head are kept at 8 bits, or below where they are
-    eight = 34 / 32 * model.vocabulary * model.heads * model.head_dim
+    eight = 34 / 32 * model.vocabulary * model.heads * (model.cache["head_dim"] if model.cache else 128)
     rest = min(model.file_bytes - model.decoder_bytes, eight)
     bits = 8 * (file_bytes - rest) / max(1, model.prefill_weights)
     fitting = [g for g in GRIDS.values() if g.bits_per_weight <= bits]

@@ -14,7 +14,8 @@ from llmc.runtimes.targets import kernels
 from llmc.runtimes.targets.profile import FIGURES, parse, profile_ids, read_profile
 
 NAMED = {"pi4", "pi5", "orin-nano", "sd8gen2", "sd8gen3", "m1", "m2", "m3", "m4", "laptop-cpu", "laptop-gpu"}
-MODEL = e.Model("m", 1000, {"Q4_0": 600, "F32": 200}, 1500, layers=2, heads=4, kv_heads=2, head_dim=8, vocabulary=10)
+CACHE = {"layers": 2, "kv_heads": 2, "head_dim": 8, "window": None, "sliding_layers": 0}
+MODEL = e.Model("m", 1000, {"Q4_0": 600, "F32": 200}, 1500, layers=2, heads=4, vocabulary=10, cache=CACHE)
 RATES = e.Rates("t", "b", 10_000, {"Q4_0": (1.0, 2.0, 3.0), e.OTHER: (10.0, 20.0, 40.0)},
                 {"Q4_0": (100.0, 200.0, 400.0), e.OTHER: (50.0, 100.0, 200.0)}, (1.0, 2.0, 3.0))
 
@@ -40,7 +41,7 @@ def test_prefill_has_attentions_quadratic_share() -> None:
 
 
 def test_a_window_bounds_the_cache_and_attention() -> None:
-    windowed = dataclasses.replace(MODEL, window=16)
+    windowed = dataclasses.replace(MODEL, cache=CACHE | {"window": 16, "sliding_layers": 2})
     assert windowed.kv_bytes(1000) == MODEL.kv_bytes(16)
     assert e.estimate(windowed, RATES, prompt=500)["prefill"]["mid"] > e.estimate(MODEL, RATES, prompt=500)["prefill"]["mid"]
 

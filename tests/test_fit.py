@@ -21,6 +21,9 @@ from llmc.runtimes.targets.kernels import write_layers
 from llmc.runtimes.targets.profile import read_profile
 
 
+CACHE = {"layers": 16, "kv_heads": 4, "head_dim": 64, "window": None, "sliding_layers": 0}
+
+
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "layers.gguf"
@@ -53,7 +56,7 @@ def test_the_model_is_what_was_written(file: Path) -> None:
     decoder = 2 * (4 * 128 * 128 + 3 * 128 * 256)
     assert model.prefill_weights == decoder
     assert model.token_bytes["Q4_0"] == (decoder + 256 * 128) * 18 // 32
-    assert (model.layers, model.heads, model.kv_heads, model.head_dim, model.vocabulary) == (2, 2, 2, 64, 256)
+    assert (model.layers, model.heads, model.vocabulary) == (2, 2, 256)
     assert model.kv_bytes(10) == 2 * 2 * 2 * 64 * 2 * 10
 
 
@@ -93,7 +96,7 @@ def test_a_profile_answers_by_its_interval(file: Path) -> None:
 
 
 def test_the_size_that_is_advised_would_decode_as_fast() -> None:
-    model = e.Model("m", 900_000_000, {"Q8_0": 800_000_000, "F32": 100_000}, 700_000_000, 16, 16, 4, 64, 1000,
+    model = e.Model("m", 900_000_000, {"Q8_0": 800_000_000, "F32": 100_000}, 700_000_000, 16, 16, 1000, CACHE,
                     decoder_bytes=744_000_000)
     rates = e.rates_of_profile(read_profile("pi4"))
     limit = 1.3 * e.estimate(model, rates, 512)["decode"]["low"]
@@ -101,12 +104,12 @@ def test_the_size_that_is_advised_would_decode_as_fast() -> None:
     assert size is not None
     assert size < model.file_bytes
     scale = (size - (model.file_bytes - 800_100_000)) / 800_100_000
-    less = e.Model("m", int(size), {k: int(n * scale) for k, n in model.token_bytes.items()}, 1, 16, 16, 4, 64, 1000)
+    less = e.Model("m", int(size), {k: int(n * scale) for k, n in model.token_bytes.items()}, 1, 16, 16, 1000, CACHE)
     assert e.estimate(less, rates, 512)["decode"]["low"] == pytest.approx(limit, rel=1e-3)
 
 
 def test_the_context_that_is_advised_would_fit() -> None:
-    model = e.Model("m", 10_000_000, {"Q4_0": 10_000_000}, 1, 8, 8, 8, 64, 100)
+    model = e.Model("m", 10_000_000, {"Q4_0": 10_000_000}, 1, 8, 8, 100, CACHE)
     rates = e.rates_of_profile(read_profile("pi5"))
     lines = list(fit_advice.smaller(model, rates, {"ram": (40_000_000, True)}, 8192))
     context = int(next(line for line in lines if "--context" in line).split()[-1])

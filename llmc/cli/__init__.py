@@ -32,6 +32,7 @@ from llmc.cli import (
     run_recipe,
     ship,
     sweep,
+    target,
     transform,
     verify,
 )
@@ -86,7 +87,7 @@ def _options(
 for command in (prune, quantize, transform, distill, heal, imatrix, export, eval, bench, compare, fit, ship, generate,
                 inspect, verify, doctor):
     command.register(app)
-for command in (run_recipe, sweep, recipe):
+for command in (target, run_recipe, sweep, recipe):
     command.register(app)
 
 
