@@ -253,7 +253,8 @@ def _this_machine(target: Target) -> dict[str, Any]:
     from llmc.runtimes.targets.this_machine import physical_cores
 
     known = target.facts if "read_bandwidth" in target.facts else probed(connect(target))
-    return {"threads": physical_cores(), "read_bandwidth": known["read_bandwidth"], "cache": Path(NOTES) / "kernel-rates.json"}
+    return {"threads": physical_cores(), "read_bandwidth": known["read_bandwidth"],
+            "cache": Path(NOTES) / "kernel-rates.json"}
 
 
 # ---------------------------------------------------------------------------------------------------------------- advice

@@ -101,5 +101,5 @@ def _points(c: dict[str, Any], names: list[str]) -> Iterable[charts.Point]:
     d = c["decode"]
     guess = c["source"] == "estimate"
     for n, kld in enumerate(c["texts"]):
-        yield charts.Point(d["mid"], kld["value"], c["artifact"], names.index(c["artifact"]) % COLOURS, kld["se"], hollow=n > 0,
-                           doubtful=c["unstable"], guess=guess, span=(d["low"], d["high"]) if guess else None)
+        yield charts.Point(d["mid"], kld["value"], c["artifact"], names.index(c["artifact"]) % COLOURS, kld["se"],
+                           hollow=n > 0, doubtful=c["unstable"], guess=guess, span=(d["low"], d["high"]) if guess else None)

@@ -20,7 +20,6 @@ from llmc.evals.validate import validate
 from llmc.runtimes.targets.kernels import write_layers
 from llmc.runtimes.targets.profile import read_profile
 
-
 CACHE = {"layers": 16, "kv_heads": 4, "head_dim": 64, "window": None, "sliding_layers": 0}
 
 

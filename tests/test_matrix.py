@@ -20,8 +20,8 @@ from llmc.runtimes.targets.kernels import write_layers
 @pytest.fixture
 def paths(tmp_path: Path) -> list[Path]:
     """base and three candidates on local-cpu and on an emulated device; small.gguf is a real file."""
-    reports = [whole("base", 1000_000, 1, 0.0, 10.0), whole("small.gguf", 1, 5, 0.2, 30.0), whole("worse", 300_000, 7, 0.4, 20.0),
-               whole("fast", 200_000, 9, 0.4, 40.0)]
+    reports = [whole("base", 1000_000, 1, 0.0, 10.0), whole("small.gguf", 1, 5, 0.2, 30.0),
+               whole("worse", 300_000, 7, 0.4, 20.0), whole("fast", 200_000, 9, 0.4, 40.0)]
     write_layers(tmp_path / "small.gguf", "Q4_0", 2, 128, 256)
     reports[1]["artifact"] |= {"path": str(tmp_path / "small.gguf"), "sha256": hash_artifact(tmp_path / "small.gguf")}
     for r in reports:

@@ -1,6 +1,7 @@
 """The command line, `llmc COMMAND …`. One module a command; here is what all share: errors, exit codes, verbosity.
 
-Exit codes: 0 done, 1 a gate of `llmc compare` or `llmc ship` failed, or nothing fits (`llmc fit`), 2 bad input or environment, 70 a bug in llmc, 130 Ctrl-C.
+Exit codes: 0 done, 1 a gate of `llmc compare` or `llmc ship` failed or nothing fits (`llmc fit`), 2 bad input or environment,
+70 a bug in llmc, 130 Ctrl-C.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def compare(
     markdown: Path | None = typer.Option(None, "--markdown", metavar="FILE", show_default=False,
                                          help="Write the tables as Markdown, for a pull request; - prints them instead."),
     target: list[str] = typer.Option([], "--target", show_default=False,
-                                     help="A target or device profile to estimate where nothing was measured; may be repeated."),
+                                     help="A target or device profile: estimated where nothing was measured; repeatable."),
     targets: Path | None = typer.Option(CompareConfig.targets, metavar="FILE", show_default=False,
                                         help="The file of targets. Default: ./targets.toml, or the user's own."),
     context: int = typer.Option(CompareConfig.context, help="Tokens in the KV cache of estimates."),
@@ -48,8 +48,8 @@ def compare(
     from llmc.evals.show import table
     from llmc.evals.tables import tables
 
-    config = CompareConfig(tuple(reports), max_ppl_increase, max_kld, min_top1, min_decode_speedup, page, tuple(target), targets,
-                           context)
+    config = CompareConfig(tuple(reports), max_ppl_increase, max_kld, min_top1, min_decode_speedup, page, tuple(target),
+                           targets, context)
     result = compare(config)
     with staged_file(page) as tmp:
         tmp.write_text(html.page(result), encoding="utf-8")

@@ -18,7 +18,7 @@ def fit(
     items: list[Path] = typer.Argument(None, metavar="ARTIFACT-or-REPORT…", show_default=False,
                                        help=".gguf files, ONNX folders, and reports of llmc eval and bench."),
     target: list[str] = typer.Option([], "--target", show_default=False,
-                                     help="A target's name or a profile (pi5, m2, …); may be given again. Default: local-cpu."),
+                                     help="A target's name or a profile (pi5, m2, …); repeatable. Default: local-cpu."),
     min_decode: float | None = typer.Option(FitConfig.min_decode, metavar="TOK/S", show_default=False,
                                             help="Decode speed at --context."),
     max_first_token: float | None = typer.Option(FitConfig.max_first_token, metavar="S", show_default=False,
@@ -33,7 +33,7 @@ def fit(
     prompt: int = typer.Option(FitConfig.prompt, help="Tokens of the prompt."),
     targets: Path | None = typer.Option(FitConfig.targets, metavar="FILE", show_default=False,
                                         help="The file of targets. Default: ./targets.toml, or the user's own."),
-    validate: bool = typer.Option(False, "--validate", help="Hold estimates against all that was measured, and show the error."),
+    validate: bool = typer.Option(False, "--validate", help="Hold estimates against what was measured, and show the error."),
     profiles: bool = typer.Option(False, "--profiles", help="List the device profiles, with the source of every figure."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
@@ -59,7 +59,7 @@ def fit(
     from llmc.evals.fit import fit
     from llmc.evals.fit_show import fit_lines
 
-    result = fit(FitConfig(tuple(items or ()), tuple(target), min_decode, max_first_token, max_kld, min_top1, max_ram, max_size,
-                           context, prompt, targets))
+    result = fit(FitConfig(tuple(items or ()), tuple(target), min_decode, max_first_token, max_kld, min_top1, max_ram,
+                           max_size, context, prompt, targets))
     print(json.dumps(result, indent=2, ensure_ascii=False) if as_json else fit_lines(result))
     raise typer.Exit(0 if result["fits"] else 1)

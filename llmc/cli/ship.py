@@ -13,7 +13,8 @@ def register(app: typer.Typer) -> None:
 
 
 def ship(
-    gates: Path = typer.Argument(..., metavar="GATES.yaml", show_default=False, help="Artifacts, reports, targets and limits."),
+    gates: Path = typer.Argument(..., metavar="GATES.yaml", show_default=False,
+                                 help="Artifacts, reports, targets and limits."),
     output: Path = typer.Option(Path("ship"), "--out", "-o", metavar="NAME",
                                 help="The summary: NAME.json and NAME.md."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
