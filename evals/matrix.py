@@ -16,8 +16,8 @@ from llmc.evals.report import speeds_of, targets_of
 PROMPTS = (128, 256, 512, 1024, 2048)  # lengths at which an estimated time to first token is drawn
 
 
-def matrix(artifacts: list[dict[str, Any]], config: CompareConfig) -> list[dict[str, Any]]:
-    """One cell for each artifact and target with a figure, targets in order of appearance:
+def matrix(artifacts: list[dict[str, Any]], config: CompareConfig | None = None) -> list[dict[str, Any]]:
+    """One cell for each artifact and target with a figure, targets in order of appearance; without a config no estimates:
 
     {'artifact', 'target', 'source': measured | emulated | estimate, 'unstable', 'decode': {low, mid, high}, 'depth', 'kld',
     'texts', 'first_token': [{'tokens', low, mid, high}], 'memory': {'weights', 'kv', 'rest'} in bytes, 'front', 'basis'}
@@ -25,11 +25,12 @@ def matrix(artifacts: list[dict[str, Any]], config: CompareConfig) -> list[dict[
     texts: the divergence on each; kld: on the first, None where none was measured. front: no other of the same source and
     target is as fast and as near the base.
     """
-    targets = list(dict.fromkeys([*targets_of([a["report"] for a in artifacts]), *config.target]))
+    asked = config.target if config else ()
+    targets = list(dict.fromkeys([*targets_of([a["report"] for a in artifacts]), *asked]))
     cells = []
     for target in targets:
         lacking = [a for a in artifacts if target not in speeds_of(a["report"])]
-        estimated = _estimates(lacking, target, config) if target in config.target else {}
+        estimated = _estimates(lacking, target, config) if config and target in asked else {}
         for a in artifacts:
             if target in speeds_of(a["report"]):
                 cells.append(_measured(a, target))

@@ -156,8 +156,7 @@ def measure(gates: Gates, path: Path, report: dict[str, Any] | None) -> dict[str
     if wanted & {"max_kld", "min_top1"} and "quality" not in have:
         if gates.base is None:
             raise UserError(f"{path.name} was not evaluated and {gates.file} names no base", "add `base: MODEL`, or a report")
-        text = {"text": gates.text} if gates.text else {}
-        have = merged(have, evaluate(EvalConfig(str(path), base=gates.base, **text)))
+        have = merged(have, evaluate(EvalConfig(str(path), base=gates.base, text=gates.text or EvalConfig.text)))
     known = load_targets(gates.targets_file)
     for target, limits in gates.targets.items():
         speed = {"min_decode", "max_first_token", "stable"} & set(limits)
@@ -171,8 +170,8 @@ def measure(gates: Gates, path: Path, report: dict[str, Any] | None) -> dict[str
 def _on_target(gates: Gates, path: Path, report: dict[str, Any] | None, baseline: dict[str, Any] | None, target: str,
                limits: dict[str, Any]) -> list[dict[str, Any]]:
     """One result for each limit."""
-    config = FitConfig((path,), (target,), context=gates.context, prompt=gates.prompt, targets=gates.targets_file,
-                       **{k: float(v) if k in NUMBERS else str(v) for k, v in limits.items() if k in LIMITS})
+    given: dict[str, Any] = {k: float(v) if k in NUMBERS else str(v) for k, v in limits.items() if k in LIMITS}
+    config = FitConfig((path,), (target,), context=gates.context, prompt=gates.prompt, targets=gates.targets_file, **given)
     alone = fits.candidate(path)
     c = fits.Candidate(path.name, report, alone.model)
     rates = fits.lazily(lambda: fits.rates_for(target, [c], gates.targets_file))

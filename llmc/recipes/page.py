@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from llmc.console import duration, size
 from llmc.evals import charts, gates, html
+from llmc.evals.matrix import matrix
 from llmc.evals.page import MEASURES, TRAININGS, figures
 from llmc.evals.report import speeds_of, targets_of
 from llmc.evals.show import change, filled, pm
@@ -103,7 +104,7 @@ def pictures(report: dict[str, Any]) -> Iterable[str]:
     """Those of llmc compare for what was measured, then the curves of training and the time of each step."""
     shown = [{"name": a["name"], "report": a["report"], "differences": None} for a in report["artifacts"] if "report" in a]
     if shown:
-        yield from figures(shown)
+        yield from figures(shown, matrix(shown))
     for command, (title, caption, by, label) in TRAININGS.items():
         if trained := [s for s in report["steps"] if "curve" in s and s["command"] == command]:
             drawn = [line for i, s in enumerate(trained, 1) for line in _curve(s, i, by)]
