@@ -71,7 +71,7 @@ def check_comparable(reports: list[dict[str, Any]]) -> None:
     for target in targets_of(reports):
         benched = [r for r in reports if target in speeds_of(r)]
         for other in benched[1:]:
-            _check_equal(benched[0], other, *(_speed_fields(r, target) for r in (benched[0], other)), "bench")
+            _check_equal(benched[0], other, _speed_fields(benched[0], target), _speed_fields(other, target), "bench")
     # a task that one report lacks is a gap in the table; one that both hold must have the same items
     first_with: dict[str, dict[str, Any]] = {}
     for report in reports:

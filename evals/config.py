@@ -164,7 +164,8 @@ def _lengths(option: str, given: object) -> tuple[int, ...]:
     try:
         return tuple(dict.fromkeys(int(str(p)) for p in parts))
     except ValueError as e:
-        raise UserError(f"{option} {given!r} is no list of token counts", f"write it like {option} 128,512") from e
+        raise UserError(f"{option} {','.join(map(str, parts))} is no list of token counts",
+                        f"write it like {option} 128,512") from e
 
 
 def _at_least(option: str, value: int, low: int) -> None:

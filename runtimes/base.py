@@ -25,9 +25,6 @@ class Runtime(Protocol):
     context: int
     """The most tokens that fit: what was asked for, or fewer where the model was trained for fewer."""
 
-    kv_type: str
-    """Of the KV cache's elements: 'f16', 'f32', 'q8_0', …"""
-
     def logits(self, ids: np.ndarray, start: int = 0) -> np.ndarray:
         """ids int [n] from an empty context -> float32 [n - start, vocab]; row i predicts token start + i + 1."""
 
@@ -45,6 +42,10 @@ class Runtime(Protocol):
 
     def chat(self, user: str) -> str:
         """The prompt that the artifact's chat template makes of one user message, up to the answer's first token."""
+
+    @property
+    def kv_type(self) -> str:
+        """Of the KV cache's elements: 'f16', 'f32', 'q8_0', …"""
 
     @property
     def end_tokens(self) -> frozenset[int]:

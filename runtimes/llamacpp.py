@@ -135,7 +135,8 @@ class LlamaCpp:
         self._lib = lib = _library()
         self.path, self.threads, self.device, self.kv_type = path, threads, device, kv_type
         self._model = self._ctx = None
-        self.offloaded = 0
+        self.offloaded = self.layers = 0
+        self.buffers: dict[str, float] = {}
         self.extra_buffers = use_extra_buffers() if extra_buffers is None else extra_buffers
         _log.clear()
         self._load_model(device)
@@ -178,7 +179,7 @@ class LlamaCpp:
         if not self._model:
             raise UserError(f"llama.cpp cannot load {self.path}: {_errors()}", "export or download it again")
         self.layers = int(lib.llama_model_n_layer(self._model)) + 1  # the head counts as one
-        self.buffers = {m[1]: float(m[2]) for _, t in _log if (m := BUFFERS.search(t))}
+        self.buffers |= {m[1]: float(m[2]) for _, t in _log if (m := BUFFERS.search(t))}
         self.offloaded = max((int(m[1]) for _, t in _log if (m := OFFLOADED.search(t))), default=0)
         if device == "gpu" and self.offloaded == 0:
             self.close()

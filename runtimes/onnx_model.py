@@ -17,6 +17,8 @@ from llmc.runtimes.onnx_kv import KvCache, read_signature
 from llmc.runtimes.onnx_session import CPU, OPTIONS, first_line
 
 BATCH = 512  # tokens run at once
+# operators in which a decoder's time goes
+PRODUCTS = ("MatMul", "MatMulNBits", "MatMulInteger", "Gemm", "GroupQueryAttention", "MultiHeadAttention", "Attention")
 NAMES = {"float32": "f32", "float16": "f16"}
 LOGITS_BYTES = 128 << 20  # most memory for the logits of one run: a graph gives those of every token
 
@@ -69,6 +71,11 @@ class OnnxModel:
         if self.provider not in self._nodes:
             raise UserError(f"--device gpu: no node of {self._source.model} ran on {self.provider}, all on "
                             f"{', '.join(self._nodes)}", "use --device cpu, or export the model for that device")
+        heavy, left = (sum(n for op, n in operators.items() if op in PRODUCTS)
+                       for operators in (self._source.operators(), self._nodes.get(CPU, {})))
+        if self.provider != CPU and 2 * left > heavy:
+            raise UserError(f"--device gpu: {left} of the {heavy} matrix products of {self._source.model} ran on {CPU}, not "
+                            f"on {self.provider}", "use --device cpu, or export the model for that device")
         return self._nodes
 
     @property

@@ -67,7 +67,7 @@ def test_both_spellings(spelling: list[str]) -> None:
     assert done.stdout == f"llmc {llmc.__version__}\n"
 
 
-@pytest.mark.parametrize("args", ["nonsense", "verify", "verify --nonsense x", "bench --prompt many x", "--nonsense"])
+@pytest.mark.parametrize("args", ["nonsense", "verify", "verify --nonsense x", "bench --generate many x", "--nonsense"])
 def test_usage_errors(args: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(args.split()) == 2
     out = capsys.readouterr()
