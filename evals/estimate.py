@@ -6,7 +6,7 @@ two floating point operations a weight and token, and attention's share, which g
 
     decode   1 / (sum over types of bytes / rate(type)  +  KV bytes / rate  +  layers * a layer's own cost)   tokens/s
     prefill  n / ((2 n weights  +  2 n^2 layers heads head_dim) / flop rate)                                  tokens/s
-    ram      file  +  KV cache at the context  +  the runtime's buffers                                         bytes
+    ram      file  +  weights that the CPU has repacked  +  KV cache at the context  +  buffers  +  process       bytes
 
 Rates of this machine are measured in llama.cpp (runtimes/targets/kernels.py); of a device profile they are what published
 measurements achieved (runtimes/targets/profile.py). An estimate is never a measurement: it is labelled wherever it goes.
@@ -35,6 +35,11 @@ LIKE_BELOW, LIKE_ABOVE = 0.75, 1.25
 # Measured here, by other shapes than the artifact's.
 HERE_BELOW, HERE_ABOVE = 0.85, 1.15
 MICRO_BATCH = 512  # tokens that llama.cpp runs at once
+PROCESS = 60_000_000  # bytes of Python, numpy and llama.cpp's libraries, as llmc's own benches hold them
+# Types that llama.cpp copies into another order for the CPU, the mapped file staying in memory too: on x86 and ARM alike, and
+# on one of them (ggml/src/ggml-cpu/repack.cpp, ggml_repack_get_optimal_repack_type)
+REPACKED = {"Q4_0", "Q4_K", "IQ4_NL"}
+REPACKED_SOMEWHERE = {*REPACKED, "Q2_K", "Q5_K", "Q6_K", "Q8_0"}
 OTHER = ""  # the rate of a type that has none of its own
 
 
@@ -86,15 +91,15 @@ class Rates:
 
 def estimate(model: Model, rates: Rates, depth: int = 0, prompt: int = 512, context: int | None = None) -> dict[str, Any]:
     """{'target', 'decode': {low, mid, high} tokens/s after `depth` tokens, 'prefill': of `prompt` tokens, None where no
-    matmul rate is known, 'first_token': seconds, 'ram': bytes at `context` (default: depth and prompt), 'fits': in the
-    device's memory, 'basis'}."""
+    matmul rate is known, 'first_token': seconds, 'ram': bytes at `context` (default: depth and prompt), 'memory': its
+    interval, 'fits': in the device's memory, 'basis'}."""
     context = context or max(depth, prompt)
-    ram = memory(model, context)
+    held = memory(model, context)
     speed = _named(tuple(_decode(model, rates, depth, i) for i in range(3)))
     fill = _named(tuple(_prefill(model, rates, prompt, i) for i in range(3))) if rates.flops else None
     first = fill and {"low": prompt / fill["high"], "mid": prompt / fill["mid"], "high": prompt / fill["low"]}
-    return {"target": rates.target, "decode": speed, "prefill": fill, "first_token": first, "ram": ram,
-            "fits": ram <= rates.ram, "basis": rates.basis, "depth": depth, "prompt": prompt, "context": context}
+    return {"target": rates.target, "decode": speed, "prefill": fill, "first_token": first, "ram": int(held[1]),
+            "memory": _named(held), "fits": held[1] <= rates.ram, "basis": rates.basis, "depth": depth, "prompt": prompt, "context": context}
 
 
 def _decode(model: Model, rates: Rates, depth: int, i: int) -> float:
@@ -111,9 +116,15 @@ def _prefill(model: Model, rates: Rates, n: int, i: int) -> float:
     return n / ((2.0 * n * model.prefill_weights + model.attention(n)) * per_flop)
 
 
-def memory(model: Model, context: int) -> int:
-    """Bytes that llama.cpp holds: the file, the KV cache, and the logits of a micro-batch (its largest buffer)."""
-    return model.file_bytes + model.kv_bytes(context) + 4 * min(MICRO_BATCH, context) * model.vocabulary
+def memory(model: Model, context: int) -> Interval:
+    """Bytes that llama.cpp holds: the file, the KV cache, the logits of a micro-batch (its largest buffer), the process.
+
+    Low: nothing is repacked, as on a GPU, and no Python runs it. High: all is that llama.cpp repacks on any CPU.
+    """
+    least = float(model.file_bytes + model.kv_bytes(context) + 4 * min(MICRO_BATCH, context) * model.vocabulary)
+    some, more = (sum(n for kind, n in model.token_bytes.items() if kind in kinds)
+                  for kinds in (REPACKED, REPACKED_SOMEWHERE))
+    return least, least + PROCESS + some, least + 1.5 * PROCESS + more
 
 
 def _named(values: tuple[float, ...]) -> dict[str, float]:

@@ -175,8 +175,7 @@ def _ram(c: Candidate, target: str, rates: lazily | None, config: FitConfig) -> 
         return Figure((value, value, value), "measured", f"peak, and a KV cache of {config.context}" if more > 0 else "peak")
     if c.model is None or rates is None:
         return None
-    value = float(memory(c.model, config.context))
-    return Figure((0.95 * value, value, 1.25 * value), "estimate")  # the runtime's own libraries come on top
+    return Figure(memory(c.model, config.context), "estimate")
 
 
 def _quality(key: str, c: Candidate, target: str, rates: lazily | None, config: FitConfig) -> Figure | None:

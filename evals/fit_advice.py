@@ -22,9 +22,9 @@ def smaller(model: Model, rates: Rates, limits: dict[str, tuple[float, bool]], c
     if room:
         what = min(room, key=lambda k: room[k])
         yield from _grids(model, room[what], what)
-    if "ram" in limits and memory(model, context) > limits["ram"][0]:
-        fixed, each = memory(model, 0), model.kv_bytes(context) / context
-        left = limits["ram"][0] - fixed - 4 * min(512, context) * model.vocabulary
+    if "ram" in limits and memory(model, context)[2] > limits["ram"][0]:
+        each = model.kv_bytes(context) / context
+        left = limits["ram"][0] - (memory(model, context)[2] - model.kv_bytes(context))
         if each > 0 and left / each >= LEAST_CONTEXT:
             yield f"or keep {model.name} and run it with --context {int(left / each)}"
 
@@ -41,10 +41,11 @@ def _by_decode(model: Model, rates: Rates, limits: dict[str, tuple[float, bool]]
 
 
 def _by_ram(model: Model, limits: dict[str, tuple[float, bool]], context: int) -> float | None:
-    """The estimate of memory may be 25 % short (see llmc.evals.fit)."""
+    """By the high estimate: every byte of the file may be held twice."""
     if "ram" not in limits:
         return None
-    return max(0.0, limits["ram"][0] / 1.25 - (memory(model, context) - model.file_bytes))
+    high = memory(model, context)[2]
+    return max(0.0, model.file_bytes * (1 - (high - limits["ram"][0]) / (model.file_bytes + sum(model.token_bytes.values()))))
 
 
 def _grids(model: Model, file_bytes: float, what: str) -> Iterator[str]:
@@ -90,7 +91,7 @@ def devices(candidates: list[Any], judged: list[dict[str, Any]], target: str, li
             e = estimate(model, r, config.context, config.prompt, config.context)
             first = e["first_token"]["high"] if e["first_token"] else float("inf")
             if (e["decode"]["low"] >= limits.get("decode", (0.0, False))[0]
-                    and 1.25 * e["ram"] <= min(limits.get("ram", (float("inf"), True))[0], r.ram)
+                    and e["memory"]["high"] <= min(limits.get("ram", (float("inf"), True))[0], r.ram)
                     and ("first_token" not in limits or first <= limits["first_token"][0])):
                 yield f"{model.name} would fit the next device up, {r.target} (estimate)"
                 return

@@ -92,7 +92,7 @@ def _estimates(artifacts: list[dict[str, Any]], target: str, config: CompareConf
         if (model := models.get(a["name"])) is None:
             continue
         curve = [{"tokens": n, **first} for n in PROMPTS if (first := estimate(model, rates, prompt=n)["first_token"])]
-        ram = memory(model, config.context)
+        ram = int(memory(model, config.context)[1])
         kv = model.kv_bytes(config.context)
         out[a["name"]] = {
             "artifact": a["name"], "target": target, "source": "estimate", "unstable": False, "depth": config.context,

@@ -48,8 +48,8 @@ def _of_section(c: Candidate, target: str, section: dict[str, Any], rates: Rates
         if e := estimate(c.model, rates, prompt=p["tokens"])["prefill"]:
             out.append(_point(c, target, f"prefill of {p['tokens']}", p["prefill"]["median"], e))
     context = max(p["tokens"] for p in section["prefill_curve"]) + generate
-    ram = float(memory(c.model, context))
-    out.append(_point(c, target, "peak memory", section["peak_rss"], {"low": 0.95 * ram, "mid": ram, "high": 1.25 * ram}))
+    ram = dict(zip(("low", "mid", "high"), memory(c.model, context), strict=True))
+    out.append(_point(c, target, "peak memory", section["peak_rss"], ram))
     return out
 
 

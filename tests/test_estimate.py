@@ -48,7 +48,9 @@ def test_a_window_bounds_the_cache_and_attention() -> None:
 
 def test_memory_is_the_file_the_cache_and_the_logits() -> None:
     got = e.estimate(MODEL, RATES, context=100)
-    assert got["ram"] == 1000 + 2 * 2 * 2 * 8 * 2 * 100 + 4 * 100 * 10
+    least = 1000 + 2 * 2 * 2 * 8 * 2 * 100 + 4 * 100 * 10
+    assert got["memory"]["low"] == least
+    assert got["ram"] == got["memory"]["mid"] == least + 600 + e.PROCESS  # Q4_0 is there twice
     assert not got["fits"]
     assert e.estimate(MODEL, dataclasses.replace(RATES, ram=got["ram"]), context=100)["fits"]
 
