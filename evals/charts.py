@@ -114,6 +114,7 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str, front: Sequence
         axes.out.append(f'<path class="front" d="M{path}"/>')
     # boxes (left, top, right, bottom) that a label must not touch: the marks, then the labels already set
     taken = [(axes.x(p.x) - 9, axes.y(p.y) - 9, axes.x(p.x) + 9, axes.y(p.y) + 9) for p in points]
+    taken += [(axes.x(p.span[0]), axes.y(p.y) - 2, axes.x(p.span[1]), axes.y(p.y) + 2) for p in points if p.span]
     for p in points:
         x, y = axes.x(p.x), axes.y(p.y)
         colour = f"var(--c{p.colour})"

@@ -99,7 +99,8 @@ def estimate(model: Model, rates: Rates, depth: int = 0, prompt: int = 512, cont
     fill = _named(tuple(_prefill(model, rates, prompt, i) for i in range(3))) if rates.flops else None
     first = fill and {"low": prompt / fill["high"], "mid": prompt / fill["mid"], "high": prompt / fill["low"]}
     return {"target": rates.target, "decode": speed, "prefill": fill, "first_token": first, "ram": int(held[1]),
-            "memory": _named(held), "fits": held[1] <= rates.ram, "basis": rates.basis, "depth": depth, "prompt": prompt, "context": context}
+            "memory": _named(held), "fits": held[1] <= rates.ram, "basis": rates.basis, "depth": depth, "prompt": prompt,
+            "context": context}
 
 
 def _decode(model: Model, rates: Rates, depth: int, i: int) -> float:
