@@ -4,6 +4,7 @@
     artifacts: [out/small.gguf]                  # what would ship; each must be in a report, by its sha256
     run: true                                    # measure what the gates need and no report has (default: refuse)
     base: models/base                            # for the divergence, with `run`
+    eval: {text: wikitext, chunks: 40}           # options of llmc eval, with `run`
     allow_estimates: false                       # whether an estimate may pass a gate
     context: 2048
     prompt: 512
@@ -31,6 +32,7 @@ from llmc.evals.config import BenchConfig, EvalConfig, FitConfig
 from llmc.evals.report import hash_artifact, read_report, speeds_of
 
 LIMITS = ("min_decode", "max_first_token", "max_ram", "max_size", "max_kld", "min_top1")
+EVAL = ("text", "second_text", "context", "chunks", "threads")
 NUMBERS = ("min_decode", "max_first_token", "max_kld")
 
 
@@ -43,7 +45,7 @@ class Gates:
     targets: dict[str, dict[str, Any]]
     run: bool = False
     base: str | None = None
-    text: str | None = None
+    eval: dict[str, Any] = field(default_factory=dict)
     allow_estimates: bool = False
     context: int = FitConfig.context
     prompt: int = FitConfig.prompt
@@ -70,6 +72,9 @@ def read_gates(path: Path) -> Gates:
     problems += [f"{k} must be true or false" for k in ("run", "allow_estimates")
                  if not isinstance(content.get(k, False), bool)]
     problems += [f"{k} must be a whole number" for k in ("context", "prompt") if type(content.get(k, 1)) is not int]
+    asked = content.get("eval", {})
+    problems += ["eval must be a table of options"] if not isinstance(asked, dict) else [
+        f"eval: unknown option {k!r} (known: {', '.join(EVAL)})" for k in asked if k not in EVAL]
     problems += [] if content.get("artifacts") else ["artifacts: name what would ship"]
     targets = content.get("targets")
     problems += _target_problems(targets) if isinstance(targets, dict) and targets else ["targets: name devices and limits"]
@@ -145,25 +150,29 @@ def _check_identity(path: Path, digest: str, reports: dict[str, dict[str, Any]])
 
 
 def measure(gates: Gates, path: Path, report: dict[str, Any] | None) -> dict[str, Any]:
-    """The report with what the gates need and nobody measured: the divergence to `base`, the speed on each target."""
+    """The report with what the gates need and nobody measured: the divergence to `base`, the speed on each target. What is
+    measured is kept in NAME.report.json beside the gates file, and is not measured again."""
     from llmc.evals.bench.run import bench
     from llmc.evals.evaluate import evaluate
-    from llmc.evals.report import merged
+    from llmc.evals.report import merged, save
     from llmc.runtimes.targets.target import load_targets
 
     wanted = {limit for limits in gates.targets.values() for limit in limits}
-    have = report or {}
+    kept = gates.file.with_name(f"{path.name}.report.json")
+    earlier = read_report(kept) if kept.is_file() else None
+    have = merged(earlier, report or {}) if earlier and earlier["artifact"]["sha256"] == hash_artifact(path) else report or {}
     if wanted & {"max_kld", "min_top1"} and "quality" not in have:
         if gates.base is None:
             raise UserError(f"{path.name} was not evaluated and {gates.file} names no base", "add `base: MODEL`, or a report")
-        have = merged(have, evaluate(EvalConfig(str(path), base=gates.base, text=gates.text or EvalConfig.text)))
+        have = merged(have, evaluate(EvalConfig(str(path), base=gates.base, **gates.eval)))
+        save(kept, have)
     known = load_targets(gates.targets_file)
     for target, limits in gates.targets.items():
         speed = {"min_decode", "max_first_token", "stable"} & set(limits)
         if speed and target not in speeds_of(have) and target in known and not known[target].emulated:
-            lengths = (gates.prompt,)
-            have = merged(have, bench(BenchConfig((str(path),), prompt=lengths, target=(target,),
+            have = merged(have, bench(BenchConfig((str(path),), prompt=(gates.prompt,), target=(target,),
                                                   targets=gates.targets_file))[0])
+            save(kept, have)
     return have
 
 

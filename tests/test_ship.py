@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -93,10 +94,11 @@ def test_a_file_that_changed_since_it_was_measured_is_refused(folder: Path) -> N
 
 
 def test_all_problems_of_a_gates_file_are_told_at_once(folder: Path) -> None:
-    path = gates(folder, {"a": {"min_speed": 1, "min_decode": "fast"}, "b": {}}, run="yes", colour="red", artifacts=[])
+    path = gates(folder, {"a": {"min_speed": 1, "min_decode": "fast"}, "b": {}}, run="yes", colour="red", artifacts=[],
+                 eval={"texts": 1})
     with pytest.raises(UserError) as e:
         read_gates(path)
-    for part in ("min_speed", "'fast'", "target b", "run must be", "'colour'", "name what would ship"):
+    for part in ("min_speed", "'fast'", "target b", "run must be", "'colour'", "'texts'", "name what would ship"):
         assert part in e.value.problem, part
     for content in ("[", "- a"):
         path.write_text(content)
@@ -118,3 +120,21 @@ def test_the_command_writes_what_it_says(folder: Path, capsys: pytest.CaptureFix
     assert run(["ship", str(gates(folder, {"local-cpu": GOOD | {"max_kld": 0.01}})), "-o", str(out)]) == 1
     assert "MISSED" in capsys.readouterr().out
     assert "**Must not ship.**" in (folder / "signed.md").read_text()
+
+
+def test_what_is_missing_is_measured_and_kept(made: SimpleNamespace, tmp_path: Path) -> None:
+    path = tmp_path / "gates.yaml"
+    path.write_text(yaml.safe_dump({
+        "artifacts": [str(made.gguf)], "run": True, "base": str(made.base), "eval": {"chunks": 2, "context": 64},
+        "prompt": 16, "context": 64,
+        "targets": {"local-cpu": {"min_decode": 1e-3, "max_kld": 100, "max_first_token": 100}}}))
+    result = ship(read_gates(path))
+    found = {r["gate"]: r for r in result["artifacts"][0]["results"]}
+    assert {r["source"] for r in found.values()} == {"measured"}
+    assert found["kld"]["passed"]
+    assert found["decode"]["passed"] == ("UNSTABLE" not in found["decode"]["figure"]["note"])  # a busy machine's is no figure
+    kept = tmp_path / f"{made.gguf.name}.report.json"
+    before = kept.read_bytes()
+    again = ship(read_gates(path))
+    assert again["artifacts"] == result["artifacts"]
+    assert kept.read_bytes() == before
