@@ -22,13 +22,17 @@ LAYERS, WIDTH, FFN, VOCABULARY = 8, 1024, 4096, 256  # 134 M weights: past the c
 TINY = 64  # width at which the weights cost nothing: what is left is the layers' own cost
 TINY_LAYERS = 30
 TOKENS, PROMPT = 24, 256
+DEPTH = 1024  # tokens in the cache where attention is timed
+HEAD = 64
 TYPES = ("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 
 
 def kernel_rates(types: set[str], threads: int, cache: Path | None = None) -> dict[str, Any]:
-    """{'threads', 'cpu', 'version', 'layer_seconds': [low, mid, high], 'types': {type: {'decode': bytes/s, 'prefill':
+    """{'threads', 'cpu', 'version', 'layer_seconds', 'attention_seconds', 'types': {type: {'decode': bytes/s, 'prefill':
     flop/s}}} with [low, mid, high] each: quartiles of tokens. Types that llama.cpp has no name for here are left out.
 
+    layer_seconds: of a layer without weights to speak of   attention_seconds: of a decoded token for each layer, query head,
+    dimension of the head and token in the cache (f16).
     cache: a JSON file of earlier measurements of this machine; what it has is not measured again.
     """
     known = _cached(cache, threads)
@@ -42,6 +46,7 @@ def kernel_rates(types: set[str], threads: int, cache: Path | None = None) -> di
             write_layers(path, "Q8_0", TINY_LAYERS, TINY, TINY)
             tokens, _ = _time(path, threads, 4 * TOKENS)
             known["layer_seconds"] = [t / TINY_LAYERS for t in _quartiles(tokens)]
+            known["attention_seconds"] = _attention(path, threads)
         p.step("layers")
         for name in wanted:
             nbytes = write_layers(path, name, LAYERS, WIDTH, FFN)
@@ -61,6 +66,15 @@ def kernel_rates(types: set[str], threads: int, cache: Path | None = None) -> di
     return known
 
 
+def _attention(path: Path, threads: int) -> list[float]:
+    """From how much longer a token takes with DEPTH others in the cache; nothing else differs."""
+    write_layers(path, "Q8_0", LAYERS, WIDTH, TINY)
+    shallow, _ = _time(path, threads, TOKENS)
+    deep, _ = _time(path, threads, TOKENS, DEPTH)
+    base = float(_quartiles(shallow)[1])
+    return [max(0.0, t - base) / (LAYERS * WIDTH * DEPTH) for t in _quartiles(deep)]
+
+
 def _cached(cache: Path | None, threads: int) -> dict[str, Any]:
     """What was measured before, if it was on this CPU, with this llama.cpp and as many threads."""
     from importlib.metadata import version
@@ -72,19 +86,19 @@ def _cached(cache: Path | None, threads: int) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(cache.read_text(encoding="utf-8"))
         if {k: found.get(k) for k in head} == head:
             return found
-    return {**head, "layer_seconds": None, "types": {}}
+    return {**head, "layer_seconds": None, "attention_seconds": None, "types": {}}
 
 
-def _time(path: Path, threads: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Seconds of each decoded token, and of each prefill of PROMPT tokens."""
+def _time(path: Path, threads: int, tokens: int, depth: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds of each token decoded after `depth` others, and of each prefill of PROMPT tokens."""
     import numpy as np
 
     from llmc.runtimes.llamacpp import LlamaCpp
 
-    runtime = LlamaCpp(path, PROMPT + tokens + 8, threads)
+    runtime = LlamaCpp(path, max(PROMPT, depth) + tokens + 8, threads)
     ids = np.arange(PROMPT) % VOCABULARY
     prefills = np.array([_seconds(lambda: runtime.prefill(ids)) for _ in range(4)])[1:]
-    runtime.prefill(ids[:4])  # a short context: attention costs next to nothing
+    runtime.prefill(np.arange(depth) % VOCABULARY)
     decodes = np.array([_seconds(lambda: runtime.decode(1)) for _ in range(tokens + 4)])[4:]
     runtime.close()
     return decodes, prefills
@@ -115,9 +129,9 @@ def write_layers(path: Path, kind: str, layers: int, width: int, ffn: int) -> in
     w.add_context_length(4096)
     w.add_embedding_length(width)
     w.add_feed_forward_length(ffn)
-    w.add_head_count(max(1, width // 64))
+    w.add_head_count(max(1, width // HEAD))
     w.add_layer_norm_rms_eps(1e-5)
-    w.add_rope_dimension_count(64)
+    w.add_rope_dimension_count(HEAD)
     w.add_vocab_size(VOCABULARY)
     w.add_tokenizer_model("no_vocab")
     raw = GGMLQuantizationType[kind]
