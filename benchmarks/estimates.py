@@ -5,7 +5,7 @@
 
 Of each base every grid's file is made (all matrices of that grid, the embedding at 8 bits; a width that blocks of 256 do not
 divide takes what llama.cpp falls back to), then all of a base are benched in turns. The kernels that the estimate rests on
-are measured after the first benches, on files of random blocks: nothing that is compared was fitted to the models.
+are measured after the first benches, on files of zeros: nothing that is compared was fitted to the models.
 Prints a table and one JSON line; exit code 1 where a decode estimate is further off than --limit.
 """
 

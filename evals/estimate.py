@@ -1,11 +1,10 @@
 """What an artifact will do on a device that it was not measured on: a roofline, with an interval.
 
 A decoded token reads every weight once, in the type it is stored in, and the KV cache up to its place; it can be no faster
-than the device reads and unpacks these bytes (Williams, Waterman, Patterson: Roofline, CACM 52(4), 2009). Attention costs the
-cache's bytes, or computing with them where that is measured and takes longer. A prompt costs two floating point operations a
-weight and token, and attention's share, which grows with the square of its length:
+than the device reads and unpacks these bytes (Williams, Waterman, Patterson: Roofline, CACM 52(4), 2009). A prompt costs
+two floating point operations a weight and token, and attention's share, which grows with the square of its length:
 
-    decode   1 / (sum over types of bytes / rate(type)  +  attention  +  layers * a layer's own cost)         tokens/s
+    decode   1 / (sum over types of bytes / rate(type)  +  KV bytes / rate  +  layers * a layer's own cost)   tokens/s
     prefill  n / ((2 n weights  +  2 n^2 layers heads head_dim) / flop rate)                                  tokens/s
     ram      file  +  weights that the CPU has repacked  +  KV cache at the context  +  buffers  +  process       bytes
 
@@ -79,8 +78,7 @@ class Model:
 class Rates:
     """What a device does. read: bytes of weights a second, by type (OTHER: the rest).  flops: likewise; empty: unknown.
 
-    layer_seconds: what a layer costs a decoded token beyond its bytes.  attention: seconds for each layer, query head,
-    dimension and cached token, None where only the cache's bytes are known.  basis: where the figures come from.
+    layer_seconds: what a layer costs a decoded token beyond its bytes.  basis: where the figures come from.
     """
 
     target: str
@@ -89,7 +87,6 @@ class Rates:
     read: dict[str, Interval]
     flops: dict[str, Interval]
     layer_seconds: Interval
-    attention: Interval | None = None
 
 
 def estimate(model: Model, rates: Rates, depth: int = 0, prompt: int = 512, context: int | None = None) -> dict[str, Any]:
@@ -110,9 +107,6 @@ def _decode(model: Model, rates: Rates, depth: int, i: int) -> float:
     """Tokens/s with the i-th figure of every interval (costs in the opposite order)."""
     weights = sum(n / rates.read.get(kind, rates.read[OTHER])[i] for kind, n in model.token_bytes.items())
     cache = model.kv_bytes(depth) / rates.read[OTHER][i]
-    if rates.attention and model.cache:  # few heads share a cache on small models: computing outweighs reading
-        seen = model.kv_bytes(depth) / (4.0 * model.cache["kv_heads"] * model.cache["head_dim"])  # layers times tokens
-        cache = max(cache, seen * model.heads * model.cache["head_dim"] * rates.attention[2 - i])
     return 1.0 / (weights + cache + model.layers * rates.layer_seconds[2 - i])
 
 
@@ -216,8 +210,7 @@ def rates_here(types: set[str], threads: int, read_bandwidth: float, target: str
     low, mid, high = measured["layer_seconds"]
     basis = (f"measured here: llama.cpp {measured['version']}'s kernels for {', '.join(sorted(measured['types']))} with "
              f"{threads} threads, memory read at {read_bandwidth / 1e9:.1f} GB/s")
-    return Rates(target, basis, psutil.virtual_memory().total, read, flops, (HERE_BELOW * low, mid, HERE_ABOVE * high),
-                 roomy(measured["attention_seconds"]))
+    return Rates(target, basis, psutil.virtual_memory().total, read, flops, (HERE_BELOW * low, mid, HERE_ABOVE * high))
 
 
 def rates_of_facts(target: str, facts: dict[str, Any]) -> Rates:

@@ -1,4 +1,4 @@
-"""How fast this machine computes with each GGUF weight type: measured in llama.cpp itself, on files of random blocks.
+"""How fast this machine computes with each GGUF weight type: measured in llama.cpp itself, on files of zeros.
 
 Decoding with a small model, or with a type that takes work to unpack, is bound by the cores and not by the memory; how
 much work a type takes differs with the instruction sets and with what llama.cpp has for them, so it is measured. The files
@@ -22,17 +22,13 @@ LAYERS, WIDTH, FFN, VOCABULARY = 8, 1024, 4096, 256  # 134 M weights: past the c
 TINY = 64  # width at which the weights cost nothing: what is left is the layers' own cost
 TINY_LAYERS = 30
 TOKENS, PROMPT = 24, 256
-DEPTH = 1024  # tokens in the cache where attention is timed
-HEAD = 64
 TYPES = ("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 
 
 def kernel_rates(types: set[str], threads: int, cache: Path | None = None) -> dict[str, Any]:
-    """{'threads', 'cpu', 'version', 'layer_seconds', 'attention_seconds', 'types': {type: {'decode': bytes/s, 'prefill':
+    """{'threads', 'cpu', 'version', 'layer_seconds': [low, mid, high], 'types': {type: {'decode': bytes/s, 'prefill':
     flop/s}}} with [low, mid, high] each: quartiles of tokens. Types that llama.cpp has no name for here are left out.
 
-    layer_seconds: of a layer without weights to speak of   attention_seconds: of a decoded token for each layer, query head,
-    dimension of the head and token in the cache (f16).
     cache: a JSON file of earlier measurements of this machine; what it has is not measured again.
     """
     known = _cached(cache, threads)
@@ -46,7 +42,6 @@ def kernel_rates(types: set[str], threads: int, cache: Path | None = None) -> di
             write_layers(path, "Q8_0", TINY_LAYERS, TINY, TINY)
             tokens, _ = _time(path, threads, 4 * TOKENS)
             known["layer_seconds"] = [t / TINY_LAYERS for t in _quartiles(tokens)]
-            known["attention_seconds"] = _attention(path, threads)
         p.step("layers")
         for name in wanted:
             nbytes = write_layers(path, name, LAYERS, WIDTH, FFN)
@@ -66,15 +61,6 @@ def kernel_rates(types: set[str], threads: int, cache: Path | None = None) -> di
     return known
 
 
-def _attention(path: Path, threads: int) -> list[float]:
-    """From how much longer a token takes with DEPTH others in the cache; nothing else differs."""
-    write_layers(path, "Q8_0", LAYERS, WIDTH, TINY)
-    shallow, _ = _time(path, threads, TOKENS)
-    deep, _ = _time(path, threads, TOKENS, DEPTH)
-    base = float(_quartiles(shallow)[1])
-    return [max(0.0, t - base) / (LAYERS * WIDTH * DEPTH) for t in _quartiles(deep)]
-
-
 def _cached(cache: Path | None, threads: int) -> dict[str, Any]:
     """What was measured before, if it was on this CPU, with this llama.cpp and as many threads."""
     from importlib.metadata import version
@@ -86,19 +72,19 @@ def _cached(cache: Path | None, threads: int) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(cache.read_text(encoding="utf-8"))
         if {k: found.get(k) for k in head} == head:
             return found
-    return {**head, "layer_seconds": None, "attention_seconds": None, "types": {}}
+    return {**head, "layer_seconds": None, "types": {}}
 
 
-def _time(path: Path, threads: int, tokens: int, depth: int = 4) -> tuple[np.ndarray, np.ndarray]:
-    """Seconds of each token decoded after `depth` others, and of each prefill of PROMPT tokens."""
+def _time(path: Path, threads: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds of each decoded token, and of each prefill of PROMPT tokens."""
     import numpy as np
 
     from llmc.runtimes.llamacpp import LlamaCpp
 
-    runtime = LlamaCpp(path, max(PROMPT, depth) + tokens + 8, threads)
+    runtime = LlamaCpp(path, PROMPT + tokens + 8, threads)
     ids = np.arange(PROMPT) % VOCABULARY
     prefills = np.array([_seconds(lambda: runtime.prefill(ids)) for _ in range(4)])[1:]
-    runtime.prefill(np.arange(depth) % VOCABULARY)
+    runtime.prefill(ids[:4])  # a short context: attention costs next to nothing
     decodes = np.array([_seconds(lambda: runtime.decode(1)) for _ in range(tokens + 4)])[4:]
     runtime.close()
     return decodes, prefills
@@ -117,9 +103,9 @@ def _quartiles(values: np.ndarray) -> list[float]:
 
 
 def write_layers(path: Path, kind: str, layers: int, width: int, ffn: int) -> int:
-    """Write a model of random blocks of one type; the bytes of its weights.
+    """Write a model of one type whose weights are zeros; their bytes.
 
-    Bytes below 64 make every fp16 factor finite and small, whatever the type's layout.
+    No kernel looks at values, but random ones become infinite or denormal on the way, and those are slow to compute with.
     """
     import numpy as np
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
@@ -129,20 +115,19 @@ def write_layers(path: Path, kind: str, layers: int, width: int, ffn: int) -> in
     w.add_context_length(4096)
     w.add_embedding_length(width)
     w.add_feed_forward_length(ffn)
-    w.add_head_count(max(1, width // HEAD))
+    w.add_head_count(max(1, width // 64))
     w.add_layer_norm_rms_eps(1e-5)
-    w.add_rope_dimension_count(HEAD)
+    w.add_rope_dimension_count(64)
     w.add_vocab_size(VOCABULARY)
     w.add_tokenizer_model("no_vocab")
     raw = GGMLQuantizationType[kind]
     block, size = GGML_QUANT_SIZES[raw]
-    rng = np.random.default_rng(0)
     shapes = {"attn_q": (width, width), "attn_k": (width, width), "attn_v": (width, width), "attn_output": (width, width),
               "ffn_gate": (ffn, width), "ffn_up": (ffn, width), "ffn_down": (width, ffn)}
     total = 0
     for name, (rows, columns) in {"token_embd": (VOCABULARY, width),
                                   **{f"blk.{i}.{n}": s for i in range(layers) for n, s in shapes.items()}}.items():
-        data = rng.integers(0, 64, (rows, columns // block * size), dtype=np.uint8)
+        data = np.zeros((rows, columns // block * size), np.uint8)
         total += data.nbytes
         w.add_tensor(f"{name}.weight", data, raw_dtype=raw)
     for name in ("output_norm", *(f"blk.{i}.{n}" for i in range(layers) for n in ("attn_norm", "ffn_norm"))):
