@@ -18,7 +18,8 @@ LETTER = 6.6  # width of a letter at 12 px, about
 @dataclass(frozen=True)
 class Point:
     """A mark of a scatter chart. error: half-length of the vertical bar. hollow: drawn as a ring (a second text).
-    doubtful: its x is no figure to rely on; drawn with a broken outline and named UNSTABLE."""
+    doubtful: its x is no figure to rely on; drawn with a broken outline and named UNSTABLE. guess: its x is an estimate,
+    within `span`; drawn with a broken outline and a horizontal bar."""
 
     x: float
     y: float
@@ -27,17 +28,21 @@ class Point:
     error: float | None = None
     hollow: bool = False
     doubtful: bool = False
+    guess: bool = False
+    span: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
 class Line:
-    """A series over whole numbers. thin: no dots, for many noisy points.  ring: the x of a point that stands out."""
+    """A series over whole numbers. thin: no dots, for many noisy points.  ring: the x of a point that stands out.
+    dashed: no measurement."""
 
     label: str
     colour: int
     points: Sequence[tuple[float, float]]
     thin: bool = False
     ring: float | None = None
+    dashed: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,23 +105,29 @@ def text(x: float, y: float, content: str, style: str, anchor: str = "start") ->
     return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(content)}</text>'
 
 
-def scatter(points: Sequence[Point], x_label: str, y_label: str) -> str:
-    """Points with error bars, each labelled beside it where there is room."""
+def scatter(points: Sequence[Point], x_label: str, y_label: str, front: Sequence[tuple[float, float]] = ()) -> str:
+    """Points with error bars, each labelled beside it where there is room. front: the points that a line joins."""
     top = max((p.y + (p.error or 0) for p in points), default=1)
-    axes = _Axes(max((p.x for p in points), default=1) * 1.02, top or 1, x_label, y_label)
+    axes = _Axes(max((p.span[1] if p.span else p.x for p in points), default=1) * 1.02, top or 1, x_label, y_label)
+    if len(front) > 1:
+        path = "L".join(f"{axes.x(x):.1f} {axes.y(y):.1f}" for x, y in front)
+        axes.out.append(f'<path class="front" d="M{path}"/>')
     # boxes (left, top, right, bottom) that a label must not touch: the marks, then the labels already set
     taken = [(axes.x(p.x) - 9, axes.y(p.y) - 9, axes.x(p.x) + 9, axes.y(p.y) + 9) for p in points]
+    taken += [(axes.x(p.span[0]), axes.y(p.y) - 2, axes.x(p.span[1]), axes.y(p.y) + 2) for p in points if p.span]
     for p in points:
         x, y = axes.x(p.x), axes.y(p.y)
         colour = f"var(--c{p.colour})"
         shape = 'r="8" fill="none"' if p.hollow else f'r="5" fill="{colour}"'
-        shape += ' fill-opacity="0.3" stroke-dasharray="3 2"' if p.doubtful else ""
+        shape += ' fill-opacity="0.3" stroke-dasharray="3 2"' if p.doubtful or p.guess else ""
         mark = " UNSTABLE" if p.doubtful else ""
         bar = ""
         if p.error:
             low, high = axes.y(max(0.0, p.y - p.error)), axes.y(p.y + p.error)
             bar = f'<path class="error" stroke="{colour}" d="M{x:.1f} {low:.1f}V{high:.1f}M{x - 4:.1f} ' \
                   f'{high:.1f}h8M{x - 4:.1f} {low:.1f}h8"/>'
+        if p.span:
+            bar += f'<path class="error" stroke="{colour}" d="M{axes.x(p.span[0]):.1f} {y:.1f}H{axes.x(p.span[1]):.1f}"/>'
         circle = f'<circle cx="{x:.1f}" cy="{y:.1f}" {shape} stroke="{colour}" stroke-width="2"/>'
         axes.out.append(f"<g><title>{escape(p.label)}: {p.x:.4g}, {p.y:.4g}{mark}</title>{bar}{circle}</g>")
         if not p.hollow:
@@ -155,7 +166,7 @@ def lines(series: Sequence[Line], x_label: str, y_label: str) -> str:
     axes = _Axes(x_top, y_top, x_label, y_label)
     for s in series:
         path = "L".join(f"{axes.x(x):.1f} {axes.y(y):.1f}" for x, y in s.points)
-        style = "line thin" if s.thin else "line"
+        style = "line" + " thin" * s.thin + " dashed" * s.dashed
         axes.out.append(f'<path class="{style}" stroke="var(--c{s.colour})" d="M{path}"/>')
         for x, y in () if s.thin else s.points:
             if x == s.ring:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,12 +30,14 @@ class EvalConfig:
     """Items of each task that are evaluated, evenly spaced; 0 for all."""
     no_text: bool = False
     """Only the tasks."""
+    kv: str | None = None
+    """Type of the artifact's KV cache, f16 or q8_0; None: the runtime's own. The base keeps its own."""
 
     def __post_init__(self) -> None:
         _at_least("--context", self.context, 8)
         _at_least("--chunks", self.chunks, 0)
         _at_least("--task-items", self.task_items, 0)
-        _common(self.threads, self.device)
+        _common(self.threads, self.device, self.kv)
         if isinstance(self.tasks, str):
             object.__setattr__(self, "tasks", (self.tasks,))
         if self.no_text and not self.tasks:
@@ -46,21 +49,45 @@ class BenchConfig:
     """`llmc bench`. Several artifacts are measured in turns (A B A B …): a drift of the machine then hits all alike."""
 
     artifacts: tuple[str, ...]
-    prompt: int = 512
+    prompt: tuple[int, ...] = (512,)
+    """Lengths of prompts; a report's headline figures are of the first."""
+    depth: tuple[int, ...] = ()
+    """Tokens in the KV cache when decoding begins; none given: the first prompt's."""
     generate: int = 64
     repetitions: int = 5
+    max_repetitions: int = 15
+    """Where the medians are not known well after `repetitions`, up to so many are made."""
     warmup: int = 2
     threads: int | None = None
+    thread_sweep: bool = False
+    """Try numbers of threads as well, and name the best."""
     device: str = "cpu"
+    kv: str | None = None
+    """Type of the KV cache, f16 or q8_0; None: the runtime's own."""
+    target: tuple[str, ...] = ()
+    """Names of targets; none given: this machine."""
+    targets: Path | None = None
+    """The file that names them; None: ./targets.toml, or the user's own."""
     outputs: tuple[Path, ...] = ()
     """One report file for each artifact, in their order, or none."""
 
     def __post_init__(self) -> None:
-        _at_least("--prompt", self.prompt, 1)
+        for name in ("prompt", "depth"):
+            object.__setattr__(self, name, _lengths(f"--{name}", getattr(self, name)))
+        object.__setattr__(self, "depth", self.depth or self.prompt[:1])
+        object.__setattr__(self, "target", (self.target,) if isinstance(self.target, str) else tuple(self.target))
+        if self.device == "gpu" and "local-cpu" in self.target:
+            raise UserError("--device gpu does not go with --target local-cpu", "name --target local-gpu")
+        object.__setattr__(self, "target", self.target or (f"local-{self.device}",))
+        for n in self.prompt:
+            _at_least("--prompt", n, 1)
+        for n in self.depth:
+            _at_least("--depth", n, 0)
         _at_least("--generate", self.generate, 1)
         _at_least("--repetitions", self.repetitions, 5)
+        _at_least("--max-repetitions", self.max_repetitions, self.repetitions)
         _at_least("--warmup", self.warmup, 0)
-        _common(self.threads, self.device)
+        _common(self.threads, self.device, self.kv)
         if not self.artifacts:
             raise UserError("no artifact to bench", "name a model folder or a .gguf file")
         if self.outputs and len(self.outputs) != len(self.artifacts):
@@ -78,6 +105,67 @@ class CompareConfig:
     min_top1: str | None = None
     min_decode_speedup: str | None = None
     page: Path = Path("compare.html")
+    target: tuple[str, ...] = ()
+    """Targets or device profiles for which there are estimates where nothing was measured."""
+    targets: Path | None = None
+    """The file of targets; None: ./targets.toml or the user's."""
+    context: int = 2048
+    """Tokens in the KV cache of estimates."""
+
+    def __post_init__(self) -> None:
+        _at_least("--context", self.context, 8)
+        object.__setattr__(self, "target", (self.target,) if isinstance(self.target, str) else tuple(self.target))
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """`llmc fit`. Sizes as typed: '2GB', '90MB'; shares: '80%'. None: no such limit."""
+
+    items: tuple[Path, ...]
+    """Artifacts (.gguf files, ONNX folders) and reports."""
+    target: tuple[str, ...] = ()
+    """Names of targets, or ids of device profiles; () : this machine."""
+    min_decode: float | None = None
+    """Tokens/s at `context`."""
+    max_first_token: float | None = None
+    """Seconds, for `prompt` tokens."""
+    max_kld: float | None = None
+    min_top1: str | None = None
+    max_ram: str | None = None
+    max_size: str | None = None
+    context: int = 2048
+    """Tokens in the KV cache: what memory is counted with, and where decoding is looked at."""
+    prompt: int = 512
+    targets: Path | None = None
+    """The file of targets; None: ./targets.toml or the user's."""
+
+    def __post_init__(self) -> None:
+        _at_least("--context", self.context, 8)
+        _at_least("--prompt", self.prompt, 1)
+        object.__setattr__(self, "items", tuple(Path(i) for i in self.items))
+        object.__setattr__(self, "target", (self.target,) if isinstance(self.target, str) else tuple(self.target))
+        if not self.items:
+            raise UserError("no artifact to judge", "name .gguf files, ONNX folders or reports")
+
+
+def parse_bytes(option: str, written: str) -> int:
+    """'2GB', '90 MB' or '1500000' in bytes; decimal units, as everywhere in llmc."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(B|kB|MB|GB)?", written.strip())
+    if not match:
+        raise UserError(f"{option} {written!r} is no size", f"write it like {option} 2GB or 90MB")
+    return round(float(match[1]) * {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}[match[2] or "B"])
+
+
+def _lengths(option: str, given: object) -> tuple[int, ...]:
+    """(128, 512) of '128,512', of 128, or of a sequence of either; no length twice."""
+    parts: list[object] = []
+    for item in given if isinstance(given, tuple | list) else (given,):
+        parts += str(item).split(",")
+    try:
+        return tuple(dict.fromkeys(int(str(p)) for p in parts))
+    except ValueError as e:
+        raise UserError(f"{option} {','.join(map(str, parts))} is no list of token counts",
+                        f"write it like {option} 128,512") from e
 
 
 def _at_least(option: str, value: int, low: int) -> None:
@@ -85,8 +173,10 @@ def _at_least(option: str, value: int, low: int) -> None:
         raise UserError(f"{option} {value} is out of range: at least {low}", f"try {option} {low}")
 
 
-def _common(threads: int | None, device: str) -> None:
+def _common(threads: int | None, device: str, kv: str | None) -> None:
     if threads is not None:
         _at_least("--threads", threads, 1)
     if device not in ("cpu", "gpu"):
         raise UserError(f"--device {device!r} is not known", "choose cpu or gpu")
+    if kv not in (None, "f16", "q8_0"):
+        raise UserError(f"--kv {kv!r} is not known", "choose f16 or q8_0")

@@ -1,9 +1,10 @@
 """The report of one artifact: one JSON file that `llmc eval` and `llmc bench` both write into and `llmc compare` reads.
 
-    {"schema": 1, "kind": "llmc-report", "artifact": {…}, "quality": {…}, "budget": {…}, "speed": {…}, "versions": {…}}
+    {"schema": 2, "kind": "llmc-report", "artifact": {…}, "quality": {…}, "budget": {…}, "speeds": {target: {…}},
+     "versions": {…}}
 
-`quality` and `speed` are there once they were measured, `budget` where a budget chose the types. The
-artifact's sha256 says whose figures they are.
+`quality` and `speeds` are there once they were measured, `budget` where a budget chose the types; `speeds` has a section for
+each target (a device, by its name). The artifact's sha256 says whose figures they are.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ import numpy as np
 
 from llmc.artifact import read_manifest, sha256, versions, write_json
 from llmc.errors import UserError
+from llmc.evals import kv
 from llmc.evals.weigh import weigh, weight_files
 from llmc.onnx_folder import is_onnx_folder, open_onnx
 
-SCHEMA = 1
+SCHEMA = 2
 KIND = "llmc-report"
 
 
@@ -43,7 +45,7 @@ def describe_artifact(artifact: Path) -> dict[str, Any]:
     layers: list[dict[str, Any]] = next((p["layers"] for p in reversed(passes) if p.get("layers")), [])
     return {
         "name": artifact.name, "path": str(artifact), "sha256": hash_artifact(artifact),
-        "kind": manifest.get("kind") or unnamed, "size": weigh(artifact),
+        "kind": manifest.get("kind") or unnamed, "size": weigh(artifact), "kv": kv.describe(artifact),
         "source": manifest.get("source"), "created": manifest.get("created"),
         "passes": [{k: v for k, v in p.items() if k != "layers"} for p in passes],
         "layers": [{"layer": x.get("layer"), "error": x.get("error"), "events": x.get("events") or []} for x in layers],
@@ -88,10 +90,20 @@ def read_report(path: Path) -> dict[str, Any]:
     return report
 
 
-def check_output(path: Path | None, digest: str) -> None:
-    """Before any work: an existing file at `path` must be a report of the same artifact."""
+def kv_type(report: dict[str, Any]) -> str | None:
+    """The type of the KV cache that a report's figures are of; all its sections have the same."""
+    sections = [report["quality"]] if "quality" in report else []
+    return next((s["kv"]["type"] for s in [*sections, *speeds_of(report).values()] if "kv" in s), None)
+
+
+def check_output(path: Path | None, digest: str, kv: str | None = None) -> None:
+    """Before any work: an existing file at `path` must be a report of the same artifact, with that KV cache (None: any)."""
     if path is not None and path.exists():
-        other = read_report(path)["artifact"]
+        before = read_report(path)
+        other = before["artifact"]
+        if kv is not None and kv_type(before) not in (None, kv):
+            raise UserError(f"{path} is the report of {other['name']} with a KV cache in {kv_type(before)}, not {kv}",
+                            "choose another file with -o: llmc compare holds the two side by side")
         if other["sha256"] != digest:
             theirs = f"{other['name']} (sha256 {other['sha256'][:12]}…, not {digest[:12]}…)"
             raise UserError(f"{path} is the report of another artifact, {theirs}",
@@ -99,18 +111,34 @@ def check_output(path: Path | None, digest: str) -> None:
 
 
 def new_report(artifact: dict[str, Any], section: str, value: dict[str, Any]) -> dict[str, Any]:
-    """A report with one section: 'quality' or 'speed'. One of an artifact that was made to a budget says beside the quality
+    """A report with one section: 'quality' or 'speeds'. One of an artifact that was made to a budget says beside the quality
     what the budget promised."""
     made = {"schema": SCHEMA, "kind": KIND, "artifact": artifact, section: value, "versions": versions()}
     budget = budget_of(made) if section == "quality" else None
     return {**made, "budget": budget} if budget else made
 
 
+def speeds_of(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The speed sections by target, in the order in which they were measured; empty where nothing was."""
+    found: dict[str, dict[str, Any]] = report.get("speeds", {})
+    return found
+
+
+def targets_of(reports: list[dict[str, Any]]) -> list[str]:
+    """Every target that something was benched on, in order of appearance."""
+    return list(dict.fromkeys(target for r in reports for target in speeds_of(r)))
+
+
+def merged(before: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+    """`report`, with the sections that only `before` has and the speeds on targets that only `before` has."""
+    speeds = {**speeds_of(before), **speeds_of(report)}
+    return {**before, **report, **({"speeds": speeds} if speeds else {})}
+
+
 def save(path: Path, report: dict[str, Any]) -> None:
-    """Write `report`; sections that the file has and `report` lacks stay in it."""
-    check_output(path, report["artifact"]["sha256"])
-    before = read_report(path) if path.exists() else {}
-    write_json(path, {**before, **report})
+    """Write `report`, merged with the one that the file holds."""
+    check_output(path, report["artifact"]["sha256"], kv_type(report))
+    write_json(path, merged(read_report(path) if path.exists() else {}, report))
 
 
 def without_arrays(report: dict[str, Any]) -> dict[str, Any]:

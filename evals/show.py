@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from llmc.evals.report import budget_of
+from llmc.evals.report import budget_of, speeds_of
 
 
 def pm(stat: dict[str, Any] | None, digits: int = 3, factor: float = 1.0, unit: str = "", sign: bool = False) -> str:
@@ -35,12 +35,13 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 def quality_lines(report: dict[str, Any]) -> str:
     """What `llmc eval` prints."""
     from llmc.console import size
+    from llmc.evals.kv import words as kv_words
 
     artifact, quality = report["artifact"], report["quality"]
     weight = artifact["size"]
     lines = [f"{artifact['name']}  {size(weight['file_bytes'])}, {weight['bits_per_weight']:.2f} bits per weight "
              f"({weight['decoder_bits_per_weight']:.2f} in attention and MLP), run by {_ran_by(quality['runtime'])}",
-             f"  {matrices(weight)}"]
+             f"  {matrices(weight)}", f"  KV cache in {kv_words(quality['kv'])}"]
     for t in quality["texts"]:
         p = t["protocol"]
         lines.append(f"\n{p['text']}: {p['chunks']} chunks of {p['context']} tokens, {p['scored_tokens']} scored")
@@ -99,22 +100,41 @@ def speed_lines(report: dict[str, Any]) -> str:
     """What `llmc bench` prints of one artifact."""
     from llmc.console import size
 
-    s, p = report["speed"], report["speed"]["protocol"]
-    copied = s["read_bandwidth"] / s["copy_bandwidth"]
+    found = []
+    for target, s in speeds_of(report).items():
+        p = s["protocol"]
+        where = p["cpu"] if s["target"]["address"].startswith("local-") else f"{target} ({p['cpu']})"
+        head = (f"{report['artifact']['name']}  {size(report['artifact']['size']['file_bytes'])}, run by "
+                f"{_ran_by(s['runtime'])} on {where}, threads {p['threads']}, {p['device']}")
+        emulated = ["  EMULATED: these speeds say nothing about the device"] if s["target"]["emulated"] else []
+        found.append("\n".join([head, *emulated, *_speed(s)]))
+    return "\n\n".join(found)
+
+
+def _speed(s: dict[str, Any]) -> list[str]:
+    """One section, line by line."""
+    from llmc.console import size
+    from llmc.evals.bench.ran import words
+    from llmc.evals.kv import words as kv_words
+
     lines = [
-        f"{report['artifact']['name']}  {size(report['artifact']['size']['file_bytes'])}, run by "
-        f"{_ran_by(s['runtime'])} on {s['machine']['cpu']}, threads {p['threads']}, {p['device']}",
         f"  load                 {s['load_s']:.2f} s  (file in the page cache)",
-        f"  time to first token  {spread(s['first_token'], 3)} s  ({p['prompt']} tokens)",
-        f"  prefill              {spread(s['prefill'])} tokens/s",
-        f"  decode               {spread(s['decode'])} tokens/s  ({p['generate']} tokens)",
+    ]
+    for p in s["prefill_curve"]:
+        lines += [f"  time to first token  {spread(p['first_token'], 3)} s  ({p['tokens']} tokens)",
+                  f"  prefill              {spread(p['prefill'])} tokens/s"]
+    n, reads = s["protocol"]["generate"], s["target"]["facts"]["read_bandwidth"]
+    lines += [f"  decode               {spread(p['decode'])} tokens/s  ({n} tokens at depth {p['depth']})"
+              for p in s["decode_curve"]]
+    lines += [
         f"  peak memory          {size(s['peak_rss'])}",
+        f"  KV cache             {kv_words(s['kv'])}",
         f"  read per token       {size(s['token_bytes'])} of weights: {s['read_bandwidth'] / 1e9:.1f} GB/s, "
-        f"{copied:.0%} of the copy bandwidth ({s['copy_bandwidth'] / 1e9:.1f} GB/s read plus written)",
-        *_nodes(s["runtime"]),
+        f"{s['read_bandwidth'] / reads:.0%} of what this machine reads ({reads / 1e9:.1f} GB/s)",
+        f"  ran on               {words(s['ran'])}", *_more(s),
         f"  medians [IQR] of {s['repetitions']} repetitions after {s['warmup']} warm-ups",
     ]
-    return "\n".join([*lines, *(f"  UNSTABLE: {why}" for why in s["unstable"])])
+    return [*lines, *(f"  UNSTABLE: {why}" for why in s["unstable"])]
 
 
 def _ran_by(runtime: dict[str, Any]) -> str:
@@ -123,10 +143,16 @@ def _ran_by(runtime: dict[str, Any]) -> str:
     return runtime["runtime"] + (f" at accuracy level {' and '.join(map(str, levels))}" if levels else "")
 
 
-def _nodes(runtime: dict[str, Any]) -> list[str]:
-    """Where onnxruntime's nodes ran, of a report that tells."""
-    counts = [f"{sum(operators.values())} on {provider}" for provider, operators in runtime.get("nodes", {}).items()]
-    return [f"  nodes run            {', '.join(counts)}"] if counts else []
+def _more(s: dict[str, Any]) -> list[str]:
+    """What only some benches have."""
+    lines = []
+    if energy := s["energy"]:
+        lines.append(f"  energy               {energy['joules_per_token']:.2f} J per decoded token ({energy['source']})")
+    if found := s["thread_sweep"]:
+        for what in ("prefill", "decode"):
+            tried = ", ".join(f"{p['threads']}: {p['median']:.1f}" for p in found[what])
+            lines.append(f"  threads              {found['best'][what]} are best for {what}  ({tried} tokens/s)")
+    return lines
 
 
 def spread(s: dict[str, Any], digits: int = 1) -> str:

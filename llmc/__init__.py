@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     export: Export
 
-__all__ = ["__version__", "bench", "compare", "distill", "evaluate", "export", "generate", "heal", "imatrix", "inspect",
-           "prune", "quantize", "run_recipe", "sweep", "transform", "verify"]
+__all__ = ["__version__", "bench", "compare", "distill", "evaluate", "export", "fit", "generate", "heal", "imatrix",
+           "inspect", "prune", "quantize", "run_recipe", "ship", "sweep", "transform", "verify"]
 
 Config = TypeVar("Config")
 
@@ -85,8 +85,8 @@ def evaluate(artifact: str | Path, out: str | Path | None = None, **options: Any
 
 
 def bench(*artifacts: str | Path, out: Sequence[str | Path] = (), **options: Any) -> list[dict[str, Any]]:
-    """Speed and memory on this machine, one report an artifact; options are the fields of BenchConfig."""
-    from llmc.evals.bench import bench as run
+    """Speed and memory on this machine or others, one report an artifact; options are the fields of BenchConfig."""
+    from llmc.evals.bench.run import bench as run
     from llmc.evals.config import BenchConfig
 
     names = tuple(str(a) for a in artifacts)
@@ -109,6 +109,22 @@ def compare(*reports: str | Path, **options: Any) -> dict[str, Any]:
     with staged_file(config.page) as tmp:
         tmp.write_text(page(result), encoding="utf-8")
     return without_arrays(result)
+
+
+def fit(*items: str | Path, **options: Any) -> dict[str, Any]:
+    """Which artifacts or reports keep limits on which devices; options are the fields of FitConfig. Look at 'fits'."""
+    from llmc.evals.config import FitConfig
+    from llmc.evals.fit import fit as run
+
+    return run(_config(FitConfig, {"items": tuple(Path(i) for i in items), **options}))
+
+
+def ship(gates: str | Path) -> dict[str, Any]:
+    """Whether the artifacts of a gates file may ship; a missed gate raises nothing here: look at 'passed'."""
+    from llmc.evals.ship import read_gates
+    from llmc.evals.ship import ship as run
+
+    return run(read_gates(Path(gates)))
 
 
 def run_recipe(recipe: str | Path, set: Mapping[str, Any] | Sequence[str] = (), **options: Any) -> dict[str, Any]:

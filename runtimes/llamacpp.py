@@ -24,7 +24,9 @@ BATCH = 512  # tokens run at once, llama.cpp's own default for a micro-batch
 LOGITS_BYTES = 128 << 20  # most memory for the logits of one batch
 INSTALL = "pip install 'llmc-toolkit[gguf]'"
 OFFLOADED = re.compile(r"offloaded (\d+)/(\d+) layers to GPU")
+BUFFERS = re.compile(r"(\S+) model buffer size *= *([\d.]+) MiB")
 ERROR = 4  # GGML_LOG_LEVEL_ERROR in ggml.h
+GPU_TYPES = (1, 2)  # GGML_BACKEND_DEVICE_TYPE_GPU, _IGPU in ggml-backend.h
 
 _log: deque[tuple[int, str]] = deque(maxlen=10_000)  # (level, text), cleared once a model is loaded
 _log_callback: Any = None  # llama.cpp holds a bare pointer to it, so it must live as long as the process
@@ -53,6 +55,26 @@ def _build(lib: Any) -> dict[str, str]:
     return dict(re.findall(r"(\w+) = (\w+)", lib.llama_print_system_info().decode()))
 
 
+def gpu_devices() -> list[dict[str, Any]]:
+    """[{name, driver, backend: 'llama.cpp NAME'}] of the GPUs that this llama.cpp was built for and finds here."""
+    lib = _library()
+    # llama-cpp-python does not bind these; the libraries lie beside the one that it loads
+    folder = Path(lib.__file__).parent / "lib"
+    files = [next(iter(sorted(folder.glob(f"*{name}.*"))), None) for name in ("ggml", "ggml-base")]
+    if None in files:
+        return []
+    registry, base = (ctypes.CDLL(str(f)) for f in files)
+    registry.ggml_backend_dev_count.restype = ctypes.c_size_t
+    registry.ggml_backend_dev_get.restype, registry.ggml_backend_dev_get.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    for call in (base.ggml_backend_dev_name, base.ggml_backend_dev_description, base.ggml_backend_dev_type):
+        call.restype, call.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
+    base.ggml_backend_dev_type.restype = ctypes.c_int
+    devices = [registry.ggml_backend_dev_get(i) for i in range(registry.ggml_backend_dev_count())]
+    return [{"name": base.ggml_backend_dev_description(d).decode(), "driver": None,
+             "backend": f"llama.cpp {base.ggml_backend_dev_name(d).decode()}"}
+            for d in devices if base.ggml_backend_dev_type(d) in GPU_TYPES]
+
+
 @functools.cache
 def use_extra_buffers() -> bool:
     """Whether weights may be repacked for AMX and the like; a build that would crash on it is named."""
@@ -69,11 +91,35 @@ def _errors() -> str:
     return lines[-1] if lines else "no reason given"
 
 
+def tokenise(path: Path, text: str) -> np.ndarray:
+    """Token ids int32 of a .gguf file's own tokenizer; no weight is read."""
+    lib = _library()
+    params = lib.llama_model_default_params()
+    params.vocab_only = True
+    model = lib.llama_model_load_from_file(str(path).encode(), params)
+    if not model:
+        raise UserError(f"llama.cpp cannot load {path}: {_errors()}", "export or download it again")
+    try:
+        return _tokenise(lib, lib.llama_model_get_vocab(model), path, text, True)
+    finally:
+        lib.llama_model_free(model)
+
+
+def _tokenise(lib: Any, vocab: Any, path: Path, text: str, special: bool) -> np.ndarray:
+    raw = text.encode()
+    size = len(raw) + 8
+    buffer = (ctypes.c_int32 * size)()
+    n = lib.llama_tokenize(vocab, raw, len(raw), buffer, size, special, True)
+    if n < 0:
+        raise UserError(f"llama.cpp cannot tokenise this text with {path}", "export the file again")
+    return np.array(buffer[:n], dtype=np.int32)
+
+
 class LlamaCpp:
     """A runtime (see runtimes/base.py) over one llama.cpp context of `context` tokens.
 
     flash_attention: None leaves the choice to llama.cpp
-    kv_type: 'f16' (llama.cpp's default) or 'f32'; parity checks against torch use False and 'f32'
+    kv_type: 'f16' (llama.cpp's default), 'q8_0' or 'f32'; parity checks against torch use False and 'f32'
     extra_buffers: let llama.cpp repack weights for this CPU; None: unless that crashes (see amx.py), which is then said
     """
 
@@ -89,7 +135,8 @@ class LlamaCpp:
         self._lib = lib = _library()
         self.path, self.threads, self.device, self.kv_type = path, threads, device, kv_type
         self._model = self._ctx = None
-        self.offloaded = 0
+        self.offloaded = self.layers = 0
+        self.buffers: dict[str, float] = {}
         self.extra_buffers = use_extra_buffers() if extra_buffers is None else extra_buffers
         _log.clear()
         self._load_model(device)
@@ -101,7 +148,7 @@ class LlamaCpp:
         params.n_ctx = self.context
         params.n_batch = params.n_ubatch = self._batch
         params.n_threads = params.n_threads_batch = threads
-        params.type_k = params.type_v = {"f16": lib.GGML_TYPE_F16, "f32": lib.GGML_TYPE_F32}[kv_type]
+        params.type_k = params.type_v = getattr(lib, f"GGML_TYPE_{kv_type.upper()}")
         if flash_attention is not None:
             params.flash_attn_type = int(flash_attention)  # LLAMA_FLASH_ATTN_TYPE_DISABLED = 0, _ENABLED = 1
         if device == "cpu":
@@ -109,8 +156,9 @@ class LlamaCpp:
         self._ctx = lib.llama_init_from_model(self._model, params)
         if not self._ctx:
             self.close()
-            raise UserError(f"llama.cpp cannot make a context of {self.context} tokens for {path}: {_errors()}",
-                            "choose a smaller context")
+            kv = f" and a KV cache in {kv_type}" if kv_type == "q8_0" else ""
+            raise UserError(f"llama.cpp cannot make a context of {self.context} tokens{kv} for {path}: {_errors()}",
+                            "leave out --kv" if kv else "choose a smaller context")
         self._used = 0
         _log.clear()
 
@@ -130,6 +178,8 @@ class LlamaCpp:
         self._model = lib.llama_model_load_from_file(str(self.path).encode(), params)
         if not self._model:
             raise UserError(f"llama.cpp cannot load {self.path}: {_errors()}", "export or download it again")
+        self.layers = int(lib.llama_model_n_layer(self._model)) + 1  # the head counts as one
+        self.buffers |= {m[1]: float(m[2]) for _, t in _log if (m := BUFFERS.search(t))}
         self.offloaded = max((int(m[1]) for _, t in _log if (m := OFFLOADED.search(t))), default=0)
         if device == "gpu" and self.offloaded == 0:
             self.close()
@@ -192,13 +242,7 @@ class LlamaCpp:
 
     def tokenise(self, text: str, special: bool = True) -> np.ndarray:
         """Token ids int32 as llama.cpp makes them; `special` adds BOS (and EOS) where the file says so."""
-        raw = text.encode()
-        size = len(raw) + 8
-        buffer = (ctypes.c_int32 * size)()
-        n = self._lib.llama_tokenize(self._vocab, raw, len(raw), buffer, size, special, True)
-        if n < 0:
-            raise UserError(f"llama.cpp cannot tokenise this text with {self.path}", "export the file again")
-        return np.array(buffer[:n], dtype=np.int32)
+        return _tokenise(self._lib, self._vocab, self.path, text, special)
 
     def detokenise(self, ids: list[int]) -> str:
         tokens = (ctypes.c_int32 * len(ids))(*ids)
@@ -248,7 +292,8 @@ class LlamaCpp:
         from llmc.runtimes.targets.this_machine import cpu_features
 
         return {"runtime": self.name, "version": version("llama-cpp-python"), "device": self.device,
-                "offloaded_layers": self.offloaded, "threads": self.threads, "kv_type": self.kv_type,
+                "offloaded_layers": self.offloaded, "layers": self.layers, "buffers": self.buffers,
+                "threads": self.threads, "kv_type": self.kv_type,
                 "extra_buffers": self.extra_buffers, "build": _build(self._lib), "cpu_features": cpu_features()}
 
     def close(self) -> None:

@@ -22,7 +22,7 @@ from llmc.compress.prune.config import PruneConfig
 from llmc.compress.quantize.config import QuantizeConfig
 from llmc.compress.transform.config import TransformConfig
 from llmc.errors import UserError
-from llmc.evals.config import BenchConfig, CompareConfig, EvalConfig
+from llmc.evals.config import BenchConfig, CompareConfig, EvalConfig, FitConfig
 from llmc.export.gguf.config import GgufExportConfig
 from llmc.export.onnx.config import OnnxExportConfig
 from llmc.recipes.config import RunConfig, SweepConfig
@@ -41,6 +41,7 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "eval": (EvalConfig, {"out": None}),
     "bench": (BenchConfig, {"out": ()}),
     "compare": (CompareConfig, {}),
+    "fit": (FitConfig, {"validate": False, "profiles": False}),
     "generate": (GenerateConfig, {}),
     "run": (RunConfig, {}),
     "sweep": (SweepConfig, {}),
@@ -63,6 +64,8 @@ def plain(value: Any) -> Any:
     """Without the difference between what typer and Python call nothing."""
     if value in ((), [], None):
         return None
+    if isinstance(value, tuple) and all(isinstance(v, int) for v in value):
+        return ",".join(map(str, value))  # as it is typed
     return str(value) if isinstance(value, Path) else tuple(value) if isinstance(value, list) else value
 
 

@@ -27,7 +27,13 @@ def compare(
                                                   help="Gate: decode speed over the baseline's."),
     page: Path = typer.Option(CompareConfig.page, help="The HTML page to write."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
-    markdown: bool = typer.Option(False, "--markdown", help="Print the tables as Markdown."),
+    markdown: Path | None = typer.Option(None, "--markdown", metavar="FILE", show_default=False,
+                                         help="Write the tables as Markdown, for a pull request; - prints them instead."),
+    target: list[str] = typer.Option([], "--target", show_default=False,
+                                     help="A target or device profile: estimated where nothing was measured; repeatable."),
+    targets: Path | None = typer.Option(CompareConfig.targets, metavar="FILE", show_default=False,
+                                        help="The file of targets. Default: ./targets.toml, or the user's own."),
+    context: int = typer.Option(CompareConfig.context, help="Tokens in the KV cache of estimates."),
 ) -> None:
     """Hold reports side by side: a table, a page with pictures, and gates (exit code 1 where one is missed).
 
@@ -42,14 +48,21 @@ def compare(
     from llmc.evals.show import table
     from llmc.evals.tables import tables
 
-    config = CompareConfig(tuple(reports), max_ppl_increase, max_kld, min_top1, min_decode_speedup, page)
+    config = CompareConfig(tuple(reports), max_ppl_increase, max_kld, min_top1, min_decode_speedup, page, tuple(target),
+                           targets, context)
     result = compare(config)
     with staged_file(page) as tmp:
         tmp.write_text(html.page(result), encoding="utf-8")
+    told = tables(result)
+    text = "\n\n".join(f"### {title}\n\n{note}\n\n{to_markdown(rows)}" for title, note, rows in told)
+    if markdown is not None and markdown != Path("-"):
+        with staged_file(markdown) as tmp:
+            tmp.write_text(text + "\n", encoding="utf-8")
     if as_json:
         print(json.dumps(without_arrays(result), indent=2, ensure_ascii=False))
+    elif markdown == Path("-"):
+        print(text)
     else:
-        show, heading = (to_markdown, "### {}\n\n{}\n") if markdown else (table, "{}  ({})")
-        print("\n\n".join(f"{heading.format(title, note)}\n{show(rows)}" for title, note, rows in tables(result)))
+        print("\n\n".join(f"{title}  ({note})\n{table(rows)}" for title, note, rows in told))
     say(f"the page is {page}")
     gates.enforce(result["gates"])

@@ -1,0 +1,99 @@
+"""Repetitions as figures: median and spread, and why they are not to be trusted where they are not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+TIGHT = 0.015
+"""Half-width of a median's interval / median that is asked for: two such medians of one thing differ by less than 3 %."""
+SLOWED = 0.9  # share of its early frequency below which a CPU was throttled
+DRIFT = 0.05  # least-squares line, first to last repetition / median, past which a speed is no figure
+
+
+def spread(values: np.ndarray) -> dict[str, Any]:
+    """{median, iqr, values}."""
+    low, median, high = (float(x) for x in np.percentile(values, (25, 50, 75)))
+    return {"median": median, "iqr": high - low, "values": [float(v) for v in values]}
+
+
+def half_width(s: dict[str, Any]) -> float:
+    """Of the median's interval, over the median: the notch of McGill, Tukey and Larsen (1978), 1.57 IQR / sqrt(n), widened
+    for few repetitions about as Student's t is. Those of two medians of one thing overlap 95 times in 100."""
+    n = len(s["values"])
+    return float(1.57 * (1 + 1.6 / (n - 1)) * s["iqr"] / np.sqrt(n) / s["median"])
+
+
+def drift(s: dict[str, Any]) -> float:
+    """Change from the first to the last repetition by a least-squares line, over the median."""
+    n = len(s["values"])
+    return float(np.polyfit(np.arange(n), s["values"], 1)[0]) * (n - 1) / float(s["median"])
+
+
+def curves(runs: list[dict[str, Any]], generate: int) -> dict[str, Any]:
+    """`prefill_curve` and `decode_curve` (tokens/s, and s to the first token) of the answers of bench_child."""
+    prefill, decode = [], []
+    for n in runs[0]["first_token_s"]:
+        first = np.array([r["first_token_s"][n] for r in runs])
+        prefill.append({"tokens": int(n), "first_token": spread(first), "prefill": spread(int(n) / first)})
+    for d in runs[0]["decode_s"]:
+        decode.append({"depth": int(d), "decode": spread(generate / np.array([r["decode_s"][d] for r in runs]))})
+    return {"prefill_curve": prefill, "decode_curve": decode}
+
+
+def series(measured: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Every speed of `curves` by a name that tells its length where there are several."""
+    found = []
+    for what, key in (("prefill", "tokens"), ("decode", "depth")):
+        points = measured[f"{what}_curve"]
+        for p in points:
+            where = "" if len(points) == 1 else f" of {p[key]} tokens" if key == "tokens" else f" at depth {p[key]}"
+            found.append((f"{what}{where}", p[what]))
+    return found
+
+
+def is_tight(measured: dict[str, Any]) -> bool:
+    """Whether more repetitions would say nothing new."""
+    return all(half_width(s) <= TIGHT for _, s in series(measured))
+
+
+def unstable(measured: dict[str, Any]) -> list[str]:
+    """Why speeds should not be trusted: a median is known too badly, or they drift."""
+    reasons = []
+    for name, s in series(measured):
+        width, change = half_width(s), drift(s)
+        why = [f"is known to ±{width:.1%} only"] if width > TIGHT else []
+        why += [f"drifts by {change:+.0%} over the repetitions"] if abs(change) > DRIFT else []
+        if why:
+            reasons.append(f"{name} {' and '.join(why)}")
+    return reasons
+
+
+def throttled(runs: list[dict[str, Any]]) -> list[str]:
+    """Why the machine was not at its full speed: what it counted, said or showed from the first repetition to the last."""
+    states = [r["state"] for r in runs]
+    reasons = []
+    counts = [s["throttle_events"] for s in states if s["throttle_events"] is not None]
+    if counts and counts[-1] > counts[0]:
+        reasons.append(f"the hardware slowed the CPU down {counts[-1] - counts[0]} times")
+    if any(s["throttled_now"] for s in states):
+        reasons.append("the firmware says that the CPU is held back (heat or power)")
+    mhz = [s["mhz"] for s in states if s["mhz"] is not None]
+    third = len(mhz) // 3
+    if third and (late := float(np.median(mhz[-third:]))) < SLOWED * (early := float(np.median(mhz[:third]))):
+        reasons.append(f"the CPU's frequency fell from {early:.0f} to {late:.0f} MHz")
+    return reasons
+
+
+def conditions(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Frequency and temperature after the first and after the last repetition."""
+    return {key: [runs[0]["state"][key], runs[-1]["state"][key]] for key in ("mhz", "temperature_c")}
+
+
+def energy(runs: list[dict[str, Any]], generate: int) -> dict[str, Any] | None:
+    """{'joules_per_token', 'source'} of decoding, or None where the machine does not tell."""
+    joules = [r["joules"] for r in runs if r["joules"] is not None]
+    if not joules:
+        return None
+    return {"joules_per_token": float(np.median(joules)) / generate, "source": runs[0]["energy_source"]}

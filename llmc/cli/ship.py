@@ -1,0 +1,45 @@
+"""`llmc ship`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(ship)
+
+
+def ship(
+    gates: Path = typer.Argument(..., metavar="GATES.yaml", show_default=False,
+                                 help="Artifacts, reports, targets and limits."),
+    output: Path = typer.Option(Path("ship"), "--out", "-o", metavar="NAME",
+                                help="The summary: NAME.json and NAME.md."),
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
+) -> None:
+    """Say whether artifacts may ship to devices: exit code 0 or 1, and a signed summary with their hashes.
+
+    \b
+      artifacts: [small.gguf]
+      reports: [base.json, small.json]     # the first is what perplexity is held against
+      run: true                            # measure what the gates need and no report has; `base: MODEL` for divergence
+      targets:
+        pi5: {min_decode: 10, max_first_token: 3, max_ram: 2GB, max_kld: 0.1, min_top1: 80%, stable: true}
+
+    A measured figure passes a gate; an estimate only with `allow_estimates: true`, emulated speed never.
+    """
+    from llmc.artifact import staged_file, write_json
+    from llmc.console import say
+    from llmc.evals.ship import read_gates
+    from llmc.evals.ship import ship as run
+    from llmc.evals.ship_show import lines, summary
+
+    result = run(read_gates(gates))
+    write_json(output.with_name(output.name + ".json"), result)
+    with staged_file(output.with_name(output.name + ".md")) as tmp:
+        tmp.write_text(summary(result), encoding="utf-8")
+    print(json.dumps(result, indent=2, ensure_ascii=False) if as_json else lines(result))
+    say(f"the summary is {output}.json and {output}.md")
+    raise typer.Exit(0 if result["passed"] else 1)
