@@ -59,7 +59,7 @@ def gpu_devices() -> list[dict[str, Any]]:
     """[{name, driver, backend: 'llama.cpp NAME'}] of the GPUs that this llama.cpp was built for and finds here."""
     lib = _library()
     # llama-cpp-python does not bind these; the libraries lie beside the one that it loads
-    folder = Path(lib.__file__).parent / "lib"
+    folder = Path(lib._base_path)
     files = [next(iter(sorted(folder.glob(f"*{name}.*"))), None) for name in ("ggml", "ggml-base")]
     if None in files:
         return []

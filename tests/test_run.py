@@ -95,7 +95,7 @@ def test_the_shipped_chain_of_everything_and_its_page(base: Path) -> None:
         assert by_name[name]["report"]["quality"]["texts"][0]["kld"] == measured["kld"]
         assert size(by_name[name]["bytes"]) in html
     (speed,) = Path("run").glob("bench-*/phone.json")
-    assert f"{json.loads(speed.read_text())['speed']['decode']['median']:.1f}" in html
+    assert f"{json.loads(speed.read_text())['speeds']['local-cpu']['decode']['median']:.1f}" in html
     assert not re.search(r'(src|href)="https?:|<script', html), "the page needs nothing from anywhere"
     (link,) = re.findall(r'href="([^"]+)"', html)
     assert Path("run", link).is_file()

@@ -143,3 +143,9 @@ def test_a_crashing_probe_turns_repacking_off(monkeypatch: pytest.MonkeyPatch, c
     finally:
         amx.broken.cache_clear()
         llamacpp.use_extra_buffers.cache_clear()
+
+
+def test_gpus_are_those_that_llama_cpp_can_use() -> None:
+    found = llamacpp.gpu_devices()
+    assert bool(found) == bool(llamacpp._library().llama_supports_gpu_offload())
+    assert all(d["name"] and d["backend"].startswith("llama.cpp ") for d in found)

@@ -33,7 +33,8 @@ def work(job: Job, base_bytes: int) -> float:
         tokens = (c.chunks or 1000) * c.context * (1 + (c.second_text is not None)) * (not c.no_text) + 100 * len(
             c.tasks) * c.task_items
     elif hasattr(c, "repetitions"):
-        tokens = (c.repetitions + c.warmup) * (c.prompt + c.generate) * len(job.inputs)
+        one = sum(c.prompt) + sum(c.depth) + len(c.depth) * c.generate
+        tokens = (c.repetitions + c.warmup) * one * len(job.inputs)
     else:
         tokens = c.samples * c.seq_len if getattr(c, "calibrated", hasattr(c, "samples")) else 1
     return float(base_bytes) * tokens
