@@ -26,9 +26,10 @@ import numpy as np
 from llmc.checkpoint import Checkpoint
 from llmc.console import progress, say, size
 from llmc.evals import metrics
-from llmc.evals.bench import bench
+from llmc.evals.bench.run import bench
 from llmc.evals.config import BenchConfig
 from llmc.evals.protocol import FolderTokenizer, cut
+from llmc.evals.report import speeds_of
 from llmc.evals.show import markdown
 from llmc.evals.weigh import weigh
 from llmc.onnx_folder import open_onnx
@@ -116,7 +117,7 @@ def speeds(files: dict[str, Path], args: argparse.Namespace) -> dict[str, dict[s
     """`llmc bench` of all of them, in turns; 'ratio' is llmc's ONNX over the file, by round."""
     reports = bench(BenchConfig(tuple(str(f) for f in files.values()), prompt=args.prompt, generate=args.generate,
                                 repetitions=args.rounds, threads=args.threads))
-    found = {name: r["speed"] for name, r in zip(files, reports, strict=True)}
+    found = {name: speeds_of(r)["local-cpu"] for name, r in zip(files, reports, strict=True)}
     for s in found.values():
         s["ratio"] = {kind: float(np.median(np.array(found[OURS][kind]["values"]) / np.array(s[kind]["values"])))
                       for kind in ("prefill", "decode")}

@@ -1,7 +1,9 @@
 """The process in which one artifact is benched: fresh, so that load time and peak memory are the artifact's own.
 
-It reads commands from stdin, one a line, and answers with one JSON object a line: after loading, to `run` (one
-repetition), and to `end` (which ends it).
+It runs on the device, so it needs the artifact's runtime and numpy, and no tokenizer. Its argument is the job, a JSON object
+{artifact, context, threads (null: the physical cores), device}. After loading, and to each line of stdin, it answers with
+one JSON object a line; a line is {"do": "ids", "ids": […]} (the tokens to feed), {"do": "run", "prompts": […],
+"depths": […], "generate": n} (one repetition), or {"do": "end"}.
 """
 
 from __future__ import annotations
@@ -17,14 +19,12 @@ from typing import Any
 import numpy as np
 
 from llmc.errors import UserError
-from llmc.evals.texts import PYTHON_DOCS, load_text
 from llmc.onnx_folder import is_onnx_folder
 from llmc.runtimes.base import Runtime, open_runtime
-from llmc.runtimes.targets.this_machine import peak_rss
+from llmc.runtimes.targets.this_machine import describe, load_average, peak_rss, physical_cores
 
 
 def main() -> None:
-    """argv: one JSON object {artifact, prompt, generate, threads, device}."""
     job = json.loads(sys.argv[1])
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints must not get between the answers
@@ -39,19 +39,23 @@ def main() -> None:
 
 
 def _serve(job: dict[str, Any], answer: Any) -> None:
-    artifact = Path(job["artifact"])
+    artifact = Path(job["artifact"]).expanduser()
     _import(artifact)
     start = time.perf_counter()
-    runtime = open_runtime(artifact, job["prompt"] + job["generate"], job["threads"], job["device"])
+    runtime = open_runtime(artifact, job["context"], job["threads"] or physical_cores(), job["device"])
     load = time.perf_counter() - start
-    text = load_text(PYTHON_DOCS)[1]
-    ids = np.resize(runtime.tokenise(text[: 8 * job["prompt"] + 64]), job["prompt"])
-    answer(load_s=load, runtime=runtime.describe())
+    answer(load_s=load, runtime=runtime.describe(), machine=describe(), load_average=load_average())
+    ids = np.zeros(0, np.int32)
     for line in sys.stdin:
-        if line.strip() == "end":
+        command = json.loads(line)
+        if command["do"] == "end":
             break
-        answer(**_repetition(runtime, ids, job["generate"]))
-    answer(peak_rss=peak_rss())
+        if command["do"] == "ids":
+            ids = np.array(command["ids"], np.int32)
+            answer(tokens=len(ids))
+        else:
+            answer(**repetition(runtime, ids, command["prompts"], command["depths"], command["generate"]))
+    answer(peak_rss=peak_rss(), load_average=load_average())
     runtime.close()
 
 
@@ -68,14 +72,27 @@ def _import(artifact: Path) -> None:
         importlib.import_module(module)
 
 
-def _repetition(runtime: Runtime, ids: np.ndarray, generate: int) -> dict[str, float]:
-    """Seconds to the first token of a prompt, and from there to the end of `generate` more, chosen greedily."""
-    start = time.perf_counter()
-    token = int(runtime.prefill(ids).argmax())
-    first = time.perf_counter()
-    for _ in range(generate):
-        token = int(runtime.decode(token).argmax())
-    return {"first_token_s": first - start, "decode_s": time.perf_counter() - first}
+def repetition(runtime: Runtime, ids: np.ndarray, prompts: list[int], depths: list[int], generate: int) -> dict[str, Any]:
+    """{'first_token_s': {prompt: seconds to the first token}, 'decode_s': {depth: seconds of `generate` tokens, chosen
+    greedily, when that many are in the cache}}, lengths as text."""
+    first, decode = {}, {}
+    cached, token = 0, 0
+    for n in prompts:
+        start = time.perf_counter()
+        token = int(runtime.prefill(ids[:n]).argmax())
+        first[str(n)] = time.perf_counter() - start
+        cached = n
+    for depth in depths:
+        if depth and cached != depth:
+            token = int(runtime.prefill(ids[:depth]).argmax())
+        start = time.perf_counter()
+        if depth == 0:
+            token = int(runtime.prefill(ids[:1]).argmax())
+        for _ in range(generate if depth else generate - 1):
+            token = int(runtime.decode(token).argmax())
+        decode[str(depth)] = time.perf_counter() - start
+        cached = -1
+    return {"first_token_s": first, "decode_s": decode}
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import numpy as np
 from llmc.errors import UserError
 from llmc.evals import gates, metrics, tasks
 from llmc.evals.config import CompareConfig
-from llmc.evals.report import read_report, unpack
+from llmc.evals.report import merged, read_report, speeds_of, targets_of, unpack
 from llmc.evals.report import without_arrays as report_without_arrays
 
 
@@ -22,8 +22,8 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     """{baseline, artifacts: […], gates: […], passed}; the first artifact is the baseline.
 
     Each artifact: {name, report, differences}; differences (None for the baseline) are {size_ratio, texts: [{text,
-    perplexity_ratio, kld, top1}], tasks: {name: {acc, acc_norm, perplexity_ratio}}, decode_speedup, first_token_ratio,
-    peak_rss_ratio}, None where not measured of both.
+    perplexity_ratio, kld, top1}], tasks: {name: {acc, acc_norm, perplexity_ratio}}, speeds: {target: {decode_speedup,
+    first_token_ratio, peak_rss_ratio}}}, None where not measured of both; emulated speeds are never compared.
     Raises UserError where figures are not comparable or a gate has no figure to look at.
     """
     limits = gates.parse(config)
@@ -43,11 +43,12 @@ def join(reports: list[dict[str, Any]], paths: tuple[Path, ...]) -> list[dict[st
     for report, path in zip(reports, paths, strict=True):
         digest = report["artifact"]["sha256"]
         before = joined.setdefault(digest, {})
-        for section in ("quality", "speed"):
-            if section in report and section in before:
-                raise UserError(f"{path} is the second report with a {section} section of {report['artifact']['name']}",
-                                "leave one of them out")
-        joined[digest] = {**report, **before}
+        twice = ["a quality section"] if "quality" in report and "quality" in before else []
+        twice += [f"the speed on {target}" for target in speeds_of(report) if target in speeds_of(before)]
+        if twice:
+            raise UserError(f"{path} is the second report with {twice[0]} of {report['artifact']['name']}",
+                            "leave one of them out")
+        joined[digest] = merged(report, before) | {"speeds": {**speeds_of(before), **speeds_of(report)}}
     found = list(joined.values())
     names = [r["artifact"]["name"] for r in found]
     return [{**r, "artifact": {**r["artifact"], "name": r["artifact"]["path"]}}
@@ -56,10 +57,13 @@ def join(reports: list[dict[str, Any]], paths: tuple[Path, ...]) -> list[dict[st
 
 def check_comparable(reports: list[dict[str, Any]]) -> None:
     """Every pair of figures must have been measured in the same way; the first field that differs is named."""
-    for section, command, read in (("quality", "eval", _quality_fields), ("speed", "bench", _speed_fields)):
-        measured = [r for r in reports if section in r]
-        for other in measured[1:]:
-            _check_equal(measured[0], other, read(measured[0]), read(other), command)
+    evaluated = [r for r in reports if "quality" in r]
+    for other in evaluated[1:]:
+        _check_equal(evaluated[0], other, _quality_fields(evaluated[0]), _quality_fields(other), "eval")
+    for target in targets_of(reports):
+        benched = [r for r in reports if target in speeds_of(r)]
+        for other in benched[1:]:
+            _check_equal(benched[0], other, *(_speed_fields(r, target) for r in (benched[0], other)), "bench")
     # a task that one report lacks is a gap in the table; one that both hold must have the same items
     first_with: dict[str, dict[str, Any]] = {}
     for report in reports:
@@ -106,28 +110,33 @@ def _task_fields(report: dict[str, Any], name: str) -> dict[str, Any]:
     return {f"{k} (of the task {name})": v for k, v in protocol}
 
 
-def _speed_fields(report: dict[str, Any]) -> dict[str, Any]:
-    return dict(report["speed"]["protocol"])
+def _speed_fields(report: dict[str, Any], target: str) -> dict[str, Any]:
+    return {f"{k} (on {target})": v for k, v in speeds_of(report)[target]["protocol"].items()}
 
 
 def differences(baseline: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """`other` against `baseline`, both measured alike."""
     out: dict[str, Any] = {
         "size_ratio": other["artifact"]["size"]["file_bytes"] / baseline["artifact"]["size"]["file_bytes"],
-        "texts": None, "tasks": None, "decode_speedup": None, "first_token_ratio": None, "peak_rss_ratio": None,
+        "texts": None, "tasks": None, "speeds": None,
     }
     if "quality" in baseline and "quality" in other:
         pairs = zip(baseline["quality"]["texts"], other["quality"]["texts"], strict=True)
         out["texts"] = [_paired(a, b) for a, b in pairs]
-        before, after = tasks_of(baseline), tasks_of(other)
-        out["tasks"] = {name: tasks.differences(tasks.values_of(after[name]), tasks.values_of(before[name]))
-                        for name in before if name in after} or None
-    if "speed" in baseline and "speed" in other:
-        a, b = baseline["speed"], other["speed"]
-        out["decode_speedup"] = _ratio(b["decode"], a["decode"])
-        out["first_token_ratio"] = _ratio(b["first_token"], a["first_token"])
-        out["peak_rss_ratio"] = b["peak_rss"] / a["peak_rss"]
+        mine, theirs = tasks_of(other), tasks_of(baseline)
+        out["tasks"] = {name: tasks.differences(tasks.values_of(mine[name]), tasks.values_of(theirs[name]))
+                        for name in theirs if name in mine} or None
+    before, after = speeds_of(baseline), speeds_of(other)
+    out["speeds"] = {t: _speedup(before[t], after[t]) for t in before
+                     if t in after and not before[t]["target"]["emulated"]} or None
     return out
+
+
+def _speedup(baseline: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """One target's speed section against the baseline's."""
+    return {"decode_speedup": _ratio(other["decode"], baseline["decode"]),
+            "first_token_ratio": _ratio(other["first_token"], baseline["first_token"]),
+            "peak_rss_ratio": other["peak_rss"] / baseline["peak_rss"]}
 
 
 def _paired(baseline: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:

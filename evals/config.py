@@ -46,19 +46,39 @@ class BenchConfig:
     """`llmc bench`. Several artifacts are measured in turns (A B A B …): a drift of the machine then hits all alike."""
 
     artifacts: tuple[str, ...]
-    prompt: int = 512
+    prompt: tuple[int, ...] = (512,)
+    """Lengths of prompts; a report's headline figures are of the first."""
+    depth: tuple[int, ...] = ()
+    """Tokens in the KV cache when decoding begins; none given: the first prompt's."""
     generate: int = 64
     repetitions: int = 5
+    max_repetitions: int = 15
+    """Where the medians are not known well after `repetitions`, up to so many are made."""
     warmup: int = 2
     threads: int | None = None
     device: str = "cpu"
+    target: tuple[str, ...] = ()
+    """Names of targets; none given: this machine."""
+    targets: Path | None = None
+    """The file that names them; None: ./targets.toml, or the user's own."""
     outputs: tuple[Path, ...] = ()
     """One report file for each artifact, in their order, or none."""
 
     def __post_init__(self) -> None:
-        _at_least("--prompt", self.prompt, 1)
+        for name in ("prompt", "depth"):
+            object.__setattr__(self, name, _lengths(f"--{name}", getattr(self, name)))
+        object.__setattr__(self, "depth", self.depth or self.prompt[:1])
+        object.__setattr__(self, "target", (self.target,) if isinstance(self.target, str) else tuple(self.target))
+        if self.device == "gpu" and "local-cpu" in self.target:
+            raise UserError("--device gpu does not go with --target local-cpu", "name --target local-gpu")
+        object.__setattr__(self, "target", self.target or (f"local-{self.device}",))
+        for n in self.prompt:
+            _at_least("--prompt", n, 1)
+        for n in self.depth:
+            _at_least("--depth", n, 0)
         _at_least("--generate", self.generate, 1)
         _at_least("--repetitions", self.repetitions, 5)
+        _at_least("--max-repetitions", self.max_repetitions, self.repetitions)
         _at_least("--warmup", self.warmup, 0)
         _common(self.threads, self.device)
         if not self.artifacts:
@@ -78,6 +98,17 @@ class CompareConfig:
     min_top1: str | None = None
     min_decode_speedup: str | None = None
     page: Path = Path("compare.html")
+
+
+def _lengths(option: str, given: object) -> tuple[int, ...]:
+    """(128, 512) of '128,512', of 128, or of a sequence of either; no length twice."""
+    parts: list[object] = []
+    for item in given if isinstance(given, tuple | list) else (given,):
+        parts += str(item).split(",")
+    try:
+        return tuple(dict.fromkeys(int(str(p)) for p in parts))
+    except ValueError as e:
+        raise UserError(f"{option} {given!r} is no list of token counts", f"write it like {option} 128,512") from e
 
 
 def _at_least(option: str, value: int, low: int) -> None:

@@ -1,4 +1,4 @@
-"""Ship or do not ship: limits that a candidate must keep, on every text that it was evaluated on."""
+"""Ship or do not ship: limits that a candidate must keep, on every text and target that it was measured on."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def parse(config: CompareConfig) -> list[tuple[Gate, float]]:
 
 
 def apply(limits: list[tuple[Gate, float]], candidates: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """[{gate, artifact, text, limit, value, passed}]: every candidate of `compare` against every limit."""
+    """[{gate, artifact, text (or target), limit, value, passed}]: every candidate of `compare` against every limit."""
     results = []
     for gate, limit in limits:
         for candidate in candidates:
@@ -63,11 +63,10 @@ def apply(limits: list[tuple[Gate, float]], candidates: list[dict[str, Any]]) ->
 
 
 def _figures(gate: Gate, candidate: dict[str, Any]) -> list[tuple[str | None, float]]:
-    """(text, value) of each figure that a gate looks at; empty where it was not measured."""
+    """(text or target, value) of each figure that a gate looks at; empty where it was not measured."""
     changes = candidate["differences"] or {}
     if gate.attribute == "min_decode_speedup":
-        speedup = changes.get("decode_speedup")
-        return [(None, speedup["value"])] if speedup else []
+        return [(target, found["decode_speedup"]["value"]) for target, found in (changes.get("speeds") or {}).items()]
     if gate.attribute == "max_ppl_increase":
         return [(t["text"], t["perplexity_ratio"]["value"] - 1) for t in changes.get("texts") or []]
     key = {"max_kld": "kld", "min_top1": "top1"}[gate.attribute]

@@ -13,7 +13,7 @@ from llmc.console import size
 from llmc.evals import charts, html
 from llmc.evals.compare import tasks_of
 from llmc.evals.html import COLOURS
-from llmc.evals.report import budget_of
+from llmc.evals.report import budget_of, speeds_of, targets_of
 from llmc.evals.show import pm
 from llmc.evals.tables import tables
 from llmc.evals.weigh import CLASSES
@@ -59,11 +59,12 @@ def _summary(artifact: dict[str, Any], index: int) -> str:
             note = f" (predicted {budget['predicted_kld']:.4f})" if (budget := budget_of(report)) else ""
             facts.append((f"KLD, {t['protocol']['text']}", pm(t["kld"], 4) + note))
             facts.append((f"top-1, {t['protocol']['text']}", f"{pm(t['top1'], 1, 100)} %"))
-    if "speed" in report:
-        speedup = f" ({changes['decode_speedup']['value']:.2f}x)" if changes.get("decode_speedup") else ""
-        doubt = "".join(f"; UNSTABLE: {why}" for why in report["speed"]["unstable"])
-        facts.append(("decode", f"{report['speed']['decode']['median']:.1f} tokens/s{speedup}{doubt}"))
-        facts.append(("peak memory", size(report["speed"]["peak_rss"])))
+    for target, s in speeds_of(report).items():
+        speedup = (changes.get("speeds") or {}).get(target)
+        times = f" ({speedup['decode_speedup']['value']:.2f}x)" if speedup else ""
+        doubt = "; emulated" if s["target"]["emulated"] else "".join(f"; UNSTABLE: {why}" for why in s["unstable"])
+        facts.append((f"decode, {target}", f"{s['decode']['median']:.1f} tokens/s{times}{doubt}"))
+        facts.append((f"peak memory, {target}", size(s["peak_rss"])))
     role = "baseline" if artifact["differences"] is None else "candidate"
     return (f'<section class="card"><p class="kicker"><i class="dot" style="background:var(--c{index % COLOURS})"></i>'
             f"{role}</p><h2>{escape(artifact['name'])}</h2>{html.pairs(facts)}</section>")
@@ -71,7 +72,8 @@ def _summary(artifact: dict[str, Any], index: int) -> str:
 
 def figures(artifacts: list[dict[str, Any]]) -> Iterable[str]:
     """The pictures; one that has nothing to show says which command fills it."""
-    by_size, by_speed, layers = [], [], []
+    by_size, layers = [], []
+    by_speed: dict[str, list[charts.Point]] = {t: [] for t in targets_of([a["report"] for a in artifacts])}
     texts: list[str] = []
     for i, a in enumerate(artifacts):
         report, colour = a["report"], i % COLOURS
@@ -81,20 +83,23 @@ def figures(artifacts: list[dict[str, Any]]) -> Iterable[str]:
             texts = texts if t["protocol"]["text"] in texts else [*texts, t["protocol"]["text"]]
             y = (t["kld"]["value"], a["name"], colour, t["kld"]["se"], n > 0)
             by_size.append(charts.Point(report["artifact"]["size"]["file_bytes"] / 1e6, *y))
-            if "speed" in report:
-                by_speed.append(charts.Point(report["speed"]["decode"]["median"], *y, bool(report["speed"]["unstable"])))
-        points = [(x["layer"], 100 * x["error"]) for x in report["artifact"]["layers"] if x["error"] is not None]
-        if points:
-            layers.append(charts.Line(a["name"], colour, points))
+            for target, s in speeds_of(report).items():
+                if not s["target"]["emulated"]:
+                    by_speed[target].append(charts.Point(s["decode"]["median"], *y, bool(s["unstable"])))
+        errors = [(x["layer"], 100 * x["error"]) for x in report["artifact"]["layers"] if x["error"] is not None]
+        if errors:
+            layers.append(charts.Line(a["name"], colour, errors))
     rings = f" Filled: {texts[0]}. Rings: {', '.join(texts[1:])}." if len(texts) > 1 else ""
-    doubt = " Broken outline: the repetitions of its bench disagree." if any(p.doubtful for p in by_speed) else ""
     kld = "KL divergence to the base, nats"
     yield html.figure("Size against divergence", "Down and left is better." + rings, _legend(artifacts),
                   charts.scatter(by_size, "file, MB", kld) if by_size else "",
                   "llmc eval ARTIFACT --base BASE -o REPORT")
-    yield html.figure("Speed against divergence", "Down and right is better." + rings + doubt, _legend(artifacts),
-                  charts.scatter(by_speed, "decode, tokens/s", kld) if by_speed else "",
-                  "llmc bench ARTIFACT -o REPORT (into the report of llmc eval)")
+    for target, points in ({t: p for t, p in by_speed.items() if p} or {"": []}).items():
+        doubt = " Broken outline: the repetitions of its bench disagree." if any(p.doubtful for p in points) else ""
+        on = f" on {target}" if target else ""
+        yield html.figure(f"Speed{on} against divergence", "Down and right is better." + rings + doubt, _legend(artifacts),
+                      charts.scatter(points, "decode, tokens/s", kld) if points else "",
+                      "llmc bench ARTIFACT -o REPORT (into the report of llmc eval)")
     yield html.figure("Error by layer", "Share of each layer's output energy that was lost, as the pass recorded it.",
                   _legend([a for a in artifacts if a["report"]["artifact"]["layers"]], artifacts),
                   charts.lines(layers, "decoder layer", "output energy lost, %") if layers else "",
@@ -159,11 +164,11 @@ def _protocols(artifacts: list[dict[str, Any]]) -> Iterable[str]:
     seen = {name: t for a in reversed(artifacts) for name, t in tasks_of(a["report"]).items()}
     for name, t in seen.items():
         yield html.section(f"Protocol: {name}", html.pairs({**t["protocol"], "items from": t["source"]}.items()), folded=True)
-    benched = next((a["report"] for a in artifacts if "speed" in a["report"]), None)
-    if benched:
-        s = benched["speed"]
-        machine = {**s["machine"], "memory": size(s["machine"]["memory"])}
-        yield html.section("Protocol: speed", html.pairs({**s["protocol"], **machine}.items()), folded=True)
+    for target in targets_of([a["report"] for a in artifacts]):
+        s = next(speeds_of(a["report"])[target] for a in artifacts if target in speeds_of(a["report"]))
+        facts = {"address": s["target"]["address"], **s["target"]["facts"]}
+        facts |= {"memory": size(facts["memory"])} if "memory" in facts else {}
+        yield html.section(f"Protocol: speed on {target}", html.pairs({**s["protocol"], **facts}.items()), folded=True)
 
 
 def provenance(artifact: dict[str, Any]) -> str:
@@ -175,9 +180,9 @@ def provenance(artifact: dict[str, Any]) -> str:
         facts += [(f"{p.get('name')}: {k}", v) for k, v in p.items() if k not in ("name", "curve", "losses")]
     events = [f"layer {x['layer']}: {event}" for x in a["layers"] for event in x["events"]]
     facts += [("event", event) for event in events]
-    for section in ("quality", "speed"):
-        if section in report:
-            facts += [(f"run by ({section}), {k}", v) for k, v in report[section]["runtime"].items()]
-            facts += [("unstable", why) for why in report[section].get("unstable", [])]
+    sections = {"quality": report["quality"]} if "quality" in report else {}
+    for name, measured in {**sections, **{f"speed, {t}": s for t, s in speeds_of(report).items()}}.items():
+        facts += [(f"run by ({name}), {k}", v) for k, v in measured["runtime"].items()]
+        facts += [(f"unstable ({name})", why) for why in measured.get("unstable", [])]
     facts += [(f"version: {k}", v) for k, v in report["versions"].items()]
     return html.section(f"Provenance: {artifact['name']}", html.pairs(facts), folded=True)

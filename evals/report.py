@@ -1,9 +1,10 @@
 """The report of one artifact: one JSON file that `llmc eval` and `llmc bench` both write into and `llmc compare` reads.
 
-    {"schema": 1, "kind": "llmc-report", "artifact": {…}, "quality": {…}, "budget": {…}, "speed": {…}, "versions": {…}}
+    {"schema": 2, "kind": "llmc-report", "artifact": {…}, "quality": {…}, "budget": {…}, "speeds": {target: {…}},
+     "versions": {…}}
 
-`quality` and `speed` are there once they were measured, `budget` where a budget chose the types. The
-artifact's sha256 says whose figures they are.
+`quality` and `speeds` are there once they were measured, `budget` where a budget chose the types; `speeds` has a section for
+each target (a device, by its name). The artifact's sha256 says whose figures they are.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from llmc.errors import UserError
 from llmc.evals.weigh import weigh, weight_files
 from llmc.onnx_folder import is_onnx_folder, open_onnx
 
-SCHEMA = 1
+SCHEMA = 2
 KIND = "llmc-report"
 
 
@@ -99,18 +100,34 @@ def check_output(path: Path | None, digest: str) -> None:
 
 
 def new_report(artifact: dict[str, Any], section: str, value: dict[str, Any]) -> dict[str, Any]:
-    """A report with one section: 'quality' or 'speed'. One of an artifact that was made to a budget says beside the quality
+    """A report with one section: 'quality' or 'speeds'. One of an artifact that was made to a budget says beside the quality
     what the budget promised."""
     made = {"schema": SCHEMA, "kind": KIND, "artifact": artifact, section: value, "versions": versions()}
     budget = budget_of(made) if section == "quality" else None
     return {**made, "budget": budget} if budget else made
 
 
+def speeds_of(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The speed sections by target, in the order in which they were measured; empty where nothing was."""
+    found: dict[str, dict[str, Any]] = report.get("speeds", {})
+    return found
+
+
+def targets_of(reports: list[dict[str, Any]]) -> list[str]:
+    """Every target that something was benched on, in order of appearance."""
+    return list(dict.fromkeys(target for r in reports for target in speeds_of(r)))
+
+
+def merged(before: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+    """`report`, with the sections that only `before` has and the speeds on targets that only `before` has."""
+    speeds = {**speeds_of(before), **speeds_of(report)}
+    return {**before, **report, **({"speeds": speeds} if speeds else {})}
+
+
 def save(path: Path, report: dict[str, Any]) -> None:
-    """Write `report`; sections that the file has and `report` lacks stay in it."""
+    """Write `report`, merged with the one that the file holds."""
     check_output(path, report["artifact"]["sha256"])
-    before = read_report(path) if path.exists() else {}
-    write_json(path, {**before, **report})
+    write_json(path, merged(read_report(path) if path.exists() else {}, report))
 
 
 def without_arrays(report: dict[str, Any]) -> dict[str, Any]:

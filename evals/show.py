@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from llmc.evals.report import budget_of
+from llmc.evals.report import budget_of, speeds_of
 
 
 def pm(stat: dict[str, Any] | None, digits: int = 3, factor: float = 1.0, unit: str = "", sign: bool = False) -> str:
@@ -99,22 +99,37 @@ def speed_lines(report: dict[str, Any]) -> str:
     """What `llmc bench` prints of one artifact."""
     from llmc.console import size
 
-    s, p = report["speed"], report["speed"]["protocol"]
-    copied = s["read_bandwidth"] / s["copy_bandwidth"]
+    found = []
+    for target, s in speeds_of(report).items():
+        p = s["protocol"]
+        where = p["cpu"] if s["target"]["address"].startswith("local-") else f"{target} ({p['cpu']})"
+        head = (f"{report['artifact']['name']}  {size(report['artifact']['size']['file_bytes'])}, run by "
+                f"{_ran_by(s['runtime'])} on {where}, threads {p['threads']}, {p['device']}")
+        emulated = ["  EMULATED: these speeds say nothing about the device"] if s["target"]["emulated"] else []
+        found.append("\n".join([head, *emulated, *_speed(s)]))
+    return "\n\n".join(found)
+
+
+def _speed(s: dict[str, Any]) -> list[str]:
+    """One section, line by line."""
+    from llmc.console import size
+
     lines = [
-        f"{report['artifact']['name']}  {size(report['artifact']['size']['file_bytes'])}, run by "
-        f"{_ran_by(s['runtime'])} on {s['machine']['cpu']}, threads {p['threads']}, {p['device']}",
         f"  load                 {s['load_s']:.2f} s  (file in the page cache)",
-        f"  time to first token  {spread(s['first_token'], 3)} s  ({p['prompt']} tokens)",
-        f"  prefill              {spread(s['prefill'])} tokens/s",
-        f"  decode               {spread(s['decode'])} tokens/s  ({p['generate']} tokens)",
+    ]
+    for p in s["prefill_curve"]:
+        lines += [f"  time to first token  {spread(p['first_token'], 3)} s  ({p['tokens']} tokens)",
+                  f"  prefill              {spread(p['prefill'])} tokens/s"]
+    n = s["protocol"]["generate"]
+    lines += [f"  decode               {spread(p['decode'])} tokens/s  ({n} tokens at depth {p['depth']})"
+              for p in s["decode_curve"]]
+    lines += [
         f"  peak memory          {size(s['peak_rss'])}",
-        f"  read per token       {size(s['token_bytes'])} of weights: {s['read_bandwidth'] / 1e9:.1f} GB/s, "
-        f"{copied:.0%} of the copy bandwidth ({s['copy_bandwidth'] / 1e9:.1f} GB/s read plus written)",
+        f"  read per token       {size(s['token_bytes'])} of weights: {s['read_bandwidth'] / 1e9:.1f} GB/s",
         *_nodes(s["runtime"]),
         f"  medians [IQR] of {s['repetitions']} repetitions after {s['warmup']} warm-ups",
     ]
-    return "\n".join([*lines, *(f"  UNSTABLE: {why}" for why in s["unstable"])])
+    return [*lines, *(f"  UNSTABLE: {why}" for why in s["unstable"])]
 
 
 def _ran_by(runtime: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from llmc.console import size
 from llmc.evals.compare import tasks_of
-from llmc.evals.report import budget_of
+from llmc.evals.report import budget_of, speeds_of, targets_of
 from llmc.evals.show import change, filled, matrices, pm, spread
 
 Table = tuple[str, str, list[list[str]]]
@@ -24,9 +24,8 @@ def tables(comparison: dict[str, Any]) -> list[Table]:
         out += [_quality(evaluated, i) for i in range(len(evaluated[0]["report"]["quality"]["texts"]))]
         if any(tasks_of(a["report"]) for a in evaluated):
             out.append(_tasks(evaluated))
-    benched = [a for a in artifacts if "speed" in a["report"]]
-    if benched:
-        out.append(_speed(benched))
+    for target in targets_of([a["report"] for a in artifacts]):
+        out.append(_speed([a for a in artifacts if target in speeds_of(a["report"])], target))
     if comparison["gates"]:
         out.append(_gates(comparison["gates"]))
     return out
@@ -99,25 +98,25 @@ def _tasks(artifacts: list[dict[str, Any]]) -> Table:
             filled(rows))
 
 
-def _speed(artifacts: list[dict[str, Any]]) -> Table:
+def _speed(artifacts: list[dict[str, Any]], target: str) -> Table:
     rows = [["artifact", "load s", "first token s", "prefill tok/s", "decode tok/s", "speedup", "peak memory", "GB/s",
              "verdict"]]
     for a in artifacts:
-        s = a["report"]["speed"]
-        speedup = (a["differences"] or {}).get("decode_speedup")
+        s = speeds_of(a["report"])[target]
+        speedup = ((a["differences"] or {}).get("speeds") or {}).get(target, {}).get("decode_speedup")
         rows.append([
             a["name"], f"{s['load_s']:.2f}", spread(s["first_token"], 3), spread(s["prefill"]), spread(s["decode"]),
             pm(speedup, 2, unit="x") if speedup else "–", size(s["peak_rss"]), f"{s['read_bandwidth'] / 1e9:.1f}",
-            "UNSTABLE" if s["unstable"] else "stable",
+            "emulated" if s["target"]["emulated"] else "UNSTABLE" if s["unstable"] else "stable",
         ])
-    p, s = artifacts[0]["report"]["speed"]["protocol"], artifacts[0]["report"]["speed"]
-    return ("Speed", f"{p['cpu']}, threads {p['threads']}, {p['device']}; prompt of {p['prompt']} tokens, then "
-            f"{p['generate']} decoded; medians [IQR] of {s['repetitions']}; GB/s of weights read, memory copies at "
-            f"{s['copy_bandwidth'] / 1e9:.1f}", rows)
+    s = speeds_of(artifacts[0]["report"])[target]
+    p = s["protocol"]
+    return (f"Speed on {target}", f"{p['cpu']}, threads {p['threads']}, {p['device']}; prompt of {p['prompt']} tokens; "
+            f"{p['generate']} decoded at depth {p['depth']}; medians [IQR]; GB/s of weights read", rows)
 
 
 def _gates(results: list[dict[str, Any]]) -> Table:
     from llmc.evals.gates import describe
 
     rows = [["gate", "verdict"], *([describe(r), "passed" if r["passed"] else "MISSED"] for r in results)]
-    return "Gates", "held for every candidate and every text", rows
+    return "Gates", "held for every candidate, text and target", rows

@@ -85,8 +85,8 @@ def evaluate(artifact: str | Path, out: str | Path | None = None, **options: Any
 
 
 def bench(*artifacts: str | Path, out: Sequence[str | Path] = (), **options: Any) -> list[dict[str, Any]]:
-    """Speed and memory on this machine, one report an artifact; options are the fields of BenchConfig."""
-    from llmc.evals.bench import bench as run
+    """Speed and memory on this machine or others, one report an artifact; options are the fields of BenchConfig."""
+    from llmc.evals.bench.run import bench as run
     from llmc.evals.config import BenchConfig
 
     names = tuple(str(a) for a in artifacts)

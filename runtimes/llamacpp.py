@@ -69,6 +69,30 @@ def _errors() -> str:
     return lines[-1] if lines else "no reason given"
 
 
+def tokenise(path: Path, text: str) -> np.ndarray:
+    """Token ids int32 of a .gguf file's own tokenizer; no weight is read."""
+    lib = _library()
+    params = lib.llama_model_default_params()
+    params.vocab_only = True
+    model = lib.llama_model_load_from_file(str(path).encode(), params)
+    if not model:
+        raise UserError(f"llama.cpp cannot load {path}: {_errors()}", "export or download it again")
+    try:
+        return _tokenise(lib, lib.llama_model_get_vocab(model), path, text, True)
+    finally:
+        lib.llama_model_free(model)
+
+
+def _tokenise(lib: Any, vocab: Any, path: Path, text: str, special: bool) -> np.ndarray:
+    raw = text.encode()
+    size = len(raw) + 8
+    buffer = (ctypes.c_int32 * size)()
+    n = lib.llama_tokenize(vocab, raw, len(raw), buffer, size, special, True)
+    if n < 0:
+        raise UserError(f"llama.cpp cannot tokenise this text with {path}", "export the file again")
+    return np.array(buffer[:n], dtype=np.int32)
+
+
 class LlamaCpp:
     """A runtime (see runtimes/base.py) over one llama.cpp context of `context` tokens.
 
@@ -192,13 +216,7 @@ class LlamaCpp:
 
     def tokenise(self, text: str, special: bool = True) -> np.ndarray:
         """Token ids int32 as llama.cpp makes them; `special` adds BOS (and EOS) where the file says so."""
-        raw = text.encode()
-        size = len(raw) + 8
-        buffer = (ctypes.c_int32 * size)()
-        n = self._lib.llama_tokenize(self._vocab, raw, len(raw), buffer, size, special, True)
-        if n < 0:
-            raise UserError(f"llama.cpp cannot tokenise this text with {self.path}", "export the file again")
-        return np.array(buffer[:n], dtype=np.int32)
+        return _tokenise(self._lib, self._vocab, self.path, text, special)
 
     def detokenise(self, ids: list[int]) -> str:
         tokens = (ctypes.c_int32 * len(ids))(*ids)

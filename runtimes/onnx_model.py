@@ -131,12 +131,7 @@ class OnnxModel:
     def tokenizer(self) -> Any:
         """The folder's tokenizer.json, read by `tokenizers` itself: no class of transformers comes between."""
         if self._tokenizer is None:
-            from tokenizers import Tokenizer
-
-            path = self.folder / "tokenizer.json"
-            if not path.is_file():
-                raise UserError(f"{self.folder} has no tokenizer.json", "copy the base model's tokenizer files into it")
-            self._tokenizer = Tokenizer.from_file(str(path))
+            self._tokenizer = load_tokenizer(self.folder)
         return self._tokenizer
 
     def tokenise(self, text: str, special: bool = True) -> np.ndarray:
@@ -188,6 +183,16 @@ class OnnxModel:
     def close(self) -> None:
         self._binding = self._cache = self._session = None
         self._work.cleanup()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizers.Tokenizer of a folder's tokenizer.json."""
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(f"{folder} has no tokenizer.json", "copy the base model's tokenizer files into it")
+    return Tokenizer.from_file(str(path))
 
 
 def _ids(value: Any) -> set[int]:

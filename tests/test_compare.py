@@ -49,16 +49,21 @@ def quality(seed: int, level: float, names: tuple[str, ...] = ("wiki", "tales"))
             "base": {"name": "base", "sha256": "d" * 64, "is_artifact": False, "runtime": {"runtime": "torch"}}}
 
 
-def speed(decode: float) -> dict[str, Any]:
+def speed(decode: float, target: str = "local-cpu") -> dict[str, Any]:
     def spread(median: float) -> dict[str, Any]:
         values = [median * f for f in (0.98, 0.99, 1.0, 1.01, 1.02)]
         return {"median": median, "iqr": median * 0.02, "values": values}
 
-    return {"protocol": {"prompt": 512, "generate": 64, "threads": 2, "device": "cpu", "cpu": "A CPU", "cores": 2},
+    return {"target": {"name": target, "address": target, "emulated": target == "emulated-arm64",
+                       "facts": {"cpu": "A CPU", "memory": 8 * 10**9}},
+            "protocol": {"prompt": 512, "depth": 512, "generate": 64, "threads": 2, "device": "cpu", "cpu": "A CPU",
+                         "cores": 2},
             "warmup": 2, "repetitions": 5, "load_s": 0.5, "peak_rss": int(1e9 / decode), "prefill": spread(decode * 5),
             "first_token": spread(100 / decode), "decode": spread(decode), "unstable": [], "token_bytes": 10**8,
-            "read_bandwidth": decode * 1e8, "copy_bandwidth": 1e10, "load_average": {"before": None, "after": None},
-            "runtime": {"runtime": "llama.cpp"}, "machine": {"cpu": "A CPU", "memory": 8 * 10**9}, "in_turns_with": []}
+            "prefill_curve": [{"tokens": 512, "prefill": spread(decode * 5), "first_token": spread(100 / decode)}],
+            "decode_curve": [{"depth": 512, "decode": spread(decode)}],
+            "read_bandwidth": decode * 1e8, "load_average": {"before": None, "after": None},
+            "runtime": {"runtime": "llama.cpp"}, "in_turns_with": []}
 
 
 def artifact(name: str, size: int, layers: int = 0) -> dict[str, Any]:
@@ -73,7 +78,7 @@ def artifact(name: str, size: int, layers: int = 0) -> dict[str, Any]:
 
 def whole(name: str, size: int, seed: int, level: float, decode: float, layers: int = 0) -> dict[str, Any]:
     made = report.new_report(artifact(name, size, layers), "quality", quality(seed, level))
-    return {**made, "speed": speed(decode)}
+    return {**made, "speeds": {"local-cpu": speed(decode)}}
 
 
 def write(folder: Path, *reports: dict[str, Any]) -> list[Path]:
@@ -107,10 +112,11 @@ def test_paired_differences(tmp_path: Path) -> None:
         assert ratio["value"] == pytest.approx(math.exp(logs.mean()), rel=1e-6)
         assert ratio["se"] == pytest.approx(math.exp(logs.mean()) * math.sqrt(logs.var(ddof=1) / CHUNKS), rel=1e-6)
     assert d["size_ratio"] == 0.25
-    assert d["decode_speedup"]["value"] == pytest.approx(3)
-    assert d["first_token_ratio"]["value"] == pytest.approx(1 / 3)
+    faster = d["speeds"]["local-cpu"]
+    assert faster["decode_speedup"]["value"] == pytest.approx(3)
+    assert faster["first_token_ratio"]["value"] == pytest.approx(1 / 3)
     one = np.log([0.98, 0.99, 1.0, 1.01, 1.02]).std(ddof=1) / math.sqrt(5)
-    assert d["decode_speedup"]["se"] == pytest.approx(3 * math.sqrt(2) * one)
+    assert faster["decode_speedup"]["se"] == pytest.approx(3 * math.sqrt(2) * one)
 
 
 def test_an_artifact_against_itself_differs_by_nothing(tmp_path: Path) -> None:
@@ -142,12 +148,12 @@ def test_unequal_protocols_are_refused(field: str, text: int, pair: list[Path]) 
     assert e.value.exit_code == 2
 
 
-@pytest.mark.parametrize("field", ["prompt", "generate", "threads", "device", "cpu", "cores"])
+@pytest.mark.parametrize("field", ["prompt", "depth", "generate", "threads", "device", "cpu", "cores"])
 def test_unequal_benches_are_refused(field: str, pair: list[Path]) -> None:
     r = json.loads(pair[1].read_text())
-    r["speed"]["protocol"][field] = "other"
+    r["speeds"]["local-cpu"]["protocol"][field] = "other"
     pair[1].write_text(json.dumps(r))
-    with pytest.raises(UserError, match=f"{field} is .* and 'other' in the other"):
+    with pytest.raises(UserError, match=rf"{field} \(on local-cpu\) is .* and 'other' in the other"):
         compare(config(pair))
 
 
@@ -182,7 +188,7 @@ def test_a_baseline_without_a_base_has_a_perplexity_to_compare(pair: list[Path])
 
 def test_quality_and_speed_from_two_files_are_joined(tmp_path: Path, pair: list[Path]) -> None:
     r = json.loads(pair[1].read_text())
-    parts = [{k: v for k, v in r.items() if k != drop} for drop in ("speed", "quality")]
+    parts = [{k: v for k, v in r.items() if k != drop} for drop in ("speeds", "quality")]
     split = [pair[0]]
     for i, part in enumerate(parts):
         split.append(tmp_path / f"part{i}.json")
@@ -190,6 +196,33 @@ def test_quality_and_speed_from_two_files_are_joined(tmp_path: Path, pair: list[
     assert compare(config(split)) == compare(config(pair))
     with pytest.raises(UserError, match="second report with a quality section of small"):
         compare(config([*split, split[1]]))
+
+
+def test_speeds_are_compared_target_by_target(tmp_path: Path) -> None:
+    one, two = whole("a", 1000, 1, 0.1, 10.0), whole("b", 250, 5, 0.3, 30.0)
+    for r, decode in ((one, 2.0), (two, 3.0)):
+        r["speeds"] |= {"pi": speed(decode, "pi"), "arm": speed(decode, "emulated-arm64")}
+    del one["speeds"]["local-cpu"]
+    found = compare(config(write(tmp_path, one, two), min_decode_speedup="1.4x"))
+    speeds = found["artifacts"][1]["differences"]["speeds"]
+    assert list(speeds) == ["pi"], "local-cpu was measured of one only, and an emulated speed is nothing to compare"
+    assert speeds["pi"]["decode_speedup"]["value"] == pytest.approx(1.5)
+    assert [(g["text"], g["passed"]) for g in found["gates"]] == [("pi", True)]
+    titles = [title for title, _, _ in tables(found)]
+    assert [t for t in titles if t.startswith("Speed")] == ["Speed on pi", "Speed on arm", "Speed on local-cpu"]
+    html = page(found)
+    assert "Speed on pi against divergence" in html
+    assert "Speed on arm against divergence" not in html
+
+
+def test_speeds_of_several_files_are_joined_by_target(tmp_path: Path) -> None:
+    one = whole("a", 1000, 1, 0.1, 10.0)
+    more = {**one, "speeds": {"pi": speed(2.0, "pi")}}
+    del more["quality"]
+    (found,) = compare(config(write(tmp_path, one, more)))["artifacts"]
+    assert list(found["report"]["speeds"]) == ["local-cpu", "pi"]
+    with pytest.raises(UserError, match="second report with the speed on pi of a"):
+        compare(config(write(tmp_path, more, more)))
 
 
 def test_speed_alone(pair: list[Path]) -> None:
@@ -242,7 +275,7 @@ def test_gates_are_read_strictly(gate: str, written: str, pair: list[Path]) -> N
 
 def test_a_missing_speed_is_no_pass(pair: list[Path]) -> None:
     r = json.loads(pair[0].read_text())
-    del r["speed"]
+    del r["speeds"]
     pair[0].write_text(json.dumps(r))
     with pytest.raises(UserError, match="--min-decode-speedup: the reports hold no such figure"):
         compare(config(pair, min_decode_speedup="2x"))
@@ -292,11 +325,12 @@ def test_the_page_marks_a_bench_that_is_unstable(tmp_path: Path) -> None:
     mark = "UNSTABLE"
     reports = write(tmp_path, whole("base", 1000_000, 1, 0.0, 10.0), shaky)
     assert mark not in page(compare(config(reports)))
-    shaky["speed"]["unstable"] = ["decode spreads by 23% (IQR / median)", "prefill drifts by +12% over the repetitions"]
+    why = ["decode is known to ±23.0% only", "prefill drifts by +12% over the repetitions"]
+    shaky["speeds"]["local-cpu"]["unstable"] = why
     html = page(compare(config(write(tmp_path, whole("base", 1000_000, 1, 0.0, 10.0), shaky))))
     cards, size_chart, speed_chart = html.split("<figure")[:3]
     assert re.findall(r"<dd>([^<]*)</dd>", cards)[-2] == (
-        f"30.0 tokens/s (3.00x); {mark}: {shaky['speed']['unstable'][0]}; {mark}: {shaky['speed']['unstable'][1]}")
+        f"30.0 tokens/s (3.00x); {mark}: {why[0]}; {mark}: {why[1]}")
     assert cards.count(mark) == 2, "the baseline's bench is stable"
     assert mark not in size_chart, "its size is certain"
     assert re.findall(r'class="mark"[^>]*>([^<]*)<', speed_chart) == ["base", "a-name-that-is-longer-th… UNSTABLE"]

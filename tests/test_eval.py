@@ -159,12 +159,12 @@ def test_report_is_added_to_and_never_mixed(made: SimpleNamespace, text: Path, t
     path = tmp_path / "r.json"
     evaluate(EvalConfig(str(made.gptq), output=path, **settings(text)))
     first = report.read_report(path)
-    report.save(path, report.new_report(first["artifact"], "speed", {"decode": 1}))
+    report.save(path, report.new_report(first["artifact"], "speeds", {"pi": {"decode": 1}}))
     both = report.read_report(path)
-    assert both["speed"] == {"decode": 1}
+    assert both["speeds"] == {"pi": {"decode": 1}}
     assert both["quality"] == first["quality"]
     evaluate(EvalConfig(str(made.gptq), output=path, **settings(text, chunks=3)))
-    assert report.read_report(path)["speed"] == {"decode": 1}
+    assert report.read_report(path)["speeds"] == {"pi": {"decode": 1}}
     assert report.read_report(path)["quality"]["texts"][0]["protocol"]["chunks"] == 3
     before = path.read_bytes()
     with pytest.raises(UserError, match="report of another artifact, small"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -17,22 +18,40 @@ def register(app: typer.Typer) -> None:
 def bench(
     artifacts: list[str] = typer.Argument(..., metavar="ARTIFACT…", show_default=False,
                                           help="Model or ONNX folders, .gguf files or hub ids; several are run in turns."),
-    prompt: int = typer.Option(BenchConfig.prompt, help="Tokens of the prompt (prefill, time to first token)."),
-    generate: int = typer.Option(BenchConfig.generate, help="Tokens to decode after it."),
+    target: list[str] = typer.Option(list(BenchConfig.target), show_default=False,
+                                     help="A device by its name (see llmc target); may be given again. Default: local-cpu."),
+    prompt: str = typer.Option(",".join(map(str, BenchConfig.prompt)), metavar="N,…",
+                               help="Tokens of the prompt (prefill, time to first token)."),
+    depth: str | None = typer.Option(None, metavar="N,…", show_default=False,
+                                     help="Tokens in the cache when decoding begins. Default: the first prompt's."),
+    generate: int = typer.Option(BenchConfig.generate, help="Tokens to decode there."),
     repetitions: int = typer.Option(BenchConfig.repetitions, help="Measured repetitions, at least 5."),
+    max_repetitions: int = typer.Option(BenchConfig.max_repetitions, help="So many where they do not agree well."),
     warmup: int = typer.Option(BenchConfig.warmup, help="Repetitions before those."),
     threads: int | None = typer.Option(BenchConfig.threads, help="Default: the physical cores.", show_default=False),
     device: str = typer.Option(BenchConfig.device, help="cpu or gpu."),
+    targets: Path | None = typer.Option(BenchConfig.targets, metavar="FILE", show_default=False,
+                                        help="Default: ./targets.toml, or the one in ~/.config/llmc."),
     output: list[Path] = typer.Option([], "--out", "-o", show_default=False,
                                       help="The report; one of the same artifact is added to. One for each artifact."),
     as_json: bool = typer.Option(False, "--json", help="Print the report as JSON (several: {\"reports\": […]})."),
 ) -> None:
-    """Measure an artifact's speed and memory on this machine, in a fresh process."""
-    from llmc.evals.bench import bench
+    """Measure an artifact's speed and memory on this machine or another, in a fresh process."""
+    from llmc.evals.bench.run import TargetsError, bench
+
+    config = BenchConfig(tuple(artifacts), (prompt,), () if depth is None else (depth,), generate, repetitions,  # type: ignore[arg-type]
+                         max_repetitions, warmup, threads, device, tuple(target), targets, tuple(output))
+    try:
+        _show(bench(config), as_json)
+    except TargetsError as e:
+        _show(e.reports, as_json)
+        raise
+
+
+def _show(reports: list[dict[str, Any]], as_json: bool) -> None:
     from llmc.evals.show import speed_lines
 
-    made = bench(BenchConfig(tuple(artifacts), prompt, generate, repetitions, warmup, threads, device, tuple(output)))
     if as_json:
-        print(json.dumps(made[0] if len(made) == 1 else {"reports": made}, indent=2, ensure_ascii=False))
+        print(json.dumps(reports[0] if len(reports) == 1 else {"reports": reports}, indent=2, ensure_ascii=False))
     else:
-        print("\n\n".join(speed_lines(r) for r in made))
+        print("\n\n".join(speed_lines(r) for r in reports))

@@ -12,6 +12,7 @@ from urllib.parse import quote
 from llmc.console import duration, size
 from llmc.evals import charts, gates, html
 from llmc.evals.page import MEASURES, TRAININGS, figures
+from llmc.evals.report import speeds_of, targets_of
 from llmc.evals.show import change, filled, pm
 from llmc.evals.show import markdown as as_markdown
 from llmc.evals.tables import Table
@@ -50,7 +51,7 @@ def tables(report: dict[str, Any]) -> list[Table]:
     found.append(_steps(report["steps"]))
     if report["gates"]:
         rows = [["gate", "verdict"], *([gates.describe(g), "passed" if g["passed"] else "MISSED"] for g in report["gates"])]
-        found.append(("Gates", "held for every candidate and every text", rows))
+        found.append(("Gates", "held for every candidate, text and target", rows))
     return found
 
 
@@ -61,25 +62,30 @@ def _texts(artifact: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _artifacts(artifacts: list[dict[str, Any]], text: str | None) -> Table:
     """A row for each artifact, in the order of the chain."""
-    rows = [["artifact", "made from", "weights", "of base", "perplexity", "to base", "KLD, nats", "top-1 %", "decode tok/s",
-             "prefill tok/s", "peak memory"]]
+    targets = targets_of([a.get("report", {}) for a in artifacts])
+    rows = [["artifact", "made from", "weights", "of base", "perplexity", "to base", "KLD, nats", "top-1 %",
+             *(what + (f" on {t}" if len(targets) > 1 else "") for t in targets
+               for what in ("decode tok/s", "prefill tok/s", "peak memory"))]]
     for a in artifacts:
         t = next((t for t in _texts(a) if t["protocol"]["text"] == text), None)
-        speed = a.get("report", {}).get("speed")
+        speeds = speeds_of(a.get("report", {}))
         rows.append([
             a["name"], a["from"] or "–", "–" if a["bytes"] is None else size(a["bytes"]),
             "–" if a["bytes"] is None else f"{a['bytes'] / artifacts[0]['bytes']:.1%}",
             pm(t["perplexity"], 2) if t else "–", change(t["perplexity_ratio"]) if t and t["kld"] else "–",
             pm(t["kld"], 4) if t else "–", pm(t["top1"], 1, 100) if t else "–",
-            *(_speed(speed, k) if speed else "–" for k in ("decode", "prefill")), size(speed["peak_rss"]) if speed else "–",
+            *(cell for t in targets for cell in _speed(speeds.get(t))),
         ])
-    on = f"measured on {text}" if text else "nothing was evaluated"
-    return "What each step did", f"{on}; – is not measured; ? marks an unstable speed; ± is one standard error", filled(rows)
+    how = f"measured on {text}" if text else "nothing was evaluated"
+    return "What each step did", f"{how}; – is not measured; ? marks an unstable speed; ± is one standard error", filled(rows)
 
 
-def _speed(speed: dict[str, Any], what: str) -> str:
-    """'41.2', or '41.2?' of a run that was unstable."""
-    return f"{speed[what]['median']:.1f}" + ("?" if speed["unstable"] else "")
+def _speed(speed: dict[str, Any] | None) -> list[str]:
+    """['41.2', '190.3', '210.0 MB'] of decoding, prefill and peak memory; '41.2?' of a run that was unstable or emulated."""
+    if speed is None:
+        return ["–"] * 3
+    doubt = "?" if speed["unstable"] or speed["target"]["emulated"] else ""
+    return [*(f"{speed[what]['median']:.1f}{doubt}" for what in ("decode", "prefill")), size(speed["peak_rss"])]
 
 
 def _steps(steps: list[dict[str, Any]]) -> Table:

@@ -99,13 +99,13 @@ def measured(step: Step, jobs: Mapping[str, Job], chain: Chain) -> dict[str, lis
 
 def _figures(name: str, chain: Chain, jobs: Mapping[str, Job]) -> dict[str, Any]:
     """{'report': what the last eval and the last bench step said of an artifact, joined}; {} where none did."""
-    from llmc.evals.report import read_report, without_arrays
+    from llmc.evals.report import merged, read_report, without_arrays
 
     joined: dict[str, Any] = {}
     for step in chain.steps:
         if step.kind == REPORT and name in step.inputs:
             path = jobs[measuring(step, chain, name, step.name)].report(name)
-            joined |= without_arrays(read_report(path))
+            joined = merged(joined, without_arrays(read_report(path)))
     return {"report": joined} if joined else {}
 
 

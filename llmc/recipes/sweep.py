@@ -138,10 +138,12 @@ def _publish(name: str, folder: Path, chains: dict[str, Chain], jobs: dict[str, 
 
 
 def _point(artifact: dict[str, Any], variant: str) -> dict[str, Any]:
-    """What is compared of a file: bytes, divergence on the first text, decode speed; None where not measured."""
+    """What is compared of a file: bytes, divergence on the first text, decode speed on the first target (None: unknown)."""
+    from llmc.evals.report import speeds_of
+
     measured = artifact.get("report", {})
     text = next(iter(measured.get("quality", {}).get("texts", [])), None)
-    speed = measured.get("speed")
+    speed = next((s for s in speeds_of(measured).values() if not s["target"]["emulated"]), None)
     return {"name": artifact["name"], "variant": variant, "kind": artifact["kind"], "path": artifact["path"],
             "from": artifact["from"], "bytes": artifact["bytes"], "text": text and text["protocol"]["text"],
             "perplexity": text and text["perplexity"], "kld": text and text["kld"],

@@ -1,0 +1,130 @@
+"""`llmc bench`: artifacts in turns, on one target after another."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+from llmc.console import progress, say, warn
+from llmc.errors import UserError
+from llmc.evals import report
+from llmc.evals.bench import summary
+from llmc.evals.bench.child import Child
+from llmc.evals.bench.prompt import prompt_ids
+from llmc.evals.config import BenchConfig
+from llmc.runtimes.base import locate
+from llmc.runtimes.targets.device import Device, connect
+from llmc.runtimes.targets.target import Target, find_target
+
+
+class TargetsError(UserError):
+    """Some targets could not be used; `reports` are of those that could."""
+
+    def __init__(self, failed: dict[str, UserError], reports: list[dict[str, Any]]) -> None:
+        problems = [f"target {name}: {e.problem}" + (f" (next: {e.hint})" if e.hint else "") for name, e in failed.items()]
+        kept = report.targets_of(reports)
+        super().__init__("; ".join(problems), f"what was measured on {', '.join(kept)} is kept" if kept else "")
+        self.reports = reports
+
+
+def bench(config: BenchConfig) -> list[dict[str, Any]]:
+    """One report for each artifact, with a speed section for each target; written to `config.outputs` as each target is done.
+
+    Raises TargetsError at the end where a target could not be used and another could."""
+    targets = [find_target(name, config.targets) for name in config.target]
+    artifacts = [locate(a) for a in config.artifacts]
+    described = [report.describe_artifact(a) for a in artifacts]  # also draws the files into the page cache
+    for i, path in enumerate(config.outputs):
+        report.check_output(path, described[i]["sha256"])
+    ids = [prompt_ids(a, max(config.prompt + config.depth)) for a in artifacts]
+    reports: list[dict[str, Any]] = [{"artifact": d} for d in described]
+    failed: dict[str, UserError] = {}
+    for target in targets:
+        if len(targets) > 1:
+            say(f"on {target.label()}")
+        try:
+            with closing(connect(target)) as device:
+                sections = measure(device, artifacts, described, ids, config)
+        except UserError as e:
+            failed[target.name] = e
+            if len(targets) > 1:
+                warn(f"target {target.name}: {e.problem}")
+            continue
+        for i, section in enumerate(sections):
+            made = report.new_report(described[i], "speeds", {target.name: section})
+            reports[i] = report.merged(reports[i], made)
+            if config.outputs:
+                report.save(config.outputs[i], made)
+    if failed and len(targets) == 1:
+        raise failed[targets[0].name]
+    if failed:
+        raise TargetsError(failed, [r for r in reports if "speeds" in r])
+    return reports
+
+
+def measure(device: Device, artifacts: list[Path], described: list[dict[str, Any]], ids: list[list[int]],
+            config: BenchConfig) -> list[dict[str, Any]]:
+    """The speed sections of all artifacts on one device, measured in turns."""
+    job = {"context": max(config.prompt + config.depth) + config.generate, "threads": config.threads,
+           "device": "gpu" if device.target.address == "local-gpu" else config.device}
+    with ExitStack() as stack:
+        children = [stack.enter_context(Child(device, a, job)) for a in artifacts]
+        for child, tokens in zip(children, ids, strict=True):
+            child.ask("ids", ids=tokens)
+        runs = _repeat(children, config)
+        ends = [child.ask("end") for child in children]
+    sections = []
+    for i, child in enumerate(children):
+        sections.append(_section(device.target, child.loaded, ends[i], runs[i], described[i], job, config)
+                        | {"in_turns_with": [d["name"] for j, d in enumerate(described) if j != i]})
+    return sections
+
+
+def _repeat(children: list[Child], config: BenchConfig) -> list[list[dict[str, Any]]]:
+    """The repetitions of each child after its warm-ups: until all medians are known well, at most `max_repetitions`."""
+    command = {"prompts": list(config.prompt), "depths": list(config.depth), "generate": config.generate}
+    runs: list[list[dict[str, Any]]] = [[] for _ in children]
+    with progress("repetition", config.warmup + config.max_repetitions) as p:
+        for i in range(config.warmup + config.max_repetitions):
+            for child, out in zip(children, runs, strict=True):
+                out.append(child.ask("run", **command))
+            p.step("warm-up" if i < config.warmup else
+                   f"{config.generate / runs[0][-1]['decode_s'][str(config.depth[0])]:.1f} tokens/s")
+            kept = [out[config.warmup :] for out in runs]
+            enough = len(kept[0]) >= config.repetitions
+            if enough and all(summary.is_tight(summary.curves(k, config.generate)) for k in kept):
+                break
+    return kept
+
+
+def _section(target: Target, loaded: dict[str, Any], end: dict[str, Any], runs: list[dict[str, Any]],
+             described: dict[str, Any], job: dict[str, Any], config: BenchConfig) -> dict[str, Any]:
+    """One artifact's speed section (see report.py)."""
+    machine, runtime = loaded["machine"], loaded["runtime"]
+    measured = summary.curves(runs, config.generate)
+    first, deep = measured["prefill_curve"][0], measured["decode_curve"][0]
+    read = token_bytes(described["size"], runtime)
+    return {
+        "target": {"name": target.name, "address": target.address, "emulated": target.emulated,
+                   "facts": {**target.facts, **machine}},
+        "protocol": {"prompt": first["tokens"], "depth": deep["depth"], "generate": config.generate,
+                     "threads": runtime["threads"], "device": job["device"], "cpu": machine["cpu"],
+                     "cores": machine["physical_cores"]},
+        "warmup": config.warmup, "repetitions": len(runs), "load_s": loaded["load_s"], "peak_rss": int(end["peak_rss"]),
+        "prefill": first["prefill"], "first_token": first["first_token"], "decode": deep["decode"], **measured,
+        "unstable": summary.unstable(measured), "runtime": runtime, "token_bytes": read,
+        "read_bandwidth": read * deep["decode"]["median"],
+        "load_average": {"before": loaded["load_average"], "after": end["load_average"]},
+    }
+
+
+def token_bytes(size: dict[str, Any], runtime: dict[str, Any]) -> int:
+    """Bytes of weights that one decoded token reads, in the type in which the runtime holds them.
+
+    The KV cache, small at these lengths, is not counted.
+    """
+    if runtime["runtime"] != "torch":
+        return int(size["token_bytes"])
+    unread = 0 if size["tied"] else size["classes"]["embedding"]["parameters"]
+    return int(size["parameters"] - unread) * {"float32": 4, "float16": 2, "bfloat16": 2}[runtime["dtype"]]

@@ -1,0 +1,64 @@
+"""A target that can be used: artifacts are placed there, and llmc's own modules run there."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Protocol
+
+from llmc.runtimes.targets.target import ADB, LOCAL, SSH, Target
+
+
+class Device(Protocol):
+    """What `connect` gives."""
+
+    target: Target
+    emulated: bool
+    """Its speeds are labelled as emulated, and never compared."""
+
+    def place(self, artifact: Path) -> str:
+        """The artifact's path on the device, copied into the device's cache first where it is not there."""
+
+    def start(self, module: str, job: dict[str, Any]) -> subprocess.Popen[str]:
+        """`python -m MODULE JOB` on the device, JOB as JSON, with pipes of text: what runs is this llmc's module."""
+
+    def close(self) -> None:
+        """End the connection."""
+
+
+class LocalDevice:
+    """This machine."""
+
+    emulated = False
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+
+    def place(self, artifact: Path) -> str:
+        return str(artifact)
+
+    def start(self, module: str, job: dict[str, Any]) -> subprocess.Popen[str]:
+        return subprocess.Popen([sys.executable, "-m", module, json.dumps(job)], stdin=subprocess.PIPE,
+                                stdout=subprocess.PIPE, text=True)
+
+    def close(self) -> None:
+        pass
+
+
+def connect(target: Target) -> Device:
+    """The device at a target's address; UserError where it cannot be reached."""
+    if target.address in LOCAL:
+        return LocalDevice(target)
+    if SSH.fullmatch(target.address):
+        from llmc.runtimes.targets.ssh import SshDevice
+
+        return SshDevice(target)
+    if ADB.fullmatch(target.address):
+        from llmc.runtimes.targets.adb import AdbDevice
+
+        return AdbDevice(target)
+    from llmc.runtimes.targets.emulated import EmulatedDevice
+
+    return EmulatedDevice(target)

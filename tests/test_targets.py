@@ -1,0 +1,114 @@
+"""targets.toml: what is read, what is refused, and what an edit leaves alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmc.errors import UserError
+from llmc.runtimes.targets.device import LocalDevice, connect
+from llmc.runtimes.targets.target import (
+    ADB,
+    SSH,
+    Target,
+    find_target,
+    load_targets,
+    remove_target,
+    targets_file,
+    write_target,
+)
+
+HAND = """# my devices
+[targets.pi]
+address = "ssh://me@pi5:22"  # under the desk
+profile = "pi5"
+
+[targets.phone]
+address = "adb:0A1B"
+"""
+
+
+def test_local_targets_need_no_file() -> None:
+    assert list(load_targets()) == ["local-cpu", "local-gpu"]
+    assert isinstance(connect(find_target("local-cpu")), LocalDevice)
+    with pytest.raises(UserError, match="there is no target 'pi'"):
+        find_target("pi")
+    with pytest.raises(UserError, match=r"no file nowhere\.toml"):
+        load_targets(Path("nowhere.toml"))
+
+
+def test_which_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "c"))
+    assert targets_file() == tmp_path / "c/llmc/targets.toml"
+    monkeypatch.delenv("XDG_CONFIG_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert targets_file() == tmp_path / ".config/llmc/targets.toml"
+    Path("targets.toml").write_text(HAND)
+    assert targets_file() == Path("targets.toml")
+    assert load_targets()["pi"] == Target("pi", "ssh://me@pi5:22", profile="pi5")
+
+
+def test_an_edit_leaves_the_rest_as_it_was() -> None:
+    path = Path("targets.toml")
+    path.write_text(HAND)
+    facts = {"cpu": "Cortex-A76", "memory": 8 << 30, "cpu_features": ["asimd"], "governor": None, "gpus": []}
+    write_target(Target("pi", "ssh://me@pi5:22", profile="pi5", facts=facts))
+    assert path.read_text().startswith("# my devices")
+    assert '"ssh://me@pi5:22"  # under the desk' in path.read_text()
+    found = load_targets()
+    assert found["pi"].facts == {k: v for k, v in facts.items() if v is not None}
+    assert found["phone"] == Target("phone", "adb:0A1B")
+    write_target(Target("pi", "ssh://me@pi5:22"))
+    assert load_targets()["pi"] == Target("pi", "ssh://me@pi5:22"), "what is taken back is gone"
+    remove_target("pi")
+    assert list(load_targets()) == ["local-cpu", "local-gpu", "phone"]
+    with pytest.raises(UserError, match="has no target 'pi'"):
+        remove_target("pi")
+
+
+def test_a_new_file_and_the_facts_of_this_machine(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "t.toml"
+    write_target(Target("local-cpu", "local-cpu", facts={"cpu": "A"}), path)
+    write_target(Target("jet", "ssh://jet", jump="me@bastion:2222", cache_gb=5, python="/opt/py/bin/python3"), path)
+    assert load_targets(path)["jet"] == Target("jet", "ssh://jet", jump="me@bastion:2222", cache_gb=5,
+                                               python="/opt/py/bin/python3")
+    assert load_targets(path)["local-cpu"].facts == {"cpu": "A"}
+
+
+@pytest.mark.parametrize(("text", "why"), [
+    ("[targets.pi]\n", "has no address"), ("[targets.pi]\naddress = 3\n", "address of target pi is 3"),
+    ('[targets.pi]\naddress = "ssh://a"\nspeed = 3\n', "unknown keys speed"), ("[pi]\naddress = 1\n", "pi is no table"),
+    ('[targets.pi]\naddress = "ssh://a"\ncache_gb = true\n', "cache_gb of target pi is True"), ("targets = 1\n", "no table"),
+    ('[targets.pi]\naddress = "ssh://a"\ncache_gb = 0\n', "out of range"), ("[targets\n", "is not TOML"),
+    ('[targets.Pi]\naddress = "ssh://a"\n', "cannot name a target"),
+    ('[targets.local-cpu]\naddress = "ssh://a"\n', "this machine"),
+    ('[targets.pi]\naddress = "ssh://a"\njump = "-oProxyCommand=x"\n', "jump"),
+    ('[targets.pi]\naddress = "ssh://a"\npython = "-c"\n', "python '-c'"),
+    ('[targets.pi]\naddress = "ssh://a"\ncache = "a\\nb"\n', "is no path"),
+])
+def test_what_is_refused(text: str, why: str) -> None:
+    Path("targets.toml").write_text(text)
+    with pytest.raises(UserError, match=why):
+        load_targets()
+    with pytest.raises(UserError):
+        write_target(Target("new", "ssh://b"))
+    assert Path("targets.toml").read_text() == text
+
+
+@pytest.mark.parametrize("address", ["ssh://-oProxyCommand=x", "ssh://a b", "ssh://a;b", "ssh://$(x)", "ssh://a@-b", "adb:-s",
+                                     "adb:a b", "ssh://", "http://a", "pi", "ssh://a/b", "ssh://a:port"])
+def test_addresses_that_could_be_something_else(address: str) -> None:
+    with pytest.raises(UserError, match="address"):
+        Target("pi", address)
+
+
+@given(st.text(alphabet=st.characters(codec="utf-8"), max_size=30))
+def test_no_part_of_an_address_is_an_option_or_a_command(text: str) -> None:
+    for prefix, pattern in (("ssh://", SSH), ("adb:", ADB)):
+        if match := pattern.fullmatch(prefix + text):
+            for part in match.groupdict().values():
+                assert not set(part or "") & set(" ;&|$`'\"\\\n<>()*?!#~/")
+                assert not (part or "").startswith("-")
