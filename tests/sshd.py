@@ -67,7 +67,7 @@ class Server:
         blocks = {
             "device": "", "device-slow": f"{relay} 0.002", "bastion": "",
             "device-jump": "ProxyJump bastion", "device-unknown": f"UserKnownHostsFile {f}/none",
-            "device-closed": "IdentityFile /nowhere", "device-gone": "Port 1",
+            "device-closed": "PubkeyAuthentication no", "device-gone": "Port 1",
         }
         text = "".join(f"Host {name}\n  HostName 127.0.0.1\n  {extra}\n" for name, extra in blocks.items())
         common = (f"Host *\n  Port {self.port}\n  User {self.user}\n  IdentityFile {f}/client\n  IdentitiesOnly yes\n"

@@ -24,7 +24,8 @@ MAIN = "llmc.runtimes.targets.agent_main"  # becomes the zip's __main__.py
 def source(module: str) -> Path:
     """The file of one of llmc's modules, which is not imported."""
     spec = importlib.util.find_spec(module)
-    assert spec is not None and spec.origin is not None, module
+    assert spec is not None, module
+    assert spec.origin is not None, module
     return Path(spec.origin)
 
 

@@ -1,8 +1,8 @@
 """Artifacts on a device: copied so that an interrupted copy goes on, checked there, kept in a cache with a cap.
 
 The cache folder: `artifacts/KEY/…` is whole and was checked; `partial/KEY/` is on its way (SHA256 is a finished file,
-SHA256.part grows); `locks/`. KEY is the sha256 of the names and sha256s of an artifact's files. Nothing is run but what lies below
-`artifacts`, and there a folder appears by one rename. All scripts begin in the cache folder, "$1".
+SHA256.part grows); `locks/`. KEY is the sha256 of the names and sha256s of an artifact's files. Nothing is run but what lies
+below `artifacts`, and there a folder appears by one rename. All scripts begin in the cache folder, "$1".
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import re
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -170,7 +171,7 @@ class Cache:
         """The rest of a file; False where the whole of it is not what it is here."""
         process = self.shell.popen(APPEND, self.root, key, file.sha256, str(offset), str(file.size),
                                    stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        assert process.stdin is not None and process.stderr is not None
+        assert process.stdin is not None
         with file.path.open("rb") as f, progress(f"copying {file.name} to {self.shell.name}, MB", file.size // 1_000_000,
                                                  offset // 1_000_000) as p:
             f.seek(offset)
@@ -191,7 +192,7 @@ class Cache:
         if code in (BUSY, MOVED):
             raise UserError(f"another llmc is copying {file.name} to {self.shell.name} now", "try again when it is done")
         if code == SHORT:
-            raise UserError(f"the copy of {file.name} to {self.shell.name} was cut short", "run the command again: it goes on")
+            raise UserError(f"the copy of {file.name} to {self.shell.name} was cut short", "run it again: the copy goes on")
         if code not in (0, DAMAGED):
             raise failure(self.shell, code, err)
 
@@ -199,11 +200,10 @@ class Cache:
         """Lock an artifact against removal by others, as long as this connection lasts."""
         if self._holder is None:
             self._holder = self.shell.popen(HOLD, self.root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
-        assert self._holder.stdin is not None and self._holder.stdout is not None
-        try:
+        assert self._holder.stdin is not None
+        assert self._holder.stdout is not None
+        with suppress(BrokenPipeError):  # the answer tells
             self._holder.stdin.write(key.encode() + b"\n")
-        except BrokenPipeError:
-            pass  # the answer tells
         if self._holder.stdout.readline().strip() != key.encode():
             raise failure(self.shell, self._holder.wait(), b"")
 
