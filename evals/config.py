@@ -29,6 +29,10 @@ class EvalConfig:
     """Items of each task that are evaluated, evenly spaced; 0 for all."""
     no_text: bool = False
     """Only the tasks."""
+    target: str | None = None
+    """Name of the target on which the artifact runs; the base always runs here. None: this machine."""
+    targets: Path | None = None
+    """The file that names targets; None: ./targets.toml, or the user's own."""
 
     def __post_init__(self) -> None:
         _at_least("--context", self.context, 8)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc.errors import UserError
+from llmc.onnx_folder import is_onnx_folder
 from llmc.runtimes.targets import needs
 from llmc.runtimes.targets.target import Target
 
@@ -38,6 +39,12 @@ class PythonDevice(ABC):
     @abstractmethod
     def _install_hint(self, executable: str, absent: list[str]) -> str:
         """What to do about packages that are not there."""
+
+    def _check_artifact(self, artifact: Path) -> None:
+        """torch and transformers are not expected on a device."""
+        if artifact.is_dir() and not is_onnx_folder(artifact):
+            raise UserError(f"{artifact} is a model folder for torch; {self.target.name} runs .gguf files and ONNX folders",
+                            "write one with `llmc export --format gguf` or `--format onnx`")
 
     def start(self, module: str, job: dict[str, Any]) -> subprocess.Popen[str]:
         if "artifact" in job:

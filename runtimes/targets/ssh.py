@@ -116,6 +116,7 @@ class SshDevice(PythonDevice):
             raise
 
     def place(self, artifact: Path) -> str:
+        self._check_artifact(artifact)
         return self.cache.place(artifact)
 
     def _agent(self) -> subprocess.Popen[str]:
