@@ -21,7 +21,8 @@ import numpy as np
 from llmc.errors import UserError
 from llmc.onnx_folder import is_onnx_folder
 from llmc.runtimes.base import Runtime, open_runtime
-from llmc.runtimes.targets.this_machine import describe, load_average, peak_rss, physical_cores
+from llmc.runtimes.targets.energy import Meter
+from llmc.runtimes.targets.this_machine import load_average, peak_rss, physical_cores, state
 
 
 def main() -> None:
@@ -44,7 +45,7 @@ def _serve(job: dict[str, Any], answer: Any) -> None:
     start = time.perf_counter()
     runtime = open_runtime(artifact, job["context"], job["threads"] or physical_cores(), job["device"])
     load = time.perf_counter() - start
-    answer(load_s=load, runtime=runtime.describe(), machine=describe(), load_average=load_average())
+    answer(load_s=load, runtime=runtime.describe(), load_average=load_average())
     ids = np.zeros(0, np.int32)
     for line in sys.stdin:
         command = json.loads(line)
@@ -74,25 +75,29 @@ def _import(artifact: Path) -> None:
 
 def repetition(runtime: Runtime, ids: np.ndarray, prompts: list[int], depths: list[int], generate: int) -> dict[str, Any]:
     """{'first_token_s': {prompt: seconds to the first token}, 'decode_s': {depth: seconds of `generate` tokens, chosen
-    greedily, when that many are in the cache}}, lengths as text."""
+    greedily, when that many are in the cache}, 'joules', 'energy_source' (of decoding at the first depth), 'state' (of the
+    machine, at its end)}, lengths as text."""
     first, decode = {}, {}
+    meters = [Meter() for _ in depths]
     cached, token = 0, 0
     for n in prompts:
         start = time.perf_counter()
         token = int(runtime.prefill(ids[:n]).argmax())
         first[str(n)] = time.perf_counter() - start
         cached = n
-    for depth in depths:
+    for depth, meter in zip(depths, meters, strict=True):
         if depth and cached != depth:
             token = int(runtime.prefill(ids[:depth]).argmax())
-        start = time.perf_counter()
-        if depth == 0:
-            token = int(runtime.prefill(ids[:1]).argmax())
-        for _ in range(generate if depth else generate - 1):
-            token = int(runtime.decode(token).argmax())
-        decode[str(depth)] = time.perf_counter() - start
+        with meter:
+            start = time.perf_counter()
+            if depth == 0:
+                token = int(runtime.prefill(ids[:1]).argmax())
+            for _ in range(generate if depth else generate - 1):
+                token = int(runtime.decode(token).argmax())
+            decode[str(depth)] = time.perf_counter() - start
         cached = -1
-    return {"first_token_s": first, "decode_s": decode}
+    return {"first_token_s": first, "decode_s": decode, "joules": meters[0].joules, "energy_source": meters[0].source,
+            "state": state()}
 
 
 if __name__ == "__main__":

@@ -60,6 +60,8 @@ class BenchConfig:
     """Where the medians are not known well after `repetitions`, up to so many are made."""
     warmup: int = 2
     threads: int | None = None
+    thread_sweep: bool = False
+    """Try numbers of threads as well, and name the best."""
     device: str = "cpu"
     target: tuple[str, ...] = ()
     """Names of targets; none given: this machine."""

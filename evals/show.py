@@ -113,6 +113,7 @@ def speed_lines(report: dict[str, Any]) -> str:
 def _speed(s: dict[str, Any]) -> list[str]:
     """One section, line by line."""
     from llmc.console import size
+    from llmc.evals.bench.ran import words
 
     lines = [
         f"  load                 {s['load_s']:.2f} s  (file in the page cache)",
@@ -120,13 +121,14 @@ def _speed(s: dict[str, Any]) -> list[str]:
     for p in s["prefill_curve"]:
         lines += [f"  time to first token  {spread(p['first_token'], 3)} s  ({p['tokens']} tokens)",
                   f"  prefill              {spread(p['prefill'])} tokens/s"]
-    n = s["protocol"]["generate"]
+    n, reads = s["protocol"]["generate"], s["target"]["facts"]["read_bandwidth"]
     lines += [f"  decode               {spread(p['decode'])} tokens/s  ({n} tokens at depth {p['depth']})"
               for p in s["decode_curve"]]
     lines += [
         f"  peak memory          {size(s['peak_rss'])}",
-        f"  read per token       {size(s['token_bytes'])} of weights: {s['read_bandwidth'] / 1e9:.1f} GB/s",
-        *_nodes(s["runtime"]),
+        f"  read per token       {size(s['token_bytes'])} of weights: {s['read_bandwidth'] / 1e9:.1f} GB/s, "
+        f"{s['read_bandwidth'] / reads:.0%} of what this machine reads ({reads / 1e9:.1f} GB/s)",
+        f"  ran on               {words(s['ran'])}", *_more(s),
         f"  medians [IQR] of {s['repetitions']} repetitions after {s['warmup']} warm-ups",
     ]
     return [*lines, *(f"  UNSTABLE: {why}" for why in s["unstable"])]
@@ -138,10 +140,16 @@ def _ran_by(runtime: dict[str, Any]) -> str:
     return runtime["runtime"] + (f" at accuracy level {' and '.join(map(str, levels))}" if levels else "")
 
 
-def _nodes(runtime: dict[str, Any]) -> list[str]:
-    """Where onnxruntime's nodes ran, of a report that tells."""
-    counts = [f"{sum(operators.values())} on {provider}" for provider, operators in runtime.get("nodes", {}).items()]
-    return [f"  nodes run            {', '.join(counts)}"] if counts else []
+def _more(s: dict[str, Any]) -> list[str]:
+    """What only some benches have."""
+    lines = []
+    if energy := s["energy"]:
+        lines.append(f"  energy               {energy['joules_per_token']:.2f} J per decoded token ({energy['source']})")
+    if found := s["thread_sweep"]:
+        for what in ("prefill", "decode"):
+            tried = ", ".join(f"{p['threads']}: {p['median']:.1f}" for p in found[what])
+            lines.append(f"  threads              {found['best'][what]} are best for {what}  ({tried} tokens/s)")
+    return lines
 
 
 def spread(s: dict[str, Any], digits: int = 1) -> str:

@@ -24,7 +24,9 @@ BATCH = 512  # tokens run at once, llama.cpp's own default for a micro-batch
 LOGITS_BYTES = 128 << 20  # most memory for the logits of one batch
 INSTALL = "pip install 'llmc-toolkit[gguf]'"
 OFFLOADED = re.compile(r"offloaded (\d+)/(\d+) layers to GPU")
+BUFFERS = re.compile(r"(\S+) model buffer size *= *([\d.]+) MiB")
 ERROR = 4  # GGML_LOG_LEVEL_ERROR in ggml.h
+GPU_TYPES = (1, 2)  # GGML_BACKEND_DEVICE_TYPE_GPU, _IGPU in ggml-backend.h
 
 _log: deque[tuple[int, str]] = deque(maxlen=10_000)  # (level, text), cleared once a model is loaded
 _log_callback: Any = None  # llama.cpp holds a bare pointer to it, so it must live as long as the process
@@ -51,6 +53,26 @@ def _library() -> Any:
 def _build(lib: Any) -> dict[str, str]:
     """The instruction sets and options that llama.cpp was built with and finds here."""
     return dict(re.findall(r"(\w+) = (\w+)", lib.llama_print_system_info().decode()))
+
+
+def gpu_devices() -> list[dict[str, Any]]:
+    """[{name, driver, backend: 'llama.cpp NAME'}] of the GPUs that this llama.cpp was built for and finds here."""
+    lib = _library()
+    # llama-cpp-python does not bind these; the libraries lie beside the one that it loads
+    folder = Path(lib.__file__).parent / "lib"
+    files = [next(iter(sorted(folder.glob(f"*{name}.*"))), None) for name in ("ggml", "ggml-base")]
+    if None in files:
+        return []
+    registry, base = (ctypes.CDLL(str(f)) for f in files)
+    registry.ggml_backend_dev_count.restype = ctypes.c_size_t
+    registry.ggml_backend_dev_get.restype, registry.ggml_backend_dev_get.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    for call in (base.ggml_backend_dev_name, base.ggml_backend_dev_description, base.ggml_backend_dev_type):
+        call.restype, call.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
+    base.ggml_backend_dev_type.restype = ctypes.c_int
+    devices = [registry.ggml_backend_dev_get(i) for i in range(registry.ggml_backend_dev_count())]
+    return [{"name": base.ggml_backend_dev_description(d).decode(), "driver": None,
+             "backend": f"llama.cpp {base.ggml_backend_dev_name(d).decode()}"}
+            for d in devices if base.ggml_backend_dev_type(d) in GPU_TYPES]
 
 
 @functools.cache
@@ -154,6 +176,8 @@ class LlamaCpp:
         self._model = lib.llama_model_load_from_file(str(self.path).encode(), params)
         if not self._model:
             raise UserError(f"llama.cpp cannot load {self.path}: {_errors()}", "export or download it again")
+        self.layers = int(lib.llama_model_n_layer(self._model)) + 1  # the head counts as one
+        self.buffers = {m[1]: float(m[2]) for _, t in _log if (m := BUFFERS.search(t))}
         self.offloaded = max((int(m[1]) for _, t in _log if (m := OFFLOADED.search(t))), default=0)
         if device == "gpu" and self.offloaded == 0:
             self.close()
@@ -266,7 +290,8 @@ class LlamaCpp:
         from llmc.runtimes.targets.this_machine import cpu_features
 
         return {"runtime": self.name, "version": version("llama-cpp-python"), "device": self.device,
-                "offloaded_layers": self.offloaded, "threads": self.threads, "kv_type": self.kv_type,
+                "offloaded_layers": self.offloaded, "layers": self.layers, "buffers": self.buffers,
+                "threads": self.threads, "kv_type": self.kv_type,
                 "extra_buffers": self.extra_buffers, "build": _build(self._lib), "cpu_features": cpu_features()}
 
     def close(self) -> None:

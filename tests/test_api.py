@@ -63,6 +63,8 @@ def plain(value: Any) -> Any:
     """Without the difference between what typer and Python call nothing."""
     if value in ((), [], None):
         return None
+    if isinstance(value, tuple) and all(isinstance(v, int) for v in value):
+        return ",".join(map(str, value))  # as it is typed
     return str(value) if isinstance(value, Path) else tuple(value) if isinstance(value, list) else value
 
 

@@ -15,6 +15,7 @@ from llmc.errors import UserError
 from llmc.evals import report
 from llmc.evals.bench import summary
 from llmc.evals.bench.run import TargetsError, bench, token_bytes
+from llmc.evals.bench.threads import candidates
 from llmc.evals.bench_child import repetition
 from llmc.evals.config import BenchConfig
 from llmc.evals.show import speed_lines
@@ -54,7 +55,9 @@ def test_two_runtimes_in_turns(made: SimpleNamespace, tmp_path: Path) -> None:
         assert set(s["load_average"]) == {"before", "after"}
         assert {k: s["target"][k] for k in ("name", "address", "emulated")} == {
             "name": "local-cpu", "address": "local-cpu", "emulated": False}
-        assert {"cpu_features", "governor", "memory", "physical_cores"} <= set(s["target"]["facts"])
+        facts = s["target"]["facts"]
+        assert {"cpu_features", "governor", "memory", "physical_cores", "gpus", "temperature_c", "probed"} <= set(facts)
+        assert facts["read_bandwidth"] > 0
         assert isinstance(s["unstable"], list)
 
 
@@ -141,8 +144,9 @@ def test_summary() -> None:
 def test_unstable(decode: list[float], why: list[str]) -> None:
     measured = summary.curves(runs(decode), 10)
     found = summary.unstable(measured)
-    assert len(found) == len(why)
-    assert all(f.startswith(f"decode {w}") for f, w in zip(found, why, strict=True))
+    assert len(found) == bool(why)
+    assert all(w in found[0] for w in ("decode", *why) if found)
+    assert "".join(found).count(" and ") == max(0, len(why) - 1)
     assert summary.is_tight(measured) == (not any("known" in w for w in why))
 
 
@@ -161,6 +165,61 @@ def test_repetitions_go_on_until_the_medians_are_known(made: SimpleNamespace, mo
     for tight, wanted in ((True, 5), (False, 8)):
         monkeypatch.setattr(summary, "is_tight", lambda measured, tight=tight: tight)
         assert local(bench(small(made.gguf, max_repetitions=8))[0])["repetitions"] == wanted
+
+
+def states(**series: list[float | None]) -> list[dict[str, Any]]:
+    keys = ("mhz", "temperature_c", "throttle_events", "throttled_now")
+    n = len(next(iter(series.values())))
+    return [{"state": {k: series[k][i] if k in series else None for k in keys}} for i in range(n)]
+
+
+def test_throttling_is_noticed() -> None:
+    assert summary.throttled(states(mhz=[None] * 6)) == []
+    assert summary.throttled(states(mhz=[2400, 2390, 2400, 2380, 2395, 2400], throttle_events=[7] * 6)) == []
+    (why,) = summary.throttled(states(mhz=[2400, 2400, 2000, 1900, 1800, 1800]))
+    assert why == "the CPU's frequency fell from 2400 to 1800 MHz"
+    (why,) = summary.throttled(states(throttle_events=[7, 7, 9]))
+    assert "2 times" in why
+    (why,) = summary.throttled(states(throttled_now=[False, True, False]))
+    assert "firmware" in why
+    found = summary.conditions(states(mhz=[2400, 2000, 1800], temperature_c=[50.0, 70.0, 81.5]))
+    assert found == {"mhz": [2400, 1800], "temperature_c": [50.0, 81.5]}
+
+
+def test_a_throttled_bench_is_unstable(made: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(summary, "throttled", lambda runs: ["it was hot"])
+    s = local(bench(small(made.gguf))[0])
+    assert s["throttled"] == s["unstable"][:1] == ["it was hot"]
+
+
+def test_energy_of_a_token() -> None:
+    runs = [{"joules": j, "energy_source": "RAPL, CPU packages"} for j in (30.0, 32.0, 90.0)]
+    assert summary.energy(runs, 16) == {"joules_per_token": 2.0, "source": "RAPL, CPU packages"}
+    assert summary.energy([{"joules": None, "energy_source": None}], 16) is None
+
+
+def test_thread_candidates() -> None:
+    assert candidates(1, 1) == [1]
+    assert candidates(6, 12) == [1, 2, 3, 4, 5, 6, 7, 8, 12]
+    assert candidates(64, 128) == [1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, 96, 128]
+
+
+def test_a_thread_sweep_names_the_best(made: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmc.evals.bench.threads.candidates", lambda cores, logical: [1, 2])
+    (r,) = bench(small(made.gguf, thread_sweep=True))
+    found = local(r)["thread_sweep"]
+    for what in ("prefill", "decode"):
+        assert [p["threads"] for p in found[what]] == [1, 2]
+        assert found["best"][what] == 1 + (found[what][1]["median"] > found[what][0]["median"])
+    assert f"{found['best']['decode']} are best for decode" in speed_lines(r)
+
+
+def test_what_ran(made: SimpleNamespace) -> None:
+    file, folder = (local(r)["ran"] for r in bench(small(made.gguf, made.gptq)))
+    assert (file["offloaded_layers"], file["layers"]) == (0, 3)
+    assert sum(file["buffers"].values()) > 0
+    assert file["instruction_sets"]
+    assert folder["device"] == "cpu"
 
 
 def test_bytes_of_a_token(made: SimpleNamespace) -> None:
@@ -205,8 +264,9 @@ def test_an_unreachable_target_leaves_the_others(made: SimpleNamespace, tmp_path
 
 def test_a_child_that_dies_is_reported(made: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     started = device.subprocess.Popen
+    dies = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
     monkeypatch.setattr(device.subprocess, "Popen", lambda args, **k: started(
-        [args[0], "-c", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"], **k))
+        [args[0], "-c", dies] if "llmc.evals.bench_child" in args else args, **k))
     with pytest.raises(UserError, match=r"small\.gguf ended with signal 11"):
         bench(small(made.gguf))
 

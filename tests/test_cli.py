@@ -57,7 +57,7 @@ print(json.dumps({{"heavy": [m for m in heavy if m in sys.modules], "pages": pag
 
 def test_all_commands_are_there() -> None:
     expected = {"quantize", "distill", "heal", "imatrix", "export", "eval", "bench", "compare", "generate", "inspect",
-                "prune", "recipe", "run", "sweep", "verify", "doctor"}
+                "prune", "recipe", "run", "sweep", "target", "verify", "doctor"}
     assert expected <= set(COMMANDS)
 
 

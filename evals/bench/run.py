@@ -12,9 +12,11 @@ from llmc.evals import report
 from llmc.evals.bench import summary
 from llmc.evals.bench.child import Child
 from llmc.evals.bench.prompt import prompt_ids
+from llmc.evals.bench.ran import ran
+from llmc.evals.bench.threads import sweep
 from llmc.evals.config import BenchConfig
 from llmc.runtimes.base import locate
-from llmc.runtimes.targets.device import Device, connect
+from llmc.runtimes.targets.device import Device, connect, probed
 from llmc.runtimes.targets.target import Target, find_target
 
 
@@ -68,6 +70,8 @@ def measure(device: Device, artifacts: list[Path], described: list[dict[str, Any
     """The speed sections of all artifacts on one device, measured in turns."""
     job = {"context": max(config.prompt + config.depth) + config.generate, "threads": config.threads,
            "device": "gpu" if device.target.address == "local-gpu" else config.device}
+    say(f"measuring the memory bandwidth of {device.target.name}")
+    facts = probed(device)
     with ExitStack() as stack:
         children = [stack.enter_context(Child(device, a, job)) for a in artifacts]
         for child, tokens in zip(children, ids, strict=True):
@@ -76,19 +80,27 @@ def measure(device: Device, artifacts: list[Path], described: list[dict[str, Any
         ends = [child.ask("end") for child in children]
     sections = []
     for i, child in enumerate(children):
-        sections.append(_section(device.target, child.loaded, ends[i], runs[i], described[i], job, config)
-                        | {"in_turns_with": [d["name"] for j, d in enumerate(described) if j != i]})
+        sections.append(_section(device.target, facts, child.loaded, ends[i], runs[i], described[i], job, config) | {
+            "in_turns_with": [d["name"] for j, d in enumerate(described) if j != i],
+            "thread_sweep": None})
+    if config.thread_sweep:
+        for section, artifact, tokens in zip(sections, artifacts, ids, strict=True):
+            section["thread_sweep"] = sweep(device, artifact, tokens, job, _command(config), facts)
     return sections
+
+
+def _command(config: BenchConfig) -> dict[str, Any]:
+    """What bench_child is told to repeat."""
+    return {"prompts": list(config.prompt), "depths": list(config.depth), "generate": config.generate}
 
 
 def _repeat(children: list[Child], config: BenchConfig) -> list[list[dict[str, Any]]]:
     """The repetitions of each child after its warm-ups: until all medians are known well, at most `max_repetitions`."""
-    command = {"prompts": list(config.prompt), "depths": list(config.depth), "generate": config.generate}
     runs: list[list[dict[str, Any]]] = [[] for _ in children]
     with progress("repetition", config.warmup + config.max_repetitions) as p:
         for i in range(config.warmup + config.max_repetitions):
             for child, out in zip(children, runs, strict=True):
-                out.append(child.ask("run", **command))
+                out.append(child.ask("run", **_command(config)))
             p.step("warm-up" if i < config.warmup else
                    f"{config.generate / runs[0][-1]['decode_s'][str(config.depth[0])]:.1f} tokens/s")
             kept = [out[config.warmup :] for out in runs]
@@ -98,22 +110,24 @@ def _repeat(children: list[Child], config: BenchConfig) -> list[list[dict[str, A
     return kept
 
 
-def _section(target: Target, loaded: dict[str, Any], end: dict[str, Any], runs: list[dict[str, Any]],
+def _section(target: Target, facts: dict[str, Any], loaded: dict[str, Any], end: dict[str, Any], runs: list[dict[str, Any]],
              described: dict[str, Any], job: dict[str, Any], config: BenchConfig) -> dict[str, Any]:
     """One artifact's speed section (see report.py)."""
-    machine, runtime = loaded["machine"], loaded["runtime"]
+    runtime = loaded["runtime"]
     measured = summary.curves(runs, config.generate)
     first, deep = measured["prefill_curve"][0], measured["decode_curve"][0]
-    read = token_bytes(described["size"], runtime)
+    read, throttled = token_bytes(described["size"], runtime), summary.throttled(runs)
     return {
         "target": {"name": target.name, "address": target.address, "emulated": target.emulated,
-                   "facts": {**target.facts, **machine}},
+                   "facts": facts},
         "protocol": {"prompt": first["tokens"], "depth": deep["depth"], "generate": config.generate,
-                     "threads": runtime["threads"], "device": job["device"], "cpu": machine["cpu"],
-                     "cores": machine["physical_cores"]},
+                     "threads": runtime["threads"], "device": job["device"], "cpu": facts["cpu"],
+                     "cores": facts["physical_cores"]},
         "warmup": config.warmup, "repetitions": len(runs), "load_s": loaded["load_s"], "peak_rss": int(end["peak_rss"]),
         "prefill": first["prefill"], "first_token": first["first_token"], "decode": deep["decode"], **measured,
-        "unstable": summary.unstable(measured), "runtime": runtime, "token_bytes": read,
+        "throttled": throttled, "unstable": [*throttled, *summary.unstable(measured)],
+        "conditions": summary.conditions(runs), "energy": summary.energy(runs, config.generate),
+        "runtime": runtime, "ran": ran(runtime), "token_bytes": read,
         "read_bandwidth": read * deep["decode"]["median"],
         "load_average": {"before": loaded["load_average"], "after": end["load_average"]},
     }

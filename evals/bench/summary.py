@@ -8,6 +8,7 @@ import numpy as np
 
 TIGHT = 0.015
 """Half-width of a median's interval / median that is asked for: two such medians of one thing differ by less than 3 %."""
+SLOWED = 0.9  # share of its early frequency below which a CPU was throttled
 DRIFT = 0.05  # least-squares line, first to last repetition / median, past which a speed is no figure
 
 
@@ -18,9 +19,10 @@ def spread(values: np.ndarray) -> dict[str, Any]:
 
 
 def half_width(s: dict[str, Any]) -> float:
-    """Of the median's interval, over the median: the notch of McGill, Tukey and Larsen (1978), 1.57 IQR / sqrt(n). Those of two
-    medians of one thing overlap 95 times in 100."""
-    return float(1.57 * s["iqr"] / np.sqrt(len(s["values"])) / s["median"])
+    """Of the median's interval, over the median: the notch of McGill, Tukey and Larsen (1978), 1.57 IQR / sqrt(n), widened
+    for few repetitions about as Student's t is. Those of two medians of one thing overlap 95 times in 100."""
+    n = len(s["values"])
+    return float(1.57 * (1 + 1.6 / (n - 1)) * s["iqr"] / np.sqrt(n) / s["median"])
 
 
 def drift(s: dict[str, Any]) -> float:
@@ -60,8 +62,38 @@ def unstable(measured: dict[str, Any]) -> list[str]:
     """Why speeds should not be trusted: a median is known too badly, or they drift."""
     reasons = []
     for name, s in series(measured):
-        if (width := half_width(s)) > TIGHT:
-            reasons.append(f"{name} is known to ±{width:.1%} only")
-        if abs(change := drift(s)) > DRIFT:
-            reasons.append(f"{name} drifts by {change:+.0%} over the repetitions")
+        width, change = half_width(s), drift(s)
+        why = [f"is known to ±{width:.1%} only"] if width > TIGHT else []
+        why += [f"drifts by {change:+.0%} over the repetitions"] if abs(change) > DRIFT else []
+        if why:
+            reasons.append(f"{name} {' and '.join(why)}")
     return reasons
+
+
+def throttled(runs: list[dict[str, Any]]) -> list[str]:
+    """Why the machine was not at its full speed: what it counted, said or showed from the first repetition to the last."""
+    states = [r["state"] for r in runs]
+    reasons = []
+    counts = [s["throttle_events"] for s in states if s["throttle_events"] is not None]
+    if counts and counts[-1] > counts[0]:
+        reasons.append(f"the hardware slowed the CPU down {counts[-1] - counts[0]} times")
+    if any(s["throttled_now"] for s in states):
+        reasons.append("the firmware says that the CPU is held back (heat or power)")
+    mhz = [s["mhz"] for s in states if s["mhz"] is not None]
+    third = len(mhz) // 3
+    if third and (late := float(np.median(mhz[-third:]))) < SLOWED * (early := float(np.median(mhz[:third]))):
+        reasons.append(f"the CPU's frequency fell from {early:.0f} to {late:.0f} MHz")
+    return reasons
+
+
+def conditions(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Frequency and temperature after the first and after the last repetition."""
+    return {key: [runs[0]["state"][key], runs[-1]["state"][key]] for key in ("mhz", "temperature_c")}
+
+
+def energy(runs: list[dict[str, Any]], generate: int) -> dict[str, Any] | None:
+    """{'joules_per_token', 'source'} of decoding, or None where the machine does not tell."""
+    joules = [r["joules"] for r in runs if r["joules"] is not None]
+    if not joules:
+        return None
+    return {"joules_per_token": float(np.median(joules)) / generate, "source": runs[0]["energy_source"]}

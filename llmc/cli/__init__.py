@@ -30,6 +30,7 @@ from llmc.cli import (
     recipe,
     run_recipe,
     sweep,
+    target,
     transform,
     verify,
 )
@@ -84,7 +85,7 @@ def _options(
 for command in (prune, quantize, transform, distill, heal, imatrix, export, eval, bench, compare, generate, inspect, verify,
                 doctor):
     command.register(app)
-for command in (run_recipe, sweep, recipe):
+for command in (target, run_recipe, sweep, recipe):
     command.register(app)
 
 

@@ -29,6 +29,8 @@ def bench(
     max_repetitions: int = typer.Option(BenchConfig.max_repetitions, help="So many where they do not agree well."),
     warmup: int = typer.Option(BenchConfig.warmup, help="Repetitions before those."),
     threads: int | None = typer.Option(BenchConfig.threads, help="Default: the physical cores.", show_default=False),
+    thread_sweep: bool = typer.Option(BenchConfig.thread_sweep, "--thread-sweep",
+                                      help="Try other numbers of threads as well, and name the best."),
     device: str = typer.Option(BenchConfig.device, help="cpu or gpu."),
     targets: Path | None = typer.Option(BenchConfig.targets, metavar="FILE", show_default=False,
                                         help="Default: ./targets.toml, or the one in ~/.config/llmc."),
@@ -40,7 +42,7 @@ def bench(
     from llmc.evals.bench.run import TargetsError, bench
 
     config = BenchConfig(tuple(artifacts), (prompt,), () if depth is None else (depth,), generate, repetitions,  # type: ignore[arg-type]
-                         max_repetitions, warmup, threads, device, tuple(target), targets, tuple(output))
+                         max_repetitions, warmup, threads, thread_sweep, device, tuple(target), targets, tuple(output))
     try:
         _show(bench(config), as_json)
     except TargetsError as e:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, Protocol
 
+from llmc.errors import UserError
 from llmc.runtimes.targets.target import ADB, LOCAL, SSH, Target
 
 
@@ -40,11 +41,24 @@ class LocalDevice:
         return str(artifact)
 
     def start(self, module: str, job: dict[str, Any]) -> subprocess.Popen[str]:
-        return subprocess.Popen([sys.executable, "-m", module, json.dumps(job)], stdin=subprocess.PIPE,
+        # -P: a folder called llmc in the working folder is not meant
+        return subprocess.Popen([sys.executable, "-P", "-m", module, json.dumps(job)], stdin=subprocess.PIPE,
                                 stdout=subprocess.PIPE, text=True)
 
     def close(self) -> None:
         pass
+
+
+def probed(device: Device) -> dict[str, Any]:
+    """The facts of a device (see probe_child), measured now."""
+    with device.start("llmc.runtimes.targets.probe_child", {}) as child:
+        out, _ = child.communicate()
+    try:
+        facts: dict[str, Any] = json.loads(out)
+    except ValueError as e:
+        raise UserError(f"target {device.target.name} could not be probed (exit code {child.returncode})",
+                        "see its message above") from e
+    return facts
 
 
 def connect(target: Target) -> Device:

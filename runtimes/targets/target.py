@@ -66,6 +66,9 @@ class Target:
         """Whether it runs on other hardware than it stands for: its speeds say nothing."""
         return self.address == EMULATED
 
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
     def label(self) -> str:
         """'pi (ssh://pi5)', or the name alone where the address says no more."""
         return self.name if self.name == self.address else f"{self.name} ({self.address})"

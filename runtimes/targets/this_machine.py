@@ -7,6 +7,10 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from llmc.errors import UserError
+
+CPUS = Path("/sys/devices/system/cpu")
+PI = "/sys/devices/platform/soc/soc:firmware/get_throttled"  # the lowest four bits of the firmware's flags are of this moment
 # What decides which matrix kernels run; everything else in /proc/cpuinfo is noise here.
 FEATURES = {
     "sse4_1", "sse4_2", "ssse3", "avx", "avx2", "f16c", "fma", "bmi2", "avx_vnni",
@@ -18,10 +22,25 @@ FEATURES = {
 
 def physical_cores() -> int:
     """Cores that this process may use, hyper-threads not counted: the thread count llmc uses when none is given."""
-    import psutil
-
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(psutil.cpu_count(logical=False) or allowed, allowed))
+    return max(1, min(_cores() or allowed, allowed))
+
+
+def _cores() -> int | None:
+    """The machine's cores, hyper-threads not counted. On Linux without psutil, which a device may not have."""
+    siblings = {_read(str(p)) for p in CPUS.glob("cpu[0-9]*/topology/thread_siblings_list")}
+    if siblings - {""}:
+        return len(siblings - {""})
+    try:
+        import psutil
+    except ImportError:
+        return os.cpu_count()
+    return psutil.cpu_count(logical=False) or os.cpu_count()
+
+
+def memory() -> int:
+    """Bytes of RAM."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def cpu_features() -> list[str]:
@@ -39,12 +58,71 @@ def cpu_model() -> str:
         key, _, value = line.partition(":")
         if key.strip() in ("model name", "Model"):
             return value.strip()
-    return platform.processor() or platform.machine()
+    board = _read("/proc/device-tree/model").strip("\0\n ")  # ARM names its boards where x86 names its CPUs
+    return board or platform.processor() or platform.machine()
 
 
 def governor() -> str | None:
     """How the kernel chooses the CPU's frequency ('performance', 'powersave', …), None where it does not tell."""
     return _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").strip() or None
+
+
+def temperature() -> float | None:
+    """The hottest that the CPU's sensors say, degrees Celsius; None where there are none (virtual machines)."""
+    zones = {z: _read(str(z / "type")).strip().lower() for z in Path("/sys/class/thermal").glob("thermal_zone*")}
+    ours = [z for z, kind in zones.items() if any(word in kind for word in ("cpu", "pkg", "soc", "core", "tctl"))] or zones
+    files = [z / "temp" for z in ours]
+    for sensor in Path("/sys/class/hwmon").glob("hwmon*"):
+        if _read(str(sensor / "name")).strip() in ("coretemp", "k10temp", "cpu_thermal", "zenpower"):
+            files += sensor.glob("temp*_input")
+    degrees = [int(t) / 1000 for f in files if (t := _read(str(f)).strip()).lstrip("-").isdigit()]
+    return max(degrees, default=None)
+
+
+def frequency() -> float | None:
+    """MHz of the CPUs at this moment, their mean."""
+    kilohertz = [int(t) for p in CPUS.glob("cpu[0-9]*/cpufreq/scaling_cur_freq") if (t := _read(str(p)).strip()).isdigit()]
+    return round(sum(kilohertz) / len(kilohertz) / 1000, 1) if kilohertz else None
+
+
+def state() -> dict[str, Any]:
+    """{'mhz', 'temperature_c', 'throttle_events' (since it was started), 'throttled_now'}, None where it does not tell."""
+    counts = [int(t) for p in CPUS.glob("cpu[0-9]*/thermal_throttle/*_throttle_count")
+              if (t := _read(str(p)).strip()).isdigit()]
+    flags = _read(PI).strip()
+    return {"mhz": frequency(), "temperature_c": temperature(), "throttle_events": sum(counts) if counts else None,
+            "throttled_now": bool(int(flags, 16) & 0xF) if flags else None}
+
+
+def power() -> str | None:
+    """'ac' or 'battery', None where the system does not tell."""
+    states = {(_read(str(p / "type")).strip(), _read(str(p / "online")).strip(), _read(str(p / "status")).strip())
+              for p in Path("/sys/class/power_supply").glob("*")}
+    if any(kind in ("Mains", "USB") and online == "1" for kind, online, _ in states):
+        return "ac"
+    if any(kind == "Battery" and status == "Discharging" for kind, _, status in states):
+        return "battery"
+    return "ac" if any(kind == "Battery" for kind, _, _ in states) else None
+
+
+def gpus() -> list[dict[str, Any]]:
+    """[{name, driver, backend}] that the installed runtimes can use."""
+    found = []
+    try:
+        from llmc.runtimes.llamacpp import gpu_devices
+
+        found += gpu_devices()
+    except UserError:
+        pass  # no llama.cpp here
+    try:
+        import onnxruntime
+    except (ImportError, OSError):
+        return found
+    from llmc.runtimes.onnx_session import GPUS
+
+    driver = _read("/proc/driver/nvidia/version").partition("\n")[0] or None
+    return found + [{"name": p.removesuffix("ExecutionProvider"), "driver": driver if "CUDA" in p else None,
+                     "backend": "onnxruntime"} for p in onnxruntime.get_available_providers() if p in GPUS]
 
 
 def load_average() -> list[float] | None:
@@ -67,19 +145,17 @@ def peak_rss() -> int:
 
 
 def describe() -> dict[str, Any]:
-    """The facts that do not change while a benchmark runs. Memory in bytes."""
-    import psutil
-
+    """The facts that need no measuring. Memory in bytes."""
     return {
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}", "cpu": cpu_model(),
-        "physical_cores": psutil.cpu_count(logical=False), "logical_cores": os.cpu_count(),
-        "usable_cores": physical_cores(), "cpu_features": cpu_features(), "memory": psutil.virtual_memory().total,
-        "governor": governor(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}", "machine": platform.machine(),
+        "cpu": cpu_model(), "physical_cores": _cores(), "logical_cores": os.cpu_count(), "usable_cores": physical_cores(),
+        "cpu_features": cpu_features(), "memory": memory(), "governor": governor(), "temperature_c": temperature(),
+        "power": power(),
     }
 
 
 def _read(path: str) -> str:
     try:
         return Path(path).read_text()
-    except OSError:
+    except (OSError, UnicodeDecodeError):  # not there, not ours to read, or not answering
         return ""

@@ -1,0 +1,43 @@
+"""How many threads an artifact wants on a device: by trying."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmc.console import progress
+from llmc.evals.bench.child import Child
+from llmc.runtimes.targets.device import Device
+
+REPETITIONS = 3
+
+
+def candidates(cores: int, logical: int) -> list[int]:
+    """1, 2, … 8, then every 4, 8, 16, … up to the logical cores, the physical ones among them."""
+    steps = [n for n in range(1, logical + 1) if n <= 8 or n % (1 << (n.bit_length() - 2)) == 0]
+    return sorted({*steps, cores, logical})
+
+
+def sweep(device: Device, artifact: Path, ids: list[int], job: dict[str, Any], run: dict[str, Any],
+          facts: dict[str, Any]) -> dict[str, Any]:
+    """{'prefill': [{'threads', 'median'}], 'decode': […], 'best': {'prefill': threads, 'decode': threads}}, in tokens/s, at
+    the first prompt and depth. Each number has a process of its own, as the runtimes fix it when they load."""
+    prompt, depth = run["prompts"][0], run["depths"][0]
+    command = {**run, "prompts": [prompt], "depths": [depth]}
+    found: dict[str, list[dict[str, Any]]] = {"prefill": [], "decode": []}
+    tried = candidates(facts["usable_cores"], facts["logical_cores"])
+    with progress(f"threads for {artifact.name}", len(tried)) as p:
+        for n in tried:
+            with Child(device, artifact, {**job, "threads": n}) as child:
+                child.ask("ids", ids=ids)
+                runs = [child.ask("run", **command) for _ in range(1 + REPETITIONS)][1:]
+                child.ask("end")
+            first = float(np.median([r["first_token_s"][str(prompt)] for r in runs]))
+            decode = float(np.median([r["decode_s"][str(depth)] for r in runs]))
+            found["prefill"].append({"threads": n, "median": prompt / first})
+            found["decode"].append({"threads": n, "median": run["generate"] / decode})
+            p.step(f"{n}: {run['generate'] / decode:.1f} tokens/s")
+    best = {what: max(points, key=lambda point: point["median"])["threads"] for what, points in found.items()}
+    return {**found, "best": best}
