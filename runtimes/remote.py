@@ -16,9 +16,10 @@ CHILD = "llmc.runtimes.targets.logits_child"
 
 
 class RemoteRuntime:
-    """A runtime (see base.py) over a process on a device, where the artifact is placed first.
+    """A runtime (see base.py) over a process on a device, where the artifact is placed first. It closes the device when it is
+    closed itself.
 
-    It closes the device when it is closed itself. A chunk of 512 tokens comes back as (vocabulary x 1 kB): 50 MB at 49152 tokens, where the second half is asked for.
+    A chunk of 512 tokens comes back as (vocabulary x 1 kB): 50 MB at 49152 tokens, where the second half is asked for.
     """
 
     def __init__(self, device: Device, artifact: Path, context: int, threads: int | None, kind: str = "cpu") -> None:

@@ -31,6 +31,7 @@ from llmc.cli import (
     run_recipe,
     sweep,
     target,
+    target_setup,
     transform,
     verify,
 )
@@ -85,7 +86,7 @@ def _options(
 for command in (prune, quantize, transform, distill, heal, imatrix, export, eval, bench, compare, generate, inspect, verify,
                 doctor):
     command.register(app)
-for command in (target, run_recipe, sweep, recipe):
+for command in (target, target_setup, run_recipe, sweep, recipe):
     command.register(app)
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 # What `Device.start` may run there, and what these import only when they need it. Their imports at module level come along.
 ENTRIES = (
     "llmc.evals.bench_child", "llmc.runtimes.llamacpp", "llmc.runtimes.onnx_model", "llmc.runtimes.targets.logits_child",
-    "llmc.runtimes.targets.needs", "llmc.runtimes.targets.this_machine",
+    "llmc.runtimes.targets.needs", "llmc.runtimes.targets.probe", "llmc.runtimes.targets.probe_child",
+    "llmc.runtimes.targets.this_machine",
 )
 MAIN = "llmc.runtimes.targets.agent_main"  # becomes the zip's __main__.py
 

@@ -81,7 +81,7 @@ class EmulatedDevice(PythonDevice):
                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def _install_hint(self, executable: str, absent: list[str]) -> str:
-        return f"install it here too, then: llmc target setup {self.target.name} --install"
+        return f"llmc target setup {self.target.name} --install"
 
     def close(self) -> None:
         self._folder.cleanup()

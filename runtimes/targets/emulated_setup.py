@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from importlib import metadata
 from pathlib import Path
 
 from llmc.artifact import staged_folder
@@ -26,33 +25,24 @@ ARCH = "armv8.2-a+dotprod+i8mm"  # what llama.cpp is compiled for: the int8 kern
 WHEELS = ("manylinux2014_aarch64", "manylinux_2_27_aarch64", "manylinux_2_28_aarch64")
 CMAKE = (f"-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_C_COMPILER={GCC} -DCMAKE_CXX_COMPILER={GXX} "
          f"-DGGML_NATIVE=OFF -DGGML_CPU_ARM_ARCH={ARCH} -DLLAVA_BUILD=OFF")
+# (name in /proc/cpuinfo, word, bit) of AT_HWCAP and AT_HWCAP2, by arch/arm64/include/uapi/asm/hwcap.h of Linux
+HWCAPS = (("fp", 0, 0), ("asimd", 0, 1), ("aes", 0, 3), ("pmull", 0, 4), ("sha1", 0, 5), ("sha2", 0, 6), ("crc32", 0, 7),
+          ("atomics", 0, 8), ("fphp", 0, 9), ("asimdhp", 0, 10), ("cpuid", 0, 11), ("asimdrdm", 0, 12), ("asimddp", 0, 20),
+          ("sve", 0, 22), ("asimdfhm", 0, 23), ("sve2", 1, 1), ("i8mm", 1, 13), ("bf16", 1, 14))
+READ_HWCAPS = "import ctypes; f = ctypes.CDLL(None).getauxval; f.restype = ctypes.c_ulong; print(f(16), f(26))"
 PURE = ("diskcache", "jinja2", "typing_extensions")  # what llama-cpp-python imports besides numpy
 
 
-def plan() -> list[str]:
-    """The packages of the runtimes that are installed here, in the same versions: what is to be compared must be equal."""
-    wanted = ["numpy"]
-    for name in ("onnxruntime", "onnx", "tokenizers"):
-        wanted += _here(name)
-    return wanted + (list(PURE) if _here("llama-cpp-python") else [])
-
-
-def _here(package: str) -> list[str]:
-    try:
-        return [f"{package}=={metadata.version(package)}"]
-    except metadata.PackageNotFoundError:
-        return []
-
-
-def missing() -> list[str]:
+def missing(compiles: bool) -> list[str]:
     """Programs that the setup needs and that are not here."""
-    needed = ["apt-get", "dpkg-deb", *([GCC, GXX] if _here("llama-cpp-python") else [])]
+    needed = ["apt-get", "dpkg-deb", *([GCC, GXX] if compiles else [])]
     return [p for p in needed if shutil.which(p) is None] + ([] if find_qemu() else ["qemu-aarch64-static"])
 
 
-def install(target: Target) -> Path:
-    """Make the tree; gives its folder. Some minutes, most of them for compiling."""
-    if absent := missing():
+def install(target: Target, packages: list[str]) -> Path:
+    """Make the tree with these packages of pip in it; gives its folder. Some minutes, most of them for compiling."""
+    llama = [p for p in packages if p.startswith("llama-cpp-python")]
+    if absent := missing(bool(llama)):
         raise UserError(f"{target.name}: this machine lacks {', '.join(absent)}", f"on Debian: {DEBIAN}")
     tree = tree_of(target)
     with staged_folder(tree) as work:
@@ -64,13 +54,14 @@ def install(target: Target) -> Path:
         version = python.name.removeprefix("python")
         say(f"getting wheels for aarch64 and Python {version}")
         _pip(work, "--only-binary=:all:", "--implementation=cp", f"--python-version={version}",
-             *(f"--platform={p}" for p in WHEELS), *plan())
-        if llama := _here("llama-cpp-python"):
+             *(f"--platform={p}" for p in WHEELS), *(p for p in packages if p not in llama), *(PURE if llama else ()))
+        if llama:
             say(f"compiling {llama[0]} for {ARCH}: some minutes")
             # pip would keep this wheel and take it for one of this machine
             _pip(work, "--no-cache-dir", "--no-deps", "--no-binary=llama-cpp-python", *llama, CMAKE_ARGS=CMAKE)
         qemu = find_qemu()
         assert qemu is not None
+        _cpuinfo(work, qemu)
         _run([*command(qemu, work, "-c", "import numpy")], "the tree's Python does not run", env=environment(work))
     return tree
 
@@ -94,6 +85,20 @@ def _debian(tree: Path) -> None:
         (tree / "lib").symlink_to("usr/lib")
 
 
+def _cpuinfo(tree: Path, qemu: str) -> None:
+    """Write /proc/cpuinfo of the emulated CPU. qemu before 8.1 shows this machine's, on which onnxruntime crashes."""
+    done = subprocess.run(command(qemu, tree, "-c", READ_HWCAPS), env=environment(tree), stdout=subprocess.PIPE, text=True,
+                          check=False)
+    if done.returncode:
+        raise UserError(f"the tree's Python does not run under {qemu}: exit code {done.returncode}", "see its messages above")
+    words = [int(word) for word in done.stdout.split()]
+    features = " ".join(name for name, word, bit in HWCAPS if words[word] >> bit & 1)
+    cpu = (f"BogoMIPS\t: 100.00\nFeatures\t: {features}\nCPU implementer\t: 0x00\nCPU architecture: 8\nCPU variant\t: 0x0\n"
+           "CPU part\t: 0x000\nCPU revision\t: 0\n\n")
+    (tree / "proc").mkdir()
+    (tree / "proc/cpuinfo").write_text("".join(f"processor\t: {i}\n{cpu}" for i in range(os.cpu_count() or 1)))
+
+
 def _user() -> str:
     import getpass
 
@@ -101,8 +106,8 @@ def _user() -> str:
 
 
 def _pip(tree: Path, *args: str, **env: str) -> None:
-    _run([sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--target", str(tree / SITE), *args],
-         "pip cannot get the packages for ARM", env={**os.environ, **env})
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--target", str(tree / SITE)]
+    _run([*pip, *args], "pip cannot get the packages for ARM", env={**os.environ, **env})
 
 
 def _run(args: list[str], problem: str, env: dict[str, str] | None = None) -> None:

@@ -1,7 +1,7 @@
-"""The process that runs a runtime for another machine (runtimes/remote.py): `python -m llmc.runtimes.targets.logits_child JOB`.
+"""A runtime for another machine (runtimes/remote.py): `python -m llmc.runtimes.targets.logits_child JOB`.
 
-JOB is {artifact, context, threads (null: the physical cores), device}. First it tells what it opened. Then each line of stdin is
-{"do": NAME, …} and is answered by one line of JSON; where that has "shape", float32 numbers of that shape follow it,
+JOB is {artifact, context, threads (null: the physical cores), device}. First it tells what it opened. Then each line of
+stdin is {"do": NAME, …} and is answered by one line of JSON; where that has "shape", float32 numbers of that shape follow it,
 little-endian.
 """
 

@@ -37,6 +37,13 @@ case $python in
 esac
 """
 START = PYTHON + 'export PYTHONDONTWRITEBYTECODE=1; exec "$python" "$3"'
+# The packages come after "$2". A Python that the target names itself is used as it is, else the cache gets an environment.
+INSTALL = PYTHON + """
+if [ "$1" = python3 ] && [ "$python" = python3 ]; then
+  python3 -m venv "$2/venv" || exit; python=$2/venv/bin/python
+fi
+shift 2; exec "$python" -m pip --disable-pip-version-check install "$@" >&2
+"""
 
 
 class Connection:
@@ -118,6 +125,14 @@ class SshDevice(PythonDevice):
     def place(self, artifact: Path) -> str:
         self._check_artifact(artifact)
         return self.cache.place(artifact)
+
+    def install(self, packages: list[str]) -> None:
+        """`pip install` there, by the device's own network. What it says goes to stderr."""
+        code = self._shell.popen(INSTALL, self.target.python, self.cache.root, *packages, stdin=subprocess.DEVNULL).wait()
+        self._has = None
+        if code:
+            raise UserError(f"{self.target.name}: pip ended with exit code {code}",
+                            "see its message above; on Debian it needs python3-venv, and a C++ compiler for llama-cpp-python")
 
     def _agent(self) -> subprocess.Popen[str]:
         return self._shell.popen(START, self.target.python, self.cache.root, self._zip,
