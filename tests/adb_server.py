@@ -1,5 +1,5 @@
-"""An adb server for the tests: the host's protocol over a socket (AOSP's packages/modules/adb/SERVICES.TXT, and shell_protocol.h
-for `shell,v2`), with one device whose shell is this machine's. The client is the real `adb`."""
+"""An adb server for the tests: the host's protocol over a socket (SERVICES.TXT of AOSP's packages/modules/adb, and for
+`shell,v2` shell_protocol.h), with one device whose shell is this machine's. The client is the real `adb`."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from llmc.runtimes.targets.adb import AdbDevice, connected
 from llmc.runtimes.targets.setup import clean, setup
 from llmc.runtimes.targets.target import Target
 
+NEEDED = "LLMC_NEED_ADB"  # set where adb must be there: a test that cannot have it fails instead of being skipped
 SERIAL = "emulator-5554"
 # Stands for the program of that name: the same options and JSON, times that follow from them.
 LLAMA_BENCH = """#!/bin/sh
@@ -30,8 +31,8 @@ done
 sleep 0.3
 sep='['
 for x in $(echo "$p" | tr , ' '); do for y in $(echo "$d" | tr , ' '); do
-  printf '%s{"build_commit": "abc", "build_number": 7, "n_threads": %s, "n_prompt": %s, "n_gen": %s, "n_depth": %s, "type_k": "f16",
-    "n_gpu_layers": 0, "backends": "CPU", "avg_ns": %s}' "$sep" "$t" "$x" "$n" "$y" $(((x+n)*1000000+y)); sep=,
+  printf '%s{"build_commit": "abc", "build_number": 7, "n_threads": %s, "n_prompt": %s, "n_gen": %s, "n_depth": %s,
+    "type_k": "f16", "backends": "CPU", "avg_ns": %s}' "$sep" "$t" "$x" "$n" "$y" $(((x+n)*1000000+y)); sep=,
 done; done
 echo ']'
 """
@@ -40,7 +41,7 @@ echo ']'
 @pytest.fixture
 def phone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     if shutil.which("adb") is None:
-        (pytest.fail if os.environ.get("LLMC_NEED_SSHD") else pytest.skip)("no adb here: apt-get install adb")
+        (pytest.fail if os.environ.get(NEEDED) else pytest.skip)("no adb here: apt-get install adb")
     programs = tmp_path / "system/bin"
     programs.mkdir(parents=True)
     server = Server(SERIAL, str(programs))
@@ -71,7 +72,7 @@ def test_artifacts_go_to_the_cache(phone: Server, target: Target, tmp_path: Path
     there = Path(device.place(artifact))
     assert there.is_relative_to(target.cache)
     assert there.read_bytes() == artifact.read_bytes()
-    with pytest.raises(UserError, match="is no .gguf file; llmc runs nothing else on Android"):
+    with pytest.raises(UserError, match=r"is no \.gguf file; llmc runs nothing else on Android"):
         device.place(tmp_path)
     device.close()
     assert clean(target) == (pytest.approx(2 << 20, rel=0.1), 0)
@@ -89,7 +90,8 @@ def test_llama_bench_answers_as_bench_child_does(phone: Server, target: Target, 
     found = setup(target, install=False, runtimes=("gguf",), llama_bench=program)
     assert found["packages"] == {"llama-bench": f"{target.cache}/bin/llama-bench"}
     child = device.start("llmc.evals.bench_child", job)
-    asked = [{"do": "ids", "ids": [1, 2]}, {"do": "run", "prompts": [128, 512], "depths": [0, 512], "generate": 8}, {"do": "end"}]
+    asked = [{"do": "ids", "ids": [1, 2]}, {"do": "run", "prompts": [128, 512], "depths": [0, 512], "generate": 8},
+             {"do": "end"}]
     out, _ = child.communicate("".join(json.dumps(line) + "\n" for line in asked))
     loaded, fed, ran, ended = (json.loads(line) for line in out.splitlines())
     assert loaded["runtime"] | {"cpu_features": []} == {
@@ -117,7 +119,7 @@ def test_facts_of_a_phone(phone: Server, target: Target) -> None:
 
 
 def test_a_phone_that_is_not_there(phone: Server) -> None:
-    with pytest.raises(UserError, match="gone: .*device 'other' not found"):
+    with pytest.raises(UserError, match=r"gone: .*device 'other' not found"):
         connected(Target("gone", "adb:other"))
 
 

@@ -1,4 +1,4 @@
-"""emulated-arm64: real aarch64 programs under qemu-user, where the emulator and the tree are there; what is said where not."""
+"""emulated-arm64: real ARM programs under qemu-user where its tree is there; what is said where not. Runtimes elsewhere."""
 
 from __future__ import annotations
 

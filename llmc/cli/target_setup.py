@@ -38,11 +38,13 @@ def setup(
 
 
 @group.command("clean")
-def clean(name: str = NAME, targets: Path | None = FILE) -> None:
+def clean(name: str = NAME, targets: Path | None = FILE, as_json: bool = JSON) -> None:
     """Remove the copies in a device's cache, those in use excepted."""
     from llmc.console import say, size
     from llmc.runtimes.targets import setup as device
     from llmc.runtimes.targets.target import find_target
 
     removed, left = device.clean(find_target(name, targets))
+    if as_json:
+        print(json.dumps({"target": name, "removed": removed, "left": left}))
     say(f"{name}: removed {size(removed)}" + (f", {size(left)} are in use" if left else ""))
