@@ -1,9 +1,9 @@
 """The process in which one artifact is benched: fresh, so that load time and peak memory are the artifact's own.
 
 It runs on the device, so it needs the artifact's runtime and numpy, and no tokenizer. Its argument is the job, a JSON object
-{artifact, context, threads (null: the physical cores), device}. After loading, and to each line of stdin, it answers with
-one JSON object a line; a line is {"do": "ids", "ids": […]} (the tokens to feed), {"do": "run", "prompts": […],
-"depths": […], "generate": n} (one repetition), or {"do": "end"}.
+{artifact, context, threads (null: the physical cores), device, kv (null: the runtime's own)}. After loading, and to each
+line of stdin, it answers with one JSON object a line; a line is {"do": "ids", "ids": […]} (the tokens to feed),
+{"do": "run", "prompts": […], "depths": […], "generate": n} (one repetition), or {"do": "end"}.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def _serve(job: dict[str, Any], answer: Any) -> None:
     artifact = Path(job["artifact"]).expanduser()
     _import(artifact)
     start = time.perf_counter()
-    runtime = open_runtime(artifact, job["context"], job["threads"] or physical_cores(), job["device"])
+    runtime = open_runtime(artifact, job["context"], job["threads"] or physical_cores(), job["device"],
+                           job["kv"])
     load = time.perf_counter() - start
     answer(load_s=load, runtime=runtime.describe(), load_average=load_average())
     ids = np.zeros(0, np.int32)

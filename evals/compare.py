@@ -14,8 +14,10 @@ import numpy as np
 from llmc.errors import UserError
 from llmc.evals import gates, metrics, tasks
 from llmc.evals.config import CompareConfig
-from llmc.evals.report import merged, read_report, speeds_of, targets_of, unpack
+from llmc.evals.report import kv_type, merged, read_report, speeds_of, targets_of, unpack
 from llmc.evals.report import without_arrays as report_without_arrays
+
+FLOATS = (None, "f32", "f16", "bf16")  # types of a KV cache that no name needs to tell
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:
@@ -38,21 +40,26 @@ def compare(config: CompareConfig) -> dict[str, Any]:
 
 
 def join(reports: list[dict[str, Any]], paths: tuple[Path, ...]) -> list[dict[str, Any]]:
-    """One report for each artifact (by sha256), in order of appearance; equal names are told apart by their path."""
-    joined: dict[str, dict[str, Any]] = {}
+    """One report for each artifact (by sha256) and type of its KV cache, in order of appearance; equal names are told apart
+    by their path. A type of the cache is a candidate of its own: compared with any other, never joined to it."""
+    joined: dict[tuple[str, str | None], dict[str, Any]] = {}
     for report, path in zip(reports, paths, strict=True):
-        digest = report["artifact"]["sha256"]
-        before = joined.setdefault(digest, {})
+        key = (report["artifact"]["sha256"], kv_type(report))
+        before = joined.setdefault(key, {})
         twice = ["a quality section"] if "quality" in report and "quality" in before else []
         twice += [f"the speed on {target}" for target in speeds_of(report) if target in speeds_of(before)]
         if twice:
             raise UserError(f"{path} is the second report with {twice[0]} of {report['artifact']['name']}",
                             "leave one of them out")
-        joined[digest] = merged(report, before) | {"speeds": {**speeds_of(before), **speeds_of(report)}}
-    found = list(joined.values())
+        joined[key] = merged(report, before) | {"speeds": {**speeds_of(before), **speeds_of(report)}}
+    found = [_named(r, f"{r['artifact']['name']} (KV {kv_type(r)})") if kv_type(r) not in FLOATS else r
+             for r in joined.values()]
     names = [r["artifact"]["name"] for r in found]
-    return [{**r, "artifact": {**r["artifact"], "name": r["artifact"]["path"]}}
-            if names.count(r["artifact"]["name"]) > 1 else r for r in found]
+    return [_named(r, r["artifact"]["path"]) if names.count(r["artifact"]["name"]) > 1 else r for r in found]
+
+
+def _named(report: dict[str, Any], name: str) -> dict[str, Any]:
+    return {**report, "artifact": {**report["artifact"], "name": name}}
 
 
 def check_comparable(reports: list[dict[str, Any]]) -> None:
@@ -63,7 +70,7 @@ def check_comparable(reports: list[dict[str, Any]]) -> None:
     for target in targets_of(reports):
         benched = [r for r in reports if target in speeds_of(r)]
         for other in benched[1:]:
-            _check_equal(benched[0], other, *(_speed_fields(r, target) for r in (benched[0], other)), "bench")
+            _check_equal(benched[0], other, _speed_fields(benched[0], target), _speed_fields(other, target), "bench")
     # a task that one report lacks is a gap in the table; one that both hold must have the same items
     first_with: dict[str, dict[str, Any]] = {}
     for report in reports:

@@ -29,6 +29,8 @@ class EvalConfig:
     """Items of each task that are evaluated, evenly spaced; 0 for all."""
     no_text: bool = False
     """Only the tasks."""
+    kv: str | None = None
+    """Type of the artifact's KV cache, f16 or q8_0; None: the runtime's own. The base keeps its own."""
     target: str | None = None
     """Name of the target on which the artifact runs; the base always runs here. None: this machine."""
     targets: Path | None = None
@@ -38,7 +40,7 @@ class EvalConfig:
         _at_least("--context", self.context, 8)
         _at_least("--chunks", self.chunks, 0)
         _at_least("--task-items", self.task_items, 0)
-        _common(self.threads, self.device)
+        _common(self.threads, self.device, self.kv)
         if isinstance(self.tasks, str):
             object.__setattr__(self, "tasks", (self.tasks,))
         if self.no_text and not self.tasks:
@@ -63,6 +65,8 @@ class BenchConfig:
     thread_sweep: bool = False
     """Try numbers of threads as well, and name the best."""
     device: str = "cpu"
+    kv: str | None = None
+    """Type of the KV cache, f16 or q8_0; None: the runtime's own."""
     target: tuple[str, ...] = ()
     """Names of targets; none given: this machine."""
     targets: Path | None = None
@@ -86,7 +90,7 @@ class BenchConfig:
         _at_least("--repetitions", self.repetitions, 5)
         _at_least("--max-repetitions", self.max_repetitions, self.repetitions)
         _at_least("--warmup", self.warmup, 0)
-        _common(self.threads, self.device)
+        _common(self.threads, self.device, self.kv)
         if not self.artifacts:
             raise UserError("no artifact to bench", "name a model folder or a .gguf file")
         if self.outputs and len(self.outputs) != len(self.artifacts):
@@ -114,7 +118,8 @@ def _lengths(option: str, given: object) -> tuple[int, ...]:
     try:
         return tuple(dict.fromkeys(int(str(p)) for p in parts))
     except ValueError as e:
-        raise UserError(f"{option} {given!r} is no list of token counts", f"write it like {option} 128,512") from e
+        raise UserError(f"{option} {','.join(map(str, parts))} is no list of token counts",
+                        f"write it like {option} 128,512") from e
 
 
 def _at_least(option: str, value: int, low: int) -> None:
@@ -122,8 +127,10 @@ def _at_least(option: str, value: int, low: int) -> None:
         raise UserError(f"{option} {value} is out of range: at least {low}", f"try {option} {low}")
 
 
-def _common(threads: int | None, device: str) -> None:
+def _common(threads: int | None, device: str, kv: str | None) -> None:
     if threads is not None:
         _at_least("--threads", threads, 1)
     if device not in ("cpu", "gpu"):
         raise UserError(f"--device {device!r} is not known", "choose cpu or gpu")
+    if kv not in (None, "f16", "q8_0"):
+        raise UserError(f"--kv {kv!r} is not known", "choose f16 or q8_0")

@@ -16,7 +16,7 @@ import numpy as np
 from llmc.artifact import read_manifest
 from llmc.console import progress, say, warn
 from llmc.errors import UserError
-from llmc.evals import metrics, report, task_items, tasks
+from llmc.evals import kv, metrics, report, task_items, tasks
 from llmc.evals.config import EvalConfig
 from llmc.evals.protocol import Chunks, FolderTokenizer, RuntimeTokenizer, Tokenizer, cut
 from llmc.evals.texts import load_text
@@ -43,9 +43,11 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     asked = task_items.load(config.tasks, config.task_items)
     overlaps = {name: _overlap(artifact, name, text) for name, text in [*texts, *((t.name, t.text) for t in asked)]}
     described = report.describe_artifact(artifact)
-    report.check_output(config.output, described["sha256"])
+    kv_type = config.kv or kv.default(artifact)
+    report.check_output(config.output, described["sha256"], kv_type)
     base_digest = None if base is None else report.hash_artifact(base)
-    is_base = base_digest == described["sha256"] and config.target is None  # the same file elsewhere is measured
+    # the same file elsewhere, or with another cache, is measured
+    is_base = base_digest == described["sha256"] and kv_type == kv.default(artifact) and config.target is None
     if config.second_text is None and texts:
         say("hint: --second-text FILE, unlike the first, shows whether the calibration text was learned by heart")
     if base is None and texts:
@@ -71,6 +73,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
                          "calibration_overlap": overlaps[task.name]} for task in asked]
             quality: dict[str, Any] = {
                 "texts": results, "runtime": runtime.describe(), "tokenizer_agrees": agrees,
+                "kv": kv.section(described["kv"], runtime.kv_type),
                 "base": None if base is None else {
                     "name": base.name, "sha256": base_digest, "is_artifact": is_base,
                     "runtime": (base_runtime or runtime).describe()},
@@ -90,14 +93,14 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
 def _open(artifact: Path, context: int, threads: int, config: EvalConfig) -> Runtime:
     """The artifact in its runtime, here or on the target, which has cores of its own."""
     if config.target is None:
-        return open_runtime(artifact, context, threads, config.device)
+        return open_runtime(artifact, context, threads, config.device, config.kv)
     from llmc.runtimes.remote import RemoteRuntime
     from llmc.runtimes.targets.device import connect
     from llmc.runtimes.targets.target import find_target
 
     target = find_target(config.target, config.targets)
     kind = "gpu" if target.address == "local-gpu" else config.device
-    return RemoteRuntime(connect(target), artifact, context, config.threads, kind)
+    return RemoteRuntime(connect(target), artifact, context, config.threads, kind, config.kv)
 
 
 def _overlap(artifact: Path, name: str, text: str) -> float:

@@ -19,6 +19,7 @@ import numpy as np
 
 from llmc.artifact import read_manifest, sha256, versions, write_json
 from llmc.errors import UserError
+from llmc.evals import kv
 from llmc.evals.weigh import weigh, weight_files
 from llmc.onnx_folder import is_onnx_folder, open_onnx
 
@@ -44,7 +45,7 @@ def describe_artifact(artifact: Path) -> dict[str, Any]:
     layers: list[dict[str, Any]] = next((p["layers"] for p in reversed(passes) if p.get("layers")), [])
     return {
         "name": artifact.name, "path": str(artifact), "sha256": hash_artifact(artifact),
-        "kind": manifest.get("kind") or unnamed, "size": weigh(artifact),
+        "kind": manifest.get("kind") or unnamed, "size": weigh(artifact), "kv": kv.describe(artifact),
         "source": manifest.get("source"), "created": manifest.get("created"),
         "passes": [{k: v for k, v in p.items() if k != "layers"} for p in passes],
         "layers": [{"layer": x.get("layer"), "error": x.get("error"), "events": x.get("events") or []} for x in layers],
@@ -89,10 +90,20 @@ def read_report(path: Path) -> dict[str, Any]:
     return report
 
 
-def check_output(path: Path | None, digest: str) -> None:
-    """Before any work: an existing file at `path` must be a report of the same artifact."""
+def kv_type(report: dict[str, Any]) -> str | None:
+    """The type of the KV cache that a report's figures are of; all its sections have the same."""
+    sections = [report["quality"]] if "quality" in report else []
+    return next((s["kv"]["type"] for s in [*sections, *speeds_of(report).values()] if "kv" in s), None)
+
+
+def check_output(path: Path | None, digest: str, kv: str | None = None) -> None:
+    """Before any work: an existing file at `path` must be a report of the same artifact, with that KV cache (None: any)."""
     if path is not None and path.exists():
-        other = read_report(path)["artifact"]
+        before = read_report(path)
+        other = before["artifact"]
+        if kv is not None and kv_type(before) not in (None, kv):
+            raise UserError(f"{path} is the report of {other['name']} with a KV cache in {kv_type(before)}, not {kv}",
+                            "choose another file with -o: llmc compare holds the two side by side")
         if other["sha256"] != digest:
             theirs = f"{other['name']} (sha256 {other['sha256'][:12]}…, not {digest[:12]}…)"
             raise UserError(f"{path} is the report of another artifact, {theirs}",
@@ -126,7 +137,7 @@ def merged(before: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
 
 def save(path: Path, report: dict[str, Any]) -> None:
     """Write `report`, merged with the one that the file holds."""
-    check_output(path, report["artifact"]["sha256"])
+    check_output(path, report["artifact"]["sha256"], kv_type(report))
     write_json(path, merged(read_report(path) if path.exists() else {}, report))
 
 

@@ -35,12 +35,13 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 def quality_lines(report: dict[str, Any]) -> str:
     """What `llmc eval` prints."""
     from llmc.console import size
+    from llmc.evals.kv import words as kv_words
 
     artifact, quality = report["artifact"], report["quality"]
     weight = artifact["size"]
     lines = [f"{artifact['name']}  {size(weight['file_bytes'])}, {weight['bits_per_weight']:.2f} bits per weight "
              f"({weight['decoder_bits_per_weight']:.2f} in attention and MLP), run by {_ran_by(quality['runtime'])}",
-             f"  {matrices(weight)}"]
+             f"  {matrices(weight)}", f"  KV cache in {kv_words(quality['kv'])}"]
     for t in quality["texts"]:
         p = t["protocol"]
         lines.append(f"\n{p['text']}: {p['chunks']} chunks of {p['context']} tokens, {p['scored_tokens']} scored")
@@ -114,6 +115,7 @@ def _speed(s: dict[str, Any]) -> list[str]:
     """One section, line by line."""
     from llmc.console import size
     from llmc.evals.bench.ran import words
+    from llmc.evals.kv import words as kv_words
 
     lines = [
         f"  load                 {s['load_s']:.2f} s  (file in the page cache)",
@@ -126,6 +128,7 @@ def _speed(s: dict[str, Any]) -> list[str]:
               for p in s["decode_curve"]]
     lines += [
         f"  peak memory          {size(s['peak_rss'])}",
+        f"  KV cache             {kv_words(s['kv'])}",
         f"  read per token       {size(s['token_bytes'])} of weights: {s['read_bandwidth'] / 1e9:.1f} GB/s, "
         f"{s['read_bandwidth'] / reads:.0%} of what this machine reads ({reads / 1e9:.1f} GB/s)",
         f"  ran on               {words(s['ran'])}", *_more(s),

@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 def inspect(artifact: str | Path, tensors: bool = False) -> dict[str, Any]:
     """Contents of a model folder (float, quantised or ONNX), a .gguf file, or an importance matrix (see `_imatrix`).
 
-    Returns {'artifact', 'format', 'architecture', 'model', 'grid', 'weights' (llmc.evals.weigh), 'tokenizer',
-    'licence', 'provenance' (the manifest without its file hashes, None where llmc did not make it)} and with `tensors`
-    'tensors', one object each. Keys that the artifact does not tell are None.
+    Returns {'artifact', 'format', 'architecture', 'model', 'grid', 'weights' (llmc.evals.weigh), 'kv' (of its cache,
+    llmc.evals.kv), 'tokenizer', 'licence', 'provenance' (the manifest without its file hashes, None where llmc did not make
+    it)} and with `tensors` 'tensors', one object each. Keys that the artifact does not tell are None.
     """
+    from llmc.evals import kv
     from llmc.evals.weigh import tensors as list_tensors
     from llmc.evals.weigh import weigh
 
@@ -44,7 +45,7 @@ def inspect(artifact: str | Path, tensors: bool = False) -> dict[str, Any]:
     if manifest:
         found["licence"] = manifest.get("source", {}).get("licence") or found["licence"]
         manifest = {k: v for k, v in manifest.items() if k != "outputs"}
-    report = {"artifact": str(artifact), **found, "weights": weigh(path), "provenance": manifest}
+    report = {"artifact": str(artifact), **found, "weights": weigh(path), "kv": kv.describe(path), "provenance": manifest}
     if tensors:
         report["tensors"] = [asdict(t) for t in list_tensors(path)]
     return report
@@ -222,6 +223,8 @@ def describe(report: dict[str, Any]) -> str:
     """The report as a page of plain text."""
     if "matrices" in report:
         return "\n".join(_describe_imatrix(report))
+    from llmc.evals.kv import words
+
     w, m, t = report["weights"], report["model"], report["tokenizer"]
     shape = ", ".join(f"{v} {k.replace('_', ' ')}" for k, v in m.items() if v is not None)
     lines = [
@@ -237,6 +240,10 @@ def describe(report: dict[str, Any]) -> str:
         if c["parameters"]:
             share = 100 * c["bytes"] / w["tensor_bytes"]
             lines.append(f"  {name:<11} {size(c['bytes']):>9}  {share:4.1f} %  {', '.join(c['types'])}")
+    if kv := report["kv"]:
+        heads = f"{kv['layers']} layers, {kv['kv_heads']} heads of {kv['head_dim']}"
+        told = {"type": "f16", "bytes_per_token": kv["bytes_per_token_f16"], "bytes_at": kv["bytes_at"]}
+        lines.append(f"KV cache      {words(told)} tokens ({heads})")
     if "operators" in report:
         lines += [f"computed by   {_blocks(b)}" for b in report["matmul_nbits"]]
         lines.append("operators     " + ", ".join(f"{n} {op}" for op, n in report["operators"].items()))

@@ -119,7 +119,7 @@ class LlamaCpp:
     """A runtime (see runtimes/base.py) over one llama.cpp context of `context` tokens.
 
     flash_attention: None leaves the choice to llama.cpp
-    kv_type: 'f16' (llama.cpp's default) or 'f32'; parity checks against torch use False and 'f32'
+    kv_type: 'f16' (llama.cpp's default), 'q8_0' or 'f32'; parity checks against torch use False and 'f32'
     extra_buffers: let llama.cpp repack weights for this CPU; None: unless that crashes (see amx.py), which is then said
     """
 
@@ -135,7 +135,8 @@ class LlamaCpp:
         self._lib = lib = _library()
         self.path, self.threads, self.device, self.kv_type = path, threads, device, kv_type
         self._model = self._ctx = None
-        self.offloaded = 0
+        self.offloaded = self.layers = 0
+        self.buffers: dict[str, float] = {}
         self.extra_buffers = use_extra_buffers() if extra_buffers is None else extra_buffers
         _log.clear()
         self._load_model(device)
@@ -147,7 +148,7 @@ class LlamaCpp:
         params.n_ctx = self.context
         params.n_batch = params.n_ubatch = self._batch
         params.n_threads = params.n_threads_batch = threads
-        params.type_k = params.type_v = {"f16": lib.GGML_TYPE_F16, "f32": lib.GGML_TYPE_F32}[kv_type]
+        params.type_k = params.type_v = getattr(lib, f"GGML_TYPE_{kv_type.upper()}")
         if flash_attention is not None:
             params.flash_attn_type = int(flash_attention)  # LLAMA_FLASH_ATTN_TYPE_DISABLED = 0, _ENABLED = 1
         if device == "cpu":
@@ -155,8 +156,9 @@ class LlamaCpp:
         self._ctx = lib.llama_init_from_model(self._model, params)
         if not self._ctx:
             self.close()
-            raise UserError(f"llama.cpp cannot make a context of {self.context} tokens for {path}: {_errors()}",
-                            "choose a smaller context")
+            kv = f" and a KV cache in {kv_type}" if kv_type == "q8_0" else ""
+            raise UserError(f"llama.cpp cannot make a context of {self.context} tokens{kv} for {path}: {_errors()}",
+                            "leave out --kv" if kv else "choose a smaller context")
         self._used = 0
         _log.clear()
 
@@ -177,7 +179,7 @@ class LlamaCpp:
         if not self._model:
             raise UserError(f"llama.cpp cannot load {self.path}: {_errors()}", "export or download it again")
         self.layers = int(lib.llama_model_n_layer(self._model)) + 1  # the head counts as one
-        self.buffers = {m[1]: float(m[2]) for _, t in _log if (m := BUFFERS.search(t))}
+        self.buffers |= {m[1]: float(m[2]) for _, t in _log if (m := BUFFERS.search(t))}
         self.offloaded = max((int(m[1]) for _, t in _log if (m := OFFLOADED.search(t))), default=0)
         if device == "gpu" and self.offloaded == 0:
             self.close()

@@ -17,6 +17,9 @@ from llmc.runtimes.onnx_kv import KvCache, read_signature
 from llmc.runtimes.onnx_session import CPU, OPTIONS, first_line
 
 BATCH = 512  # tokens run at once
+# operators in which a decoder's time goes
+PRODUCTS = ("MatMul", "MatMulNBits", "MatMulInteger", "Gemm", "GroupQueryAttention", "MultiHeadAttention", "Attention")
+NAMES = {"float32": "f32", "float16": "f16"}
 LOGITS_BYTES = 128 << 20  # most memory for the logits of one run: a graph gives those of every token
 
 
@@ -68,7 +71,16 @@ class OnnxModel:
         if self.provider not in self._nodes:
             raise UserError(f"--device gpu: no node of {self._source.model} ran on {self.provider}, all on "
                             f"{', '.join(self._nodes)}", "use --device cpu, or export the model for that device")
+        heavy, left = (sum(n for op, n in operators.items() if op in PRODUCTS)
+                       for operators in (self._source.operators(), self._nodes.get(CPU, {})))
+        if self.provider != CPU and 2 * left > heavy:
+            raise UserError(f"--device gpu: {left} of the {heavy} matrix products of {self._source.model} ran on {CPU}, not "
+                            f"on {self.provider}", "use --device cpu, or export the model for that device")
         return self._nodes
+
+    @property
+    def kv_type(self) -> str:
+        return " and ".join(sorted({NAMES.get(s.dtype, s.dtype) for s in self.signature.slots}))
 
     def logits(self, ids: np.ndarray, start: int = 0) -> np.ndarray:
         self._used = 0
@@ -168,7 +180,7 @@ class OnnxModel:
         return {"runtime": self.name, "version": self._ort.__version__, "device": self.device, "threads": self.threads,
                 "accuracy_levels": self._accuracy_levels(),
                 "session": {**OPTIONS, "intra_op_num_threads": self.threads, QDQ_LEVEL: str(self._source.qdq_level)},
-                "nodes": self.nodes,
+                "nodes": self.nodes, "kv_type": self.kv_type,
                 "kv": {"shared": self._cache.shared, "bytes": self._cache.nbytes,
                        "types": sorted({s.dtype for s in self.signature.slots})},
                 "build": self._ort.get_build_info(), "cpu_features": cpu_features()}

@@ -22,23 +22,25 @@ class RemoteRuntime:
     A chunk of 512 tokens comes back as (vocabulary x 1 kB): 50 MB at 49152 tokens, where the second half is asked for.
     """
 
-    def __init__(self, device: Device, artifact: Path, context: int, threads: int | None, kind: str = "cpu") -> None:
+    def __init__(self, device: Device, artifact: Path, context: int, threads: int | None, kind: str = "cpu",
+                 kv: str | None = None) -> None:
         self._device, self._artifact = device, artifact
         try:
-            self._open(context, threads, kind)
+            self._open(context, threads, kind, kv)
         except BaseException:
             device.close()
             raise
 
-    def _open(self, context: int, threads: int | None, kind: str) -> None:
+    def _open(self, context: int, threads: int | None, kind: str, kv: str | None) -> None:
         device, artifact = self._device, self._artifact
         self._process = device.start(CHILD, {"artifact": device.place(artifact), "context": context, "threads": threads,
-                                             "device": kind})
+                                             "device": kind, "kv": kv})
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._in, self._out = self._process.stdin.buffer, self._process.stdout.buffer  # type: ignore[attr-defined]
         told = self._answer()[0]
         self.name: str = told["name"]
+        self.kv_type: str = told["kv_type"]
         self.vocab_size: int = told["vocab_size"]
         self.context: int = told["context"]
         self._described = {**told["runtime"], "target": {
@@ -96,10 +98,9 @@ class RemoteRuntime:
             raise UserError(f"{self._device.target.name}: {told['problem']}", told["hint"])
         if not told or "shape" not in told:
             return (told, None) if told else self._dead()
-        array = np.empty(told["shape"], "<f4")
-        if self._out.readinto(memoryview(array).cast("B")) != array.nbytes:
-            self._dead()
-        return told, array
+        data = self._out.read(4 * int(np.prod(told["shape"])))
+        array = np.frombuffer(data[: len(data) // 4 * 4], "<f4")
+        return (told, array.reshape(told["shape"])) if array.size == np.prod(told["shape"]) else self._dead()
 
     def _dead(self) -> Any:
         code = self._process.wait()

@@ -39,6 +39,10 @@ class TorchModel:
         self._used = 0
         self._tokenizer: Any = None
 
+    @property
+    def kv_type(self) -> str:
+        return {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}[self.dtype]
+
     @torch.inference_mode()
     def logits(self, ids: np.ndarray, start: int = 0) -> np.ndarray:
         self._fit(len(ids))
@@ -102,6 +106,7 @@ class TorchModel:
 
         return {"runtime": self.name, "version": version("torch"), "transformers": version("transformers"),
                 "device": str(self.device), "threads": self.threads, "dtype": str(self.dtype).removeprefix("torch."),
+                "kv_type": self.kv_type,
                 "build": {"cpu_capability": torch.backends.cpu.get_cpu_capability()}, "cpu_features": cpu_features()}
 
     def close(self) -> None:

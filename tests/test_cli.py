@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import json
 import os
@@ -17,8 +18,10 @@ import pytest
 import safetensors
 import typer
 
+import llmc.cli
 import llmc.verification
 from llmc.cli import app, run
+from llmc.cli.group import TABLE
 from llmc.console import set_quiet
 from llmc.errors import GateFailedError, UserError
 
@@ -55,6 +58,22 @@ print(json.dumps({{"heavy": [m for m in heavy if m in sys.modules], "pages": pag
         assert page.startswith(f"Usage: llmc {name}".rstrip()), page[:60]
 
 
+@pytest.mark.parametrize(("args", "imported"), [
+    (["--help"], []), (["verify", "--help"], ["verify"]), (["run", "-h"], ["run_recipe"])])
+def test_only_the_named_command_is_imported(args: list[str], imported: list[str]) -> None:
+    code = f"import llmc.cli, sys; llmc.cli.run({args}); print(sorted(m for m in sys.modules if m.startswith('llmc.cli.')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ast.literal_eval(done.stdout.splitlines()[-1]) == sorted(["llmc.cli.group", *(f"llmc.cli.{m}" for m in imported)])
+
+
+def test_every_module_of_a_command_is_listed() -> None:
+    files = {p.stem for p in Path(llmc.cli.__file__).parent.glob("*.py")} - {"__init__", "group"}
+    assert {module for module, _ in TABLE.values()} == files
+    for _, line in TABLE.values():
+        assert line.endswith(".")
+        assert len(line) <= 60
+
+
 def test_all_commands_are_there() -> None:
     expected = {"quantize", "distill", "heal", "imatrix", "export", "eval", "bench", "compare", "generate", "inspect",
                 "prune", "recipe", "run", "sweep", "target", "verify", "doctor"}
@@ -67,7 +86,7 @@ def test_both_spellings(spelling: list[str]) -> None:
     assert done.stdout == f"llmc {llmc.__version__}\n"
 
 
-@pytest.mark.parametrize("args", ["nonsense", "verify", "verify --nonsense x", "bench --prompt many x", "--nonsense"])
+@pytest.mark.parametrize("args", ["nonsense", "verify", "verify --nonsense x", "bench --generate many x", "--nonsense"])
 def test_usage_errors(args: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(args.split()) == 2
     out = capsys.readouterr()

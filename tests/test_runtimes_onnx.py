@@ -28,7 +28,7 @@ from llmc.export.onnx.lint import as_notes, lint
 from llmc.onnx_folder import QDQ_LEVEL, is_onnx_folder, open_onnx
 from llmc.runtimes import onnx_model, onnx_session
 from llmc.runtimes.base import open_runtime
-from llmc.runtimes.onnx_model import OnnxModel
+from llmc.runtimes.onnx_model import PRODUCTS, OnnxModel
 from llmc.runtimes.torch_model import TorchModel
 from llmc.verification import verify
 
@@ -257,6 +257,19 @@ def test_a_gpu_that_did_no_work_is_an_error(pair: SimpleNamespace, monkeypatch: 
     monkeypatch.setattr(onnx_session, "GPUS", {"AzureExecutionProvider": "cpu"})
     with pytest.raises(UserError, match=r"no node of .* ran on AzureExecutionProvider, all on CPUExecutionProvider"):
         OnnxModel(pair.fp32, 64, 1, device="gpu").prefill(IDS)
+    # one that took the small change and left the matrix products
+    products = open_onnx(pair.fp32).operators()
+    left = {op: n for op, n in products.items() if op in PRODUCTS}
+    for nodes, ours in (({"Cast": 3}, sum(left.values())), (left, 0)):
+        cpu = left if ours else {"Gather": 1}
+        monkeypatch.setattr(onnx_session, "ran", lambda profile, n=nodes, c=cpu: {"AzureExecutionProvider": n,
+                                                                                   "CPUExecutionProvider": c})
+        model = OnnxModel(pair.fp32, 64, 1, device="gpu")
+        if ours:
+            with pytest.raises(UserError, match=rf"{ours} of the {ours} matrix products of .* ran on CPUExecutionProvider"):
+                model.prefill(IDS)
+        else:
+            assert model.nodes["AzureExecutionProvider"] == left
 
 
 def test_inspect(pair: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:

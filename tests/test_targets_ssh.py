@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from sshd import Server
 
+import llmc
 from llmc.errors import UserError
 from llmc.runtimes.targets import shell, transfer
 from llmc.runtimes.targets.ssh import Connection, SshDevice
@@ -238,7 +239,8 @@ def test_the_agent_runs_there(ssh: Server, tmp_path: Path, made: SimpleNamespace
     try:
         there = device.place(made.gguf)
         assert Path(there).is_relative_to(tmp_path / "cache" / "artifacts")
-        child = device.start("llmc.evals.bench_child", {"artifact": there, "context": 32, "threads": 1, "device": "cpu"})
+        job = {"artifact": there, "context": 32, "threads": 1, "device": "cpu", "kv": None}
+        child = device.start("llmc.evals.bench_child", job)
         asked = [{"do": "ids", "ids": list(range(3, 19))}, {"do": "run", "prompts": [16], "depths": [16], "generate": 4},
                  {"do": "end"}]
         out, _ = child.communicate("".join(json.dumps(line) + "\n" for line in asked))
@@ -252,6 +254,23 @@ def test_the_agent_runs_there(ssh: Server, tmp_path: Path, made: SimpleNamespace
     agents = list((tmp_path / "cache" / "artifacts").glob("*/*.zip"))
     assert [hashlib.sha256(p.read_bytes()).hexdigest()[:16] for p in agents] == [p.stem for p in agents]
     assert len(agents) == 1
+
+
+def test_bench_and_eval_there(ssh: Server, tmp_path: Path, made: SimpleNamespace) -> None:
+    """The whole way: targets.toml, a report of the device's speed, and its logits against this machine's."""
+    targets = tmp_path / "targets.toml"
+    targets.write_text(f'[targets.pi]\naddress = "ssh://device"\npython = "{sys.executable}"\ncache = "{tmp_path}/cache"\n')
+    report = llmc.bench(made.gguf, target="pi", targets=targets, prompt=16, generate=4, warmup=0, threads=1)[0]
+    section = report["speeds"]["pi"]
+    assert section["target"]["address"] == "ssh://device"
+    assert section["decode"]["median"] > 0
+    assert section["runtime"]["runtime"] == "llama.cpp"
+    report = llmc.evaluate(made.gguf, base=made.gguf, target="pi", targets=targets, chunks=1, context=32, threads=1)
+    quality = report["quality"]
+    assert quality["runtime"]["target"]["name"] == "pi"
+    assert quality["texts"][0]["top1"]["value"] == 1
+    with pytest.raises(UserError, match=r"is a model folder for torch; pi runs \.gguf files and ONNX folders"):
+        llmc.evaluate(made.base, target="pi", targets=targets)
 
 
 def test_what_the_device_lacks_is_named(ssh: Server, tmp_path: Path, made: SimpleNamespace) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from llmc.console import progress, say, warn
 from llmc.errors import UserError
-from llmc.evals import report
+from llmc.evals import kv, report
 from llmc.evals.bench import summary
 from llmc.evals.bench.child import Child
 from llmc.evals.bench.prompt import prompt_ids
@@ -38,7 +38,7 @@ def bench(config: BenchConfig) -> list[dict[str, Any]]:
     artifacts = [locate(a) for a in config.artifacts]
     described = [report.describe_artifact(a) for a in artifacts]  # also draws the files into the page cache
     for i, path in enumerate(config.outputs):
-        report.check_output(path, described[i]["sha256"])
+        report.check_output(path, described[i]["sha256"], config.kv or kv.default(artifacts[i]))
     ids = [prompt_ids(a, max(config.prompt + config.depth)) for a in artifacts]
     reports: list[dict[str, Any]] = [{"artifact": d} for d in described]
     failed: dict[str, UserError] = {}
@@ -68,7 +68,7 @@ def bench(config: BenchConfig) -> list[dict[str, Any]]:
 def measure(device: Device, artifacts: list[Path], described: list[dict[str, Any]], ids: list[list[int]],
             config: BenchConfig) -> list[dict[str, Any]]:
     """The speed sections of all artifacts on one device, measured in turns."""
-    job = {"context": max(config.prompt + config.depth) + config.generate, "threads": config.threads,
+    job = {"context": max(config.prompt + config.depth) + config.generate, "threads": config.threads, "kv": config.kv,
            "device": "gpu" if device.target.address == "local-gpu" else config.device}
     say(f"measuring the memory bandwidth of {device.target.name}")
     facts = probed(device)
@@ -127,7 +127,7 @@ def _section(target: Target, facts: dict[str, Any], loaded: dict[str, Any], end:
         "prefill": first["prefill"], "first_token": first["first_token"], "decode": deep["decode"], **measured,
         "throttled": throttled, "unstable": [*throttled, *summary.unstable(measured)],
         "conditions": summary.conditions(runs), "energy": summary.energy(runs, config.generate),
-        "runtime": runtime, "ran": ran(runtime), "token_bytes": read,
+        "runtime": runtime, "ran": ran(runtime), "kv": kv.section(described["kv"], runtime["kv_type"]), "token_bytes": read,
         "read_bandwidth": read * deep["decode"]["median"],
         "load_average": {"before": loaded["load_average"], "after": end["load_average"]},
     }

@@ -14,28 +14,7 @@ from types import TracebackType
 
 import typer
 
-from llmc.cli import (
-    bench,
-    compare,
-    distill,
-    doctor,
-    eval,
-    export,
-    generate,
-    heal,
-    imatrix,
-    inspect,
-    prune,
-    quantize,
-    recipe,
-    run_recipe,
-    sweep,
-    target,
-    target_setup,
-    transform,
-    verify,
-)
-from llmc.cli.group import Commands
+from llmc.cli.group import Llmc
 from llmc.console import set_quiet
 from llmc.errors import UserError
 
@@ -43,7 +22,7 @@ BUG = 70  # EX_SOFTWARE of sysexits.h; Python's own 1 would read as a failed gat
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 app = typer.Typer(
-    name="llmc", cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    name="llmc", cls=Llmc, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -81,13 +60,6 @@ def _options(
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         if not sys.warnoptions:
             warnings.simplefilter("ignore")
-
-
-for command in (prune, quantize, transform, distill, heal, imatrix, export, eval, bench, compare, generate, inspect, verify,
-                doctor):
-    command.register(app)
-for command in (target, target_setup, run_recipe, sweep, recipe):
-    command.register(app)
 
 
 def _explain(error: BaseException) -> UserError | None:

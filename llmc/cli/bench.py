@@ -32,6 +32,8 @@ def bench(
     thread_sweep: bool = typer.Option(BenchConfig.thread_sweep, "--thread-sweep",
                                       help="Try other numbers of threads as well, and name the best."),
     device: str = typer.Option(BenchConfig.device, help="cpu or gpu."),
+    kv: str | None = typer.Option(BenchConfig.kv, show_default=False,
+                                  help="Type of the KV cache, f16 or q8_0. Default: the runtime's own (llama.cpp: f16)."),
     targets: Path | None = typer.Option(BenchConfig.targets, metavar="FILE", show_default=False,
                                         help="Default: ./targets.toml, or the one in ~/.config/llmc."),
     output: list[Path] = typer.Option([], "--out", "-o", show_default=False,
@@ -42,7 +44,7 @@ def bench(
     from llmc.evals.bench.run import TargetsError, bench
 
     config = BenchConfig(tuple(artifacts), (prompt,), () if depth is None else (depth,), generate, repetitions,  # type: ignore[arg-type]
-                         max_repetitions, warmup, threads, thread_sweep, device, tuple(target), targets, tuple(output))
+                         max_repetitions, warmup, threads, thread_sweep, device, kv, tuple(target), targets, tuple(output))
     try:
         _show(bench(config), as_json)
     except TargetsError as e:

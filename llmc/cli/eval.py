@@ -31,6 +31,9 @@ def evaluate(
     no_text: bool = typer.Option(EvalConfig.no_text, "--no-text", help="Only the tasks, no text."),
     threads: int | None = typer.Option(EvalConfig.threads, help="Default: the physical cores.", show_default=False),
     device: str = typer.Option(EvalConfig.device, help="cpu or gpu."),
+    kv: str | None = typer.Option(EvalConfig.kv, show_default=False,
+                                  help="Type of the artifact's KV cache, f16 or q8_0. Default: the runtime's own. With the "
+                                       "artifact as its own --base: what the cache's type costs."),
     target: str | None = typer.Option(EvalConfig.target, show_default=False,
                                       help="Run the artifact on this device (see llmc target), the base here."),
     targets: Path | None = typer.Option(EvalConfig.targets, metavar="FILE", show_default=False,
@@ -50,5 +53,5 @@ def evaluate(
     from llmc.evals.show import quality_lines
 
     made = evaluate(EvalConfig(artifact, base, text, second_text, context, chunks, threads, device, output,
-                               tuple(tasks), task_items, no_text, target, targets))
+                               tuple(tasks), task_items, no_text, kv, target, targets))
     print(json.dumps(report.without_arrays(made), indent=2, ensure_ascii=False) if as_json else quality_lines(made))

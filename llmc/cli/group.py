@@ -1,15 +1,40 @@
-"""A group of commands."""
+"""Groups of commands."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
+import typer
 import typer.core
+
+# Every command of `llmc`: the module of llmc.cli that has it, and its line in `llmc --help`. A command's module is imported
+# when the command is named, so that no command pays for the others.
+TABLE: dict[str, tuple[str, str]] = {
+    "prune": ("prune", "Make a float model sparser, shallower or narrower."),
+    "quantize": ("quantize", "Quantise a model's linears."),
+    "transform": ("transform", "Make a float model lose less when it is quantised."),
+    "distill": ("distill", "Train a smaller model to say what a larger one says."),
+    "heal": ("heal", "Train the scales of a quantised model."),
+    "imatrix": ("imatrix", "Write an importance matrix for llama-quantize."),
+    "export": ("export", "Write a model as a GGUF file or an ONNX folder."),
+    "eval": ("eval", "Measure what an artifact lost."),
+    "bench": ("bench", "Measure an artifact's speed and memory."),
+    "compare": ("compare", "Hold reports side by side, with gates."),
+    "generate": ("generate", "Look at what an artifact says."),
+    "inspect": ("inspect", "Show what is inside an artifact."),
+    "verify": ("verify", "Check an artifact against its manifest."),
+    "doctor": ("doctor", "Show what is here and what is missing."),
+    "target": ("target", "Name the devices that artifacts are measured on."),
+    "run": ("run_recipe", "Run a recipe: a chain of llmc's commands."),
+    "sweep": ("sweep", "Run a recipe in many variants."),
+    "recipe": ("recipe", "See, copy and check recipes."),
+}
 
 
 class Commands(typer.core.TyperGroup):
-    """The group of commands. Its flags that typer leaves at None are False here: to find out that None is no bool,
-    typer imports pydantic, which would be half the time of every --help."""
+    """A group of commands. Its flags that typer leaves at None are False here: to find out that None is no bool, typer
+    imports pydantic, which would be half the time of every --help."""
 
     def get_params(self, ctx: Any) -> Any:
         params = super().get_params(ctx)
@@ -17,3 +42,41 @@ class Commands(typer.core.TyperGroup):
             if param.name in ("help", "install_completion", "show_completion"):
                 param.default = False
         return params
+
+
+class Llmc(Commands):
+    """The commands of TABLE."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.commands = _Lazy()
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in TABLE.items()])
+
+
+class _Lazy(dict[str, Any]):
+    """{name: command}, each imported when it is looked at."""
+
+    def __init__(self) -> None:
+        super().__init__(dict.fromkeys(TABLE))
+
+    def __getitem__(self, name: str) -> Any:
+        if (found := super().__getitem__(name)) is None:
+            own = typer.Typer(cls=Commands, rich_markup_mode=None)
+            import_module(f"llmc.cli.{TABLE[name][0]}").register(own)
+            found = self[name] = typer.main.get_group(own).commands[name]
+        return found
+
+    def get(self, name: str, default: Any = None) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            return default
+
+    def items(self) -> Any:
+        return {name: self[name] for name in self}.items()
+
+    def values(self) -> Any:
+        return [self[name] for name in self]

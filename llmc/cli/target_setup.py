@@ -7,14 +7,14 @@ from pathlib import Path
 
 import typer
 
-from llmc.cli.target import FILE, JSON, NAME, group
+from llmc.cli.target import FILE, JSON, NAME
 
 
-def register(app: typer.Typer) -> None:
-    """The commands are of `llmc target`, which is registered by itself."""
+def register(group: typer.Typer) -> None:
+    group.command()(setup)
+    group.command()(clean)
 
 
-@group.command("setup")
 def setup(
     name: str = NAME,
     install: bool = typer.Option(False, "--install", help="Install what is lacking; the device uses its own network."),
@@ -37,7 +37,6 @@ def setup(
         print(f"  {package:<18} {version or 'not there'}")
 
 
-@group.command("clean")
 def clean(name: str = NAME, targets: Path | None = FILE, as_json: bool = JSON) -> None:
     """Remove the copies in a device's cache, those in use excepted."""
     from llmc.console import say, size

@@ -1,8 +1,8 @@
 """A runtime for another machine (runtimes/remote.py): `python -m llmc.runtimes.targets.logits_child JOB`.
 
-JOB is {artifact, context, threads (null: the physical cores), device}. First it tells what it opened. Then each line of
-stdin is {"do": NAME, …} and is answered by one line of JSON; where that has "shape", float32 numbers of that shape follow it,
-little-endian.
+JOB is {artifact, context, threads (null: the physical cores), device, kv (null: the runtime's own)}. First it tells what it
+opened. Then each line of stdin is {"do": NAME, …} and is answered by one line of JSON; where that has "shape", float32
+numbers of that shape follow it, little-endian.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ def main() -> None:
     with os.fdopen(os.dup(1), "wb") as answers:
         os.dup2(2, 1)  # whatever a library prints must not get between the answers
         try:
-            runtime = open_runtime(Path(job["artifact"]), job["context"], job["threads"] or physical_cores(), job["device"])
+            runtime = open_runtime(Path(job["artifact"]), job["context"], job["threads"] or physical_cores(), job["device"],
+                                   job["kv"])
             _say(answers, {"vocab_size": runtime.vocab_size, "context": runtime.context, "name": runtime.name,
+                           "kv_type": runtime.kv_type,
                            "runtime": runtime.describe(), "machine": describe()})
             for line in sys.stdin.buffer:
                 _say(answers, *_do(runtime, json.loads(line)))

@@ -1,0 +1,122 @@
+"""Does `llmc bench` measure what llama.cpp's own llama-bench measures, and onnxruntime-genai's own benchmark?
+
+The two take turns on the same file with the same number of threads, prompt, depth and tokens: llama-bench's `pp` is our
+prefill, its `tg` our decoding. For an ONNX folder it is onnxruntime-genai's generator, driven as its benchmark does it (its
+package on PyPI has no script): a prompt is `append_tokens` and the first token, decoding `generate_next_token`. A round is a
+bench of each; what counts is the median over the rounds of ours over theirs. Prints a table and one JSON line; exit code 1
+where one is further from 1 than `--within`.
+
+llama-bench must have the kernels that llama-cpp-python has. The surest way is to link it against that package's libraries
+(`-L …/llama_cpp/lib -lllama -lggml -lggml-base`, with the llama.cpp sources that it was built from).
+
+    python benchmarks/bench_against_llama_bench.py --llama-bench BIN/llama-bench small.gguf onnx-folder [--threads 2]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmc.evals.bench.prompt import prompt_ids
+from llmc.evals.bench.run import bench
+from llmc.evals.config import BenchConfig
+from llmc.evals.report import speeds_of
+from llmc.evals.show import table
+from llmc.runtimes.llamacpp import use_extra_buffers
+from llmc.runtimes.targets.this_machine import physical_cores
+
+
+def ours(artifact: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """`llmc bench`: tokens/s of prefill and of decoding, and whether it calls itself unstable."""
+    config = BenchConfig((str(artifact),), prompt=(args.prompt,), depth=(args.depth,), generate=args.generate,
+                         threads=args.threads)
+    s = speeds_of(bench(config)[0])["local-cpu"]
+    return {"prefill": s["prefill"]["median"], "decode": s["decode"]["median"], "unstable": s["unstable"]}
+
+
+def llama_bench(artifact: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """The medians of llama-bench's own repetitions. Its context is made anew for each test, as ours is filled anew."""
+    command = [args.llama_bench, "-m", artifact, "-p", args.prompt, "-n", args.generate, "-t", args.threads, "-ngl", 0,
+               "-r", args.repetitions, "-o", "json", "--repack", int(args.repack)]
+    found = {}
+    for what, depth, prompt, generate in (("prefill", 0, args.prompt, 0), ("decode", args.depth, 0, args.generate)):
+        own = [*command, "-d", depth]
+        own[own.index("-p") + 1], own[own.index("-n") + 1] = prompt, generate
+        done = subprocess.run([str(c) for c in own], capture_output=True, text=True, check=False)
+        if done.returncode:
+            sys.exit(f"llama-bench failed ({done.returncode}):\n{done.stderr[-2000:]}")
+        (test,) = json.loads(done.stdout)
+        found[what] = float(np.median(test["samples_ts"]))
+    return found
+
+
+def genai(artifact: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """onnxruntime-genai's generator, in this process, with its session's threads set as ours are; greedy."""
+    import onnxruntime_genai as og
+
+    config = og.Config(str(artifact))
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": args.threads}}}}))
+    model = og.Model(config)
+    ids = np.array(prompt_ids(artifact, max(args.prompt, args.depth)), np.int32)
+    first, decode = [], []
+    for _ in range(2 + args.repetitions):
+        for length, seconds in ((args.prompt, first), (args.depth, decode)):
+            params = og.GeneratorParams(model)
+            total = length + args.generate + 1
+            params.set_search_options(do_sample=False, max_length=total, min_length=total)
+            generator = og.Generator(model, params)
+            start = time.perf_counter()
+            generator.append_tokens(ids[None, :length])
+            generator.generate_next_token()
+            if seconds is first:
+                first.append(time.perf_counter() - start)
+                continue
+            start = time.perf_counter()
+            for _ in range(args.generate):
+                generator.generate_next_token()
+            decode.append(time.perf_counter() - start)
+    return {"prefill": args.prompt / float(np.median(first[2:])), "decode": args.generate / float(np.median(decode[2:]))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artifacts", nargs="+", type=Path, help=".gguf files and ONNX folders")
+    parser.add_argument("--llama-bench", type=Path, help="needed for .gguf files")
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--depth", type=int, default=128, help="tokens in the cache when decoding begins, at least 1")
+    parser.add_argument("--generate", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=physical_cores())
+    parser.add_argument("--repetitions", type=int, default=7, help="of theirs")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--within", type=float, default=0.03)
+    args = parser.parse_args()
+    args.repack = use_extra_buffers()  # a build whose AMX kernels crash runs neither tool with repacked weights
+    rows, figures = [["artifact", "what", "llmc", "theirs", "llmc / theirs", "verdict"]], {}
+    for artifact in args.artifacts:
+        theirs = llama_bench if artifact.suffix == ".gguf" else genai
+        if theirs is llama_bench and args.llama_bench is None:
+            parser.error(f"--llama-bench is needed for {artifact}")
+        rounds = [(ours(artifact, args), theirs(artifact, args)) for _ in range(args.rounds)]
+        unstable = sum(bool(mine["unstable"]) for mine, _ in rounds)
+        for what in ("prefill", "decode"):
+            ratio = float(np.median([mine[what] / other[what] for mine, other in rounds]))
+            mine, other = (float(np.median([r[i][what] for r in rounds])) for i in (0, 1))
+            verdict = ("within" if abs(ratio - 1) <= args.within else "OUTSIDE") + f" {args.within:.0%}"
+            rows.append([artifact.name, what, f"{mine:.2f}", f"{other:.2f}", f"{ratio:.4f}",
+                         verdict + (f", {unstable} of {args.rounds} benches unstable" if unstable else "")])
+            figures[f"{artifact.name} {what}"] = {"llmc": mine, "theirs": other, "ratio": ratio, "unstable": unstable}
+    print(table(rows))
+    asked = {k: getattr(args, k) for k in ("prompt", "depth", "generate", "threads", "rounds")}
+    print(json.dumps({**asked, "figures": figures}))
+    sys.exit(0 if all(abs(f["ratio"] - 1) <= args.within for f in figures.values()) else 1)
+
+
+if __name__ == "__main__":
+    main()
