@@ -32,6 +32,10 @@ class EvalConfig:
     """Only the tasks."""
     kv: str | None = None
     """Type of the artifact's KV cache, f16 or q8_0; None: the runtime's own. The base keeps its own."""
+    target: str | None = None
+    """Name of the target on which the artifact runs; the base always runs here. None: this machine."""
+    targets: Path | None = None
+    """The file that names targets; None: ./targets.toml, or the user's own."""
 
     def __post_init__(self) -> None:
         _at_least("--context", self.context, 8)

@@ -46,7 +46,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     kv_type = config.kv or kv.default(artifact)
     report.check_output(config.output, described["sha256"], kv_type)
     base_digest = None if base is None else report.hash_artifact(base)
-    is_base = base_digest == described["sha256"] and kv_type == kv.default(artifact)
+    # the same file elsewhere, or with another cache, is measured
+    is_base = base_digest == described["sha256"] and kv_type == kv.default(artifact) and config.target is None
     if config.second_text is None and texts:
         say("hint: --second-text FILE, unlike the first, shows whether the calibration text was learned by heart")
     if base is None and texts:
@@ -55,9 +56,10 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     threads = config.threads or physical_cores()
     start = time.monotonic()
     context = max(config.context, tasks.WINDOW) if asked else config.context
-    runtime = open_runtime(artifact, context, threads, config.device, config.kv)
+    here = config.device if config.target is None else "cpu"
+    runtime = _open(artifact, context, threads, config)
     try:
-        base_runtime = open_runtime(base, context, threads, config.device) if base and not is_base else None
+        base_runtime = open_runtime(base, context, threads, here) if base and not is_base else None
         try:
             if texts:
                 _check_context(config.context, runtime, *([base_runtime] if base_runtime else []))
@@ -86,6 +88,19 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     if config.output is not None:
         report.save(config.output, made)
     return made
+
+
+def _open(artifact: Path, context: int, threads: int, config: EvalConfig) -> Runtime:
+    """The artifact in its runtime, here or on the target, which has cores of its own."""
+    if config.target is None:
+        return open_runtime(artifact, context, threads, config.device, config.kv)
+    from llmc.runtimes.remote import RemoteRuntime
+    from llmc.runtimes.targets.device import connect
+    from llmc.runtimes.targets.target import find_target
+
+    target = find_target(config.target, config.targets)
+    kind = "gpu" if target.address == "local-gpu" else config.device
+    return RemoteRuntime(connect(target), artifact, context, config.threads, kind, config.kv)
 
 
 def _overlap(artifact: Path, name: str, text: str) -> float:

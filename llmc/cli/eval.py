@@ -34,6 +34,10 @@ def evaluate(
     kv: str | None = typer.Option(EvalConfig.kv, show_default=False,
                                   help="Type of the artifact's KV cache, f16 or q8_0. Default: the runtime's own. With the "
                                        "artifact as its own --base: what the cache's type costs."),
+    target: str | None = typer.Option(EvalConfig.target, show_default=False,
+                                      help="Run the artifact on this device (see llmc target), the base here."),
+    targets: Path | None = typer.Option(EvalConfig.targets, metavar="FILE", show_default=False,
+                                        help="Default: ./targets.toml, or the one in ~/.config/llmc."),
     output: Path | None = typer.Option(EvalConfig.output, "--out", "-o", show_default=False,
                                        help="The report; one of the same artifact is added to."),
     as_json: bool = typer.Option(False, "--json", help="Print the report (without per-token values) as JSON."),
@@ -41,12 +45,13 @@ def evaluate(
     """Measure what an artifact lost: perplexity, KL divergence to its base and agreement with it.
 
     The file itself is measured, in its own runtime, on the token ids of the base's tokenizer. --tasks adds the accuracy
-    on multiple-choice and last-word tasks, scored as lm-evaluation-harness does.
+    on multiple-choice and last-word tasks, scored as lm-evaluation-harness does. With --target the same file as --base
+    shows what that device's arithmetic changes.
     """
     from llmc.evals import report
     from llmc.evals.evaluate import evaluate
     from llmc.evals.show import quality_lines
 
     made = evaluate(EvalConfig(artifact, base, text, second_text, context, chunks, threads, device, output,
-                               tuple(tasks), task_items, no_text, kv))
+                               tuple(tasks), task_items, no_text, kv, target, targets))
     print(json.dumps(report.without_arrays(made), indent=2, ensure_ascii=False) if as_json else quality_lines(made))

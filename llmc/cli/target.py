@@ -1,4 +1,4 @@
-"""`llmc target add|ls|show|rm|probe`."""
+"""`llmc target add|ls|show|rm|probe`; `setup` and `clean` are in target_setup.py."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ JSON = typer.Option(False, "--json", help="Print one JSON object.")
 
 
 def register(app: typer.Typer) -> None:
+    from llmc.cli import target_setup
+
+    target_setup.register(group)
     app.add_typer(group, name="target")
 
 

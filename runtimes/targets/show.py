@@ -31,7 +31,9 @@ def lines(target: Target) -> str:
         "features": " ".join(f["cpu_features"]), "memory": size(f["memory"]),
         "GPU": ", ".join(gpus) or "none that a runtime sees",
         "state": ", ".join(filter(None, (governor, heat, power))),
-        "reads": f"{size(f['read_bandwidth'])}/s of weights with {f['usable_cores']} threads",
-        "multiplies": f"{f['matmul_flops'] / 1e9:.0f} Gflop/s in float32", "probed": f["probed"],
+        "reads": "", "multiplies": "", "probed": f["probed"],
     }
+    if "read_bandwidth" in f:  # not known of Android
+        facts["reads"] = f"{size(f['read_bandwidth'])}/s of weights with {f['usable_cores']} threads"
+        facts["multiplies"] = f"{f['matmul_flops'] / 1e9:.0f} Gflop/s in float32"
     return "\n".join([*found, *(f"  {k:<13} {v}" for k, v in facts.items() if v)])

@@ -1,0 +1,49 @@
+"""`llmc target setup|clean`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import typer
+
+from llmc.cli.target import FILE, JSON, NAME
+
+
+def register(group: typer.Typer) -> None:
+    group.command()(setup)
+    group.command()(clean)
+
+
+def setup(
+    name: str = NAME,
+    install: bool = typer.Option(False, "--install", help="Install what is lacking; the device uses its own network."),
+    runtime: str = typer.Option("gguf,onnx", metavar="RUNTIME,…", help="For which artifacts: gguf, onnx."),
+    llama_bench: Path | None = typer.Option(None, metavar="FILE", show_default=False, exists=True, dir_okay=False,
+                                            help="For Android: a llama-bench built for it, copied there."),
+    targets: Path | None = FILE,
+    as_json: bool = JSON,
+) -> None:
+    """Show what a device has to run artifacts with, and install it there."""
+    from llmc.runtimes.targets import setup as device
+    from llmc.runtimes.targets.target import find_target
+
+    found = device.setup(find_target(name, targets), install, tuple(runtime.split(",")), llama_bench)
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    print(f"{name}: {found['executable']}, {found['python']}")
+    for package, version in found["packages"].items():
+        print(f"  {package:<18} {version or 'not there'}")
+
+
+def clean(name: str = NAME, targets: Path | None = FILE, as_json: bool = JSON) -> None:
+    """Remove the copies in a device's cache, those in use excepted."""
+    from llmc.console import say, size
+    from llmc.runtimes.targets import setup as device
+    from llmc.runtimes.targets.target import find_target
+
+    removed, left = device.clean(find_target(name, targets))
+    if as_json:
+        print(json.dumps({"target": name, "removed": removed, "left": left}))
+    say(f"{name}: removed {size(removed)}" + (f", {size(left)} are in use" if left else ""))

@@ -1,0 +1,109 @@
+"""A runtime on another device, seen from here: token ids go there, logits come back."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmc.errors import UserError
+from llmc.runtimes.targets.device import Device
+
+CHILD = "llmc.runtimes.targets.logits_child"
+
+
+class RemoteRuntime:
+    """A runtime (see base.py) over a process on a device, where the artifact is placed first. It closes the device when it is
+    closed itself.
+
+    A chunk of 512 tokens comes back as (vocabulary x 1 kB): 50 MB at 49152 tokens, where the second half is asked for.
+    """
+
+    def __init__(self, device: Device, artifact: Path, context: int, threads: int | None, kind: str = "cpu",
+                 kv: str | None = None) -> None:
+        self._device, self._artifact = device, artifact
+        try:
+            self._open(context, threads, kind, kv)
+        except BaseException:
+            device.close()
+            raise
+
+    def _open(self, context: int, threads: int | None, kind: str, kv: str | None) -> None:
+        device, artifact = self._device, self._artifact
+        self._process = device.start(CHILD, {"artifact": device.place(artifact), "context": context, "threads": threads,
+                                             "device": kind, "kv": kv})
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._in, self._out = self._process.stdin.buffer, self._process.stdout.buffer  # type: ignore[attr-defined]
+        told = self._answer()[0]
+        self.name: str = told["name"]
+        self.kv_type: str = told["kv_type"]
+        self.vocab_size: int = told["vocab_size"]
+        self.context: int = told["context"]
+        self._described = {**told["runtime"], "target": {
+            "name": device.target.name, "address": device.target.address, "emulated": device.emulated,
+            "facts": {**device.target.facts, **told["machine"]}}}
+
+    def logits(self, ids: np.ndarray, start: int = 0) -> np.ndarray:
+        return self._array("logits", ids=ids.tolist(), start=start)
+
+    def prefill(self, ids: np.ndarray) -> np.ndarray:
+        return self._array("prefill", ids=ids.tolist())
+
+    def decode(self, token: int) -> np.ndarray:
+        return self._array("decode", token=int(token))
+
+    def tokenise(self, text: str, special: bool = True) -> np.ndarray:
+        return np.array(self._ask("tokenise", text=text, special=special)[0]["ids"], np.int32)
+
+    def detokenise(self, ids: list[int]) -> str:
+        return str(self._ask("detokenise", ids=[int(i) for i in ids])[0]["text"])
+
+    def chat(self, user: str) -> str:
+        return str(self._ask("chat", user=user)[0]["text"])
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        return frozenset(self._ask("end_tokens")[0]["ids"])
+
+    def describe(self) -> dict[str, Any]:
+        """What the runtime there says of itself, and `target`: where that is."""
+        return self._described
+
+    def close(self) -> None:
+        with suppress(BrokenPipeError):
+            self._in.close()
+        self._process.wait()
+        self._out.close()
+        self._device.close()
+
+    def _array(self, what: str, **more: Any) -> np.ndarray:
+        array = self._ask(what, **more)[1]
+        assert array is not None, what
+        return array
+
+    def _ask(self, what: str, **more: Any) -> tuple[dict[str, Any], np.ndarray | None]:
+        with suppress(BrokenPipeError):  # it has died: the answer tells
+            self._in.write(json.dumps({"do": what, **more}).encode() + b"\n")
+            self._in.flush()
+        return self._answer()
+
+    def _answer(self) -> tuple[dict[str, Any], np.ndarray | None]:
+        line = self._out.readline()
+        told = json.loads(line) if line.endswith(b"\n") else {}
+        if "problem" in told:
+            raise UserError(f"{self._device.target.name}: {told['problem']}", told["hint"])
+        if not told or "shape" not in told:
+            return (told, None) if told else self._dead()
+        data = self._out.read(4 * int(np.prod(told["shape"])))
+        array = np.frombuffer(data[: len(data) // 4 * 4], "<f4")
+        return (told, array.reshape(told["shape"])) if array.size == np.prod(told["shape"]) else self._dead()
+
+    def _dead(self) -> Any:
+        code = self._process.wait()
+        raise UserError(f"the process that ran {self._artifact.name} on {self._device.target.name} ended with "
+                        + (f"signal {-code}" if code < 0 else f"exit code {code}"),
+                        "see its message above; if there is none, memory may have run out there")

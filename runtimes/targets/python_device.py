@@ -1,0 +1,90 @@
+"""A device with a Python that runs llmc's agent (agent.py): what ssh and the emulation have in common."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+from llmc.errors import UserError
+from llmc.onnx_folder import is_onnx_folder
+from llmc.runtimes.targets import needs
+from llmc.runtimes.targets.target import Target
+
+
+class PythonDevice(ABC):
+    """A device (see device.py). Before an artifact is run there, it is made sure that the device has its runtime."""
+
+    emulated = False
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self._has: dict[str, Any] | None = None
+
+    @abstractmethod
+    def place(self, artifact: Path) -> str:
+        """The artifact's path on the device."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the connection."""
+
+    @abstractmethod
+    def _agent(self) -> subprocess.Popen[str]:
+        """The agent, started on the device, with pipes as its stdin and stdout."""
+
+    @abstractmethod
+    def _install_hint(self, executable: str, absent: list[str]) -> str:
+        """What to do about packages that are not there."""
+
+    def _check_artifact(self, artifact: Path) -> None:
+        """torch and transformers are not expected on a device."""
+        if artifact.is_dir() and not is_onnx_folder(artifact):
+            raise UserError(f"{artifact} is a model folder for torch; {self.target.name} runs .gguf files and ONNX folders",
+                            "write one with `llmc export --format gguf` or `--format onnx`")
+
+    def start(self, module: str, job: dict[str, Any]) -> subprocess.Popen[str]:
+        if "artifact" in job:
+            self._check(needs.packages_of(job["artifact"]))
+        return self._start(module, job)
+
+    def _start(self, module: str, job: dict[str, Any]) -> subprocess.Popen[str]:
+        process = self._agent()
+        assert process.stdin is not None
+        try:
+            process.stdin.write(json.dumps({"module": module, "job": job}) + "\n")
+            process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has died: its exit code and its lack of an answer tell
+        return process
+
+    def has(self) -> dict[str, Any]:
+        """{python, executable, packages} as needs.py finds them there."""
+        if self._has is None:
+            out, _ = (process := self._start("llmc.runtimes.targets.needs", {})).communicate()
+            if process.returncode in (126, 127):
+                raise UserError(f"{self.target.name} has no {self.target.python}",
+                                "install Python 3.11 or newer there, or name it in targets.toml: python = \"/path\"")
+            found: dict[str, Any] = json.loads(out or "{}")
+            if "packages" not in found:
+                raise UserError(
+                    f"{self.target.name}: " + found.get("problem", f"its Python ended with exit code {process.returncode}"),
+                    found.get("hint", "see its message above"))
+            self._has = found
+        return self._has
+
+    def _check(self, packages: tuple[str, ...]) -> None:
+        found = self.has()
+        absent = [p for p in packages if found["packages"][p] is None]
+        if absent:
+            raise UserError(
+                f"{self.target.name}: {found['executable']} (Python {found['python']}) lacks {', '.join(absent)}",
+                self._install_hint(found["executable"], absent))
+
+
+def pip_install(executable: str, packages: list[str]) -> str:
+    """The command that installs packages, quoted for a shell."""
+    return shlex.join([executable, "-m", "pip", "install", *packages])

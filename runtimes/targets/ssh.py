@@ -1,0 +1,146 @@
+"""A device over ssh, by the system's own client: aliases, jump hosts, agents and known_hosts are its business."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from llmc.errors import UserError
+from llmc.runtimes.targets import agent
+from llmc.runtimes.targets.python_device import PythonDevice, pip_install
+from llmc.runtimes.targets.shell import command_line
+from llmc.runtimes.targets.target import SSH, Target
+from llmc.runtimes.targets.transfer import Cache
+
+CLIENT = "LLMC_SSH"  # environment variable: the ssh client, and options for it such as -F FILE
+READY = "llmc-ready"
+GRACE = 5  # seconds that a connection may take to end
+# Nothing is asked (BatchMode), a host key that is unknown or has changed ends it, and nothing is forwarded or run besides,
+# whatever the user's config says.
+OPTIONS = {
+    "BatchMode": "yes", "StrictHostKeyChecking": "yes", "ConnectTimeout": "15", "ServerAliveInterval": "15",
+    "ServerAliveCountMax": "4", "ControlPersist": "no", "ClearAllForwardings": "yes", "ForwardAgent": "no",
+    "ForwardX11": "no", "PermitLocalCommand": "no", "RemoteCommand": "none", "RequestTTY": "no",
+}
+# "$1" the target's Python: where it names none of its own, that of the environment in the cache "$2", which `llmc target
+# setup` makes, comes first. "$3" the agent.
+PYTHON = """
+python=$1
+case $python in
+  python3) if [ -x "$2/venv/bin/python" ]; then python=$2/venv/bin/python; fi;;
+  "~/"*) python=$HOME/${1#"~/"};;
+esac
+"""
+START = PYTHON + 'export PYTHONDONTWRITEBYTECODE=1; exec "$python" "$3"'
+# The packages come after "$2". A Python that the target names itself is used as it is, else the cache gets an environment.
+INSTALL = PYTHON + """
+if [ "$1" = python3 ] && [ "$python" = python3 ]; then
+  python3 -m venv "$2/venv" || exit; python=$2/venv/bin/python
+fi
+shift 2; exec "$python" -m pip --disable-pip-version-check install "$@" >&2
+"""
+
+
+class Connection:
+    """One connection to a host, shared by all commands (ssh's ControlMaster, its socket in a private folder)."""
+
+    def __init__(self, target: Target) -> None:
+        self.name, self.address = target.name, target.address
+        parts = SSH.fullmatch(target.address)
+        assert parts is not None, target.address
+        client = shlex.split(os.environ.get(CLIENT, "ssh"))
+        if not client or shutil.which(client[0]) is None:
+            raise UserError(f"there is no {client[0] if client else 'ssh'} here", "install OpenSSH's client: openssh-client")
+        self._folder = tempfile.mkdtemp(prefix="llmc-")  # mode 700
+        options = {**OPTIONS, "ControlPath": f"{self._folder}/s".replace("%", "%%")}
+        more = (("J", target.jump), ("p", parts["port"]), ("l", parts["user"]))
+        self._command = [client[0], "-T", *(f"-o{k}={v}" for k, v in options.items()), *client[1:],  # the first -o counts
+                         *(f"-{k}{v}" for k, v in more if v)]
+        self._host = parts["host"].strip("[]")
+        self._master = self._connect()
+
+    def _connect(self) -> subprocess.Popen[bytes]:
+        """The process that owns the connection: it ends, and with it the connection, when its stdin does."""
+        with tempfile.TemporaryFile() as errors:
+            master = subprocess.Popen(
+                [*self._command, "-oControlMaster=yes", "--", self._host, command_line(f"echo {READY}; cat >/dev/null")],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
+            assert master.stdout is not None
+            line = master.stdout.readline().decode(errors="replace").rstrip("\n")
+            if line == READY:
+                return master
+            master.kill()
+            master.communicate()
+            errors.seek(0)
+            said = errors.read().decode(errors="replace").strip()
+        shutil.rmtree(self._folder)
+        raise self._refused(line, said)
+
+    def _refused(self, line: str, said: str) -> UserError:
+        if line:
+            return UserError(f"the login shell of {self.name} prints {line!r} before it runs a command",
+                             "make its startup files silent where the shell is not interactive")
+        last = said.splitlines()[-1] if said else "the connection was closed"
+        by_hand = self.address.removeprefix("ssh://")
+        if "Host key verification failed" in said:
+            what = "has changed" if "HAS CHANGED" in said else "is not known"
+            return UserError(f"{self.name}: the host key of {by_hand} {what}",
+                             f"connect by hand once, compare the fingerprint, and accept it: ssh {self.address}")
+        if "Permission denied" in said:
+            return UserError(f"{self.name}: {last}", f"llmc asks for no password: set up a key, until this works: "
+                             f"ssh -o BatchMode=yes {self.address} true")
+        return UserError(f"{self.name}: {last}", f"see that this works: ssh -o BatchMode=yes {self.address} true")
+
+    def popen(self, script: str, *args: str, **how: Any) -> subprocess.Popen[Any]:
+        return subprocess.Popen([*self._command, "-oControlMaster=no", "--", self._host, command_line(script, *args)], **how)
+
+    def close(self) -> None:
+        try:
+            self._master.communicate(timeout=GRACE)
+        except subprocess.TimeoutExpired:  # it waits for commands that still run there
+            self._master.kill()
+            self._master.communicate()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class SshDevice(PythonDevice):
+    """A device that llmc reaches over ssh, and that has a Python."""
+
+    def __init__(self, target: Target) -> None:
+        super().__init__(target)
+        self._shell = Connection(target)
+        try:
+            self.cache = Cache(self._shell, target.cache, int(target.cache_gb * 1e9))
+            with tempfile.TemporaryDirectory() as folder:
+                self._zip = self.cache.place(agent.write(Path(folder)))
+        except BaseException:
+            self._shell.close()
+            raise
+
+    def place(self, artifact: Path) -> str:
+        self._check_artifact(artifact)
+        return self.cache.place(artifact)
+
+    def install(self, packages: list[str]) -> None:
+        """`pip install` there, by the device's own network. What it says goes to stderr."""
+        code = self._shell.popen(INSTALL, self.target.python, self.cache.root, *packages, stdin=subprocess.DEVNULL).wait()
+        self._has = None
+        if code:
+            raise UserError(f"{self.target.name}: pip ended with exit code {code}",
+                            "see its message above; on Debian it needs python3-venv, and a C++ compiler for llama-cpp-python")
+
+    def _agent(self) -> subprocess.Popen[str]:
+        return self._shell.popen(START, self.target.python, self.cache.root, self._zip,
+                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def _install_hint(self, executable: str, absent: list[str]) -> str:
+        return f"llmc target setup {self.target.name} --install, or there: {pip_install(executable, absent)}"
+
+    def close(self) -> None:
+        self.cache.close()
+        self._shell.close()
