@@ -101,13 +101,13 @@ def check_output(path: Path | None, digest: str, kv: str | None = None) -> None:
     if path is not None and path.exists():
         before = read_report(path)
         other = before["artifact"]
-        if kv is not None and kv_type(before) not in (None, kv):
-            raise UserError(f"{path} is the report of {other['name']} with a KV cache in {kv_type(before)}, not {kv}",
-                            "choose another file with -o: llmc compare holds the two side by side")
         if other["sha256"] != digest:
             theirs = f"{other['name']} (sha256 {other['sha256'][:12]}…, not {digest[:12]}…)"
             raise UserError(f"{path} is the report of another artifact, {theirs}",
                             "choose another file with -o, or delete that one")
+        if kv is not None and kv_type(before) not in (None, kv):
+            raise UserError(f"{path} is the report of {other['name']} with a KV cache in {kv_type(before)}, not {kv}",
+                            "choose another file with -o: llmc compare holds the two side by side")
 
 
 def new_report(artifact: dict[str, Any], section: str, value: dict[str, Any]) -> dict[str, Any]:

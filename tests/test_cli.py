@@ -67,7 +67,8 @@ def test_only_the_named_command_is_imported(args: list[str], imported: list[str]
 
 
 def test_every_module_of_a_command_is_listed() -> None:
-    files = {p.stem for p in Path(llmc.cli.__file__).parent.glob("*.py")} - {"__init__", "group"}
+    no_commands = {"__init__", "group", "target_setup"}  # the last is the second half of `target`
+    files = {p.stem for p in Path(llmc.cli.__file__).parent.glob("*.py")} - no_commands
     assert {module for module, _ in TABLE.values()} == files
     for _, line in TABLE.values():
         assert line.endswith(".")
