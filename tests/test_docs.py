@@ -8,6 +8,7 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import typer
@@ -35,12 +36,15 @@ def test_cli_page_is_current() -> None:
     assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == generator().page(), "run `make docs`"
 
 
-def commands() -> dict[str, set[str]]:
-    group = typer.main.get_command(app)
-    return {
-        name: {o for p in command.params for o in (*p.opts, *p.secondary_opts) if o.startswith("-")} | {"--help", "-h"}
-        for name, command in group.commands.items()  # type: ignore[attr-defined]
-    }
+def commands(group: Any = None, prefix: str = "") -> dict[str, set[str]]:
+    """The options of every command, those of a group by both words: 'target setup'."""
+    found: dict[str, set[str]] = {}
+    for name, command in (group or typer.main.get_command(app)).commands.items():
+        options = {o for p in command.params for o in (*p.opts, *p.secondary_opts) if o.startswith("-")}
+        found[prefix + name] = options | {"--help", "-h"}
+        if hasattr(command, "commands"):
+            found |= commands(command, f"{name} ")
+    return found
 
 
 def test_commands_in_the_pages_exist_with_their_options() -> None:
@@ -53,7 +57,8 @@ def test_commands_in_the_pages_exist_with_their_options() -> None:
     for page, text in [*shell, (demo, demo.read_text(encoding="utf-8"))]:
         for line in re.findall(r"^(?:step )?llmc (.*)$", text, re.MULTILINE):
             words = re.sub(r"#.*", "", line).split()
-            name = next(w for w in words if not w.startswith("-"))
+            first, second = [*(w for w in words if not w.startswith("-")), ""][:2]
+            name = f"{first} {second}" if f"{first} {second}" in known else first
             assert name in known, f"{page.name}: llmc {line}"
             options = {w.split("=")[0] for w in words if re.match(r"--?[a-z]", w)} - {"--quiet", "--verbose"}
             assert options <= known[name], f"{page.name}: llmc {line}: {options - known[name]}"
