@@ -160,6 +160,14 @@ def parse_bytes(option: str, written: str) -> int:
     return round(float(match[1]) * {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}[match[2] or "B"])
 
 
+def parse_number(option: str, written: str, unit: str, example: str) -> float:
+    """The number of '5%' or '2x', as it is written; `unit` may be empty."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)" + re.escape(unit), written.strip())
+    if not match:
+        raise UserError(f"{option} {written!r} is not a number{' with ' + unit if unit else ''}", f"write it like {example}")
+    return float(match[1])
+
+
 def _lengths(option: str, given: object) -> tuple[int, ...]:
     """(128, 512) of '128,512', of 128, or of a sequence of either; no length twice."""
     parts: list[object] = []

@@ -190,9 +190,8 @@ def _by_type(points: list[tuple[str, float]], below: float, above: float) -> dic
 def rates_here(types: set[str], threads: int, read_bandwidth: float, target: str = "local-cpu",
                cache: Path | None = None) -> Rates:
     """This machine's own, measured: llama.cpp's kernels for the types, and how fast memory is read (bytes/s)."""
-    import psutil
-
     from llmc.runtimes.targets.kernels import kernel_rates
+    from llmc.runtimes.targets.this_machine import memory as memory_of_machine
 
     measured = kernel_rates(types, threads, cache)
     if not measured["types"]:
@@ -210,7 +209,7 @@ def rates_here(types: set[str], threads: int, read_bandwidth: float, target: str
     low, mid, high = measured["layer_seconds"]
     basis = (f"measured here: llama.cpp {measured['version']}'s kernels for {', '.join(sorted(measured['types']))} with "
              f"{threads} threads, memory read at {read_bandwidth / 1e9:.1f} GB/s")
-    return Rates(target, basis, psutil.virtual_memory().total, read, flops, (HERE_BELOW * low, mid, HERE_ABOVE * high))
+    return Rates(target, basis, memory_of_machine(), read, flops, (HERE_BELOW * low, mid, HERE_ABOVE * high))
 
 
 def rates_of_facts(target: str, facts: dict[str, Any]) -> Rates:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc.errors import UserError
-from llmc.evals.config import FitConfig, parse_bytes
+from llmc.evals.config import FitConfig, parse_bytes, parse_number
 from llmc.evals.estimate import Interval, Model, Rates, estimate, memory, model_of
 
 if TYPE_CHECKING:
@@ -48,32 +48,26 @@ def fit(config: FitConfig) -> dict[str, Any]:
     candidates = [candidate(item) for item in config.items]
     targets = []
     for name in config.target or ("local-cpu",):
-        rates = lazily(partial(rates_for, name, candidates, config.targets))
+        rates = LazyRates(partial(rates_for, name, candidates, config.targets))
         judged = [judge(c, name, rates, limits, config) for c in candidates]
         fits = any(c["fits"] == "yes" for c in judged)
         told = [] if fits else advice(candidates, judged, name, rates, limits, config)
-        known = rates.known()
-        targets.append({"target": name, "basis": known.basis if known else None, "candidates": judged, "fits": fits,
-                        "advice": told})
+        basis = rates.known.basis if rates.known else None
+        targets.append({"target": name, "basis": basis, "candidates": judged, "fits": fits, "advice": told})
     return {"context": config.context, "prompt": config.prompt, "limits": {k: v[0] for k, v in limits.items()},
             "targets": targets, "fits": all(t["fits"] for t in targets)}
 
 
-class lazily:  # noqa: N801 - reads as a word where it is used
-    """Rates that are looked up (or measured, for half a minute) when the first figure needs them."""
+class LazyRates:
+    """Rates that are looked up (or measured, for half a minute) when the first figure needs them; `known` until then None."""
 
     def __init__(self, make: Callable[[], Rates]) -> None:
-        self.make, self.found = make, False
-        self.rates: Rates | None = None
+        self.make = make
+        self.known: Rates | None = None
 
     def get(self) -> Rates:
-        if not self.found:
-            self.rates, self.found = self.make(), True
-        assert self.rates is not None
-        return self.rates
-
-    def known(self) -> Rates | None:
-        return self.rates
+        self.known = self.known or self.make()
+        return self.known
 
 
 # ---------------------------------------------------------------------------------------------------------------- limits
@@ -81,12 +75,10 @@ class lazily:  # noqa: N801 - reads as a word where it is used
 
 def limits_of(config: FitConfig) -> dict[str, tuple[float, bool]]:
     """{figure: (limit, whether it is the most)}; figures: decode, first_token, kld, top1, ram, size."""
-    share = config.min_top1 and config.min_top1.strip()
-    if share and not (share.endswith("%") and share[:-1].replace(".", "", 1).isdigit()):
-        raise UserError(f"--min-top1 {config.min_top1!r} is not a number with %", "write it like --min-top1 80%")
+    share = parse_number("--min-top1", config.min_top1, "%", "--min-top1 80%") if config.min_top1 else None
     limits: dict[str, tuple[float | None, bool]] = {
         "decode": (config.min_decode, False), "first_token": (config.max_first_token, True), "kld": (config.max_kld, True),
-        "top1": (float(share[:-1]) / 100 if share else None, False),
+        "top1": (None if share is None else share / 100, False),
         "ram": (parse_bytes("--max-ram", config.max_ram) if config.max_ram else None, True),
         "size": (parse_bytes("--max-size", config.max_size) if config.max_size else None, True),
     }
@@ -105,7 +97,7 @@ def answer(figure: Figure | None, limit: float, most: bool) -> str:
     return "yes" if keeps(worst) else "maybe" if keeps(best) else "no"
 
 
-def judge(c: Candidate, target: str, rates: lazily, limits: dict[str, tuple[float, bool]], config: FitConfig,
+def judge(c: Candidate, target: str, rates: LazyRates, limits: dict[str, tuple[float, bool]], config: FitConfig,
           estimates: bool = True) -> dict[str, Any]:
     """One candidate on one target: every figure that has a limit, and with `estimates` decode and ram always."""
     figures = {}
@@ -138,14 +130,14 @@ def _spread(s: dict[str, Any], section: dict[str, Any], note: str) -> Figure:
     return Figure((low, s["median"], high), "measured", note + doubt)
 
 
-def _estimated(c: Candidate, rates: lazily | None, config: FitConfig, key: str) -> Figure | None:
+def _estimated(c: Candidate, rates: LazyRates | None, config: FitConfig, key: str) -> Figure | None:
     if c.model is None or rates is None:
         return None
     found = estimate(c.model, rates.get(), config.context, config.prompt, config.context)[key]
     return None if found is None else Figure((found["low"], found["mid"], found["high"]), "estimate")
 
 
-def _decode(c: Candidate, target: str, rates: lazily | None, config: FitConfig) -> Figure | None:
+def _decode(c: Candidate, target: str, rates: LazyRates | None, config: FitConfig) -> Figure | None:
     """Measured at the greatest depth that does not pass the context."""
     if (s := _section(c, target)) is None:
         return _estimated(c, rates, config, "decode")
@@ -154,7 +146,7 @@ def _decode(c: Candidate, target: str, rates: lazily | None, config: FitConfig) 
     return _spread(point["decode"], s, f"at depth {point['depth']}")
 
 
-def _first_token(c: Candidate, target: str, rates: lazily | None, config: FitConfig) -> Figure | None:
+def _first_token(c: Candidate, target: str, rates: LazyRates | None, config: FitConfig) -> Figure | None:
     """Measured with the prompt that was asked for; another length is no measurement of this one."""
     s = _section(c, target)
     if s is not None:
@@ -164,7 +156,7 @@ def _first_token(c: Candidate, target: str, rates: lazily | None, config: FitCon
     return _estimated(c, rates, config, "first_token")
 
 
-def _ram(c: Candidate, target: str, rates: lazily | None, config: FitConfig) -> Figure | None:
+def _ram(c: Candidate, target: str, rates: LazyRates | None, config: FitConfig) -> Figure | None:
     """The peak of the bench, and what its KV cache lacked to the context; else file, cache and buffers."""
     s = _section(c, target)
     if s is not None:
@@ -178,7 +170,7 @@ def _ram(c: Candidate, target: str, rates: lazily | None, config: FitConfig) -> 
     return Figure(memory(c.model, config.context), "estimate")
 
 
-def _quality(key: str, c: Candidate, target: str, rates: lazily | None, config: FitConfig) -> Figure | None:
+def _quality(key: str, c: Candidate, target: str, rates: LazyRates | None, config: FitConfig) -> Figure | None:
     """The worst text's figure, with twice its standard error."""
     texts = [t for t in (c.report or {}).get("quality", {}).get("texts", []) if t[key] is not None]
     if not texts:
@@ -188,7 +180,7 @@ def _quality(key: str, c: Candidate, target: str, rates: lazily | None, config: 
     return Figure((value - TWO_SIGMA * se, value, value + TWO_SIGMA * se), "measured", worst["protocol"]["text"])
 
 
-def _size(c: Candidate, target: str, rates: lazily | None, config: FitConfig) -> Figure | None:
+def _size(c: Candidate, target: str, rates: LazyRates | None, config: FitConfig) -> Figure | None:
     if c.model:
         value = float(c.model.file_bytes)
     elif c.report:
@@ -198,7 +190,7 @@ def _size(c: Candidate, target: str, rates: lazily | None, config: FitConfig) ->
     return Figure((value, value, value), "measured", "file")
 
 
-_FIGURES: dict[str, Callable[[Candidate, str, lazily | None, FitConfig], Figure | None]] = {
+_FIGURES: dict[str, Callable[[Candidate, str, LazyRates | None, FitConfig], Figure | None]] = {
     "decode": _decode, "first_token": _first_token, "ram": _ram, "size": _size,
     "kld": partial(_quality, "kld"), "top1": partial(_quality, "top1"),
 }
@@ -259,7 +251,7 @@ def _this_machine(target: Target) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------------- advice
 
 
-def advice(candidates: list[Candidate], judged: list[dict[str, Any]], target: str, rates: lazily,
+def advice(candidates: list[Candidate], judged: list[dict[str, Any]], target: str, rates: LazyRates,
            limits: dict[str, tuple[float, bool]], config: FitConfig) -> list[str]:
     """What to make where nothing fits, with the numbers: from the smallest candidate whose shape is known."""
     from llmc.evals.fit_advice import devices, quality, smaller

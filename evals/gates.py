@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
 from llmc.errors import GateFailedError, UserError
-from llmc.evals.config import CompareConfig
+from llmc.evals.config import CompareConfig, parse_number
 
 
 @dataclass(frozen=True)
@@ -39,11 +38,8 @@ def parse(config: CompareConfig) -> list[tuple[Gate, float]]:
         written = getattr(config, gate.attribute)
         if written is None:
             continue
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)" + re.escape(gate.unit), written.strip())
-        if not match:
-            raise UserError(f"{gate.option} {written!r} is not a number{' with ' + gate.unit if gate.unit else ''}",
-                            f"write it like {gate.option} {EXAMPLES[gate.option]}")
-        limits.append((gate, float(match[1]) * gate.factor))
+        number = parse_number(gate.option, written, gate.unit, f"{gate.option} {EXAMPLES[gate.option]}")
+        limits.append((gate, number * gate.factor))
     return limits
 
 

@@ -28,7 +28,7 @@ from typing import Any
 from llmc.artifact import versions
 from llmc.errors import UserError
 from llmc.evals import fit as fits
-from llmc.evals.config import BenchConfig, EvalConfig, FitConfig
+from llmc.evals.config import BenchConfig, EvalConfig, FitConfig, parse_number
 from llmc.evals.report import hash_artifact, read_report, speeds_of
 
 LIMITS = ("min_decode", "max_first_token", "max_ram", "max_size", "max_kld", "min_top1")
@@ -117,7 +117,7 @@ def ship(gates: Gates) -> dict[str, Any]:
         report = reports.get(digest)
         _check_identity(path, digest, reports)
         if gates.run:
-            report = measure(gates, path, report)
+            report = measure(gates, path, digest, report)
         results = [r for target, limits in gates.targets.items()
                    for r in _on_target(gates, path, report, baseline, target, limits)]
         files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
@@ -149,7 +149,7 @@ def _check_identity(path: Path, digest: str, reports: dict[str, dict[str, Any]])
                             "the file changed since it was measured: measure it again")
 
 
-def measure(gates: Gates, path: Path, report: dict[str, Any] | None) -> dict[str, Any]:
+def measure(gates: Gates, path: Path, digest: str, report: dict[str, Any] | None) -> dict[str, Any]:
     """The report with what the gates need and nobody measured: the divergence to `base`, the speed on each target. What is
     measured is kept in NAME.report.json beside the gates file, and is not measured again."""
     from llmc.evals.bench.run import bench
@@ -160,7 +160,7 @@ def measure(gates: Gates, path: Path, report: dict[str, Any] | None) -> dict[str
     wanted = {limit for limits in gates.targets.values() for limit in limits}
     kept = gates.file.with_name(f"{path.name}.report.json")
     earlier = read_report(kept) if kept.is_file() else None
-    have = merged(earlier, report or {}) if earlier and earlier["artifact"]["sha256"] == hash_artifact(path) else report or {}
+    have = merged(earlier, report or {}) if earlier and earlier["artifact"]["sha256"] == digest else report or {}
     if wanted & {"max_kld", "min_top1"} and "quality" not in have:
         if gates.base is None:
             raise UserError(f"{path.name} was not evaluated and {gates.file} names no base", "add `base: MODEL`, or a report")
@@ -183,7 +183,7 @@ def _on_target(gates: Gates, path: Path, report: dict[str, Any] | None, baseline
     config = FitConfig((path,), (target,), context=gates.context, prompt=gates.prompt, targets=gates.targets_file, **given)
     alone = fits.candidate(path)
     c = fits.Candidate(path.name, report, alone.model)
-    rates = fits.lazily(lambda: fits.rates_for(target, [c], gates.targets_file))
+    rates = fits.LazyRates(lambda: fits.rates_for(target, [c], gates.targets_file))
     asked = fits.limits_of(config)
     judged = fits.judge(c, target, rates, asked, config, gates.allow_estimates)
     results = [_result(target, name, judged["figures"][name], gates) for name in asked]
@@ -211,9 +211,7 @@ def _perplexity(target: str, limit: str, report: dict[str, Any] | None, baseline
     """The rise over the first report's artifact, on the worst text, paired by token."""
     from llmc.evals.compare import check_comparable, differences
 
-    if not limit.endswith("%") or not limit[:-1].strip().replace(".", "", 1).isdigit():
-        raise UserError(f"max_ppl_increase {limit!r} is not a number with %", "write it like max_ppl_increase: 5%")
-    most = float(limit[:-1]) / 100
+    most = parse_number("max_ppl_increase", limit.replace(" %", "%"), "%", "max_ppl_increase: 5%") / 100
     result = {"target": target, "gate": "ppl_increase", "limit": most, "source": "measured"}
     if not report or not baseline or "quality" not in report or "quality" not in baseline:
         why = "not measured of it and of the first report"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from llmc.errors import UserError
-from llmc.runtimes.targets.device import Device
+from llmc.runtimes.targets.device import Device, ended
 
 CHILD = "llmc.runtimes.targets.logits_child"
 
@@ -103,7 +103,4 @@ class RemoteRuntime:
         return (told, array.reshape(told["shape"])) if array.size == np.prod(told["shape"]) else self._dead()
 
     def _dead(self) -> Any:
-        code = self._process.wait()
-        raise UserError(f"the process that ran {self._artifact.name} on {self._device.target.name} ended with "
-                        + (f"signal {-code}" if code < 0 else f"exit code {code}"),
-                        "see its message above; if there is none, memory may have run out there")
+        raise ended(self._process, self._artifact, f" on {self._device.target.name}")

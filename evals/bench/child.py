@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from llmc.errors import UserError
-from llmc.runtimes.targets.device import Device
+from llmc.runtimes.targets.device import Device, ended
 
 
 class Child:
-    """One artifact in its own process; `loaded` is its first answer. job: see evals/bench_child.py, without the artifact."""
+    """One artifact in its own process; `loaded` is its first answer. placed: its path on the device; job: see
+    evals/bench_child.py, without the artifact."""
 
-    def __init__(self, device: Device, artifact: Path, job: dict[str, Any]) -> None:
+    def __init__(self, device: Device, artifact: Path, placed: str, job: dict[str, Any]) -> None:
         self.artifact = artifact
         self.where = "" if device.target.address.startswith("local-") else f" on {device.target.name}"
-        path = device.place(artifact)
-        self.process = device.start("llmc.evals.bench_child", {"artifact": path, **job})
+        self.process = device.start("llmc.evals.bench_child", {"artifact": placed, **job})
 
     def __enter__(self) -> Child:
         try:
@@ -35,21 +36,16 @@ class Child:
     def ask(self, command: str, **values: Any) -> dict[str, Any]:
         """Send a command, wait for its answer."""
         assert self.process.stdin is not None
-        try:
+        with suppress(BrokenPipeError):  # it has died: the answer tells
             self.process.stdin.write(json.dumps({"do": command, **values}) + "\n")
             self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it has died: the answer tells
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            code = self.process.wait()
-            why = f"signal {-code}" if code < 0 else f"exit code {code}"
-            raise UserError(f"the process that ran {self.artifact.name}{self.where} ended with {why}",
-                            "see its message above; if there is none, memory may have run out")
+            raise ended(self.process, self.artifact, self.where)
         try:
             answer: dict[str, Any] = json.loads(line)
         except ValueError as e:

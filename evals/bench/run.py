@@ -72,8 +72,9 @@ def measure(device: Device, artifacts: list[Path], described: list[dict[str, Any
            "device": "gpu" if device.target.address == "local-gpu" else config.device}
     say(f"measuring the memory bandwidth of {device.target.name}")
     facts = probed(device)
+    placed = [device.place(a) for a in artifacts]
     with ExitStack() as stack:
-        children = [stack.enter_context(Child(device, a, job)) for a in artifacts]
+        children = [stack.enter_context(Child(device, a, p, job)) for a, p in zip(artifacts, placed, strict=True)]
         for child, tokens in zip(children, ids, strict=True):
             child.ask("ids", ids=tokens)
         runs = _repeat(children, config)
@@ -84,8 +85,8 @@ def measure(device: Device, artifacts: list[Path], described: list[dict[str, Any
             "in_turns_with": [d["name"] for j, d in enumerate(described) if j != i],
             "thread_sweep": None})
     if config.thread_sweep:
-        for section, artifact, tokens in zip(sections, artifacts, ids, strict=True):
-            section["thread_sweep"] = sweep(device, artifact, tokens, job, _command(config), facts)
+        for section, artifact, path, tokens in zip(sections, artifacts, placed, ids, strict=True):
+            section["thread_sweep"] = sweep(device, artifact, path, tokens, job, _command(config), facts)
     return sections
 
 

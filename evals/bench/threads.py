@@ -20,7 +20,7 @@ def candidates(cores: int, logical: int) -> list[int]:
     return sorted({*steps, cores, logical})
 
 
-def sweep(device: Device, artifact: Path, ids: list[int], job: dict[str, Any], run: dict[str, Any],
+def sweep(device: Device, artifact: Path, placed: str, ids: list[int], job: dict[str, Any], run: dict[str, Any],
           facts: dict[str, Any]) -> dict[str, Any]:
     """{'prefill': [{'threads', 'median'}], 'decode': […], 'best': {'prefill': threads, 'decode': threads}}, in tokens/s, at
     the first prompt and depth. Each number has a process of its own, as the runtimes fix it when they load."""
@@ -30,7 +30,7 @@ def sweep(device: Device, artifact: Path, ids: list[int], job: dict[str, Any], r
     tried = candidates(facts["usable_cores"], facts["logical_cores"])
     with progress(f"threads for {artifact.name}", len(tried)) as p:
         for n in tried:
-            with Child(device, artifact, {**job, "threads": n}) as child:
+            with Child(device, artifact, placed, {**job, "threads": n}) as child:
                 child.ask("ids", ids=ids)
                 runs = [child.ask("run", **command) for _ in range(1 + REPETITIONS)][1:]
                 child.ask("end")

@@ -49,6 +49,14 @@ class LocalDevice:
         pass
 
 
+def ended(process: subprocess.Popen[Any], artifact: Path, where: str) -> UserError:
+    """What to say of a process that ran an artifact and answers no more. where: ' on pi', '' for here."""
+    code = process.wait()
+    return UserError(f"the process that ran {artifact.name}{where} ended with "
+                     + (f"signal {-code}" if code < 0 else f"exit code {code}"),
+                     "see its message above; if there is none, memory may have run out")
+
+
 def probed(device: Device) -> dict[str, Any]:
     """The facts of a device (see probe_child), measured now."""
     with device.start("llmc.runtimes.targets.probe_child", {}) as child:
