@@ -25,7 +25,9 @@ from llmc.artifact import hash_folder
 from llmc.checkpoint import TOKENIZER_FILES, Checkpoint
 from llmc.cli import run as command_line
 from llmc.compress.distill import adapters, pupil
+from llmc.compress.distill.config import DistillConfig
 from llmc.compress.teaching import loss
+from llmc.compress.teaching.texts import Texts, gather
 from llmc.compress.text import load_answers
 from llmc.errors import UserError
 from llmc.runtimes.torch_model import load_torch_model
@@ -326,6 +328,33 @@ def test_two_processes_learn_what_one_learns_from_twice_the_batches(trio: tuple[
 
 CHATML = ("{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
           "{% if add_generation_prompt %}<s>assistant\n{% endif %}")
+
+
+@pytest.mark.parametrize("answers_only", [False, True])
+def test_runs_of_any_length_are_judged_by_the_same_sequences(answers_only: bool, tmp_path: Path) -> None:
+    files, tok = [], tokenizer()
+    tok.chat_template = CHATML
+    for name, first, lines in (("one", 0, 40), ("two", 1000, 7)):
+        said = [[{"role": "user", "content": f"Count on from {n}."},
+                 {"role": "assistant", "content": f"{n + 1}, {n + 2}, {n + 3}"}] for n in range(first, first + lines)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"messages": m}) for m in said))
+        files.append(str(tmp_path / f"{name}.jsonl"))
+
+    def gathered(steps: int, sampled: int) -> Texts:
+        c = DistillConfig("base", calibration=tuple(files), steps=steps, batch=2, sampled=sampled, seq_len=16, held_out=4)
+        return gather(c, tok, lambda n: torch.zeros(n, 16, dtype=torch.int64), answers_only=answers_only)
+
+    short, long = gathered(3, 0), gathered(30, 5)
+    assert torch.equal(short.sequences[:4], long.sequences[:4])
+    if answers_only:
+        assert short.counted is not None
+        assert long.counted is not None
+        assert torch.equal(short.counted[:4], long.counted[:4])
+    judged = {tuple(row.tolist()) for row in long.sequences[:4]}
+    assert len(judged) == 4
+    assert not judged & {tuple(row.tolist()) for t in (short, long) for row in t.sequences[4:]}
+    assert short.sequences.shape[0] == 4 + 3 * 2
+    assert sum(o["share"] for o in long.origins) == pytest.approx(1)
 
 
 def test_only_answers_are_learned_and_sequences_without_any_left_out(tmp_path: Path) -> None:

@@ -58,46 +58,66 @@ class Texts:
 
 def gather(c: TextSettings, tokenizer: Any, sample: Callable[[int], torch.Tensor], processes: int = 1,
            answers_only: bool = False) -> Texts:
-    """The sequences of a run, shuffled by the seed; the held-out ones are evenly spaced over all sources.
+    """The sequences of a run, shuffled by the seed.
+
+    Which are held out depends on the files and their number alone, so that runs of different lengths are judged by the same:
+    evenly spaced over all of them or, where there is none, over what the teacher writes.
 
     sample: so many sequences of the teacher's own, int64 [n, seq_len].  processes: that train together, each on its
     batches.  answers_only: of the files, only what assistants say counts.
     """
     at_once = c.batch * c.accumulate * processes
-    needed = c.steps * at_once + c.held_out
+    needed = c.steps * at_once
     named = [spec for spec in c.calibration if spec != SELF]
-    alone = max(SELF_SEQUENCES, c.held_out + at_once)
-    sampled = min(needed, c.sampled if named else alone)
-    parts = []
-    for i, spec in enumerate(named):
-        share = (needed - sampled + i) // len(named)  # the shares add up
-        load = load_answers if answers_only else partial(load_calibration, samples=None)
-        parts.append(_evenly(load(spec, tokenizer, seq_len=c.seq_len), share))
-    if sampled:
-        parts.append(from_model(sample(sampled), tokenizer, {"seed": c.seed, "temperature": 1.0}))
-    ids = torch.cat([p.sequences for p in parts])
-    n = ids.shape[0]
-    if n < c.held_out + at_once:
-        raise UserError(f"the text gives {n} sequences of {c.seq_len}, and {c.held_out} are held out",
+    sampled = min(needed, c.sampled) if named else c.held_out + min(needed, max(SELF_SEQUENCES - c.held_out, at_once))
+    load = load_answers if answers_only else partial(load_calibration, samples=None)
+    whole = [load(spec, tokenizer, seq_len=c.seq_len) for spec in named]
+    own = [from_model(sample(sampled), tokenizer, {"seed": c.seed, "temperature": 1.0})] if sampled else []
+    held, rest = _hold_out(whole or own, c.held_out)
+    from_files = needed - sampled if named else needed
+    taught = [_evenly(r, (from_files + i) // len(rest)) for i, r in enumerate(rest)] + (own if named else [])  # shares add up
+    n = sum(p.sequences.shape[0] for p in taught)
+    if n < at_once or len(held.sequences) < c.held_out:
+        raise UserError(f"the text gives {n + len(held.sequences)} sequences of {c.seq_len}, and {c.held_out} are held out",
                         "give more text, a smaller --seq-len or a smaller --held-out")
-    held = {i * n // c.held_out + n // (2 * c.held_out) for i in range(c.held_out)}
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(c.seed)).tolist()
-    rows = [*sorted(held), *(i for i in order if i not in held)]
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(c.seed))
+    ids = torch.cat([held.sequences, torch.cat([p.sequences for p in taught])[order]])
     counted = None
     if answers_only:
-        every = [torch.ones_like(p.sequences, dtype=torch.bool) if p.answers is None else p.answers for p in parts]
-        counted = torch.cat(every)[rows]
-    return Texts(ids[rows], c.held_out, [{**p.origin, "share": p.sequences.shape[0] / n} for p in parts], counted)
+        counted = torch.cat([_counted(held), torch.cat([_counted(p) for p in taught])[order]])
+    return Texts(ids, c.held_out, [{**p.origin, "share": p.sequences.shape[0] / n} for p in taught], counted)
+
+
+def _hold_out(parts: list[Calibration], number: int) -> tuple[Calibration, list[Calibration]]:
+    """So many sequences, evenly spaced over all parts, and what is left of each part."""
+    total = sum(p.sequences.shape[0] for p in parts)
+    chosen = {i * total // number + total // (2 * number) for i in range(min(number, total))}
+    held, rest, start = [], [], 0
+    for part in parts:
+        n = part.sequences.shape[0]
+        mine = torch.tensor([start + i in chosen for i in range(n)], dtype=torch.bool)
+        held.append(_rows(part, mine))
+        rest.append(_rows(part, ~mine))
+        start += n
+    answers = None if held[0].answers is None else torch.cat([_counted(h) for h in held])
+    return Calibration(torch.cat([h.sequences for h in held]), {}, answers), rest
 
 
 def _evenly(text: Calibration, most: int) -> Calibration:
     """At most so many of its sequences, evenly spaced."""
     n = text.sequences.shape[0]
-    if n <= most:
-        return text
-    chosen = [i * n // most for i in range(most)]
-    kept, answers = text.sequences[chosen], None if text.answers is None else text.answers[chosen]
-    counts = {"samples": most, "tokens": kept.numel()}
+    return text if n <= most else _rows(text, torch.tensor([i * n // most for i in range(most)], dtype=torch.int64))
+
+
+def _rows(text: Calibration, which: torch.Tensor) -> Calibration:
+    """Some of its sequences.  which: int64 or bool [samples]."""
+    kept, answers = text.sequences[which], None if text.answers is None else text.answers[which]
+    counts = {"samples": kept.shape[0], "tokens": kept.numel()}
     if answers is not None:
         counts["answer_tokens"] = int(answers.sum())
     return Calibration(kept, {**text.origin, **counts}, answers)
+
+
+def _counted(text: Calibration) -> torch.Tensor:
+    """bool like its sequences: which tokens are learned."""
+    return torch.ones_like(text.sequences, dtype=torch.bool) if text.answers is None else text.answers
