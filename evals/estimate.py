@@ -2,10 +2,13 @@
 
 A decoded token reads every weight once, in the type it is stored in, and the KV cache up to its place; it can be no faster
 than the device reads and unpacks these bytes (Williams, Waterman, Patterson: Roofline, CACM 52(4), 2009). A prompt costs
-two floating point operations a weight and token, and attention's share, which grows with the square of its length:
+two floating point operations a weight and token, and attention's share, which grows with the square of its length. Where it
+was measured what attention costs to compute, that counts, and not the cache's bytes and the flop rate:
 
-    decode   1 / (sum over types of bytes / rate(type)  +  KV bytes / rate  +  layers * a layer's own cost)   tokens/s
-    prefill  n / ((2 n weights  +  2 n^2 layers heads head_dim) / flop rate)                                  tokens/s
+    decode   1 / (sum over types of bytes / rate(type)  +  attention  +  layers * a layer's own cost)   tokens/s
+             attention: KV bytes / rate, or layers heads head_dim * measured(depth) where that is more
+    prefill  n / (2 n weights / flop rate  +  attention)                                                tokens/s
+             attention: n^2 layers heads head_dim * 2 / flop rate, or / 2 * measured for a pair of tokens
     ram      file  +  weights that the CPU has repacked  +  KV cache at the context  +  buffers  +  process       bytes
 
 Rates of this machine are measured in llama.cpp (runtimes/targets/kernels.py); of a device profile they are what published
@@ -14,7 +17,7 @@ measurements achieved (runtimes/targets/profile.py). An estimate is never a meas
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -40,6 +43,7 @@ PROCESS = 60_000_000  # bytes of Python, numpy and llama.cpp's libraries, as llm
 # on one of them (ggml/src/ggml-cpu/repack.cpp, ggml_repack_get_optimal_repack_type)
 REPACKED = {"Q4_0", "Q4_K", "IQ4_NL"}
 REPACKED_SOMEWHERE = {*REPACKED, "Q2_K", "Q5_K", "Q6_K", "Q8_0"}
+NO_ATTENTION = "of attention only the cache's bytes are counted: a long context is slower"
 OTHER = ""  # the rate of a type that has none of its own
 
 
@@ -65,20 +69,41 @@ class Model:
         """K and V of all layers with `tokens` tokens in the cache."""
         return kv.bytes_at(self.cache, tokens, type) if self.cache else 0
 
-    def attention(self, n: int) -> float:
-        """Operations of attention in a prefill of n tokens: two products, each over half of n x n, or of n x window."""
+    def spans(self, n: int) -> list[tuple[int, int]]:
+        """[(layers, tokens that they look back on)] where n came before: all of them, and of sliding layers the window."""
         if self.cache is None:
-            return 0.0
+            return []
         sliding = self.cache["sliding_layers"]
-        seen = (self.cache["layers"] - sliding) * n + sliding * min(n, self.cache["window"] or n)
-        return 2.0 * n * seen * self.heads * float(self.cache["head_dim"])
+        return [(self.cache["layers"] - sliding, n), (sliding, min(n, self.cache["window"] or n))]
+
+    @property
+    def query_width(self) -> float:
+        """Dimensions of a layer's query heads together."""
+        return self.heads * float(self.cache["head_dim"]) if self.cache else 0.0
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Seconds for each layer and dimension of its query heads together.  decode: [(tokens in the cache, of a decoded token)],
+    by depth.  prefill: of a pair of tokens."""
+
+    decode: list[tuple[int, Interval]]
+    prefill: Interval
+
+    def at(self, depth: int, i: int) -> float:
+        """A decoded token's, with the i-th figure of the intervals: straight lines between what was measured, and on."""
+        points = [(0, 0.0), *((n, t[i]) for n, t in self.decode)]
+        after = next((k for k, (n, _) in enumerate(points) if n >= depth and k), len(points) - 1)
+        (n0, t0), (n1, t1) = points[after - 1], points[after]
+        return t0 + (t1 - t0) * (depth - n0) / (n1 - n0)
 
 
 @dataclass(frozen=True)
 class Rates:
     """What a device does. read: bytes of weights a second, by type (OTHER: the rest).  flops: likewise; empty: unknown.
 
-    layer_seconds: what a layer costs a decoded token beyond its bytes.  basis: where the figures come from.
+    layer_seconds: what a layer costs a decoded token beyond its bytes.  attention: what it costs to compute, by how many
+    query heads share a key head; empty where that is not known.  basis: where the figures come from.
     """
 
     target: str
@@ -87,6 +112,14 @@ class Rates:
     read: dict[str, Interval]
     flops: dict[str, Interval]
     layer_seconds: Interval
+    attention: dict[int, Attention] = field(default_factory=dict)
+
+    def attention_of(self, model: Model) -> Attention | None:
+        """That of the nearest number of query heads to a key head."""
+        if not self.attention or model.cache is None:
+            return None
+        shared = model.heads / model.cache["kv_heads"]
+        return self.attention[min(self.attention, key=lambda n: abs(n - shared))]
 
 
 def estimate(model: Model, rates: Rates, depth: int = 0, prompt: int = 512, context: int | None = None) -> dict[str, Any]:
@@ -106,15 +139,21 @@ def estimate(model: Model, rates: Rates, depth: int = 0, prompt: int = 512, cont
 def _decode(model: Model, rates: Rates, depth: int, i: int) -> float:
     """Tokens/s with the i-th figure of every interval (costs in the opposite order)."""
     weights = sum(n / rates.read.get(kind, rates.read[OTHER])[i] for kind, n in model.token_bytes.items())
-    cache = model.kv_bytes(depth) / rates.read[OTHER][i]
-    return 1.0 / (weights + cache + model.layers * rates.layer_seconds[2 - i])
+    attention = model.kv_bytes(depth) / rates.read[OTHER][i]
+    if computed := rates.attention_of(model):
+        layers = sum(n * computed.at(seen, 2 - i) for n, seen in model.spans(depth))
+        attention = max(attention, layers * model.query_width)
+    return 1.0 / (weights + attention + model.layers * rates.layer_seconds[2 - i])
 
 
 def _prefill(model: Model, rates: Rates, n: int, i: int) -> float:
     """Tokens/s. The flop rate of a file of several types is that of its types, weighted by the bytes they have."""
     total = sum(model.token_bytes.values())
     per_flop = sum(b / total / rates.flops.get(kind, rates.flops[OTHER])[i] for kind, b in model.token_bytes.items())
-    return n / ((2.0 * n * model.prefill_weights + model.attention(n)) * per_flop)
+    seen = sum(layers * span for layers, span in model.spans(n)) * model.query_width
+    computed = rates.attention_of(model)
+    per_pair = computed.prefill[2 - i] if computed else 4.0 * per_flop  # two products; each token sees half of the others
+    return n / (2.0 * n * model.prefill_weights * per_flop + n * seen / 2 * per_pair)
 
 
 def memory(model: Model, context: int) -> Interval:
@@ -154,7 +193,7 @@ def rates_of_profile(profile: Profile, target: str | None = None) -> Rates:
     share = median(r for _, r in source.achieved()) / source.bandwidth.value
     unknown = "" if flops else "; no prefill is published"
     basis = (f"profile {profile.id} ({profile.name}): {points}; they read {share:.0%} of "
-             f"{source.bandwidth.value / 1e9:.1f} GB/s{unknown}")
+             f"{source.bandwidth.value / 1e9:.1f} GB/s{unknown}; {NO_ATTENTION}")
     return Rates(target or profile.id, basis, int(profile.ram.value), read, flops, (0.7 * cost, cost, 1.3 * cost))
 
 
@@ -207,9 +246,11 @@ def rates_here(types: set[str], threads: int, read_bandwidth: float, target: str
     flops[OTHER] = (min(lows), median(mids), max(highs))
     read[OTHER] = (HERE_BELOW * read_bandwidth, read_bandwidth, HERE_ABOVE * read_bandwidth)
     low, mid, high = measured["layer_seconds"]
-    basis = (f"measured here: llama.cpp {measured['version']}'s kernels for {', '.join(sorted(measured['types']))} with "
-             f"{threads} threads, memory read at {read_bandwidth / 1e9:.1f} GB/s")
-    return Rates(target, basis, memory_of_machine(), read, flops, (HERE_BELOW * low, mid, HERE_ABOVE * high))
+    basis = (f"measured here: llama.cpp {measured['version']}'s kernels for {', '.join(sorted(measured['types']))} and "
+             f"attention with {threads} threads, memory read at {read_bandwidth / 1e9:.1f} GB/s")
+    attention = {int(n): Attention([(depth, roomy(t)) for depth, t in a["decode"]], roomy(a["prefill"]))
+                 for n, a in measured["attention"].items()}
+    return Rates(target, basis, memory_of_machine(), read, flops, (HERE_BELOW * low, mid, HERE_ABOVE * high), attention)
 
 
 def rates_of_facts(target: str, facts: dict[str, Any]) -> Rates:
@@ -218,7 +259,8 @@ def rates_of_facts(target: str, facts: dict[str, Any]) -> Rates:
     Kernels that unpack weights keep below the first and, with integer dot products, often above the second.
     """
     read, flops = float(facts["read_bandwidth"]), facts.get("matmul_flops")
-    return Rates(target, f"probed {facts.get('probed', 'there')}: reads {read / 1e9:.1f} GB/s; kernels were not measured",
+    return Rates(target, f"probed {facts.get('probed', 'there')}: reads {read / 1e9:.1f} GB/s; kernels were not measured; "
+                         f"{NO_ATTENTION}",
                  int(facts["memory"]), {OTHER: (0.5 * read, 0.8 * read, read)},
                  {OTHER: (0.5 * flops, flops, 3.0 * flops)} if flops else {}, (0.0, 50e-6, 500e-6))
 

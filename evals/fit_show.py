@@ -43,7 +43,6 @@ def fit_lines(result: dict[str, Any]) -> str:
         lines = [f"{t['target']}, {result['context']} tokens of context", table(rows(t))]
         if any(f.get("source") == "estimate" for c in t["candidates"] for f in c["figures"].values()):
             lines.append(f"~ estimate (low to high), {t['basis'] or 'file, cache and buffers'}")
-            lines.append("  of attention over the context only the cache's bytes are counted: a long one is slower")
         lines += [f"make: {line}" for line in t["advice"]]
         parts.append("\n".join(lines))
     return "\n\n".join(parts)

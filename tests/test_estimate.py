@@ -28,6 +28,23 @@ def test_decode_is_bytes_over_rates_and_the_layers() -> None:
     assert got["high"] == pytest.approx(1 / (600 / 3 + 200 / 40 + kv / 40 + 2 * 1))
 
 
+def test_measured_attention_counts_where_it_costs_more_than_the_caches_bytes() -> None:
+    """MODEL has two query heads to a key head: nearer to one than to four."""
+    dear = e.Attention([(10, (1.0, 2.0, 3.0)), (20, (2.0, 3.0, 4.0))], (0.1, 0.2, 0.3))
+    free = e.Attention([(10, (0.0, 0.0, 0.0))], (0.0, 0.0, 0.0))
+    with_it, without = (dataclasses.replace(RATES, attention=a) for a in ({1: dear, 4: free}, {1: free, 4: dear}))
+    others = 600 / 2 + 200 / 20 + 2 * 2
+    for depth, each in ((0, 0.0), (5, 1.0), (10, 2.0), (15, 2.5), (20, 3.0), (40, 5.0)):
+        assert e.estimate(MODEL, with_it, depth=depth)["decode"]["mid"] == pytest.approx(1 / (others + 2 * 32 * each))
+    assert e.estimate(MODEL, without, depth=15)["decode"] == e.estimate(MODEL, RATES, depth=15)["decode"]
+    low, high = (e.estimate(MODEL, with_it, depth=10)["decode"][k] for k in ("low", "high"))
+    assert (1 / low, 1 / high) == pytest.approx((620 + 6 + 2 * 32 * 3, 200 + 5 + 2 + 2 * 32 * 1))
+    weights = 2 * 7 * 1500 * (0.75 / 200 + 0.25 / 100)
+    assert 7 / e.estimate(MODEL, with_it, prompt=7)["prefill"]["mid"] == pytest.approx(weights + 7 * 7 / 2 * 2 * 32 * 0.2)
+    windowed = dataclasses.replace(MODEL, cache=CACHE | {"window": 10, "sliding_layers": 1})
+    assert e.estimate(windowed, with_it, depth=20)["decode"]["mid"] == pytest.approx(1 / (others + 32 * (3.0 + 2.0)))
+
+
 def test_prefill_has_attentions_quadratic_share() -> None:
     def seconds(n: int) -> float:
         return n / e.estimate(MODEL, RATES, prompt=n)["prefill"]["mid"]
@@ -103,11 +120,18 @@ def test_kernels_are_measured_and_kept(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(kernels, "WIDTH", 256)
     monkeypatch.setattr(kernels, "FFN", 256)
     monkeypatch.setattr(kernels, "TOKENS", 6)
+    monkeypatch.setattr(kernels, "PROMPT", 16)
+    monkeypatch.setattr(kernels, "DEPTHS", (32, 64))
     cache = tmp_path / "k.json"
     first = kernels.kernel_rates({"Q4_0", "GPTQ int4"}, 1, cache)
     assert set(first["types"]) == {"Q4_0"}
     for low, mid, high in (*first["types"]["Q4_0"].values(), first["layer_seconds"]):
         assert 0 < low <= mid <= high
+    assert set(first["attention"]) == {"1", "4"}
+    for seconds in first["attention"].values():
+        assert [n for n, _ in seconds["decode"]] == [32, 64]
+        assert seconds["decode"][-1][1][2] > 0
+        assert 0 <= seconds["prefill"][0] <= seconds["prefill"][2]
     assert kernels.kernel_rates({"Q4_0"}, 1, cache) == first
     more = kernels.kernel_rates({"Q4_0", "Q6_K"}, 1, cache)
     assert more["types"]["Q4_0"] == first["types"]["Q4_0"]

@@ -1,8 +1,9 @@
 """How fast this machine computes with each GGUF weight type: measured in llama.cpp itself, on files of zeros.
 
 Decoding with a small model, or with a type that takes work to unpack, is bound by the cores and not by the memory; how
-much work a type takes differs with the instruction sets and with what llama.cpp has for them, so it is measured. The files
-are Llama layers of one type without a vocabulary, as large as the models in question; nothing in them is fitted to any.
+much work a type takes differs with the instruction sets and with what llama.cpp has for them, so it is measured. So is
+attention: after some hundred tokens a small model spends most of its time on it, far more than reading the cache takes. The
+files are Llama layers of one type without a vocabulary, as large as the models in question; nothing in them is fitted to any.
 """
 
 from __future__ import annotations
@@ -22,30 +23,36 @@ LAYERS, WIDTH, FFN, VOCABULARY = 8, 1024, 4096, 256  # 134 M weights: past the c
 TINY = 64  # width at which the weights cost nothing: what is left is the layers' own cost
 TINY_LAYERS = 30
 TOKENS, PROMPT = 24, 256
+HEAD = 64  # dimensions of a head
+SHARED = (1, 4)  # query heads to a key head: where several share one, its keys are unpacked once
+DEPTHS = (128, 256, 512, 1024, 2048)  # tokens in the cache where attention is timed: its cost is not linear at the start
 TYPES = ("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 
 
 def kernel_rates(types: set[str], threads: int, cache: Path | None = None) -> dict[str, Any]:
-    """{'threads', 'cpu', 'version', 'layer_seconds': [low, mid, high], 'types': {type: {'decode': bytes/s, 'prefill':
-    flop/s}}} with [low, mid, high] each: quartiles of tokens. Types that llama.cpp has no name for here are left out.
+    """{'threads', 'cpu', 'version', 'layer_seconds', 'attention', 'types': {type: {'decode': bytes/s, 'prefill': flop/s}}}
+    with [low, mid, high] each: quartiles of tokens. Types that llama.cpp has no name for here are left out.
 
+    layer_seconds: of a layer without weights to speak of.  attention: {query heads to a key head: {'decode': [[tokens in the
+    cache, seconds of a decoded token], …], 'prefill': seconds of each pair of tokens}}, for each layer and dimension of its
+    query heads together.
     cache: a JSON file of earlier measurements of this machine; what it has is not measured again.
     """
     known = _cached(cache, threads)
     wanted = sorted((types & set(TYPES)) - set(known["types"]))
-    if not wanted and known["layer_seconds"]:
+    if not wanted and known["attention"]:
         return known
     say(f"measuring llama.cpp's kernels: {', '.join(wanted) or 'layers'}, {threads} threads")
     with tempfile.TemporaryDirectory() as folder, progress("kernel", len(wanted) + 1) as p:
         path = Path(folder) / "kernel.gguf"
-        if not known["layer_seconds"]:
+        if not known["attention"]:
             write_layers(path, "Q8_0", TINY_LAYERS, TINY, TINY)
-            tokens, _ = _time(path, threads, 4 * TOKENS)
-            known["layer_seconds"] = [t / TINY_LAYERS for t in _quartiles(tokens)]
+            known["layer_seconds"] = [t / TINY_LAYERS for t in _quartiles(_decodes(path, threads, 4 * TOKENS))]
+            known["attention"] = {str(n): _attention(path, threads, n) for n in SHARED}
         p.step("layers")
         for name in wanted:
             nbytes = write_layers(path, name, LAYERS, WIDTH, FFN)
-            tokens, prompt = _time(path, threads, TOKENS)
+            tokens, prompt = _decodes(path, threads, TOKENS), _prefills(path, threads, PROMPT)
             overhead = LAYERS * known["layer_seconds"][1]
             weights = LAYERS * (4 * WIDTH * WIDTH + 3 * WIDTH * FFN)
             known["types"][name] = {
@@ -70,24 +77,49 @@ def _cached(cache: Path | None, threads: int) -> dict[str, Any]:
     head = {"threads": threads, "cpu": cpu_model(), "version": version("llama-cpp-python")}
     if cache is not None and cache.is_file():
         found: dict[str, Any] = json.loads(cache.read_text(encoding="utf-8"))
-        if {k: found.get(k) for k in head} == head:
+        if {k: found.get(k) for k in head} == head and "attention" in found:
             return found
-    return {**head, "layer_seconds": None, "types": {}}
+    return {**head, "layer_seconds": None, "attention": None, "types": {}}
 
 
-def _time(path: Path, threads: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Seconds of each decoded token, and of each prefill of PROMPT tokens."""
+def _attention(path: Path, threads: int, shared: int) -> dict[str, Any]:
+    """From how much longer a token takes after others: nothing else differs. Of the weights of a long prompt and a short one
+    every token costs the same, and attention grows with the pairs of tokens."""
+    write_layers(path, "Q8_0", LAYERS, WIDTH, TINY, shared)
+    base = _quartiles(_decodes(path, threads, TOKENS))[1]
+    deep = [(n, _quartiles(_decodes(path, threads, TOKENS, n))) for n in DEPTHS]
+    long = DEPTHS[-1]
+    short = _quartiles(_prefills(path, threads, PROMPT))[1] / PROMPT
+    pairs = [(t / long - short) / ((long - PROMPT) / 2) for t in _quartiles(_prefills(path, threads, long))]
+    each = LAYERS * WIDTH
+    return {"decode": [[n, [max(0.0, t - base) / each for t in ts]] for n, ts in deep],
+            "prefill": [max(0.0, t) / each for t in pairs]}
+
+
+def _decodes(path: Path, threads: int, tokens: int, depth: int = 4) -> np.ndarray:
+    """Seconds of each token decoded after `depth` others; after the few of the default, attention costs next to nothing."""
     import numpy as np
 
     from llmc.runtimes.llamacpp import LlamaCpp
 
-    runtime = LlamaCpp(path, PROMPT + tokens + 8, threads)
-    ids = np.arange(PROMPT) % VOCABULARY
-    prefills = np.array([_seconds(lambda: runtime.prefill(ids)) for _ in range(4)])[1:]
-    runtime.prefill(ids[:4])  # a short context: attention costs next to nothing
-    decodes = np.array([_seconds(lambda: runtime.decode(1)) for _ in range(tokens + 4)])[4:]
+    runtime = LlamaCpp(path, depth + tokens + 8, threads)
+    runtime.prefill(np.arange(depth) % VOCABULARY)
+    seconds = np.array([_seconds(lambda: runtime.decode(1)) for _ in range(tokens + 4)])[4:]
     runtime.close()
-    return decodes, prefills
+    return seconds
+
+
+def _prefills(path: Path, threads: int, tokens: int) -> np.ndarray:
+    """Seconds of each prefill of so many tokens."""
+    import numpy as np
+
+    from llmc.runtimes.llamacpp import LlamaCpp
+
+    runtime = LlamaCpp(path, tokens + 8, threads)
+    ids = np.arange(tokens) % VOCABULARY
+    seconds = np.array([_seconds(lambda: runtime.prefill(ids)) for _ in range(4)])[1:]
+    runtime.close()
+    return seconds
 
 
 def _seconds(run: Any) -> float:
@@ -102,8 +134,8 @@ def _quartiles(values: np.ndarray) -> list[float]:
     return [float(x) for x in np.percentile(values, (25, 50, 75))]
 
 
-def write_layers(path: Path, kind: str, layers: int, width: int, ffn: int) -> int:
-    """Write a model of one type whose weights are zeros; their bytes.
+def write_layers(path: Path, kind: str, layers: int, width: int, ffn: int, shared: int = 1) -> int:
+    """Write a model of one type whose weights are zeros, with `shared` query heads to a key head; their bytes.
 
     No kernel looks at values, but random ones become infinite or denormal on the way, and those are slow to compute with.
     """
@@ -115,14 +147,17 @@ def write_layers(path: Path, kind: str, layers: int, width: int, ffn: int) -> in
     w.add_context_length(4096)
     w.add_embedding_length(width)
     w.add_feed_forward_length(ffn)
-    w.add_head_count(max(1, width // 64))
+    heads = max(1, width // HEAD)
+    w.add_head_count(heads)
+    w.add_head_count_kv(max(1, heads // shared))
     w.add_layer_norm_rms_eps(1e-5)
-    w.add_rope_dimension_count(64)
+    w.add_rope_dimension_count(HEAD)
     w.add_vocab_size(VOCABULARY)
     w.add_tokenizer_model("no_vocab")
     raw = GGMLQuantizationType[kind]
     block, size = GGML_QUANT_SIZES[raw]
-    shapes = {"attn_q": (width, width), "attn_k": (width, width), "attn_v": (width, width), "attn_output": (width, width),
+    keys = max(1, heads // shared) * (width // heads)
+    shapes = {"attn_q": (width, width), "attn_k": (keys, width), "attn_v": (keys, width), "attn_output": (width, width),
               "ffn_gate": (ffn, width), "ffn_up": (ffn, width), "ffn_down": (width, ffn)}
     total = 0
     for name, (rows, columns) in {"token_embd": (VOCABULARY, width),
