@@ -23,6 +23,8 @@ from llmc.cli import run as command
 from llmc.console import size
 from llmc.errors import UserError
 from llmc.evals.show import pm
+from llmc.recipes.chain import load
+from llmc.recipes.jobs import jobs_of, open_folder
 
 QUICK = "{calibration: text.txt, samples: 8, seq_len: 32, threads: 1, context: 32, chunks: 2}"
 RECIPE = f"""\
@@ -113,6 +115,21 @@ def planned(text: str, base: Path, **settings: Any) -> list[str]:
     """The jobs that would be run."""
     plan = llmc.run_recipe(write(text), model=base, out="run", set=settings, dry_run=True)["plan"]
     return [r["job"] for r in plan if r["state"] != "cached"]
+
+
+def test_another_device_of_the_same_name_is_measured_anew(base: Path) -> None:
+    text = f"defaults: {QUICK}\nsteps: [quantize: {{method: rtn}}, export, bench: {{target: board, targets: t.toml}}]"
+
+    def key(entry: str) -> str:
+        Path("t.toml").write_text(f"[targets.board]\n{entry}")
+        made = load(write(text), str(base), {})
+        return jobs_of(made, Path("run"), open_folder(Path("run")))["bench"].key
+
+    here = key('address = "ssh://one"')
+    assert key('address = "ssh://one"') == here
+    assert key('address = "ssh://two"') != here
+    assert key('address = "ssh://one"\nfacts = {temperature_c = 50}') == here
+    assert key('address = "ssh://one"\nfacts = {cpu = "Cortex-A76"}') != here
 
 
 def test_nothing_is_made_twice_and_a_change_makes_what_depends_on_it(base: Path) -> None:

@@ -71,7 +71,7 @@ def model_digest(model: str, hashes: Hashes) -> str:
 def settings(step: Step, hashes: Hashes) -> dict[str, Any]:
     """A step's options as they decide its result: files by what is in them, not by where they lie."""
     values: dict[str, Any] = json.loads(json.dumps(step.typed.options(), default=str))
-    values = {k: v for k, v in values.items() if k in deciding(step)}
+    values = {k: v for k, v in values.items() if k in deciding(step) - {"targets"}}  # the devices named are told by `key`
     for option, paths in step.typed.files.items():
         if option not in values:
             continue
@@ -106,7 +106,20 @@ def key(step: Step, inputs: list[str], teacher: str | None, base: str, hashes: H
             from llmc.runtimes.targets.this_machine import cpu_model, physical_cores
 
             made["machine"] = [cpu_model(), physical_cores()]
+        c = step.typed.config
+        if c.target:
+            names = [c.target] if isinstance(c.target, str) else c.target
+            made["targets"] = [_device(name, c.targets) for name in names]
     return digest(made)
+
+
+def _device(name: str, file: Path | None) -> dict[str, Any]:
+    """A target by where it is and what it is: another device of its name is measured anew."""
+    from llmc.runtimes.targets.target import find_target
+
+    target = find_target(name, file).as_dict()
+    facts = {k: target["facts"].get(k) for k in ("machine", "cpu", "usable_cores", "memory")}  # a probe finds the rest anew
+    return target | {"facts": facts}
 
 
 @cache
