@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmc.console import parse_size
 from llmc.errors import UserError
 
 
@@ -153,11 +154,11 @@ class FitConfig:
 
 
 def parse_bytes(option: str, written: str) -> int:
-    """'2GB', '90 MB' or '1500000' in bytes; decimal units, as everywhere in llmc."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(B|kB|MB|GB)?", written.strip())
-    if not match:
-        raise UserError(f"{option} {written!r} is no size", f"write it like {option} 2GB or 90MB")
-    return round(float(match[1]) * {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}[match[2] or "B"])
+    """`parse_size`, where anything else is an error of `option`."""
+    found = parse_size(written)
+    if found is None:
+        raise UserError(f"{option} {written!r} is no size", f"write it with a unit, like {option} 2GB or 90MB")
+    return found
 
 
 def parse_number(option: str, written: str, unit: str, example: str) -> float:

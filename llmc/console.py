@@ -5,6 +5,7 @@ Results go to stdout; everything else goes to stderr, so that `--json` output ca
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -45,6 +46,15 @@ def size(n: float) -> str:
             return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
         n /= 1000
     return f"{n:.2f} GB"
+
+
+def parse_size(text: str) -> int | None:
+    """Bytes of '90MB', '1.2 GB' or '85MiB'; None where it is no size. A unit has to be there: 2 is not meant as 2 bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kKMG]?)(i?)B", text.strip())
+    if found is None:
+        return None
+    power = " kMG".index(found[2].replace("K", "k") or " ")
+    return round(float(found[1]) * (1024 if found[3] else 1000) ** power)
 
 
 class Progress:

@@ -22,7 +22,7 @@ import llmc
 from llmc.cli import run
 from llmc.compress.quantize import knapsack, sensitivity
 from llmc.compress.quantize.budget import rounded_up
-from llmc.compress.quantize.config import QuantizeConfig, parse_size
+from llmc.compress.quantize.config import QuantizeConfig
 from llmc.compress.quantize.knapsack import Frontier, Option
 from llmc.compress.quantize.run import quantize as on_all_threads
 from llmc.console import size
@@ -328,11 +328,3 @@ def test_what_is_named_as_possible_is_possible(value: float) -> None:
 def test_contradictions_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         QuantizeConfig(**options)
-
-
-@pytest.mark.parametrize(("text_", "expected"), [
-    ("90MB", 90_000_000), ("1.2 GB", 1_200_000_000), ("85MiB", 85 << 20), ("512kB", 512_000), ("7B", 7), ("90", None),
-    ("MB", None), ("-3MB", None),
-])
-def test_sizes(text_: str, expected: int | None) -> None:
-    assert parse_size(text_) == expected

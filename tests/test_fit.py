@@ -44,8 +44,9 @@ def test_answers() -> None:
 
 
 def test_sizes() -> None:
-    assert [parse_bytes("--max-ram", s) for s in ("2GB", "90 MB", "1.5kB", "7")] == [2 * 10**9, 90 * 10**6, 1500, 7]
-    for wrong in ("2 gallons", "", "-1GB"):
+    assert [parse_bytes("--max-ram", s) for s in ("2GB", "90 MB", "1.5kB", "85MiB", "7B")] == [
+        2 * 10**9, 90 * 10**6, 1500, 85 << 20, 7]
+    for wrong in ("2 gallons", "", "-1GB", "90", "MB"):
         with pytest.raises(UserError, match="--max-ram"):
             parse_bytes("--max-ram", wrong)
 

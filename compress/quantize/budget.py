@@ -26,12 +26,12 @@ from llmc.compress.precision import fast_matmul
 from llmc.compress.prune.masks import mask_of
 from llmc.compress.quantize import rtn, scales, sensitivity
 from llmc.compress.quantize.assignment import Assignment, assign, grid_called, has_own_head, linears_of, table_shape
-from llmc.compress.quantize.config import QuantizeConfig, parse_size
+from llmc.compress.quantize.config import QuantizeConfig
 from llmc.compress.quantize.knapsack import Frontier, Option
 from llmc.compress.sampling import sample_from_model
 from llmc.compress.skeleton import Skeleton, get_weight
 from llmc.compress.text import SELF, load_calibration
-from llmc.console import progress, say, size
+from llmc.console import parse_size, progress, say, size
 from llmc.dequantize import check_memory
 from llmc.errors import UserError
 from llmc.evals.weigh import classify

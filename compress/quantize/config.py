@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from llmc.block_grids import GRIDS, BlockGrid
 from llmc.compress.quantize.presets import PRESETS
 from llmc.compress.ranges import out_of_range
-from llmc.console import size
+from llmc.console import parse_size, size
 from llmc.errors import UserError
 from llmc.grids import Grid
 
@@ -129,15 +128,6 @@ class QuantizeConfig:
             for name in ("damp", "true_sequential", *text):
                 del deciding[name]
         return deciding
-
-
-def parse_size(text: str) -> int | None:
-    """Bytes of '90MB', '1.2 GB', '85MiB'; None where it is not a size."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kKMG]?)(i?)B", text.strip())
-    if found is None:
-        return None
-    power = " kMG".index(found[2].replace("K", "k") or " ")
-    return round(float(found[1]) * (1024 if found[3] else 1000) ** power)
 
 
 def budget_lines(plan: dict[str, Any], counts: dict[str, int], tables: dict[str, str]) -> str:
