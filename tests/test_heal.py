@@ -19,7 +19,7 @@ from llmc.artifact import hash_folder
 from llmc.block_grids import GRIDS, BlockGrid, BlockTensor
 from llmc.checkpoint import Checkpoint
 from llmc.compress.heal import blocks, student
-from llmc.compress.heal.train import EndToEnd
+from llmc.compress.heal.train import LR_BY_ROOT_KLD, MOST_LR, EndToEnd
 from llmc.compress.quantize.rtn import rtn
 from llmc.compress.teaching import loss, models
 from llmc.compress.teaching.training import schedule
@@ -184,8 +184,21 @@ def test_healing_helps_on_other_text_and_changes_no_code(pair: tuple[Path, Path,
     entry = json.loads((tmp_path / "healed/llmc.json").read_text())["passes"][-1]
     assert entry["name"] == "heal"
     assert [row["step"] for row in entry["curve"]] == [0, 16, 32]
+    assert entry["lr"] == OPTIONS["lr"]
     assert llmc.verify(tmp_path / "healed")["problems"] == []
     llmc.export(tmp_path / "healed", format="gguf", out=tmp_path / "healed.gguf")
+
+
+def test_the_rate_follows_the_divergence_at_the_start(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, _, text = pair
+    rates = {}
+    for bits in (4, 8):
+        made = llmc.quantize(base, bits=bits, method="rtn", threads=2, out=tmp_path / f"q{bits}")["out"]
+        options = OPTIONS | {"lr": None, "steps": 2, "check_every": 2, "out": tmp_path / f"h{bits}"}
+        result = llmc.heal(made, base, calibration=text, **options)
+        assert result["lr"] == pytest.approx(min(MOST_LR, LR_BY_ROOT_KLD * result["kld"]["before"] ** 0.5))
+        rates[bits] = result["lr"]
+    assert 0 < rates[8] < rates[4] <= MOST_LR
 
 
 @pytest.mark.parametrize("grid", ["q4_1", "q2_k"])

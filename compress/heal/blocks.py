@@ -22,7 +22,7 @@ from llmc.checkpoint import Checkpoint
 from llmc.compress.calibration import Workspace, sequences_at_once
 from llmc.compress.heal.config import HealConfig
 from llmc.compress.heal.student import HealedLinear, moved, norm_weights, stored_tensors
-from llmc.compress.heal.train import optimizer_of
+from llmc.compress.heal.train import MOST_LR, optimizer_of
 from llmc.compress.skeleton import Skeleton
 from llmc.compress.states import StateStore
 from llmc.compress.teaching.models import called
@@ -137,13 +137,13 @@ class Blocks:
     def _train(self, layer: nn.Module, index: int, factors: dict[str, Any], norms: dict[str, Any]) -> Curve:
         """The steps of one layer, which ends with the best parameters by the held-out sequences. ('kld' is the error.)"""
         c = self.config
-        optimizer, parameters = optimizer_of(factors, norms, c.lr), [*factors.values(), *norms.values()]
+        optimizer, parameters = optimizer_of(factors, norms), [*factors.values(), *norms.values()]
         curve = Curve([{"step": 0, "kld": self._judge(layer, index), "training": None}], [])
         best = [p.detach().clone() for p in parameters]
         for step in range(c.steps):
             if curve.stalled(c):
                 break
-            set_rate(optimizer, c.lr, step, c.steps)
+            set_rate(optimizer, c.lr or MOST_LR, step, c.steps)
             optimizer.zero_grad(set_to_none=True)
             curve.losses.append(sum(self._learn(layer, index, step * c.accumulate + i) for i in range(c.accumulate)))
             optimizer.step()

@@ -24,7 +24,8 @@ class HealConfig:
     batch: int = 2
     accumulate: int = 1
     seq_len: int = 512
-    lr: float = 0.001
+    lr: float | None = None
+    """None: end to end by the divergence at the start (train.py); of a block MOST_LR."""
     norms: bool = True
     teacher_top_k: int | None = None
     held_out: int = 8
@@ -42,7 +43,8 @@ class HealConfig:
         problems = []
         if not self.teacher:
             problems.append("--teacher is missing: the float model that the quantised one was made from")
-        problems += out_of_range(self, ("steps", "batch", "accumulate", "held_out", "check_every", "patience"), ("lr",))
+        problems += out_of_range(self, ("steps", "batch", "accumulate", "held_out", "check_every", "patience"),
+                                 ("lr",) if self.lr is not None else ())
         if self.sampled < 0:
             problems.append(f"--sampled {self.sampled}: must be at least 0")
         if self.scope not in SCOPES:

@@ -102,7 +102,8 @@ class _Job(Job):
             warn("healing never beat the start on the held-out text: the model is as it was")
         trained = {kind: sum(p.numel() for p in group.values()) for kind, group in (("scales", factors), ("norms", norms))}
         return changed, {"steps": len(curve.losses), "best_step": curve.best["step"], "curve": curve.checks,
-                         "losses": curve.losses, "kld": {"before": curve.checks[0]["kld"], "after": curve.best["kld"]},
+                         "lr": job.rate(curve.checks[0]), "losses": curve.losses,
+                         "kld": {"before": curve.checks[0]["kld"], "after": curve.best["kld"]},
                          "trained": trained, "scales_moved": moved(linears)}
 
     def _blocks(self, texts: Texts) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

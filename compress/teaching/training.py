@@ -89,6 +89,10 @@ class Training:
         """Move the parameters along their gradients."""
         self.optimizer.step()
 
+    def rate(self, start: dict[str, float]) -> float:
+        """The learning rate, which may depend on what the held-out text says before the first step."""
+        return self.lr
+
     def settled(self) -> None:
         """Files were written: wait until all processes can read them."""
 
@@ -99,12 +103,13 @@ class Training:
         if not curve.checks:
             curve.checks.append({"step": 0, **self.judge(), "training": None})
             self._keep_best()
+        lr = self.rate(curve.checks[0])
         with progress(f"{self.what}, step", c.steps, done) as p:
             for step in range(done, c.steps):
                 if curve.stalled(c):
                     say(f"no better for {c.patience} checks: stopped at step {step}")
                     break
-                set_rate(self.optimizer, self.lr, step, c.steps)
+                set_rate(self.optimizer, lr, step, c.steps)
                 self.optimizer.zero_grad(set_to_none=True)
                 curve.losses.append(self.learn(step))
                 self.update()

@@ -29,7 +29,9 @@ def heal(
     batch: Annotated[int, typer.Option(help="Sequences run at once.")] = D.batch,
     accumulate: Annotated[int, typer.Option(help="Batches of a step.")] = D.accumulate,
     seq_len: Annotated[int, typer.Option(help="Tokens of a sequence.")] = D.seq_len,
-    lr: Annotated[float, typer.Option(help="Learning rate of the scales' logarithms (Adam, warm-up, cosine).")] = D.lr,
+    lr: Annotated[float | None, typer.Option(
+        help="Learning rate of the scales' logarithms (Adam, warm-up, cosine).",
+        show_default="by the divergence at the start, at most 0.001")] = D.lr,
     norms: Annotated[bool, typer.Option("--norms/--no-norms", help="Train the weights of norms too.")] = D.norms,
     teacher_top_k: Annotated[int | None, typer.Option(
         help="Run the teacher first, keep its likeliest tokens on the disk, and learn from them and the sum of the rest: the "
