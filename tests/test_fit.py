@@ -44,9 +44,9 @@ def test_answers() -> None:
 
 
 def test_sizes() -> None:
-    assert [parse_bytes("--max-ram", s) for s in ("2GB", "90 MB", "1.5kB", "85MiB", "7B")] == [
-        2 * 10**9, 90 * 10**6, 1500, 85 << 20, 7]
-    for wrong in ("2 gallons", "", "-1GB", "90", "MB"):
+    assert [parse_bytes("--max-ram", s) for s in ("2GB", "90 MB", "1.5kB", "85MiB", "7B", "1.2 GB", "512kB")] == [
+        2 * 10**9, 90 * 10**6, 1500, 85 << 20, 7, 1_200_000_000, 512_000]
+    for wrong in ("2 gallons", "", "-1GB", "90", "MB", "-3MB"):
         with pytest.raises(UserError, match="--max-ram"):
             parse_bytes("--max-ram", wrong)
 

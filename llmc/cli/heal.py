@@ -31,7 +31,7 @@ def heal(
     seq_len: Annotated[int, typer.Option(help="Tokens of a sequence.")] = D.seq_len,
     lr: Annotated[float | None, typer.Option(
         help="Learning rate of the scales' logarithms (Adam, warm-up, cosine).",
-        show_default="by the divergence at the start, at most 0.001")] = D.lr,
+        show_default="by the divergence at the start, at most 0.001; 0.001 with --scope block")] = D.lr,
     norms: Annotated[bool, typer.Option("--norms/--no-norms", help="Train the weights of norms too.")] = D.norms,
     teacher_top_k: Annotated[int | None, typer.Option(
         help="Run the teacher first, keep its likeliest tokens on the disk, and learn from them and the sum of the rest: the "
