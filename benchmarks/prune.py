@@ -1,4 +1,4 @@
-"""What `llmc prune` costs before any healing: zeros by three methods, and layers dropped by three orders.
+"""What `llmc prune` costs before any healing: zeros by three methods, layers dropped by three orders, and a narrower model.
 
     python benchmarks/prune.py --base BASE --calibration mixed.txt --text wiki.test.raw --work FOLDER
 
@@ -25,6 +25,7 @@ from llmc.compress.skeleton import Skeleton
 from llmc.runtimes.targets.this_machine import physical_cores
 
 MASKS = ("magnitude", "wanda", "sparsegpt")
+PATTERNS = ("2:4", "4:8")
 
 
 def draw(base: Path, folder: Path, drop: int, seed: int) -> None:
@@ -54,6 +55,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--chunks", type=int, default=20)
     parser.add_argument("--drop", type=int, default=3)
+    parser.add_argument("--ffn", type=float, default=0.75, help="of the neurons, for the narrower model")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=physical_cores())
     parser.add_argument("--only", choices=["masks", "depth"])
@@ -63,10 +65,11 @@ def main() -> None:
     jobs: dict[str, dict[str, Any]] = {}
     if args.only != "depth":
         jobs |= {m: {"method": m, "sparsity": 0.5} for m in MASKS}
-        jobs |= {f"{m} 2:4": {"method": m, "pattern": "2:4"} for m in MASKS}
+        jobs |= {f"{m} {p}": {"method": m, "pattern": p} for p in PATTERNS for m in MASKS}
     if args.only != "masks":
         jobs |= {f"depth {by}": {"method": "depth", "drop": args.drop, "by": by} for by in ("kl", "influence")}
         jobs |= {f"depth random {seed}": {"seed": seed} for seed in range(args.seeds)}
+        jobs["width"] = {"method": "width", "ffn": args.ffn}
     found = {}
     print(f"{'what':18} {'perplexity':>10} {'KLD':>7} {'log-PPL rise':>12}")
     for name, options in jobs.items():
@@ -81,7 +84,7 @@ def main() -> None:
         print(f"{name:18} {figures['perplexity']:10.2f} {figures['kld']:7.3f} {figures['rise']:12.3f}", flush=True)
     rise = {name: f["rise"] for name, f in found.items()}
     bars = {}
-    for kind in ("", " 2:4") if args.only != "depth" else ():
+    for kind in ("", *(f" {p}" for p in PATTERNS)) if args.only != "depth" else ():
         bars |= {f"{m}{kind} of magnitude": rise[m + kind] / rise["magnitude" + kind] for m in ("wanda", "sparsegpt")}
     if args.only != "masks":
         drawn = [rise[f"depth random {seed}"] for seed in range(args.seeds)]

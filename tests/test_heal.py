@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -274,7 +275,31 @@ def test_a_float_model_a_quantised_teacher_and_too_little_text_are_refused(
         assert not (tmp_path / "x").exists()
     other = build("llama", tmp_path / "other", num_hidden_layers=1)
     with pytest.raises(UserError, match="num_hidden_layers"):
-        llmc.heal(small, other, calibration=text, out=tmp_path / "x", **OPTIONS)
+        llmc.heal(small, other, calibration=text, out=tmp_path / "x", scope="block", **OPTIONS)
+    words = tmp_path / "words"
+    shutil.copytree(base, words)
+    file = json.loads((words / "tokenizer.json").read_text())
+    vocab = file["model"]["vocab"]
+    a, b = list(vocab)[100:102]
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+    (words / "tokenizer.json").write_text(json.dumps(file))
+    with pytest.raises(UserError, match="differ in 2 tokens"):
+        llmc.heal(small, words, calibration=text, out=tmp_path / "x", **OPTIONS)
+
+
+def test_a_model_of_fewer_layers_learns_from_the_whole_base(tmp_path: Path) -> None:
+    """What it was quantised from has lost a layer itself: healed against the base, the student comes nearer to the base."""
+    base = build("llama", tmp_path / "base", num_hidden_layers=3)
+    text = tmp_path / "text.txt"
+    text.write_text(corpus()[:60_000], encoding="utf-8")
+    llmc.prune(base, method="depth", drop=1, calibration=str(text), samples=8, seq_len=64, threads=2, out=tmp_path / "two")
+    llmc.quantize(tmp_path / "two", method="rtn", out=tmp_path / "small", threads=2)
+    for teacher in ("base", "two"):
+        llmc.heal(tmp_path / "small", tmp_path / teacher, calibration=text, out=tmp_path / f"by-{teacher}",
+                  **{**OPTIONS, "lr": 0.03})
+    by_base, by_two, before = (divergence(tmp_path / f, base) for f in ("by-base", "by-two", "small"))
+    assert by_base < 0.97 * by_two
+    assert by_base < 0.95 * before
 
 
 def test_the_likeliest_tokens_of_the_teacher_are_its_whole_divergence_when_they_are_all() -> None:

@@ -70,7 +70,7 @@ steps:
     (["export: {dtype: w8a8}"], "line 2, export: export has no option 'dtype'"),
     (["prune: wanda", "transform: {rotate: r2}"], "line 3, transform: a rotation fills the zeros of prune"),
     (["prune: wanda", "quantize: q4_1"], "line 3, quantize: q4_1 has no code for the zeros of prune"),
-    (["prune: {method: depth, drop: 1}", "quantize", "heal: {teacher: base}"],
+    (["prune: {method: depth, drop: 1}", "quantize", "heal: {teacher: base, scope: block}"],
      "line 4, heal: base has another shape than what is healed"),
     (["quantize", "heal: {teacher: quantize}"], "line 3, heal: the teacher must be a float model"),
     (["quantize: {teacher: base}"], "line 2, quantize: quantize takes no teacher"),
@@ -167,11 +167,14 @@ steps:
     assert inputs["every"] == ("full", "prune", "transform", "quantize", "heal", "small", "unhealed")
     assert inputs["eval"] == inputs["compare"] == ("full", "small", "unhealed"), "the base's own export stands for the base"
     assert inputs["bench"] == ("small", "full")
-    assert made.step("heal").teacher == "transform", "the base has another shape by now"
+    assert made.step("heal").teacher == "base"
     assert made.step("compare").reports == (("eval", "bench"), ("eval", "bench"), ("eval",))
 
 
 def test_the_teacher_is_the_base_where_shapes_allow() -> None:
+    pruned = "prune: {method: depth, drop: 1}"
+    assert chain(f"steps: [{pruned}, quantize, heal]").step("heal").teacher == "base"
+    assert chain(f"steps: [{pruned}, quantize, heal: {{scope: block}}]").step("heal").teacher == "prune"
     assert chain("steps: [prune: wanda, quantize, heal]").step("heal").teacher == "base"
     assert chain("steps: [transform, quantize, heal: {teacher: transform}]").step("heal").teacher == "transform"
 

@@ -10,8 +10,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tiny
+import torch
 
 import llmc
+from llmc.compress.teaching.loss import divergence
 from llmc.errors import UserError
 from llmc.runtimes import amx, llamacpp
 from llmc.runtimes.base import open_runtime
@@ -96,6 +98,25 @@ def test_a_gpu_that_did_no_work_is_an_error(pair: SimpleNamespace) -> None:
         pytest.skip("this llama.cpp can use a GPU")
     with pytest.raises(UserError, match="--device gpu"):
         LlamaCpp(pair.gguf, 64, 1, device="gpu")
+
+
+def test_a_gpu_computes_what_torch_does(pair: SimpleNamespace, tmp_path: Path) -> None:
+    """Wherever a llama.cpp with a GPU backend runs the tests: a software device such as Mesa's lavapipe is enough."""
+    if not llamacpp.gpu_devices():
+        pytest.skip("this llama.cpp has no GPU")
+    runtime = LlamaCpp(pair.gguf, 128, 1, device="gpu", flash_attention=False, kv_type="f32")
+    assert runtime.offloaded == runtime.layers
+    exactly, computed = (torch.from_numpy(x) for x in (pair.logits, runtime.logits(IDS)))
+    runtime.close()
+    assert divergence(computed, exactly) / len(IDS) < 1e-4  # Vulkan multiplies in float16
+    llmc.quantize(pair.folder, method="rtn", out=tmp_path / "small", threads=2)
+    llmc.export(tmp_path / "small", format="gguf", out=tmp_path / "small.gguf")
+    found = []
+    for device in ("cpu", "gpu"):
+        runtime = LlamaCpp(tmp_path / "small.gguf", 128, 1, device=device)
+        found.append(torch.from_numpy(runtime.logits(IDS)))
+        runtime.close()
+    assert divergence(*found) / len(IDS) < 0.01  # llama.cpp's CPU rounds activations to 8 bits, a GPU need not
 
 
 def test_bad_files(tmp_path: Path) -> None:

@@ -23,7 +23,6 @@ from llmc.compress.distill.plan import plan_of
 from llmc.compress.distill.pupil import Pupil, map_layers
 from llmc.compress.distill.team import join_team
 from llmc.compress.distill.train import Distilling
-from llmc.compress.distill.vocabulary import common_vocabulary
 from llmc.compress.precision import prepare_cpu
 from llmc.compress.preparation import check_weights, open_float
 from llmc.compress.prune.masks import mask_of
@@ -32,6 +31,7 @@ from llmc.compress.teaching.job import Job
 from llmc.compress.teaching.loss import Objective
 from llmc.compress.teaching.models import called, checkpoint_layers
 from llmc.compress.teaching.training import Curve
+from llmc.compress.teaching.vocabulary import common_vocabulary
 from llmc.console import warn
 from llmc.errors import UserError
 from llmc.runtimes.targets.this_machine import physical_cores

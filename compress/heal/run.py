@@ -28,6 +28,7 @@ from llmc.compress.skeleton import Skeleton
 from llmc.compress.teaching.job import Job
 from llmc.compress.teaching.models import called
 from llmc.compress.teaching.texts import Texts
+from llmc.compress.teaching.vocabulary import common_vocabulary
 from llmc.console import warn
 from llmc.errors import UserError
 from llmc.export import quantized
@@ -60,8 +61,10 @@ class _Job(Job):
         if not quantized.linears(self.checkpoint):
             raise UserError(f"{folder} is a float model: there is nothing to heal", "run `llmc quantize` on it first")
         if Checkpoint.open(teacher).quantization is not None:
-            raise UserError(f"the teacher {teacher} is quantised itself", "name the float model it was made from")
-        _check_pair(self.checkpoint, Checkpoint.open(teacher))
+            raise UserError(f"the teacher {teacher} is quantised itself", "name a float model")
+        if config.scope == "block":
+            _check_layers(self.checkpoint, Checkpoint.open(teacher))
+        self.vocab = common_vocabulary(Skeleton(self.checkpoint, "cpu"), Skeleton(Checkpoint.open(teacher), "cpu"))
         check_output(self.out)
         self.kind = "gptq" if (self.checkpoint.quantization or {}).get("quant_method") == "gptq" else "blocks"
         check_disk(self.out, self._disk_bytes(), "healing")
@@ -85,14 +88,14 @@ class _Job(Job):
     def _end_to_end(self, texts: Texts) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Returns (the changed tensors by their names in the folder, what to report)."""
         c = self.config
-        teacher = self.teacher(texts)  # before the student is there: it may be gone by then
+        teacher = self.teacher(texts, self.vocab)  # before the student is there: it may be gone by then
         student, linears = load_student(self.folder, self.dtype, c.checkpointing)
         student.to(self.device)
         factors = {f"{name}.{kind}": p for name, m in linears.items() for kind, p in m.trained().items()}
         norms = norm_weights(student) if c.norms else {}
         for p in norms.values():
             p.requires_grad_(True)
-        job = EndToEnd(c, student, (factors, norms), teacher, texts, self.forward, self.work)
+        job = EndToEnd(c, student, (factors, norms), teacher, texts, self.vocab, self.forward, self.work)
         curve = job.train()
         changed = stored_tensors(self.checkpoint, linears)
         for name, p in norms.items():
@@ -120,10 +123,10 @@ class _Job(Job):
                          "scales_moved": mean["scales_moved"]}
 
 
-def _check_pair(student: Checkpoint, teacher: Checkpoint) -> None:
-    """Student and teacher must be of one shape."""
-    for field in ("model_type", "num_hidden_layers", "n_layer", "hidden_size", "n_embd", "vocab_size"):
+def _check_layers(student: Checkpoint, teacher: Checkpoint) -> None:
+    """Layer by layer, student and teacher must be of one shape."""
+    for field in ("model_type", "num_hidden_layers", "n_layer", "hidden_size", "n_embd"):
         ours, theirs = (c.config.get("text_config", c.config).get(field) for c in (student, teacher))
         if ours != theirs:
             raise UserError(f"{student.folder} has {field} {ours} and the teacher {theirs}",
-                            "name the model it was quantised from")
+                            "name the model it was quantised from; --scope end-to-end takes any of the same tokenizer")

@@ -29,12 +29,13 @@ def optimizer_of(factors: dict[str, torch.nn.Parameter], norms: dict[str, torch.
 
 
 class EndToEnd(Training):
-    """The steps of one healing. forward: a context in which models run in the right precision."""
+    """The steps of one healing. vocab: how many logits of the head count.  forward: a context in which models run in the
+    right precision."""
 
     what = "healing"
 
     def __init__(self, config: HealConfig, student: Any, parameters: tuple[dict[str, Any], dict[str, Any]], teacher: Teacher,
-                 texts: Texts, forward: Callable[[], Any], work: Path) -> None:
+                 texts: Texts, vocab: int, forward: Callable[[], Any], work: Path) -> None:
         factors, norms = parameters
         super().__init__(config, MOST_LR, {**factors, **{f"norm.{k}": p for k, p in norms.items()}},
                          optimizer_of(factors, norms), work)
@@ -42,7 +43,7 @@ class EndToEnd(Training):
         self.batch, self.accumulate = config.batch, config.accumulate
         self.student, self.teacher, self.texts, self.forward = student, teacher, texts, forward
         self.device = next(student.parameters()).device
-        self.vocab = student.get_output_embeddings().weight.shape[0]
+        self.vocab = vocab
 
     def rate(self, start: dict[str, float]) -> float:
         """How far scales are from where they should be grows with the square root of the divergence, and so do Adam's steps,

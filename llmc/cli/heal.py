@@ -16,7 +16,9 @@ D = HealConfig(teacher="-")
 
 def heal(
     model: Annotated[str, typer.Argument(help="The folder that `llmc quantize` made.")],
-    teacher: Annotated[str, typer.Option(help="The float model it was made from: a folder, a .gguf file, or a hub id.")],
+    teacher: Annotated[str, typer.Option(
+        help="The float model to learn from, a folder, a .gguf file, or a hub id: the one it was made from, or a larger one "
+             "with its tokenizer, as a pruned model's base (--scope end-to-end).")],
     calibration: Annotated[list[str], typer.Option(
         help="Healing text: a text or .jsonl file, hf:NAME, or self (sampled from the teacher). May be given again.",
         show_default="self")] = list(D.calibration),  # noqa: B006 - typer wants a list

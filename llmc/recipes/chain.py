@@ -161,10 +161,11 @@ class _Linker:
         return tuple(good)
 
     def _teacher(self, t: Typed, student: str) -> str | None:
-        """The teacher of heal and distill: the base, or for healing what is of the student's shape."""
+        """The teacher of heal and distill: the base, or for healing layer by layer what is of the student's shape."""
         if t.command.name not in ("heal", "distill"):
             return None
-        reshaped = t.command.name == "heal" and any(self._reshapes(n) for n in self._line(student))
+        by_layer = t.command.name == "heal" and t.config.scope == "block"
+        reshaped = by_layer and any(self._reshapes(n) for n in self._line(student))
         if t.teacher is None:
             if reshaped:  # layers must pair: the float model that was quantised has the shape
                 return next((n for n in self._line(student) if self.kinds.get(n) == FLOAT), BASE)
@@ -180,7 +181,7 @@ class _Linker:
             self._problem(t, "teacher", f"the teacher must be a float model, and {t.teacher} is "
                                         f"{CALLED.get(str(self.kinds[t.teacher]), 'no model')}")
         elif reshaped and not any(self._reshapes(n) for n in self._line(t.teacher)):
-            self._problem(t, "teacher", f"{t.teacher} has another shape than what is healed: layers are paired")
+            self._problem(t, "teacher", f"{t.teacher} has another shape than what is healed: scope block pairs layers")
         return t.teacher
 
     def _line(self, name: str) -> list[str]:

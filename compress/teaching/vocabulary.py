@@ -21,7 +21,7 @@ def common_vocabulary(student: Skeleton, teacher: Skeleton) -> int:
     folders = [m.checkpoint.folder for m in (student, teacher)]
     ours, theirs = (load_tokenizer(f) for f in folders)
     mine, other = ours.get_vocab(), theirs.get_vocab()
-    hint = "distillation compares logits: the student needs the teacher's tokenizer"
+    hint = "logits are compared: the student needs the teacher's tokenizer"
     if mine != other:
         differing = sorted({token for token, _ in mine.items() ^ other.items()})
         raise UserError(f"the tokenizers of {folders[0]} and {folders[1]} differ in {len(differing)} tokens, first "
