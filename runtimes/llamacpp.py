@@ -164,7 +164,7 @@ class LlamaCpp:
         _log.clear()
 
     def _prepare_batch(self) -> None:
-        """What llama_decode is given, made once: for each token it would cost a small model 2 % of its time."""
+        """What llama_decode is given, made once: for each token it would cost a small model 1 % of its time."""
         n, lib = self._batch, self._lib
         self._arrays: dict[str, Any] = {
             "token": np.zeros(n, np.int32), "pos": np.zeros(n, np.int32), "n_seq": np.ones(n, np.int32),

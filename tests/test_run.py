@@ -102,12 +102,12 @@ def test_the_shipped_chain_of_everything_and_its_page(base: Path) -> None:
     (link,) = re.findall(r'href="([^"]+)"', html)
     assert Path("run", link).is_file()
     passes = [p["name"] for p in by_name["phone"]["provenance"]["passes"]]
-    assert passes == ["prune", "distill", "quantize", "heal", "export-gguf"]
+    assert passes == ["prune", "distill", "rotate", "gauge", "quantize", "heal", "export-gguf"]
     assert json.loads(Path("run/phone-prune-distill.json").read_text())["artifacts"] == result["artifacts"]
     for curve in ("<h2>Distillation</h2>", "<h2>Healing</h2>"):
         assert curve in html
     heal = next(s for s in result["steps"] if s["job"] == "heal")
-    assert heal["teacher"] == "distill"
+    assert heal["teacher"] == "base"
     assert len(heal["curve"]["losses"]) == 2
 
 
