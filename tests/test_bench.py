@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from llmc.evals import report
 from llmc.evals.bench import summary
 from llmc.evals.bench.run import TargetsError, bench, token_bytes
 from llmc.evals.bench.threads import candidates
-from llmc.evals.bench_child import repetition
+from llmc.evals.bench_child import read_anew, repetition
 from llmc.evals.config import BenchConfig
 from llmc.evals.show import speed_lines
 from llmc.evals.weigh import weigh
@@ -281,3 +282,20 @@ def test_no_child_outlives_an_error(made: SimpleNamespace, tmp_path: Path, monke
         bench(small(made.gguf, broken))
     for child in children:
         assert child.poll() is not None
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system has no posix_fadvise")
+def test_an_artifacts_files_are_let_go_and_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file of a folder, its bytes as they were; folders in it are none of the runtime's."""
+    (tmp_path / "sub").mkdir()
+    for name in ("a.onnx", "b.data"):
+        (tmp_path / name).write_bytes(name.encode() * 1000)
+    asked = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, start, length, what: asked.append(
+        (os.readlink(f"/proc/self/fd/{fd}"), start, length, what)))
+    read_anew(tmp_path)
+    whole = (0, 0, os.POSIX_FADV_DONTNEED)  # 0 bytes from the start: to the end
+    assert asked == [(str(tmp_path / "a.onnx"), *whole), (str(tmp_path / "b.data"), *whole)]
+    read_anew(tmp_path / "b.data")
+    assert asked[2:] == [(str(tmp_path / "b.data"), *whole)]
+    assert (tmp_path / "b.data").read_bytes() == b"b.data" * 1000
