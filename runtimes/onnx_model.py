@@ -53,7 +53,8 @@ class OnnxModel:
         self._rows = np.empty((self._batch, s.vocab), s.logits)
         self._binding = self._session.io_binding()
         self._used = 0
-        self._nodes: dict[str, dict[str, int]] | None = None
+        self._nodes: dict[str, dict[str, int]] = {}
+        self._proved = False
         self._tokenizer: Any = None
 
     @property
@@ -63,7 +64,9 @@ class OnnxModel:
 
     def _prove(self) -> dict[str, dict[str, int]]:
         """`nodes`, by a token run before any other; raises UserError where nothing runs on the device asked for."""
-        if self._nodes is None:
+        if self._proved:
+            return self._nodes
+        if not self._nodes:
             self._step(np.zeros(1, np.int64))
             self._used = 0
             self._nodes = onnx_session.ran(Path(self._session.end_profiling()))
@@ -76,6 +79,7 @@ class OnnxModel:
         if self.provider != CPU and 2 * left > heavy:
             raise UserError(f"--device gpu: {left} of the {heavy} matrix products of {self._source.model} ran on {CPU}, not "
                             f"on {self.provider}", "use --device cpu, or export the model for that device")
+        self._proved = True
         return self._nodes
 
     @property
