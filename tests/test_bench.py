@@ -297,5 +297,6 @@ def test_an_artifacts_files_are_let_go_and_read_again(tmp_path: Path, monkeypatc
     whole = (0, 0, os.POSIX_FADV_DONTNEED)  # 0 bytes from the start: to the end
     assert asked == [(str(tmp_path / "a.onnx"), *whole), (str(tmp_path / "b.data"), *whole)]
     read_anew(tmp_path / "b.data")
+    read_anew(tmp_path / "gone.gguf")
     assert asked[2:] == [(str(tmp_path / "b.data"), *whole)]
     assert (tmp_path / "b.data").read_bytes() == b"b.data" * 1000
