@@ -66,8 +66,8 @@ def _serve(job: dict[str, Any], answer: Any) -> None:
 
 
 def read_anew(artifact: Path) -> None:
-    """Put the artifact's files into the page cache again, in one go. Pages that got there in small pieces lie scattered, and
-    a runtime that maps them pays: SmolLM2-135M in Q8_0, written long ago, decoded at 52 tokens/s, and at 78 after this."""
+    """Put the artifact's files into the page cache again, in one go: how they got there decides how fast a runtime that maps
+    them reads. The bench of a Q8_0 file of SmolLM2-135M that had been there for long said 53 tokens/s, and 72 after this."""
     if not hasattr(os, "posix_fadvise") or not artifact.exists():  # what is wrong then, its runtime says
         return
     for path in [artifact] if artifact.is_file() else sorted(p for p in artifact.iterdir() if p.is_file()):

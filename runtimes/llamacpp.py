@@ -135,6 +135,7 @@ class LlamaCpp:
         self._lib = lib = _library()
         self.path, self.threads, self.device, self.kv_type = path, threads, device, kv_type
         self._model = self._ctx = None
+        self._given: Any = None  # the batch
         self.offloaded = self.layers = 0
         self.buffers: dict[str, float] = {}
         self.extra_buffers = use_extra_buffers() if extra_buffers is None else extra_buffers
@@ -165,16 +166,11 @@ class LlamaCpp:
 
     def _prepare_batch(self) -> None:
         """What llama_decode is given, made once: for each token it would cost a small model 1 % of its time."""
-        n, lib = self._batch, self._lib
-        self._arrays: dict[str, Any] = {
-            "token": np.zeros(n, np.int32), "pos": np.zeros(n, np.int32), "n_seq": np.ones(n, np.int32),
-            "flag": np.zeros(n, np.int8), "zero": np.zeros(1, np.int32)}
-        seq = ctypes.POINTER(lib.llama_seq_id)
-        zero = self._arrays["zero"].ctypes.data_as(seq)
-        self._seq = (seq * n)(*[zero] * n)
-        token, pos, n_seq, flag = (self._arrays[k].ctypes.data_as(ctypes.POINTER(t)) for k, t in (
-            ("token", lib.llama_token), ("pos", lib.llama_pos), ("n_seq", ctypes.c_int32), ("flag", ctypes.c_int8)))
-        self._given = lib.llama_batch(0, token, None, pos, n_seq, self._seq, flag)
+        self._given = batch = self._lib.llama_batch_init(self._batch, 0, 1)
+        self._token, self._pos, self._wanted = (np.ctypeslib.as_array(p, shape=(self._batch,))
+                                                for p in (batch.token, batch.pos, batch.logits))
+        for i in range(self._batch):
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
 
     def _load_model(self, device: str) -> None:
         lib = self._lib
@@ -238,9 +234,8 @@ class LlamaCpp:
         lib, n = self._lib, len(ids)
         if self._used + n > self.context:
             raise UserError(f"{self._used + n} tokens do not fit {self.path}'s context of {self.context}", TOO_LONG)
-        batch = self._arrays
-        batch["token"][:n], batch["flag"][:n] = ids, wanted
-        batch["pos"][:n] = range(self._used, self._used + n)
+        self._token[:n], self._wanted[:n] = ids, wanted
+        self._pos[:n] = range(self._used, self._used + n)
         self._given.n_tokens = n
         code = lib.llama_decode(self._ctx, self._given)
         if code:
@@ -309,8 +304,10 @@ class LlamaCpp:
                 "extra_buffers": self.extra_buffers, "build": _build(self._lib), "cpu_features": cpu_features()}
 
     def close(self) -> None:
+        if self._given:
+            self._lib.llama_batch_free(self._given)
         if self._ctx:
             self._lib.llama_free(self._ctx)
         if self._model:
             self._lib.llama_model_free(self._model)
-        self._ctx = self._model = None
+        self._ctx = self._model = self._given = None

@@ -53,7 +53,7 @@ class OnnxModel:
         self._rows = np.empty((self._batch, s.vocab), s.logits)
         self._binding = self._session.io_binding()
         self._used = 0
-        self._nodes: dict[str, dict[str, int]] = {}
+        self._nodes: dict[str, dict[str, int]] | None = None
         self._proved = False
         self._tokenizer: Any = None
 
@@ -64,13 +64,13 @@ class OnnxModel:
 
     def _prove(self) -> dict[str, dict[str, int]]:
         """`nodes`, by a token run before any other; raises UserError where nothing runs on the device asked for."""
-        if self._proved:
-            return self._nodes
-        if not self._nodes:
+        if self._nodes is None:
             self._step(np.zeros(1, np.int64))
             self._used = 0
             self._nodes = onnx_session.ran(Path(self._session.end_profiling()))
             self._work.cleanup()
+        if self._proved:
+            return self._nodes
         if self.provider not in self._nodes:
             raise UserError(f"--device gpu: no node of {self._source.model} ran on {self.provider}, all on "
                             f"{', '.join(self._nodes)}", "use --device cpu, or export the model for that device")

@@ -1,4 +1,4 @@
-"""`llmc heal`: train the scales of a quantised model against the model it was made from.
+"""`llmc heal`: train the scales of a quantised model against the model it was made from, or a larger one.
 
 The aim is the file that ships: codes stay bit for bit, scales end as fp16, so size, format and speed do not change. End to
 end, what is minimised is the forward KL divergence from teacher to student over every position (Hinton et al., "Distilling
@@ -50,7 +50,7 @@ def heal(model: str | Path, config: HealConfig) -> dict[str, Any]:
 
 
 class _Job(Job):
-    """One healing: what is known before it starts, and the steps."""
+    """One healing: what is known before it starts, and the steps. taught: the teacher, without weights."""
 
     name = "heal"
 
@@ -60,11 +60,13 @@ class _Job(Job):
         self.config = config
         if not quantized.linears(self.checkpoint):
             raise UserError(f"{folder} is a float model: there is nothing to heal", "run `llmc quantize` on it first")
-        if Checkpoint.open(teacher).quantization is not None:
+        taught = Checkpoint.open(teacher)
+        if taught.quantization is not None:
             raise UserError(f"the teacher {teacher} is quantised itself", "name a float model")
         if config.scope == "block":
-            _check_layers(self.checkpoint, Checkpoint.open(teacher))
-        self.vocab = common_vocabulary(Skeleton(self.checkpoint, "cpu"), Skeleton(Checkpoint.open(teacher), "cpu"))
+            _check_layers(self.checkpoint, taught)
+        self.taught = Skeleton(taught, str(self.device))
+        self.vocab = common_vocabulary(Skeleton(self.checkpoint, "cpu"), self.taught)
         check_output(self.out)
         self.kind = "gptq" if (self.checkpoint.quantization or {}).get("quant_method") == "gptq" else "blocks"
         check_disk(self.out, self._disk_bytes(), "healing")
@@ -111,8 +113,7 @@ class _Job(Job):
 
     def _blocks(self, texts: Texts) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """The same for --scope block."""
-        skeleton = Skeleton(Checkpoint.open(self.teacher_folder), str(self.device))
-        blocks = Blocks(self.config, self.checkpoint, skeleton, texts, self.work / "blocks", self.forward, self.dtype)
+        blocks = Blocks(self.config, self.checkpoint, self.taught, texts, self.work / "blocks", self.forward, self.dtype)
         changed, layers = blocks.run()
         if not any(r["best_step"] for r in layers):
             warn("healing never beat the start on the held-out text: the model is as it was")

@@ -29,7 +29,7 @@ def optimizer_of(factors: dict[str, torch.nn.Parameter], norms: dict[str, torch.
 
 
 class EndToEnd(Training):
-    """The steps of one healing. vocab: how many logits of the head count.  forward: a context in which models run in the
+    """The steps of one healing. vocab: how many of the logits count.  forward: a context in which models run in the
     right precision."""
 
     what = "healing"

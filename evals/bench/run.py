@@ -36,7 +36,7 @@ def bench(config: BenchConfig) -> list[dict[str, Any]]:
     Raises TargetsError at the end where a target could not be used and another could."""
     targets = [find_target(name, config.targets) for name in config.target]
     artifacts = [locate(a) for a in config.artifacts]
-    described = [report.describe_artifact(a) for a in artifacts]  # also draws the files into the page cache
+    described = [report.describe_artifact(a) for a in artifacts]
     for i, path in enumerate(config.outputs):
         report.check_output(path, described[i]["sha256"], config.kv or kv.default(artifacts[i]))
     ids = [prompt_ids(a, max(config.prompt + config.depth)) for a in artifacts]
