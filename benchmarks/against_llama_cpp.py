@@ -27,13 +27,13 @@ import numpy as np
 
 from llmc.compress.text import load_calibration
 from llmc.console import progress
-from llmc.evals import metrics
-from llmc.evals.protocol import FolderTokenizer, cut
-from llmc.evals.show import table
-from llmc.runtimes.base import open_runtime
+from llmc.evals.quality import metrics
+from llmc.evals.quality.protocol import FolderTokenizer, cut
+from llmc.evals.report.show import table
+from llmc.formats.hf import load_tokenizer
+from llmc.machine import physical_cores
 from llmc.runtimes.llamacpp import use_extra_buffers
-from llmc.runtimes.targets.this_machine import physical_cores
-from llmc.runtimes.torch_model import load_tokenizer
+from llmc.runtimes.open import open_runtime
 
 CONTEXT = 512
 

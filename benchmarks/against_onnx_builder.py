@@ -23,18 +23,18 @@ from typing import Any
 
 import numpy as np
 
-from llmc.checkpoint import Checkpoint
 from llmc.console import progress, say, size
-from llmc.evals import metrics
 from llmc.evals.bench.run import bench
 from llmc.evals.config import BenchConfig
-from llmc.evals.protocol import FolderTokenizer, cut
-from llmc.evals.report import speeds_of
-from llmc.evals.show import markdown
-from llmc.evals.weigh import weigh
-from llmc.onnx_folder import open_onnx
-from llmc.runtimes.base import open_runtime
-from llmc.runtimes.targets.this_machine import physical_cores
+from llmc.evals.quality import metrics
+from llmc.evals.quality.protocol import FolderTokenizer, cut
+from llmc.evals.report.show import markdown
+from llmc.evals.report.store import speeds_of
+from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.onnx_folder import open_onnx
+from llmc.formats.weigh import weigh
+from llmc.machine import physical_cores
+from llmc.runtimes.open import open_runtime
 
 OURS, THEIRS, GGUF = "llmc, ONNX", "builder, ONNX", "llmc, GGUF"
 BLOCK, MOST_APART = 32, 0.01

@@ -23,9 +23,9 @@ from against_llama_cpp import measure, timed
 from safetensors.torch import save_file
 
 from llmc.compress.text import load_calibration
-from llmc.evals.show import table
-from llmc.runtimes.targets.this_machine import physical_cores
-from llmc.runtimes.torch_model import load_tokenizer
+from llmc.evals.report.show import table
+from llmc.formats.hf import load_tokenizer
+from llmc.machine import physical_cores
 
 PEERS = Path(__file__).parent / "peers"
 ITERATIONS = 50  # auto-round's, of each layer: its default of 200 takes four times as long

@@ -27,10 +27,10 @@ import numpy as np
 from llmc.evals.bench.prompt import prompt_ids
 from llmc.evals.bench.run import bench
 from llmc.evals.config import BenchConfig
-from llmc.evals.report import speeds_of
-from llmc.evals.show import table
+from llmc.evals.report.show import table
+from llmc.evals.report.store import speeds_of
+from llmc.machine import physical_cores
 from llmc.runtimes.llamacpp import use_extra_buffers
-from llmc.runtimes.targets.this_machine import physical_cores
 
 
 def ours(artifact: Path, args: argparse.Namespace) -> dict[str, Any]:

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import llmc
-from llmc.evals.show import table
-from llmc.runtimes.targets.this_machine import physical_cores
+from llmc.evals.report.show import table
+from llmc.machine import physical_cores
 
 
 def distilled(student: Path, args: argparse.Namespace, out: Path) -> dict[str, Any]:

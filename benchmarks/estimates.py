@@ -20,8 +20,8 @@ from pathlib import Path
 
 from llmc.evals.bench.run import bench
 from llmc.evals.config import BenchConfig
-from llmc.evals.show import table
-from llmc.evals.validate import rows, validate
+from llmc.evals.fit.validate import rows, validate
+from llmc.evals.report.show import table
 
 GRIDS = "q4_0,q4_1,q5_0,q5_1,q8_0,iq4_nl,iq4_xs,q2_k,q3_k,q4_k,q5_k,q6_k,f16"
 KERNELS = Path(".llmc/kernel-rates.json")  # in the working folder, where `llmc fit` keeps them

@@ -128,11 +128,11 @@ def types_of_folder(folder: Path, preset: str, method: str) -> dict[str, str]:
     """What `llmc quantize --preset` would make of a model folder, by GGUF's names."""
     from gguf import MODEL_ARCH, get_tensor_name_map
 
-    from llmc.checkpoint import Checkpoint
     from llmc.compress.quantize.assignment import assign
     from llmc.compress.quantize.config import QuantizeConfig
     from llmc.compress.skeleton import Skeleton
     from llmc.export.gguf.architectures import find_architecture
+    from llmc.formats.checkpoint import Checkpoint
 
     skeleton = Skeleton(Checkpoint.open(folder), "cpu")
     a = assign(QuantizeConfig(preset=preset, method=method), skeleton)

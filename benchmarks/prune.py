@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import llmc
-from llmc.checkpoint import Checkpoint
 from llmc.compress.prune.folder import write_folder
 from llmc.compress.prune.methods import without
 from llmc.compress.skeleton import Skeleton
-from llmc.runtimes.targets.this_machine import physical_cores
+from llmc.formats.checkpoint import Checkpoint
+from llmc.machine import physical_cores
 
 MASKS = ("magnitude", "wanda", "sparsegpt")
 PATTERNS = ("2:4", "4:8")

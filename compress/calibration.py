@@ -21,13 +21,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from llmc.artifact import fsync, staged_file, write_json
 from llmc.compress.layer_run import InputStatistics, LayerRun
 from llmc.compress.skeleton import LinearGroup, Skeleton, get_weight, trace_layer
 from llmc.compress.states import StateStore
 from llmc.compress.unfinished import open_unfinished
 from llmc.console import progress
 from llmc.errors import UserError
+from llmc.files import fsync, staged_file, write_json
 
 BATCH_BYTES = 32 << 20  # activations of one batch of sequences (hidden and the widest linear), float32
 SUMS_BYTES = 512 << 20  # three matrices [in, in] for the widest linear, of all workers

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmc.compress.crew import share
-from llmc.compress.precision import fast_forward, fast_matmul, matmul_precision
 from llmc.compress.skeleton import Ending, LayerTrace, LinearGroup, StopForward, get_weight, replaced
 from llmc.compress.states import Scratch, StateStore
+from llmc.compress.workers import share
+from llmc.precision import fast_forward, fast_matmul, matmul_precision
 
 
 @dataclass

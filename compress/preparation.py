@@ -10,14 +10,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from llmc.artifact import staged_file
-from llmc.checkpoint import Checkpoint
 from llmc.compress.sampling import sample_from_model
 from llmc.compress.skeleton import Skeleton
 from llmc.compress.text import SELF, Calibration, from_model, load_calibration
 from llmc.console import say
 from llmc.errors import UserError
-from llmc.runtimes.torch_model import load_tokenizer, load_torch_model, torch_device
+from llmc.files import staged_file
+from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.hf import load_tokenizer, load_torch_model
+from llmc.machine import torch_device
 
 SAMPLING_BATCH = 32
 

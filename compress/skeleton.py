@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmc.checkpoint import Checkpoint
 from llmc.errors import UserError
-from llmc.runtimes.torch_model import load_config
+from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.hf import load_config
 
 
 @dataclass(frozen=True)

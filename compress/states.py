@@ -16,7 +16,7 @@ from threading import Lock
 import numpy as np
 import torch
 
-from llmc.artifact import fsync
+from llmc.files import fsync
 
 
 class StateStore:

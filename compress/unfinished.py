@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from llmc.artifact import write_json
-from llmc.compress.digest import code_digest
-from llmc.compress.precision import matmul_precision
+from llmc.closure import code_digest
 from llmc.compress.text import Calibration
 from llmc.errors import UserError
+from llmc.files import write_json
+from llmc.precision import matmul_precision
 
 FILE = "fingerprint.json"
 

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmc.dequantize import load_gguf
 from llmc.errors import UserError
+from llmc.sources.dequantize import load_gguf
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 CARD = """---

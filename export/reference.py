@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from llmc.checkpoint import Checkpoint
 from llmc.errors import UserError
-from llmc.export import quantized
-from llmc.runtimes.torch_model import load_config, load_torch_model
+from llmc.formats import quantized
+from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.hf import load_config, load_torch_model
 
 
 @torch.no_grad()

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llmc.artifact import last_artifact, read_manifest
 from llmc.console import say
 from llmc.errors import UserError
-from llmc.sources import COMMIT, describe_source, resolve_model
+from llmc.formats.manifest import last_artifact, read_manifest
+from llmc.formats.source import COMMIT, describe_source
+from llmc.sources.resolve import resolve_model
 
 
 def model_folder(model: str | Path | None) -> Path:

@@ -78,7 +78,7 @@ def imatrix(model: str | Path, **options: Any) -> dict[str, Any]:
 def evaluate(artifact: str | Path, out: str | Path | None = None, **options: Any) -> dict[str, Any]:
     """Perplexity, and divergence from `base`, of a model folder or .gguf file; options are the fields of EvalConfig."""
     from llmc.evals.config import EvalConfig
-    from llmc.evals.evaluate import evaluate as run
+    from llmc.evals.quality.run import evaluate as run
 
     options |= {"artifact": str(artifact), "output": out}
     return run(_config(EvalConfig, {k: str(v) if k == "base" and v is not None else v for k, v in options.items()}))
@@ -98,11 +98,11 @@ def compare(*reports: str | Path, **options: Any) -> dict[str, Any]:
 
     A missed gate raises nothing here: look at 'passed' and 'gates' of the result.
     """
-    from llmc.artifact import staged_file
-    from llmc.evals.compare import compare as run
-    from llmc.evals.compare import without_arrays
+    from llmc.evals.compare.run import compare as run
+    from llmc.evals.compare.run import without_arrays
     from llmc.evals.config import CompareConfig
-    from llmc.evals.page import page
+    from llmc.evals.pages.page import page
+    from llmc.files import staged_file
 
     config = _config(CompareConfig, {"reports": tuple(Path(r) for r in reports), **options})
     result = run(config)
@@ -114,15 +114,15 @@ def compare(*reports: str | Path, **options: Any) -> dict[str, Any]:
 def fit(*items: str | Path, **options: Any) -> dict[str, Any]:
     """Which artifacts or reports keep limits on which devices; options are the fields of FitConfig. Look at 'fits'."""
     from llmc.evals.config import FitConfig
-    from llmc.evals.fit import fit as run
+    from llmc.evals.fit.run import fit as run
 
     return run(_config(FitConfig, {"items": tuple(Path(i) for i in items), **options}))
 
 
 def ship(gates: str | Path) -> dict[str, Any]:
     """Whether the artifacts of a gates file may ship; a missed gate raises nothing here: look at 'passed'."""
-    from llmc.evals.ship import read_gates
-    from llmc.evals.ship import ship as run
+    from llmc.evals.compare.ship import read_gates
+    from llmc.evals.compare.ship import ship as run
 
     return run(read_gates(Path(gates)))
 
@@ -163,23 +163,23 @@ def _typed(settings: Mapping[str, Any] | Sequence[str]) -> tuple[str, ...]:
 
 def generate(artifact: str | Path, prompt: str, **options: Any) -> dict[str, Any]:
     """Text from an artifact in its own runtime; options are the fields of GenerateConfig."""
-    from llmc.runtimes.base import locate
     from llmc.runtimes.config import GenerateConfig
     from llmc.runtimes.generation import generate as run
+    from llmc.sources.resolve import locate
 
     return run(locate(str(artifact)), prompt, GenerateConfig(**options))
 
 
 def inspect(artifact: str | Path, tensors: bool = False) -> dict[str, Any]:
     """What is inside a model folder, .gguf file or importance matrix."""
-    from llmc.inspection import inspect as run
+    from llmc.about.inspection import inspect as run
 
     return run(artifact, tensors=tensors)
 
 
 def verify(artifact: str | Path) -> dict[str, Any]:
     """Check an artifact against its manifest; 'problems' is empty when all is well."""
-    from llmc.verification import verify as run
+    from llmc.about.verification import verify as run
 
     return run(artifact)
 

@@ -5,13 +5,9 @@ Every runtime is fed token ids and gives logits, so that figures from different 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-
-from llmc.errors import UserError
-from llmc.onnx_folder import is_onnx_folder
 
 TOO_LONG = "shorten the text, or raise the context as far as the model was trained for"
 
@@ -56,45 +52,3 @@ class Runtime(Protocol):
 
     def close(self) -> None:
         """Free the model."""
-
-
-def locate(artifact: str) -> Path:
-    """The file or folder that the user means: a .gguf stays one (it runs as it is), a hub id becomes its folder."""
-    from llmc.sources import resolve_model
-
-    path = Path(artifact).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
-        return path
-    return resolve_model(artifact)
-
-
-def open_runtime(artifact: Path, context: int, threads: int, device: str = "cpu", kv: str | None = None) -> Runtime:
-    """Open an artifact in its own runtime: a .gguf file in llama.cpp, an ONNX folder in onnxruntime, any other folder
-    (float or quantised) in torch.
-
-    context: the most tokens that will be in the KV cache at once (a model trained for fewer takes fewer).
-    kv: type of the KV cache, where the runtime has a choice; None: the runtime's own (llama.cpp: f16)
-    """
-    if artifact.suffix == ".gguf":
-        from llmc.runtimes.llamacpp import LlamaCpp
-
-        return LlamaCpp(artifact, context=context, threads=threads, device=device, kv_type=kv or "f16")
-    if is_onnx_folder(artifact):
-        from llmc.runtimes.onnx_model import OnnxModel
-
-        return _with(kv, OnnxModel(artifact, context=context, threads=threads, device=device),
-                     "the graph decides: it has no other; export it anew for another, or measure its .gguf file")
-    if artifact.is_dir():
-        from llmc.runtimes.torch_model import TorchModel
-
-        return _with(kv, TorchModel(artifact, context=context, threads=threads, device=device),
-                     "export it to .gguf: llama.cpp has f16 and q8_0")
-    raise UserError(f"{artifact} is neither a model folder nor a .gguf file", "give one of these")
-
-
-def _with(kv: str | None, runtime: Runtime, hint: str) -> Runtime:
-    """The runtime, if its KV cache is of the type that was asked for."""
-    if kv in (None, runtime.kv_type):
-        return runtime
-    runtime.close()
-    raise UserError(f"--kv {kv}: the KV cache of this artifact in {runtime.name} is {runtime.kv_type}", hint)

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from llmc.errors import UserError
-from llmc.runtimes.base import Runtime, open_runtime
+from llmc.machine import physical_cores
+from llmc.runtimes.base import Runtime
 from llmc.runtimes.config import GenerateConfig
-from llmc.runtimes.targets.this_machine import physical_cores
+from llmc.runtimes.open import open_runtime
 
 TEMPLATE_ROOM = 1024  # tokens that a chat template may put around the prompt
 

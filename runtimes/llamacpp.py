@@ -296,7 +296,7 @@ class LlamaCpp:
     def describe(self) -> dict[str, Any]:
         from importlib.metadata import version
 
-        from llmc.runtimes.targets.this_machine import cpu_features
+        from llmc.machine import cpu_features
 
         return {"runtime": self.name, "version": version("llama-cpp-python"), "device": self.device,
                 "offloaded_layers": self.offloaded, "layers": self.layers, "buffers": self.buffers,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from llmc.errors import UserError
-from llmc.onnx_folder import QDQ_LEVEL, OnnxFolder, open_onnx
+from llmc.formats.onnx_folder import QDQ_LEVEL, OnnxFolder, open_onnx
 from llmc.runtimes import onnx_session
 from llmc.runtimes.base import TOO_LONG
 from llmc.runtimes.onnx_kv import KvCache, read_signature
@@ -157,7 +157,7 @@ class OnnxModel:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def chat(self, user: str) -> str:
-        from llmc.runtimes.torch_model import load_tokenizer
+        from llmc.formats.hf import load_tokenizer
 
         tokenizer = load_tokenizer(self.folder)
         if not tokenizer.chat_template:
@@ -179,7 +179,7 @@ class OnnxModel:
                          | _ids(self._source.config.get("eos_token_id")))
 
     def describe(self) -> dict[str, Any]:
-        from llmc.runtimes.targets.this_machine import cpu_features
+        from llmc.machine import cpu_features
 
         return {"runtime": self.name, "version": self._ort.__version__, "device": self.device, "threads": self.threads,
                 "accuracy_levels": self._accuracy_levels(),

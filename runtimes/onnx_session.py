@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc.errors import UserError
-from llmc.onnx_folder import AGAIN, INSTALL, QDQ_LEVEL, OnnxFolder
+from llmc.formats.onnx_folder import AGAIN, INSTALL, QDQ_LEVEL, OnnxFolder
 
 CPU = "CPUExecutionProvider"
 GPUS = {  # by preference, with the memory that onnxruntime lets Python bind for it

@@ -12,7 +12,7 @@ import numpy as np
 from llmc.errors import UserError
 from llmc.runtimes.targets.device import Device, ended
 
-CHILD = "llmc.runtimes.targets.logits_child"
+CHILD = "llmc.runtimes.on_device.logits"
 
 
 class RemoteRuntime:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from llmc.checkpoint import TOKENIZER_FILES, Checkpoint
-from llmc.export.gptq import checkpoint as gptq
-from llmc.grids import Grid, QuantizedTensor
+from llmc.formats import gptq
+from llmc.formats.checkpoint import TOKENIZER_FILES, Checkpoint
+from llmc.formats.types import Grid, QuantizedTensor
 
 
 def round_to(grid: Grid, w: torch.Tensor) -> QuantizedTensor:

@@ -104,7 +104,7 @@ def test_import_is_light() -> None:
     [
         "import llmc; llmc.export",
         "import llmc.export.gguf.config; import llmc",
-        "import llmc; from llmc.export.gptq.checkpoint import pack",
+        "import llmc; from llmc.formats.gptq import pack",
         "import llmc; llmc.export; from llmc.export.gguf import export_gguf",
         "from llmc import export; import llmc",
     ],

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llmc import artifact
+from llmc import files as artifact
 from llmc.errors import UserError
 
 

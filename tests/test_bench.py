@@ -11,17 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llmc import machine
 from llmc.cli import run
 from llmc.errors import UserError
-from llmc.evals import report
 from llmc.evals.bench import summary
 from llmc.evals.bench.run import TargetsError, bench, token_bytes
 from llmc.evals.bench.threads import candidates
-from llmc.evals.bench_child import read_anew, repetition
 from llmc.evals.config import BenchConfig
-from llmc.evals.show import speed_lines
-from llmc.evals.weigh import weigh
-from llmc.runtimes.targets import device, this_machine
+from llmc.evals.report import store as report
+from llmc.evals.report.show import speed_lines
+from llmc.formats.weigh import weigh
+from llmc.runtimes.on_device.bench import read_anew, repetition
+from llmc.runtimes.targets import device
 from llmc.runtimes.targets.target import Target
 
 
@@ -49,7 +50,7 @@ def test_two_runtimes_in_turns(made: SimpleNamespace, tmp_path: Path) -> None:
             assert all(v > 0 for v in s[key]["values"])
             assert s[key]["median"] == np.median(s[key]["values"])
         assert s["protocol"] == {"prompt": 20, "depth": 20, "generate": 3, "threads": 1, "device": "cpu",
-                                 "cpu": this_machine.cpu_model(), "cores": this_machine.describe()["physical_cores"]}
+                                 "cpu": machine.cpu_model(), "cores": machine.describe()["physical_cores"]}
         assert s["load_s"] > 0
         assert s["peak_rss"] > 10_000_000
         assert s["read_bandwidth"] == s["token_bytes"] * s["decode"]["median"]
@@ -267,7 +268,7 @@ def test_a_child_that_dies_is_reported(made: SimpleNamespace, monkeypatch: pytes
     started = device.subprocess.Popen
     dies = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
     monkeypatch.setattr(device.subprocess, "Popen", lambda args, **k: started(
-        [args[0], "-c", dies] if "llmc.evals.bench_child" in args else args, **k))
+        [args[0], "-c", dies] if "llmc.runtimes.on_device.bench" in args else args, **k))
     with pytest.raises(UserError, match=r"small\.gguf ended with signal 11"):
         bench(small(made.gguf))
 

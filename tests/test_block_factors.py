@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from test_block_grids import ggml_quantize
 from test_gptq import lost, problem
 
-from llmc.block_grids import GRIDS, BlockGrid, BlockTensor
-from llmc.compress.quantize.block_factors import BlockFactors, search_blocks
 from llmc.compress.quantize.gptq import descend, gptq, sweep
-from llmc.compress.quantize.levels import levels_of
-from llmc.compress.quantize.rtn import rtn
-from llmc.export.gguf.packing import pack, unpack
+from llmc.formats.packing import pack, unpack
+from llmc.formats.types import GRIDS, BlockGrid, BlockTensor
+from llmc.rounding.block_factors import BlockFactors, search_blocks
+from llmc.rounding.levels import levels_of
+from llmc.rounding.rtn import rtn
 
 ALL = pytest.mark.parametrize("grid", GRIDS.values(), ids=lambda g: g.name)
 

@@ -16,9 +16,9 @@ from gguf import GGMLQuantizationType as Kind
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmc.block_grids import GRIDS, BlockGrid, BlockTensor, grid_named
 from llmc.errors import UserError
-from llmc.export.gguf.packing import LAYOUTS, pack, unpack
+from llmc.formats.packing import LAYOUTS, pack, unpack
+from llmc.formats.types import GRIDS, BlockGrid, BlockTensor, grid_named
 
 every_grid = pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 FIELDS = ("codes", "d", "m", "scales", "mins")

@@ -23,20 +23,21 @@ from test_gguf_converter import checkout
 from tiny import build, edit_config
 
 import llmc
-from llmc.artifact import hash_folder, manifest_path, new_manifest, write_json
-from llmc.block_grids import GRIDS
-from llmc.checkpoint import Checkpoint
 from llmc.errors import UserError
-from llmc.export import quantized
-from llmc.export.blocks import checkpoint as blocks
 from llmc.export.gguf import GgufExportConfig, export_gguf, verify
 from llmc.export.gguf import export as pipeline
 from llmc.export.gguf.converter import Row, RowIndex
-from llmc.export.gguf.packing import unpack
 from llmc.export.gguf.plan import Types
-from llmc.export.quantized import linears, parts
-from llmc.runtimes.torch_model import TorchModel, load_tokenizer
-from llmc.sources import field
+from llmc.files import write_json
+from llmc.formats import blocks, quantized
+from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.gguf import field
+from llmc.formats.hf import load_tokenizer
+from llmc.formats.manifest import hash_folder, manifest_path, new_manifest
+from llmc.formats.packing import unpack
+from llmc.formats.quantized import linears, parts
+from llmc.formats.types import GRIDS
+from llmc.runtimes.torch_model import TorchModel
 
 LLAMA = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
          "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",

@@ -27,7 +27,7 @@ from llmc.compress.quantize.knapsack import Frontier, Option
 from llmc.compress.quantize.run import quantize as on_all_threads
 from llmc.console import size
 from llmc.errors import UserError
-from llmc.runtimes.torch_model import load_torch_model
+from llmc.formats.hf import load_torch_model
 
 OPTIONS = st.lists(st.tuples(st.integers(1, 40), st.floats(0, 1)), min_size=1, max_size=4)
 ITEMS = st.lists(OPTIONS, min_size=1, max_size=5)

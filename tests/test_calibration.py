@@ -11,11 +11,12 @@ from tiny import FAMILIES, build
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from llmc.checkpoint import Checkpoint
-from llmc.compress import layer_run, precision
+from llmc import precision
+from llmc.compress import layer_run
 from llmc.compress.calibration import Loop, LoopSettings, Workspace
 from llmc.compress.layer_run import InputStatistics, add_gram, mirror_upper
 from llmc.compress.skeleton import LinearGroup, Skeleton, get_weight, set_weight, trace_layer
+from llmc.formats.checkpoint import Checkpoint
 
 SEQUENCES = torch.randint(0, 512, (5, 48), generator=torch.Generator().manual_seed(1))
 EXPECTED_GROUPS = {

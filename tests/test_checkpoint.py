@@ -14,8 +14,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from llmc.checkpoint import INDEX, Checkpoint
 from llmc.errors import UserError
+from llmc.formats.checkpoint import INDEX, Checkpoint
 
 
 @pytest.fixture(scope="module")

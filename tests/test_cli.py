@@ -18,8 +18,8 @@ import pytest
 import safetensors
 import typer
 
+import llmc.about.verification
 import llmc.cli
-import llmc.verification
 from llmc.cli import app, run
 from llmc.cli.group import TABLE
 from llmc.console import set_quiet
@@ -126,7 +126,7 @@ def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     def fails(artifact: Path) -> None:
         raise error
 
-    monkeypatch.setattr(llmc.verification, "verify", fails)
+    monkeypatch.setattr(llmc.about.verification, "verify", fails)
     assert run(["verify", "x"]) == code
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith(first)
@@ -137,7 +137,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     def fails(artifact: Path) -> None:
         raise ZeroDivisionError("of our making")
 
-    monkeypatch.setattr(llmc.verification, "verify", fails)
+    monkeypatch.setattr(llmc.about.verification, "verify", fails)
     assert run(["verify", "x"]) == 70
     err = capsys.readouterr().err
     assert "Traceback" in err

@@ -16,12 +16,15 @@ import pytest
 
 from llmc.cli import run
 from llmc.errors import GateFailedError, UserError
-from llmc.evals import charts, gates, metrics, report
-from llmc.evals.compare import compare
+from llmc.evals.compare import gates
+from llmc.evals.compare.run import compare
 from llmc.evals.config import CompareConfig
-from llmc.evals.page import page
-from llmc.evals.tables import tables
-from llmc.evals.weigh import CLASSES, classify, weigh
+from llmc.evals.pages import charts
+from llmc.evals.pages.page import page
+from llmc.evals.quality import metrics
+from llmc.evals.report import store as report
+from llmc.evals.report.tables import tables
+from llmc.formats.weigh import CLASSES, classify, weigh
 
 CHUNKS, SCORED = 12, 31
 HOSTILE = "<script>alert('x')</script>&\"|small"

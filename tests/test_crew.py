@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from llmc.compress.crew import share
+from llmc.compress.workers import share
 
 
 def test_every_part_runs_once_with_its_part_of_the_threads() -> None:

@@ -21,8 +21,6 @@ from torch import nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 import llmc
-from llmc.artifact import hash_folder
-from llmc.checkpoint import TOKENIZER_FILES, Checkpoint
 from llmc.cli import run as command_line
 from llmc.compress.distill import adapters, pupil
 from llmc.compress.distill.config import DistillConfig
@@ -30,7 +28,9 @@ from llmc.compress.teaching import loss
 from llmc.compress.teaching.texts import Texts, gather
 from llmc.compress.text import load_answers
 from llmc.errors import UserError
-from llmc.runtimes.torch_model import load_torch_model
+from llmc.formats.checkpoint import TOKENIZER_FILES, Checkpoint
+from llmc.formats.hf import load_torch_model
+from llmc.formats.manifest import hash_folder
 
 OBJECTIVES = st.builds(loss.Objective, st.booleans(), st.floats(0.5, 4), st.sampled_from([0.0, 0.3, 1.0]))
 

@@ -8,7 +8,7 @@ from importlib import metadata
 import pytest
 import torch
 
-from llmc import doctor
+from llmc.about import doctor
 from llmc.cli import run
 
 

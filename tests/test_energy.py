@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from llmc.runtimes.targets import energy
-from llmc.runtimes.targets.energy import Meter
+from llmc.runtimes.on_device import energy
+from llmc.runtimes.on_device.energy import Meter
 
 
 @pytest.fixture

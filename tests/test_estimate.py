@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llmc.errors import UserError
-from llmc.evals import estimate as e
+from llmc.evals.fit import estimate as e
 from llmc.runtimes.targets import kernels
 from llmc.runtimes.targets.profile import FIGURES, parse, profile_ids, read_profile
 

@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmc.cli import run
 from llmc.errors import UserError
-from llmc.evals import evaluate as evaluate_module
-from llmc.evals import protocol, report, texts
 from llmc.evals.config import EvalConfig
-from llmc.evals.evaluate import evaluate
+from llmc.evals.quality import protocol, texts
+from llmc.evals.quality import run as evaluate_module
+from llmc.evals.quality.run import evaluate
+from llmc.evals.report import store as report
 
 
 @pytest.fixture
@@ -112,7 +113,7 @@ def test_folder_and_file_are_measured_alike(made: SimpleNamespace, text: Path) -
 
 
 def test_kld_by_hand(made: SimpleNamespace, text: Path) -> None:
-    from llmc.runtimes.torch_model import load_torch_model
+    from llmc.formats.hf import load_torch_model
 
     got = evaluate(EvalConfig(str(made.gptq), base=str(made.base), **settings(text, chunks=2)))["quality"]["texts"][0]
     ids = AutoTokenizer.from_pretrained(made.base)(text.read_text(encoding="utf-8"))["input_ids"]

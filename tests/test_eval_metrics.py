@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmc.evals import metrics
+from llmc.evals.quality import metrics
 
 
 def slow_log_softmax(row: np.ndarray) -> list[float]:

@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmc.cli import run
 from llmc.errors import UserError
-from llmc.evals import task_items, tasks
-from llmc.evals.compare import compare
+from llmc.evals.compare.run import compare
 from llmc.evals.config import CompareConfig, EvalConfig
-from llmc.evals.evaluate import evaluate
-from llmc.evals.page import page
-from llmc.evals.show import quality_lines
-from llmc.evals.tables import tables
+from llmc.evals.pages.page import page
+from llmc.evals.quality import task_items, tasks
+from llmc.evals.quality.run import evaluate
+from llmc.evals.report.show import quality_lines
+from llmc.evals.report.tables import tables
 
 COLOURS = ["red", "blue as ice", "a dark green", "no colour"]
 ROWS: dict[str, dict[str, Any]] = {  # one item of each task as its dataset on the hub has it
@@ -265,7 +265,7 @@ def test_every_figure_by_hand(made: SimpleNamespace, files: dict[str, Path]) -> 
 
 def test_answers_fed_the_same_ids_share_a_run(made: SimpleNamespace, files: dict[str, Path],
                                              monkeypatch: pytest.MonkeyPatch) -> None:
-    from llmc.evals import evaluate as module
+    from llmc.evals.quality import run as module
 
     calls = []
     original = module._logits

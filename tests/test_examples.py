@@ -13,8 +13,8 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
-from llmc.compress.quantize.rtn import rtn
-from llmc.grids import Grid
+from llmc.formats.types import Grid
+from llmc.rounding.rtn import rtn
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -21,12 +21,12 @@ import onnx
 import onnxruntime
 
 import llmc
-from llmc.artifact import hash_folder, last_artifact, read_manifest
 from llmc.cli import run
 from llmc.errors import UserError
 from llmc.export.onnx import OnnxExportConfig, export_onnx, layout
 from llmc.export.onnx.levels import Levels, Measured, choose
-from llmc.grids import Grid, QuantizedTensor
+from llmc.formats.manifest import hash_folder, last_artifact, read_manifest
+from llmc.formats.types import Grid, QuantizedTensor
 from llmc.runtimes.onnx_model import OnnxModel
 from llmc.runtimes.torch_model import TorchModel
 
@@ -268,7 +268,7 @@ def test_a_scale_is_repeated_for_blocks_that_onnx_runtime_likes() -> None:
 
 
 def test_q4_1_is_held_where_its_minimum_is_a_whole_number_of_steps() -> None:
-    from llmc.block_grids import GRIDS, BlockTensor
+    from llmc.formats.types import GRIDS, BlockTensor
 
     codes = torch.randint(0, 16, (2, 64), dtype=torch.uint8)
     d = torch.tensor([[0.5, 0.25], [1.0, 0.0]]).half()

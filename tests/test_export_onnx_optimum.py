@@ -15,10 +15,10 @@ import torch
 from transformers import __version__ as transformers_version
 
 import llmc
-from llmc.artifact import hash_folder, last_artifact, read_manifest
 from llmc.cli import run
 from llmc.errors import UserError
 from llmc.export.onnx import OnnxExportConfig
+from llmc.formats.manifest import hash_folder, last_artifact, read_manifest
 from llmc.runtimes.torch_model import TorchModel
 
 here = find_spec("optimum") is not None and find_spec("optimum.exporters.onnx") is not None

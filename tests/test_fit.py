@@ -12,11 +12,11 @@ from test_compare import speed, whole, write
 
 from llmc.cli import run
 from llmc.errors import UserError
-from llmc.evals import estimate as e
-from llmc.evals import fit as f
-from llmc.evals import fit_advice
 from llmc.evals.config import FitConfig, parse_bytes
-from llmc.evals.validate import validate
+from llmc.evals.fit import advice as fit_advice
+from llmc.evals.fit import estimate as e
+from llmc.evals.fit import run as f
+from llmc.evals.fit.validate import validate
 from llmc.runtimes.targets.kernels import write_layers
 from llmc.runtimes.targets.profile import read_profile
 

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmc.cli import run
 from llmc.errors import UserError
-from llmc.runtimes.base import open_runtime
 from llmc.runtimes.config import GenerateConfig
 from llmc.runtimes.generation import _generate, choose, generate
+from llmc.runtimes.open import open_runtime
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant]"
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from llmc.errors import UserError
 from llmc.export.gguf import blocks
-from llmc.grids import Grid, QuantizedTensor
+from llmc.formats.types import Grid, QuantizedTensor
 
 
 def random_tensor(grid: Grid, rows: int = 5, width: int = 256, seed: int = 0) -> QuantizedTensor:

@@ -17,8 +17,8 @@ from tiny import build
 from llmc.errors import UserError
 from llmc.export.gguf import GgufExportConfig, export_gguf
 from llmc.export.gguf.converter import Row, RowIndex
-from llmc.grids import Grid
-from llmc.sources import field
+from llmc.formats.gguf import field
+from llmc.formats.types import Grid
 
 # A stand-in for convert_hf_to_gguf.py with the same command line: a Llama in float32, the rows of Q and K permuted, and
 # Q, K and V in one tensor, which llmc's own writer never makes

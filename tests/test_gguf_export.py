@@ -18,17 +18,19 @@ from rounding import gptq_folder
 from safetensors.torch import load_file, save_file
 from tiny import build, edit_config
 
-from llmc.artifact import last_artifact, manifest_path, new_manifest, note_last, read_manifest, write_json
-from llmc.checkpoint import Checkpoint
+from llmc.about.verification import verify as verify_artifact
 from llmc.errors import UserError
 from llmc.export.gguf import GgufExportConfig, export_gguf, verify
 from llmc.export.gguf import export as pipeline
 from llmc.export.gguf.plan import Types
-from llmc.grids import Grid, QuantizedTensor
+from llmc.files import write_json
+from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.gguf import field
+from llmc.formats.hf import load_tokenizer
+from llmc.formats.manifest import last_artifact, manifest_path, new_manifest, note_last, read_manifest
+from llmc.formats.types import Grid, QuantizedTensor
 from llmc.runtimes.llamacpp import LlamaCpp
-from llmc.runtimes.torch_model import TorchModel, load_tokenizer
-from llmc.sources import field
-from llmc.verification import verify as verify_artifact
+from llmc.runtimes.torch_model import TorchModel
 
 # largest relative error of the logits; llama.cpp takes its GELU from a float16 table
 FAMILIES = {"llama": 1e-4, "mistral": 1e-4, "qwen2": 1e-4, "qwen3": 1e-4, "gemma2": 1e-3, "gemma3_text": 1e-3,

@@ -12,10 +12,10 @@ import pytest
 from gguf import GGUFReader, GGUFWriter
 from tiny import build
 
-from llmc.checkpoint import Checkpoint
 from llmc.errors import UserError
 from llmc.export.gguf import GgufExportConfig, export_gguf, verify
 from llmc.export.gguf.rope import add_rope, rope_parameters
+from llmc.formats.checkpoint import Checkpoint
 from llmc.runtimes.llamacpp import LlamaCpp
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

@@ -14,12 +14,14 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from llmc.errors import UserError
-from llmc.export.gguf import GgufExportConfig, export_gguf, pretokenizers
+from llmc.export.gguf import GgufExportConfig, export_gguf
 from llmc.export.gguf.metadata import name_in_file
 from llmc.export.gguf.tokenizer import Vocabulary
-from llmc.export.gguf.verify import CHECK_TEXT, MARKS
+from llmc.export.gguf.verify import MARKS
+from llmc.formats import pretokenizers
+from llmc.formats.check_text import CHECK_TEXT
+from llmc.formats.gguf import field
 from llmc.runtimes.llamacpp import LlamaCpp
-from llmc.sources import field
 
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 

@@ -9,10 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmc.compress.quantize.gptq import descend, gptq, inverse_factor, objective, sweep
-from llmc.compress.quantize.rtn import rtn
-from llmc.compress.quantize.scales import Columns, Scales, search
-from llmc.grids import Grid
+from llmc.compress.quantize.gptq import descend, gptq, inverse_factor, sweep
+from llmc.formats.types import Grid
+from llmc.rounding.rtn import rtn
+from llmc.rounding.scales import Columns, Scales, search
+from llmc.rounding.search import objective
 
 GRIDS = [Grid(4, 32), Grid(8, 32), Grid(4, 64), Grid(4, 32, False), Grid(8, 32, False)]
 

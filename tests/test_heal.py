@@ -16,20 +16,19 @@ from tiny import build, corpus, tokenizer
 from torch import nn
 
 import llmc
-from llmc.artifact import hash_folder
-from llmc.block_grids import GRIDS, BlockGrid, BlockTensor
-from llmc.checkpoint import Checkpoint
 from llmc.compress.heal import blocks, student
 from llmc.compress.heal.train import LR_BY_ROOT_KLD, MOST_LR, EndToEnd
-from llmc.compress.quantize.rtn import rtn
 from llmc.compress.teaching import loss, models
 from llmc.compress.teaching.training import schedule
 from llmc.errors import UserError
-from llmc.export import quantized as quantized_folder
-from llmc.export.gptq import checkpoint as gptq_format
-from llmc.export.quantized import Quantized, with_tensors
-from llmc.grids import Grid, QuantizedTensor
-from llmc.runtimes.torch_model import load_torch_model
+from llmc.formats import gptq as gptq_format
+from llmc.formats import quantized as quantized_folder
+from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.hf import load_torch_model
+from llmc.formats.manifest import hash_folder
+from llmc.formats.quantized import Quantized, with_tensors
+from llmc.formats.types import GRIDS, BlockGrid, BlockTensor, Grid, QuantizedTensor
+from llmc.rounding.rtn import rtn
 
 INTEGER_GRIDS = [Grid(4, 32), Grid(4, 64, False), Grid(8, 32), Grid(8, 32, False)]
 

@@ -16,21 +16,21 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import llmc
-from llmc.block_grids import GRIDS
-from llmc.checkpoint import Checkpoint
+from llmc import precision
 from llmc.cli import run
-from llmc.compress import layer_run, precision
+from llmc.compress import layer_run
 from llmc.compress.imatrix.run import SquaresPass
-from llmc.compress.quantize.rtn import rtn
 from llmc.compress.skeleton import get_weight, is_linear
 from llmc.compress.text import load_calibration
 from llmc.errors import UserError
-from llmc.export import quantized
 from llmc.export.gguf.architectures import find_architecture
 from llmc.export.gguf.config import GgufExportConfig
-from llmc.export.gguf.imatrix import Entry, Imatrix, read_imatrix, write_imatrix
 from llmc.export.gguf.plan import Planner, Types
-from llmc.grids import Grid
+from llmc.formats import quantized
+from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.imatrix import Entry, Imatrix, read_imatrix, write_imatrix
+from llmc.formats.types import GRIDS, Grid
+from llmc.rounding.rtn import rtn
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2")
 TEXT = {"samples": 6, "seq_len": 48}

@@ -13,12 +13,12 @@ import tiny
 import llmc
 from llmc.cli import run
 from llmc.errors import UserError
-from llmc.evals import kv
-from llmc.evals.compare import compare
+from llmc.evals.compare.run import compare
 from llmc.evals.config import BenchConfig, CompareConfig, EvalConfig
-from llmc.evals.report import kv_type, read_report
-from llmc.runtimes.base import open_runtime
+from llmc.evals.report.store import kv_type, read_report
+from llmc.formats import kv
 from llmc.runtimes.onnx_model import OnnxModel
+from llmc.runtimes.open import open_runtime
 from llmc.runtimes.torch_model import TorchModel
 
 

@@ -10,10 +10,10 @@ import pytest
 from test_compare import speed, whole, write
 
 from llmc.cli import run
-from llmc.evals.compare import compare
+from llmc.evals.compare.run import compare
 from llmc.evals.config import CompareConfig
-from llmc.evals.page import page
-from llmc.evals.report import hash_artifact
+from llmc.evals.pages.page import page
+from llmc.evals.report.store import hash_artifact
 from llmc.runtimes.targets.kernels import write_layers
 
 

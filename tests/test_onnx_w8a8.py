@@ -22,8 +22,8 @@ import llmc
 from llmc.compress.transform import gauges
 from llmc.compress.transform.roles import map_layer
 from llmc.errors import UserError
-from llmc.evals.weigh import tensors
 from llmc.export.onnx import lint, w8a8
+from llmc.formats.weigh import tensors
 from llmc.runtimes.torch_model import TorchModel
 
 IDS = np.random.default_rng(1).integers(2, 512, 60)

@@ -50,7 +50,7 @@ def test_every_file_of_the_packages_is_in_the_wheel(wheel: Path) -> None:
 
 def test_the_unpacked_wheel_works_alone(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path)
-    code = "import llmc, llmc.export.gptq.checkpoint, llmc.runtimes.base; print(llmc.__file__)"
+    code = "import llmc, llmc.formats.gptq, llmc.runtimes.base; print(llmc.__file__)"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert Path(done.stdout.strip()).parent == tmp_path / "llmc"
 

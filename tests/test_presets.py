@@ -14,15 +14,14 @@ from test_quantize import settings
 from tiny import build, corpus
 
 import llmc
-from llmc.block_grids import GRIDS
-from llmc.checkpoint import Checkpoint
 from llmc.compress.quantize.config import QuantizeConfig
 from llmc.compress.quantize.presets import PRESETS, Facts, linear_type, role_of, table_type
 from llmc.compress.quantize.run import quantize
 from llmc.errors import UserError
-from llmc.export import quantized
-from llmc.grids import Grid, QuantizedTensor
-from llmc.runtimes.torch_model import load_torch_model
+from llmc.formats import quantized
+from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.hf import load_torch_model
+from llmc.formats.types import GRIDS, Grid, QuantizedTensor
 
 # The types that llama-quantize (llama.cpp of llama-cpp-python 0.3.36) gave the tensors of small files, read from its
 # output by benchmarks/presets_of_llama_cpp.py --write.

@@ -17,13 +17,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import llmc
-from llmc.checkpoint import Checkpoint
 from llmc.compress.prune import width
 from llmc.compress.prune.config import PruneConfig
 from llmc.compress.quantize.assignment import linears_of
 from llmc.compress.skeleton import Skeleton
 from llmc.errors import UserError
-from llmc.export import quantized
+from llmc.formats import quantized
+from llmc.formats.checkpoint import Checkpoint
 
 WIDTHS = [f for f in FAMILIES if f in width.FAMILIES]
 
@@ -314,7 +314,7 @@ def test_gptq_with_the_mask_loses_less_than_rounding(tmp_path: Path, text: str) 
 
 
 def llmc_model(folder: Path) -> Any:
-    from llmc.runtimes.torch_model import load_torch_model
+    from llmc.formats.hf import load_torch_model
 
     return load_torch_model(folder)
 

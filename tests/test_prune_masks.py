@@ -10,13 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_gptq import lost, problem
 
-from llmc.block_grids import GRIDS
 from llmc.compress.prune.masks import keep_highest, keep_pattern, magnitude_mask, wanda_mask
 from llmc.compress.prune.sparsegpt import BLOCK, reconstruct, sweep
 from llmc.compress.quantize.assignment import grid_called
 from llmc.compress.quantize.gptq import gptq, inverse_factor
-from llmc.compress.quantize.rtn import rtn
-from llmc.grids import Grid
+from llmc.formats.types import GRIDS, Grid
+from llmc.rounding.rtn import rtn
 
 
 def factored(h: torch.Tensor) -> torch.Tensor:

@@ -17,13 +17,13 @@ from tiny import FAMILIES, build, corpus, edit_config, poison, tokenizer
 from transformers import AutoModelForCausalLM
 
 import llmc
-from llmc.artifact import hash_folder
-from llmc.checkpoint import Checkpoint
 from llmc.compress.quantize.config import QuantizeConfig
 from llmc.compress.quantize.run import quantize
 from llmc.errors import UserError
-from llmc.export.gptq import checkpoint as gptq_format
-from llmc.runtimes.torch_model import load_torch_model
+from llmc.formats import gptq as gptq_format
+from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.hf import load_torch_model
+from llmc.formats.manifest import hash_folder
 
 
 @pytest.fixture

@@ -10,12 +10,12 @@ from test_quantize import divergence, settings
 from tiny import build, corpus
 
 import llmc
-from llmc.block_grids import GRIDS
-from llmc.checkpoint import Checkpoint
 from llmc.compress.quantize.config import QuantizeConfig
 from llmc.compress.quantize.run import quantize
 from llmc.errors import UserError
-from llmc.export import quantized
+from llmc.formats import quantized
+from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.types import GRIDS
 
 
 @pytest.fixture

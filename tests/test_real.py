@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from test_examples import load
 
 import llmc
-from llmc.grids import Grid
+from llmc.formats.types import Grid
 
 pytestmark = pytest.mark.real
 LINEARS = {
@@ -46,9 +46,9 @@ def nibbles(packed: np.ndarray) -> np.ndarray:
 def test_onnx_has_the_folders_codes_and_torchs_logits(real: SimpleNamespace, tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime_genai")
-    from llmc.evals.metrics import divergence
-    from llmc.export.parity import CHECK_TEXT
-    from llmc.runtimes.base import open_runtime
+    from llmc.evals.quality.metrics import divergence
+    from llmc.formats.check_text import CHECK_TEXT
+    from llmc.runtimes.open import open_runtime
 
     out = tmp_path / "small-onnx"
     report = llmc.export(real.small, format="onnx", accuracy_level="0", out=out)

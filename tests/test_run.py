@@ -18,11 +18,11 @@ import tiny
 from killing import kill_9
 
 import llmc
-from llmc.artifact import versions
 from llmc.cli import run as command
 from llmc.console import size
 from llmc.errors import UserError
-from llmc.evals.show import pm
+from llmc.evals.report.show import pm
+from llmc.formats.manifest import versions
 from llmc.recipes.chain import load
 from llmc.recipes.jobs import jobs_of, open_folder
 

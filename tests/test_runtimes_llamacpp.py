@@ -13,12 +13,12 @@ import tiny
 import torch
 
 import llmc
+from llmc import machine
 from llmc.compress.teaching.loss import divergence
 from llmc.errors import UserError
 from llmc.runtimes import amx, llamacpp
-from llmc.runtimes.base import open_runtime
 from llmc.runtimes.llamacpp import LlamaCpp
-from llmc.runtimes.targets import this_machine
+from llmc.runtimes.open import open_runtime
 from llmc.runtimes.torch_model import TorchModel
 
 IDS = np.arange(3, 80, dtype=np.int32) * 11 % tiny.VOCAB
@@ -82,7 +82,7 @@ def test_describe_says_what_ran(pair: SimpleNamespace) -> None:
     runtime.close()
     assert (d["runtime"], d["device"], d["threads"], d["offloaded_layers"], d["kv_type"]) == ("llama.cpp", "cpu", 2, 0, "f16")
     assert d["build"]
-    assert d["cpu_features"] == this_machine.cpu_features()
+    assert d["cpu_features"] == machine.cpu_features()
 
 
 def test_context_is_kept(pair: SimpleNamespace) -> None:

@@ -15,22 +15,23 @@ import tiny
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime_genai.models.builder import create_model, parse_extra_options
 
-from llmc import inspection
-from llmc.artifact import hash_folder, new_manifest, write_json
+from llmc.about import inspection
+from llmc.about.verification import verify
 from llmc.cli import run
 from llmc.errors import UserError
 from llmc.evals.bench.run import bench
 from llmc.evals.config import BenchConfig
-from llmc.evals.report import read_report
-from llmc.evals.show import speed_lines
-from llmc.evals.weigh import weigh
+from llmc.evals.report.show import speed_lines
+from llmc.evals.report.store import read_report
 from llmc.export.onnx.lint import as_notes, lint
-from llmc.onnx_folder import QDQ_LEVEL, is_onnx_folder, open_onnx
+from llmc.files import write_json
+from llmc.formats.manifest import hash_folder, new_manifest
+from llmc.formats.onnx_folder import QDQ_LEVEL, is_onnx_folder, open_onnx
+from llmc.formats.weigh import weigh
 from llmc.runtimes import onnx_model, onnx_session
-from llmc.runtimes.base import open_runtime
 from llmc.runtimes.onnx_model import PRODUCTS, OnnxModel
+from llmc.runtimes.open import open_runtime
 from llmc.runtimes.torch_model import TorchModel
-from llmc.verification import verify
 
 IDS = np.arange(3, 103, dtype=np.int32) * 11 % tiny.VOCAB
 # the families of tests/tiny.py that the builder knows (of gemma3_text it cannot read transformers 5's rotary parameters)
@@ -394,7 +395,7 @@ def test_tokens_that_do_not_fit(pair: SimpleNamespace) -> None:
 
 @pytest.mark.parametrize("module", ["onnx", "onnxruntime"])
 def test_without_the_packages_the_extra_is_named(pair: SimpleNamespace, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llmc import onnx_folder
+    from llmc.formats import onnx_folder
 
     onnx_folder._load.cache_clear()
     monkeypatch.setitem(sys.modules, module, None)

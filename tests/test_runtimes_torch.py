@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from llmc.errors import UserError
-from llmc.export.gptq import checkpoint as gptq
-from llmc.grids import Grid, QuantizedTensor
-from llmc.runtimes.torch_model import TorchModel, load_tokenizer, load_torch_model
+from llmc.formats import gptq
+from llmc.formats.hf import load_tokenizer, load_torch_model
+from llmc.formats.types import Grid, QuantizedTensor
+from llmc.runtimes.torch_model import TorchModel
 
 IDS = np.arange(3, 40, dtype=np.int32) * 11 % tiny.VOCAB
 

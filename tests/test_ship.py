@@ -13,9 +13,9 @@ from test_compare import speed, whole, write
 
 from llmc.cli import run
 from llmc.errors import UserError
-from llmc.evals.report import hash_artifact
-from llmc.evals.ship import read_gates, ship
-from llmc.evals.ship_show import summary
+from llmc.evals.compare.ship import read_gates, ship
+from llmc.evals.compare.ship_show import summary
+from llmc.evals.report.store import hash_artifact
 from llmc.runtimes.targets.kernels import write_layers
 
 GOOD = {"min_decode": 25, "max_first_token": 4, "max_kld": 0.3, "min_top1": "60%", "max_ram": "1GB", "max_size": "1MB",

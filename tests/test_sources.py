@@ -17,10 +17,11 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmc
-from llmc.artifact import read_manifest
 from llmc.errors import UserError
-from llmc.export.gguf.pretokenizers import CL100K, QWEN
-from llmc.sources import describe_source, resolve_model
+from llmc.formats.manifest import read_manifest
+from llmc.formats.pretokenizers import CL100K, QWEN
+from llmc.formats.source import describe_source
+from llmc.sources.resolve import resolve_model
 
 
 @pytest.fixture(autouse=True)

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmc import machine
 from llmc.cli import run
 from llmc.errors import UserError
-from llmc.runtimes.targets import probe, this_machine
+from llmc.runtimes.on_device import probe
 from llmc.runtimes.targets.device import LocalDevice, connect
 from llmc.runtimes.targets.target import (
     ADB,
@@ -122,7 +123,7 @@ def test_no_part_of_an_address_is_an_option_or_a_command(text: str) -> None:
 def test_bandwidth_and_flops_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock of one second for each look at it."""
     clock = iter(range(1000))
-    monkeypatch.setattr("llmc.runtimes.targets.probe.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("llmc.runtimes.on_device.probe.time.perf_counter", lambda: next(clock))
     monkeypatch.setattr(probe, "BYTES", 1 << 20)
     monkeypatch.setattr(probe, "SIDE", 32)
     assert probe.read_bandwidth(3) == 1 << 20
@@ -130,7 +131,7 @@ def test_bandwidth_and_flops_are_counted(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_this_machine_agrees_with_psutil() -> None:
-    facts = this_machine.describe()
+    facts = machine.describe()
     assert facts["physical_cores"] == psutil.cpu_count(logical=False)
     assert facts["memory"] == pytest.approx(psutil.virtual_memory().total, rel=0.01)
     assert 1 <= facts["usable_cores"] <= facts["logical_cores"]
@@ -139,13 +140,13 @@ def test_this_machine_agrees_with_psutil() -> None:
 
 def test_a_device_without_psutil_is_described_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "psutil", None)
-    assert this_machine.describe()["physical_cores"] >= 1
-    monkeypatch.setattr(this_machine, "CPUS", tmp_path)
-    assert this_machine.describe()["physical_cores"] >= 1
+    assert machine.describe()["physical_cores"] >= 1
+    monkeypatch.setattr(machine, "CPUS", tmp_path)
+    assert machine.describe()["physical_cores"] >= 1
     for i, siblings in enumerate(("0,2", "1,3", "0,2", "1,3")):  # two cores, two threads each
         (tmp_path / f"cpu{i}/topology").mkdir(parents=True)
         (tmp_path / f"cpu{i}/topology/thread_siblings_list").write_text(siblings)
-    assert this_machine.describe()["physical_cores"] == 2
+    assert machine.describe()["physical_cores"] == 2
 
 
 def test_sensors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -154,15 +155,15 @@ def test_sensors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (tmp_path / f"cpu{i}/cpufreq/scaling_cur_freq").write_text(f"{mhz * 1000}\n")
         (tmp_path / f"cpu{i}/thermal_throttle").mkdir()
         (tmp_path / f"cpu{i}/thermal_throttle/core_throttle_count").write_text(f"{i + 1}\n")
-    monkeypatch.setattr(this_machine, "CPUS", tmp_path)
-    assert this_machine.state()["mhz"] == 1500
-    assert this_machine.state()["throttle_events"] == 3
-    assert this_machine.state()["throttled_now"] is None
+    monkeypatch.setattr(machine, "CPUS", tmp_path)
+    assert machine.state()["mhz"] == 1500
+    assert machine.state()["throttle_events"] == 3
+    assert machine.state()["throttled_now"] is None
     flags = tmp_path / "get_throttled"
-    monkeypatch.setattr(this_machine, "PI", str(flags))
+    monkeypatch.setattr(machine, "PI", str(flags))
     for text, now in (("0x0", False), ("50000", False), ("50005", True)):  # was throttled, is throttled
         flags.write_text(text)
-        assert this_machine.state()["throttled_now"] is now
+        assert machine.state()["throttled_now"] is now
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -196,6 +197,6 @@ def test_probing_notes_what_it_finds(capsys: pytest.CaptureFixture[str]) -> None
     assert load_targets(file)["local-cpu"].facts == {k: v for k, v in facts.items() if v is not None}
     assert facts["read_bandwidth"] > 1e8
     assert facts["matmul_flops"] > 1e8
-    assert facts["cpu"] == this_machine.cpu_model()
+    assert facts["cpu"] == machine.cpu_model()
     assert run(["target", "show", "local-cpu", "--targets", str(file)]) == 0
     assert "GB/s of weights" in capsys.readouterr().out

@@ -85,11 +85,11 @@ def test_llama_bench_answers_as_bench_child_does(phone: Server, target: Target, 
     device = AdbDevice(target)
     job = {"artifact": device.place(artifact), "context": 600, "threads": 3, "device": "cpu"}
     with pytest.raises(UserError, match="phone has no llama-bench") as e:
-        device.start("llmc.evals.bench_child", job)
+        device.start("llmc.runtimes.on_device.bench", job)
     assert "--llama-bench PATH" in e.value.hint
     found = setup(target, install=False, runtimes=("gguf",), llama_bench=program)
     assert found["packages"] == {"llama-bench": f"{target.cache}/bin/llama-bench"}
-    child = device.start("llmc.evals.bench_child", job)
+    child = device.start("llmc.runtimes.on_device.bench", job)
     asked = [{"do": "ids", "ids": [1, 2]}, {"do": "run", "prompts": [128, 512], "depths": [0, 512], "generate": 8},
              {"do": "end"}]
     out, _ = child.communicate("".join(json.dumps(line) + "\n" for line in asked))
@@ -102,7 +102,7 @@ def test_llama_bench_answers_as_bench_child_does(phone: Server, target: Target, 
     assert ran["first_token_s"] == {"128": 0.128, "512": 0.512}
     assert ran["decode_s"] == {"0": 0.008, "512": pytest.approx(0.008, rel=1e-3)}
     assert ended["peak_rss"] > 100_000
-    child = device.start("llmc.evals.bench_child", {**job, "artifact": "/nowhere.gguf"})
+    child = device.start("llmc.runtimes.on_device.bench", {**job, "artifact": "/nowhere.gguf"})
     told = json.loads(child.communicate("")[0])
     assert told["problem"] == "target phone: error: failed to load model '/nowhere.gguf'"
     device.close()
@@ -110,7 +110,7 @@ def test_llama_bench_answers_as_bench_child_does(phone: Server, target: Target, 
 
 def test_facts_of_a_phone(phone: Server, target: Target) -> None:
     device = AdbDevice(target)
-    facts = json.loads(device.start("llmc.runtimes.targets.probe_child", {}).communicate("")[0])
+    facts = json.loads(device.start("llmc.runtimes.on_device.facts", {}).communicate("")[0])
     device.close()
     assert facts["logical_cores"] == len(os.sched_getaffinity(0))
     assert facts["memory"] == pytest.approx(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), rel=0.01)
@@ -126,5 +126,5 @@ def test_a_phone_that_is_not_there(phone: Server) -> None:
 def test_what_needs_python_is_refused(phone: Server, target: Target) -> None:
     device = AdbDevice(target)
     with pytest.raises(UserError, match="Android device without Python"):
-        device.start("llmc.runtimes.targets.logits_child", {"artifact": "/a.gguf"})
+        device.start("llmc.runtimes.on_device.logits", {"artifact": "/a.gguf"})
     device.close()

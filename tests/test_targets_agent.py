@@ -37,7 +37,7 @@ def test_the_same_sources_give_the_same_bytes(tmp_path: Path) -> None:
 
 def test_orders_come_by_stdin(tmp_path: Path) -> None:
     """A job longer than a command line may be."""
-    order = {"module": "llmc.runtimes.targets.needs", "job": {"ids": list(range(100_000))}}
+    order = {"module": "llmc.runtimes.on_device.needs", "job": {"ids": list(range(100_000))}}
     done = subprocess.run([sys.executable, "-E", "-P", str(agent.write(tmp_path))], input=json.dumps(order) + "\n", text=True,
                           stdout=subprocess.PIPE, check=True)
     assert json.loads(done.stdout)["packages"]["numpy"]

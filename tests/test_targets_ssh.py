@@ -240,7 +240,7 @@ def test_the_agent_runs_there(ssh: Server, tmp_path: Path, made: SimpleNamespace
         there = device.place(made.gguf)
         assert Path(there).is_relative_to(tmp_path / "cache" / "artifacts")
         job = {"artifact": there, "context": 32, "threads": 1, "device": "cpu", "kv": None}
-        child = device.start("llmc.evals.bench_child", job)
+        child = device.start("llmc.runtimes.on_device.bench", job)
         asked = [{"do": "ids", "ids": list(range(3, 19))}, {"do": "run", "prompts": [16], "depths": [16], "generate": 4},
                  {"do": "end"}]
         out, _ = child.communicate("".join(json.dumps(line) + "\n" for line in asked))
@@ -281,7 +281,7 @@ def test_what_the_device_lacks_is_named(ssh: Server, tmp_path: Path, made: Simpl
     device = SshDevice(target(tmp_path, python=python))
     try:
         with pytest.raises(UserError, match=r"pi: .*bare/bin/python .* lacks numpy, llama-cpp-python") as e:
-            device.start("llmc.evals.bench_child", {"artifact": "/x/a.gguf"})
+            device.start("llmc.runtimes.on_device.bench", {"artifact": "/x/a.gguf"})
         assert e.value.hint == ("llmc target setup pi --install, or there: "
                                 f"{python} -m pip install numpy llama-cpp-python")
     finally:

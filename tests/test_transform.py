@@ -17,20 +17,19 @@ from killing import kill_9
 from tiny import FAMILIES, build, corpus, poison
 
 import llmc
-from llmc.artifact import hash_folder
-from llmc.block_grids import GRIDS
-from llmc.checkpoint import Checkpoint
-from llmc.compress.quantize.gptq import objective
-from llmc.compress.quantize.rtn import rtn
 from llmc.compress.skeleton import get_weight
 from llmc.compress.transform import gauges, rotations
 from llmc.compress.transform.layer_pass import as_stored
 from llmc.compress.transform.roles import map_layer
 from llmc.errors import UserError
 from llmc.export.gguf import GgufExportConfig, export_gguf
-from llmc.grids import Grid
+from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.hf import load_torch_model
+from llmc.formats.manifest import hash_folder
+from llmc.formats.types import GRIDS, Grid
+from llmc.rounding.rtn import rtn
+from llmc.rounding.search import objective
 from llmc.runtimes.llamacpp import LlamaCpp
-from llmc.runtimes.torch_model import load_torch_model
 
 IDS = torch.randint(2, 512, (2, 48), generator=torch.Generator().manual_seed(3))
 ROTATABLE = ("llama", "mistral", "qwen2", "qwen3", "phi3")

@@ -14,17 +14,17 @@ from killing import kill_9
 from tiny import build, corpus
 
 import llmc
-from llmc.artifact import hash_folder
-from llmc.checkpoint import Checkpoint
 from llmc.compress.quantize.config import QuantizeConfig
-from llmc.compress.quantize.rtn import rtn
 from llmc.compress.skeleton import Skeleton, get_weight, is_linear, set_weight
 from llmc.compress.text import Calibration
 from llmc.compress.transform import choose as chooser
 from llmc.compress.transform import measure
 from llmc.errors import UserError
-from llmc.grids import Grid
-from llmc.runtimes.torch_model import load_torch_model
+from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.hf import load_torch_model
+from llmc.formats.manifest import hash_folder
+from llmc.formats.types import Grid
+from llmc.rounding.rtn import rtn
 
 IDS = torch.randint(2, 512, (3, 40), generator=torch.Generator().manual_seed(5))
 

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import llmc
-from llmc.artifact import MANIFEST, hash_folder, manifest_path
 from llmc.cli import run
 from llmc.errors import UserError
+from llmc.formats.manifest import MANIFEST, hash_folder, manifest_path
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from llmc.artifact import check_disk, check_output, note_last
 from llmc.compress.distill.adapters import add_adapters, check_peft, merge_adapters
 from llmc.compress.distill.config import DistillConfig
 from llmc.compress.distill.masks import Masks, masks_of
@@ -23,7 +22,6 @@ from llmc.compress.distill.plan import plan_of
 from llmc.compress.distill.pupil import Pupil, map_layers
 from llmc.compress.distill.team import join_team
 from llmc.compress.distill.train import Distilling
-from llmc.compress.precision import prepare_cpu
 from llmc.compress.preparation import check_weights, open_float
 from llmc.compress.prune.masks import mask_of
 from llmc.compress.skeleton import Skeleton
@@ -34,9 +32,12 @@ from llmc.compress.teaching.training import Curve
 from llmc.compress.teaching.vocabulary import common_vocabulary
 from llmc.console import warn
 from llmc.errors import UserError
-from llmc.runtimes.targets.this_machine import physical_cores
-from llmc.runtimes.torch_model import load_torch_model
-from llmc.sources import resolve_model
+from llmc.files import check_disk
+from llmc.formats.hf import load_torch_model
+from llmc.formats.manifest import check_output, note_last
+from llmc.machine import physical_cores
+from llmc.precision import prepare_cpu
+from llmc.sources.resolve import resolve_model
 
 
 def distill(student: str | Path, config: DistillConfig) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 
 from llmc.console import set_quiet
 from llmc.errors import UserError
-from llmc.runtimes.torch_model import torch_device
+from llmc.machine import torch_device
 
 PATIENCE = timedelta(days=1)  # the first process may sample text for hours while the others wait
 

@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from llmc.checkpoint import Checkpoint
 from llmc.compress.calibration import Workspace, sequences_at_once
 from llmc.compress.heal.config import HealConfig
 from llmc.compress.heal.student import HealedLinear, moved, norm_weights, stored_tensors
@@ -30,7 +29,8 @@ from llmc.compress.teaching.texts import Texts
 from llmc.compress.teaching.training import Curve, set_rate
 from llmc.console import progress, say
 from llmc.errors import UserError
-from llmc.export import quantized
+from llmc.formats import quantized
+from llmc.formats.checkpoint import Checkpoint
 
 
 class Blocks:

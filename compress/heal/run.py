@@ -17,13 +17,10 @@ from typing import Any
 
 import torch
 
-from llmc.artifact import check_disk, check_output, note_last
-from llmc.checkpoint import Checkpoint
 from llmc.compress.heal.blocks import Blocks
 from llmc.compress.heal.config import HealConfig
 from llmc.compress.heal.student import load_student, moved, norm_weights, stored_tensors
 from llmc.compress.heal.train import EndToEnd
-from llmc.compress.precision import prepare_cpu
 from llmc.compress.skeleton import Skeleton
 from llmc.compress.teaching.job import Job
 from llmc.compress.teaching.models import called
@@ -31,10 +28,13 @@ from llmc.compress.teaching.texts import Texts
 from llmc.compress.teaching.vocabulary import common_vocabulary
 from llmc.console import warn
 from llmc.errors import UserError
-from llmc.export import quantized
-from llmc.runtimes.targets.this_machine import physical_cores
-from llmc.runtimes.torch_model import torch_device
-from llmc.sources import resolve_model
+from llmc.files import check_disk
+from llmc.formats import quantized
+from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.manifest import check_output, note_last
+from llmc.machine import physical_cores, torch_device
+from llmc.precision import prepare_cpu
+from llmc.sources.resolve import resolve_model
 
 
 def heal(model: str | Path, config: HealConfig) -> dict[str, Any]:

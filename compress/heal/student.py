@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmc.block_grids import BlockTensor
-from llmc.checkpoint import Checkpoint
 from llmc.compress.skeleton import get_weight, is_linear
 from llmc.compress.teaching.models import called, cast_head, checkpoint_layers
-from llmc.export import quantized
-from llmc.export.quantized import Quantized
-from llmc.runtimes.torch_model import load_torch_model
+from llmc.formats import quantized
+from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.hf import load_torch_model
+from llmc.formats.quantized import Quantized
+from llmc.formats.types import BlockTensor
 
 
 class _Product(torch.autograd.Function):

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from llmc.artifact import read_manifest, sha256
 from llmc.compress.skeleton import Skeleton, get_weight
 from llmc.errors import UserError
 from llmc.export.gguf.architectures import TensorNames, find_architecture
-from llmc.export.gguf.imatrix import Imatrix, read_imatrix
+from llmc.files import sha256
+from llmc.formats.imatrix import Imatrix, read_imatrix
+from llmc.formats.manifest import read_manifest
 
 
 def matrix_names(skeleton: Skeleton) -> dict[str, str]:

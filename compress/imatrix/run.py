@@ -17,21 +17,22 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from llmc.artifact import check_disk, check_output, manifest_path, new_manifest, sha256, staged_file, write_json
 from llmc.compress.calibration import Loop, LoopSettings, Workspace, sequences_at_once
 from llmc.compress.imatrix.config import ImatrixConfig
 from llmc.compress.imatrix.importance import matrix_names
-from llmc.compress.precision import matmul_precision, prepare_cpu
 from llmc.compress.preparation import calibration_text, check_weights, open_float, sampled_file
 from llmc.compress.skeleton import LinearGroup, Skeleton
 from llmc.compress.text import Calibration
 from llmc.compress.unfinished import fingerprint
 from llmc.console import say
 from llmc.errors import UserError
-from llmc.export.gguf.imatrix import Entry, Imatrix, write_imatrix
-from llmc.runtimes.targets.this_machine import physical_cores
-from llmc.runtimes.torch_model import torch_device
-from llmc.sources import describe_source, resolve_model
+from llmc.files import check_disk, sha256, staged_file, write_json
+from llmc.formats.imatrix import Entry, Imatrix, write_imatrix
+from llmc.formats.manifest import check_output, manifest_path, new_manifest
+from llmc.formats.source import describe_source
+from llmc.machine import physical_cores, torch_device
+from llmc.precision import matmul_precision, prepare_cpu
+from llmc.sources.resolve import resolve_model
 
 
 class SquaresPass:

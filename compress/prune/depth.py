@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmc.checkpoint import Checkpoint
 from llmc.compress.calibration import Workspace
-from llmc.compress.precision import fast_forward
 from llmc.compress.skeleton import LinearGroup, Skeleton, replaced
 from llmc.compress.teaching.loss import divergence
 from llmc.compress.transform.measure import run
 from llmc.console import progress
 from llmc.errors import UserError
-from llmc.shards import Piece, pieces_of
+from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.shards import Piece, pieces_of
+from llmc.precision import fast_forward
 
 KL_SEQUENCES = 8  # that the divergence is measured on: on 8 x 256 scored tokens its order settles
 STALE = ("sliding_window_pattern", "_sliding_window_pattern")  # rules of a layer's number: per-layer lists take their place

@@ -7,12 +7,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from llmc.artifact import MANIFEST, hash_folder, new_manifest, publish_folder, read_manifest, write_json
-from llmc.checkpoint import CARD_FILES, TOKENIZER_FILES, Checkpoint
 from llmc.compress.quantize.assignment import linears_of
 from llmc.compress.skeleton import Skeleton
-from llmc.shards import Piece, pieces_of, write_checkpoint
-from llmc.sources import origin_of
+from llmc.files import publish_folder, write_json
+from llmc.formats.checkpoint import CARD_FILES, TOKENIZER_FILES, Checkpoint
+from llmc.formats.manifest import MANIFEST, hash_folder, new_manifest, read_manifest
+from llmc.formats.shards import Piece, pieces_of, write_checkpoint
+from llmc.formats.source import origin_of
 
 
 def write_folder(source: Path, folder: Path, pieces: list[Piece], config: dict[str, Any]) -> None:

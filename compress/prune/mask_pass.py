@@ -12,9 +12,10 @@ from llmc.compress.layer_run import InputStatistics
 from llmc.compress.prune.config import PruneConfig
 from llmc.compress.prune.masks import magnitude_mask, wanda_mask
 from llmc.compress.prune.sparsegpt import reconstruct, sweep
-from llmc.compress.quantize.gptq import compensate, damped, objective
+from llmc.compress.quantize.gptq import compensate, damped
 from llmc.compress.skeleton import LinearGroup, Skeleton, get_weight, set_weight
 from llmc.console import warn
+from llmc.rounding.search import objective
 
 
 class MaskPass:

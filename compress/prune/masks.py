@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from llmc.artifact import read_manifest
 from llmc.compress.prune.config import MASKS, PATTERNS
+from llmc.formats.manifest import read_manifest
 
 
 def keep_highest(score: torch.Tensor, dropped: int) -> torch.Tensor:

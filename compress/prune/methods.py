@@ -24,8 +24,8 @@ from llmc.compress.quantize.run import REFERENCE_LEAST, REFERENCE_SHARE, spread
 from llmc.compress.skeleton import Skeleton
 from llmc.compress.transform.ends import is_tied
 from llmc.console import progress
-from llmc.runtimes.torch_model import load_torch_model
-from llmc.shards import Piece, pieces_of
+from llmc.formats.hf import load_torch_model
+from llmc.formats.shards import Piece, pieces_of
 
 
 @dataclass

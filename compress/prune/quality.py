@@ -1,7 +1,7 @@
 """What pruning cost: perplexity, and divergence from the model before, on held-out sequences of the calibration text.
 
-The figures are those of `llmc eval` (evals/metrics.py), scored as its protocol does: the second half of every sequence. Both
-models run layer by layer in float32, so the memory is that of one layer, the states and a piece of the logits.
+The figures are those of `llmc eval` (evals/quality/metrics.py), scored as its protocol does: the second half of every
+sequence. Both models run layer by layer in float32, so the memory is that of one layer, the states and a piece of the logits.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from llmc.compress.transform.measure import Run, head_of, run
-from llmc.evals import metrics
-from llmc.evals.protocol import FolderTokenizer
+from llmc.evals.quality import metrics
+from llmc.evals.quality.protocol import FolderTokenizer
 
 LOSES = 1.05  # times the perplexity before: from here on the result is said to need healing
 

@@ -12,10 +12,7 @@ from typing import Any
 
 import torch
 
-from llmc.artifact import check_disk, check_output, note_last
-from llmc.checkpoint import Checkpoint
 from llmc.compress.calibration import BATCH_BYTES, SUMS_BYTES, Workspace
-from llmc.compress.precision import matmul_precision, prepare_cpu
 from llmc.compress.preparation import calibration_text, check_weights, open_float, sampled_file
 from llmc.compress.prune.config import PATTERNS, PruneConfig
 from llmc.compress.prune.depth import prove
@@ -28,11 +25,14 @@ from llmc.compress.skeleton import Skeleton, get_weight
 from llmc.compress.text import Calibration
 from llmc.compress.unfinished import fingerprint
 from llmc.console import say
-from llmc.dequantize import check_memory
 from llmc.errors import UserError
-from llmc.runtimes.targets.this_machine import physical_cores
-from llmc.runtimes.torch_model import torch_device
-from llmc.sources import describe_source, resolve_model
+from llmc.files import check_disk
+from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.manifest import check_output, note_last
+from llmc.formats.source import describe_source
+from llmc.machine import check_memory, physical_cores, torch_device
+from llmc.precision import matmul_precision, prepare_cpu
+from llmc.sources.resolve import resolve_model
 
 
 def prune(model: str | Path, config: PruneConfig) -> dict[str, Any]:

@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 
-from llmc.block_grids import FALLBACK, GRIDS
 from llmc.compress.prune.masks import mask_of
 from llmc.compress.quantize import presets
-from llmc.compress.quantize.config import INTEGER, AnyGrid, QuantizeConfig
+from llmc.compress.quantize.config import INTEGER, QuantizeConfig
 from llmc.compress.skeleton import Skeleton, get_weight
 from llmc.console import warn
 from llmc.errors import UserError
-from llmc.grids import Grid
+from llmc.formats.types import FALLBACK, GRIDS, AnyGrid, Grid
 
 ROTATING = ("rotate", "rotate+gauge", "auto")  # transforms that mix the columns of a matrix
 

@@ -18,13 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from llmc import block_grids
-from llmc import grids as integer_grids
-from llmc.artifact import NOTES, write_json
-from llmc.compress.digest import code_digest
-from llmc.compress.precision import fast_matmul
+from llmc.closure import code_digest
 from llmc.compress.prune.masks import mask_of
-from llmc.compress.quantize import rtn, scales, sensitivity
+from llmc.compress.quantize import sensitivity
 from llmc.compress.quantize.assignment import Assignment, assign, grid_called, has_own_head, linears_of, table_shape
 from llmc.compress.quantize.config import QuantizeConfig
 from llmc.compress.quantize.knapsack import Frontier, Option
@@ -32,11 +28,17 @@ from llmc.compress.sampling import sample_from_model
 from llmc.compress.skeleton import Skeleton, get_weight
 from llmc.compress.text import SELF, load_calibration
 from llmc.console import parse_size, progress, say, size
-from llmc.dequantize import check_memory
 from llmc.errors import UserError
-from llmc.evals.weigh import classify
-from llmc.runtimes.torch_model import load_tokenizer, load_torch_model, torch_device
-from llmc.sources import origin_of
+from llmc.files import write_json
+from llmc.formats import types as block_grids
+from llmc.formats import types as integer_grids
+from llmc.formats.hf import load_tokenizer, load_torch_model
+from llmc.formats.manifest import NOTES
+from llmc.formats.source import origin_of
+from llmc.formats.weigh import classify
+from llmc.machine import check_memory, torch_device
+from llmc.precision import fast_matmul
+from llmc.rounding import rtn, scales
 
 if TYPE_CHECKING:
     from llmc.export.gguf.size import Outside  # needs the gguf package

@@ -6,14 +6,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llmc.block_grids import GRIDS, BlockGrid
 from llmc.compress.quantize.presets import PRESETS
 from llmc.compress.ranges import out_of_range
 from llmc.console import parse_size, size
 from llmc.errors import UserError
-from llmc.grids import Grid
+from llmc.formats.types import GRIDS
 
-AnyGrid = Grid | BlockGrid
 INTEGER = {"q4_0": 4, "q8_0": 8}  # block grids that are integer grids, which GPTQ checkpoints hold too
 
 METHODS = ("gptq", "rtn")

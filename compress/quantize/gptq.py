@@ -29,11 +29,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from llmc.block_grids import BlockTensor
-from llmc.compress.quantize.block_factors import search_blocks
-from llmc.compress.quantize.config import AnyGrid
-from llmc.compress.quantize.scales import Columns, Factors, search
-from llmc.grids import Grid, QuantizedTensor
+from llmc.formats.types import AnyGrid, BlockTensor, QuantizedTensor
+from llmc.rounding.scales import Columns, Factors
+from llmc.rounding.search import objective, search_factors
 
 BLOCK = 64  # columns swept before the rest of the matrix is updated
 MAX_DAMP = 1.0
@@ -164,16 +162,6 @@ class Kept:
 def only(columns: Columns, keep: torch.Tensor | None, order: torch.Tensor | None = None) -> Columns | Kept:
     """`columns` where nothing is pruned, else such that what is not in `keep` [in, out] becomes zero."""
     return columns if keep is None else Kept(columns, keep if order is None else keep[order])
-
-
-def search_factors(w: torch.Tensor, hessian: torch.Tensor, factor: torch.Tensor | None, grid: AnyGrid) -> Factors:
-    """The factors of `grid` for w [in, out] before any code is chosen."""
-    return search(w, hessian, factor, grid) if isinstance(grid, Grid) else search_blocks(w, hessian, factor, grid)
-
-
-def objective(delta: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
-    """float32 [out]: d H d^T for each column d of delta [in, out]."""
-    return (hessian @ delta).mul_(delta).sum(0)
 
 
 def sweep(w: torch.Tensor, factor: torch.Tensor, columns: Columns | Kept) -> torch.Tensor:

@@ -11,12 +11,13 @@ from torch import nn
 from llmc.compress.imatrix.importance import Importance
 from llmc.compress.layer_run import InputStatistics
 from llmc.compress.quantize.assignment import Assignment
-from llmc.compress.quantize.config import AnyGrid
-from llmc.compress.quantize.gptq import compensate, gptq, objective
-from llmc.compress.quantize.rtn import rtn
+from llmc.compress.quantize.gptq import compensate, gptq
 from llmc.compress.skeleton import LinearGroup, Skeleton, get_weight, set_weight
 from llmc.console import warn
-from llmc.export.quantized import Quantized, as_blocks, encode, rows_of, tensors_of, with_tensors
+from llmc.formats.quantized import Quantized, as_blocks, encode, rows_of, tensors_of, with_tensors
+from llmc.formats.types import AnyGrid
+from llmc.rounding.rtn import rtn
+from llmc.rounding.search import objective
 
 
 class QuantizePass:

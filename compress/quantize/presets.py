@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from llmc.block_grids import GRIDS
+from llmc.formats.types import GRIDS
 
 # the type of every tensor that no rule below speaks of
 PRESETS = {

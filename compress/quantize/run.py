@@ -12,18 +12,6 @@ from typing import Any
 
 import torch
 
-from llmc.artifact import (
-    MANIFEST,
-    check_disk,
-    check_output,
-    hash_folder,
-    new_manifest,
-    note_last,
-    publish_folder,
-    read_manifest,
-    write_json,
-)
-from llmc.checkpoint import CARD_FILES, TOKENIZER_FILES, Checkpoint
 from llmc.compress.calibration import (
     BATCH_BYTES,
     SUMS_BYTES,
@@ -34,7 +22,6 @@ from llmc.compress.calibration import (
     workers_for,
 )
 from llmc.compress.imatrix.importance import Importance
-from llmc.compress.precision import matmul_precision, prepare_cpu
 from llmc.compress.preparation import calibration_text, check_weights, open_float, sampled_file
 from llmc.compress.quantize.assignment import assign, keeps_zeros, linears_of
 from llmc.compress.quantize.budget import assign_to_budget
@@ -47,13 +34,17 @@ from llmc.compress.transform.choose import Choice, choose
 from llmc.compress.unfinished import fingerprint
 from llmc.console import progress, say, warn
 from llmc.errors import UserError
-from llmc.export.blocks import checkpoint as blocks_format
-from llmc.export.gptq import checkpoint as gptq_format
-from llmc.export.quantized import read
-from llmc.runtimes.targets.this_machine import physical_cores
-from llmc.runtimes.torch_model import torch_device
-from llmc.shards import Piece, pieces_of, write_checkpoint
-from llmc.sources import describe_source, origin_of, resolve_model
+from llmc.files import check_disk, publish_folder, write_json
+from llmc.formats import blocks as blocks_format
+from llmc.formats import gptq as gptq_format
+from llmc.formats.checkpoint import CARD_FILES, TOKENIZER_FILES, Checkpoint
+from llmc.formats.manifest import MANIFEST, check_output, hash_folder, new_manifest, note_last, read_manifest
+from llmc.formats.quantized import read
+from llmc.formats.shards import Piece, pieces_of, write_checkpoint
+from llmc.formats.source import describe_source, origin_of
+from llmc.machine import physical_cores, torch_device
+from llmc.precision import matmul_precision, prepare_cpu
+from llmc.sources.resolve import resolve_model
 
 # The unchanged model runs along on an eighth of the sequences, at least 16, for time: it is a second forward pass. Error of
 # the states after 13 layers of SmolLM2-135M (128 sequences): 1.55 and 1.60 % with 32 of them, 1.63 and 1.56 % with 16 (the

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmc.block_grids import GRIDS
 from llmc.compress.quantize.assignment import grid_called
-from llmc.compress.quantize.rtn import rtn
 from llmc.compress.skeleton import get_weight, replaced
 from llmc.compress.teaching.loss import divergence
+from llmc.formats.types import GRIDS
+from llmc.rounding.rtn import rtn
 
 NOISE = 0.01  # t^2 of the probe: between those of 3 and 4 bits
 RUN = 32  # weights of a row that share the size of their noise

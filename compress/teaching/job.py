@@ -15,9 +15,6 @@ from typing import Any, Protocol
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmc.artifact import MANIFEST, hash_folder, new_manifest, publish_folder, read_manifest, staged_file, write_json
-from llmc.checkpoint import Checkpoint
-from llmc.compress.precision import matmul_precision
 from llmc.compress.preparation import SAMPLING_BATCH
 from llmc.compress.sampling import sample_from_model
 from llmc.compress.teaching.models import load_teacher
@@ -26,9 +23,13 @@ from llmc.compress.teaching.texts import Texts, TextSettings, gather
 from llmc.compress.unfinished import fingerprint, open_unfinished
 from llmc.console import say
 from llmc.errors import UserError
-from llmc.runtimes.torch_model import load_tokenizer, load_torch_model
-from llmc.shards import pieces_of, write_checkpoint
-from llmc.sources import describe_source
+from llmc.files import publish_folder, staged_file, write_json
+from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.hf import load_tokenizer, load_torch_model
+from llmc.formats.manifest import MANIFEST, hash_folder, new_manifest, read_manifest
+from llmc.formats.shards import pieces_of, write_checkpoint
+from llmc.formats.source import describe_source
+from llmc.precision import matmul_precision
 
 
 class Settings(TextSettings, Protocol):

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from llmc.compress.skeleton import find_layers, is_linear
-from llmc.runtimes.torch_model import load_torch_model
+from llmc.formats.hf import load_torch_model
 
 
 class Names(Protocol):

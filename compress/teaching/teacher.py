@@ -9,10 +9,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from llmc.artifact import write_json
 from llmc.compress.teaching.loss import Aims, Part, TopK, Whole
 from llmc.compress.teaching.models import head_of, hidden_states
 from llmc.console import progress
+from llmc.files import write_json
 
 
 class Teacher(Protocol):

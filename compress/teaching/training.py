@@ -12,8 +12,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from llmc.artifact import staged_file
 from llmc.console import progress, say
+from llmc.files import staged_file
 
 WARM_UP = 0.05  # share of the steps
 FLOOR = 0.05  # of the learning rate, at the end of the cosine

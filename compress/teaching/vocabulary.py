@@ -6,7 +6,7 @@ from typing import Any
 
 from llmc.compress.skeleton import Skeleton
 from llmc.errors import UserError
-from llmc.runtimes.torch_model import load_tokenizer
+from llmc.formats.hf import load_tokenizer
 
 # scripts, case, digits, code, white space, an emoji of several code points
 SAMPLE = ("Zoë's 3 naïve cafés,\t12,345.67 €\n\n  if (x != 0) { y += 'a\\n'; }  "

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llmc.artifact import read_manifest, write_json
 from llmc.compress.quantize.assignment import grid_for
 from llmc.compress.quantize.config import QuantizeConfig
 from llmc.compress.skeleton import Skeleton
@@ -22,8 +21,10 @@ from llmc.compress.transform.run import make
 from llmc.compress.unfinished import fingerprint
 from llmc.console import say
 from llmc.errors import UserError
-from llmc.runtimes.torch_model import torch_device
-from llmc.sources import hash_source
+from llmc.files import write_json
+from llmc.formats.manifest import read_manifest
+from llmc.formats.source import hash_source
+from llmc.machine import torch_device
 
 HELD_SHARE, HELD_MOST = 8, 16  # an eighth of the calibration sequences judges, at most 16
 CANDIDATES = ("none", "gauge", "rotate", "rotate+gauge")

@@ -28,10 +28,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from llmc.compress.quantize.config import AnyGrid
-from llmc.compress.quantize.gptq import objective, search_factors
 from llmc.compress.skeleton import get_weight
 from llmc.compress.transform.roles import Place
+from llmc.formats.types import AnyGrid
+from llmc.rounding.search import objective, search_factors
 
 ALPHAS = tuple(i / 10 for i in range(11))
 ROWS = 512  # of the readers, that an alpha is judged by

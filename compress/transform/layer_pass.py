@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from llmc.compress.layer_run import InputStatistics
-from llmc.compress.quantize.config import AnyGrid
 from llmc.compress.skeleton import LinearGroup, Skeleton, get_weight
 from llmc.compress.transform.gauges import (
     activation_factors,
@@ -23,6 +22,7 @@ from llmc.compress.transform.gauges import (
 )
 from llmc.compress.transform.roles import Place, map_layer
 from llmc.compress.transform.rotations import orthogonal, rotate_heads, rotate_stream
+from llmc.formats.types import AnyGrid
 
 PROOF_TOKENS = 32
 TOLERANCE = 1e-3  # of the largest output; float32 gives about 1e-6

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmc.checkpoint import Checkpoint
 from llmc.compress.calibration import sequences_at_once
-from llmc.compress.quantize.config import AnyGrid
-from llmc.compress.quantize.rtn import rtn
 from llmc.compress.skeleton import Skeleton, get_weight, set_weight
 from llmc.compress.teaching.loss import CHUNK_BYTES, divergence
 from llmc.compress.transform.ends import is_tied, name_of, stored_head
 from llmc.console import progress
 from llmc.errors import UserError
+from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.types import AnyGrid
+from llmc.rounding.rtn import rtn
 
 
 @dataclass

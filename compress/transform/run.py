@@ -8,9 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llmc.artifact import check_disk, check_output, note_last
-from llmc.checkpoint import Checkpoint
-from llmc.compress.precision import prepare_cpu
 from llmc.compress.preparation import calibration_text, check_weights, sampled_file
 from llmc.compress.prune.masks import mask_of
 from llmc.compress.quantize.assignment import grid_for
@@ -22,9 +19,13 @@ from llmc.compress.transform.roles import family_of
 from llmc.compress.transform.stage import GaugeStage, RotateStage, Stage
 from llmc.console import say, size, warn
 from llmc.errors import UserError
-from llmc.runtimes.targets.this_machine import physical_cores
-from llmc.runtimes.torch_model import torch_device
-from llmc.sources import hash_source, resolve_model
+from llmc.files import check_disk
+from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.manifest import check_output, note_last
+from llmc.formats.source import hash_source
+from llmc.machine import physical_cores, torch_device
+from llmc.precision import prepare_cpu
+from llmc.sources.resolve import resolve_model
 
 Q8_0_BYTES = 34 / 32  # of a weight
 

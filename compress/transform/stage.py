@@ -12,11 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from llmc.artifact import MANIFEST, hash_folder, new_manifest, publish_folder, read_manifest, write_json
-from llmc.checkpoint import CARD_FILES, TOKENIZER_FILES, Checkpoint
 from llmc.compress.calibration import Loop, LoopSettings, Workspace, sequences_at_once, workers_for
-from llmc.compress.precision import matmul_precision
-from llmc.compress.quantize.config import AnyGrid
 from llmc.compress.skeleton import Skeleton
 from llmc.compress.text import Calibration
 from llmc.compress.transform.ends import is_tied, name_of, stored_head
@@ -26,8 +22,13 @@ from llmc.compress.transform.rotations import fold, orthogonal, rotate_columns
 from llmc.compress.unfinished import fingerprint
 from llmc.console import progress, say
 from llmc.errors import UserError
-from llmc.shards import pieces_of, write_checkpoint
-from llmc.sources import hash_source, origin_of
+from llmc.files import publish_folder, write_json
+from llmc.formats.checkpoint import CARD_FILES, TOKENIZER_FILES, Checkpoint
+from llmc.formats.manifest import MANIFEST, hash_folder, new_manifest, read_manifest
+from llmc.formats.shards import pieces_of, write_checkpoint
+from llmc.formats.source import hash_source, origin_of
+from llmc.formats.types import AnyGrid
+from llmc.precision import matmul_precision
 
 
 class Stage:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from llmc.evals.texts import PYTHON_DOCS, load_text
-from llmc.onnx_folder import is_onnx_folder
+from llmc.evals.quality.texts import PYTHON_DOCS, load_text
+from llmc.formats.onnx_folder import is_onnx_folder
 
 
 def prompt_ids(artifact: Path, tokens: int) -> list[int]:
@@ -25,6 +25,6 @@ def _encode(artifact: Path, text: str) -> np.ndarray:
         from llmc.runtimes.onnx_model import load_tokenizer
 
         return np.array(load_tokenizer(artifact).encode(text).ids)
-    from llmc.runtimes.torch_model import load_tokenizer as load
+    from llmc.formats.hf import load_tokenizer as load
 
     return np.array(load(artifact)(text)["input_ids"])

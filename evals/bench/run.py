@@ -8,16 +8,17 @@ from typing import Any
 
 from llmc.console import progress, say, warn
 from llmc.errors import UserError
-from llmc.evals import kv, report
 from llmc.evals.bench import summary
-from llmc.evals.bench.child import Child
+from llmc.evals.bench.host import Child
 from llmc.evals.bench.prompt import prompt_ids
 from llmc.evals.bench.ran import ran
 from llmc.evals.bench.threads import sweep
 from llmc.evals.config import BenchConfig
-from llmc.runtimes.base import locate
+from llmc.evals.report import store as report
+from llmc.formats import kv
 from llmc.runtimes.targets.device import Device, connect, probed
 from llmc.runtimes.targets.target import Target, find_target
+from llmc.sources.resolve import locate
 
 
 class TargetsError(UserError):

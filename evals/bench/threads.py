@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from llmc.console import progress
-from llmc.evals.bench.child import Child
+from llmc.evals.bench.host import Child
 from llmc.runtimes.targets.device import Device
 
 REPETITIONS = 3

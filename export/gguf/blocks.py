@@ -18,10 +18,9 @@ from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Kind
 from gguf.quants import quantize
 
-from llmc.block_grids import GRIDS, BlockGrid, BlockTensor
 from llmc.errors import UserError
-from llmc.export.gguf import packing
-from llmc.grids import Grid, QuantizedTensor
+from llmc.formats import packing
+from llmc.formats.types import GRIDS, BlockGrid, BlockTensor, Grid, QuantizedTensor
 
 BLOCK = 32
 SUPER = 256
@@ -146,7 +145,7 @@ def _encode_rows(name: str, t: torch.Tensor, kind: Kind) -> np.ndarray:
         return quantize(x, kind)  # gguf's own, bit for bit what llama-quantize writes
     if kind == Kind.Q6_K:
         return quantize_q6_k(x)
-    from llmc.compress.quantize.rtn import rtn  # the other types take the search that quantising takes, without data
+    from llmc.rounding.rtn import rtn
 
     q = rtn(torch.from_numpy(x), GRIDS[kind.name.lower()])
     assert isinstance(q, BlockTensor)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmc.block_grids import GRIDS
 from llmc.errors import UserError
+from llmc.formats.types import GRIDS
 
 MATRIX_TYPES = ("f32", "f16", "bf16", "q8_0")
 TABLE_TYPES = ("f32", "f16", "bf16", *GRIDS)

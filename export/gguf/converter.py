@@ -27,17 +27,17 @@ import torch
 from gguf import GGUFReader, GGUFValueType, GGUFWriter, ReaderTensor
 from safetensors.torch import save_file
 
-from llmc.artifact import check_disk, write_json
-from llmc.checkpoint import INDEX, TOKENIZER_FILES, Checkpoint
 from llmc.console import progress, say
 from llmc.errors import UserError
-from llmc.export import quantized
-from llmc.export.gguf import blocks, pretokenizers, tokenizer
+from llmc.export.gguf import blocks, tokenizer
 from llmc.export.gguf.blocks import Kind
 from llmc.export.gguf.config import GgufExportConfig
 from llmc.export.gguf.plan import Plan, Types
 from llmc.export.gguf.writer import Entry, Source
-from llmc.sources import field, open_gguf
+from llmc.files import check_disk, write_json
+from llmc.formats import pretokenizers, quantized
+from llmc.formats.checkpoint import INDEX, TOKENIZER_FILES, Checkpoint
+from llmc.formats.gguf import field, open_gguf
 
 SCRIPT = "convert_hf_to_gguf.py"
 SHARD = 1_000_000_000

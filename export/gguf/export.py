@@ -11,31 +11,22 @@ import numpy as np
 import torch
 from gguf import GGML_QUANT_VERSION, GGUFWriter
 
-from llmc.artifact import (
-    check_disk,
-    check_output,
-    manifest_path,
-    new_manifest,
-    note_last,
-    read_manifest,
-    sha256,
-    staged_file,
-    write_json,
-)
-from llmc.checkpoint import Checkpoint
 from llmc.console import say, size, warn
 from llmc.errors import UserError
-from llmc.export import quantized
 from llmc.export.gguf import metadata, tokenizer, verify, writer
 from llmc.export.gguf.architectures import add_hyperparameters, find_architecture
 from llmc.export.gguf.blocks import Kind
 from llmc.export.gguf.config import GgufExportConfig
 from llmc.export.gguf.plan import Plan, Planner, Types
-from llmc.export.gguf.pretokenizers import WITHOUT_MARKS
 from llmc.export.gguf.writer import Entry
 from llmc.export.source import model_folder, source_of, stem
-from llmc.runtimes.targets.this_machine import physical_cores
-from llmc.runtimes.torch_model import load_config, load_tokenizer
+from llmc.files import check_disk, sha256, staged_file, write_json
+from llmc.formats import quantized
+from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.hf import load_config, load_tokenizer
+from llmc.formats.manifest import check_output, manifest_path, new_manifest, note_last, read_manifest
+from llmc.formats.pretokenizers import WITHOUT_MARKS
+from llmc.machine import physical_cores
 
 
 def run(config: GgufExportConfig) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from gguf import GGUFWriter
 
 from llmc.errors import UserError
 from llmc.export.gguf.tokenizer import Vocabulary
-from llmc.sources import HUB_ID
+from llmc.sources.resolve import HUB_ID
 
 HUB = "https://huggingface.co/"
 PHI3 = re.compile("phi-?3", re.IGNORECASE)

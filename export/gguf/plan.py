@@ -11,16 +11,16 @@ import numpy as np
 import torch
 from gguf import GGUFWriter
 
-from llmc.checkpoint import Checkpoint
 from llmc.errors import UserError
-from llmc.export import quantized
 from llmc.export.gguf import blocks
 from llmc.export.gguf.architectures import Architecture, TensorNames, interleave
 from llmc.export.gguf.blocks import Kind
 from llmc.export.gguf.config import GgufExportConfig
 from llmc.export.gguf.tokenizer import Vocabulary
 from llmc.export.gguf.writer import Entry, Source
-from llmc.grids import QuantizedTensor
+from llmc.formats import quantized
+from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.types import QuantizedTensor
 
 HEAD = "lm_head.weight"
 COMPUTED = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(bias|masked_bias)$")  # buffers that old checkpoints carry along

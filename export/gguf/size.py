@@ -11,12 +11,12 @@ import numpy as np
 from gguf import GGML_QUANT_VERSION
 from gguf.constants import GGUF_DEFAULT_ALIGNMENT
 
-from llmc.checkpoint import Checkpoint
 from llmc.export.gguf import metadata
 from llmc.export.gguf.config import GgufExportConfig
 from llmc.export.gguf.export import plan_file
 from llmc.export.gguf.plan import Types
-from llmc.runtimes.torch_model import load_tokenizer
+from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.hf import load_tokenizer
 
 
 @dataclass(frozen=True)

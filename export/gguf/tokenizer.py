@@ -18,8 +18,9 @@ from typing import Any
 from gguf import GGUFWriter, TokenType
 
 from llmc.errors import UserError
-from llmc.export.gguf import pretokenizers
-from llmc.export.texts import chat_template_of, read_json
+from llmc.files import read_json
+from llmc.formats import pretokenizers
+from llmc.formats.chat_template import chat_template_of
 
 # Texts that llama.cpp takes for the end of a generation by themselves (src/llama-vocab.cpp, "eog")
 ENDS_BY_TEXT = {

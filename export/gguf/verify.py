@@ -16,29 +16,20 @@ import torch
 from gguf import GGUFReader
 from gguf.quants import dequantize
 
-from llmc.block_grids import BlockTensor
-from llmc.checkpoint import Checkpoint
 from llmc.console import progress
 from llmc.errors import UserError
-from llmc.export.gguf import blocks, packing
+from llmc.export.gguf import blocks
 from llmc.export.gguf.blocks import Kind
-from llmc.export.gguf.pretokenizers import WITHOUT_MARKS
 from llmc.export.gguf.tokenizer import Vocabulary
 from llmc.export.gguf.writer import Entry
-from llmc.export.parity import (
-    CHECK_TEXT,
-    GENERATED,
-    MARKS,
-    PROMPT,
-    REPORT,
-    check_ids,
-    compare_logits,
-    first_difference,
-    show,
-)
-from llmc.export.quantized import rows_of
+from llmc.export.parity import GENERATED, PROMPT, REPORT, check_ids, compare_logits, first_difference, show
 from llmc.export.reference import reference_logits
-from llmc.grids import QuantizedTensor
+from llmc.formats import packing
+from llmc.formats.check_text import CHECK_TEXT, MARKS
+from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.pretokenizers import WITHOUT_MARKS
+from llmc.formats.quantized import rows_of
+from llmc.formats.types import BlockTensor, QuantizedTensor
 from llmc.runtimes.llamacpp import LlamaCpp
 
 FLOATS = {Kind.F32, Kind.F16, Kind.BF16}

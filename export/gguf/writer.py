@@ -17,7 +17,7 @@ from gguf import GGUFWriter
 from llmc.console import progress
 from llmc.export.gguf import blocks
 from llmc.export.gguf.blocks import Kind
-from llmc.export.quantized import Quantized
+from llmc.formats.quantized import Quantized
 
 Source = Quantized | torch.Tensor
 ROLES = ("embedding", "head", "attention", "mlp", "other")

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from llmc.export.onnx import layout, w8a8
 from llmc.export.onnx.weights import W8A8, Form, Piece, Weights
-from llmc.grids import Grid
+from llmc.formats.types import Grid
 
 NBITS = "com.microsoft"
 

@@ -11,25 +11,17 @@ from typing import Any
 
 import torch
 
-from llmc.artifact import (
-    check_disk,
-    check_output,
-    hash_folder,
-    new_manifest,
-    note_last,
-    read_manifest,
-    staged_folder,
-    write_json,
-)
-from llmc.checkpoint import Checkpoint
 from llmc.console import say, size, warn
 from llmc.errors import UserError
-from llmc.export import quantized
 from llmc.export.onnx.config import OnnxExportConfig
 from llmc.export.source import model_folder, source_of, stem
-from llmc.onnx_folder import MODEL
-from llmc.runtimes.targets.this_machine import physical_cores
-from llmc.runtimes.torch_model import load_config, load_tokenizer
+from llmc.files import check_disk, staged_folder, write_json
+from llmc.formats import quantized
+from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.hf import load_config, load_tokenizer
+from llmc.formats.manifest import check_output, hash_folder, new_manifest, note_last, read_manifest
+from llmc.formats.onnx_folder import MODEL
+from llmc.machine import physical_cores
 
 PACKAGES = {"onnx": "onnx", "onnx_ir": "onnx-ir", "onnxruntime": "onnxruntime", "onnxruntime_genai": "onnxruntime-genai"}
 
@@ -70,7 +62,7 @@ def _write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> 
     from llmc.export.onnx import emit, files, graph, levels, lint, rope, verify, w8a8_proof, writer
     from llmc.export.onnx.weights import Weights, form_name
     from llmc.export.parity import check_ids
-    from llmc.onnx_folder import open_onnx
+    from llmc.formats.onnx_folder import open_onnx
     from llmc.runtimes.onnx_model import OnnxModel
 
     started = time.perf_counter()

@@ -8,10 +8,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from llmc.checkpoint import CARD_FILES, TOKENIZER_FILES
 from llmc.errors import UserError
-from llmc.export.texts import chat_template_of, read_json
-from llmc.onnx_folder import GENAI, QDQ_LEVEL
+from llmc.files import read_json
+from llmc.formats.chat_template import chat_template_of
+from llmc.formats.checkpoint import CARD_FILES, TOKENIZER_FILES
+from llmc.formats.onnx_folder import GENAI, QDQ_LEVEL
 
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
 

@@ -22,13 +22,13 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from llmc.checkpoint import Checkpoint
 from llmc.errors import UserError
-from llmc.export import quantized
 from llmc.export.onnx import emit, rope
 from llmc.export.onnx.weights import Piece, Weights
 from llmc.export.parity import REPORT
 from llmc.export.reference import locate
+from llmc.formats import quantized
+from llmc.formats.checkpoint import Checkpoint
 
 # transformers' architecture: the builder's class. Those with which tests/test_export_onnx.py has seen torch's logits
 ARCHITECTURES = {

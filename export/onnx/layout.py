@@ -16,8 +16,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from llmc.block_grids import BlockGrid, BlockTensor
-from llmc.grids import Grid, QuantizedTensor
+from llmc.formats.types import BlockGrid, BlockTensor, Grid, QuantizedTensor
 
 BLOCK = 32
 MOST = 128  # larger blocks are slow or wrong in some kernels: their scale is repeated instead

@@ -18,7 +18,7 @@ import numpy as np
 from llmc.errors import UserError
 from llmc.export.onnx.config import OnnxExportConfig
 from llmc.export.parity import compare_logits
-from llmc.onnx_folder import OnnxFolder, open_onnx
+from llmc.formats.onnx_folder import OnnxFolder, open_onnx
 from llmc.runtimes.onnx_model import OnnxModel
 
 STEPS, REPEATS = 8, 3  # tokens decoded in a measurement, and how often it is made

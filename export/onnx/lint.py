@@ -13,7 +13,7 @@ from typing import Any
 
 import onnx
 
-from llmc.onnx_folder import LEVEL, attributes, external, leaves, read_graph
+from llmc.formats.onnx_folder import LEVEL, attributes, external, leaves, read_graph
 
 FLOAT16 = onnx.TensorProto.FLOAT16
 STANDARD = ("", "ai.onnx")

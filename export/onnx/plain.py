@@ -24,19 +24,19 @@ import onnx
 import onnx_ir as ir
 import torch
 
-from llmc.artifact import check_disk, write_json
-from llmc.checkpoint import Checkpoint
 from llmc.console import say, size, warn
 from llmc.errors import UserError
-from llmc.export import quantized
 from llmc.export.onnx import files, rope, verify, writer
 from llmc.export.onnx.config import OnnxExportConfig
 from llmc.export.parity import GENERATED, PROMPT, REPORT, check_ids
 from llmc.export.reference import reference_logits
-from llmc.onnx_folder import MODEL
+from llmc.files import check_disk, write_json
+from llmc.formats import quantized
+from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.hf import load_tokenizer, load_torch_model, quiet_transformers
+from llmc.formats.onnx_folder import MODEL
+from llmc.machine import physical_cores
 from llmc.runtimes.onnx_model import OnnxModel
-from llmc.runtimes.targets.this_machine import physical_cores
-from llmc.runtimes.torch_model import load_tokenizer, load_torch_model, quiet_transformers
 
 TASK = "text-generation-with-past"
 OTHERS = "export it with --exporter builder or as GGUF (--format gguf)"

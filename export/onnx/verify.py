@@ -15,18 +15,19 @@ import numpy as np
 import onnx
 import torch
 
-from llmc.checkpoint import Checkpoint
 from llmc.console import progress
 from llmc.errors import UserError
-from llmc.export import quantized
 from llmc.export.onnx import layout
 from llmc.export.onnx.emit import Placed
 from llmc.export.onnx.w8a8_proof import Linears
 from llmc.export.onnx.weights import W8A8, Weights
-from llmc.export.parity import CHECK_TEXT, GENERATED, MARKS, PROMPT, REPORT, compare_logits, first_difference, show
+from llmc.export.parity import GENERATED, PROMPT, REPORT, compare_logits, first_difference, show
 from llmc.export.reference import reference_logits
-from llmc.grids import Grid, QuantizedTensor
-from llmc.onnx_folder import open_onnx
+from llmc.formats import quantized
+from llmc.formats.check_text import CHECK_TEXT, MARKS
+from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.onnx_folder import open_onnx
+from llmc.formats.types import Grid, QuantizedTensor
 from llmc.runtimes.onnx_model import OnnxModel
 
 # of the logits at accuracy level 0, both sides in float32: 1e-6 was seen with trained and untrained models, and Gemma's

@@ -22,7 +22,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from llmc.grids import Grid, QuantizedTensor
+from llmc.formats.types import Grid, QuantizedTensor
 
 INVERSE = float(np.float32(1 / 127))
 TINY = float(np.float32(1e-30))  # of the scale of a token of zeros

@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 
-from llmc.artifact import read_manifest
-from llmc.block_grids import BlockGrid
-from llmc.checkpoint import Checkpoint
 from llmc.errors import UserError
-from llmc.export import quantized
 from llmc.export.onnx import layout, w8a8
 from llmc.export.onnx.config import OnnxExportConfig
-from llmc.grids import Grid, QuantizedTensor
+from llmc.formats import quantized
+from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.manifest import read_manifest
+from llmc.formats.types import BlockGrid, Grid, QuantizedTensor
 
 Form = Grid | str  # the grid of the codes, or 'fp32', 'fp16' or W8A8
 W8A8 = "w8a8"

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from llmc.console import progress
 from llmc.export.onnx.emit import Entry
-from llmc.onnx_folder import MODEL
+from llmc.formats.onnx_folder import MODEL
 
 DATA = "model.onnx.data"
 INLINE = 1024  # bytes: smaller tensors stay in model.onnx

@@ -53,7 +53,7 @@ def bench(
 
 
 def _show(reports: list[dict[str, Any]], as_json: bool) -> None:
-    from llmc.evals.show import speed_lines
+    from llmc.evals.report.show import speed_lines
 
     if as_json:
         print(json.dumps(reports[0] if len(reports) == 1 else {"reports": reports}, indent=2, ensure_ascii=False))

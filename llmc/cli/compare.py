@@ -39,14 +39,14 @@ def compare(
 
     Gates hold for every candidate and every text. Reports with unequal protocols are refused.
     """
-    from llmc.artifact import staged_file
     from llmc.console import say
-    from llmc.evals import gates
-    from llmc.evals import page as html
-    from llmc.evals.compare import compare, without_arrays
-    from llmc.evals.show import markdown as to_markdown
-    from llmc.evals.show import table
-    from llmc.evals.tables import tables
+    from llmc.evals.compare import gates
+    from llmc.evals.compare.run import compare, without_arrays
+    from llmc.evals.pages import page as html
+    from llmc.evals.report.show import markdown as to_markdown
+    from llmc.evals.report.show import table
+    from llmc.evals.report.tables import tables
+    from llmc.files import staged_file
 
     config = CompareConfig(tuple(reports), max_ppl_increase, max_kld, min_top1, min_decode_speedup, page, tuple(target),
                            targets, context)

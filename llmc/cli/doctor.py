@@ -18,7 +18,7 @@ def doctor(as_json: bool = typer.Option(False, "--json", help="Print one JSON ob
 
     Exit code 0 when the core works, 2 when it does not.
     """
-    from llmc.doctor import describe, examine
+    from llmc.about.doctor import describe, examine
 
     report = examine()
     print(json.dumps(report, indent=2) if as_json else describe(report))

@@ -48,9 +48,9 @@ def evaluate(
     on multiple-choice and last-word tasks, scored as lm-evaluation-harness does. With --target the same file as --base
     shows what that device's arithmetic changes.
     """
-    from llmc.evals import report
-    from llmc.evals.evaluate import evaluate
-    from llmc.evals.show import quality_lines
+    from llmc.evals.quality.run import evaluate
+    from llmc.evals.report import store as report
+    from llmc.evals.report.show import quality_lines
 
     made = evaluate(EvalConfig(artifact, base, text, second_text, context, chunks, threads, device, output,
                                tuple(tasks), task_items, no_text, kv, target, targets))

@@ -42,22 +42,22 @@ def fit(
     Exit code 0 where every target has a candidate that certainly fits, else 1. An estimate is shown with its interval, and
     answers `maybe` where the interval holds the limit.
     """
-    from llmc.evals.show import table
+    from llmc.evals.report.show import table
 
     if profiles:
-        from llmc.evals.profile_show import profile_lines, profiles_json
+        from llmc.evals.fit.profiles import profile_lines, profiles_json
 
         print(json.dumps(profiles_json(), indent=2, ensure_ascii=False) if as_json else profile_lines())
         return
     if validate:
-        from llmc.evals.validate import rows
-        from llmc.evals.validate import validate as run
+        from llmc.evals.fit.validate import rows
+        from llmc.evals.fit.validate import validate as run
 
         points = run(tuple(items or ()), targets)
         print(json.dumps({"points": points}, indent=2, ensure_ascii=False) if as_json else table(rows(points)))
         return
-    from llmc.evals.fit import fit
-    from llmc.evals.fit_show import fit_lines
+    from llmc.evals.fit.run import fit
+    from llmc.evals.fit.show import fit_lines
 
     result = fit(FitConfig(tuple(items or ()), tuple(target), min_decode, max_first_token, max_kld, min_top1, max_ram,
                            max_size, context, prompt, targets))

@@ -27,8 +27,8 @@ def generate(
 ) -> None:
     """Look at what an artifact says, in its own runtime."""
     from llmc.console import say
-    from llmc.runtimes.base import locate
     from llmc.runtimes.generation import generate
+    from llmc.sources.resolve import locate
 
     config = GenerateConfig(max_tokens, temperature, seed, chat, threads, device)
     found = locate(artifact)

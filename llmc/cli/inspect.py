@@ -22,7 +22,7 @@ def inspect(
     Architecture, grid, bits per weight, bytes by class, tokenizer, chat template, licence and provenance; of an importance
     matrix its texts, chunks and matrices.
     """
-    from llmc.inspection import describe, inspect
+    from llmc.about.inspection import describe, inspect
 
     report = inspect(artifact, tensors=tensors)
     print(json.dumps(report, indent=2) if as_json else describe(report))

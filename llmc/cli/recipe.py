@@ -41,9 +41,9 @@ def show(recipe: str = typer.Argument(..., help="A name of `llmc recipe ls`, or 
 def cp(recipe: str = typer.Argument(..., help="A name of `llmc recipe ls`, or a file."),
        file: Path = typer.Argument(..., help="Where the copy goes; it must not be there yet.")) -> None:
     """Copy a recipe, to change it."""
-    from llmc.artifact import staged_file
     from llmc.console import say
     from llmc.errors import UserError
+    from llmc.files import staged_file
     from llmc.recipes.recipe import read_text
 
     name, text, _ = read_text(recipe)

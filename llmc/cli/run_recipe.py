@@ -47,6 +47,6 @@ def run_recipe(
 
         page = Path(result["folder"]) / f"{result['recipe']['name']}.md"
         print(page.read_text(encoding="utf-8") if markdown else summary(result))
-    from llmc.evals import gates
+    from llmc.evals.compare import gates
 
     gates.enforce(result["gates"])

@@ -30,11 +30,11 @@ def ship(
 
     A measured figure passes a gate; an estimate only with `allow_estimates: true`, emulated speed never.
     """
-    from llmc.artifact import staged_file, write_json
     from llmc.console import say
-    from llmc.evals.ship import read_gates
-    from llmc.evals.ship import ship as run
-    from llmc.evals.ship_show import lines, summary
+    from llmc.evals.compare.ship import read_gates
+    from llmc.evals.compare.ship import ship as run
+    from llmc.evals.compare.ship_show import lines, summary
+    from llmc.files import staged_file, write_json
 
     result = run(read_gates(gates))
     write_json(output.with_name(output.name + ".json"), result)

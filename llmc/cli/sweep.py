@@ -58,6 +58,6 @@ def sweep(
     if failed := [v["variant"] for v in result["variants"] if v["failed"]]:
         raise UserError(f"{len(failed)} of {len(result['variants'])} variants failed: {'; '.join(failed)}",
                         "the table says why; run the sweep again when that is mended")
-    from llmc.evals import gates
+    from llmc.evals.compare import gates
 
     gates.enforce([g for v in result["variants"] for g in v["gates"]])

@@ -56,7 +56,7 @@ def add(
 @group.command("ls")
 def ls(targets: Path | None = FILE, as_json: bool = JSON) -> None:
     """List the devices."""
-    from llmc.evals.show import table
+    from llmc.evals.report.show import table
     from llmc.runtimes.targets.show import row
     from llmc.runtimes.targets.target import load_targets
 

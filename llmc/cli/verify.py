@@ -22,7 +22,7 @@ def verify(
 
     Exit code 0 when all is well, 2 when anything differs.
     """
-    from llmc.verification import verify
+    from llmc.about.verification import verify
 
     report = verify(artifact)
     problems = report["problems"]

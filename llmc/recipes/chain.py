@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llmc.block_grids import GRIDS
 from llmc.compress.prune.config import MASKS
 from llmc.errors import UserError
-from llmc.onnx_folder import is_onnx_folder
+from llmc.formats.onnx_folder import is_onnx_folder
+from llmc.formats.types import GRIDS
 from llmc.recipes.commands import ARTIFACTS, CALLED, FLOAT, GGUF, ONNX, ONNX_GRIDS, PAGE, QUANTISED, REPORT
 from llmc.recipes.recipe import BASE, EACH, Recipe, nearest, override, parse, read_text, scalar
 from llmc.recipes.typed import Typed, type_steps
-from llmc.sources import HUB_ID, WHAT_TO_GIVE
+from llmc.sources.resolve import HUB_ID, WHAT_TO_GIVE
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def _base(recipe: Recipe, need_model: bool, problems: list[str]) -> tuple[str, s
             problems.append(f"model {base}: an ONNX folder is made by export and cannot be the start")
             return base, FLOAT
         try:
-            from llmc.checkpoint import Checkpoint
+            from llmc.formats.checkpoint import Checkpoint
 
             return str(path.absolute()), QUANTISED if Checkpoint.open(path).quantization else FLOAT
         except UserError as e:

@@ -51,8 +51,8 @@ class Command:
         return self.gives in ARTIFACTS
 
 
-_COMPRESS = ("llmc.compress", "llmc.grids", "llmc.block_grids", "llmc.export.blocks", "llmc.export.gptq",
-             "llmc.export.gguf.packing")
+_COMPRESS = ("llmc.compress", "llmc.formats.types", "llmc.formats.types", "llmc.export.blocks", "llmc.export.gptq",
+             "llmc.formats.packing")
 _MEASURE = ("llmc.evals", "llmc.runtimes")
 
 
@@ -72,7 +72,7 @@ COMMANDS: dict[str, Command] = {c.name: c for c in (
     _compress("heal", (QUANTISED,), QUANTISED, "HealConfig", "steps"),
     Command("export", "export", MODELS, GGUF,
             {"gguf": "llmc.export.gguf.config:GgufExportConfig", "onnx": "llmc.export.onnx.config:OnnxExportConfig"},
-            ("llmc.export", "llmc.grids", "llmc.block_grids"), "format",
+            ("llmc.export", "llmc.formats.types", "llmc.formats.types"), "format",
             needs={"gguf": ("gguf", "llama_cpp"), "onnx": ("onnx", "onnxruntime", "onnxruntime_genai")}),
     _measure("eval", "evaluate", REPORT, "EvalConfig"),
     _measure("bench", "bench", REPORT, "BenchConfig"),

@@ -10,8 +10,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from llmc.artifact import NOTES, write_json
 from llmc.errors import UserError
+from llmc.files import write_json
+from llmc.formats.manifest import NOTES
 from llmc.recipes.jobs import Job
 
 KEPT = 8  # earlier steps of a kind that are remembered
@@ -81,7 +82,7 @@ def own_plan(job: Job, model: Path | str, base: str, there: bool) -> dict[str, A
             return {k: plan[k] for k in ("memory_bytes", "disk_bytes") if k in plan}
         if job.step.command == "transform":
             from llmc.compress.transform.run import check, disk_bytes
-            from llmc.sources import resolve_model
+            from llmc.sources.resolve import resolve_model
 
             config = job.step.typed.config
             return {"disk_bytes": disk_bytes(check(resolve_model(model), config), config)}

@@ -11,8 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from llmc.artifact import sha256, write_json
-from llmc.checkpoint import INDEX, TOKENIZER_FILES, Checkpoint
+from llmc.files import sha256, write_json
+from llmc.formats.checkpoint import INDEX, TOKENIZER_FILES, Checkpoint
 from llmc.recipes.chain import Step
 from llmc.recipes.commands import REPORT
 
@@ -58,7 +58,7 @@ def model_digest(model: str, hashes: Hashes) -> str:
     """sha256 of what decides a model: weights, config and tokenizer of a folder, or the .gguf file."""
     path = Path(model).expanduser()
     if not path.exists():
-        from llmc.sources import resolve_model
+        from llmc.sources.resolve import resolve_model
 
         path = resolve_model(model)  # a hub id: its snapshot
     if path.is_file():
@@ -103,7 +103,7 @@ def key(step: Step, inputs: list[str], teacher: str | None, base: str, hashes: H
     if step.kind == REPORT:
         made |= {"base": base if step.command == "eval" else None, "runtimes": {n: version(n) for n in RUNTIMES}}
         if step.command == "bench":
-            from llmc.runtimes.targets.this_machine import cpu_model, physical_cores
+            from llmc.machine import cpu_model, physical_cores
 
             made["machine"] = [cpu_model(), physical_cores()]
         c = step.typed.config

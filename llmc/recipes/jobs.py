@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llmc.artifact import manifest_path, read_manifest, sha256, versions
 from llmc.errors import UserError
+from llmc.files import sha256
+from llmc.formats.manifest import manifest_path, read_manifest, versions
 from llmc.recipes.chain import Chain, Step
 from llmc.recipes.commands import GGUF, PAGE, REPORT
 from llmc.recipes.identity import Hashes, key, model_digest

@@ -10,13 +10,14 @@ from typing import Any
 from urllib.parse import quote
 
 from llmc.console import duration, size
-from llmc.evals import charts, gates, html
-from llmc.evals.matrix import matrix
-from llmc.evals.page import MEASURES, TRAININGS, figures
-from llmc.evals.report import speeds_of, targets_of
-from llmc.evals.show import change, filled, pm
-from llmc.evals.show import markdown as as_markdown
-from llmc.evals.tables import Table
+from llmc.evals.compare import gates
+from llmc.evals.compare.matrix import matrix
+from llmc.evals.pages import charts, html
+from llmc.evals.pages.page import MEASURES, TRAININGS, figures
+from llmc.evals.report.show import change, filled, pm
+from llmc.evals.report.show import markdown as as_markdown
+from llmc.evals.report.store import speeds_of, targets_of
+from llmc.evals.report.tables import Table
 
 
 def page(report: dict[str, Any], folder: Path) -> str:

@@ -64,7 +64,7 @@ def base_bytes(base: str) -> int:
     """Bytes of the base's weights."""
     path = Path(base)
     if not path.exists():
-        from llmc.sources import resolve_model
+        from llmc.sources.resolve import resolve_model
 
         path = resolve_model(base)
     return weight_bytes(path)
@@ -72,7 +72,7 @@ def base_bytes(base: str) -> int:
 
 def lines(rows: list[dict[str, Any]]) -> str:
     """The plan for people."""
-    from llmc.evals.show import table
+    from llmc.evals.report.show import table
 
     told = [["step", "from", "", "time", "memory", "disk"]]
     for r in rows:
@@ -90,5 +90,3 @@ def lines(rows: list[dict[str, Any]]) -> str:
     elif todo:
         total += "; times are known once such steps were run in this working folder"
     return f"{table(told)}\n{total}"
-
-

@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llmc.artifact import read_manifest, staged_file, versions, write_json
+from llmc.files import staged_file, write_json
+from llmc.formats.manifest import read_manifest, versions
 from llmc.recipes.chain import Chain, Step
 from llmc.recipes.commands import PAGE, REPORT
 from llmc.recipes.jobs import Job, measuring, weight_bytes
@@ -99,7 +100,7 @@ def measured(step: Step, jobs: Mapping[str, Job], chain: Chain) -> dict[str, lis
 
 def _figures(name: str, chain: Chain, jobs: Mapping[str, Job]) -> dict[str, Any]:
     """{'report': what the last eval and the last bench step said of an artifact, joined}; {} where none did."""
-    from llmc.evals.report import merged, read_report, without_arrays
+    from llmc.evals.report.store import merged, read_report, without_arrays
 
     joined: dict[str, Any] = {}
     for step in chain.steps:
@@ -112,7 +113,7 @@ def _figures(name: str, chain: Chain, jobs: Mapping[str, Job]) -> dict[str, Any]
 def _base(chain: Chain, jobs: Mapping[str, Job]) -> dict[str, Any]:
     path = Path(chain.base)
     if not path.exists():
-        from llmc.sources import resolve_model
+        from llmc.sources.resolve import resolve_model
 
         path = resolve_model(chain.base)
     return {"name": BASE, "step": None, "kind": "base", "path": str(path), "bytes": weight_bytes(path), "from": None,

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llmc.artifact import write_json
 from llmc.console import duration, say
 from llmc.errors import UserError
+from llmc.files import write_json
 from llmc.recipes import report
 from llmc.recipes.chain import Chain, load
 from llmc.recipes.commands import PAGE, REPORT

@@ -10,7 +10,7 @@ from llmc.console import duration
 
 def summary(report: dict[str, Any]) -> str:
     """What `llmc run` prints: the tables, the files, and where the page is."""
-    from llmc.evals.show import table
+    from llmc.evals.report.show import table
     from llmc.recipes.page import tables
 
     ran = report["ran"]
@@ -24,7 +24,7 @@ def summary(report: dict[str, Any]) -> str:
 
 def sweep_summary(result: dict[str, Any]) -> str:
     """What `llmc sweep` prints."""
-    from llmc.evals.show import table
+    from llmc.evals.report.show import table
     from llmc.recipes.sweep_page import tables
 
     page = Path(result["folder"]) / f"{result['recipe']}-sweep.html"
@@ -34,7 +34,7 @@ def sweep_summary(result: dict[str, Any]) -> str:
 
 def chain_lines(chain: Any) -> str:
     """A checked recipe: each step, what it works on and what it is asked for."""
-    from llmc.evals.html import words
+    from llmc.evals.pages.html import words
     from llmc.recipes.report import asked
 
     lines = [f"{chain.recipe.name}: {len(chain.steps)} steps, from {chain.base or 'the model that --model will name'}"]

@@ -12,9 +12,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from llmc.artifact import staged_file, versions, write_json
 from llmc.console import say
 from llmc.errors import UserError
+from llmc.files import staged_file, write_json
+from llmc.formats.manifest import versions
 from llmc.recipes import report
 from llmc.recipes.chain import Chain, load
 from llmc.recipes.commands import GGUF, ONNX
@@ -139,7 +140,7 @@ def _publish(name: str, folder: Path, chains: dict[str, Chain], jobs: dict[str, 
 
 def _point(artifact: dict[str, Any], variant: str) -> dict[str, Any]:
     """What is compared of a file: bytes, divergence on the first text, decode speed on the first target (None: unknown)."""
-    from llmc.evals.report import speeds_of
+    from llmc.evals.report.store import speeds_of
 
     measured = artifact.get("report", {})
     text = next(iter(measured.get("quality", {}).get("texts", [])), None)
@@ -166,4 +167,3 @@ def on_front(point: dict[str, Any], points: list[dict[str, Any]]) -> bool:
         if theirs[1] is not None and all(b <= a for a, b in pairs) and any(b < a for a, b in pairs):
             return False
     return True
-

@@ -6,10 +6,11 @@ from html import escape
 from typing import Any
 
 from llmc.console import duration, size
-from llmc.evals import charts, gates, html
-from llmc.evals.show import filled, pm
-from llmc.evals.show import markdown as as_markdown
-from llmc.evals.tables import Table
+from llmc.evals.compare import gates
+from llmc.evals.pages import charts, html
+from llmc.evals.report.show import filled, pm
+from llmc.evals.report.show import markdown as as_markdown
+from llmc.evals.report.tables import Table
 
 FRONT, BEHIND = 1, 0  # colours
 

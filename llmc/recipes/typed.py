@@ -141,7 +141,7 @@ def _config(recipe: Recipe, entry: Entry, command: Command, format: str, given: 
     try:
         config = cls(**required, **values)
         if command.name == "compare":
-            from llmc.evals import gates
+            from llmc.evals.compare import gates
 
             gates.parse(config)
     except UserError as e:

@@ -1,7 +1,7 @@
 """An Android device over adb, which has a shell and no Python: `llama-bench` of llama.cpp measures there.
 
 Copies go through the same cache as over ssh (transfer.py): `adb shell -T` passes bytes and exit codes as they are, from
-Android 7 on. The dialogue of evals/bench_child.py is held by adb_child.py, a process of this machine.
+Android 7 on. The dialogue of runtimes/on_device/bench.py is held by adb_child.py, a process of this machine.
 """
 
 from __future__ import annotations
@@ -104,12 +104,12 @@ class AdbDevice:
     def start(self, module: str, job: dict[str, Any]) -> subprocess.Popen[str]:
         """bench_child and probe_child are played by adb_child.py; nothing else can be run without Python."""
         given = {"module": module, "target": self.target.name, "serial": self.serial, **job}
-        if module == "llmc.evals.bench_child":
+        if module == "llmc.runtimes.on_device.bench":
             given["engine"] = self.engine()
             if given["engine"] is None:
                 raise UserError(f"{self.target.name} has no {ENGINE}", "build llama.cpp for Android, then: "
                                 f"llmc target setup {self.target.name} --llama-bench PATH (see docs/devices.md)")
-        elif module != "llmc.runtimes.targets.probe_child":
+        elif module != "llmc.runtimes.on_device.facts":
             raise UserError(f"{self.target.name} is an Android device without Python: it can be benched and probed, no more",
                             "evaluate the file here, or on emulated-arm64 for ARM's arithmetic")
         return subprocess.Popen([sys.executable, "-m", "llmc.runtimes.targets.adb_child", json.dumps(given)],
@@ -121,7 +121,7 @@ class AdbDevice:
 
 def facts(shell: AdbShell) -> dict[str, Any]:
     """The facts of this_machine.describe(), as far as a shell can tell them."""
-    from llmc.runtimes.targets.this_machine import FEATURES
+    from llmc.machine import FEATURES
 
     text = run(shell, FACTS)[1]
     told = dict(re.findall(r"^(\w+)=(.*)$", text, re.M))

@@ -76,7 +76,7 @@ def main() -> None:
     job = json.loads(sys.argv[1])
     try:
         shell = AdbShell(job["target"], job["serial"])
-        if job["module"] == "llmc.runtimes.targets.probe_child":
+        if job["module"] == "llmc.runtimes.on_device.facts":
             _answer(**facts(shell), probed=datetime.now(UTC).isoformat(timespec="seconds"))
         else:
             _serve(Bench(shell, job))
@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def _serve(bench: Bench) -> None:
-    """The dialogue of evals/bench_child.py."""
+    """The dialogue of runtimes/on_device/bench.py."""
     seconds, runtime = bench.load()
     _answer(load_s=seconds, runtime=runtime, load_average=None)
     for line in sys.stdin:

@@ -15,11 +15,11 @@ from pathlib import Path
 
 # What `Device.start` may run there, and what these import only when they need it. Their imports at module level come along.
 ENTRIES = (
-    "llmc.evals.bench_child", "llmc.runtimes.llamacpp", "llmc.runtimes.onnx_model", "llmc.runtimes.targets.logits_child",
-    "llmc.runtimes.targets.needs", "llmc.runtimes.targets.probe", "llmc.runtimes.targets.probe_child",
-    "llmc.runtimes.targets.this_machine",
+    "llmc.runtimes.on_device.bench", "llmc.runtimes.llamacpp", "llmc.runtimes.onnx_model", "llmc.runtimes.on_device.logits",
+    "llmc.runtimes.on_device.needs", "llmc.runtimes.on_device.probe", "llmc.runtimes.on_device.facts",
+    "llmc.machine",
 )
-MAIN = "llmc.runtimes.targets.agent_main"  # becomes the zip's __main__.py
+MAIN = "llmc.runtimes.on_device.main"  # becomes the zip's __main__.py
 
 
 def source(module: str) -> Path:

@@ -59,7 +59,7 @@ def ended(process: subprocess.Popen[Any], artifact: Path, where: str) -> UserErr
 
 def probed(device: Device) -> dict[str, Any]:
     """The facts of a device (see probe_child), measured now."""
-    with device.start("llmc.runtimes.targets.probe_child", {}) as child:
+    with device.start("llmc.runtimes.on_device.facts", {}) as child:
         out, _ = child.communicate()
     try:
         facts: dict[str, Any] = json.loads(out)

@@ -13,9 +13,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from llmc.artifact import staged_folder
 from llmc.console import say
 from llmc.errors import UserError
+from llmc.files import staged_folder
 from llmc.runtimes.targets.emulated import DEBIAN, SITE, command, environment, find_python, find_qemu, tree_of
 from llmc.runtimes.targets.target import Target
 

@@ -61,7 +61,7 @@ def kernel_rates(types: set[str], threads: int, cache: Path | None = None) -> di
             }
             p.step(name)
     if cache is not None:
-        from llmc.artifact import write_json
+        from llmc.files import write_json
 
         cache.parent.mkdir(parents=True, exist_ok=True)
         write_json(cache, known)
@@ -72,7 +72,7 @@ def _cached(cache: Path | None, threads: int) -> dict[str, Any]:
     """What was measured before, if it was on this CPU, with this llama.cpp and as many threads."""
     from importlib.metadata import version
 
-    from llmc.runtimes.targets.this_machine import cpu_model
+    from llmc.machine import cpu_model
 
     head = {"threads": threads, "cpu": cpu_model(), "version": version("llama-cpp-python")}
     if cache is not None and cache.is_file():

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from llmc.errors import UserError
-from llmc.onnx_folder import is_onnx_folder
-from llmc.runtimes.targets import needs
+from llmc.formats.onnx_folder import is_onnx_folder
+from llmc.runtimes.on_device import needs
 from llmc.runtimes.targets.target import Target
 
 
@@ -64,7 +64,7 @@ class PythonDevice(ABC):
     def has(self) -> dict[str, Any]:
         """{python, executable, packages} as needs.py finds them there."""
         if self._has is None:
-            out, _ = (process := self._start("llmc.runtimes.targets.needs", {})).communicate()
+            out, _ = (process := self._start("llmc.runtimes.on_device.needs", {})).communicate()
             if process.returncode in (126, 127):
                 raise UserError(f"{self.target.name} has no {self.target.python}",
                                 "install Python 3.11 or newer there, or name it in targets.toml: python = \"/path\"")

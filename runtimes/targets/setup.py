@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc.errors import UserError
-from llmc.runtimes.targets import needs
+from llmc.runtimes.on_device import needs
 from llmc.runtimes.targets.target import ADB, EMULATED, LOCAL, SSH, Target
 
 

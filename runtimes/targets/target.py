@@ -34,7 +34,7 @@ KINDS = f"{', '.join(LOCAL)}, ssh://user@host, adb:SERIAL or {EMULATED}"
 class Target:
     """python: the device's Python  cache, cache_gb: its folder for artifacts, and the most that may lie there
     jump: the host to go through (`ssh -J`)  profile: of a device profile, for estimates
-    facts: what `llmc target probe` found (runtimes/targets/probe.py), {} before."""
+    facts: what `llmc target probe` found (runtimes/on_device/probe.py), {} before."""
 
     name: str
     address: str
@@ -170,7 +170,7 @@ def _plain(value: Any) -> Any:
 def _edit(change: Callable[[Any], None], given: Path | None) -> Path:
     import tomlkit
 
-    from llmc.artifact import staged_file
+    from llmc.files import staged_file
 
     path = targets_file(given)
     if path.is_file():

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from llmc.artifact import sha256
 from llmc.console import progress, say, size, warn
 from llmc.errors import UserError
+from llmc.files import sha256
 from llmc.runtimes.targets.shell import Shell, failure, run
 
 BLOCK = 1 << 20

@@ -1,0 +1,1 @@
+"""Reports side by side: differences, gates, the decision to ship."""

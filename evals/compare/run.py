@@ -1,0 +1,173 @@
+"""`llmc compare`: reports side by side, with paired differences to the first, and ship/no-ship gates.
+
+A difference between two artifacts on the same tokens is far better known than either figure, so differences and their
+standard errors are computed from the per-token values that the reports carry.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmc.errors import UserError
+from llmc.evals.compare import gates
+from llmc.evals.compare.matrix import matrix
+from llmc.evals.config import CompareConfig
+from llmc.evals.quality import metrics, tasks
+from llmc.evals.report.store import kv_type, merged, read_report, speeds_of, targets_of, unpack
+from llmc.evals.report.store import without_arrays as report_without_arrays
+
+FLOATS = (None, "f32", "f16", "bf16")  # types of a KV cache that no name needs to tell
+
+
+def compare(config: CompareConfig) -> dict[str, Any]:
+    """{baseline, artifacts: […], matrix: […], gates: […], passed}; the first artifact is the baseline.
+
+    matrix: see matrix.py. Each artifact: {name, report, differences}; differences (None for the baseline) are {size_ratio,
+    texts: [{text, perplexity_ratio, kld, top1}], tasks: {name: {acc, acc_norm, perplexity_ratio}}, speeds: {target:
+    {decode_speedup, first_token_ratio, peak_rss_ratio}}}, None where not measured of both; emulated speeds are not compared.
+    Raises UserError where figures are not comparable or a gate has no figure to look at.
+    """
+    limits = gates.parse(config)
+    reports = join([read_report(p) for p in config.reports], config.reports)
+    check_comparable(reports)
+    baseline = reports[0]
+    artifacts = [{"name": r["artifact"]["name"], "report": r,
+                  "differences": None if r is baseline else differences(baseline, r)} for r in reports]
+    results = gates.apply(limits, artifacts[1:] or artifacts)
+    return {"baseline": baseline["artifact"]["name"], "artifacts": artifacts, "matrix": matrix(artifacts, config),
+            "gates": results, "passed": all(g["passed"] for g in results)}
+
+
+def join(reports: list[dict[str, Any]], paths: tuple[Path, ...]) -> list[dict[str, Any]]:
+    """One report for each artifact (by sha256) and type of its KV cache, in order of appearance; equal names are told apart
+    by their path. A type of the cache is a candidate of its own: compared with any other, never joined to it."""
+    joined: dict[tuple[str, str | None], dict[str, Any]] = {}
+    for report, path in zip(reports, paths, strict=True):
+        key = (report["artifact"]["sha256"], kv_type(report))
+        before = joined.setdefault(key, {})
+        twice = ["a quality section"] if "quality" in report and "quality" in before else []
+        twice += [f"the speed on {target}" for target in speeds_of(report) if target in speeds_of(before)]
+        if twice:
+            raise UserError(f"{path} is the second report with {twice[0]} of {report['artifact']['name']}",
+                            "leave one of them out")
+        joined[key] = merged(report, before) | {"speeds": {**speeds_of(before), **speeds_of(report)}}
+    found = [_named(r, f"{r['artifact']['name']} (KV {kv_type(r)})") if kv_type(r) not in FLOATS else r
+             for r in joined.values()]
+    names = [r["artifact"]["name"] for r in found]
+    return [_named(r, r["artifact"]["path"]) if names.count(r["artifact"]["name"]) > 1 else r for r in found]
+
+
+def _named(report: dict[str, Any], name: str) -> dict[str, Any]:
+    return {**report, "artifact": {**report["artifact"], "name": name}}
+
+
+def check_comparable(reports: list[dict[str, Any]]) -> None:
+    """Every pair of figures must have been measured in the same way; the first field that differs is named."""
+    evaluated = [r for r in reports if "quality" in r]
+    for other in evaluated[1:]:
+        _check_equal(evaluated[0], other, _quality_fields(evaluated[0]), _quality_fields(other), "eval")
+    for target in targets_of(reports):
+        benched = [r for r in reports if target in speeds_of(r)]
+        for other in benched[1:]:
+            _check_equal(benched[0], other, _speed_fields(benched[0], target), _speed_fields(other, target), "bench")
+    # a task that one report lacks is a gap in the table; one that both hold must have the same items
+    first_with: dict[str, dict[str, Any]] = {}
+    for report in reports:
+        for name in tasks_of(report):
+            first = first_with.setdefault(name, report)
+            _check_equal(first, report, _task_fields(first, name), _task_fields(report, name), "eval")
+    digests = {r["quality"]["base"]["sha256"]: r for r in reports if "quality" in r and r["quality"]["base"]}
+    if len(digests) > 1:
+        one, two = list(digests.values())[:2]
+        a, b = (r["quality"]["base"] for r in (one, two))
+        raise UserError(f"{_unequal(one, two)}: the base is {a['name']} ({a['sha256'][:12]}…) in one and {b['name']} "
+                        f"({b['sha256'][:12]}…) in the other", "evaluate both with the same --base")
+
+
+def _check_equal(one: dict[str, Any], two: dict[str, Any], a: dict[str, Any], b: dict[str, Any], command: str) -> None:
+    """Raise UserError at the first field of two reports' protocols `a` and `b` that differs."""
+    for field in [*a, *(f for f in b if f not in a)]:
+        x, y = a.get(field), b.get(field)
+        if x != y:
+            raise UserError(f"{_unequal(one, two)}: {field} is {x!r} in one and {y!r} in the other",
+                            f"measure both with the same options of `llmc {command}`")
+
+
+def tasks_of(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """A report's tasks by name."""
+    return {t["protocol"]["task"]: t for t in report.get("quality", {}).get("tasks", [])}
+
+
+def _unequal(one: dict[str, Any], two: dict[str, Any]) -> str:
+    return f"{one['artifact']['name']} and {two['artifact']['name']} cannot be compared"
+
+
+def _quality_fields(report: dict[str, Any]) -> dict[str, Any]:
+    texts = report["quality"]["texts"]
+    fields: dict[str, Any] = {"texts": [t["protocol"]["text"] for t in texts]}
+    for t in texts:
+        fields |= {f"{k} (of the text {t['protocol']['text']})": v for k, v in t["protocol"].items()}
+    return fields
+
+
+def _task_fields(report: dict[str, Any], name: str) -> dict[str, Any]:
+    """The ids' hash comes last: it differs for every other reason too, which then is the one to name."""
+    protocol = sorted(tasks_of(report)[name]["protocol"].items(), key=lambda field: field[0] == "ids_sha256")
+    return {f"{k} (of the task {name})": v for k, v in protocol}
+
+
+def _speed_fields(report: dict[str, Any], target: str) -> dict[str, Any]:
+    return {f"{k} (on {target})": v for k, v in speeds_of(report)[target]["protocol"].items()}
+
+
+def differences(baseline: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """`other` against `baseline`, both measured alike."""
+    out: dict[str, Any] = {
+        "size_ratio": other["artifact"]["size"]["file_bytes"] / baseline["artifact"]["size"]["file_bytes"],
+        "texts": None, "tasks": None, "speeds": None,
+    }
+    if "quality" in baseline and "quality" in other:
+        pairs = zip(baseline["quality"]["texts"], other["quality"]["texts"], strict=True)
+        out["texts"] = [_paired(a, b) for a, b in pairs]
+        mine, theirs = tasks_of(other), tasks_of(baseline)
+        out["tasks"] = {name: tasks.differences(tasks.values_of(mine[name]), tasks.values_of(theirs[name]))
+                        for name in theirs if name in mine} or None
+    before, after = speeds_of(baseline), speeds_of(other)
+    out["speeds"] = {t: _speedup(before[t], after[t]) for t in before
+                     if t in after and not before[t]["target"]["emulated"]} or None
+    return out
+
+
+def _speedup(baseline: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """One target's speed section against the baseline's."""
+    return {"decode_speedup": _ratio(other["decode"], baseline["decode"]),
+            "first_token_ratio": _ratio(other["first_token"], baseline["first_token"]),
+            "peak_rss_ratio": other["peak_rss"] / baseline["peak_rss"]}
+
+
+def _paired(baseline: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Differences on one text, token by token: the perplexities' ratio, the rises of KLD and of top-1 agreement."""
+    a = {k: unpack(v) for k, v in baseline["per_token"].items()}
+    b = {k: unpack(v) for k, v in other["per_token"].items()}
+    ratio = metrics.perplexity_ratio(b["nll"], a["nll"])
+    out: dict[str, Any] = {"text": other["protocol"]["text"], "perplexity_ratio": ratio, "kld": None, "top1": None}
+    if "kld" in a and "kld" in b:
+        out["kld"] = metrics.mean(b["kld"].astype(np.float64) - a["kld"])
+        out["top1"] = metrics.mean(b["top1"].astype(np.float64) - a["top1"])
+    return out
+
+
+def _ratio(other: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any]:
+    """Ratio of two medians; its error from the spread of the repetitions' logarithms."""
+    value = other["median"] / baseline["median"]
+    logs = [np.log(s["values"]) for s in (other, baseline)]
+    return {"value": value, "se": value * float(np.sqrt(sum(x.var(ddof=1) / len(x) for x in logs)))}
+
+
+def without_arrays(comparison: dict[str, Any]) -> dict[str, Any]:
+    """The comparison without per-token arrays, for `--json`."""
+    artifacts = [{**a, "report": report_without_arrays(a["report"])} for a in comparison["artifacts"]]
+    return {**comparison, "artifacts": artifacts}

@@ -1,0 +1,242 @@
+"""`llmc ship GATES.yaml`: may these files go to these devices? One answer, and a summary that says on what it rests.
+
+    reports: [out/base.json, out/small.json]     # made by llmc eval and bench; found beside this file
+    artifacts: [out/small.gguf]                  # what would ship; each must be in a report, by its sha256
+    run: true                                    # measure what the gates need and no report has (default: refuse)
+    base: models/base                            # for the divergence, with `run`
+    eval: {text: wikitext, chunks: 40}           # options of llmc eval, with `run`
+    allow_estimates: false                       # whether an estimate may pass a gate
+    context: 2048
+    prompt: 512
+    targets:
+      pi5:      {min_decode: 10, max_first_token: 3, max_ram: 2GB, max_kld: 0.1, min_top1: 80%, max_size: 1GB, stable: true}
+      laptop:   {min_decode: 30, max_ppl_increase: 5%}
+
+A gate is passed by a measured figure that keeps its limit. An estimate passes none unless the file says so, and then by the
+bad end of its interval; emulated speed never does. Every artifact is hashed again before anything is said of it.
+"""
+
+from __future__ import annotations
+
+import getpass
+import platform
+from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from llmc.errors import UserError
+from llmc.evals.config import BenchConfig, EvalConfig, FitConfig, parse_number
+from llmc.evals.fit import run as fits
+from llmc.evals.report.store import hash_artifact, read_report, speeds_of
+from llmc.formats.manifest import versions
+
+LIMITS = ("min_decode", "max_first_token", "max_ram", "max_size", "max_kld", "min_top1")
+EVAL = ("text", "second_text", "context", "chunks", "threads")
+NUMBERS = ("min_decode", "max_first_token", "max_kld")
+
+
+@dataclass(frozen=True)
+class Gates:
+    """A gates file. targets: {name: {limit: value}}, the limits as FitConfig has them, max_ppl_increase ('5%') and stable."""
+
+    artifacts: tuple[Path, ...]
+    reports: tuple[Path, ...]
+    targets: dict[str, dict[str, Any]]
+    run: bool = False
+    base: str | None = None
+    eval: dict[str, Any] = field(default_factory=dict)
+    allow_estimates: bool = False
+    context: int = FitConfig.context
+    prompt: int = FitConfig.prompt
+    targets_file: Path | None = None
+    file: Path = field(default=Path("gates.yaml"))
+
+
+def read_gates(path: Path) -> Gates:
+    """The file, all its problems told at once."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise UserError(f"there is no gates file {path}", "see `llmc ship --help` for what one looks like") from e
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as e:
+        raise UserError(f"{path} is not YAML: {e}", "mend the line that it names") from e
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is no gates file", "see `llmc ship --help` for what one looks like")
+    known = {f.name for f in fields(Gates)} - {"file"}
+    problems = [f"unknown key {k!r} (known: {', '.join(sorted(known))})" for k in content if k not in known]
+    problems += [f"{k} must be a list of files" for k in ("artifacts", "reports")
+                 if not isinstance(content.get(k, []), list) or not all(isinstance(v, str) for v in content.get(k, []))]
+    problems += [f"{k} must be true or false" for k in ("run", "allow_estimates")
+                 if not isinstance(content.get(k, False), bool)]
+    problems += [f"{k} must be a whole number" for k in ("context", "prompt") if type(content.get(k, 1)) is not int]
+    asked = content.get("eval", {})
+    problems += ["eval must be a table of options"] if not isinstance(asked, dict) else [
+        f"eval: unknown option {k!r} (known: {', '.join(EVAL)})" for k in asked if k not in EVAL]
+    problems += [] if content.get("artifacts") else ["artifacts: name what would ship"]
+    targets = content.get("targets")
+    problems += _target_problems(targets) if isinstance(targets, dict) and targets else ["targets: name devices and limits"]
+    if problems:
+        raise UserError(f"{path}: " + "; ".join(problems), "see `llmc ship --help`")
+    beside = {k: tuple(path.parent / p for p in content.get(k, [])) for k in ("artifacts", "reports")}
+    file = content.pop("targets_file", None)
+    return Gates(**{**content, **beside, "targets_file": path.parent / file if file else None, "file": path})
+
+
+def _target_problems(targets: dict[Any, Any]) -> list[str]:
+    problems = []
+    for name, limits in targets.items():
+        if not isinstance(limits, dict) or not limits:
+            problems.append(f"target {name}: give it limits")
+            continue
+        known = (*LIMITS, "max_ppl_increase", "stable")
+        problems += [f"target {name}: unknown limit {k!r} (known: {', '.join(known)})" for k in limits if k not in known]
+        problems += [f"target {name}: {k} {limits[k]!r} is no number" for k in NUMBERS
+                     if k in limits and (isinstance(limits[k], bool) or not isinstance(limits[k], int | float))]
+        if not isinstance(limits.get("stable", True), bool):
+            problems.append(f"target {name}: stable must be true or false")
+    return problems
+
+
+def ship(gates: Gates) -> dict[str, Any]:
+    """{'gates', 'passed', 'artifacts': [{'name', 'path', 'sha256', 'bytes', 'ships', 'results': [{'target', 'gate', 'limit',
+    'figure', 'source', 'passed', 'why'}]}], 'signed': {'by', 'host', 'at', 'versions'}}.
+
+    Raises UserError where an artifact is not the one that was measured, or a figure is missing and nothing may be run.
+    """
+    missing = [str(a) for a in gates.artifacts if not a.exists()]
+    if missing:
+        raise UserError(f"there is no {', '.join(missing)}", f"mend `artifacts` of {gates.file}")
+    hashes = {a: hash_artifact(a) for a in gates.artifacts}
+    reports = {r["artifact"]["sha256"]: r for r in _joined([read_report(p) for p in gates.reports])}
+    baseline = read_report(gates.reports[0]) if gates.reports else None
+    artifacts = []
+    for path, digest in hashes.items():
+        report = reports.get(digest)
+        _check_identity(path, digest, reports)
+        if gates.run:
+            report = measure(gates, path, digest, report)
+        results = [r for target, limits in gates.targets.items()
+                   for r in _on_target(gates, path, report, baseline, target, limits)]
+        files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+        artifacts.append({"name": path.name, "path": str(path), "sha256": digest,
+                          "bytes": sum(p.stat().st_size for p in files),
+                          "ships": all(r["passed"] for r in results), "results": results})
+    return {"gates": str(gates.file), "passed": all(a["ships"] for a in artifacts), "artifacts": artifacts,
+            "allow_estimates": gates.allow_estimates, "context": gates.context, "prompt": gates.prompt,
+            "signed": {"by": _user(), "host": platform.node(), "at": datetime.now(UTC).isoformat(timespec="seconds"),
+                       "versions": versions()}}
+
+
+def _joined(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One report for each artifact, its sections together."""
+    from llmc.evals.report.store import merged
+
+    out: dict[str, dict[str, Any]] = {}
+    for r in reports:
+        digest = r["artifact"]["sha256"]
+        out[digest] = merged(out[digest], r) if digest in out else r
+    return list(out.values())
+
+
+def _check_identity(path: Path, digest: str, reports: dict[str, dict[str, Any]]) -> None:
+    """A report of the same name and other bytes is of another file: nothing of it may be said of this one."""
+    for known, r in reports.items():
+        if r["artifact"]["name"] == path.name and known != digest and digest not in reports:
+            raise UserError(f"{path} has sha256 {digest[:12]}…, and the report of {path.name} is of {known[:12]}…",
+                            "the file changed since it was measured: measure it again")
+
+
+def measure(gates: Gates, path: Path, digest: str, report: dict[str, Any] | None) -> dict[str, Any]:
+    """The report with what the gates need and nobody measured: the divergence to `base`, the speed on each target. What is
+    measured is kept in NAME.report.json beside the gates file, and is not measured again."""
+    from llmc.evals.bench.run import bench
+    from llmc.evals.quality.run import evaluate
+    from llmc.evals.report.store import merged, save
+    from llmc.runtimes.targets.target import load_targets
+
+    wanted = {limit for limits in gates.targets.values() for limit in limits}
+    kept = gates.file.with_name(f"{path.name}.report.json")
+    earlier = read_report(kept) if kept.is_file() else None
+    have = merged(earlier, report or {}) if earlier and earlier["artifact"]["sha256"] == digest else report or {}
+    if wanted & {"max_kld", "min_top1"} and "quality" not in have:
+        if gates.base is None:
+            raise UserError(f"{path.name} was not evaluated and {gates.file} names no base", "add `base: MODEL`, or a report")
+        have = merged(have, evaluate(EvalConfig(str(path), base=gates.base, **gates.eval)))
+        save(kept, have)
+    known = load_targets(gates.targets_file)
+    for target, limits in gates.targets.items():
+        speed = {"min_decode", "max_first_token", "stable"} & set(limits)
+        if speed and target not in speeds_of(have) and target in known and not known[target].emulated:
+            have = merged(have, bench(BenchConfig((str(path),), prompt=(gates.prompt,), target=(target,),
+                                                  targets=gates.targets_file))[0])
+            save(kept, have)
+    return have
+
+
+def _on_target(gates: Gates, path: Path, report: dict[str, Any] | None, baseline: dict[str, Any] | None, target: str,
+               limits: dict[str, Any]) -> list[dict[str, Any]]:
+    """One result for each limit."""
+    given: dict[str, Any] = {k: float(v) if k in NUMBERS else str(v) for k, v in limits.items() if k in LIMITS}
+    config = FitConfig((path,), (target,), context=gates.context, prompt=gates.prompt, targets=gates.targets_file, **given)
+    alone = fits.candidate(path)
+    c = fits.Candidate(path.name, report, alone.model)
+    rates = fits.LazyRates(lambda: fits.rates_for(target, [c], gates.targets_file))
+    asked = fits.limits_of(config)
+    judged = fits.judge(c, target, rates, asked, config, gates.allow_estimates)
+    results = [_result(target, name, judged["figures"][name], gates) for name in asked]
+    if "max_ppl_increase" in limits:
+        results.append(_perplexity(target, str(limits["max_ppl_increase"]), report, baseline))
+    if limits.get("stable"):
+        results.append(_stable(target, report))
+    return results
+
+
+def _result(target: str, name: str, figure: dict[str, Any], gates: Gates) -> dict[str, Any]:
+    """A gate's verdict; only `yes` passes, and of estimates only where the file allows them."""
+    source = figure.get("source")
+    passed = figure["answer"] == "yes" and (source == "measured" or gates.allow_estimates)
+    why = {"yes": "", "no": "the limit is broken", "unknown": "not measured", "maybe": "not certain"}[figure["answer"]]
+    if figure["answer"] == "yes" and not passed:
+        why = "only an estimate, and the gates file does not allow one"
+    if figure["answer"] == "unknown" and name in ("decode", "first_token"):
+        why = f"not measured on {target}" + ("" if gates.allow_estimates else " (an estimate is not allowed)")
+    return {"target": target, "gate": name, "limit": figure["limit"], "source": source, "passed": passed, "why": why,
+            "figure": {k: figure[k] for k in ("low", "mid", "high", "note") if k in figure} or None}
+
+
+def _perplexity(target: str, limit: str, report: dict[str, Any] | None, baseline: dict[str, Any] | None) -> dict[str, Any]:
+    """The rise over the first report's artifact, on the worst text, paired by token."""
+    from llmc.evals.compare.run import check_comparable, differences
+
+    most = parse_number("max_ppl_increase", limit.replace(" %", "%"), "%", "max_ppl_increase: 5%") / 100
+    result = {"target": target, "gate": "ppl_increase", "limit": most, "source": "measured"}
+    if not report or not baseline or "quality" not in report or "quality" not in baseline:
+        why = "not measured of it and of the first report"
+        return {**result, "source": None, "figure": None, "passed": False, "why": why}
+    check_comparable([baseline, report])
+    ratios = [t["perplexity_ratio"] for t in differences(baseline, report)["texts"]]
+    worst = max(ratios, key=lambda r: float(r["value"]))
+    value, se = worst["value"] - 1, worst["se"] or 0.0
+    figure = {"low": value - fits.TWO_SIGMA * se, "mid": value, "high": value + fits.TWO_SIGMA * se, "note": ""}
+    passed = figure["high"] <= most
+    return {**result, "figure": figure, "passed": passed,
+            "why": "" if passed else "not certain" if figure["low"] <= most else "the limit is broken"}
+
+
+def _stable(target: str, report: dict[str, Any] | None) -> dict[str, Any]:
+    section = speeds_of(report or {}).get(target)
+    result = {"target": target, "gate": "stable", "limit": True, "figure": None, "source": "measured" if section else None}
+    if section is None or section["target"]["emulated"]:
+        return {**result, "passed": False, "why": "emulated" if section else f"not measured on {target}"}
+    return {**result, "passed": not section["unstable"], "why": "; ".join(section["unstable"])}
+
+
+def _user() -> str:
+    """Who ran it; containers have users without a name."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return "unknown"

@@ -1,0 +1,1 @@
+"""Which artifacts keep a device's limits: estimates, profiles, advice."""

@@ -1,0 +1,97 @@
+"""What to make where no candidate fits a device: sizes worked out backwards from the roofline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from llmc.console import size
+from llmc.evals.config import FitConfig
+from llmc.evals.fit.estimate import OTHER, Model, Rates, estimate, memory
+from llmc.formats.types import GRIDS
+
+# nothing is said of what the limits leave less than this of
+LEAST_CONTEXT = 128
+
+
+def smaller(model: Model, rates: Rates, limits: dict[str, tuple[float, bool]], context: int) -> Iterator[str]:
+    """The file size that decode, memory and size limits leave, the grids of that size, and the context that fits."""
+    room = {what: bytes for what, bytes in (
+        ("decode", _by_decode(model, rates, limits, context)), ("ram", _by_ram(model, limits, context)),
+        ("size", limits["size"][0] if "size" in limits else None)) if bytes is not None and bytes < model.file_bytes}
+    if room:
+        what = min(room, key=lambda k: room[k])
+        yield from _grids(model, room[what], what)
+    if "ram" in limits and memory(model, context)[2] > limits["ram"][0]:
+        each = model.kv_bytes(context) / context
+        left = limits["ram"][0] - (memory(model, context)[2] - model.kv_bytes(context))
+        if each > 0 and left / each >= LEAST_CONTEXT:
+            yield f"or keep {model.name} and run it with --context {int(left / each)}"
+
+
+def _by_decode(model: Model, rates: Rates, limits: dict[str, tuple[float, bool]], context: int) -> float | None:
+    """File bytes whose low estimate still decodes fast enough; 0 where even an empty file would not."""
+    if "decode" not in limits:
+        return None
+    low = [rates.read.get(kind, rates.read[OTHER])[0] for kind in model.token_bytes]
+    total = sum(model.token_bytes.values())
+    rate = total / sum(n / r for n, r in zip(model.token_bytes.values(), low, strict=True))
+    seconds = 1 / limits["decode"][0] - model.layers * rates.layer_seconds[2] - model.kv_bytes(context) / rates.read[OTHER][0]
+    return max(0.0, seconds * rate) + (model.file_bytes - total)
+
+
+def _by_ram(model: Model, limits: dict[str, tuple[float, bool]], context: int) -> float | None:
+    """By the high estimate: every byte of the file may be held twice."""
+    if "ram" not in limits:
+        return None
+    high = memory(model, context)[2]
+    return max(0.0, model.file_bytes * (1 - (high - limits["ram"][0]) / (model.file_bytes + sum(model.token_bytes.values()))))
+
+
+def _grids(model: Model, file_bytes: float, what: str) -> Iterator[str]:
+    """The largest grid of the decoder that the size leaves."""
+    why = {"decode": "to decode so fast", "ram": "to fit the memory", "size": "to be so small"}[what]
+    # embedding and head are kept at 8 bits, or below where they are
+    eight = 34 / 32 * model.vocabulary * model.heads * (model.cache["head_dim"] if model.cache else 128)
+    rest = min(model.file_bytes - model.decoder_bytes, eight)
+    bits = 8 * (file_bytes - rest) / max(1, model.prefill_weights)
+    fitting = [g for g in GRIDS.values() if g.bits_per_weight <= bits]
+    if not fitting:
+        yield (f"{why}, a file may have {size(max(0.0, file_bytes))}, which leaves {max(0.0, bits):.2f} bits a weight: less "
+               "than any grid has; prune or distil the model first (`llmc prune`, `llmc distill`), or take a smaller base")
+        return
+    best = max(fitting, key=lambda g: (g.bits_per_weight, g.name))
+    yield (f"{why}, a file may have {size(file_bytes)}: `llmc quantize MODEL --target-size {int(file_bytes / 1e6)}MB`, or "
+           f"--grid {best.name} ({best.bits_per_weight:.2f} bits a weight of the {bits:.2f} that it leaves)")
+
+
+def quality(judged: list[dict[str, Any]], limits: dict[str, tuple[float, bool]]) -> Iterator[str]:
+    """What to do about divergence: measured where it was not, bought with bits or healing where it is too large."""
+    for name, what in (("kld", "KL divergence"), ("top1", "top-1 agreement")):
+        answers = {c["name"]: c["figures"][name]["answer"] for c in judged if name in limits}
+        if unknown := [n for n, a in answers.items() if a == "unknown"]:
+            yield f"{what} was not measured of {', '.join(unknown)}: `llmc eval ARTIFACT --base BASE -o REPORT`"
+        elif answers and "yes" not in answers.values():
+            target = f"--target-kld {limits['kld'][0]:g}" if name == "kld" else "--target-size with more bytes"
+            yield f"{what} is too far off for all of them: `llmc quantize … {target}`, then `llmc heal`"
+
+
+def devices(candidates: list[Any], judged: list[dict[str, Any]], target: str, limits: dict[str, tuple[float, bool]],
+            config: FitConfig) -> Iterator[str]:
+    """The slowest of the profiled devices on which a candidate that is good enough would fit by its low estimate."""
+    from llmc.evals.fit.estimate import rates_of_profile
+    from llmc.runtimes.targets.profile import profile_ids, read_profile
+
+    good = {c["name"] for c in judged
+            if all(c["figures"][k].get("answer", "yes") == "yes" for k in ("kld", "top1", "size") if k in c["figures"])}
+    models = [c.model for c in candidates if c.model and c.name in good]
+    rates = [rates_of_profile(read_profile(id)) for id in profile_ids() if id != target]
+    for r in sorted(rates, key=lambda r: r.read[OTHER][1]):
+        for model in models:
+            e = estimate(model, r, config.context, config.prompt, config.context)
+            first = e["first_token"]["high"] if e["first_token"] else float("inf")
+            if (e["decode"]["low"] >= limits.get("decode", (0.0, False))[0]
+                    and e["memory"]["high"] <= min(limits.get("ram", (float("inf"), True))[0], r.ram)
+                    and ("first_token" not in limits or first <= limits["first_token"][0])):
+                yield f"{model.name} would fit the next device up, {r.target} (estimate)"
+                return

@@ -1,0 +1,264 @@
+"""`llmc fit`: which candidates keep the limits on which devices, by measurement where there is one, else by estimate.
+
+A figure is `measured`, with its spread, or an `estimate`, with its interval. It keeps a limit (`yes`), breaks it (`no`), or
+its interval holds the limit (`maybe`); what nobody measured and nothing estimates is `unknown`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmc.errors import UserError
+from llmc.evals.config import FitConfig, parse_bytes, parse_number
+from llmc.evals.fit.estimate import Interval, Model, Rates, estimate, memory, model_of
+
+if TYPE_CHECKING:
+    from llmc.runtimes.targets.target import Target
+
+ORDER = ("no", "unknown", "maybe", "yes")  # the worst of a candidate's answers is its own
+TWO_SIGMA = 2.0
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure with its interval. source: 'measured' or 'estimate'; note: what a reader must know of it."""
+
+    interval: Interval
+    source: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """model: None where only a report without the artifact's file is there."""
+
+    name: str
+    report: dict[str, Any] | None
+    model: Model | None
+
+
+def fit(config: FitConfig) -> dict[str, Any]:
+    """{'context', 'prompt', 'limits', 'targets': [{'target', 'basis', 'candidates': [{'name', 'fits', 'figures': {name:
+    {low, mid, high, source, note, limit, answer}}}], 'advice': [text]}], 'fits': whether every target has a candidate}."""
+    limits = limits_of(config)
+    candidates = [candidate(item) for item in config.items]
+    targets = []
+    for name in config.target or ("local-cpu",):
+        rates = LazyRates(partial(rates_for, name, candidates, config.targets))
+        judged = [judge(c, name, rates, limits, config) for c in candidates]
+        fits = any(c["fits"] == "yes" for c in judged)
+        told = [] if fits else advice(candidates, judged, name, rates, limits, config)
+        basis = rates.known.basis if rates.known else None
+        targets.append({"target": name, "basis": basis, "candidates": judged, "fits": fits, "advice": told})
+    return {"context": config.context, "prompt": config.prompt, "limits": {k: v[0] for k, v in limits.items()},
+            "targets": targets, "fits": all(t["fits"] for t in targets)}
+
+
+class LazyRates:
+    """Rates that are looked up (or measured, for half a minute) when the first figure needs them; `known` until then None."""
+
+    def __init__(self, make: Callable[[], Rates]) -> None:
+        self.make = make
+        self.known: Rates | None = None
+
+    def get(self) -> Rates:
+        self.known = self.known or self.make()
+        return self.known
+
+
+# ---------------------------------------------------------------------------------------------------------------- limits
+
+
+def limits_of(config: FitConfig) -> dict[str, tuple[float, bool]]:
+    """{figure: (limit, whether it is the most)}; figures: decode, first_token, kld, top1, ram, size."""
+    share = parse_number("--min-top1", config.min_top1, "%", "--min-top1 80%") if config.min_top1 else None
+    limits: dict[str, tuple[float | None, bool]] = {
+        "decode": (config.min_decode, False), "first_token": (config.max_first_token, True), "kld": (config.max_kld, True),
+        "top1": (None if share is None else share / 100, False),
+        "ram": (parse_bytes("--max-ram", config.max_ram) if config.max_ram else None, True),
+        "size": (parse_bytes("--max-size", config.max_size) if config.max_size else None, True),
+    }
+    return {k: (v, most) for k, (v, most) in limits.items() if v is not None}
+
+
+def answer(figure: Figure | None, limit: float, most: bool) -> str:
+    """yes | maybe | no | unknown. An unstable measurement proves nothing."""
+    if figure is None:
+        return "unknown"
+    low, _, high = figure.interval
+    best, worst = (low, high) if most else (high, low)
+    keeps: Callable[[float], bool] = (lambda v: v <= limit) if most else (lambda v: v >= limit)
+    if "UNSTABLE" in figure.note:
+        return "maybe"
+    return "yes" if keeps(worst) else "maybe" if keeps(best) else "no"
+
+
+def judge(c: Candidate, target: str, rates: LazyRates, limits: dict[str, tuple[float, bool]], config: FitConfig,
+          estimates: bool = True) -> dict[str, Any]:
+    """One candidate on one target: every figure that has a limit, and with `estimates` decode and ram always."""
+    figures = {}
+    for name in dict.fromkeys([*limits, *(("decode", "ram") if estimates else ())]):
+        figure = _FIGURES[name](c, target, rates if estimates else None, config)
+        limit, most = limits.get(name, (None, False))
+        told = {} if limit is None else {"limit": limit, "answer": answer(figure, limit, most)}
+        shown = {} if figure is None else {**dict(zip(("low", "mid", "high"), figure.interval, strict=True)),
+                                           "source": figure.source, "note": figure.note}
+        figures[name] = {**shown, **told}
+    given = [f["answer"] for f in figures.values() if "answer" in f]
+    return {"name": c.name, "fits": min(given, key=ORDER.index, default="yes"), "figures": figures}
+
+
+# --------------------------------------------------------------------------------------------------------------- figures
+
+
+def _section(c: Candidate, target: str) -> dict[str, Any] | None:
+    """What was measured on the target; emulated speeds say nothing and are not looked at."""
+    from llmc.evals.report.store import speeds_of
+
+    found = speeds_of(c.report).get(target) if c.report else None
+    return None if found is None or found["target"]["emulated"] else found
+
+
+def _spread(s: dict[str, Any], section: dict[str, Any], note: str) -> Figure:
+    values = sorted(s["values"])
+    doubt = "; UNSTABLE" if section["unstable"] else ""
+    low, high = (values[len(values) // 4], values[-1 - len(values) // 4])
+    return Figure((low, s["median"], high), "measured", note + doubt)
+
+
+def _estimated(c: Candidate, rates: LazyRates | None, config: FitConfig, key: str) -> Figure | None:
+    if c.model is None or rates is None:
+        return None
+    found = estimate(c.model, rates.get(), config.context, config.prompt, config.context)[key]
+    return None if found is None else Figure((found["low"], found["mid"], found["high"]), "estimate")
+
+
+def _decode(c: Candidate, target: str, rates: LazyRates | None, config: FitConfig) -> Figure | None:
+    """Measured at the greatest depth that does not pass the context."""
+    if (s := _section(c, target)) is None:
+        return _estimated(c, rates, config, "decode")
+    curve = s["decode_curve"]
+    point = max((p for p in curve if p["depth"] <= config.context), key=lambda p: int(p["depth"]), default=curve[0])
+    return _spread(point["decode"], s, f"at depth {point['depth']}")
+
+
+def _first_token(c: Candidate, target: str, rates: LazyRates | None, config: FitConfig) -> Figure | None:
+    """Measured with the prompt that was asked for; another length is no measurement of this one."""
+    s = _section(c, target)
+    if s is not None:
+        for point in s["prefill_curve"]:
+            if point["tokens"] == config.prompt:
+                return _spread(point["first_token"], s, f"{config.prompt} tokens")
+    return _estimated(c, rates, config, "first_token")
+
+
+def _ram(c: Candidate, target: str, rates: LazyRates | None, config: FitConfig) -> Figure | None:
+    """The peak of the bench, and what its KV cache lacked to the context; else file, cache and buffers."""
+    s = _section(c, target)
+    if s is not None:
+        longest = [p["tokens"] for p in s["prefill_curve"]] + [p["depth"] for p in s["decode_curve"]]
+        held = max(longest) + s["protocol"]["generate"]
+        more = c.model.kv_bytes(config.context) - c.model.kv_bytes(held) if c.model else 0
+        value = float(s["peak_rss"] + max(0, more))
+        return Figure((value, value, value), "measured", f"peak, and a KV cache of {config.context}" if more > 0 else "peak")
+    if c.model is None or rates is None:
+        return None
+    return Figure(memory(c.model, config.context), "estimate")
+
+
+def _quality(key: str, c: Candidate, target: str, rates: LazyRates | None, config: FitConfig) -> Figure | None:
+    """The worst text's figure, with twice its standard error."""
+    texts = [t for t in (c.report or {}).get("quality", {}).get("texts", []) if t[key] is not None]
+    if not texts:
+        return None
+    worst = (max if key == "kld" else min)(texts, key=lambda t: float(t[key]["value"]))
+    value, se = worst[key]["value"], worst[key]["se"] or 0.0
+    return Figure((value - TWO_SIGMA * se, value, value + TWO_SIGMA * se), "measured", worst["protocol"]["text"])
+
+
+def _size(c: Candidate, target: str, rates: LazyRates | None, config: FitConfig) -> Figure | None:
+    if c.model:
+        value = float(c.model.file_bytes)
+    elif c.report:
+        value = float(c.report["artifact"]["size"]["file_bytes"])
+    else:
+        return None
+    return Figure((value, value, value), "measured", "file")
+
+
+_FIGURES: dict[str, Callable[[Candidate, str, LazyRates | None, FitConfig], Figure | None]] = {
+    "decode": _decode, "first_token": _first_token, "ram": _ram, "size": _size,
+    "kld": partial(_quality, "kld"), "top1": partial(_quality, "top1"),
+}
+
+# ------------------------------------------------------------------------------------------------- candidates and targets
+
+
+def candidate(item: Path) -> Candidate:
+    """A report (its artifact's file, where it still lies there, tells the shape), or an artifact alone."""
+    from llmc.evals.report.store import read_report
+
+    if item.suffix == ".json":
+        report = read_report(item)
+        path = Path(report["artifact"]["path"])
+        there = path if path.exists() else item.parent / path.name
+        whole = there.exists() and (there.suffix == ".gguf" or (there.is_dir() and report["artifact"]["kind"] == "onnx"))
+        return Candidate(report["artifact"]["name"], report, model_of(there) if whole else None)
+    if not item.exists():
+        raise UserError(f"there is no {item}", "name .gguf files, ONNX folders or reports")
+    return Candidate(item.name, None, model_of(item))
+
+
+def rates_for(name: str, candidates: list[Candidate], file: Path | None) -> Rates:
+    """Of a target: this machine's are measured, another's are its profile's or what was probed; else of a profile's id."""
+    from llmc.evals.fit.estimate import rates_here, rates_of_facts, rates_of_profile
+    from llmc.runtimes.targets.profile import profile_ids, read_profile
+    from llmc.runtimes.targets.target import load_targets
+
+    targets = load_targets(file)
+    if name not in targets and name in profile_ids():
+        return rates_of_profile(read_profile(name))
+    if name not in targets:
+        raise UserError(f"{name!r} is no target and no device profile",
+                        f"targets: {', '.join(targets)}; profiles: {', '.join(profile_ids())}")
+    target = targets[name]
+    if target.address == "local-cpu":
+        types = {kind for c in candidates if c.model for kind in c.model.token_bytes}
+        return rates_here(types, **_this_machine(target))
+    if target.profile:
+        return rates_of_profile(read_profile(target.profile), name)
+    if "read_bandwidth" in target.facts:
+        return rates_of_facts(name, target.facts)
+    raise UserError(f"nothing is known of target {name}", f"give it a profile ({', '.join(profile_ids())}), or run "
+                    f"`llmc target probe {name}`")
+
+
+def _this_machine(target: Target) -> dict[str, Any]:
+    """threads, read_bandwidth and cache of `rates_here`."""
+    from llmc.formats.manifest import NOTES
+    from llmc.machine import physical_cores
+    from llmc.runtimes.targets.device import connect, probed
+
+    known = target.facts if "read_bandwidth" in target.facts else probed(connect(target))
+    return {"threads": physical_cores(), "read_bandwidth": known["read_bandwidth"],
+            "cache": Path(NOTES) / "kernel-rates.json"}
+
+
+# ---------------------------------------------------------------------------------------------------------------- advice
+
+
+def advice(candidates: list[Candidate], judged: list[dict[str, Any]], target: str, rates: LazyRates,
+           limits: dict[str, tuple[float, bool]], config: FitConfig) -> list[str]:
+    """What to make where nothing fits, with the numbers: from the smallest candidate whose shape is known."""
+    from llmc.evals.fit.advice import devices, quality, smaller
+
+    known = [c.model for c in candidates if c.model]
+    if not known:
+        return ["nothing can be computed from reports alone: give the .gguf files beside them"]
+    model = min(known, key=lambda m: m.file_bytes)
+    return [*smaller(model, rates.get(), limits, config.context), *quality(judged, limits),
+            *devices(candidates, judged, target, limits, config)]

@@ -1,0 +1,136 @@
+"""How a text is put to a model. Two figures may be compared only where this is equal, so it is stored beside each.
+
+The protocol is that of llama.cpp's tools/perplexity/perplexity.cpp: the text is tokenised once, with BOS in front where
+the tokenizer adds one; it is cut into chunks of `context` tokens that do not overlap; the first token of each chunk is
+replaced by BOS (again only where the tokenizer adds one); of each chunk the tokens after number context/2 are scored,
+that is context - context/2 - 1 of them, so that every scored token has at least half a context before it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from llmc.errors import UserError
+from llmc.files import sha256
+from llmc.formats.checkpoint import TOKENIZER_FILES
+from llmc.runtimes.base import Runtime
+
+
+class Tokenizer(Protocol):
+    """What makes the token ids of an evaluation."""
+
+    sha256: str
+    bos: int | None
+    """The id that the tokenizer puts in front of a text, or None where it puts none."""
+
+    def encode(self, text: str) -> np.ndarray:
+        """int32 [n], nothing added."""
+
+    def decode(self, ids: np.ndarray) -> str:
+        """The text of some ids."""
+
+
+class FolderTokenizer:
+    """The tokenizer of a Hugging Face folder."""
+
+    def __init__(self, folder: Path) -> None:
+        from llmc.formats.hf import load_tokenizer
+
+        self._tokenizer = load_tokenizer(folder)
+        self._tokenizer.model_max_length = 1 << 40  # whole texts are tokenised; the length is our business
+        self.sha256 = hash_tokenizer(folder)
+        ids = self._tokenizer("a")["input_ids"]
+        bos = self._tokenizer.bos_token_id
+        self.bos: int | None = bos if bos is not None and ids[0] == bos else None
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self._tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
+
+    def decode(self, ids: np.ndarray) -> str:
+        return str(self._tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False))
+
+
+class RuntimeTokenizer:
+    """The tokenizer inside an artifact, where there is no Hugging Face folder to take it from."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self.sha256 = hashlib.sha256(
+            "\0".join(runtime.detokenise([i]) for i in range(runtime.vocab_size)).encode()
+        ).hexdigest()
+        plain, special = runtime.tokenise("a", special=False), runtime.tokenise("a", special=True)
+        self.bos: int | None = int(special[0]) if len(special) > len(plain) and special[0] != plain[0] else None
+
+    def encode(self, text: str) -> np.ndarray:
+        return self._runtime.tokenise(text, special=False)
+
+    def decode(self, ids: np.ndarray) -> str:
+        return self._runtime.detokenise(ids.tolist())
+
+
+def hash_tokenizer(folder: Path) -> str:
+    """sha256 of the file that holds the vocabulary: the first of tokenizer.json, tokenizer.model, vocab.json, …"""
+    for name in TOKENIZER_FILES:
+        if name not in ("tokenizer_config.json", "special_tokens_map.json") and (folder / name).is_file():
+            return sha256(folder / name)
+    raise UserError(f"{folder} has no tokenizer file", "copy the base model's tokenizer files into it")
+
+
+@dataclass(frozen=True)
+class EvalProtocol:
+    """The stored form. `bytes` is the length of the scored text in UTF-8."""
+
+    text: str
+    text_sha256: str
+    tokenizer_sha256: str
+    ids_sha256: str
+    context: int
+    stride: int
+    scored: str
+    bos: str
+    chunks: int
+    scored_tokens: int
+    bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """A text ready to be evaluated. ids int32 [chunks, context], BOS in place; logits of rows first … context-2 predict
+    the scored tokens, ids[:, first + 1:]."""
+
+    protocol: EvalProtocol
+    ids: np.ndarray
+    first: int
+
+
+def cut(name: str, text: str, tokenizer: Tokenizer, context: int, chunks: int) -> Chunks:
+    """Tokenise `text` and cut it. chunks: the most to take, 0 for all."""
+    ids = tokenizer.encode(text)
+    if tokenizer.bos is not None:
+        ids = np.concatenate([np.array([tokenizer.bos], dtype=np.int32), ids])
+    available = len(ids) // context
+    if available == 0:
+        raise UserError(f"the text {name} has {len(ids)} tokens, fewer than one chunk of {context}",
+                        "give a longer text or a smaller --context")
+    taken = min(available, chunks or available)
+    cut_ids = ids[: taken * context].reshape(taken, context).copy()
+    first = context // 2
+    length = sum(len(tokenizer.decode(chunk[first + 1 :]).encode()) for chunk in cut_ids)
+    if tokenizer.bos is not None:
+        cut_ids[:, 0] = tokenizer.bos
+    protocol = EvalProtocol(
+        text=name, text_sha256=hashlib.sha256(text.encode()).hexdigest(), tokenizer_sha256=tokenizer.sha256,
+        ids_sha256=hashlib.sha256(cut_ids.astype("<i4").tobytes()).hexdigest(), context=context, stride=context,
+        scored=f"tokens {first + 1} to {context - 1} of each chunk (counted from 0)",
+        bos="replaces the first token of each chunk" if tokenizer.bos is not None else "none",
+        chunks=taken, scored_tokens=taken * (context - 1 - first), bytes=length,
+    )
+    return Chunks(protocol, cut_ids, first)

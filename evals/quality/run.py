@@ -1,0 +1,209 @@
+"""`llmc eval`: an artifact in its own runtime against its base, on the same token ids, chunk by chunk.
+
+Both models stay loaded and the base's logits live for one chunk only, so nothing of the size text x vocabulary is ever
+held or written.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmc.console import progress, say, warn
+from llmc.errors import UserError
+from llmc.evals.config import EvalConfig
+from llmc.evals.quality import metrics, task_items, tasks
+from llmc.evals.quality.protocol import Chunks, FolderTokenizer, RuntimeTokenizer, Tokenizer, cut
+from llmc.evals.quality.texts import load_text
+from llmc.evals.report import store as report
+from llmc.formats import kv
+from llmc.formats.manifest import read_manifest
+from llmc.machine import physical_cores
+from llmc.overlap import overlap
+from llmc.runtimes.base import Runtime
+from llmc.runtimes.open import open_runtime
+from llmc.sources.resolve import locate
+
+# What tokenizers get wrong first: runs of spaces, digits, case, accents, scripts, code, emoji, special-looking text.
+SAMPLE = ("Hello  world, it's 2024-11-05;\n\n\tdef f(x):  return x*100000  # naïve Ünïcode"
+          " 日本語 Привет العربية 🙂👍🏽 <|x|>\r\n")
+
+SAME_TEXT = 0.02  # a share of common 13-word runs beyond chance and quotation
+
+
+def evaluate(config: EvalConfig) -> dict[str, Any]:
+    """The report of `config.artifact` with its `quality` section; written to `config.output` where that is given.
+
+    Raises UserError for bad input, before anything long where that can be known.
+    """
+    artifact = locate(config.artifact)
+    base = locate(config.base) if config.base is not None else None
+    wanted = () if config.no_text else (config.text, config.second_text)
+    texts = [load_text(t) for t in wanted if t is not None]
+    asked = task_items.load(config.tasks, config.task_items)
+    overlaps = {name: _overlap(artifact, name, text) for name, text in [*texts, *((t.name, t.text) for t in asked)]}
+    described = report.describe_artifact(artifact)
+    kv_type = config.kv or kv.default(artifact)
+    report.check_output(config.output, described["sha256"], kv_type)
+    base_digest = None if base is None else report.hash_artifact(base)
+    # the same file elsewhere, or with another cache, is measured
+    is_base = base_digest == described["sha256"] and kv_type == kv.default(artifact) and config.target is None
+    if config.second_text is None and texts:
+        say("hint: --second-text FILE, unlike the first, shows whether the calibration text was learned by heart")
+    if base is None and texts:
+        say("hint: without --base there is a perplexity but no divergence from the base model")
+
+    threads = config.threads or physical_cores()
+    start = time.monotonic()
+    context = max(config.context, tasks.WINDOW) if asked else config.context
+    here = config.device if config.target is None else "cpu"
+    runtime = _open(artifact, context, threads, config)
+    try:
+        base_runtime = open_runtime(base, context, threads, here) if base and not is_base else None
+        try:
+            if texts:
+                _check_context(config.context, runtime, *([base_runtime] if base_runtime else []))
+            tokenizer = _tokenizer(base or artifact, base_runtime or runtime)
+            agrees = _check_tokenizer(runtime, tokenizer, artifact)
+            jobs = [cut(name, text, tokenizer, config.context, config.chunks) for name, text in texts]
+            results = [_run(job, runtime, base_runtime, is_base) for job in jobs]
+            for result in results:
+                result["calibration_overlap"] = overlaps[result["protocol"]["text"]]
+            sections = [{**_run_task(task, tokenizer, runtime, base_runtime, is_base),
+                         "calibration_overlap": overlaps[task.name]} for task in asked]
+            quality: dict[str, Any] = {
+                "texts": results, "runtime": runtime.describe(), "tokenizer_agrees": agrees,
+                "kv": kv.section(described["kv"], runtime.kv_type),
+                "base": None if base is None else {
+                    "name": base.name, "sha256": base_digest, "is_artifact": is_base,
+                    "runtime": (base_runtime or runtime).describe()},
+                "seconds": round(time.monotonic() - start, 1), **({"tasks": sections} if asked else {}),
+            }
+        finally:
+            if base_runtime:
+                base_runtime.close()
+    finally:
+        runtime.close()
+    made = report.new_report(described, "quality", quality)
+    if config.output is not None:
+        report.save(config.output, made)
+    return made
+
+
+def _open(artifact: Path, context: int, threads: int, config: EvalConfig) -> Runtime:
+    """The artifact in its runtime, here or on the target, which has cores of its own."""
+    if config.target is None:
+        return open_runtime(artifact, context, threads, config.device, config.kv)
+    from llmc.runtimes.remote import RemoteRuntime
+    from llmc.runtimes.targets.device import connect
+    from llmc.runtimes.targets.target import find_target
+
+    target = find_target(config.target, config.targets)
+    kind = "gpu" if target.address == "local-gpu" else config.device
+    return RemoteRuntime(connect(target), artifact, context, config.threads, kind, config.kv)
+
+
+def _overlap(artifact: Path, name: str, text: str) -> float:
+    """Share of the artifact's calibration text that occurs in the evaluation text, by its manifest's sketch; warned about."""
+    sketches = [p["calibration"]["sketch"] for p in (read_manifest(artifact) or {}).get("passes", [])
+                if (p.get("calibration") or {}).get("sketch")]
+    share = max((overlap(sketch, text) for sketch in sketches), default=0.0)
+    if share > SAME_TEXT:
+        warn(f"about {share:.0%} of the calibration text occurs in {name}: its figures flatter the artifact; "
+             "use another text")
+    return share
+
+
+def _check_context(wanted: int, *runtimes: Runtime) -> None:
+    limit = min(r.context for r in runtimes)
+    if limit < wanted:
+        raise UserError(f"--context {wanted} is more than the {limit} tokens that the model was trained for",
+                        f"try --context {limit}")
+
+
+def _tokenizer(source: Path, runtime: Runtime) -> Tokenizer:
+    """The tokenizer of the base (or of the artifact, where no base is given)."""
+    return FolderTokenizer(source) if source.is_dir() else RuntimeTokenizer(runtime)
+
+
+def _check_tokenizer(runtime: Runtime, tokenizer: Tokenizer, artifact: Path) -> bool:
+    """Whether the artifact's own tokenizer gives the ids that it will be fed. A difference is the user's to know: the
+    figures here would not show it, and whoever runs the file would suffer from it."""
+    ours = tokenizer.encode(SAMPLE)
+    if tokenizer.bos is not None:
+        ours = np.concatenate([[tokenizer.bos], ours])
+    agrees = bool(np.array_equal(ours, runtime.tokenise(SAMPLE, special=True)))
+    if agrees:
+        say(f"the tokenizer in {artifact.name} gives the same ids as the base's")
+    else:
+        warn(f"the tokenizer in {artifact.name} gives other ids than the base's: the figures are for the base's ids, "
+             "but whoever runs this artifact feeds it others")
+    return agrees
+
+
+def _run(job: Chunks, runtime: Runtime, base: Runtime | None, is_base: bool) -> dict[str, Any]:
+    """The figures of one text, with the per-token values that paired comparisons need."""
+    n = job.ids.shape[1] - 1 - job.first
+    shape = (len(job.ids), n)
+    vocab = _vocabulary(int(job.ids.max()), runtime, base)
+    nll, kld = np.empty(shape, np.float32), np.zeros(shape, np.float32)
+    top1, base_nll = np.ones(shape, bool), np.empty(shape, np.float32)
+    with progress(f"evaluating {job.protocol.text}, chunk", len(job.ids)) as p:
+        for i, ids in enumerate(job.ids):
+            targets = ids[job.first + 1 :]
+            got = _logits(runtime, ids, job.first, vocab)
+            nll[i] = metrics.nll(got, targets)
+            if base:
+                wanted = _logits(base, ids, job.first, vocab)
+                base_nll[i] = metrics.nll(wanted, targets)
+                kld[i], top1[i] = metrics.divergence(wanted, got)
+            p.step(f"perplexity {np.exp(nll[: i + 1].mean(dtype=np.float64)):.3f}"
+                   + (f"  KLD {kld[: i + 1].mean():.4f}" if base else ""))
+    known = base is not None or is_base
+    figures = metrics.summarise(nll, job.protocol.bytes, kld if known else None, top1 if known else None,
+                                (nll if is_base else base_nll) if known else None)
+    arrays = {"nll": nll, "kld": kld, "top1": top1} if known else {"nll": nll}
+    return {"protocol": {**job.protocol.as_dict(), "vocabulary": vocab}, **figures,
+            "per_token": {k: report.pack(v) for k, v in arrays.items()}}
+
+
+def _run_task(task: task_items.Task, tokenizer: Tokenizer, runtime: Runtime, base: Runtime | None,
+              is_base: bool) -> dict[str, Any]:
+    """The figures of one task, with the per-item values that paired comparisons need."""
+    both = [runtime, *([base] if base else [])]
+    prepared = tasks.prepare(task, tokenizer, min(tasks.WINDOW, *(r.context for r in both)))
+    if prepared.cut:
+        warn(f"{prepared.cut} items of {task.name} do not fit {prepared.window} tokens and lose their beginning")
+    vocab = _vocabulary(prepared.highest, runtime, base)
+    measures = task_items.KINDS[task.name].measures
+    values: list[list[dict[str, Any]]] = [[] for _ in both]
+    with progress(f"evaluating {task.name}, item", len(task.items)) as p:
+        for item, requests in zip(task.items, prepared.requests, strict=True):
+            for one, out in zip(both, values, strict=True):
+                out.append(tasks.judge(item, *tasks.score(requests, partial(_logits, one, vocab=vocab)), measures))
+            p.step(" against ".join(f"{np.mean([v['acc'] for v in out]):.1%}" for out in values))
+    mine, *others = [tasks.gather(v) for v in values]
+    prepared.protocol["vocabulary"] = vocab
+    return tasks.section(prepared, mine, mine if is_base else others[0] if others else None)
+
+
+def _vocabulary(highest: int, runtime: Runtime, base: Runtime | None) -> int:
+    """Tokens that both models know; `highest` is the highest id that they will be fed."""
+    vocab = min(runtime.vocab_size, base.vocab_size if base else runtime.vocab_size)
+    if highest >= vocab:
+        raise UserError(f"the text has token {highest} and the smaller model knows {vocab} tokens",
+                        "check that the artifact was made from this base")
+    return vocab
+
+
+def _logits(runtime: Runtime, ids: np.ndarray, first: int, vocab: int) -> np.ndarray:
+    """Logits float32 [scored, vocab] of one chunk; what follows its last token is not asked."""
+    logits = runtime.logits(ids[:-1], first)[:, :vocab]
+    if not np.isfinite(logits).all():
+        raise UserError(f"the {runtime.name} runtime gave NaN or infinite logits",
+                        "the artifact is damaged, or its type overflows: make it again")
+    return logits

@@ -1,0 +1,158 @@
+"""Zero-shot tasks scored by log-likelihood, as EleutherAI's lm-evaluation-harness 0.4 scores them.
+
+Of each item every answer is put after its context, and the sum of the answer's token log-probabilities is its score. `acc`:
+the right answer has the highest score; `acc_norm`: it has after division by the answer's length in characters. LAMBADA has
+one answer, the text's last word: `acc` says that greedy decoding gives it, `perplexity` is exp of its mean negative
+log-likelihood. Deviations: BOS is put in front exactly where the tokenizer does so, and the window has WINDOW tokens at most.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from llmc.errors import UserError
+from llmc.evals.quality import metrics
+from llmc.evals.quality.protocol import Tokenizer
+from llmc.evals.quality.task_items import Item, Task
+from llmc.evals.report.store import pack, unpack
+
+WINDOW = 2048  # most tokens put to a model at once; the items of these tasks have some hundred
+
+Values = dict[str, np.ndarray]
+"""Of each item: acc bool [n], and where the task has them acc_norm bool [n] and nll float32 [n], nats."""
+Ask = Callable[[np.ndarray, int], np.ndarray]
+"""(ids int [n], first) -> logits float32 [n - 1 - first, vocab] that predict ids[first + 1:]."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A task as token ids. requests: of each item, for each answer its ids int32 [n] and how many at the end are scored
+    (n is at most window + 1: the last id is never fed)."""
+
+    task: Task
+    protocol: dict[str, Any]
+    requests: list[list[tuple[np.ndarray, int]]]
+    window: int
+    cut: int
+    """Items that lost tokens on the left."""
+
+    @property
+    def highest(self) -> int:
+        return max(int(ids.max()) for item in self.requests for ids, _ in item)
+
+
+# ----------------------------------------------------------------------------------------------------------- scoring
+
+
+def encode(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[np.ndarray, int]:
+    """ids int32 [n] of both together, with BOS where the tokenizer adds it, and how many of them are the continuation's.
+
+    White space at the end of the context goes to the continuation, as a word's token has its space in front; the whole
+    is encoded at once and split at the length that the context has alone.
+    """
+    stripped = context.rstrip()
+    whole, head = tokenizer.encode(context + continuation), tokenizer.encode(stripped)
+    n = len(whole) - len(head)
+    if tokenizer.bos is not None:
+        whole = np.concatenate([np.array([tokenizer.bos], dtype=np.int32), whole])
+    return whole, n
+
+
+def prepare(task: Task, tokenizer: Tokenizer, window: int) -> Prepared:
+    """Tokenise a task. window: the most tokens that both models take; of longer items the left is cut off."""
+    digest, cut, requests = hashlib.sha256(), 0, []
+    for item in task.items:
+        encoded = [encode(tokenizer, *pair) for pair in item.pairs]
+        for (ids, n), (_, continuation) in zip(encoded, item.pairs, strict=True):
+            if not 0 < n <= min(window, len(ids) - 1):
+                raise UserError(f"{task.source}: the answer {continuation!r:.60} has {n} tokens beside its context and "
+                                f"must have 1 to {window}", "leave this item out")
+        cut += any(len(ids) > window + 1 for ids, _ in encoded)
+        requests.append([(ids[-(window + 1) :], n) for ids, n in encoded])
+        for ids, n in requests[-1]:
+            digest.update(np.array([len(ids), n, *ids], dtype="<i4").tobytes())
+    protocol = {"task": task.name, "sha256": task.sha256, "items": len(task.items), "of": task.total, "examples": 0,
+                "bos": "in front" if tokenizer.bos is not None else "none", "tokenizer_sha256": tokenizer.sha256,
+                "ids_sha256": digest.hexdigest()}
+    return Prepared(task, protocol, requests, window, cut)
+
+
+def score(requests: Sequence[tuple[np.ndarray, int]], ask: Ask) -> tuple[np.ndarray, bool]:
+    """Log-likelihoods float64 [answers], nats, and whether greedy decoding gives the first answer.
+
+    Answers that are fed the same ids (one-token answers: only the last, unfed id differs) share one run.
+    """
+    runs: dict[tuple[bytes, int], np.ndarray] = {}
+    likelihoods, greedy = np.empty(len(requests)), False
+    for i, (ids, n) in enumerate(requests):
+        first = len(ids) - 1 - n
+        key = (ids[:-1].tobytes(), n)
+        if key not in runs:
+            runs[key] = ask(ids, first)
+        logits, targets = runs[key], ids[first + 1 :]
+        likelihoods[i] = -metrics.nll(logits, targets).sum(dtype=np.float64)
+        if i == 0:
+            greedy = bool(np.array_equal(logits.argmax(axis=1), targets))
+    return likelihoods, greedy
+
+
+def judge(item: Item, likelihoods: np.ndarray, greedy: bool, measures: tuple[str, ...]) -> dict[str, Any]:
+    """The values of one item (see Values) from its answers' log-likelihoods."""
+    if "perplexity" in measures:
+        return {"acc": greedy, "nll": -likelihoods[0]}
+    out = {"acc": int(likelihoods.argmax()) == item.gold}
+    if "acc_norm" in measures:
+        with np.errstate(divide="ignore"):  # an empty answer: minus infinity, never chosen
+            out["acc_norm"] = int((likelihoods / np.array(item.lengths)).argmax()) == item.gold
+    return out
+
+
+def gather(values: Sequence[dict[str, Any]]) -> Values:
+    """Values of items, one after the other, as arrays."""
+    return {k: np.array([v[k] for v in values], dtype=np.float32 if k == "nll" else bool) for k in values[0]}
+
+
+# ----------------------------------------------------------------------------------------------------------- figures
+
+
+def _error(stat: dict[str, Any]) -> dict[str, Any]:
+    """{value, se} without the second error, which is the same: items count as independent."""
+    return {"value": stat["value"], "se": stat["se"]}
+
+
+def figures(values: Values) -> dict[str, Any]:
+    """{acc, acc_norm, perplexity}, each {value, se} or None; se as the harness has it: s / sqrt(n)."""
+    return {
+        **{k: _error(metrics.mean(values[k][:, None])) if k in values else None for k in ("acc", "acc_norm")},
+        "perplexity": _error(metrics.perplexity(values["nll"][:, None])) if "nll" in values else None,
+    }
+
+
+def differences(values: Values, reference: Values) -> dict[str, Any]:
+    """`values` less `reference`, paired by item: {acc, acc_norm, perplexity_ratio}, each {value, se} or None."""
+    def rise(k: str) -> dict[str, Any]:
+        return _error(metrics.mean(values[k][:, None].astype(np.float64) - reference[k][:, None]))
+
+    ratio = metrics.perplexity_ratio(values["nll"][:, None], reference["nll"][:, None]) if "nll" in values else None
+    return {**{k: rise(k) if k in values else None for k in ("acc", "acc_norm")},
+            "perplexity_ratio": _error(ratio) if ratio else None}
+
+
+def section(prepared: Prepared, values: Values, base: Values | None) -> dict[str, Any]:
+    """What the report holds of a task: see `figures` and `differences`; per_item is what later comparisons pair."""
+    return {
+        "protocol": prepared.protocol, "source": prepared.task.source, "window": prepared.window, "cut": prepared.cut,
+        **figures(values), "base": figures(base) if base else None,
+        "difference": differences(values, base) if base else None,
+        "per_item": {k: pack(v) if k == "nll" else "".join("01"[int(x)] for x in v) for k, v in values.items()},
+    }
+
+
+def values_of(entry: dict[str, Any]) -> Values:
+    """The values that `section` stored."""
+    return {k: unpack(v) if k == "nll" else np.array([c == "1" for c in v]) for k, v in entry["per_item"].items()}

@@ -1,0 +1,160 @@
+"""Figures as people read them: value ± standard error, with units."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from llmc.evals.report.store import budget_of, speeds_of
+
+
+def pm(stat: dict[str, Any] | None, digits: int = 3, factor: float = 1.0, unit: str = "", sign: bool = False) -> str:
+    """'28.69 ± 0.41' of {value, se}, times `factor`; '–' where there is none, no ± where no error is known."""
+    if stat is None:
+        return "–"
+    text = f"{stat['value'] * factor:{'+' if sign else ''}.{digits}f}"
+    if stat.get("se") is not None:
+        text += f" ± {stat['se'] * factor:.{digits}f}"
+    return text + (f" {unit}" if unit else "")
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns set under each other; the first row is the heading, the first column is flush left, the rest right."""
+    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))).rstrip()
+             for r in rows]
+    return "\n".join([lines[0], "  ".join("─" * w for w in widths), *lines[1:]])
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """The same rows as a Markdown table; names may hold pipes."""
+    lines = ["| " + " | ".join(c.replace("|", "\\|") for c in r) + " |" for r in rows]
+    return "\n".join([lines[0], "|---" + "|---:" * (len(rows[0]) - 1) + "|", *lines[1:]])
+
+
+def quality_lines(report: dict[str, Any]) -> str:
+    """What `llmc eval` prints."""
+    from llmc.console import size
+    from llmc.formats.kv import words as kv_words
+
+    artifact, quality = report["artifact"], report["quality"]
+    weight = artifact["size"]
+    lines = [f"{artifact['name']}  {size(weight['file_bytes'])}, {weight['bits_per_weight']:.2f} bits per weight "
+             f"({weight['decoder_bits_per_weight']:.2f} in attention and MLP), run by {_ran_by(quality['runtime'])}",
+             f"  {matrices(weight)}", f"  KV cache in {kv_words(quality['kv'])}"]
+    for t in quality["texts"]:
+        p = t["protocol"]
+        lines.append(f"\n{p['text']}: {p['chunks']} chunks of {p['context']} tokens, {p['scored_tokens']} scored")
+        base = f"  (base {t['base_perplexity']['value']:.3f}; {change(t['perplexity_ratio'])})" if t["kld"] else ""
+        lines.append(f"  perplexity       {pm(t['perplexity'])}{base}")
+        lines.append(f"  bits per byte    {pm(t['bits_per_byte'], 4)}")
+        if t["kld"]:
+            k = t["kld"]
+            lines.append(f"  KL divergence    {pm(k, 4)} nats  (median {k['median']:.4f}, p99 {k['p99']:.3f}, "
+                         f"max {k['max']:.3f})")
+            if budget := budget_of(report):
+                lines.append(f"  predicted        {budget['predicted_kld']:.4f} nats, on calibration text, when the types "
+                             f"were chosen{' and before healing' if budget['healed'] else ''}")
+            lines.append(f"  top-1 agreement  {pm(t['top1'], 1, 100)} %")
+    if quality["texts"]:
+        lines.append("\n± is one standard error, from the spread between chunks (unknown for a single chunk)")
+    if quality.get("tasks"):
+        lines.append("\nzero-shot tasks, scored by log-likelihood as lm-evaluation-harness does\n"
+                     + table(_task_rows(quality["tasks"])))
+        lines.append("\n± is one standard error, from the spread between items; Δ is to the base, paired by item")
+    return "\n".join(lines)
+
+
+def matrices(weight: dict[str, Any]) -> str:
+    """'24 Q4_K, 6 Q6_K' of what llmc.formats.weigh says; reports of earlier versions have no counts."""
+    counts = weight.get("matrices")
+    return ", ".join(f"{n} {kind}" for kind, n in counts.items()) if counts else ", ".join(weight["types"])
+
+
+def _task_rows(tasks: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """A row for each task; columns that no task fills are left out."""
+    rows = [["task", "items", "acc %", "base acc %", "Δ acc", "acc_norm %", "base acc_norm %", "Δ acc_norm", "perplexity",
+             "base perplexity", "to base"]]
+    for t in tasks:
+        base, rise = t["base"] or {}, t["difference"] or {}
+        row = [t["protocol"]["task"], str(t["protocol"]["items"])]
+        for k in ("acc", "acc_norm"):
+            row += [pm(t[k], 1, 100), pm(base.get(k), 1, 100), pm(rise.get(k), 1, 100, sign=True)]
+        ratio = rise.get("perplexity_ratio")
+        rows.append([*row, pm(t["perplexity"], 2), pm(base.get("perplexity"), 2), change(ratio) if ratio else "–"])
+    return filled(rows)
+
+
+def filled(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Rows without the columns that hold nothing but '–' under their heading."""
+    kept = [i for i in range(len(rows[0])) if any(r[i] != "–" for r in rows[1:])]
+    return [[r[i] for i in kept] for r in rows]
+
+
+def change(ratio: dict[str, Any]) -> str:
+    """A ratio as '+22.4 ± 0.8 %'."""
+    return pm({"value": ratio["value"] - 1, "se": ratio["se"]}, 1, 100, "%", sign=True)
+
+
+def speed_lines(report: dict[str, Any]) -> str:
+    """What `llmc bench` prints of one artifact."""
+    from llmc.console import size
+
+    found = []
+    for target, s in speeds_of(report).items():
+        p = s["protocol"]
+        where = p["cpu"] if s["target"]["address"].startswith("local-") else f"{target} ({p['cpu']})"
+        head = (f"{report['artifact']['name']}  {size(report['artifact']['size']['file_bytes'])}, run by "
+                f"{_ran_by(s['runtime'])} on {where}, threads {p['threads']}, {p['device']}")
+        emulated = ["  EMULATED: these speeds say nothing about the device"] if s["target"]["emulated"] else []
+        found.append("\n".join([head, *emulated, *_speed(s)]))
+    return "\n\n".join(found)
+
+
+def _speed(s: dict[str, Any]) -> list[str]:
+    """One section, line by line."""
+    from llmc.console import size
+    from llmc.evals.bench.ran import words
+    from llmc.formats.kv import words as kv_words
+
+    lines = [
+        f"  load                 {s['load_s']:.2f} s  (file in the page cache)",
+    ]
+    for p in s["prefill_curve"]:
+        lines += [f"  time to first token  {spread(p['first_token'], 3)} s  ({p['tokens']} tokens)",
+                  f"  prefill              {spread(p['prefill'])} tokens/s"]
+    n, reads = s["protocol"]["generate"], s["target"]["facts"]["read_bandwidth"]
+    lines += [f"  decode               {spread(p['decode'])} tokens/s  ({n} tokens at depth {p['depth']})"
+              for p in s["decode_curve"]]
+    lines += [
+        f"  peak memory          {size(s['peak_rss'])}",
+        f"  KV cache             {kv_words(s['kv'])}",
+        f"  read per token       {size(s['token_bytes'])} of weights: {s['read_bandwidth'] / 1e9:.1f} GB/s, "
+        f"{s['read_bandwidth'] / reads:.0%} of what this machine reads ({reads / 1e9:.1f} GB/s)",
+        f"  ran on               {words(s['ran'])}", *_more(s),
+        f"  medians [IQR] of {s['repetitions']} repetitions after {s['warmup']} warm-ups",
+    ]
+    return [*lines, *(f"  UNSTABLE: {why}" for why in s["unstable"])]
+
+
+def _ran_by(runtime: dict[str, Any]) -> str:
+    """'onnxruntime at accuracy level 4': figures of different levels are of different arithmetic."""
+    levels = runtime.get("accuracy_levels")
+    return runtime["runtime"] + (f" at accuracy level {' and '.join(map(str, levels))}" if levels else "")
+
+
+def _more(s: dict[str, Any]) -> list[str]:
+    """What only some benches have."""
+    lines = []
+    if energy := s["energy"]:
+        lines.append(f"  energy               {energy['joules_per_token']:.2f} J per decoded token ({energy['source']})")
+    if found := s["thread_sweep"]:
+        for what in ("prefill", "decode"):
+            tried = ", ".join(f"{p['threads']}: {p['median']:.1f}" for p in found[what])
+            lines.append(f"  threads              {found['best'][what]} are best for {what}  ({tried} tokens/s)")
+    return lines
+
+
+def spread(s: dict[str, Any], digits: int = 1) -> str:
+    """'41.2 [0.8]': median and interquartile range."""
+    return f"{s['median']:.{digits}f} [{s['iqr']:.{digits}f}]"

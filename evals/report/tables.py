@@ -1,0 +1,124 @@
+"""A comparison as tables, for the terminal, for Markdown and for the page alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmc.console import size
+from llmc.evals.compare.run import tasks_of
+from llmc.evals.pages.matrix_page import tables as devices
+from llmc.evals.report.show import change, filled, matrices, pm, spread
+from llmc.evals.report.store import budget_of, speeds_of, targets_of
+
+Table = tuple[str, str, list[list[str]]]
+"""Title, note, rows; the first row is the heading."""
+
+
+def tables(comparison: dict[str, Any]) -> list[Table]:
+    """Size, budgets, then quality on each text and on tasks, then speed, then gates; what nobody measured is left out."""
+    artifacts = comparison["artifacts"]
+    out = [_sizes(artifacts)]
+    if any(budget_of(a["report"]) for a in artifacts):
+        out.append(_budgets(artifacts))
+    evaluated = [a for a in artifacts if "quality" in a["report"]]
+    if evaluated:
+        out += [_quality(evaluated, i) for i in range(len(evaluated[0]["report"]["quality"]["texts"]))]
+        if any(tasks_of(a["report"]) for a in evaluated):
+            out.append(_tasks(evaluated))
+    for target in targets_of([a["report"] for a in artifacts]):
+        out.append(_speed([a for a in artifacts if target in speeds_of(a["report"])], target))
+    out += devices(comparison["matrix"])
+    if comparison["gates"]:
+        out.append(_gates(comparison["gates"]))
+    return out
+
+
+def _sizes(artifacts: list[dict[str, Any]]) -> Table:
+    rows = [["artifact", "file", "of baseline", "bits/weight", "in decoder", "matrices"]]
+    for a in artifacts:
+        w = a["report"]["artifact"]["size"]
+        ratio = f"{a['differences']['size_ratio']:.1%}" if a["differences"] else "100%"
+        rows.append([a["name"], size(w["file_bytes"]), ratio, f"{w['bits_per_weight']:.2f}",
+                     f"{w['decoder_bits_per_weight']:.2f}", matrices(w)])
+    return "Size", "in decoder: bits per weight of attention and MLP", rows
+
+
+def _quality(artifacts: list[dict[str, Any]], index: int) -> Table:
+    """One text. Differences of KLD and top-1 are shown where the baseline has lost something itself."""
+    p = artifacts[0]["report"]["quality"]["texts"][index]["protocol"]
+    baseline = artifacts[0]["report"]["quality"]["texts"][index]["kld"]
+    lossy = baseline is not None and baseline["value"] > 0
+    rows = [["artifact", "perplexity", "to baseline", "bits/byte", "KLD, nats", *(["Δ KLD"] if lossy else []), "p99 KLD",
+             "top-1 %", *(["Δ top-1"] if lossy else [])]]
+    for a in artifacts:
+        t = a["report"]["quality"]["texts"][index]
+        d = (a["differences"] or {}).get("texts")
+        paired = d[index] if d else None
+        rows.append([
+            a["name"], pm(t["perplexity"], 2), change(paired["perplexity_ratio"]) if paired else "–",
+            pm(t["bits_per_byte"], 3), pm(t["kld"], 4),
+            *([pm(paired["kld"] if paired else None, 4, sign=True)] if lossy else []),
+            f"{t['kld']['p99']:.3f}" if t["kld"] else "–", pm(t["top1"], 1, 100),
+            *([pm(paired["top1"] if paired else None, 1, 100, sign=True)] if lossy else []),
+        ])
+    return (f"Quality on {p['text']}", f"{p['chunks']} chunks of {p['context']} tokens; ± is one standard error, "
+            "differences to the baseline are paired by token", rows)
+
+
+def _budgets(artifacts: list[dict[str, Any]]) -> Table:
+    """Predicted against measured, a row for each artifact that a budget chose the types of and each text."""
+    rows = [["artifact", "target", "file planned", "file", "KLD predicted", "text", "KLD measured", "to predicted"]]
+    healed = False
+    for a in artifacts:
+        if (budget := budget_of(a["report"])) is None:
+            continue
+        healed = healed or budget["healed"]
+        file = "–" if budget["file_bytes"] is None else size(budget["file_bytes"])
+        plan = [a["name"], budget["target"], size(budget["planned_bytes"]), file, f"{budget['predicted_kld']:.4f}"]
+        for m in budget["measured"] or [None]:
+            found = ["–", "–", "–"] if m is None else [
+                m["text"], pm({"value": m["kld"], "se": m["se"]}, 4), "–" if m["ratio"] is None else f"{m['ratio']:.2f}x"]
+            rows.append([*plan, *found])
+    return ("Budget", "what was predicted, on calibration text, when the types were chosen; file: of the exported .gguf"
+            + ("; healing came after the prediction" if healed else ""), rows)
+
+
+def _tasks(artifacts: list[dict[str, Any]]) -> Table:
+    """A row for each task and artifact that has it."""
+    rows = [["task", "artifact", "items", "acc %", "Δ acc", "acc_norm %", "Δ acc_norm", "perplexity", "to baseline"]]
+    names = dict.fromkeys(name for a in artifacts for name in tasks_of(a["report"]))
+    for name, a in ((name, a) for name in names for a in artifacts if name in tasks_of(a["report"])):
+        t = tasks_of(a["report"])[name]
+        rise = ((a["differences"] or {}).get("tasks") or {}).get(name) or {}
+        ratio = rise.get("perplexity_ratio")
+        rows.append([name, a["name"], f"{t['protocol']['items']} of {t['protocol']['of']}",
+                     pm(t["acc"], 1, 100), pm(rise.get("acc"), 1, 100, sign=True),
+                     pm(t["acc_norm"], 1, 100), pm(rise.get("acc_norm"), 1, 100, sign=True),
+                     pm(t["perplexity"], 2), change(ratio) if ratio else "–"])
+    return ("Tasks", "zero-shot, scored by log-likelihood as lm-evaluation-harness does; acc_norm: by the answer's length; "
+            "perplexity: of the last word; ± is one standard error, differences to the baseline are paired by item",
+            filled(rows))
+
+
+def _speed(artifacts: list[dict[str, Any]], target: str) -> Table:
+    rows = [["artifact", "load s", "first token s", "prefill tok/s", "decode tok/s", "speedup", "peak memory", "GB/s",
+             "verdict"]]
+    for a in artifacts:
+        s = speeds_of(a["report"])[target]
+        speedup = ((a["differences"] or {}).get("speeds") or {}).get(target, {}).get("decode_speedup")
+        rows.append([
+            a["name"], f"{s['load_s']:.2f}", spread(s["first_token"], 3), spread(s["prefill"]), spread(s["decode"]),
+            pm(speedup, 2, unit="x") if speedup else "–", size(s["peak_rss"]), f"{s['read_bandwidth'] / 1e9:.1f}",
+            "emulated" if s["target"]["emulated"] else "UNSTABLE" if s["unstable"] else "stable",
+        ])
+    s = speeds_of(artifacts[0]["report"])[target]
+    p = s["protocol"]
+    return (f"Speed on {target}", f"{p['cpu']}, threads {p['threads']}, {p['device']}; prompt of {p['prompt']} tokens; "
+            f"{p['generate']} decoded at depth {p['depth']}; medians [IQR]; GB/s of weights read", rows)
+
+
+def _gates(results: list[dict[str, Any]]) -> Table:
+    from llmc.evals.compare.gates import describe
+
+    rows = [["gate", "verdict"], *([describe(r), "passed" if r["passed"] else "MISSED"] for r in results)]
+    return "Gates", "held for every candidate, text and target", rows

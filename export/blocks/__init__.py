@@ -1,1 +1,0 @@
-"""llmc's own folder form for weights on GGUF's block grids."""

@@ -1,0 +1,1 @@
+"""What an artifact and an installation are: inspect, verify, doctor."""

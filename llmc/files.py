@@ -1,0 +1,117 @@
+"""Files and folders written so that no half of one ever shows, and their hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmc.errors import UserError
+
+if TYPE_CHECKING:
+    pass
+
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file, read in 1 MiB blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Deterministic JSON (sorted keys), written under a temporary name, fsynced, renamed."""
+    with staged_file(path) as tmp:
+        tmp.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def fsync(path: Path) -> None:
+    """Flush a file or a folder to the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def staged_file(path: Path) -> Iterator[Path]:
+    """Yields a temporary name beside `path`; when the block ends without an error the file is fsynced and renamed."""
+    tmp = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield tmp
+        fsync(tmp)
+        os.replace(tmp, path)
+        fsync(path.parent)
+    except PermissionError as e:
+        raise UserError(f"no permission to write {path}", "choose another place with -o") from e
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+@contextmanager
+def staged_folder(out: Path) -> Iterator[Path]:
+    """Yields an empty folder beside `out`; when the block ends without an error it is published, else it is gone."""
+    work = out.with_name(f".{out.name}.partial")
+    try:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        yield work
+        publish_folder(work, out)
+    except PermissionError as e:
+        raise UserError(f"no permission to write {out}", "choose another place with -o") from e
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def publish_folder(work: Path, out: Path) -> None:
+    """Fsync every file of the finished folder `work` and rename it to `out`, replacing an older artifact there."""
+    for p in sorted(work.rglob("*")):
+        fsync(p)
+    fsync(work)
+    if out.exists():
+        old = out.with_name(f".{out.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(out, old)
+        os.replace(work, out)
+        shutil.rmtree(old)
+    else:
+        os.replace(work, out)
+    fsync(out.parent)
+
+
+def check_disk(where: Path, needed: int, what: str) -> None:
+    """Refuse up front when the high-water mark of a job does not fit the disk."""
+    from llmc.console import size
+
+    parent = where.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise UserError(f"{what} needs {size(needed)} of disk at its peak and {parent} has {size(free)} free",
+                        "free some space or choose another disk with -o")
+
+
+def cache_folder() -> Path:
+    """Where llmc keeps what it can make again: $LLMC_CACHE, else ~/.cache/llmc."""
+    return Path(os.environ.get("LLMC_CACHE") or Path.home() / ".cache" / "llmc")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise UserError(f"{path} is not valid JSON: {e}", "download it again") from e
+    return values

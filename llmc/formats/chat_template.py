@@ -1,0 +1,34 @@
+"""The chat template of a model folder, which exporters carry."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from llmc.console import warn
+from llmc.errors import UserError
+
+SUSPICIOUS = re.compile(r"__\w+__|\|\s*attr\b|\b(import|eval|exec|popen|subprocess)\s*\(")
+
+
+def chat_template_of(folder: Path, tokenizer: Any, choice: str) -> str | list[dict[str, str]] | None:
+    """'keep' the model's, 'drop' it, or read another from a file. It is carried as text and not run."""
+    if choice == "drop":
+        return None
+    template: Any = getattr(tokenizer, "chat_template", None)
+    if choice != "keep":
+        try:
+            template = Path(choice).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f"--chat-template {choice} is not a text file that can be read: {e}",
+                            "give keep, drop or the path of a Jinja file") from e
+    if not template:
+        return None
+    if isinstance(template, dict):
+        template = [{"name": k, "template": t} for k, t in sorted(template.items())]
+    if found := SUSPICIOUS.search(json.dumps(template)):
+        warn(f"the chat template of {folder} holds {found[0]!r}, which templates have no need of: look at it before you "
+             "run it (--chat-template drop leaves it out)")
+    return template  # type: ignore[no-any-return]

@@ -1,0 +1,36 @@
+"""A GGUF file opened for reading: its metadata and its table of tensors."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmc.errors import UserError
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+
+
+def open_gguf(file: Path) -> GGUFReader:
+    """A GGUF file's metadata and tensor table (the weights stay on disk until they are touched)."""
+    stat = file.stat()
+    return _open_gguf(file, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=1)  # reading a vocabulary takes seconds, and one command asks for several things of one file
+def _open_gguf(file: Path, modified: int, length: int) -> GGUFReader:
+    try:
+        from gguf import GGUFReader
+    except ModuleNotFoundError as e:
+        raise UserError("reading a .gguf file needs the package `gguf`", "pip install 'llmc-toolkit[gguf]'") from e
+    try:
+        return GGUFReader(file)
+    except (ValueError, IndexError, KeyError) as e:
+        raise UserError(f"{file} is not a complete GGUF file: {e}", "download or export it again") from e
+
+
+def field(reader: GGUFReader, key: str) -> Any:
+    """A metadata value of a GGUF file, or None."""
+    found = reader.get_field(key)
+    return None if found is None else found.contents()

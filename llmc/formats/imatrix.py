@@ -1,0 +1,113 @@
+"""llama.cpp's importance matrix as a GGUF file: what each weight matrix was multiplied with, column by column.
+
+For a matrix `blk.0.attn_q.weight` the file holds `blk.0.attn_q.weight.in_sum2`, float32 [in], the sum of x_j^2 over all
+tokens, and `….counts`, float32 [1], how many tokens there were. Matrices of experts have a row and a count each.
+Source: tools/imatrix/imatrix.cpp (save_imatrix) and common/imatrix-loader.cpp of llama.cpp.
+
+The names are those of llama.cpp's tensors. Its layout only ever moves rows of a matrix (Q and K), never columns, and a fused
+matrix (GPT-2, Phi-3) is one entry, as it has one input.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmc.errors import UserError
+
+KIND = "imatrix"  # general.type
+DATASETS, CHUNK_COUNT, CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
+SUMS, COUNTS = ".in_sum2", ".counts"
+LEGACY = "convert it first: llama-imatrix -m MODEL.gguf --in-file OLD.dat --output-format gguf -o NEW.gguf"
+AGAIN = "download it again, or make it again with `llmc imatrix`"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What one matrix was multiplied with. sums: float32 [experts, in].  counts: float32 [experts], tokens."""
+
+    sums: np.ndarray
+    counts: np.ndarray
+
+    @property
+    def unseen(self) -> bool:
+        """No token ever reached it."""
+        return not bool(self.counts.any())
+
+
+@dataclass(frozen=True)
+class Imatrix:
+    """entries: by the name of the matrix.  datasets: the texts it was made from.
+    chunk_count, chunk_size: sequences, and tokens of one."""
+
+    entries: dict[str, Entry]
+    datasets: list[str]
+    chunk_count: int
+    chunk_size: int
+
+
+def is_imatrix(reader: Any) -> bool:
+    """Whether an open GGUF file says that it is an importance matrix."""
+    from llmc.formats.gguf import field
+
+    return bool(field(reader, "general.type") == KIND)
+
+
+def read_imatrix(file: Path) -> Imatrix:
+    """An importance matrix that llmc or llama.cpp wrote; the older .dat form is refused."""
+    from llmc.formats.gguf import field, open_gguf
+
+    try:
+        with file.open("rb") as f:
+            magic = f.read(4)
+    except OSError as e:
+        raise UserError(f"the importance matrix {file} cannot be read: {e.strerror}",
+                        "give a file that `llmc imatrix` or llama-imatrix made") from e
+    if magic != b"GGUF":
+        raise UserError(f"{file} is not a GGUF file; importance matrices in llama.cpp's old .dat form are not read", LEGACY)
+    reader = open_gguf(file)
+    if not is_imatrix(reader):
+        raise UserError(f"{file} is a GGUF file of type {field(reader, 'general.type') or 'model'}, no importance matrix",
+                        "make one with `llmc imatrix` or llama-imatrix")
+    values = {t.name: np.asarray(t.data, dtype=np.float32) for t in reader.tensors if t.tensor_type.name == "F32"}
+    names = sorted(n.removesuffix(SUMS) for n in values if n.endswith(SUMS))
+    entries = {name: _entry(file, name, values) for name in names}
+    if not entries:
+        raise UserError(f"{file} holds no {SUMS} of any matrix in F32", AGAIN)
+    count, size = field(reader, CHUNK_COUNT), field(reader, CHUNK_SIZE)
+    return Imatrix(entries, list(field(reader, DATASETS) or []), int(count or 0), int(size or 0))
+
+
+def _entry(file: Path, name: str, values: dict[str, np.ndarray]) -> Entry:
+    sums, counts = values[name + SUMS], values.get(name + COUNTS)
+    if counts is None or not counts.size or sums.size % counts.size:
+        raise UserError(f"{file} has no {name}{COUNTS} that goes with its {name}{SUMS}", AGAIN)
+    entry = Entry(sums.reshape(counts.size, -1), counts.reshape(-1))
+    if not (np.isfinite(sums).all() and np.isfinite(counts).all() and (sums >= 0).all() and (counts >= 0).all()):
+        raise UserError(f"{name} in {file} holds values that are no sums of squares (NaN, infinity or below 0)", AGAIN)
+    return entry
+
+
+def write_imatrix(file: Path, matrix: Imatrix) -> None:
+    """Write the file as llama-imatrix does: the same keys, the same order of tensors."""
+    from gguf import GGUFWriter
+
+    class Writer(GGUFWriter):
+        def add_architecture(self) -> None:
+            """GGUFWriter begins every file with one; an importance matrix has none."""
+
+    writer = Writer(file, "")
+    writer.add_type(KIND)
+    writer.add_array(DATASETS, matrix.datasets)
+    writer.add_uint32(CHUNK_COUNT, matrix.chunk_count)
+    writer.add_uint32(CHUNK_SIZE, matrix.chunk_size)
+    for name, entry in sorted(matrix.entries.items()):
+        writer.add_tensor(name + SUMS, entry.sums.reshape(-1))
+        writer.add_tensor(name + COUNTS, entry.counts)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

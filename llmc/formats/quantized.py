@@ -1,0 +1,103 @@
+"""A quantised model folder, whichever form it has: GPTQ's tensors (gptq/) or blocks of GGUF's own types (blocks/)."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+
+from llmc.errors import UserError
+from llmc.formats import blocks, gptq
+from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.types import GRIDS, BlockGrid, BlockTensor, Grid, QuantizedTensor
+
+Quantized = QuantizedTensor | BlockTensor
+METHODS = ("gptq", blocks.METHOD)  # what `quant_method` of config.json can be
+
+
+def is_quantized(ckpt: Checkpoint) -> bool:
+    """Whether config.json says that the folder is quantised, be it in a form that llmc reads or not."""
+    return ckpt.quantization is not None
+
+
+def linears(ckpt: Checkpoint) -> list[str]:
+    """Module names of the quantised linears, in file order; none in a float folder. A form that llmc does not read is
+    refused."""
+    if _is_blocks(ckpt):
+        return blocks.quantized_linears(ckpt)
+    found = gptq.quantized_linears(ckpt)
+    if found or is_quantized(ckpt):
+        gptq.grid_of(ckpt)
+    return found
+
+
+def tables(ckpt: Checkpoint) -> dict[str, str]:
+    """The types that a folder was made to be exported with: {'embedding': …, 'head': …}, either or both left out."""
+    found = (ckpt.quantization or {}).get("tables", {})
+    if not isinstance(found, dict) or not all(name in GRIDS for name in found.values()):
+        raise UserError(f"quantization_config of {ckpt.folder} has the tables {found!r}; this llmc knows the types "
+                        f"{', '.join(GRIDS)}", "name others with --embedding and --head, or use a newer llmc")
+    return found
+
+
+def parts(linear: str) -> tuple[str, ...]:
+    """The names that the tensors of a quantised linear can have. Its bias is not among them."""
+    return tuple(f"{linear}.{part}" for part in (*gptq.PARTS, *blocks.PARTS))
+
+
+def grid(ckpt: Checkpoint, linear: str) -> Grid | BlockGrid:
+    """The grid of one linear; one GPTQ group a row is a group of the row's width."""
+    if _is_blocks(ckpt):
+        return blocks.grid_of(ckpt, linear)
+    declared = gptq.grid_of(ckpt)
+    return declared if declared.group_size > 0 else Grid(declared.bits, shape(ckpt, linear)[1], declared.symmetric)
+
+
+def grid_name(ckpt: Checkpoint, linear: str) -> str:
+    """'int4-sym-g32', 'q4_k', …"""
+    return grid(ckpt, linear).name
+
+
+def shape(ckpt: Checkpoint, linear: str) -> tuple[int, int]:
+    """[out, in] of one linear, from headers alone."""
+    return blocks.shape(ckpt, linear) if _is_blocks(ckpt) else gptq.shape(ckpt, linear)
+
+
+def read(ckpt: Checkpoint, linear: str) -> Quantized:
+    """One linear, codes [out, in]."""
+    return blocks.read(ckpt, linear) if _is_blocks(ckpt) else gptq.read(ckpt, linear, gptq.grid_of(ckpt))
+
+
+def encode(q: Quantized) -> dict[str, torch.Tensor]:
+    """The tensors of one linear in its own form, by the last part of their names."""
+    return blocks.encode(q) if isinstance(q, BlockTensor) else gptq.encode(q)
+
+
+def as_blocks(q: Quantized) -> BlockTensor:
+    """The same weights in the form of blocks: an integer grid that a GGUF type holds is that type, code for code."""
+    if isinstance(q, BlockTensor):
+        return q
+    assert q.grid.gguf_type is not None
+    repeats = q.grid.group_size // 32
+    return BlockTensor(GRIDS[q.grid.gguf_type.lower()], q.codes, q.scales.repeat_interleave(repeats, 1))
+
+
+def tensors_of(q: Quantized) -> dict[str, torch.Tensor]:
+    """Codes, scales and whatever else it has, by field. Each has the rows of the matrix as its first axis."""
+    found = ((f.name, getattr(q, f.name)) for f in fields(q))
+    return {name: value for name, value in found if isinstance(value, torch.Tensor)}
+
+
+def with_tensors(q: Quantized, tensors: dict[str, Any]) -> Quantized:
+    """The same grid with other tensors, by field as `tensors_of` gives them."""
+    return replace(q, **tensors)
+
+
+def rows_of(q: Quantized, index: torch.Tensor | slice) -> Quantized:
+    """Some of the rows, or all in another order. Blocks and groups run along a row, so none is broken."""
+    return with_tensors(q, {name: t[index] for name, t in tensors_of(q).items()})
+
+
+def _is_blocks(ckpt: Checkpoint) -> bool:
+    return (ckpt.quantization or {}).get("quant_method") == blocks.METHOD

@@ -1,0 +1,169 @@
+"""The machine that llmc runs on: the facts without which a measured speed means nothing (on Linux from /proc, /sys)."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmc.console import size
+from llmc.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+
+CPUS = Path("/sys/devices/system/cpu")
+PI = "/sys/devices/platform/soc/soc:firmware/get_throttled"  # the lowest four bits of the firmware's flags are of this moment
+# What decides which matrix kernels run; everything else in /proc/cpuinfo is noise here.
+FEATURES = {
+    "sse4_1", "sse4_2", "ssse3", "avx", "avx2", "f16c", "fma", "bmi2", "avx_vnni",
+    "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_vbmi", "avx512_bf16", "avx512_fp16",
+    "amx_tile", "amx_int8", "amx_bf16",
+    "asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2", "sme",
+}
+
+
+def physical_cores() -> int:
+    """Cores that this process may use, hyper-threads not counted: the thread count llmc uses when none is given."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(_cores() or allowed, allowed))
+
+
+def _cores() -> int | None:
+    """The machine's cores, hyper-threads not counted. On Linux without psutil, which a device may not have."""
+    siblings = {_read(str(p)) for p in CPUS.glob("cpu[0-9]*/topology/thread_siblings_list")}
+    if siblings - {""}:
+        return len(siblings - {""})
+    try:
+        import psutil
+    except ImportError:
+        return os.cpu_count()
+    return psutil.cpu_count(logical=False) or os.cpu_count()
+
+
+def memory() -> int:
+    """Bytes of RAM."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def cpu_features() -> list[str]:
+    """Instruction sets of interest that the CPU reports, sorted; empty where the system does not tell."""
+    for line in _read("/proc/cpuinfo").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            return sorted(FEATURES & set(value.split()))
+    return []
+
+
+def cpu_model() -> str:
+    """The CPU's name, e.g. 'Intel(R) Xeon(R) …'."""
+    for line in _read("/proc/cpuinfo").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("model name", "Model"):
+            return value.strip()
+    board = _read("/proc/device-tree/model").strip("\0\n ")  # ARM names its boards where x86 names its CPUs
+    return board or platform.processor() or platform.machine()
+
+
+def governor() -> str | None:
+    """How the kernel chooses the CPU's frequency ('performance', 'powersave', …), None where it does not tell."""
+    return _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").strip() or None
+
+
+def temperature() -> float | None:
+    """The hottest that the CPU's sensors say, degrees Celsius; None where there are none (virtual machines)."""
+    zones = {z: _read(str(z / "type")).strip().lower() for z in Path("/sys/class/thermal").glob("thermal_zone*")}
+    ours = [z for z, kind in zones.items() if any(word in kind for word in ("cpu", "pkg", "soc", "core", "tctl"))] or zones
+    files = [z / "temp" for z in ours]
+    for sensor in Path("/sys/class/hwmon").glob("hwmon*"):
+        if _read(str(sensor / "name")).strip() in ("coretemp", "k10temp", "cpu_thermal", "zenpower"):
+            files += sensor.glob("temp*_input")
+    degrees = [int(t) / 1000 for f in files if (t := _read(str(f)).strip()).lstrip("-").isdigit()]
+    return max(degrees, default=None)
+
+
+def frequency() -> float | None:
+    """MHz of the CPUs at this moment, their mean."""
+    kilohertz = [int(t) for p in CPUS.glob("cpu[0-9]*/cpufreq/scaling_cur_freq") if (t := _read(str(p)).strip()).isdigit()]
+    return round(sum(kilohertz) / len(kilohertz) / 1000, 1) if kilohertz else None
+
+
+def state() -> dict[str, Any]:
+    """{'mhz', 'temperature_c', 'throttle_events' (since it was started), 'throttled_now'}, None where it does not tell."""
+    counts = [int(t) for p in CPUS.glob("cpu[0-9]*/thermal_throttle/*_throttle_count")
+              if (t := _read(str(p)).strip()).isdigit()]
+    flags = _read(PI).strip()
+    return {"mhz": frequency(), "temperature_c": temperature(), "throttle_events": sum(counts) if counts else None,
+            "throttled_now": bool(int(flags, 16) & 0xF) if flags else None}
+
+
+def power() -> str | None:
+    """'ac' or 'battery', None where the system does not tell."""
+    states = {(_read(str(p / "type")).strip(), _read(str(p / "online")).strip(), _read(str(p / "status")).strip())
+              for p in Path("/sys/class/power_supply").glob("*")}
+    if any(kind in ("Mains", "USB") and online == "1" for kind, online, _ in states):
+        return "ac"
+    if any(kind == "Battery" and status == "Discharging" for kind, _, status in states):
+        return "battery"
+    return "ac" if any(kind == "Battery" for kind, _, _ in states) else None
+
+
+def load_average() -> list[float] | None:
+    """Runnable processes, averaged over 1, 5 and 15 minutes: a busy machine gives wrong speeds."""
+    return [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None
+
+
+def peak_rss() -> int:
+    """The most memory this process ever held, bytes.
+
+    On Linux VmHWM, because ru_maxrss of a new process starts at what its parent held when it was forked.
+    """
+    for line in _read("/proc/self/status").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def describe() -> dict[str, Any]:
+    """The facts that need no measuring. Memory in bytes."""
+    return {
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}", "machine": platform.machine(),
+        "cpu": cpu_model(), "physical_cores": _cores(), "logical_cores": os.cpu_count(), "usable_cores": physical_cores(),
+        "cpu_features": cpu_features(), "memory": memory(), "governor": governor(), "temperature_c": temperature(),
+        "power": power(),
+    }
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except (OSError, UnicodeDecodeError):  # not there, not ours to read, or not answering
+        return ""
+
+
+def check_memory(needed: int, what: str, instead: str = "") -> None:
+    """Refuse up front what does not fit the memory that is free. instead: what else can be done, for the error."""
+    import psutil
+
+    free = psutil.virtual_memory().available
+    if free < needed:
+        raise UserError(f"{what} needs about {size(needed)} of memory and {size(free)} is free",
+                        "close other programs" + (f", or {instead}" if instead else ""))
+
+
+def torch_device(device: str) -> torch.device:
+    """'cpu', or 'gpu' for whatever accelerator torch sees; a torch device name is taken as it is."""
+    import torch
+
+    if device != "gpu":
+        return torch.device(device)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    raise UserError("--device gpu: torch sees no GPU here", "use --device cpu, or install a torch built for your GPU")

@@ -1,0 +1,1 @@
+"""Rounding a matrix to a type: the search for scales, and rounding to nearest. Tensors in, tensors out."""

@@ -1,0 +1,289 @@
+"""The factors of GGUF's block grids, always already in the precision they are stored in.
+
+A weight is  s * level + a  with s and a of its group of 16 or 32 columns. In blocks of 32, s and a are fp16. In blocks of 256
+they are products of a small integer of the group and an fp16 factor of the block: s = d * scale, a = -dmin * minimum. So the
+search goes in three steps: the best real s and a for each group; the d and dmin of each block whose multiples come nearest,
+judged by the error of the weights rounded anew; each group's integers, one step up or down. All of it under the metric of
+scales.py, where every other group compensates.
+
+All matrices are [in, out] as in gptq.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from llmc.formats.types import BlockGrid, BlockTensor
+from llmc.rounding.levels import levels_of
+from llmc.rounding.scales import ROWS, Columns, column_groups, least_squares, metric, stored
+
+SHRINKS = 14  # candidates: the full range times SMALLEST … 1.1
+SMALLEST = {2: 0.5, 3: 0.55, 4: 0.7, 5: 0.8, 6: 0.88, 8: 0.96}  # by bits: fewer levels clip more
+POLISH = 2  # least-squares steps from the best candidate
+BLOCK_STEPS = (0.90, 0.94, 0.97, 1.03, 1.06)  # of d and dmin, beside 1: what puts the largest group at its last integer
+
+
+@dataclass
+class BlockFactors:
+    """d, m: float32 [blocks, out], values of fp16; scales, mins: float32 [groups, out], integers. None: see BlockTensor."""
+
+    grid: BlockGrid
+    d: torch.Tensor
+    m: torch.Tensor | None
+    scales: torch.Tensor | None
+    mins: torch.Tensor | None
+
+    def group_scales(self) -> torch.Tensor:
+        """[groups, out]: what a level is multiplied with."""
+        return self.d if self.scales is None else self._wide(self.d) * self.scales
+
+    def group_lows(self) -> torch.Tensor:
+        """[groups, out]: what is added."""
+        if self.m is None:
+            return torch.zeros_like(self.group_scales())
+        return self.m if self.mins is None else -(self._wide(self.m) * self.mins)
+
+    def columns(self, order: torch.Tensor | None = None) -> Columns:
+        scale, low = self.group_scales(), self.group_lows()
+        group_of = column_groups(scale.shape[0], self.grid.group, order, scale.device)
+        start = codes_of(torch.zeros_like(scale), scale, low, self.grid, rounded=False)
+        levels = None if self.grid.uniform else levels_of(self.grid.levels, scale.dtype, scale.device)
+        first = 0 if levels is not None else self.grid.levels[0]
+        return Columns(scale, low + scale * first, start, group_of, len(self.grid.levels) - 1, levels)
+
+    def nearest(self, w: torch.Tensor) -> torch.Tensor:
+        grouped = w.view(-1, self.grid.group, w.shape[1])
+        return codes_of(grouped, self.group_scales()[:, None], self.group_lows()[:, None], self.grid).view(w.shape)
+
+    def values(self, codes: torch.Tensor) -> torch.Tensor:
+        grouped = self._levels(codes)[codes.long()].view(-1, self.grid.group, codes.shape[1])
+        return (grouped * self.group_scales()[:, None] + self.group_lows()[:, None]).view(codes.shape)
+
+    def refit(self, hessian: torch.Tensor, codes: torch.Tensor, gradient: torch.Tensor) -> BlockFactors:
+        """d (and m) of every block by least squares, the integers fixed."""
+        steps = least_squares(hessian, self._units(codes), gradient, self.grid.block)
+        m = None if self.m is None else stored(self.m + steps[1])
+        return replace(self, d=stored(self.d + steps[0]), m=m)
+
+    def where(self, rows: torch.Tensor, other: BlockFactors) -> BlockFactors:
+        def pick(theirs: torch.Tensor | None, ours: torch.Tensor | None) -> torch.Tensor | None:
+            return ours if theirs is None or ours is None else torch.where(rows, theirs, ours)
+
+        return BlockFactors(self.grid, torch.where(rows, other.d, self.d), pick(other.m, self.m),
+                            pick(other.scales, self.scales), pick(other.mins, self.mins))
+
+    def descend(self, hessian: torch.Tensor, codes: torch.Tensor, values: torch.Tensor,
+                gradient: torch.Tensor) -> BlockFactors:
+        """Coordinate descent on the integers of the groups: an integer's best step is -(u g) / (u H_gg u), rounded, where
+        one step of it adds u to the group's weights."""
+        if self.scales is None or self.grid.scale_range is None:
+            return self
+        size, levels = self.grid.group, self._levels(codes)[codes.long()]
+        kinds = [(self.scales.clone(), self._wide(self.d), self.grid.scale_range, levels)]
+        if self.mins is not None and self.m is not None and self.grid.min_range is not None:
+            kinds.append((self.mins.clone(), -self._wide(self.m), self.grid.min_range, torch.ones_like(levels)))
+        for group in range(self.scales.shape[0]):
+            columns = slice(group * size, (group + 1) * size)
+            moved = torch.zeros_like(values[columns])
+            for integers, factor, (low, high), unit in kinds:
+                u = unit[columns] * factor[group]
+                inside = hessian[columns, columns]
+                slope = (u * (gradient[columns] + inside @ moved)).sum(0)
+                curve = (u * (inside @ u)).sum(0)
+                best = torch.where(curve > 0, integers[group] - slope / curve, integers[group]).round_().clamp_(low, high)
+                moved += u * (best - integers[group])
+                integers[group] = best
+            values[columns] += moved
+            gradient.addmm_(hessian[:, columns], moved)
+        return replace(self, scales=kinds[0][0], mins=kinds[1][0] if len(kinds) > 1 else self.mins)
+
+    def tensor(self, codes: torch.Tensor) -> BlockTensor:
+        def half(x: torch.Tensor | None) -> torch.Tensor | None:
+            return None if x is None else x.t().to(torch.float16).contiguous()
+
+        def integers(x: torch.Tensor | None) -> torch.Tensor | None:
+            return None if x is None else x.t().to(torch.int16).contiguous()
+
+        d = half(self.d)
+        assert d is not None
+        return BlockTensor(self.grid, codes.t().to(torch.uint8).contiguous(), d, half(self.m), integers(self.scales),
+                           integers(self.mins))
+
+    def _units(self, codes: torch.Tensor) -> list[torch.Tensor]:
+        """What one step of d, and of m, adds to the weights: [in, out] each."""
+        grouped = self._levels(codes)[codes.long()].view(-1, self.grid.group, codes.shape[1])
+        units = [grouped if self.scales is None else grouped * self.scales[:, None]]
+        if self.m is not None:
+            units.append(torch.ones_like(grouped) if self.mins is None else -self.mins[:, None].expand_as(grouped))
+        return [u.reshape(codes.shape) for u in units]
+
+    def _levels(self, like: torch.Tensor) -> torch.Tensor:
+        return torch.tensor(self.grid.levels, dtype=like.dtype, device=like.device)
+
+    def _wide(self, factor: torch.Tensor) -> torch.Tensor:
+        """[blocks, out] -> [groups, out]."""
+        return factor.repeat_interleave(self.grid.groups, 0)
+
+
+def codes_of(w: torch.Tensor, scale: torch.Tensor, low: torch.Tensor, grid: BlockGrid,
+             rounded: bool = True) -> torch.Tensor:
+    """Codes (as floats) of the values nearest to w, shapes broadcast; not `rounded`: where on an even grid w lies."""
+    position = torch.where(scale == 0, 0.0, (w - low) / scale)
+    if grid.uniform:
+        position -= grid.levels[0]
+        return position.round_().clamp_(0, len(grid.levels) - 1) if rounded else position
+    levels = levels_of(grid.levels, w.dtype, w.device)
+    return torch.take(levels.codes, levels.entries(position.mul_(2)))
+
+
+def search_blocks(w: torch.Tensor, hessian: torch.Tensor, factor: torch.Tensor | None, grid: BlockGrid) -> BlockFactors:
+    """The best factors of every block of w [in, out]; hessian and factor as in scales.search."""
+    blocks = metric(w, hessian, factor, grid.group)
+    parts = [_Search(rows.contiguous(), blocks, grid).run() for rows in w.split(ROWS // 2, dim=1)]
+
+    def join(name: str) -> torch.Tensor | None:
+        found = [getattr(p, name) for p in parts]
+        return None if found[0] is None else torch.cat(found, 1)
+
+    d = join("d")
+    assert d is not None
+    return BlockFactors(grid, d, join("m"), join("scales"), join("mins"))
+
+
+class _Search:
+    """`search_blocks` for some rows of the weight: w [in, rows], metric [groups, g, g]."""
+
+    def __init__(self, w: torch.Tensor, blocks: torch.Tensor, grid: BlockGrid) -> None:
+        self.w, self.metric, self.grid = w.view(blocks.shape[0], grid.group, -1), blocks, grid
+        self.levels = torch.tensor(grid.levels, dtype=w.dtype, device=w.device)
+        self.ones = blocks.sum(2)  # [groups, g]: the metric times a vector of ones
+
+    def run(self) -> BlockFactors:
+        scale, low = self._real()
+        if self.grid.scale_range is None:
+            return BlockFactors(self.grid, stored(scale), stored(low) if self.grid.has_min else None, None, None)
+        return self._integers(scale, low)
+
+    def _cost(self, scale: torch.Tensor, low: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """([groups, rows] error, [groups, g, rows] levels) of the weights rounded under scale and low [groups, rows]."""
+        levels = self.levels[codes_of(self.w, scale[:, None], low[:, None], self.grid).long()]
+        delta = levels * scale[:, None] + low[:, None] - self.w
+        return torch.bmm(self.metric, delta).mul_(delta).sum(1), levels
+
+    def _real(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The best real scale and low of every group [groups, rows]."""
+        best_scale = torch.zeros_like(self.w[:, 0])
+        best_low, best = torch.zeros_like(best_scale), torch.full_like(best_scale, torch.inf)
+        for start in self._candidates():
+            scale, low = start
+            for _ in range(1 + POLISH):
+                error, levels = self._cost(scale, low)
+                better = error < best
+                best = torch.where(better, error, best)
+                best_scale, best_low = torch.where(better, scale, best_scale), torch.where(better, low, best_low)
+                scale, low = self._fit(levels, scale)
+        return best_scale, best_low
+
+    def _candidates(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        bits = (len(self.levels) - 1).bit_length()
+        shrinks = torch.linspace(SMALLEST[bits], 1.1, SHRINKS).tolist()
+        if self.grid.has_min:
+            low, high = self.w.amin(1), self.w.amax(1)
+            if self.grid.min_range is not None:
+                low = low.clamp(max=0)  # minimums of super-blocks only subtract
+            for shrink in shrinks:
+                yield (high - low).clamp(min=0) * (shrink / float(self.levels[-1])), low * shrink
+            return
+        extreme = self.w.gather(1, self.w.abs().argmax(1, keepdim=True))[:, 0]
+        ends = (self.levels[0], self.levels[-1]) if bits <= 3 or not self.grid.uniform else (self.levels[0],)
+        for end in ends:  # a negative scale turns the grid round
+            for shrink in shrinks:
+                yield extreme * (shrink / float(end)), torch.zeros_like(extreme)
+
+    def _fit(self, levels: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The real scale and low that are best for fixed levels."""
+        weighted = torch.bmm(self.metric, levels)
+        ll, lw = (weighted * levels).sum(1), (weighted * self.w).sum(1)
+        if not self.grid.has_min:
+            return torch.where(ll > 0, lw / ll, scale), torch.zeros_like(scale)
+        one, l1 = self.ones[..., None], weighted.sum(1)
+        w1, n = (one * self.w).sum(1), self.ones.sum(1)[:, None]
+        det = ll * n - l1 * l1
+        sound = det > 1e-6 * ll * n
+        fitted = torch.where(sound, (lw * n - w1 * l1) / det, scale)
+        low = torch.where(sound, (ll * w1 - l1 * lw) / det, (w1 - scale * l1) / n)
+        if self.grid.min_range is None:
+            return fitted, low
+        alone = torch.where(ll > 0, lw / ll, scale)  # where the best low would add: none
+        return torch.where(low > 0, alone, fitted).clamp(min=0), low.clamp(max=0)
+
+    def _integers(self, scale: torch.Tensor, low: torch.Tensor) -> BlockFactors:
+        """Scale and low of every group as integer multiples of fp16 factors of its block."""
+        grid, rows = self.grid, scale.shape[1]
+        assert grid.scale_range is not None
+        by_block = scale.view(-1, grid.groups, rows)
+        # signed ranges reach one further below zero: the largest scale goes there
+        end = grid.scale_range[0] if grid.scale_range[0] < 0 else grid.scale_range[1]
+        full = by_block.gather(1, by_block.abs().argmax(1, keepdim=True))[:, 0] / end
+        full_low = (-low).view(-1, grid.groups, rows).amax(1) / grid.min_range[1] if grid.min_range else None
+        found = self._rounded(stored(full), None if full_low is None else stored(full_low), scale, low)
+        error = self._of_blocks(found)
+        for kind in ("d", "m")[: 1 + grid.has_min]:
+            middle_d, middle_m = found.d, found.m
+            for step in BLOCK_STEPS:
+                d = stored(middle_d * step) if kind == "d" else middle_d
+                m = stored(middle_m * step) if kind == "m" and middle_m is not None else middle_m
+                tried = self._rounded(d, m, scale, low)
+                new = self._of_blocks(tried)
+                better = new < error
+                error = torch.where(better, new, error)
+                found = self._pick(better, tried, found)
+        return self._neighbours(found)
+
+    def _rounded(self, d: torch.Tensor, m: torch.Tensor | None, scale: torch.Tensor, low: torch.Tensor) -> BlockFactors:
+        """The integers that come nearest to scale and low, given d and m."""
+        def nearest(value: torch.Tensor, factor: torch.Tensor, bounds: tuple[int, int]) -> torch.Tensor:
+            wide = factor.repeat_interleave(self.grid.groups, 0)
+            return torch.where(wide == 0, 0.0, value / wide).round_().clamp_(*bounds)
+
+        assert self.grid.scale_range is not None
+        mins = None if m is None or self.grid.min_range is None else nearest(-low, m, self.grid.min_range)
+        return BlockFactors(self.grid, d, m, nearest(scale, d, self.grid.scale_range), mins)
+
+    def _of_groups(self, f: BlockFactors) -> torch.Tensor:
+        return self._cost(f.group_scales(), f.group_lows())[0]
+
+    def _of_blocks(self, f: BlockFactors) -> torch.Tensor:
+        """[blocks, rows]"""
+        error = self._of_groups(f)
+        return error.view(-1, self.grid.groups, error.shape[1]).sum(1)
+
+    def _pick(self, blocks: torch.Tensor, new: BlockFactors, old: BlockFactors) -> BlockFactors:
+        """The factors of `new` in the blocks that are true [blocks, rows]."""
+        groups = blocks.repeat_interleave(self.grid.groups, 0)
+
+        def choose(where: torch.Tensor, a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
+            return b if a is None or b is None else torch.where(where, a, b)
+
+        return BlockFactors(self.grid, torch.where(blocks, new.d, old.d), choose(blocks, new.m, old.m),
+                            choose(groups, new.scales, old.scales), choose(groups, new.mins, old.mins))
+
+    def _neighbours(self, f: BlockFactors) -> BlockFactors:
+        """Each group's integers, moved by at most one where that lowers its error."""
+        assert f.scales is not None
+        assert self.grid.scale_range is not None
+        best_scales, best_mins, error = f.scales, f.mins, self._of_groups(f)
+        for up in (-1, 0, 1):
+            for down in (-1, 0, 1) if f.mins is not None else (0,):
+                scales = (f.scales + up).clamp(*self.grid.scale_range)
+                mins = None if f.mins is None or self.grid.min_range is None else (f.mins + down).clamp(*self.grid.min_range)
+                tried = replace(f, scales=scales, mins=mins)
+                new = self._of_groups(tried)
+                better = new < error
+                error = torch.where(better, new, error)
+                best_scales = torch.where(better, scales, best_scales)
+                best_mins = None if mins is None or best_mins is None else torch.where(better, mins, best_mins)
+        return replace(f, scales=best_scales, mins=best_mins)

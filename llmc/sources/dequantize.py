@@ -1,0 +1,170 @@
+"""A .gguf file as a model to start from: dequantised into a Hugging Face folder, its tokenizer proved against llama.cpp's."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmc.console import say, warn
+from llmc.errors import UserError
+from llmc.files import cache_folder, check_disk, publish_folder, sha256, write_json
+from llmc.formats.gguf import field, open_gguf
+from llmc.formats.manifest import MANIFEST, hash_folder, new_manifest
+from llmc.machine import check_memory
+
+if TYPE_CHECKING:
+    import torch
+    from gguf import GGUFReader
+    from transformers import PreTrainedModel
+
+GO_BACK = "start from the Hugging Face folder it was made from"
+
+
+def dequantized_folder(file: Path) -> Path:
+    """A .gguf as a float16 Hugging Face folder in the cache, made once for each content."""
+    digest = sha256(file)
+    out = cache_folder() / "dequantized" / digest[:16] / f"{file.stem}-f16"
+    if not (out / MANIFEST).is_file():
+        with _work_folder(out) as work:
+            source = {**_dequantize(file, work), "files": {file.name: digest}}
+            manifest = new_manifest("hf", source, [{"name": "dequantize", "config": {"dtype": "float16"}}])
+            write_json(work / MANIFEST, {**manifest, "outputs": hash_folder(work)})
+            publish_folder(work, out)
+    warn(f"the weights are dequantised from {file.name}: its rounding errors stay in them")
+    return out
+
+
+@contextmanager
+def _work_folder(out: Path) -> Iterator[Path]:
+    """An empty folder beside `out` that is gone afterwards unless it was published."""
+    work = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        work.mkdir(parents=True)
+        yield work
+    except PermissionError as e:
+        raise UserError(f"no permission to write into {out.parent}", "name another cache with LLMC_CACHE") from e
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _dequantize(file: Path, work: Path) -> dict[str, Any]:
+    """Write model and tokenizer of a .gguf into `work` as float16; returns a manifest's `source` without hashes."""
+    import torch
+
+    from llmc.formats.hf import quiet_transformers
+
+    reader = open_gguf(file)
+    check_disk(work, 2 * _count(reader), f"the dequantised {file.name}")
+    say(f"dequantising {file.name} into {work.parent}")
+    model, tokenizer = load_gguf(file, torch.float16)
+    restore_pre_tokenizer(tokenizer, field(reader, "tokenizer.ggml.pre"))
+    check_tokenizer(tokenizer, file)
+    with quiet_transformers():
+        model.save_pretrained(work)
+        tokenizer.save_pretrained(work)
+    return {"name": file.name, "licence": field(reader, "general.license") or "unknown",
+            "base_model": field(reader, "general.base_model.0.repo_url"), "revision": None}
+
+
+def load_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
+    """The model in a .gguf file, dequantised, and its tokenizer as transformers makes it of the file's vocabulary.
+
+    transformers undoes llama.cpp's row permutations. What it would drop or leave at random is refused here.
+    """
+    import torch
+    import transformers
+
+    from llmc.formats.hf import quiet_transformers
+
+    reader = open_gguf(file)
+    arch = str(field(reader, "general.architecture"))
+    if field(reader, f"{arch}.rope.scaling.type") not in (None, "none") or any(
+        t.name.startswith("rope_f") for t in reader.tensors
+    ):
+        raise UserError(f"{file} scales its rotary embedding, which is lost when a GGUF is read back", GO_BACK)
+    # float32 as decoded, then dtype
+    check_memory((4 + dtype.itemsize) * _count(reader), f"dequantising {file.name}", GO_BACK)
+    # newer versions may keep blocks packed unless told otherwise; older ones always unpack and have no such config
+    config = getattr(transformers, "GgufConfig", None)
+    unpack = {"quantization_config": config(dequantize=True)} if config else {}
+    with quiet_transformers(), _reading_back(file):
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=dtype, output_loading_info=True, **unpack)
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"{file} lacks {len(missing)} tensors, first {missing[0]}", "download it again")
+    for name, t in model.state_dict().items():
+        if t.is_floating_point() and not bool(torch.isfinite(t).all()):
+            raise UserError(f"{name} of {file} holds values that {dtype} cannot", GO_BACK)
+    with quiet_transformers(), _reading_back(file):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    restore_bos(tokenizer, field(reader, "tokenizer.ggml.add_bos_token"))
+    return model.eval(), tokenizer
+
+
+@contextmanager
+def _reading_back(file: Path) -> Iterator[None]:
+    """transformers says in many ways that it does not know an architecture or a tokenizer, or misses a key."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, RuntimeError) as e:
+        raise UserError(f"{file} cannot be read back into a Hugging Face model: {e!r}", GO_BACK) from e
+
+
+def restore_pre_tokenizer(tokenizer: Any, name: str | None) -> None:
+    """Give a byte-level tokenizer, in place, the splitting that llama.cpp knows by `name`.
+
+    transformers restores it for some names (5.23, `gguf_tokenizer_mapping.py`) and gives the others GPT-2's; numbers,
+    spaces and newlines then become other tokens than the model was trained on.
+    """
+    from tokenizers import Regex, pre_tokenizers
+
+    from llmc.formats.pretokenizers import TABLE
+
+    found = [(steps, names.index(name)) for steps, names in TABLE.items() if name in names]
+    if name is None or not found:
+        return
+    made: dict[str, Any] = {
+        "words": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        "bytes": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        "digit": lambda: pre_tokenizers.Digits(individual_digits=True),
+    }
+    steps, whole_words = found[0]
+    backend = tokenizer.backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Sequence([
+        made[step]() if step in made else pre_tokenizers.Split(Regex(step), "isolated") for step in steps])
+    if whole_words:
+        backend.model.ignore_merges = True
+
+
+def restore_bos(tokenizer: Any, wanted: bool | None) -> None:
+    """Texts begin with the start token where the file says so. transformers 4.57 puts it before all text of a Llama."""
+    if wanted is not None and wanted != (tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]):
+        tokenizer.add_bos_token = wanted
+
+
+def check_tokenizer(tokenizer: Any, file: Path) -> None:
+    """The tokenizer must make the ids that llama.cpp makes of the same text from the file itself."""
+    from llmc.formats.check_text import CHECK_TEXT
+    from llmc.runtimes.llamacpp import LlamaCpp
+
+    runtime = LlamaCpp(file, context=8, threads=1, extra_buffers=False)
+    try:
+        expected = runtime.tokenise(CHECK_TEXT, special=False).tolist()
+    finally:
+        runtime.close()
+    got = list(tokenizer(CHECK_TEXT, add_special_tokens=False)["input_ids"])
+    if got != expected:
+        at = next((i for i, (a, b) in enumerate(zip(got, expected, strict=False)) if a != b), min(len(got), len(expected)))
+        raise UserError(
+            f"the tokenizer in {file} cannot be rebuilt: after {tokenizer.decode(expected[max(0, at - 8):at])!r} it makes "
+            f"{tokenizer.convert_ids_to_tokens(got[at:at + 3])}, llama.cpp "
+            f"{tokenizer.convert_ids_to_tokens(expected[at:at + 3])}", GO_BACK)
+
+
+def _count(reader: GGUFReader) -> int:
+    return sum(int(t.n_elements) for t in reader.tensors)

@@ -1,0 +1,124 @@
+"""The process in which one artifact is benched: fresh, so that load time and peak memory are the artifact's own.
+
+It runs on the device, so it needs the artifact's runtime and numpy, and no tokenizer. Its argument is the job, a JSON object
+{artifact, context, threads (null: the physical cores), device, kv (null: the runtime's own)}. After loading, and to each
+line of stdin, it answers with one JSON object a line; a line is {"do": "ids", "ids": […]} (the tokens to feed),
+{"do": "run", "prompts": […], "depths": […], "generate": n} (one repetition), or {"do": "end"}.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmc.errors import UserError
+from llmc.formats.onnx_folder import is_onnx_folder
+from llmc.machine import load_average, peak_rss, physical_cores, state
+from llmc.runtimes.base import Runtime
+from llmc.runtimes.on_device.energy import Meter
+from llmc.runtimes.open import open_runtime
+
+READ_BYTES = 4 << 20
+
+
+def main() -> None:
+    job = json.loads(sys.argv[1])
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints must not get between the answers
+
+    def answer(**values: Any) -> None:
+        print(json.dumps(values), file=answers, flush=True)
+
+    try:
+        _serve(job, answer)
+    except UserError as e:
+        answer(problem=e.problem, hint=e.hint)
+
+
+def _serve(job: dict[str, Any], answer: Any) -> None:
+    artifact = Path(job["artifact"]).expanduser()
+    _import(artifact)
+    read_anew(artifact)
+    start = time.perf_counter()
+    runtime = open_runtime(artifact, job["context"], job["threads"] or physical_cores(), job["device"],
+                           job["kv"])
+    load = time.perf_counter() - start
+    answer(load_s=load, runtime=runtime.describe(), load_average=load_average())
+    ids = np.zeros(0, np.int32)
+    for line in sys.stdin:
+        command = json.loads(line)
+        if command["do"] == "end":
+            break
+        if command["do"] == "ids":
+            ids = np.array(command["ids"], np.int32)
+            answer(tokens=len(ids))
+        else:
+            answer(**repetition(runtime, ids, command["prompts"], command["depths"], command["generate"]))
+    answer(peak_rss=peak_rss(), load_average=load_average())
+    runtime.close()
+
+
+def read_anew(artifact: Path) -> None:
+    """Put the artifact's files into the page cache again, in one go: how they got there decides how fast a runtime that maps
+    them reads. The bench of a Q8_0 file of SmolLM2-135M that had been there for long said 53 tokens/s, and 72 after this."""
+    if not hasattr(os, "posix_fadvise") or not artifact.exists():  # what is wrong then, its runtime says
+        return
+    for path in [artifact] if artifact.is_file() else sorted(p for p in artifact.iterdir() if p.is_file()):
+        with path.open("rb", buffering=0) as file:
+            with suppress(OSError):
+                os.fsync(file.fileno())  # only what is on the disk can be let go
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            while file.read(READ_BYTES):
+                pass
+
+
+def _import(artifact: Path) -> None:
+    """Load the runtime's library now: an import is not part of an artifact's load time."""
+    if artifact.suffix == ".gguf":
+        from llmc.runtimes.llamacpp import use_extra_buffers
+
+        use_extra_buffers()
+        return
+    onnx = ("llmc.runtimes.onnx_model", "onnx", "onnxruntime")
+    torch = ("llmc.runtimes.torch_model", "transformers.models.auto.modeling_auto")
+    for module in onnx if is_onnx_folder(artifact) else torch:
+        importlib.import_module(module)
+
+
+def repetition(runtime: Runtime, ids: np.ndarray, prompts: list[int], depths: list[int], generate: int) -> dict[str, Any]:
+    """{'first_token_s': {prompt: seconds to the first token}, 'decode_s': {depth: seconds of `generate` tokens, chosen
+    greedily, when that many are in the cache}, 'joules', 'energy_source' (of decoding at the first depth), 'state' (of the
+    machine, at its end)}, lengths as text."""
+    first, decode = {}, {}
+    meters = [Meter() for _ in depths]
+    cached, token = 0, 0
+    for n in prompts:
+        start = time.perf_counter()
+        token = int(runtime.prefill(ids[:n]).argmax())
+        first[str(n)] = time.perf_counter() - start
+        cached = n
+    for depth, meter in zip(depths, meters, strict=True):
+        if depth and cached != depth:
+            token = int(runtime.prefill(ids[:depth]).argmax())
+        with meter:
+            start = time.perf_counter()
+            if depth == 0:
+                token = int(runtime.prefill(ids[:1]).argmax())
+            for _ in range(generate if depth else generate - 1):
+                token = int(runtime.decode(token).argmax())
+            decode[str(depth)] = time.perf_counter() - start
+        cached = -1
+    return {"first_token_s": first, "decode_s": decode, "joules": meters[0].joules, "energy_source": meters[0].source,
+            "state": state()}
+
+
+if __name__ == "__main__":
+    main()

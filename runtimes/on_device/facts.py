@@ -1,0 +1,35 @@
+"""`python -m llmc.runtimes.on_device.facts '{}'`: the facts of the machine that it runs on, as one JSON line.
+
+A process of its own, because a BLAS library reads its number of threads when numpy loads it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import UTC, datetime
+from typing import Any
+
+ONE_THREAD = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS", "BLIS_NUM_THREADS")
+
+
+def facts() -> dict[str, Any]:
+    """this_machine.describe(), and what was measured: {…, 'read_bandwidth', 'matmul_flops', 'probed'}."""
+    from llmc import machine
+    from llmc.runtimes.on_device import gpus, probe
+
+    known = machine.describe()
+    threads = known["usable_cores"]
+    return {**known, "gpus": gpus.gpus(), "read_bandwidth": probe.read_bandwidth(threads),
+            "matmul_flops": probe.matmul_flops(threads), "probed": datetime.now(UTC).isoformat(timespec="seconds")}
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints must not get into the answer
+    os.environ.update(dict.fromkeys(ONE_THREAD, "1"))
+    print(json.dumps(facts()), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""The GPUs that the runtimes installed here can use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmc.errors import UserError
+from llmc.machine import _read
+
+
+def gpus() -> list[dict[str, Any]]:
+    """[{name, driver, backend}] that the installed runtimes can use."""
+    found = []
+    try:
+        from llmc.runtimes.llamacpp import gpu_devices
+
+        found += gpu_devices()
+    except UserError:
+        pass  # no llama.cpp here
+    try:
+        import onnxruntime
+    except (ImportError, OSError):
+        return found
+    from llmc.runtimes.onnx_session import GPUS
+
+    driver = _read("/proc/driver/nvidia/version").partition("\n")[0] or None
+    return found + [{"name": p.removesuffix("ExecutionProvider"), "driver": driver if "CUDA" in p else None,
+                     "backend": "onnxruntime"} for p in onnxruntime.get_available_providers() if p in GPUS]

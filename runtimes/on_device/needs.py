@@ -1,0 +1,38 @@
+"""Which packages a device has: `python -m llmc.runtimes.on_device.needs {}` prints one JSON line. Standard library only."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from importlib import metadata
+from pathlib import Path
+
+MODULES = {"numpy": "numpy", "llama-cpp-python": "llama_cpp", "onnxruntime": "onnxruntime", "onnx": "onnx",
+           "tokenizers": "tokenizers"}
+RUNTIMES = {"gguf": ("numpy", "llama-cpp-python"), "onnx": ("numpy", "onnxruntime", "onnx", "tokenizers")}
+
+
+def packages_of(artifact: str) -> tuple[str, ...]:
+    """What the runtime of an artifact needs, by its name: a .gguf file, else an ONNX folder."""
+    return RUNTIMES["gguf" if artifact.endswith(".gguf") else "onnx"]
+
+
+def examine() -> dict[str, str | None]:
+    """{package: its version, or None where it is absent or does not load}."""
+    found: dict[str, str | None] = {}
+    for package, module in MODULES.items():
+        try:
+            importlib.import_module(module)
+            found[package] = metadata.version(package)
+        except (ImportError, OSError, RuntimeError):  # absent, or its shared library does not load
+            found[package] = None
+    return found
+
+
+def main() -> None:
+    print(json.dumps({"python": sys.version.split()[0], "executable": str(Path(sys.executable)), "packages": examine()}))
+
+
+if __name__ == "__main__":
+    main()
