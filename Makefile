@@ -15,7 +15,7 @@ TYPES := build/typecheck
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
 
-demo: $(VENV)/.demo  ## Quantise, export, evaluate and compare a real 135 M model
+demo: $(VENV)/.demo  ## Quantize, export, evaluate and compare a real 135 M model
 	PATH="$(abspath $(BIN)):$$PATH" examples/demo.sh
 
 test: $(VENV)/.dev lint  ## Lint, type-check, check the docs, run the tests

@@ -8,7 +8,7 @@ not made again.
 
     python benchmarks/against_llama_cpp.py --bin llama.cpp/build/bin --base MODEL_FOLDER --calibration mixed.txt \
         --text wiki.test.raw --text tinystories.txt --work /some/empty/folder \
-        [--grid q4_0 --grid q8_0] [--transform rotate+gauge] [--heal 160]
+        [--type q4_0 --type q8_0] [--transform rotate+scaling] [--heal 160]
 """
 
 from __future__ import annotations
@@ -66,13 +66,13 @@ def make(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         return path
 
     common = ["--calibration", args.calibration, "--samples", args.samples, "--seq-len", 512, "--threads", args.threads]
-    for grid in args.grid:
-        folder = work / f"llmc-{grid}"
-        candidate(f"llmc-{grid}", (*llmc, "quantize", args.base, "--grid", grid, "--transform", args.transform, *common,
+    for qtype in args.type:
+        folder = work / f"llmc-{qtype}"
+        candidate(f"llmc-{qtype}", (*llmc, "quantize", args.base, "--type", qtype, "--transform", args.transform, *common,
                                    "-o", folder),
-                  (*llmc, "export", folder, "--format", "gguf", "-o", work / f"llmc-{grid}.gguf"))
+                  (*llmc, "export", folder, "--format", "gguf", "-o", work / f"llmc-{qtype}.gguf"))
         if args.heal:
-            healed = work / f"llmc-{grid}-healed"
+            healed = work / f"llmc-{qtype}-healed"
             candidate(healed.name, (*llmc, "heal", folder, "--teacher", args.base, "--steps", args.heal, "--calibration",
                                     args.calibration, "--threads", args.threads, "-o", healed),
                       (*llmc, "export", healed, "--format", "gguf", "-o", healed.with_name(f"{healed.name}.gguf")))
@@ -85,9 +85,9 @@ def make(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     imatrix = (args.bin / "llama-imatrix", "-m", f16, "-f", text, "-o", matrix, "-c", 512, "-t", args.threads, *plain)
     quantize = (args.bin / "llama-quantize", "--pure", "--imatrix", matrix, "--token-embedding-type", "q8_0", f16)
     matrix_seconds = 0.0 if matrix.exists() else timed(*imatrix)["seconds"]
-    for grid in args.grid:
-        candidate(f"llama.cpp-{grid}", (*quantize, work / f"llama.cpp-{grid}.gguf", grid.upper(), args.threads))
-        made[f"llama.cpp-{grid}"]["seconds"] += matrix_seconds
+    for qtype in args.type:
+        candidate(f"llama.cpp-{qtype}", (*quantize, work / f"llama.cpp-{qtype}.gguf", qtype.upper(), args.threads))
+        made[f"llama.cpp-{qtype}"]["seconds"] += matrix_seconds
     return made
 
 
@@ -121,14 +121,14 @@ def main() -> None:
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--text", action="append", required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--grid", action="append", help="GGUF type; may be given again (default: q4_0 and q8_0)")
-    parser.add_argument("--transform", default="none", help="of llmc quantize: rotate+gauge, ...")
+    parser.add_argument("--type", action="append", help="GGUF type; may be given again (default: q4_0 and q8_0)")
+    parser.add_argument("--transform", default="none", help="of llmc quantize: rotate+scaling, ...")
     parser.add_argument("--heal", type=int, default=0, help="steps of llmc heal; 0 for none")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--chunks", type=int, default=40)
     parser.add_argument("--threads", type=int, default=physical_cores())
     args = parser.parse_args()
-    args.grid = args.grid or ["q4_0", "q8_0"]
+    args.type = args.type or ["q4_0", "q8_0"]
     made = make(args)
     header = ["", "bytes", "seconds", *(f"{Path(t).name}: PPL, KLD, top-1" for t in args.text)]
     rows, figures = [header], {}
@@ -142,8 +142,8 @@ def main() -> None:
     print(table(rows), flush=True)
     ratios = {}
     for name in (n for n in figures if n.startswith("llmc-")):
-        grid = name.removeprefix("llmc-").removesuffix("-healed")
-        theirs = figures[f"llama.cpp-{grid}"]["kld"]
+        qtype = name.removeprefix("llmc-").removesuffix("-healed")
+        theirs = figures[f"llama.cpp-{qtype}"]["kld"]
         ratios[name] = [a / b for a, b in zip(figures[name]["kld"], theirs, strict=True)]
     print(json.dumps({"texts": args.text, "chunks": args.chunks, "figures": figures, "kld_ratios": ratios}))
     sys.exit(0 if all(r <= 1 for pair in ratios.values() for r in pair) else 1)

@@ -1,4 +1,4 @@
-"""The same base and sequences, 4 bits in symmetric groups of 32: llmc against other quantisers, in turns on one machine.
+"""The same base and sequences, 4 bits in symmetric groups of 32: llmc against other quantizers, in turns on one machine.
 
 GPTQModel and auto-round each run in the Python environment that is given for it (they ask for versions of their own); llmc
 runs once as it is, and once for each `--llmc` with more options of `llmc quantize`. Times and peak memory are those of the
@@ -7,7 +7,7 @@ text. Prints a table and one JSON line. What is in the folder `--work` already i
 
     python benchmarks/against_quantizers.py --base MODEL_FOLDER --calibration mixed.txt --text wiki.test.raw \
         --text tinystories.txt --work /some/empty/folder --gptqmodel VENV/bin/python --auto-round VENV/bin/python \
-        [--llmc "--transform rotate+gauge"] [--llmc "--heal 160"]
+        [--llmc "--transform rotate+scaling"] [--llmc "--heal 160"]
 """
 
 from __future__ import annotations

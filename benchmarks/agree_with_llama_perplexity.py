@@ -1,6 +1,6 @@
 """Does `llmc eval` agree with llama.cpp's own `llama-perplexity --kl-divergence` on the same file and the same text?
 
-llama-perplexity tokenises the text itself and takes its base logits from a GGUF (16 bits each in its logits file); llmc
+llama-perplexity tokenizes the text itself and takes its base logits from a GGUF (16 bits each in its logits file); llmc
 feeds both sides the ids of the Hugging Face tokenizer and takes the base's logits from torch in float32. Perplexity has
 to agree within 0.2 %, mean KL divergence within 3 %. Prints a table and one JSON line; exit code 1 where they disagree.
 

@@ -1,9 +1,9 @@
-"""Estimates of this machine's own speeds against `llmc bench`, for every grid at two model sizes, in one command.
+"""Estimates of this machine's own speeds against `llmc bench`, for every type at two model sizes, in one command.
 
     python benchmarks/estimates.py --llama-quantize BIN/llama-quantize --base-gguf small-f16.gguf \\
-        --base-gguf larger-f16.gguf --work /some/folder [--grids q4_0,q4_k,…] [FILE.gguf …]
+        --base-gguf larger-f16.gguf --work /some/folder [--types q4_0,q4_k,…] [FILE.gguf …]
 
-Of each base every grid's file is made (all matrices of that grid, the embedding at 8 bits; a width that blocks of 256 do not
+Of each base every type's file is made (all matrices of that type, the embedding at 8 bits; a width that blocks of 256 do not
 divide takes what llama.cpp falls back to), then all of a base are benched in turns. The kernels that the estimate rests on
 are measured after the first benches, on files of zeros: nothing that is compared was fitted to the models.
 Prints a table and one JSON line; exit code 1 where a decode estimate is further off than --limit.
@@ -23,20 +23,20 @@ from llmc.evals.config import BenchConfig
 from llmc.evals.fit.validate import rows, validate
 from llmc.evals.report.show import table
 
-GRIDS = "q4_0,q4_1,q5_0,q5_1,q8_0,iq4_nl,iq4_xs,q2_k,q3_k,q4_k,q5_k,q6_k,f16"
+BLOCK_TYPES = "q4_0,q4_1,q5_0,q5_1,q8_0,iq4_nl,iq4_xs,q2_k,q3_k,q4_k,q5_k,q6_k,f16"
 KERNELS = Path(".llmc/kernel-rates.json")  # in the working folder, where `llmc fit` keeps them
 
 
-def files_of(base: Path, grids: list[str], tool: Path, work: Path) -> list[Path]:
-    """A .gguf file of each grid, made where it is not there yet."""
+def files_of(base: Path, types: list[str], tool: Path, work: Path) -> list[Path]:
+    """A .gguf file of each type, made where it is not there yet."""
     out = []
-    for grid in grids:
-        if grid == "f16":
+    for qtype in types:
+        if qtype == "f16":
             out.append(base)
             continue
-        path = work / f"{base.parent.name}-{base.stem}-{grid}.gguf"
+        path = work / f"{base.parent.name}-{base.stem}-{qtype}.gguf"
         if not path.is_file():
-            named = {"q3_k": "Q3_K_S", "q4_k": "Q4_K_S", "q5_k": "Q5_K_S"}.get(grid, grid.upper())
+            named = {"q3_k": "Q3_K_S", "q4_k": "Q4_K_S", "q5_k": "Q5_K_S"}.get(qtype, qtype.upper())
             subprocess.run([tool, "--pure", "--token-embedding-type", "q8_0", base, path, named], check=True,
                            capture_output=True)
         out.append(path)
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("files", nargs="*", type=Path, help="further .gguf files to hold against their estimates")
     parser.add_argument("--base-gguf", action="append", type=Path, default=[])
     parser.add_argument("--llama-quantize", type=Path)
-    parser.add_argument("--grids", default=GRIDS)
+    parser.add_argument("--types", default=BLOCK_TYPES)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--prompt", default="512,128")
     parser.add_argument("--depth", default="0,512")
@@ -62,7 +62,7 @@ def main() -> None:
     args = parser.parse_args()
     work = args.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    groups = [files_of(b.resolve(), args.grids.split(","), args.llama_quantize.resolve(), work) for b in args.base_gguf]
+    groups = [files_of(b.resolve(), args.types.split(","), args.llama_quantize.resolve(), work) for b in args.base_gguf]
     groups += [[f.resolve() for f in args.files]] if args.files else []
     os.chdir(work)
     KERNELS.unlink(missing_ok=True)

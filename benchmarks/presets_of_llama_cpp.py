@@ -1,7 +1,7 @@
 """Does `--preset` give every tensor the type that llama-quantize gives it? Equality, not a measure.
 
 Small GGUF files with the hyperparameters that llama.cpp's rules look at (layers, grouped heads, experts, tied or not, rows
-that 256 divides or not) are quantised by llama-quantize, with an importance matrix and without, and the types in its files
+that 256 divides or not) are quantized by llama-quantize, with an importance matrix and without, and the types in its files
 are compared with llmc's table. With --base a real model goes the whole way: llmc's own export, llama-quantize, and the
 assignment that `llmc quantize --preset` makes for that folder. Exit code 1 where one tensor differs.
 
@@ -91,7 +91,7 @@ def run(*command: object) -> str:
 
 def types_by_llama_cpp(binary: Path, model: Path, preset: str, imatrix: Path | None) -> dict[str, str]:
     """The type of every matrix of the file that llama-quantize makes, by name."""
-    out = model.with_suffix(".quantised.gguf")
+    out = model.with_suffix(".quantized.gguf")
     run(binary, *(["--imatrix", imatrix] if imatrix else []), model, out, preset.upper(), 1)
     found = {t.name: t.tensor_type.name.lower() for t in GGUFReader(out).tensors if len(t.shape) > 1}
     out.unlink()
@@ -99,7 +99,7 @@ def types_by_llama_cpp(binary: Path, model: Path, preset: str, imatrix: Path | N
 
 
 def types_it_plans(binary: Path, model: Path, preset: str, imatrix: Path | None) -> dict[str, str]:
-    """The same for a model too large to quantise that often: what `llama-quantize --dry-run` lists."""
+    """The same for a model too large to quantize that often: what `llama-quantize --dry-run` lists."""
     listed = run(binary, "--dry-run", *(["--imatrix", imatrix] if imatrix else []), model, preset.upper(), 1)
     return {name: kind.lower() for name, kind in re.findall(r"^\[ *\d+/ *\d+\] (\S+) .*-> .*\((\w+)\)$", listed, re.M)}
 
@@ -138,7 +138,7 @@ def types_of_folder(folder: Path, preset: str, method: str) -> dict[str, str]:
     a = assign(QuantizeConfig(preset=preset, method=method), skeleton)
     arch = MODEL_ARCH[find_architecture(skeleton.checkpoint.config).name.upper()]
     names = get_tensor_name_map(arch, len(skeleton.layers))
-    found = {f"{names.get_name(n)}.weight": str(grid.gguf_type).lower() for n, grid in a.grids.items()}
+    found = {f"{names.get_name(n)}.weight": str(qtype.gguf_type).lower() for n, qtype in a.types.items()}
     tables = {"embedding": "token_embd.weight", "head": "output.weight"}
     return found | {tables[what]: kind for what, kind in a.tables.items()}
 

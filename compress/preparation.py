@@ -41,10 +41,10 @@ class Settings(Protocol):
 
 
 def open_float(source: Path) -> Checkpoint:
-    """The checkpoint of a folder that must not be quantised."""
+    """The checkpoint of a folder that must not be quantized."""
     checkpoint = Checkpoint.open(source)
     if checkpoint.quantization is not None:
-        raise UserError(f"{source} is quantised already ({checkpoint.quantization.get('quant_method')})",
+        raise UserError(f"{source} is quantized already ({checkpoint.quantization.get('quant_method')})",
                         "start from the float model")
     return checkpoint
 

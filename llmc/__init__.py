@@ -1,4 +1,4 @@
-"""llmc makes an LLM fit a device: quantise it, export it, and measure the file that ships.
+"""llmc makes an LLM fit a device: quantize it, export it, and measure the file that ships.
 
     import llmc
     llmc.quantize("base", bits=4, out="small-4bit")
@@ -28,7 +28,7 @@ Config = TypeVar("Config")
 
 
 def quantize(model: str | Path, **options: Any) -> dict[str, Any]:
-    """Quantise a model folder, .gguf file or hub id; options are the fields of QuantizeConfig."""
+    """Quantize a model folder, .gguf file or hub id; options are the fields of QuantizeConfig."""
     from llmc.compress.quantize.config import QuantizeConfig
     from llmc.compress.quantize.run import quantize as run
 
@@ -44,7 +44,7 @@ def prune(model: str | Path, **options: Any) -> dict[str, Any]:
 
 
 def transform(model: str | Path, **options: Any) -> dict[str, Any]:
-    """Scale or rotate a float model's channels so that quantising loses less; options are the fields of TransformConfig."""
+    """Scale or rotate a float model's channels so that quantizing loses less; options are the fields of TransformConfig."""
     from llmc.compress.transform.config import TransformConfig
     from llmc.compress.transform.run import transform as run
 
@@ -52,7 +52,7 @@ def transform(model: str | Path, **options: Any) -> dict[str, Any]:
 
 
 def heal(model: str | Path, teacher: str | Path, **options: Any) -> dict[str, Any]:
-    """Train the scales of a quantised folder against the float model; options are the fields of HealConfig."""
+    """Train the scales of a quantized folder against the float model; options are the fields of HealConfig."""
     from llmc.compress.heal.config import HealConfig
     from llmc.compress.heal.run import heal as run
 
@@ -130,7 +130,7 @@ def ship(gates: str | Path) -> dict[str, Any]:
 def run_recipe(recipe: str | Path, set: Mapping[str, Any] | Sequence[str] = (), **options: Any) -> dict[str, Any]:
     """Run a chain of commands (`llmc run`): a YAML file or a shipped recipe; options are the fields of RunConfig.
 
-    set: {'quantize.grid': 'q4_1'}, or as typed ['quantize.grid=q4_1']. A missed gate raises nothing: look at 'passed'.
+    set: {'quantize.type': 'q4_1'}, or as typed ['quantize.type=q4_1']. A missed gate raises nothing: look at 'passed'.
     """
     from llmc.recipes.config import RunConfig
     from llmc.recipes.run import run_recipe as run
@@ -142,7 +142,7 @@ def sweep(recipe: str | Path, vary: Mapping[str, Sequence[Any]] | Sequence[str] 
           set: Mapping[str, Any] | Sequence[str] = (), **options: Any) -> dict[str, Any]:
     """Run a recipe in every combination of some options (`llmc sweep`); options are the fields of SweepConfig.
 
-    vary: {'quantize.grid': ['q4_0', 'q4_k']}, or as typed ['quantize.grid=q4_0,q4_k'].
+    vary: {'quantize.type': ['q4_0', 'q4_k']}, or as typed ['quantize.type=q4_0,q4_k'].
     """
     from llmc.recipes.config import SweepConfig
     from llmc.recipes.sweep import sweep as run

@@ -11,10 +11,10 @@ from llmc import compress
 from llmc.formats import blocks as blocks_format
 from llmc.formats import gptq as gptq_format
 from llmc.formats import packing
-from llmc.formats import types as block_grids
-from llmc.formats import types as grids
+from llmc.formats import types as block_types
+from llmc.formats import types as types
 
-DECIDING = (compress, grids, block_grids, packing, gptq_format, blocks_format)
+DECIDING = (compress, types, block_types, packing, gptq_format, blocks_format)
 
 
 def code_digest(modules: Sequence[ModuleType] = DECIDING) -> str:

@@ -89,7 +89,7 @@ class Progress:
 
 @contextmanager
 def progress(what: str, total: int, done: int = 0) -> Iterator[Progress]:
-    """`with progress("quantising layer", 30) as p: p.step("error 0.012")`."""
+    """`with progress("quantizing layer", 30) as p: p.step("error 0.012")`."""
     p = Progress(what, total, done)
     try:
         yield p

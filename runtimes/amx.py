@@ -1,7 +1,7 @@
 """Whether llama.cpp's AMX kernels work in this build.
 
 Compilers drop the stores that set up the tile configuration (it is only read by an intrinsic without a memory operand
-they know of), and the first quantised matrix product then dies of a signal: ggml-org/llama.cpp#20824, #26954. Only
+they know of), and the first quantized matrix product then dies of a signal: ggml-org/llama.cpp#20824, #26954. Only
 running one tells, so a child process does, on a model of a few kilobytes. `python -m llmc.runtimes.amx` is that child.
 """
 
@@ -20,7 +20,7 @@ HOW_TO_FIX = ("CMAKE_ARGS='-DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-
 
 @functools.cache
 def broken() -> bool:
-    """True where one quantised product through AMX kills the process. Asked once a process, about a second."""
+    """True where one quantized product through AMX kills the process. Asked once a process, about a second."""
     child = subprocess.run([sys.executable, "-m", "llmc.runtimes.amx"], capture_output=True, check=False)
     return child.returncode != 0
 

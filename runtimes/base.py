@@ -30,10 +30,10 @@ class Runtime(Protocol):
     def decode(self, token: int) -> np.ndarray:
         """One more token on the KV cache; float32 [vocab], the logits after it."""
 
-    def tokenise(self, text: str, special: bool = True) -> np.ndarray:
+    def tokenize(self, text: str, special: bool = True) -> np.ndarray:
         """The artifact's own tokenizer: int32 [n]; `special` adds BOS where the tokenizer does."""
 
-    def detokenise(self, ids: list[int]) -> str:
+    def detokenize(self, ids: list[int]) -> str:
         """Text of some tokens, special tokens left out."""
 
     def chat(self, user: str) -> str:

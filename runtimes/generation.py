@@ -34,7 +34,7 @@ def generate(artifact: Path, prompt: str, config: GenerateConfig,
 
 def _generate(runtime: Runtime, prompt: str, config: GenerateConfig, show: Callable[[str], None]) -> dict[str, Any]:
     text = _chat(runtime, prompt) if config.chat else prompt
-    ids = runtime.tokenise(text, special=not config.chat)  # a template writes its own BOS
+    ids = runtime.tokenize(text, special=not config.chat)  # a template writes its own BOS
     if len(ids) == 0:
         raise UserError("the prompt is empty and this tokenizer puts nothing in front of it", "give a prompt")
     end, rng = runtime.end_tokens, np.random.default_rng(config.seed)
@@ -42,13 +42,13 @@ def _generate(runtime: Runtime, prompt: str, config: GenerateConfig, show: Calla
     token = choose(runtime.prefill(ids), config.temperature, rng)
     first = perf_counter()
     prefix = ids.tolist()
-    known = runtime.detokenise(prefix)
+    known = runtime.detokenize(prefix)
     out: list[int] = []
     shown = 0
     while token not in end:
         out.append(token)
         # decoded with the prompt in front, since some tokenizers drop the space before a first word
-        written = runtime.detokenise(prefix + out)[len(known):]
+        written = runtime.detokenize(prefix + out)[len(known):]
         if not written.endswith("\ufffd"):  # half a character: wait for its other bytes
             show(written[shown:])
             shown = len(written)
@@ -56,7 +56,7 @@ def _generate(runtime: Runtime, prompt: str, config: GenerateConfig, show: Calla
             break
         token = choose(runtime.decode(token), config.temperature, rng)
     seconds = perf_counter() - first
-    written = runtime.detokenise(prefix + out)[len(known):]
+    written = runtime.detokenize(prefix + out)[len(known):]
     show(written[shown:])
     return {"text": written, "tokens": len(out), "prompt_tokens": len(ids),
             "stopped": "max tokens" if len(out) == config.max_tokens else "end of text",

@@ -91,7 +91,7 @@ def _errors() -> str:
     return lines[-1] if lines else "no reason given"
 
 
-def tokenise(path: Path, text: str) -> np.ndarray:
+def tokenize(path: Path, text: str) -> np.ndarray:
     """Token ids int32 of a .gguf file's own tokenizer; no weight is read."""
     lib = _library()
     params = lib.llama_model_default_params()
@@ -100,18 +100,18 @@ def tokenise(path: Path, text: str) -> np.ndarray:
     if not model:
         raise UserError(f"llama.cpp cannot load {path}: {_errors()}", "export or download it again")
     try:
-        return _tokenise(lib, lib.llama_model_get_vocab(model), path, text, True)
+        return _tokenize(lib, lib.llama_model_get_vocab(model), path, text, True)
     finally:
         lib.llama_model_free(model)
 
 
-def _tokenise(lib: Any, vocab: Any, path: Path, text: str, special: bool) -> np.ndarray:
+def _tokenize(lib: Any, vocab: Any, path: Path, text: str, special: bool) -> np.ndarray:
     raw = text.encode()
     size = len(raw) + 8
     buffer = (ctypes.c_int32 * size)()
     n = lib.llama_tokenize(vocab, raw, len(raw), buffer, size, special, True)
     if n < 0:
-        raise UserError(f"llama.cpp cannot tokenise this text with {path}", "export the file again")
+        raise UserError(f"llama.cpp cannot tokenize this text with {path}", "export the file again")
     return np.array(buffer[:n], dtype=np.int32)
 
 
@@ -247,11 +247,11 @@ class LlamaCpp:
             logits: Any = (ctypes.c_float * out.size).from_address(ctypes.addressof(pointer.contents))
             np.copyto(out, np.frombuffer(logits, np.float32).reshape(out.shape))
 
-    def tokenise(self, text: str, special: bool = True) -> np.ndarray:
+    def tokenize(self, text: str, special: bool = True) -> np.ndarray:
         """Token ids int32 as llama.cpp makes them; `special` adds BOS (and EOS) where the file says so."""
-        return _tokenise(self._lib, self._vocab, self.path, text, special)
+        return _tokenize(self._lib, self._vocab, self.path, text, special)
 
-    def detokenise(self, ids: list[int]) -> str:
+    def detokenize(self, ids: list[int]) -> str:
         tokens = (ctypes.c_int32 * len(ids))(*ids)
         size = 64 + 32 * len(ids)
         n = -1

@@ -150,10 +150,10 @@ class OnnxModel:
             self._tokenizer = load_tokenizer(self.folder)
         return self._tokenizer
 
-    def tokenise(self, text: str, special: bool = True) -> np.ndarray:
+    def tokenize(self, text: str, special: bool = True) -> np.ndarray:
         return np.array(self.tokenizer.encode(text, add_special_tokens=special).ids, dtype=np.int32)
 
-    def detokenise(self, ids: list[int]) -> str:
+    def detokenize(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def chat(self, user: str) -> str:

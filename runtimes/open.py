@@ -11,7 +11,7 @@ from llmc.runtimes.base import Runtime
 
 def open_runtime(artifact: Path, context: int, threads: int, device: str = "cpu", kv: str | None = None) -> Runtime:
     """Open an artifact in its own runtime: a .gguf file in llama.cpp, an ONNX folder in onnxruntime, any other folder
-    (float or quantised) in torch.
+    (float or quantized) in torch.
 
     context: the most tokens that will be in the KV cache at once (a model trained for fewer takes fewer).
     kv: type of the KV cache, where the runtime has a choice; None: the runtime's own (llama.cpp: f16)

@@ -56,11 +56,11 @@ class RemoteRuntime:
     def decode(self, token: int) -> np.ndarray:
         return self._array("decode", token=int(token))
 
-    def tokenise(self, text: str, special: bool = True) -> np.ndarray:
-        return np.array(self._ask("tokenise", text=text, special=special)[0]["ids"], np.int32)
+    def tokenize(self, text: str, special: bool = True) -> np.ndarray:
+        return np.array(self._ask("tokenize", text=text, special=special)[0]["ids"], np.int32)
 
-    def detokenise(self, ids: list[int]) -> str:
-        return str(self._ask("detokenise", ids=[int(i) for i in ids])[0]["text"])
+    def detokenize(self, ids: list[int]) -> str:
+        return str(self._ask("detokenize", ids=[int(i) for i in ids])[0]["text"])
 
     def chat(self, user: str) -> str:
         return str(self._ask("chat", user=user)[0]["text"])

@@ -1,6 +1,6 @@
-"""A Hugging Face folder run by transformers: a float model as it is, a quantised one with its weights dequantised.
+"""A Hugging Face folder run by transformers: a float model as it is, a quantized one with its weights dequantized.
 
-Evaluation runs in float32, so what is measured of a quantised folder is its codes and scales and not some kernel's
+Evaluation runs in float32, so what is measured of a quantized folder is its codes and scales and not some kernel's
 rounding.
 """
 
@@ -74,10 +74,10 @@ class TorchModel:
             self._tokenizer = load_tokenizer(self.folder)
         return self._tokenizer
 
-    def tokenise(self, text: str, special: bool = True) -> np.ndarray:
+    def tokenize(self, text: str, special: bool = True) -> np.ndarray:
         return np.array(self.tokenizer(text, add_special_tokens=special)["input_ids"], dtype=np.int32)
 
-    def detokenise(self, ids: list[int]) -> str:
+    def detokenize(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def chat(self, user: str) -> str:

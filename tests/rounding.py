@@ -1,4 +1,4 @@
-"""Turns a tiny float model into a quantised folder by plain rounding: exporters are tested without a quantiser."""
+"""Turns a tiny float model into a quantized folder by plain rounding: exporters are tested without a quantizer."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from safetensors.torch import save_file
 
 from llmc.formats import gptq
 from llmc.formats.checkpoint import TOKENIZER_FILES, Checkpoint
-from llmc.formats.types import Grid, QuantizedTensor
+from llmc.formats.types import IntegerType, QuantizedTensor
 
 
-def round_to(grid: Grid, w: torch.Tensor) -> QuantizedTensor:
-    """float [out, in] -> the grid, scales from the largest weight of each group."""
-    groups = w.float().view(w.shape[0], -1, grid.group_size)
+def round_to(qtype: IntegerType, w: torch.Tensor) -> QuantizedTensor:
+    """float [out, in] -> the type, scales from the largest weight of each group."""
+    groups = w.float().view(w.shape[0], -1, qtype.group_size)
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-    if grid.symmetric:
-        scales = (groups.abs().amax(-1) / (grid.zero - 0.5)).clamp(min=1e-6).half()
-        zeros, zero = None, torch.tensor(float(grid.zero))
+    if qtype.symmetric:
+        scales = (groups.abs().amax(-1) / (qtype.zero - 0.5)).clamp(min=1e-6).half()
+        zeros, zero = None, torch.tensor(float(qtype.zero))
     else:
-        scales = ((high - low) / grid.max_code).clamp(min=1e-6).half()
-        zeros = (-low / scales).round().clamp(1, grid.max_code).to(torch.uint8)
+        scales = ((high - low) / qtype.max_code).clamp(min=1e-6).half()
+        zeros = (-low / scales).round().clamp(1, qtype.max_code).to(torch.uint8)
         zero = zeros.float().unsqueeze(-1)
-    codes = (groups / scales.float().unsqueeze(-1) + zero).round().clamp(0, grid.max_code).to(torch.uint8)
-    return QuantizedTensor(grid, codes.view(w.shape), scales, zeros)
+    codes = (groups / scales.float().unsqueeze(-1) + zero).round().clamp(0, qtype.max_code).to(torch.uint8)
+    return QuantizedTensor(qtype, codes.view(w.shape), scales, zeros)
 
 
 def is_decoder_linear(name: str) -> bool:
@@ -59,7 +59,7 @@ def write_folder(source: Path, out: Path, encode: Callable[[str, torch.Tensor], 
 
 
 def gptq_folder(
-    source: Path, out: Path, grid: Grid, chosen: Callable[[str], bool] = is_decoder_linear,
+    source: Path, out: Path, qtype: IntegerType, chosen: Callable[[str], bool] = is_decoder_linear,
     change: Callable[[QuantizedTensor], QuantizedTensor] = lambda q: q,
 ) -> dict[str, QuantizedTensor]:
     """Write `out`; returns what was stored by linear. `change` may replace a rounded tensor before it is stored."""
@@ -68,8 +68,8 @@ def gptq_folder(
     def encode(name: str, t: torch.Tensor) -> dict[str, torch.Tensor] | None:
         if not chosen(name):
             return None
-        q = stored[name.removesuffix(".weight")] = change(round_to(grid, t))
+        q = stored[name.removesuffix(".weight")] = change(round_to(qtype, t))
         return gptq.encode(q)
 
-    write_folder(source, out, encode, gptq.config(grid, 0.01, True, None))
+    write_folder(source, out, encode, gptq.config(qtype, 0.01, True, None))
     return stored

@@ -133,7 +133,7 @@ def test_bad_options(made: SimpleNamespace) -> None:
 
 
 def test_the_main_job(made: SimpleNamespace, tmp_path: Path) -> None:
-    """Quantise (by command in `made`), evaluate base and file, bench both, compare: paths as text or as Path."""
+    """Quantize (by command in `made`), evaluate base and file, bench both, compare: paths as text or as Path."""
     base, small = str(tmp_path / "base.json"), tmp_path / "small.json"
     quick = {"context": 32, "chunks": 3, "threads": 1}
     llmc.evaluate(made.base, base=made.base, out=base, **quick)

@@ -97,9 +97,9 @@ def test_check_output_refuses_what_is_not_ours(tmp_path: Path) -> None:
 
 def test_check_disk_names_both_sizes(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
-    artifact.check_disk(tmp_path / "not" / "yet", free // 2, "quantising")
-    with pytest.raises(UserError, match=r"quantising needs .* GB of disk at its peak and .* free") as e:
-        artifact.check_disk(tmp_path / "not" / "yet", free + 10**12, "quantising")
+    artifact.check_disk(tmp_path / "not" / "yet", free // 2, "quantizing")
+    with pytest.raises(UserError, match=r"quantizing needs .* GB of disk at its peak and .* free") as e:
+        artifact.check_disk(tmp_path / "not" / "yet", free + 10**12, "quantizing")
     assert "-o" in e.value.hint
 
 

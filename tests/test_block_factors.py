@@ -1,4 +1,4 @@
-"""GPTQ on GGUF's block grids."""
+"""GPTQ on GGUF's block types."""
 
 from __future__ import annotations
 
@@ -6,36 +6,36 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_block_grids import ggml_quantize
+from test_block_types import ggml_quantize
 from test_gptq import lost, problem
 
 from llmc.compress.quantize.gptq import descend, gptq, sweep
 from llmc.formats.packing import pack, unpack
-from llmc.formats.types import GRIDS, BlockGrid, BlockTensor
+from llmc.formats.types import BLOCK_TYPES, BlockTensor, BlockType
 from llmc.rounding.block_factors import BlockFactors, search_blocks
 from llmc.rounding.levels import levels_of
 from llmc.rounding.rtn import rtn
 
-ALL = pytest.mark.parametrize("grid", GRIDS.values(), ids=lambda g: g.name)
+ALL = pytest.mark.parametrize("qtype", BLOCK_TYPES.values(), ids=lambda g: g.name)
 
 
-def found(grid: BlockGrid, n: int = 512, out: int = 12) -> tuple[torch.Tensor, torch.Tensor, BlockFactors]:
+def found(qtype: BlockType, n: int = 512, out: int = 12) -> tuple[torch.Tensor, torch.Tensor, BlockFactors]:
     w, h = problem(out, n, tokens=900)
     wt = w.t().contiguous()
-    return wt, h, search_blocks(wt, h, None, grid)
+    return wt, h, search_blocks(wt, h, None, qtype)
 
 
 @ALL
-def test_factors_are_stored_without_loss(grid: BlockGrid) -> None:
-    w, _, factors = found(grid)
+def test_factors_are_stored_without_loss(qtype: BlockType) -> None:
+    w, _, factors = found(qtype)
     codes = factors.nearest(w)
     stored = factors.tensor(codes)
     assert torch.equal(stored.dequantize().t(), factors.values(codes))
-    again = unpack(pack(stored), grid)
+    again = unpack(pack(stored), qtype)
     assert torch.equal(again.dequantize(), stored.dequantize())
 
 
-@given(st.one_of(st.just(GRIDS["iq4_nl"].levels),
+@given(st.one_of(st.just(BLOCK_TYPES["iq4_nl"].levels),
                  st.lists(st.integers(-300, 300), min_size=2, max_size=20, unique=True).map(lambda x: tuple(sorted(x)))),
        st.lists(st.floats(-1e6, 1e6, width=32), max_size=20))
 def test_the_nearest_level_is_that_of_a_search(levels: tuple[int, ...], others: list[float]) -> None:
@@ -54,12 +54,12 @@ def test_the_nearest_level_is_that_of_a_search(levels: tuple[int, ...], others: 
 @pytest.mark.parametrize("name", ["iq4_nl", "iq4_xs"])
 def test_columns_on_a_border_take_the_lower_level(name: str) -> None:
     """As the search over borders that the look-up stands for: bit for bit, for targets on and beside every border."""
-    levels = torch.tensor(GRIDS[name].levels, dtype=torch.float32)
+    levels = torch.tensor(BLOCK_TYPES[name].levels, dtype=torch.float32)
     borders = (levels[1:] + levels[:-1]) / 2
     scale = torch.tensor([[0.25, -3.0, 0.0171]]).repeat_interleave(3 * len(borders), 1)
     near = torch.cat([borders, torch.nextafter(borders, borders + 1), torch.nextafter(borders, borders - 1)])
     target = near.repeat(3) * scale[0]
-    factors = BlockFactors(GRIDS[name], scale, None, None, None)
+    factors = BlockFactors(BLOCK_TYPES[name], scale, None, None, None)
     code = torch.empty_like(target)
     value = factors.columns().round(0, target, code)
     expected = torch.bucketize(target * (1 / scale[0]), borders)
@@ -68,36 +68,36 @@ def test_columns_on_a_border_take_the_lower_level(name: str) -> None:
 
 
 @ALL
-def test_columns_round_to_the_nearest_value(grid: BlockGrid) -> None:
-    w, _, factors = found(grid)
+def test_columns_round_to_the_nearest_value(qtype: BlockType) -> None:
+    w, _, factors = found(qtype)
     columns, codes = factors.columns(), torch.empty_like(w)
     values = torch.stack([columns.round(i, w[i], codes[i]) for i in range(w.shape[0])])
     assert torch.equal(values, factors.values(codes))
-    possible = torch.tensor(grid.levels).float()[:, None, None] * factors.group_scales() + factors.group_lows()
-    best = (possible.repeat_interleave(grid.group, 1) - w).abs().amin(0)
+    possible = torch.tensor(qtype.levels).float()[:, None, None] * factors.group_scales() + factors.group_lows()
+    best = (possible.repeat_interleave(qtype.group, 1) - w).abs().amin(0)
     torch.testing.assert_close((values - w).abs(), best, rtol=1e-4, atol=1e-5)
 
 
 @ALL
-def test_plain_rounding_loses_no_more_than_llama_cpps_own(grid: BlockGrid) -> None:
+def test_plain_rounding_loses_no_more_than_llama_cpps_own(qtype: BlockType) -> None:
     w = torch.randn(16, 512, generator=torch.Generator().manual_seed(1))
-    ours, theirs = rtn(w, grid).dequantize(), unpack(ggml_quantize(w.numpy(), grid), grid).dequantize()
+    ours, theirs = rtn(w, qtype).dequantize(), unpack(ggml_quantize(w.numpy(), qtype), qtype).dequantize()
     assert float((ours - w).square().sum()) <= 1.01 * float((theirs - w).square().sum())
 
 
 @ALL
-def test_gptq_beats_rtn(grid: BlockGrid) -> None:
+def test_gptq_beats_rtn(qtype: BlockType) -> None:
     w, h = problem(24, 512, tokens=900)
     damped = h.clone()
-    result = gptq(w, damped, grid)
+    result = gptq(w, damped, qtype)
     assert isinstance(result.weight, BlockTensor)
-    assert lost(result.weight.dequantize(), w, h) < 0.7 * lost(rtn(w, grid).dequantize(), w, h)
+    assert lost(result.weight.dequantize(), w, h) < 0.7 * lost(rtn(w, qtype).dequantize(), w, h)
     assert float(result.error.sum()) == pytest.approx(lost(result.weight.dequantize(), w, damped), rel=1e-3)
 
 
 @ALL
-def test_descent_on_the_groups_integers_only_ever_helps(grid: BlockGrid) -> None:
-    w, h, factors = found(grid)
+def test_descent_on_the_groups_integers_only_ever_helps(qtype: BlockType) -> None:
+    w, h, factors = found(qtype)
     codes = factors.nearest(w)
     values = factors.values(codes)
     gradient = h @ (values - w)
@@ -107,16 +107,16 @@ def test_descent_on_the_groups_integers_only_ever_helps(grid: BlockGrid) -> None
     torch.testing.assert_close(gradient, h @ (moved.values(codes) - w), rtol=1e-3, atol=1e-2 * float(gradient.abs().max()))
     after = (gradient * (values - w)).sum(0)
     assert bool((after <= before * (1 + 1e-4)).all())
-    if grid.scale_range is not None:
+    if qtype.scale_range is not None:
         assert float(after.sum()) < float(before.sum())
 
 
 def test_least_squares_over_scale_and_minimum_equals_the_explicit_regression() -> None:
-    grid = GRIDS["q2_k"]
+    qtype = BLOCK_TYPES["q2_k"]
     w, h = problem(2, 512, tokens=900)
     wt, h = w.t().double().contiguous(), h.double() + 1e-3 * h.double().diagonal().mean() * torch.eye(512)
-    start = search_blocks(wt.float(), h.float(), None, grid)
-    wide = BlockFactors(grid, *(x if x is None else x.double() for x in (start.d, start.m, start.scales, start.mins)))
+    start = search_blocks(wt.float(), h.float(), None, qtype)
+    wide = BlockFactors(qtype, *(x if x is None else x.double() for x in (start.d, start.m, start.scales, start.mins)))
     codes = wide.nearest(wt)
     refit = wide.refit(h, codes, h @ (wide.values(codes) - wt))
     units = wide._units(codes)
@@ -132,7 +132,7 @@ def test_least_squares_over_scale_and_minimum_equals_the_explicit_regression() -
 
 
 def test_sweep_and_descent_know_levels_that_are_not_even() -> None:
-    w, _, factors = found(GRIDS["iq4_nl"], n=64)
+    w, _, factors = found(BLOCK_TYPES["iq4_nl"], n=64)
     codes = sweep(w.clone(), torch.eye(64), factors.columns())
     assert torch.equal(codes, factors.nearest(w))  # nothing to compensate under a unit Hessian
     values = factors.values(codes)

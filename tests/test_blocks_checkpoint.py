@@ -1,4 +1,4 @@
-"""Folders of block grids: the stored bytes are what torch computes with, and what the .gguf file holds."""
+"""Folders of block types: the stored bytes are what torch computes with, and what the .gguf file holds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gguf import GGUFReader, LlamaFileType
 from gguf.quants import dequantize
 from rounding import is_decoder_linear, write_folder
 from safetensors.torch import load_file, save_file
-from test_block_grids import assert_same, ggml_quantize
+from test_block_types import assert_same, ggml_quantize
 from test_gguf_converter import checkout
 from tiny import build, edit_config
 
@@ -36,7 +36,7 @@ from llmc.formats.hf import load_tokenizer
 from llmc.formats.manifest import hash_folder, manifest_path, new_manifest
 from llmc.formats.packing import unpack
 from llmc.formats.quantized import linears, parts
-from llmc.formats.types import GRIDS
+from llmc.formats.types import BLOCK_TYPES
 from llmc.runtimes.torch_model import TorchModel
 
 LLAMA = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -54,7 +54,7 @@ Stored = dict[str, np.ndarray]  # the bytes of every linear, uint8 [out, bytes o
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A tiny float model of a family whose rows every grid fits."""
+    """A tiny float model of a family whose rows every type fits."""
     made: dict[str, Path] = {}
 
     def get(family: str) -> Path:
@@ -68,29 +68,29 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def blocks_folder(source: Path, out: Path, *names: str) -> tuple[Stored, dict[str, str]]:
-    """Every decoder linear in llama.cpp's own rounding, on the named grids in turn; returns bytes and grids."""
+    """Every decoder linear in llama.cpp's own rounding, on the named types in turn; returns bytes and types."""
     kept = Checkpoint.open(source).names()
-    grids = dict(zip((n.removesuffix(".weight") for n in kept if is_decoder_linear(n)), cycle(names), strict=False))
+    types = dict(zip((n.removesuffix(".weight") for n in kept if is_decoder_linear(n)), cycle(names), strict=False))
     stored: Stored = {}
 
     def encode(name: str, t: torch.Tensor) -> dict[str, torch.Tensor] | None:
         if not is_decoder_linear(name):
             return None
         linear = name.removesuffix(".weight")
-        stored[linear] = ggml_quantize(np.ascontiguousarray(t.float().numpy()), GRIDS[grids[linear]])
-        return blocks.encode(unpack(stored[linear], GRIDS[grids[linear]]))
+        stored[linear] = ggml_quantize(np.ascontiguousarray(t.float().numpy()), BLOCK_TYPES[types[linear]])
+        return blocks.encode(unpack(stored[linear], BLOCK_TYPES[types[linear]]))
 
-    write_folder(source, out, encode, blocks.config(grids))
-    return stored, grids
+    write_folder(source, out, encode, blocks.config(types))
+    return stored, types
 
 
-def float_twin(source: Path, out: Path, stored: Stored, grids: dict[str, str]) -> Path:
+def float_twin(source: Path, out: Path, stored: Stored, types: dict[str, str]) -> Path:
     """The float folder with the weights that gguf's own reader sees in the stored bytes."""
     shutil.copytree(source, out)
     tensors = load_file(out / "model.safetensors")
     conv1d = Checkpoint.open(source).config["model_type"] == "gpt2"
     for linear, data in stored.items():
-        w = torch.from_numpy(dequantize(data, Kind[grids[linear].upper()]))
+        w = torch.from_numpy(dequantize(data, Kind[types[linear].upper()]))
         tensors[f"{linear}.weight"] = w.t().contiguous() if conv1d else w
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     return out
@@ -117,34 +117,34 @@ def in_the_file(family: str, linear: str, data: np.ndarray) -> tuple[str, np.nda
     return f"blk.{layer}.{FAMILIES[family][module]}.weight", data
 
 
-def check_file(family: str, file: Path, stored: Stored, grids: dict[str, str]) -> None:
+def check_file(family: str, file: Path, stored: Stored, types: dict[str, str]) -> None:
     """Every linear's bytes and type are in the file."""
     tensors = {t.name: t for t in GGUFReader(file).tensors}
     for linear, data in stored.items():
         name, expected = in_the_file(family, linear, data)
-        assert tensors[name].tensor_type == Kind[grids[linear].upper()]
+        assert tensors[name].tensor_type == Kind[types[linear].upper()]
         assert tensors[name].data.tobytes() == expected.tobytes()
 
 
 # --------------------------------------------------------------------------------------- what is stored is what is used
 
 
-@pytest.mark.parametrize("name", GRIDS)
-def test_every_grid(name, base, tmp_path):
-    stored, grids = blocks_folder(base("llama"), tmp_path / "q", name)
+@pytest.mark.parametrize("name", BLOCK_TYPES)
+def test_every_type(name, base, tmp_path):
+    stored, types = blocks_folder(base("llama"), tmp_path / "q", name)
     ckpt = Checkpoint.open(tmp_path / "q")
     assert linears(ckpt) == list(stored)
     for linear, data in stored.items():
         t = quantized.read(ckpt, linear)
-        assert_same(t, unpack(data, GRIDS[name]))
+        assert_same(t, unpack(data, BLOCK_TYPES[name]))
         assert np.array_equal(blocks.encode(t)["blocks"].numpy(), data)
         assert quantized.shape(ckpt, linear) == t.shape
-        assert quantized.grid_name(ckpt, linear) == name
-    twin = float_twin(base("llama"), tmp_path / "twin", stored, grids)
+        assert quantized.type_name(ckpt, linear) == name
+    twin = float_twin(base("llama"), tmp_path / "twin", stored, types)
     assert np.array_equal(logits(tmp_path / "q"), logits(twin))
 
     report = export(tmp_path / "q")
-    check_file("llama", tmp_path / "q.gguf", stored, grids)
+    check_file("llama", tmp_path / "q.gguf", stored, types)
     assert report["verified"]["code_tensors"] == len(stored) == 14
     assert report["verified"]["code_weights"] == sum(quantized.read(ckpt, x).codes.numel() for x in stored)
     assert report["file_type"] == name.upper()
@@ -154,34 +154,34 @@ def test_every_grid(name, base, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_mixed_grids_in_every_layout(family, base, tmp_path):
+def test_mixed_types_in_every_layout(family, base, tmp_path):
     """Permuted rows in Llama, biases in Qwen 2, fused linears in Phi-3, transposed float weights in GPT-2."""
-    stored, grids = blocks_folder(base(family), tmp_path / "q", *GRIDS)
-    assert len(set(grids.values())) == min(len(stored), len(GRIDS))
-    twin = float_twin(base(family), tmp_path / "twin", stored, grids)
+    stored, types = blocks_folder(base(family), tmp_path / "q", *BLOCK_TYPES)
+    assert len(set(types.values())) == min(len(stored), len(BLOCK_TYPES))
+    twin = float_twin(base(family), tmp_path / "twin", stored, types)
     assert np.array_equal(logits(tmp_path / "q"), logits(twin))
     report = export(tmp_path / "q")
-    check_file(family, tmp_path / "q.gguf", stored, grids)
+    check_file(family, tmp_path / "q.gguf", stored, types)
     assert report["verified"]["code_tensors"] == len(stored)
     assert report["logits"]["mean_kld"] < 0.05
 
 
-def test_linears_that_were_not_quantised_stay_float(base, tmp_path):
-    stored, grids = blocks_folder(base("llama"), tmp_path / "q", "q5_k", "q6_k")
+def test_linears_that_were_not_quantized_stay_float(base, tmp_path):
+    stored, types = blocks_folder(base("llama"), tmp_path / "q", "q5_k", "q6_k")
     tensors = load_file(tmp_path / "q/model.safetensors")
     back = "model.layers.0.mlp.up_proj"
-    del tensors[f"{back}.blocks"], stored[back], grids[back]
+    del tensors[f"{back}.blocks"], stored[back], types[back]
     tensors[f"{back}.weight"] = load_file(base("llama") / "model.safetensors")[f"{back}.weight"]
     save_file(tensors, tmp_path / "q/model.safetensors", metadata={"format": "pt"})
-    edit_config(tmp_path / "q", quantization_config=blocks.config(grids))
+    edit_config(tmp_path / "q", quantization_config=blocks.config(types))
     types = export(tmp_path / "q")["tensor_types"]
-    assert types == {"Q5_K": list(grids.values()).count("q5_k"), "Q6_K": list(grids.values()).count("q6_k"),
+    assert types == {"Q5_K": list(types.values()).count("q5_k"), "Q6_K": list(types.values()).count("q6_k"),
                      "F16": 1, "Q8_0": 1, "F32": 5}
-    check_file("llama", tmp_path / "q.gguf", stored, grids)
+    check_file("llama", tmp_path / "q.gguf", stored, types)
 
 
 def test_a_flipped_bit_in_the_file_is_found(base, tmp_path):
-    blocks_folder(base("llama"), tmp_path / "q", *GRIDS)
+    blocks_folder(base("llama"), tmp_path / "q", *BLOCK_TYPES)
     export(tmp_path / "q")
     ckpt = Checkpoint.open(tmp_path / "q")
     config = GgufExportConfig(model=tmp_path / "q")
@@ -208,22 +208,22 @@ def by_module(linear: str) -> str:
 
 def test_blocks_are_found_in_what_llama_cpps_converter_wrote(base, tmp_path):
     names = [n.removesuffix(".weight") for n in Checkpoint.open(base("llama")).names() if is_decoder_linear(n)]
-    stored, grids = blocks_folder(base("llama"), tmp_path / "q", *map(by_module, names))
+    stored, types = blocks_folder(base("llama"), tmp_path / "q", *map(by_module, names))
     report = export(tmp_path / "q", converter=checkout(tmp_path / "llama.cpp"))
     assert report["tensor_types"] == {"Q4_K": 2, "Q6_K": 2, "IQ4_XS": 6, "Q8_0": 1, "F32": 5}
     fused = next(t for t in GGUFReader(report["path"]).tensors if t.name == "blk.1.attn_qkv.weight")
     expected = [in_the_file("llama", x, stored[x])[1] for x in (f"model.layers.1.self_attn.{y}_proj" for y in "qkv")]
     assert np.array_equal(fused.data, np.concatenate(expected))
-    assert set(grids.values()) == {"q4_k", "q6_k", "iq4_xs"}
+    assert set(types.values()) == {"q4_k", "q6_k", "iq4_xs"}
 
 
-def test_linears_that_are_fused_must_share_a_grid(base, tmp_path):
+def test_linears_that_are_fused_must_share_a_type(base, tmp_path):
     blocks_folder(base("llama"), tmp_path / "q", "q4_k", "q5_k", "q6_k")
-    with pytest.raises(UserError, match=r"blk\.0\.attn_qkv\.weight is made of linears on different grids \(q"):
+    with pytest.raises(UserError, match=r"blk\.0\.attn_qkv\.weight is made of linears on different types \(q"):
         export(tmp_path / "q", converter=checkout(tmp_path / "llama.cpp"))
 
 
-def test_equal_rows_are_taken_from_a_linear_of_the_grid():
+def test_equal_rows_are_taken_from_a_linear_of_the_type():
     """A row of zeros, which any linear may hold, does not pull its matrix into another linear's type."""
     rng = np.random.default_rng(0)
     a, b = (rng.standard_normal((4, 32)).astype(np.float32) for _ in range(2))
@@ -250,7 +250,7 @@ def test_inspect_and_verify(base, tmp_path):
     sign(tmp_path / "q")
     report = llmc.inspect(tmp_path / "q")
     assert report["format"] == "Hugging Face folder, llmc-blocks"
-    assert report["grid"] == "iq4_nl + q4_k"
+    assert report["type"] == "iq4_nl + q4_k"
     w = report["weights"]
     assert w["decoder_bits_per_weight"] == 4.5
     assert w["parameters"] == llmc.inspect(base("llama"))["weights"]["parameters"]
@@ -259,9 +259,9 @@ def test_inspect_and_verify(base, tmp_path):
     assert llmc.verify(tmp_path / "q")["problems"] == []
 
 
-def test_it_is_not_quantised_again(base, tmp_path):
+def test_it_is_not_quantized_again(base, tmp_path):
     blocks_folder(base("llama"), tmp_path / "q", "q4_k")
-    with pytest.raises(UserError, match=r"is quantised already \(llmc-blocks\)"):
+    with pytest.raises(UserError, match=r"is quantized already \(llmc-blocks\)"):
         llmc.quantize(tmp_path / "q", method="rtn", out=tmp_path / "again")
 
 
@@ -270,7 +270,7 @@ def test_float_and_gptq_folders_read_as_before(made):
     ckpt = Checkpoint.open(made.gptq)
     linear = linears(ckpt)[0]
     assert quantized.is_quantized(ckpt)
-    assert quantized.grid_name(ckpt, linear) == "int4-sym-g32"
+    assert quantized.type_name(ckpt, linear) == "int4-sym-g32"
     assert quantized.shape(ckpt, linear) == quantized.read(ckpt, linear).shape
     assert {n for n in ckpt.names() if n.startswith(f"{linear}.")} <= set(parts(linear))
 
@@ -285,9 +285,9 @@ def edit_quantization(folder: Path, **values: Any) -> None:
     edit_config(folder, quantization_config=config | values)
 
 
-def edit_grids(folder: Path, **values: str | int | None) -> None:
-    grids = json.loads((folder / "config.json").read_text())["quantization_config"]["grids"] | values
-    edit_quantization(folder, grids={k: v for k, v in grids.items() if v is not None})
+def edit_types(folder: Path, **values: str | int | None) -> None:
+    types = json.loads((folder / "config.json").read_text())["quantization_config"]["types"] | values
+    edit_quantization(folder, types={k: v for k, v in types.items() if v is not None})
 
 
 def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
@@ -306,8 +306,8 @@ def infinite(tensors: dict[str, torch.Tensor]) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "unknown grid": (lambda f: edit_grids(f, **{Q: "q7_k"}), f"gives {Q} the grid 'q7_k'"),
-    "another grid's bytes": (lambda f: edit_grids(f, **{Q: "q6_k"}), rf"{Q}\.blocks of .* is U8 \[256, 144\]"),
+    "unknown type": (lambda f: edit_types(f, **{Q: "q7_k"}), f"gives {Q} the type 'q7_k'"),
+    "another type's bytes": (lambda f: edit_types(f, **{Q: "q6_k"}), rf"{Q}\.blocks of .* is U8 \[256, 144\]"),
     "cut rows": (lambda f: edit_tensors(f, lambda t: t.update({f"{Q}.blocks": t[f"{Q}.blocks"][:, :-1].contiguous()})),
                  rf"{Q}\.blocks of .* is U8 \[256, 143\]"),
     "other numbers": (lambda f: edit_tensors(f, lambda t: t.update({f"{Q}.blocks": t[f"{Q}.blocks"].to(torch.int32)})),
@@ -315,9 +315,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "half a file": (truncate, "half a download"),
     "no tensor": (lambda f: edit_tensors(f, lambda t: t.pop(f"{Q}.blocks")),
                   rf"1 linears .* have no tensor, first {Q}\.blocks"),
-    "no grid": (lambda f: edit_grids(f, **{Q: None}), rf"names no grid for {Q}\.blocks"),
-    "no grids": (lambda f: edit_quantization(f, grids=None), "no table `grids`"),
-    "a number": (lambda f: edit_grids(f, **{Q: 4}), f"gives {Q} the grid 4"),
+    "no type": (lambda f: edit_types(f, **{Q: None}), rf"names no type for {Q}\.blocks"),
+    "no types": (lambda f: edit_quantization(f, types=None), "no table `types`"),
+    "a number": (lambda f: edit_types(f, **{Q: 4}), f"gives {Q} the type 4"),
     "a later version": (lambda f: edit_quantization(f, version=2), "version 2; this llmc reads 'llmc-blocks', version"),
     "infinite factors": (lambda f: edit_tensors(f, infinite), rf"{Q}\.blocks of .* NaN or infinite"),
 }

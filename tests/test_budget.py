@@ -137,7 +137,7 @@ def test_sensitivity_predicts_what_rounding_costs(tmp_path: Path) -> None:
             predicted += a * sensitivity.errors(m.weight.data, ["q5_0"])["q5_0"]
             assert torch.equal(m.weight.data, kept[name])
         for m in linears.values():
-            m.weight.data.copy_(sensitivity.rtn(m.weight.data, sensitivity.grid_called("q5_0")).dequantize())
+            m.weight.data.copy_(sensitivity.rtn(m.weight.data, sensitivity.type_called("q5_0")).dequantize())
         measured = probe.divergence(0)
     assert predicted == pytest.approx(measured, rel=0.5)
 
@@ -181,7 +181,7 @@ def test_the_file_keeps_its_size_and_more_room_predicts_less_loss(tied: bool, tm
     assert losses[-1] < losses[0] / 10
     target = floor + 3 * (top - floor) // 8
     result = quantize(base, settings(text, tmp_path / "q", target_size=f"{target}B"))
-    assert len(set(result["grids"])) > 1
+    assert len(set(result["types"])) > 1
     llmc.export(tmp_path / "q", format="gguf", out=tmp_path / "q.gguf", threads=1)
     assert (tmp_path / "q.gguf").stat().st_size == result["plan"]["file_bytes"] <= target
     found = llmc.inspect(tmp_path / "q.gguf")
@@ -212,10 +212,10 @@ def test_embedding_and_head_are_chosen_too_among_the_types_that_fit(tmp_path: Pa
     base = build("llama", tmp_path / "base", tie_word_embeddings=False)  # rows of 64 and 128
     types: dict[str, set[str]] = {"embedding": set(), "head": set()}
     for bpw in (4.6, 5.0, 5.5, 6.0, 7.0, 9.0):
-        grids = {t["name"]: t["grid"] for t in plan(base, text, target_bpw=bpw)["tensors"]}
-        assert set(grids.values()) <= set(sensitivity.candidates(64))
+        types = {t["name"]: t["type"] for t in plan(base, text, target_bpw=bpw)["tensors"]}
+        assert set(types.values()) <= set(sensitivity.candidates(64))
         for table, seen in types.items():
-            seen.add(grids[table])
+            seen.add(types[table])
     assert all("q8_0" in seen and len(seen) > 1 for seen in types.values())
 
 
@@ -231,7 +231,7 @@ def test_no_larger_than_a_presets_file_and_predicted_no_worse(preset: str, tied:
     assert sizes["ours"] <= sizes["theirs"]
     assert promise["peer"]["preset"] == preset
     assert promise["predicted_kld"] <= promise["peer"]["predicted_kld"]
-    assert ours["grid"] == f"target-size as:{preset}"
+    assert ours["type"] == f"target-size as:{preset}"
 
 
 def test_predicted_against_measured_is_on_page_and_report(tmp_path: Path, text: Path,
@@ -285,7 +285,7 @@ def test_a_budget_beats_one_type_of_the_same_size(tmp_path: Path, text: Path) ->
     llmc.export(tmp_path / "u", format="gguf", out=tmp_path / "u.gguf", threads=1)
     nbytes = (tmp_path / "u.gguf").stat().st_size
     mixed = quantize(base, settings(text, tmp_path / "m", target_size=f"{nbytes}B", method="rtn"))
-    assert mixed["grids"] != uniform["grids"]
+    assert mixed["types"] != uniform["types"]
     llmc.export(tmp_path / "m", format="gguf", out=tmp_path / "m.gguf", threads=1)
     results = [llmc.evaluate(tmp_path / f"{n}.gguf", base=base, text=str(text), chunks=8, context=128) for n in "um"]
     kld = [r["quality"]["texts"][0]["kld"]["value"] for r in results]
@@ -318,7 +318,7 @@ def test_what_is_named_as_possible_is_possible(value: float) -> None:
 
 @pytest.mark.parametrize(("options", "words"), [
     ({"target_size": "90MB", "target_bpw": 4.0}, "give one target"),
-    ({"target_size": "90MB", "preset": "q4_k_m"}, "leave out --grid and --preset"),
+    ({"target_size": "90MB", "preset": "q4_k_m"}, "leave out --type and --preset"),
     ({"target_bpw": 4.0, "bits": 8}, "leave out --bits"),
     ({"target_size": "90"}, "give bytes with a unit"),
     ({"target_size": "as:q9_k"}, "after as: must come one of q2_k"),

@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 import llmc
 from llmc.cli import run as command_line
-from llmc.compress.distill import adapters, pupil
+from llmc.compress.distill import adapters, student
 from llmc.compress.distill.config import DistillConfig
 from llmc.compress.teaching import loss
 from llmc.compress.teaching.texts import Texts, gather
@@ -178,8 +178,8 @@ def test_a_student_that_is_the_teacher_has_no_gradient(trio: tuple[Path, Path, P
     ids = torch.arange(40).view(2, 20)
     targets = ids.flatten().roll(-1)
     for objective in (loss.Objective(), loss.Objective(reverse=True, temperature=3.0)):
-        mine = pupil.Pupil(model, objective, 512, [0, 2], 1.0, (64, 64))
-        with torch.no_grad(), pupil.captured(model, [0, 2]) as theirs:
+        mine = student.Student(model, objective, 512, [0, 2], 1.0, (64, 64))
+        with torch.no_grad(), student.captured(model, [0, 2]) as theirs:
             logits = model(ids).logits.view(40, 512)
         states = [s.clone() for s in theirs]
         said = logits / objective.temperature
@@ -205,7 +205,7 @@ def test_hidden_states_help_and_their_matrices_are_gone_in_the_end(trio: tuple[P
 @settings(deadline=None)
 @given(st.integers(1, 60), st.integers(1, 60))
 def test_layers_are_spread_evenly_and_the_last_meets_the_last(ours: int, theirs: int) -> None:
-    pairs = pupil.map_layers(None, ours, theirs)
+    pairs = student.map_layers(None, ours, theirs)
     aims = [b for _, b in pairs]
     assert [a for a, _ in pairs] == list(range(ours))
     assert aims == sorted(aims)
@@ -222,7 +222,7 @@ def test_a_narrower_student_learns_through_a_projection(trio: tuple[Path, Path, 
     narrow = build("llama", tmp_path / "narrow", hidden_size=32, seed=3)
     result = llmc.distill(narrow, teacher, calibration=text, out=tmp_path / "out", hidden_weight=0.5, **OPTIONS)
     assert result["loss"]["after"] < result["loss"]["before"]
-    q = pupil.projection(32, 64, 0).weight
+    q = student.projection(32, 64, 0).weight
     torch.testing.assert_close(q.t() @ q, torch.eye(32), rtol=1e-4, atol=1e-5)
 
 
@@ -414,8 +414,8 @@ def test_what_cannot_be_distilled_is_refused_before_any_work(trio: tuple[Path, P
     other = build("llama", tmp_path / "other", style="llama")
     llmc.quantize(student, method="rtn", out=tmp_path / "small", threads=2)
     cases: list[tuple[Path, Path, dict[str, Any], str]] = [
-        (student, other, {}, "differ in .* tokens"), (student, tmp_path / "small", {}, "quantised already"),
-        (tmp_path / "small", teacher, {}, "quantised already"), (student, teacher, {"seq_len": 512}, "positions for 256"),
+        (student, other, {}, "differ in .* tokens"), (student, tmp_path / "small", {}, "quantized already"),
+        (tmp_path / "small", teacher, {}, "quantized already"), (student, teacher, {"seq_len": 512}, "positions for 256"),
         (student, teacher, {"hidden_weight": 1.0, "layer_map": "0:0,5:1"}, "5:1: the student's layers are 0 to 1"),
         (student, teacher, {"hidden_weight": 1.0, "layer_map": "0:0,0:1"}, "twice"),
     ]

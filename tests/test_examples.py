@@ -13,7 +13,7 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
-from llmc.formats.types import Grid
+from llmc.formats.types import IntegerType
 from llmc.rounding.rtn import rtn
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -31,18 +31,18 @@ def load(name: str) -> ModuleType:
 def rounding_error(weight: torch.Tensor) -> float:
     """What 4-bit rounding loses of a matrix, as a share of its norm."""
     w = weight.detach().float()
-    return float((rtn(w, Grid(4, 32)).dequantize() - w).norm() / w.norm())
+    return float((rtn(w, IntegerType(4, 32)).dequantize() - w).norm() / w.norm())
 
 
 @pytest.mark.parametrize("strength", [0.25, 1.0])
-def test_regauge_leaves_the_function_and_the_grid(tmp_path: Path, strength: float) -> None:
-    """On double precision the logits are the same; weights that lay on a 4-bit grid do not any more."""
+def test_regauge_leaves_the_function_and_the_type(tmp_path: Path, strength: float) -> None:
+    """On double precision the logits are the same; weights that lay on a 4-bit type do not any more."""
     folder = tiny.build("llama", tmp_path / "m")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     decoder = {n: p for n, p in model.named_parameters() if "proj" in n}
     with torch.no_grad():
         for p in decoder.values():
-            p.copy_(rtn(p.float(), Grid(4, 32)).dequantize())
+            p.copy_(rtn(p.float(), IntegerType(4, 32)).dequantize())
     assert max(rounding_error(p) for p in decoder.values()) < 0.02
     ids = torch.arange(2, 60).view(1, -1)
     with torch.no_grad():
@@ -50,7 +50,7 @@ def test_regauge_leaves_the_function_and_the_grid(tmp_path: Path, strength: floa
         load("make_base").regauge(model, strength, seed=0)
         after = model(ids).logits
     torch.testing.assert_close(after, before, rtol=1e-9, atol=1e-9)
-    assert min(rounding_error(p) for p in decoder.values()) > 0.05, "a matrix still lies on its grid"
+    assert min(rounding_error(p) for p in decoder.values()) > 0.05, "a matrix still lies on its type"
 
 
 def test_regauge_of_another_seed_is_another_model(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from llmc.errors import UserError
 from llmc.export.onnx import OnnxExportConfig, export_onnx, layout
 from llmc.export.onnx.levels import Levels, Measured, choose
 from llmc.formats.manifest import hash_folder, last_artifact, read_manifest
-from llmc.formats.types import Grid, QuantizedTensor
+from llmc.formats.types import IntegerType, QuantizedTensor
 from llmc.runtimes.onnx_model import OnnxModel
 from llmc.runtimes.torch_model import TorchModel
 
@@ -54,7 +54,7 @@ def onnx_logits(folder: Path, ids: np.ndarray) -> np.ndarray:
 
 
 def matrices(folder: Path) -> dict[str, np.ndarray]:
-    """Values [N, K] of every quantised matrix by its node, by the definitions of the operators and onnx's own reading."""
+    """Values [N, K] of every quantized matrix by its node, by the definitions of the operators and onnx's own reading."""
     model = onnx.load(folder / "model.onnx")
     stored = {t.name: t for t in model.graph.initializer}
     found = {}
@@ -91,7 +91,7 @@ def node_values(source: dict[str, QuantizedTensor], layer: int, name: str) -> np
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_gives_torchs_logits(family: str, tmp_path: Path) -> None:
-    gptq_folder(build(family, tmp_path / "m"), tmp_path / "q", Grid(4, 32))
+    gptq_folder(build(family, tmp_path / "m"), tmp_path / "q", IntegerType(4, 32))
     report = export(tmp_path / "q")
     assert report["logits"]["relative_error"] < FLOAT_NOISE
     assert report["logits"]["top1_agreement"] == 1.0
@@ -127,7 +127,7 @@ def test_a_rotary_embedding_that_depends_on_the_length(family: str, scaling: dic
     (4, 32, True), (4, 64, False), (4, 128, True), (8, 32, False), (8, 64, True), (8, 128, False), (4, 32, False)])
 def test_codes_are_carried_bit_for_bit(bits: int, group_size: int, symmetric: bool, int4: str, tmp_path: Path) -> None:
     folder = build("llama", tmp_path / "m", hidden_size=128)
-    source = gptq_folder(folder, tmp_path / "q", Grid(bits, group_size, symmetric))
+    source = gptq_folder(folder, tmp_path / "q", IntegerType(bits, group_size, symmetric))
     report = export(tmp_path / "q", int4=int4)
     assert report["verified"]["code_weights"] == sum(q.codes.numel() for q in source.values())
     assert report["logits"]["relative_error"] < FLOAT_NOISE
@@ -141,7 +141,7 @@ def test_codes_are_carried_bit_for_bit(bits: int, group_size: int, symmetric: bo
 
 
 def test_qdq_gives_the_same_logits(tmp_path: Path) -> None:
-    gptq_folder(build("mistral", tmp_path / "m"), tmp_path / "q", Grid(4, 32, False))
+    gptq_folder(build("mistral", tmp_path / "m"), tmp_path / "q", IntegerType(4, 32, False))
     ids = np.random.default_rng(0).integers(2, 512, 40)
     for int4 in ("nbits", "qdq"):
         export(tmp_path / "q", int4=int4, out=tmp_path / int4)
@@ -155,7 +155,7 @@ def test_qdq_gives_the_same_logits(tmp_path: Path) -> None:
 @pytest.mark.parametrize("head_bits", [4, 8, 16])
 def test_tables(tied: bool, head_bits: int, tmp_path: Path) -> None:
     folder = build("llama", tmp_path / "m", tie_word_embeddings=tied)
-    gptq_folder(folder, tmp_path / "q", Grid(4, 32))
+    gptq_folder(folder, tmp_path / "q", IntegerType(4, 32))
     report = export(tmp_path / "q", head_bits=head_bits)
     assert report["tied"] == tied
     assert report["logits"]["relative_error"] < FLOAT_NOISE
@@ -208,7 +208,7 @@ def test_gguf_and_onnx_of_the_same_codes_agree(tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp")
     from llmc.runtimes.llamacpp import LlamaCpp
 
-    gptq_folder(build("llama", tmp_path / "m", hidden_size=128), tmp_path / "q", Grid(8, 64))
+    gptq_folder(build("llama", tmp_path / "m", hidden_size=128), tmp_path / "q", IntegerType(8, 64))
     export(tmp_path / "q")
     llmc.export(tmp_path / "q", format="gguf", out=tmp_path / "q.gguf", threads=1)
     ids = np.random.default_rng(0).integers(2, 512, 60)
@@ -218,14 +218,14 @@ def test_gguf_and_onnx_of_the_same_codes_agree(tmp_path: Path) -> None:
     finally:
         runtime.close()
     ours = onnx_logits(tmp_path / "q-onnx", ids)
-    # llama.cpp rounds activations to 8 bits where weights are quantised; the weights are the same
+    # llama.cpp rounds activations to 8 bits where weights are quantized; the weights are the same
     assert np.sqrt(((ours - theirs) ** 2).mean() / (ours**2).mean()) < 0.05
 
 
-def test_mixed_grids_of_one_layer_are_not_joined(tmp_path: Path) -> None:
-    """Only some linears quantised: Q, K and V are joined where they can be and apart where not."""
+def test_mixed_types_of_one_layer_are_not_joined(tmp_path: Path) -> None:
+    """Only some linears quantized: Q, K and V are joined where they can be and apart where not."""
     folder = build("llama", tmp_path / "m")
-    gptq_folder(folder, tmp_path / "q", Grid(4, 32),
+    gptq_folder(folder, tmp_path / "q", IntegerType(4, 32),
                 chosen=lambda n: is_decoder_linear(n) and "layers.1.self_attn.v" not in n)
     report = export(tmp_path / "q")
     assert report["logits"]["relative_error"] < FLOAT_NOISE
@@ -235,10 +235,10 @@ def test_mixed_grids_of_one_layer_are_not_joined(tmp_path: Path) -> None:
     assert nodes["/model/layers.1/attn/v_proj/MatMul"] == "MatMul"
 
 
-@pytest.mark.parametrize("grid", ["q4_0", "q8_0"])
-def test_blocks_that_onnx_holds(grid: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("qtype", ["q4_0", "q8_0"])
+def test_blocks_that_onnx_holds(qtype: str, tmp_path: Path) -> None:
     folder = build("llama", tmp_path / "m", dtype=torch.float16)
-    llmc.quantize(folder, grid=grid, method="rtn", out=tmp_path / "b")
+    llmc.quantize(folder, type=qtype, method="rtn", out=tmp_path / "b")
     report = export(tmp_path / "b")
     assert report["verified"]["code_matrices"] == 10
     assert report["logits"]["relative_error"] < FLOAT_NOISE
@@ -246,21 +246,21 @@ def test_blocks_that_onnx_holds(grid: str, tmp_path: Path) -> None:
 
 def test_blocks_that_onnx_does_not_hold_are_refused_with_what_to_do(tmp_path: Path) -> None:
     folder = build("llama", tmp_path / "m", dtype=torch.float16)
-    llmc.quantize(folder, grid="q5_0", method="rtn", out=tmp_path / "b")
+    llmc.quantize(folder, type="q5_0", method="rtn", out=tmp_path / "b")
     with pytest.raises(UserError, match=r"14 linears on q5_0 .*nearest that it has: q8_0") as e:
         export(tmp_path / "b")
     assert "llmc quantize MODEL --bits 8" in e.value.hint
     assert not (tmp_path / "b-onnx").exists()
 
 
-# ---------------------------------------------------------------------------------------------------- grids, on their own
+# ---------------------------------------------------------------------------------------------------- types, on their own
 
 
 def test_a_scale_is_repeated_for_blocks_that_onnx_runtime_likes() -> None:
-    assert layout.held_as(Grid(4, 256)) == Grid(4, 128)
-    assert layout.held_as(Grid(4, 96, False)) == Grid(4, 32, False)
-    assert layout.held_as(Grid(8, 8)) is None
-    q = QuantizedTensor(Grid(4, 96, False), torch.randint(0, 16, (3, 192), dtype=torch.uint8),
+    assert layout.held_as(IntegerType(4, 256)) == IntegerType(4, 128)
+    assert layout.held_as(IntegerType(4, 96, False)) == IntegerType(4, 32, False)
+    assert layout.held_as(IntegerType(8, 8)) is None
+    q = QuantizedTensor(IntegerType(4, 96, False), torch.randint(0, 16, (3, 192), dtype=torch.uint8),
                         torch.rand(3, 2).half(), torch.randint(0, 16, (3, 2), dtype=torch.uint8))
     held = layout.exact(q)
     assert held is not None
@@ -268,16 +268,16 @@ def test_a_scale_is_repeated_for_blocks_that_onnx_runtime_likes() -> None:
 
 
 def test_q4_1_is_held_where_its_minimum_is_a_whole_number_of_steps() -> None:
-    from llmc.formats.types import GRIDS, BlockTensor
+    from llmc.formats.types import BLOCK_TYPES, BlockTensor
 
     codes = torch.randint(0, 16, (2, 64), dtype=torch.uint8)
     d = torch.tensor([[0.5, 0.25], [1.0, 0.0]]).half()
-    whole = BlockTensor(GRIDS["q4_1"], codes, d, torch.tensor([[-1.5, 0.0], [-15.0, 0.0]]).half())
+    whole = BlockTensor(BLOCK_TYPES["q4_1"], codes, d, torch.tensor([[-1.5, 0.0], [-15.0, 0.0]]).half())
     held = layout.exact(whole)
     assert held is not None
     assert torch.equal(held.dequantize(), whole.dequantize())
     for m in (-1.6, 0.5, -8.0):  # between steps, above zero, more than 15 steps
-        assert layout.exact(BlockTensor(GRIDS["q4_1"], codes, d, torch.full((2, 2), m).half())) is None
+        assert layout.exact(BlockTensor(BLOCK_TYPES["q4_1"], codes, d, torch.full((2, 2), m).half())) is None
 
 
 # ------------------------------------------------------------------------------------------------------------ the folder
@@ -286,7 +286,7 @@ def test_q4_1_is_held_where_its_minimum_is_a_whole_number_of_steps() -> None:
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("onnx")
-    source = gptq_folder(build("llama", folder / "m"), folder / "q", Grid(4, 32))
+    source = gptq_folder(build("llama", folder / "m"), folder / "q", IntegerType(4, 32))
     (folder / "q" / "chat_template.jinja").write_text("{{ messages[0].content }}")
     report = export(folder / "q", accuracy_level="auto")
     return SimpleNamespace(source=source, q=folder / "q", out=folder / "q-onnx", report=report)
@@ -348,7 +348,7 @@ def test_the_head_can_have_a_level_of_its_own(options: dict[str, str], measured:
 
 
 def test_a_head_without_a_level_of_its_own(exported: SimpleNamespace, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--head-accuracy-level 4: the head is not quantised in blocks"):
+    with pytest.raises(UserError, match="--head-accuracy-level 4: the head is not quantized in blocks"):
         export(exported.q, head_bits=16, head_accuracy_level="4", out=tmp_path / "x")
     with pytest.raises(UserError, match="--head-accuracy-level with --int4 qdq"):
         OnnxExportConfig(int4="qdq", head_accuracy_level="4")

@@ -76,7 +76,7 @@ def test_it_computes_what_torch_computes(family: str, tmp_path: Path) -> None:
 
 
 @needs_optimum
-def test_a_quantised_model_only_where_that_is_asked_for(
+def test_a_quantized_model_only_where_that_is_asked_for(
         made: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["export", str(made.gptq), "--format", "onnx", "--exporter", "optimum", "-o", str(tmp_path / "out")]
     assert run(options) == 2

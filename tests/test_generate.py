@@ -47,10 +47,10 @@ class Scripted:
     def __init__(self, says: bytes) -> None:
         self.says = [*list(says), 0]
 
-    def tokenise(self, text: str, special: bool = True) -> np.ndarray:
+    def tokenize(self, text: str, special: bool = True) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
 
-    def detokenise(self, ids: list[int]) -> str:
+    def detokenize(self, ids: list[int]) -> str:
         return bytes(ids).decode(errors="replace")
 
     def _next(self) -> np.ndarray:
@@ -105,7 +105,7 @@ def test_chat_template(made: SimpleNamespace, tmp_path: Path) -> None:
     for artifact in (folder, tmp_path / "chat.gguf"):
         runtime = open_runtime(artifact, 64, 1)
         assert runtime.chat("hi") == "<s>[user] hi\n[assistant]"
-        assert runtime.tokenise(runtime.chat("hi"), special=False)[0] == 0  # BOS once, as one token
+        assert runtime.tokenize(runtime.chat("hi"), special=False)[0] == 0  # BOS once, as one token
         runtime.close()
         with pytest.raises(UserError, match="no chat template"):
             open_runtime(made.base if artifact.is_dir() else made.gguf, 64, 1).chat("hi")

@@ -16,48 +16,48 @@ from hypothesis import strategies as st
 
 from llmc.errors import UserError
 from llmc.export.gguf import blocks
-from llmc.formats.types import Grid, QuantizedTensor
+from llmc.formats.types import IntegerType, QuantizedTensor
 
 
-def random_tensor(grid: Grid, rows: int = 5, width: int = 256, seed: int = 0) -> QuantizedTensor:
+def random_tensor(qtype: IntegerType, rows: int = 5, width: int = 256, seed: int = 0) -> QuantizedTensor:
     g = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, grid.max_code + 1, (rows, width), generator=g, dtype=torch.uint8)
-    scales = (torch.randn(rows, width // grid.group_size, generator=g) * 0.1).half()  # negative ones too
-    return QuantizedTensor(grid, codes, scales)
+    codes = torch.randint(0, qtype.max_code + 1, (rows, width), generator=g, dtype=torch.uint8)
+    scales = (torch.randn(rows, width // qtype.group_size, generator=g) * 0.1).half()  # negative ones too
+    return QuantizedTensor(qtype, codes, scales)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("group_size", [32, 64, 128, 256])
-def test_codes_are_read_by_gguf_as_the_grid_defines_them(bits, group_size):
-    q = random_tensor(Grid(bits, group_size))
+def test_codes_are_read_by_gguf_as_the_type_defines_them(bits, group_size):
+    q = random_tensor(IntegerType(bits, group_size))
     data = blocks.pack_codes(q)
-    assert np.array_equal(dequantize(data, blocks.kind_of_grid(q.grid)), q.dequantize().numpy())
+    assert np.array_equal(dequantize(data, blocks.kind_of_type(q.type)), q.dequantize().numpy())
 
 
 def test_q4_0_block_by_hand():
     codes = torch.arange(32, dtype=torch.uint8)[None] % 16
-    data = blocks.pack_codes(QuantizedTensor(Grid(4, 32), codes, torch.tensor([[0.5]], dtype=torch.float16)))
+    data = blocks.pack_codes(QuantizedTensor(IntegerType(4, 32), codes, torch.tensor([[0.5]], dtype=torch.float16)))
     assert data.tobytes() == bytes([0x00, 0x38]) + bytes((i % 16) | ((i + 16) % 16) << 4 for i in range(16))
 
 
 def test_q8_0_block_by_hand_holds_code_0_as_minus_128():
     codes = torch.tensor([[0, 128, 255] + [129] * 29], dtype=torch.uint8)
-    data = blocks.pack_codes(QuantizedTensor(Grid(8, 32), codes, torch.tensor([[1.0]], dtype=torch.float16)))
+    data = blocks.pack_codes(QuantizedTensor(IntegerType(8, 32), codes, torch.tensor([[1.0]], dtype=torch.float16)))
     assert data[0, 2:].view(np.int8).tolist() == [-128, 0, 127] + [1] * 29
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from([4, 8]), st.sampled_from([32, 64, 128]), st.integers(0, 2**32 - 1))
 def test_unpacking_undoes_packing(bits, group_size, seed):
-    q = random_tensor(Grid(bits, group_size), seed=seed)
-    codes, scales, mins = blocks.unpack_codes(blocks.pack_codes(q), blocks.kind_of_grid(q.grid))
+    q = random_tensor(IntegerType(bits, group_size), seed=seed)
+    codes, scales, mins = blocks.unpack_codes(blocks.pack_codes(q), blocks.kind_of_type(q.type))
     assert np.array_equal(codes, q.codes.numpy())
     assert np.array_equal(scales[:, :: group_size // 32], q.scales.numpy())
     assert mins is None
 
 
 def test_asymmetric_codes_fit_q4_1_where_the_minimum_is_a_float16():
-    q = random_tensor(Grid(4, 64, symmetric=False))
+    q = random_tensor(IntegerType(4, 64, symmetric=False))
     q.scales = torch.full_like(q.scales, 0.25)
     q.zeros = torch.randint(1, 16, q.scales.shape, dtype=torch.uint8)
     assert blocks.block_mins(q)[1] == 0
@@ -66,10 +66,10 @@ def test_asymmetric_codes_fit_q4_1_where_the_minimum_is_a_float16():
     assert blocks.block_mins(q)[1] == 1
 
 
-@pytest.mark.parametrize("grid", [Grid(8, 32, symmetric=False), Grid(4, 16), Grid(4, 48)])
-def test_a_grid_that_no_type_holds_is_refused(grid):
-    with pytest.raises(UserError, match=grid.name):
-        blocks.kind_of_grid(grid)
+@pytest.mark.parametrize("qtype", [IntegerType(8, 32, symmetric=False), IntegerType(4, 16), IntegerType(4, 48)])
+def test_a_type_that_no_type_holds_is_refused(qtype):
+    with pytest.raises(UserError, match=qtype.name):
+        blocks.kind_of_type(qtype)
 
 
 # ---------------------------------------------------------------------------------------------------------- float types
@@ -95,7 +95,7 @@ def q6_k_error(x: np.ndarray) -> np.ndarray:
 
 
 def ggml_q6_k(x: np.ndarray) -> np.ndarray:
-    """llama.cpp's own quantiser."""
+    """llama.cpp's own quantizer."""
     folder = Path(importlib.util.find_spec("llama_cpp").origin).parent / "lib"
     quantize_chunk = ctypes.CDLL(str(next(folder.glob("*ggml-base.*")))).ggml_quantize_chunk
     quantize_chunk.restype = ctypes.c_size_t
@@ -130,7 +130,7 @@ def test_q6_k_error_is_bounded_at_any_size(seed, size, heavy):
 
 def test_q6_k_of_zeros_and_of_exact_values():
     assert not dequantize(blocks.quantize_q6_k(np.zeros((2, 256), np.float32)), Kind.Q6_K).any()
-    x = np.tile(np.arange(-32, 32, dtype=np.float32), 4)[None] * 4.0  # every sixteenth on a 6-bit grid
+    x = np.tile(np.arange(-32, 32, dtype=np.float32), 4)[None] * 4.0  # every sixteenth on a 6-bit type
     assert q6_k_error(x).max() < 0.01
 
 

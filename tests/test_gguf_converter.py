@@ -18,7 +18,7 @@ from llmc.errors import UserError
 from llmc.export.gguf import GgufExportConfig, export_gguf
 from llmc.export.gguf.converter import Row, RowIndex
 from llmc.formats.gguf import field
-from llmc.formats.types import Grid
+from llmc.formats.types import IntegerType
 
 # A stand-in for convert_hf_to_gguf.py with the same command line: a Llama in float32, the rows of Q and K permuted, and
 # Q, K and V in one tensor, which llmc's own writer never makes
@@ -85,11 +85,11 @@ def export(folder: Path, converter: Path, **options: Any) -> dict[str, Any]:
 
 
 def test_codes_are_found_through_permuting_and_fusing(tmp_path):
-    source = gptq_folder(build("llama", tmp_path / "m"), tmp_path / "q", Grid(4, 32))
+    source = gptq_folder(build("llama", tmp_path / "m"), tmp_path / "q", IntegerType(4, 32))
     report = export(tmp_path / "q", checkout(tmp_path / "llama.cpp"))
     assert report["verified"]["code_weights"] == sum(q.codes.numel() for q in source.values())
     assert report["tensor_types"] == {"Q4_0": 10, "Q8_0": 1, "F32": 5}
-    assert "14 quantised linears were found by value in 10 of its 16 tensors" in report["notes"][0]
+    assert "14 quantized linears were found by value in 10 of its 16 tensors" in report["notes"][0]
     fused = next(t for t in GGUFReader(report["path"]).tensors if t.name == "blk.1.attn_qkv.weight")
     q, k, v = (source[f"model.layers.1.self_attn.{x}_proj"].dequantize().numpy() for x in "qkv")
     order = [0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15]  # heads of 16 rows: 4 of Q, 2 of K
@@ -106,7 +106,7 @@ def test_a_float_model_goes_through_too(tmp_path):
 def test_metadata_is_the_converters_and_what_llmc_knows_better(tmp_path):
     folder = build("llama", tmp_path / "m", style="gpt2")
     (folder / "generation_config.json").write_text('{"eos_token_id": [1, 9]}')
-    gptq_folder(folder, tmp_path / "q", Grid(4, 32))
+    gptq_folder(folder, tmp_path / "q", IntegerType(4, 32))
     report = export(tmp_path / "q", checkout(tmp_path / "llama.cpp"))
     reader = GGUFReader(report["path"])
     assert field(reader, "llama.attention.head_count_kv") == 2
@@ -116,12 +116,12 @@ def test_metadata_is_the_converters_and_what_llmc_knows_better(tmp_path):
 
 
 def test_values_that_the_converter_changed_are_an_error(tmp_path):
-    gptq_folder(build("llama", tmp_path / "m"), tmp_path / "q", Grid(4, 32))
+    gptq_folder(build("llama", tmp_path / "m"), tmp_path / "q", IntegerType(4, 32))
     scaled = checkout(tmp_path / "scaled", 'weights["model.layers.1.mlp.down_proj.weight"] *= 2')
-    with pytest.raises(UserError, match=r"64 rows of 1 quantised linears \(first model\.layers\.1\.mlp\.down_proj\)"):
+    with pytest.raises(UserError, match=r"64 rows of 1 quantized linears \(first model\.layers\.1\.mlp\.down_proj\)"):
         export(tmp_path / "q", scaled)
     partly = checkout(tmp_path / "partly", 'weights["model.layers.1.self_attn.v_proj.weight"] *= 2')
-    with pytest.raises(UserError, match=r"32 of the 128 rows of blk\.1\.attn_qkv\.weight are rows of no quantised"):
+    with pytest.raises(UserError, match=r"32 of the 128 rows of blk\.1\.attn_qkv\.weight are rows of no quantized"):
         export(tmp_path / "q", partly)
     assert not (tmp_path / "q.gguf").exists()
 
@@ -189,7 +189,7 @@ def test_llama_cpps_own_converter(family, tmp_path, monkeypatch):
     assert LLAMA_CPP is not None
     monkeypatch.setitem(tiny.FAMILIES, family, OTHERS[family])
     folder = build(family, tmp_path / "m", hidden_size=128)
-    source = gptq_folder(folder, tmp_path / "q", Grid(4, 32), lambda n: (
+    source = gptq_folder(folder, tmp_path / "q", IntegerType(4, 32), lambda n: (
         (".layers." in n or ".h." in n or n.startswith("h.")) and n.endswith(".weight")
         and not any(x in n for x in ("norm", "gate.weight"))))
     with pytest.raises(UserError, match="does not write the architecture"):

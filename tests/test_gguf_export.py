@@ -28,7 +28,7 @@ from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.gguf import field
 from llmc.formats.hf import load_tokenizer
 from llmc.formats.manifest import last_artifact, manifest_path, new_manifest, note_last, read_manifest
-from llmc.formats.types import Grid, QuantizedTensor
+from llmc.formats.types import IntegerType, QuantizedTensor
 from llmc.runtimes.llamacpp import LlamaCpp
 from llmc.runtimes.torch_model import TorchModel
 
@@ -94,7 +94,7 @@ def interleaved(x: np.ndarray, heads: int) -> np.ndarray:
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 def test_gptq_codes_are_carried_bit_for_bit(bits, group_size, tmp_path):
     folder = build("llama", tmp_path / "m", hidden_size=128)
-    source = gptq_folder(folder, tmp_path / "q", Grid(bits, group_size))
+    source = gptq_folder(folder, tmp_path / "q", IntegerType(bits, group_size))
     report = export(tmp_path / "q")
     assert report["verified"]["code_weights"] == sum(q.codes.numel() for q in source.values())
     kind = Kind.Q4_0 if bits == 4 else Kind.Q8_0
@@ -117,7 +117,7 @@ def test_gptq_codes_are_carried_bit_for_bit(bits, group_size, tmp_path):
     ("gpt2", {"attn.c_attn": "attn_qkv", "mlp.c_proj": "ffn_down"}),
 ])
 def test_fused_and_transposed_linears_keep_their_codes(family, names, tmp_path):
-    source = gptq_folder(build(family, tmp_path / "m"), tmp_path / "q", Grid(4, 32))
+    source = gptq_folder(build(family, tmp_path / "m"), tmp_path / "q", IntegerType(4, 32))
     report = export(tmp_path / "q")
     assert report["verified"]["code_tensors"] == len(source)
     tensors = stored(report["path"])
@@ -127,16 +127,16 @@ def test_fused_and_transposed_linears_keep_their_codes(family, names, tmp_path):
         assert np.array_equal(dequantize(tensors[f"blk.1.{gguf}.weight"].data, Kind.Q4_0), expected)
 
 
-def test_linears_that_were_not_quantised_stay_float(tmp_path):
+def test_linears_that_were_not_quantized_stay_float(tmp_path):
     folder = build("qwen2", tmp_path / "m")
-    gptq_folder(folder, tmp_path / "q", Grid(4, 32), lambda n: ".layers.0.mlp" in n and n.endswith(".weight"))
+    gptq_folder(folder, tmp_path / "q", IntegerType(4, 32), lambda n: ".layers.0.mlp" in n and n.endswith(".weight"))
     types = export(tmp_path / "q", float_type="f32")["tensor_types"]
     assert types == {"Q4_0": 3, "Q8_0": 1, "F32": 22}
 
 
 def test_zero_biases_of_autogptq_are_left_out(tmp_path):
     folder = build("qwen3", tmp_path / "m")
-    gptq_folder(folder, tmp_path / "q", Grid(4, 32))
+    gptq_folder(folder, tmp_path / "q", IntegerType(4, 32))
     tensors = load_file(tmp_path / "q" / "model.safetensors")
     tensors["model.layers.0.self_attn.o_proj.bias"] = torch.zeros(64, dtype=torch.float16)
     save_file(tensors, tmp_path / "q" / "model.safetensors", metadata={"format": "pt"})
@@ -150,11 +150,11 @@ def powers_of_two(q: QuantizedTensor) -> QuantizedTensor:
 
 def test_asymmetric_codes_go_into_q4_1_or_nowhere(tmp_path):
     folder = build("llama", tmp_path / "m", num_hidden_layers=1)
-    gptq_folder(folder, tmp_path / "q", Grid(4, 32, symmetric=False))
+    gptq_folder(folder, tmp_path / "q", IntegerType(4, 32, symmetric=False))
     with pytest.raises(UserError, match=r"7 layers .* float16 cannot hold exactly") as e:
         export(tmp_path / "q")
     assert "--sym" in e.value.hint
-    source = gptq_folder(folder, tmp_path / "exact", Grid(4, 32, symmetric=False), change=powers_of_two)
+    source = gptq_folder(folder, tmp_path / "exact", IntegerType(4, 32, symmetric=False), change=powers_of_two)
     t = stored(export(tmp_path / "exact")["path"])["blk.0.attn_v.weight"]
     assert t.tensor_type == Kind.Q4_1
     expected = source["model.layers.0.self_attn.v_proj"].dequantize().numpy()
@@ -166,7 +166,7 @@ def test_asymmetric_codes_go_into_q4_1_or_nowhere(tmp_path):
 
 def test_a_tied_model_has_one_matrix_for_both(tmp_path):
     folder = build("llama", tmp_path / "m", num_hidden_layers=1)
-    gptq_folder(folder, tmp_path / "q", Grid(4, 32))
+    gptq_folder(folder, tmp_path / "q", IntegerType(4, 32))
     report = export(tmp_path / "q")
     assert "output.weight" not in stored(report["path"])
     assert report["bytes_by_class"]["head"] == 0
@@ -204,7 +204,7 @@ def test_a_head_that_is_missing_is_named(tmp_path):
 
 def test_embedding_and_head_have_types_of_their_own(tmp_path):
     folder = build("mistral", tmp_path / "m", num_hidden_layers=1, hidden_size=256)
-    gptq_folder(folder, tmp_path / "q", Grid(4, 32))
+    gptq_folder(folder, tmp_path / "q", IntegerType(4, 32))
     report = export(tmp_path / "q", embedding="f16", head="q6_k")
     types = {n: t.tensor_type.name for n, t in stored(report["path"]).items()}
     assert types["token_embd.weight"] == "F16"
@@ -230,7 +230,7 @@ def test_wrong_options_are_all_named_at_once():
 @pytest.mark.parametrize("name", ["blk.0.attn_q.weight", "blk.1.ffn_down.weight", "token_embd.weight",
                                   "blk.1.attn_norm.weight"])
 def test_a_flipped_bit_is_found(name, tmp_path):
-    gptq_folder(build("llama", tmp_path / "m"), tmp_path / "q", Grid(4, 32))
+    gptq_folder(build("llama", tmp_path / "m"), tmp_path / "q", IntegerType(4, 32))
     export(tmp_path / "q")
     config = GgufExportConfig(model=tmp_path / "q")
     ckpt = Checkpoint.open(tmp_path / "q")
@@ -337,7 +337,7 @@ def test_a_licence_is_never_guessed(tmp_path, capsys):
 
 
 def test_the_manifest_continues_the_chain(tmp_path):
-    gptq_folder(build("llama", tmp_path / "m"), tmp_path / "q", Grid(4, 32))
+    gptq_folder(build("llama", tmp_path / "m"), tmp_path / "q", IntegerType(4, 32))
     source = {"name": "org/base", "licence": "mit", "base_model": None, "revision": None, "files": {}}
     write_json(manifest_path(tmp_path / "q"), new_manifest("gptq", source, [{"name": "quantize", "config": {}}]))
     report = export(tmp_path / "q", embedding="f16")
@@ -367,7 +367,7 @@ def run(*args: str) -> None:
 
 
 def test_with_no_model_the_newest_one_is_exported_and_named(tmp_path, capsys):
-    gptq_folder(build("llama", tmp_path / "base"), tmp_path / "small", Grid(4, 32))
+    gptq_folder(build("llama", tmp_path / "base"), tmp_path / "small", IntegerType(4, 32))
     note_last(tmp_path / "small", "gptq")
     run("--json", "--threads", "1")
     out = capsys.readouterr()

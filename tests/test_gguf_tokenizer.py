@@ -88,7 +88,7 @@ def test_the_pre_tokenizer_is_found_and_splits_alike(name, tmp_path):
 
 def test_a_wrong_pre_tokenizer_does_not_pass(tmp_path):
     folder = model_with(tmp_path / "m", greedy_tokenizer(GPT2_STEPS, False))
-    with pytest.raises(UserError, match=r"does not tokenise as the model does \(pre-tokenizer 'llama-bpe'\): after") as e:
+    with pytest.raises(UserError, match=r"does not tokenize as the model does \(pre-tokenizer 'llama-bpe'\): after") as e:
         export(folder, pre="llama-bpe")
     assert "--pre NAME" in e.value.hint
     assert not (tmp_path / "m.gguf").exists()
@@ -180,7 +180,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
 def test_a_file_that_transformers_reads_otherwise_is_refused(tmp_path):
     """transformers 5 gives Qwen 2 models its own splitting, whatever their tokenizer.json says."""
     folder = model_with(tmp_path / "m", greedy_tokenizer(GPT2_STEPS, False), "qwen2")
-    with pytest.raises(UserError, match=r"transformers does not tokenise as .*tokenizer\.json says"):
+    with pytest.raises(UserError, match=r"transformers does not tokenize as .*tokenizer\.json says"):
         export(folder)
 
 

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmc.compress.quantize.gptq import descend, gptq, inverse_factor, sweep
-from llmc.formats.types import Grid
+from llmc.formats.types import IntegerType
 from llmc.rounding.rtn import rtn
 from llmc.rounding.scales import Columns, Scales, search
 from llmc.rounding.search import objective
 
-GRIDS = [Grid(4, 32), Grid(8, 32), Grid(4, 64), Grid(4, 32, False), Grid(8, 32, False)]
+BLOCK_TYPES = [IntegerType(4, 32), IntegerType(8, 32), IntegerType(4, 64), IntegerType(4, 32, False), IntegerType(8, 32, False)]
 
 
 def problem(out: int, n: int, seed: int = 0, tokens: int = 400) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,7 +42,7 @@ def test_inverse_factor_refuses_what_is_not_positive_definite() -> None:
     assert inverse_factor(torch.diag(torch.tensor([1.0, -1.0, 2.0]))) is None
 
 
-def test_sweep_equals_optimal_brain_quantisation_done_the_slow_way() -> None:
+def test_sweep_equals_optimal_brain_quantization_done_the_slow_way() -> None:
     """Reference: after each column is rounded, the columns left are re-solved with the inverse of their own Hessian."""
     n, out = 150, 5  # more than two blocks
     w, h = problem(out, n)
@@ -75,12 +75,12 @@ def test_scale_search_weighs_a_group_by_what_is_left_when_the_others_compensate(
     torch.testing.assert_close(best @ h @ best, d @ block @ d)
 
 
-def test_scale_search_finds_the_scale_of_weights_that_lie_on_a_grid() -> None:
+def test_scale_search_finds_the_scale_of_weights_that_lie_on_a_type() -> None:
     codes = torch.randint(0, 16, (64, 7), dtype=torch.float32)
     codes[::32] = 0  # the full range is used
     scale = (torch.rand(2, 7) + 0.5).half().float()
     w = (codes - 8) * scale.repeat_interleave(32, 0)
-    found = search(w, torch.eye(64), None, Grid(4, 32))
+    found = search(w, torch.eye(64), None, IntegerType(4, 32))
     assert torch.equal(found.values(found.nearest(w)), w)
 
 
@@ -88,7 +88,7 @@ def test_least_squares_equals_the_explicit_regression() -> None:
     w, h = problem(3, 64)
     h = h.double() + 1e-3 * h.double().diagonal().mean() * torch.eye(64)
     wt = w.t().double().contiguous()
-    scales = Scales(Grid(4, 32), torch.full((2, 3), 0.31).double(), torch.full((2, 3), 8.0).double())
+    scales = Scales(IntegerType(4, 32), torch.full((2, 3), 0.31).double(), torch.full((2, 3), 8.0).double())
     codes = scales.nearest(wt)
     root = torch.linalg.cholesky(h, upper=True)
     found = scales.refit(h, codes, h @ (scales.values(codes) - wt))
@@ -102,7 +102,7 @@ def test_least_squares_equals_the_explicit_regression() -> None:
 def test_coordinate_descent_ends_where_no_single_code_can_improve() -> None:
     w, h = problem(4, 32, tokens=60)
     wt, h = w.t().double().contiguous(), h.double() + torch.eye(32)
-    scales = Scales(Grid(4, 32), torch.full((1, 4), 0.4).double(), torch.full((1, 4), 8.0).double())
+    scales = Scales(IntegerType(4, 32), torch.full((1, 4), 0.4).double(), torch.full((1, 4), 8.0).double())
     codes = scales.nearest(wt)
     values = scales.values(codes)
     gradient = h @ (values - wt)
@@ -118,16 +118,16 @@ def test_coordinate_descent_ends_where_no_single_code_can_improve() -> None:
             assert bool((objective((other - 8) * 0.4 - wt, h) >= error - 1e-9).all())
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=lambda g: g.name)
-def test_gptq_beats_rtn_and_stays_on_the_grid(grid: Grid) -> None:
+@pytest.mark.parametrize("qtype", BLOCK_TYPES, ids=lambda g: g.name)
+def test_gptq_beats_rtn_and_stays_on_the_type(qtype: IntegerType) -> None:
     w, h = problem(24, 128)
-    result = gptq(w, h.clone(), grid)
+    result = gptq(w, h.clone(), qtype)
     assert result.weight is not None
     q = result.weight
-    assert int(q.codes.max()) <= grid.max_code
+    assert int(q.codes.max()) <= qtype.max_code
     assert q.scales.dtype == torch.float16
-    assert (q.zeros is None) == grid.symmetric
-    assert lost(q.dequantize(), w, h) < 0.7 * lost(rtn(w, grid).dequantize(), w, h)
+    assert (q.zeros is None) == qtype.symmetric
+    assert lost(q.dequantize(), w, h) < 0.7 * lost(rtn(w, qtype).dequantize(), w, h)
 
 
 @settings(max_examples=25, deadline=None)
@@ -137,15 +137,15 @@ def test_gptq_never_loses_to_rtn_on_the_hessian_it_was_given(seed: int, out: int
     rows and two tokens on, 4000 draws showed none."""
     w, h = problem(out, 32 * groups, seed, tokens)
     damped = h.clone()
-    result = gptq(w, damped, Grid(4, 32))  # `damped` now is the Hessian that was really used
+    result = gptq(w, damped, IntegerType(4, 32))  # `damped` now is the Hessian that was really used
     assert result.weight is not None
-    assert lost(result.weight.dequantize(), w, damped) <= lost(rtn(w, Grid(4, 32)).dequantize(), w, damped) * (1 + 1e-4)
+    assert lost(result.weight.dequantize(), w, damped) <= lost(rtn(w, IntegerType(4, 32)).dequantize(), w, damped) * (1 + 1e-4)
 
 
 def test_reported_error_is_the_error_of_what_ships() -> None:
     w, h = problem(8, 96)
     damped = h.clone()
-    result = gptq(w, damped, Grid(4, 32))
+    result = gptq(w, damped, IntegerType(4, 32))
     assert result.weight is not None
     assert float(result.error.sum()) == pytest.approx(lost(result.weight.dequantize(), w, damped), rel=1e-3)
     assert float(result.energy.sum()) == pytest.approx(lost(torch.zeros_like(w), w, damped), rel=1e-3)
@@ -153,7 +153,7 @@ def test_reported_error_is_the_error_of_what_ships() -> None:
 
 def test_refinement_only_ever_helps() -> None:
     w, h = problem(16, 128)
-    errors = [gptq(w, h.clone(), Grid(4, 32), refinements=r).error for r in (0, 1, 2, 4)]
+    errors = [gptq(w, h.clone(), IntegerType(4, 32), refinements=r).error for r in (0, 1, 2, 4)]
     for before, after in itertools.pairwise(errors):
         assert bool((after <= before * (1 + 1e-5)).all())
 
@@ -161,7 +161,7 @@ def test_refinement_only_ever_helps() -> None:
 def test_dead_columns_are_rounded_not_zeroed() -> None:
     w, h = problem(8, 64)
     h[5], h[:, 5] = 0, 0
-    result = gptq(w, h, Grid(4, 32))
+    result = gptq(w, h, IntegerType(4, 32))
     assert result.dead == 1
     assert result.weight is not None
     assert float((result.weight.dequantize()[:, 5] - w[:, 5]).abs().max()) < 0.6 * float(w.abs().max()) / 8
@@ -171,19 +171,19 @@ def test_damping_is_raised_until_the_hessian_can_be_factored_and_said() -> None:
     w, h = problem(4, 64)
     h[3, 3] -= 1.5 * h[3, 3]  # indefinite by more than 1 % of the mean
     h[3, 3] = -0.05 * h.diagonal().mean()
-    result = gptq(w, h, Grid(4, 32))
+    result = gptq(w, h, IntegerType(4, 32))
     assert result.events
     assert result.damp > 0.01
 
 
 def test_a_hessian_beyond_repair_gives_no_weight() -> None:
     w, h = problem(4, 64)
-    result = gptq(w, -h, Grid(4, 32))
+    result = gptq(w, -h, IntegerType(4, 32))
     assert result.weight is None
 
 
 def test_zero_weights_stay_zero() -> None:
     _, h = problem(4, 64)
-    result = gptq(torch.zeros(4, 64), h, Grid(4, 32))
+    result = gptq(torch.zeros(4, 64), h, IntegerType(4, 32))
     assert result.weight is not None
     assert bool((result.weight.dequantize() == 0).all())

@@ -27,24 +27,24 @@ from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.hf import load_torch_model
 from llmc.formats.manifest import hash_folder
 from llmc.formats.quantized import Quantized, with_tensors
-from llmc.formats.types import GRIDS, BlockGrid, BlockTensor, Grid, QuantizedTensor
+from llmc.formats.types import BLOCK_TYPES, BlockTensor, BlockType, IntegerType, QuantizedTensor
 from llmc.rounding.rtn import rtn
 
-INTEGER_GRIDS = [Grid(4, 32), Grid(4, 64, False), Grid(8, 32), Grid(8, 32, False)]
+INTEGER_TYPES = [IntegerType(4, 32), IntegerType(4, 64, False), IntegerType(8, 32), IntegerType(8, 32, False)]
 
 
-def quantized(grid: Grid | BlockGrid, out: int = 6, n: int = 256) -> Quantized:
-    if isinstance(grid, BlockGrid):
-        return rtn(torch.randn(out, n), grid)
-    groups = n // grid.group_size
-    zeros = None if grid.symmetric else torch.randint(1, grid.max_code, (out, groups), dtype=torch.uint8)
-    return QuantizedTensor(grid, torch.randint(0, grid.max_code + 1, (out, n), dtype=torch.uint8),
+def quantized(qtype: IntegerType | BlockType, out: int = 6, n: int = 256) -> Quantized:
+    if isinstance(qtype, BlockType):
+        return rtn(torch.randn(out, n), qtype)
+    groups = n // qtype.group_size
+    zeros = None if qtype.symmetric else torch.randint(1, qtype.max_code, (out, groups), dtype=torch.uint8)
+    return QuantizedTensor(qtype, torch.randint(0, qtype.max_code + 1, (out, n), dtype=torch.uint8),
                            (torch.rand(out, groups) + 0.1).half(), zeros)
 
 
-@pytest.mark.parametrize("grid", [*INTEGER_GRIDS, *GRIDS.values()], ids=lambda g: g.name)
-def test_a_healed_linear_starts_as_what_it_replaces_and_has_autograds_gradients(grid: Grid | BlockGrid) -> None:
-    q = quantized(grid)
+@pytest.mark.parametrize("qtype", [*INTEGER_TYPES, *BLOCK_TYPES.values()], ids=lambda g: g.name)
+def test_a_healed_linear_starts_as_what_it_replaces_and_has_autograds_gradients(qtype: IntegerType | BlockType) -> None:
+    q = quantized(qtype)
     linear = student.HealedLinear(q, None, torch.float32)
     x = torch.randn(3, 5, 256, requires_grad=True)
     torch.testing.assert_close(linear(x), x @ q.dequantize().t())
@@ -52,14 +52,14 @@ def test_a_healed_linear_starts_as_what_it_replaces_and_has_autograds_gradients(
     (linear(x) * aim).sum().backward()
     ours = [x.grad.clone(), *(p.grad.clone() for p in linear.trained().values())]
     x.grad = None
-    # the same from the definition of the grid, differentiated by autograd
+    # the same from the definition of the type, differentiated by autograd
     logs = {kind: torch.zeros_like(p, requires_grad=True) for kind, p in linear.trained().items()}
     if isinstance(q, BlockTensor):
         scale = q.group_scales().view(*q.d.shape, -1) * logs["shift"].exp()[..., None]
         low = q.group_lows().view(*q.d.shape, -1) * logs["shift"].exp()[..., None]
         if "lift" in logs:
-            low = low * (logs["lift"] * 2 / max(grid.levels)).exp()[..., None]
-        levels = torch.tensor(grid.levels)[q.codes.int()].view(*scale.shape, -1)
+            low = low * (logs["lift"] * 2 / max(qtype.levels)).exp()[..., None]
+        levels = torch.tensor(qtype.levels)[q.codes.int()].view(*scale.shape, -1)
         weight = (levels * scale[..., None] + low[..., None]).view(q.shape)
     else:
         weight = (q.dequantize().view(*q.scales.shape, -1) * logs["shift"].exp()[..., None]).view(q.shape)
@@ -68,9 +68,9 @@ def test_a_healed_linear_starts_as_what_it_replaces_and_has_autograds_gradients(
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("grid", [Grid(4, 32), GRIDS["q4_1"], GRIDS["q4_k"]], ids=lambda g: g.name)
-def test_trained_factors_are_values_of_fp16_and_make_the_weight_that_ships(grid: Grid | BlockGrid) -> None:
-    q = quantized(grid)
+@pytest.mark.parametrize("qtype", [IntegerType(4, 32), BLOCK_TYPES["q4_1"], BLOCK_TYPES["q4_k"]], ids=lambda g: g.name)
+def test_trained_factors_are_values_of_fp16_and_make_the_weight_that_ships(qtype: IntegerType | BlockType) -> None:
+    q = quantized(qtype)
     linear = student.HealedLinear(q, None, torch.float32)
     linear(torch.eye(256))  # made once, and again after a change
     with torch.no_grad():
@@ -201,10 +201,10 @@ def test_the_rate_follows_the_divergence_at_the_start(pair: tuple[Path, Path, Pa
     assert 0 < rates[8] < rates[4] <= MOST_LR
 
 
-@pytest.mark.parametrize("grid", ["q4_1", "q2_k"])
-def test_a_folder_of_blocks_heals_too(grid: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("qtype", ["q4_1", "q2_k"])
+def test_a_folder_of_blocks_heals_too(qtype: str, tmp_path: Path) -> None:
     base = build("llama", tmp_path / "base", hidden_size=256, intermediate_size=256)
-    llmc.quantize(base, method="rtn", grid=grid, out=tmp_path / "small", threads=2)
+    llmc.quantize(base, method="rtn", type=qtype, out=tmp_path / "small", threads=2)
     text = tmp_path / "text.txt"
     text.write_text(corpus()[:60_000], encoding="utf-8")
     options = {**OPTIONS, "lr": 0.003, "steps": 64}
@@ -261,13 +261,13 @@ def test_a_run_that_had_stopped_early_does_not_train_on(
     assert hash_folder(tmp_path / "killed") == hash_folder(tmp_path / "whole")
 
 
-def test_a_float_model_a_quantised_teacher_and_too_little_text_are_refused(
+def test_a_float_model_a_quantized_teacher_and_too_little_text_are_refused(
     pair: tuple[Path, Path, Path], tmp_path: Path,
 ) -> None:
     base, small, text = pair
     short = tmp_path / "short.txt"
     short.write_text(corpus()[:400])
-    for model, teacher, source, words in ((base, base, text, "nothing to heal"), (small, small, text, "is quantised itself"),
+    for model, teacher, source, words in ((base, base, text, "nothing to heal"), (small, small, text, "is quantized itself"),
                                           (small, base, short, "held out")):
         with pytest.raises(UserError, match=words):
             llmc.heal(model, teacher, calibration=source, out=tmp_path / "x", **OPTIONS)
@@ -287,7 +287,7 @@ def test_a_float_model_a_quantised_teacher_and_too_little_text_are_refused(
 
 
 def test_a_model_of_fewer_layers_learns_from_the_whole_base(tmp_path: Path) -> None:
-    """What it was quantised from has lost a layer itself: healed against the base, the student comes nearer to the base."""
+    """What it was quantized from has lost a layer itself: healed against the base, the student comes nearer to the base."""
     base = build("llama", tmp_path / "base", num_hidden_layers=3)
     text = tmp_path / "text.txt"
     text.write_text(corpus()[:60_000], encoding="utf-8")

@@ -29,7 +29,7 @@ from llmc.export.gguf.plan import Planner, Types
 from llmc.formats import quantized
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.imatrix import Entry, Imatrix, read_imatrix, write_imatrix
-from llmc.formats.types import GRIDS, Grid
+from llmc.formats.types import BLOCK_TYPES, IntegerType
 from llmc.rounding.rtn import rtn
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2")
@@ -145,24 +145,24 @@ def lost(weight: torch.Tensor, q: Any, importance: torch.Tensor) -> float:
     return float(((q.dequantize() - weight).square() * importance).sum())
 
 
-@pytest.mark.parametrize("grid", [*GRIDS.values(), Grid(4, 32), Grid(4, 128), Grid(4, 64, False), Grid(8, 32)],
+@pytest.mark.parametrize("qtype", [*BLOCK_TYPES.values(), IntegerType(4, 32), IntegerType(4, 128), IntegerType(4, 64, False), IntegerType(8, 32)],
                          ids=lambda g: g.name)
-def test_rounding_by_importance_loses_less_of_what_matters(grid: Any) -> None:
+def test_rounding_by_importance_loses_less_of_what_matters(qtype: Any) -> None:
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(48, 512, generator=generator)
     importance = torch.randn(512, generator=generator).mul(2).exp()
-    weighted, plain = rtn(weight, grid, importance), rtn(weight, grid)
+    weighted, plain = rtn(weight, qtype, importance), rtn(weight, qtype)
     assert lost(weight, weighted, importance) < 0.97 * lost(weight, plain, importance)
     assert lost(weight, plain, torch.ones(512)) < lost(weight, weighted, torch.ones(512))
-    same, equal = rtn(weight, grid, torch.ones(512)), quantized.encode(plain)
+    same, equal = rtn(weight, qtype, torch.ones(512)), quantized.encode(plain)
     assert all(torch.equal(t, equal[part]) for part, t in quantized.encode(same).items())
 
 
-@pytest.mark.parametrize("grid", [None, "q4_1", "iq4_nl"])
-def test_round_trip_with_our_own_file(grid: str | None, tmp_path: Path, text: Path) -> None:
+@pytest.mark.parametrize("qtype", [None, "q4_1", "iq4_nl"])
+def test_round_trip_with_our_own_file(qtype: str | None, tmp_path: Path, text: Path) -> None:
     base = build("llama", tmp_path / "base")
     made = llmc.imatrix(base, calibration=str(text), **TEXT, threads=1, out=tmp_path / "i.gguf")
-    options: dict[str, Any] = {"method": "rtn", "grid": grid, "threads": 1}
+    options: dict[str, Any] = {"method": "rtn", "type": qtype, "threads": 1}
     llmc.quantize(base, **options, out=tmp_path / "plain")
     result = llmc.quantize(base, **options, imatrix=str(tmp_path / "i.gguf"), out=tmp_path / "weighted")
     assert (result["fallbacks"], result["events"], result["dead_columns"]) == (0, 0, 0)

@@ -24,7 +24,7 @@ def test_float_folder(made: SimpleNamespace) -> None:
     report = llmc.inspect(made.base)
     assert report["architecture"] == "LlamaForCausalLM"
     assert report["model"] == {"layers": 2, "hidden": 64, "heads": 4, "kv_heads": 2, "context": 256}
-    assert report["grid"] is None
+    assert report["type"] is None
     assert report["licence"] == "mit"
     assert report["provenance"] is None
     w = report["weights"]
@@ -36,7 +36,7 @@ def test_float_folder(made: SimpleNamespace) -> None:
 
 def test_gptq_folder(made: SimpleNamespace) -> None:
     report = llmc.inspect(made.gptq)
-    assert report["grid"] == "int4-sym-g32"
+    assert report["type"] == "int4-sym-g32"
     assert report["format"] == "Hugging Face folder, gptq"
     assert report["licence"] == "mit"
     assert report["provenance"]["source"]["name"] == "base"
@@ -51,7 +51,7 @@ def test_gguf(made: SimpleNamespace) -> None:
     report = llmc.inspect(made.gguf)
     assert report["architecture"] == "llama"
     assert report["model"] == {"layers": 2, "hidden": 64, "heads": 4, "kv_heads": 2, "context": 256}
-    assert report["grid"] == "Q4_0"
+    assert report["type"] == "Q4_0"
     assert report["weights"]["decoder_bits_per_weight"] == 4.5
     assert report["weights"]["file_bytes"] == made.gguf.stat().st_size
     assert report["tokenizer"]["vocabulary"] == 512

@@ -80,7 +80,7 @@ def settings(text: str) -> dict[str, object]:
     return {"text": text, "context": 64, "chunks": 3, "threads": 1}
 
 
-def test_a_quantised_cache_has_a_divergence_of_its_own(wide: Path) -> None:
+def test_a_quantized_cache_has_a_divergence_of_its_own(wide: Path) -> None:
     Path("text.txt").write_text(tiny.corpus()[:20_000])
     for type, lossy in (("f16", False), ("q8_0", True)):
         r = llmc.evaluate(wide, base=wide, kv=type, out=f"{type}.json", **settings("text.txt"))

@@ -77,9 +77,9 @@ def test_float16(tmp_path: Path) -> None:
     assert "fp16-weights" in rules(tmp_path, [cast], [tensor("B", kind=TensorProto.FLOAT16)])
 
 
-def test_standard_operators_are_dequantised_at_load(tmp_path: Path) -> None:
+def test_standard_operators_are_dequantized_at_load(tmp_path: Path) -> None:
     assert rules(tmp_path, [helper.make_node("DequantizeLinear", ["B", "s"], ["y"], "d", axis=0, block_size=32)]) == {
-        "dequantised-at-load"}
+        "dequantized-at-load"}
 
 
 @pytest.mark.parametrize(("kind", "found"), [(TensorProto.INT8, True), (TensorProto.UINT8, False)])

@@ -19,7 +19,7 @@ import onnxruntime
 from test_export_onnx import FLOAT_NOISE, export, onnx_logits
 
 import llmc
-from llmc.compress.transform import gauges
+from llmc.compress.transform import scaling
 from llmc.compress.transform.roles import map_layer
 from llmc.errors import UserError
 from llmc.export.onnx import lint, w8a8
@@ -136,7 +136,7 @@ def outliers(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for place in found.norms:
             s = torch.ones(place.channels, dtype=torch.float64)
             s[[3, 17]] = 1 / 40
-            gauges.apply_gauge(layer, place, s, found.family.offset)
+            scaling.apply_scaling(layer, place, s, found.family.offset)
     model.save_pretrained(work / "m")
     return work / "m"
 
@@ -144,13 +144,13 @@ def outliers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_smoothing_first_loses_less_and_is_asked_for(outliers: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 200)
-    llmc.transform(outliers, gauge="smooth", calibration=text, samples=4, seq_len=64, out=tmp_path / "s", threads=1)
+    llmc.transform(outliers, scaling="smoothquant", calibration=text, samples=4, seq_len=64, out=tmp_path / "s", threads=1)
     exact = TorchModel(outliers, context=64, threads=1).logits(IDS)
     errors, hints = {}, {}
     for name, folder in (("m", outliers), ("s", tmp_path / "s")):
         report = export(folder, dtype="w8a8", out=tmp_path / f"{name}-onnx")
         errors[name] = np.square(onnx_logits(tmp_path / f"{name}-onnx", IDS) - exact).mean() ** 0.5
-        hints[name] = [n for n in report["notes"] if "--gauge smooth" in n]
+        hints[name] = [n for n in report["notes"] if "--scaling smoothquant" in n]
     assert errors["s"] < 0.6 * errors["m"]
     assert hints["m"]
     assert not hints["s"]
@@ -166,12 +166,12 @@ def test_the_folder(outliers: Path, tmp_path: Path) -> None:
     assert all(n.domain == "" for n in linears)
     assert len({n.input[0] for n in linears}) == sum(n.op_type == "Round" for n in graph.node) == 8  # gate and up share
     assert not any(n.op_type == "MatMulNBits" for n in graph.node)
-    assert report["accuracy_reason"] == "no matrix is quantised in blocks"
+    assert report["accuracy_reason"] == "no matrix is quantized in blocks"
     weighed = {t.name: t for t in tensors(tmp_path / "x")}
     qkv = weighed["model.layers.0.attn.qkv_proj.MatMul.weight"]
     assert (qkv.type, qkv.kind, qkv.parameters, qkv.nbytes) == ("int8 rows W8A8", "attention", 128 * 64, 128 * (64 + 4))
     assert "saturation" in {f.rule for f in lint.lint(tmp_path / "x" / "model.onnx")}
-    assert llmc.inspect(tmp_path / "x")["grid"] == "int8 rows W8A8"
+    assert llmc.inspect(tmp_path / "x")["type"] == "int8 rows W8A8"
 
 
 def test_other_products_are_not_kept(outliers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from llmc.errors import UserError
 from llmc.formats import quantized
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.hf import load_torch_model
-from llmc.formats.types import GRIDS, Grid, QuantizedTensor
+from llmc.formats.types import BLOCK_TYPES, IntegerType, QuantizedTensor
 
 # The types that llama-quantize (llama.cpp of llama-cpp-python 0.3.36) gave the tensors of small files, read from its
 # output by benchmarks/presets_of_llama_cpp.py --write.
@@ -76,7 +76,7 @@ def test_a_preset_ships_with_its_types_bit_for_bit(tied: bool, method: str, tmp_
     base = build("llama", tmp_path / "base", hidden_size=256, intermediate_size=256, num_hidden_layers=4,
                  tie_word_embeddings=tied)
     result = quantize(base, settings(text, tmp_path / "q", preset="q4_k_m", method=method))
-    assert result["grid"] == "q4_k_m"
+    assert result["type"] == "q4_k_m"
     facts = Facts(4, 2)
     report = llmc.export(tmp_path / "q", format="gguf", out=tmp_path / "q.gguf")
     found = types_in(tmp_path / "q.gguf")
@@ -87,21 +87,21 @@ def test_a_preset_ships_with_its_types_bit_for_bit(tied: bool, method: str, tmp_
     assert found.get("output.weight") == (None if tied else "q6_k")
     assert report["tensor_types"]["Q6_K"] > 1
     assert llmc.verify(tmp_path / "q")["problems"] == []
-    assert llmc.inspect(tmp_path / "q")["grid"] == "q4_k + q6_k"
+    assert llmc.inspect(tmp_path / "q")["type"] == "q4_k + q6_k"
     other = llmc.export(tmp_path / "q", format="gguf", out=tmp_path / "r.gguf", embedding="f16", head="f16")
     assert other["verified"]
     assert types_in(tmp_path / "r.gguf")["token_embd.weight"] == "f16"
 
 
-def test_integer_grids_have_a_place_in_a_mixed_folder(tmp_path: Path, text: Path) -> None:
+def test_integer_types_have_a_place_in_a_mixed_folder(tmp_path: Path, text: Path) -> None:
     base = build("llama", tmp_path / "base", num_hidden_layers=8)  # rows of 64 and 128: q4_0, and q4_1 in the first layer
     quantize(base, settings(text, tmp_path / "mixed", preset="q4_0"))
     made = Checkpoint.open(tmp_path / "mixed")
-    grids = {n: quantized.grid_name(made, n) for n in quantized.linears(made)}
-    assert {n for n, grid in grids.items() if grid == "q4_1"} == {"model.layers.0.mlp.down_proj"}
-    assert set(grids.values()) == {"q4_0", "q4_1"}
+    types = {n: quantized.type_name(made, n) for n in quantized.linears(made)}
+    assert {n for n, qtype in types.items() if qtype == "q4_1"} == {"model.layers.0.mlp.down_proj"}
+    assert set(types.values()) == {"q4_0", "q4_1"}
     # the codes are those that the folder of plain q4_0 has: up to layer 0's down_proj nothing differs
-    quantize(base, settings(text, tmp_path / "plain", grid="q4_0"))
+    quantize(base, settings(text, tmp_path / "plain", type="q4_0"))
     plain = Checkpoint.open(tmp_path / "plain")
     for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj"):
         a, b = (quantized.read(c, f"model.layers.0.{name}") for c in (made, plain))
@@ -110,7 +110,7 @@ def test_integer_grids_have_a_place_in_a_mixed_folder(tmp_path: Path, text: Path
     assert llmc.export(tmp_path / "mixed", format="gguf", out=tmp_path / "m.gguf")["verified"]["code_tensors"] == 56
 
 
-def test_a_preset_of_one_integer_grid_is_a_portable_folder(tmp_path: Path, text: Path) -> None:
+def test_a_preset_of_one_integer_type_is_a_portable_folder(tmp_path: Path, text: Path) -> None:
     base = build("llama", tmp_path / "base", hidden_size=256, intermediate_size=256, tie_word_embeddings=False)
     quantize(base, settings(text, tmp_path / "q", preset="q8_0", method="rtn"))
     assert (tmp_path / "q/quantize_config.json").is_file()
@@ -125,12 +125,12 @@ def test_a_preset_of_one_integer_grid_is_a_portable_folder(tmp_path: Path, text:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_integer_codes_as_blocks_are_the_same_weights(bits: int) -> None:
     torch.manual_seed(bits)
-    grid = Grid(bits, 64)
-    q = QuantizedTensor(grid, torch.randint(0, 1 << bits, (3, 128), dtype=torch.uint8),
+    qtype = IntegerType(bits, 64)
+    q = QuantizedTensor(qtype, torch.randint(0, 1 << bits, (3, 128), dtype=torch.uint8),
                         (torch.randn(3, 2) * 0.1).half())
     blocks = quantized.as_blocks(q)
     assert torch.equal(blocks.dequantize(), q.dequantize())
-    assert blocks.grid is GRIDS[{4: "q4_0", 8: "q8_0"}[bits]]
+    assert blocks.type is BLOCK_TYPES[{4: "q4_0", 8: "q8_0"}[bits]]
 
 
 def test_rows_that_256_does_not_divide_are_named(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,11 +138,11 @@ def test_rows_that_256_does_not_divide_are_named(tmp_path: Path, text: Path, cap
     result = quantize(base, settings(text, tmp_path / "q", preset="q2_k", method="rtn"))
     err = capsys.readouterr().err
     assert "12 of 14 linears have rows that are no multiple of 256 and take q4_0 instead of what q2_k would give them" in err
-    assert result["grids"] == {"q4_0": 12, "q3_k": 2}
+    assert result["types"] == {"q4_0": 12, "q3_k": 2}
     assert result["tables"] == {"embedding": "q8_0"}
 
 
-@pytest.mark.parametrize("kind", GRIDS)
+@pytest.mark.parametrize("kind", BLOCK_TYPES)
 def test_an_embedding_can_have_any_type(kind: str, tmp_path: Path) -> None:
     base = build("llama", tmp_path / "base", hidden_size=256, intermediate_size=256, num_hidden_layers=1)
     report = llmc.export(base, format="gguf", out=tmp_path / "e.gguf", embedding=kind)
@@ -152,9 +152,9 @@ def test_an_embedding_can_have_any_type(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("options", "words"), [
     ({"preset": "q9"}, "--preset q9: must be one of q2_k"),
-    ({"preset": "q4_k_m", "grid": "q4_k"}, "give one of them"),
+    ({"preset": "q4_k_m", "type": "q4_k"}, "give one of them"),
     ({"preset": "q4_k_m", "bits": 8}, "leave out --bits"),
-    ({"preset": "q4_k_m", "fallback": "q8_0"}, "give --grid"),
+    ({"preset": "q4_k_m", "fallback": "q8_0"}, "give --type"),
 ])
 def test_bad_presets_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):

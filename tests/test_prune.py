@@ -287,9 +287,9 @@ def test_neurons_come_in_multiples_of_256_where_they_can_and_it_is_said(tmp_path
 # --------------------------------------------------------------------------------------------------------- what follows
 
 
-@pytest.mark.parametrize("options", [{"method": "gptq"}, {"method": "rtn"}, {"method": "gptq", "grid": "q5_0"},
-                                     {"method": "gptq", "sym": False}, {"method": "gptq", "transform": "gauge"}])
-def test_quantising_keeps_the_zeros(options: dict[str, Any], tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("options", [{"method": "gptq"}, {"method": "rtn"}, {"method": "gptq", "type": "q5_0"},
+                                     {"method": "gptq", "sym": False}, {"method": "gptq", "transform": "scaling"}])
+def test_quantizing_keeps_the_zeros(options: dict[str, Any], tmp_path: Path, text: str) -> None:
     base = build("llama", tmp_path / "base", dtype=torch.float16)
     prune(base, text, tmp_path / "sparse", method="wanda")
     done = llmc.quantize(tmp_path / "sparse", **options, calibration=text, samples=16, seq_len=64, threads=2, out="small")
@@ -298,7 +298,7 @@ def test_quantising_keeps_the_zeros(options: dict[str, Any], tmp_path: Path, tex
         assert bool((quantized.read(made, name).dequantize()[zero] == 0).all()), name
     assert done["fallbacks"] == 0
     passes = json.loads(Path("small/llmc.json").read_text())["passes"]
-    assert [p["name"] for p in passes if p["name"] != "gauge"] == ["prune", "quantize"]
+    assert [p["name"] for p in passes if p["name"] != "scaling"] == ["prune", "quantize"]
     assert passes[-1]["zeros_kept"]
 
 
@@ -335,8 +335,8 @@ def test_healing_keeps_the_zeros(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"grid": "q4_1"}, "q4_1 has no code for the value 0"), ({"grid": "iq4_nl"}, "iq4_nl"), ({"preset": "q4_1"}, "q4_1"),
-    ({"grid": "q3_k"}, "iq4_nl"), ({"transform": "rotate"}, "mix its columns")])
+    ({"type": "q4_1"}, "q4_1 has no code for the value 0"), ({"type": "iq4_nl"}, "iq4_nl"), ({"preset": "q4_1"}, "q4_1"),
+    ({"type": "q3_k"}, "iq4_nl"), ({"transform": "rotate"}, "mix its columns")])
 def test_what_cannot_keep_zeros_is_refused_or_said(options: dict[str, Any], message: str, tmp_path: Path, text: str,
                                                     capsys: pytest.CaptureFixture[str]) -> None:
     base = build("llama", tmp_path / "base")
@@ -353,18 +353,18 @@ def test_transform_refuses_to_rotate_zeros_away(tmp_path: Path, text: str) -> No
     base = build("llama", tmp_path / "base")
     prune(base, text, tmp_path / "sparse", method="magnitude")
     with pytest.raises(UserError, match="mask"):
-        llmc.transform(tmp_path / "sparse", rotate="r2", gauge="none")
+        llmc.transform(tmp_path / "sparse", rotate="r2", scaling="none")
 
 
-def test_a_budget_chooses_among_grids_that_keep_zeros(tmp_path: Path, text: str) -> None:
+def test_a_budget_chooses_among_types_that_keep_zeros(tmp_path: Path, text: str) -> None:
     base = build("llama", tmp_path / "base", hidden_size=256, intermediate_size=256)
     prune(base, text, tmp_path / "sparse", method="magnitude")
     options = {"target_bpw": 4.6, "method": "rtn", "calibration": text, "threads": 2, "dry_run": True}
     kept = llmc.quantize(tmp_path / "sparse", **options)
     assert kept["zeros_kept"]
-    assert set(kept["grids"]) <= {"q3_k", "q4_0", "q5_0", "q6_k", "q8_0"}
+    assert set(kept["types"]) <= {"q3_k", "q4_0", "q5_0", "q6_k", "q8_0"}
     free = llmc.quantize(tmp_path / "sparse", **options, lose_zeros=True)
-    assert not set(free["grids"]) <= {"q3_k", "q4_0", "q5_0", "q6_k", "q8_0"}
+    assert not set(free["types"]) <= {"q3_k", "q4_0", "q5_0", "q6_k", "q8_0"}
 
 
 SMALLER = {"sparsegpt": {"sparsity": 0.5}, "depth": {"drop": 1}, "width": {"ffn": 0.75, "heads": 0.5, "hidden": 0.5}}
@@ -372,7 +372,7 @@ SMALLER = {"sparsegpt": {"sparsity": 0.5}, "depth": {"drop": 1}, "width": {"ffn"
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3"])
 @pytest.mark.parametrize("method", SMALLER)
-def test_the_result_quantises_and_exports_to_gguf(method: str, family: str, tmp_path: Path, text: str) -> None:
+def test_the_result_quantizes_and_exports_to_gguf(method: str, family: str, tmp_path: Path, text: str) -> None:
     """The export proves the file in llama.cpp against the folder's own logits."""
     base = build(family, tmp_path / "base", dtype=torch.float16)
     prune(base, text, tmp_path / "pruned", method=method, **SMALLER[method])
@@ -485,10 +485,10 @@ def test_layers_that_depend_on_their_number_are_not_renumbered(tmp_path: Path, t
     assert not (tmp_path / "out").exists()
 
 
-def test_quantised_folders_are_refused(tmp_path: Path, text: str) -> None:
+def test_quantized_folders_are_refused(tmp_path: Path, text: str) -> None:
     base = build("llama", tmp_path / "base")
     edit_config(base, quantization_config={"quant_method": "awq"})
-    with pytest.raises(UserError, match="quantised already"):
+    with pytest.raises(UserError, match="quantized already"):
         prune(base, text, tmp_path / "out")
 
 

@@ -12,9 +12,9 @@ from test_gptq import lost, problem
 
 from llmc.compress.prune.masks import keep_highest, keep_pattern, magnitude_mask, wanda_mask
 from llmc.compress.prune.sparsegpt import BLOCK, reconstruct, sweep
-from llmc.compress.quantize.assignment import grid_called
+from llmc.compress.quantize.assignment import type_called
 from llmc.compress.quantize.gptq import gptq, inverse_factor
-from llmc.formats.types import GRIDS, Grid
+from llmc.formats.types import BLOCK_TYPES, IntegerType
 from llmc.rounding.rtn import rtn
 
 
@@ -146,31 +146,31 @@ def test_ties_go_by_place_so_that_counts_are_exact() -> None:
     assert keep_highest(torch.zeros(2, 4), 3).tolist() == [[False, False, False, True]] * 2
 
 
-# ------------------------------------------------------------------------------------------------- zeros when quantised
+# ------------------------------------------------------------------------------------------------- zeros when quantized
 
-KEEPING = [Grid(4, 32), Grid(8, 64), Grid(4, 32, False), Grid(8, 32, False),
-           *(grid_called(name) for name, grid in GRIDS.items() if grid.holds_zero)]
+KEEPING = [IntegerType(4, 32), IntegerType(8, 64), IntegerType(4, 32, False), IntegerType(8, 32, False),
+           *(type_called(name) for name, qtype in BLOCK_TYPES.items() if qtype.holds_zero)]
 
 
-def test_which_grids_have_a_code_for_zero() -> None:
-    assert [name for name, grid in GRIDS.items() if grid.holds_zero] == ["q4_0", "q5_0", "q8_0", "q3_k", "q6_k"]
-    for grid in KEEPING:
-        zero = rtn(torch.zeros(1, 256).index_fill_(1, torch.tensor([3, 40, 100, 200]), 1.7), grid).dequantize()
+def test_which_types_have_a_code_for_zero() -> None:
+    assert [name for name, qtype in BLOCK_TYPES.items() if qtype.holds_zero] == ["q4_0", "q5_0", "q8_0", "q3_k", "q6_k"]
+    for qtype in KEEPING:
+        zero = rtn(torch.zeros(1, 256).index_fill_(1, torch.tensor([3, 40, 100, 200]), 1.7), qtype).dequantize()
         assert int((zero == 0).sum()) == 252
 
 
 @settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 9999), grid=st.sampled_from(KEEPING), share=st.sampled_from([0.3, 0.5, 0.8]),
+@given(seed=st.integers(0, 9999), type=st.sampled_from(KEEPING), share=st.sampled_from([0.3, 0.5, 0.8]),
        drifted=st.booleans())
-def test_zeros_stay_and_the_others_make_up_for_it(seed: int, grid: Grid, share: float, drifted: bool) -> None:
+def test_zeros_stay_and_the_others_make_up_for_it(seed: int, qtype: IntegerType, share: float, drifted: bool) -> None:
     w, h = problem(6, 256, seed)
     w *= magnitude_mask(w, share, None)
     keep = w != 0
     target = w + 0.01 * torch.randn(w.shape, generator=torch.Generator().manual_seed(seed)) if drifted else w
     damped = h.clone()
-    result = gptq(target, damped, grid, keep=keep)
+    result = gptq(target, damped, qtype, keep=keep)
     assert result.weight is not None
-    made, plain = result.weight.dequantize(), rtn(w, grid).dequantize()
+    made, plain = result.weight.dequantize(), rtn(w, qtype).dequantize()
     assert bool((made[~keep] == 0).all())
     assert bool((plain[~keep] == 0).all())
     assert lost(made, target, damped) < lost(plain, target, damped)
@@ -179,7 +179,7 @@ def test_zeros_stay_and_the_others_make_up_for_it(seed: int, grid: Grid, share: 
 
 def test_without_a_mask_gptq_makes_the_same_codes_as_with_one_that_keeps_all() -> None:
     w, h = problem(8, 128)
-    plain, all_kept = (gptq(w, h.clone(), Grid(4, 32), keep=keep) for keep in (None, torch.ones(8, 128, dtype=torch.bool)))
+    plain, all_kept = (gptq(w, h.clone(), IntegerType(4, 32), keep=keep) for keep in (None, torch.ones(8, 128, dtype=torch.bool)))
     assert plain.weight is not None
     assert all_kept.weight is not None
     assert torch.equal(plain.weight.codes, all_kept.weight.codes)

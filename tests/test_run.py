@@ -32,7 +32,7 @@ about: some <i>steps</i>, on a tiny model
 defaults: {QUICK}
 steps:
   - export: {{of: base, name: full}}
-  - transform: {{gauge: none, rotate: r2}}
+  - transform: {{scaling: none, rotate: r2}}
   - quantize: {{method: rtn}}
   - heal: {{steps: 2, batch: 1, held_out: 2, sampled: 0, check_every: 1}}
   - export: {{name: small}}
@@ -102,7 +102,7 @@ def test_the_shipped_chain_of_everything_and_its_page(base: Path) -> None:
     (link,) = re.findall(r'href="([^"]+)"', html)
     assert Path("run", link).is_file()
     passes = [p["name"] for p in by_name["phone"]["provenance"]["passes"]]
-    assert passes == ["prune", "distill", "rotate", "gauge", "quantize", "heal", "export-gguf"]
+    assert passes == ["prune", "distill", "rotate", "scaling", "quantize", "heal", "export-gguf"]
     assert json.loads(Path("run/phone-prune-distill.json").read_text())["artifacts"] == result["artifacts"]
     for curve in ("<h2>Distillation</h2>", "<h2>Healing</h2>"):
         assert curve in html

@@ -68,9 +68,9 @@ def test_prefill_and_decode_are_the_rows_of_logits(pair: SimpleNamespace) -> Non
 def test_tokenizer_of_the_file_is_the_folders(pair: SimpleNamespace) -> None:
     ours, theirs = TorchModel(pair.folder, 64, 1), exact(pair.gguf)
     text = "def f(x):\n\treturn  x + 12345  # naïve 日本 🙂"
-    ids = theirs.tokenise(text)
-    assert ids.tolist() == ours.tokenise(text).tolist()
-    assert theirs.detokenise(ids.tolist()) == text
+    ids = theirs.tokenize(text)
+    assert ids.tolist() == ours.tokenize(text).tolist()
+    assert theirs.detokenize(ids.tolist()) == text
     assert theirs.end_tokens == ours.end_tokens == {1}
     assert theirs.metadata["general.architecture"] == "llama"
     theirs.close()

@@ -161,8 +161,8 @@ def test_greedy_text_is_torchs(pair: SimpleNamespace, capsys: pytest.CaptureFixt
 def test_tokenizer_and_ends_are_the_models(pair: SimpleNamespace) -> None:
     ours, theirs = OnnxModel(pair.fp32, 64, 1), TorchModel(pair.folder, 64, 1)
     text = "def f(x):\n\treturn  x + 12345  # naïve 日本 🙂"
-    assert ours.tokenise(text).tolist() == theirs.tokenise(text).tolist()
-    assert ours.detokenise(ours.tokenise(text).tolist()) == text
+    assert ours.tokenize(text).tolist() == theirs.tokenize(text).tolist()
+    assert ours.detokenize(ours.tokenize(text).tolist()) == text
     assert ours.end_tokens == theirs.end_tokens == {1}
     assert ours.vocab_size == theirs.vocab_size
     assert ours.context == 64
@@ -235,9 +235,9 @@ def test_standard_operators_run_at_the_level_that_the_folder_asks_for(copy: Path
     assert exact.describe()["accuracy_levels"] == []
     node = next(n for n in proto.graph.node if weight.name in n.input)
     at = list(proto.graph.node).index(node)
-    node.input[1] = "w.dequantised"
-    dequantise = helper.make_node("DequantizeLinear", [name, "q.scales"], ["w.dequantised"], axis=0, block_size=32)
-    proto.graph.node.insert(at, dequantise)
+    node.input[1] = "w.dequantized"
+    dequantize = helper.make_node("DequantizeLinear", [name, "q.scales"], ["w.dequantized"], axis=0, block_size=32)
+    proto.graph.node.insert(at, dequantize)
     onnx.save(proto, str(copy / "model.onnx"))
     coarse = OnnxModel(copy, 128, 1)
     assert coarse.describe()["accuracy_levels"] == [4]
@@ -248,7 +248,7 @@ def test_standard_operators_run_at_the_level_that_the_folder_asks_for(copy: Path
     assert asked.describe()["accuracy_levels"] == [0]
     np.testing.assert_allclose(asked.logits(IDS), exact.logits(IDS), **NOISE)
     assert np.abs(coarse.logits(IDS) - exact.logits(IDS)).max() > 1e-3
-    assert "int4 block 32 QDQ" in inspection.inspect(copy)["grid"]
+    assert "int4 block 32 QDQ" in inspection.inspect(copy)["type"]
 
 
 def test_a_gpu_that_did_no_work_is_an_error(pair: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The torch runtime: transformers' own logits, and GPTQ folders as their dequantised weights."""
+"""The torch runtime: transformers' own logits, and GPTQ folders as their dequantized weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from llmc.errors import UserError
 from llmc.formats import gptq
 from llmc.formats.hf import load_tokenizer, load_torch_model
-from llmc.formats.types import Grid, QuantizedTensor
+from llmc.formats.types import IntegerType, QuantizedTensor
 from llmc.runtimes.torch_model import TorchModel
 
 IDS = np.arange(3, 40, dtype=np.int32) * 11 % tiny.VOCAB
@@ -40,7 +40,7 @@ def test_logits_are_transformers_logits(family: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(runtime.decode(int(IDS[i])), expected[i], rtol=1e-3, atol=1e-3)
 
 
-def quantize_folder(folder: Path, version: str, grid: Grid) -> tuple[Path, torch.nn.Module]:
+def quantize_folder(folder: Path, version: str, qtype: IntegerType) -> tuple[Path, torch.nn.Module]:
     """Turn a float folder into a GPTQ one with random codes, by hand; also the float model with the same weights."""
     generator = torch.Generator().manual_seed(1)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -51,28 +51,28 @@ def quantize_folder(folder: Path, version: str, grid: Grid) -> tuple[Path, torch
             continue
         out, n = module.weight.shape[::-1] if conv else module.weight.shape
         q = QuantizedTensor(
-            grid, torch.randint(0, grid.max_code + 1, (out, n), generator=generator).to(torch.uint8),
-            (torch.rand(out, n // grid.group_size, generator=generator) * 0.02 + 0.01).to(torch.float16),
-            None if grid.symmetric else torch.randint(1, grid.max_code, (out, n // grid.group_size),
+            qtype, torch.randint(0, qtype.max_code + 1, (out, n), generator=generator).to(torch.uint8),
+            (torch.rand(out, n // qtype.group_size, generator=generator) * 0.02 + 0.01).to(torch.float16),
+            None if qtype.symmetric else torch.randint(1, qtype.max_code, (out, n // qtype.group_size),
                                                       generator=generator).to(torch.uint8))
         module.weight.data = q.dequantize().t().contiguous() if conv else q.dequantize()
         parts = gptq.encode(q)
         if version == "gptq_v2":
-            zeros = q.zeros if q.zeros is not None else torch.full_like(q.scales, grid.zero, dtype=torch.uint8)
-            parts["qzeros"] = gptq.pack(zeros.contiguous(), grid.bits).t().contiguous()
+            zeros = q.zeros if q.zeros is not None else torch.full_like(q.scales, qtype.zero, dtype=torch.uint8)
+            parts["qzeros"] = gptq.pack(zeros.contiguous(), qtype.bits).t().contiguous()
         del tensors[f"{name}.weight"]
         tensors |= {f"{name}.{part}": t for part, t in parts.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    quantization = {**gptq.config(grid, 0.01, True, None), "checkpoint_format": version, "format": version}
+    quantization = {**gptq.config(qtype, 0.01, True, None), "checkpoint_format": version, "format": version}
     tiny.edit_config(folder, quantization_config=quantization)
     return folder, model
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 @pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
-@pytest.mark.parametrize("grid", [Grid(4, 32), Grid(8, 32), Grid(4, 64, symmetric=False)], ids=lambda g: g.name)
-def test_gptq_folder_runs_its_dequantised_weights(family: str, version: str, grid: Grid, tmp_path: Path) -> None:
-    folder, model = quantize_folder(tiny.build(family, tmp_path / "m"), version, grid)
+@pytest.mark.parametrize("qtype", [IntegerType(4, 32), IntegerType(8, 32), IntegerType(4, 64, symmetric=False)], ids=lambda g: g.name)
+def test_gptq_folder_runs_its_dequantized_weights(family: str, version: str, qtype: IntegerType, tmp_path: Path) -> None:
+    folder, model = quantize_folder(tiny.build(family, tmp_path / "m"), version, qtype)
     with torch.no_grad():
         expected = model(torch.tensor(IDS, dtype=torch.long)[None]).logits[0].numpy()
     np.testing.assert_allclose(TorchModel(folder, 64, 1).logits(IDS), expected, rtol=1e-4, atol=1e-4)
@@ -83,7 +83,7 @@ def test_names_without_the_base_models_prefix(quantized: bool, tmp_path: Path) -
     folder = tiny.build("gpt2", tmp_path / "m")
     expected = reference(folder)
     if quantized:
-        folder, model = quantize_folder(folder, "gptq", Grid(4, 32))
+        folder, model = quantize_folder(folder, "gptq", IntegerType(4, 32))
         with torch.no_grad():
             expected = model(torch.tensor(IDS, dtype=torch.long)[None]).logits[0].numpy()
     tensors = load_file(folder / "model.safetensors")

@@ -84,7 +84,7 @@ def test_gguf_becomes_a_folder_with_the_same_model(made: SimpleNamespace, tmp_pa
     assert describe_source(folder)["licence"] == "mit"  # from the file's metadata: the folder has no card
 
 
-def test_gguf_is_dequantised_once(made: SimpleNamespace, tmp_path: Path) -> None:
+def test_gguf_is_dequantized_once(made: SimpleNamespace, tmp_path: Path) -> None:
     first = resolve_model(made.gguf)
     stamp = (first / "llmc.json").stat().st_mtime_ns
     assert resolve_model(shutil.copy(made.gguf, tmp_path)) == first
@@ -220,7 +220,7 @@ def test_revision_and_name_of_a_hub_snapshot(made: SimpleNamespace, tmp_path: Pa
     assert (found["name"], found["revision"]) == ("local", commit)
 
 
-def test_quantising_from_gguf_keeps_the_whole_chain(made: SimpleNamespace, tmp_path: Path) -> None:
+def test_quantizing_from_gguf_keeps_the_whole_chain(made: SimpleNamespace, tmp_path: Path) -> None:
     llmc.quantize(made.gguf, method="rtn", out=tmp_path / "again")
     manifest = json.loads((tmp_path / "again" / "llmc.json").read_text())
     assert [p["name"] for p in manifest["passes"]] == ["dequantize", "quantize"]

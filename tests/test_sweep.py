@@ -44,8 +44,8 @@ def kinds(labels: list[str]) -> dict[str, int]:
 
 
 def test_variants_share_steps(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    alone = llmc.run_recipe("r.yaml", model=base, out="run", set={"quantize.grid": "q8_0"})
-    args = ["sweep", "r.yaml", "--vary", "quantize.grid=q4_0,q8_0", "prune.drop=0,1", "--model", str(base), "-o", "run"]
+    alone = llmc.run_recipe("r.yaml", model=base, out="run", set={"quantize.type": "q8_0"})
+    args = ["sweep", "r.yaml", "--vary", "quantize.type=q4_0,q8_0", "prune.drop=0,1", "--model", str(base), "-o", "run"]
     assert command([*args, "--dry-run", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert len(plan["variants"]) == 4
@@ -56,9 +56,9 @@ def test_variants_share_steps(base: Path, capsys: pytest.CaptureFixture[str]) ->
     assert kinds(result["ran"]) == {"prune": 1, "quantize": 3, "small": 3, "eval-small": 3, "compare": 3}, \
         "one variant is what `llmc run` made, and it is used again"
     points = {a["variant"]: a for a in result["artifacts"]}
-    assert set(points) == {"every variant", *(f"quantize.grid={g} prune.drop={d}" for g in ("q4_0", "q8_0") for d in (0, 1))}
+    assert set(points) == {"every variant", *(f"quantize.type={g} prune.drop={d}" for g in ("q4_0", "q8_0") for d in (0, 1))}
     one = next(a for a in alone["artifacts"] if a["name"] == "small")
-    same = points["quantize.grid=q8_0 prune.drop=0"]
+    same = points["quantize.type=q8_0 prune.drop=0"]
     assert (same["bytes"], same["kld"]) == (one["bytes"], one["report"]["quality"]["texts"][0]["kld"])
     page = Path("run/r-sweep.html").read_text()
     for a in result["artifacts"]:
@@ -84,14 +84,14 @@ def test_front() -> None:
 
 def test_all_variants_are_checked_first(base: Path) -> None:
     with pytest.raises(UserError) as e:
-        llmc.sweep("r.yaml", vary={"quantize.grid": ["q4_0", "q9"], "quantize.bitts": [4]}, model=base)
-    assert "quantize.grid=q9 quantize.bitts=4: " in e.value.problem
+        llmc.sweep("r.yaml", vary={"quantize.type": ["q4_0", "q9"], "quantize.bitts": [4]}, model=base)
+    assert "quantize.type=q9 quantize.bitts=4: " in e.value.problem
     assert "did you mean bits?" in e.value.problem
-    assert "--grid q9: must be one of" in e.value.problem
+    assert "--type q9: must be one of" in e.value.problem
     assert not Path("r").exists()
 
 
-@pytest.mark.parametrize("vary", ["quantize.grid", "quantize.grid=", "=q4_0"])
+@pytest.mark.parametrize("vary", ["quantize.type", "quantize.type=", "=q4_0"])
 def test_what_is_no_variation(vary: str) -> None:
     with pytest.raises(UserError, match="write it like"):
         variations((vary,))

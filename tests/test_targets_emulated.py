@@ -57,8 +57,8 @@ def test_a_runtime_elsewhere_gives_what_it_gives_here(made: SimpleNamespace) -> 
     assert np.array_equal(here.prefill(ids), there.prefill(ids))
     assert np.array_equal(here.decode(7), there.decode(7))
     text = "def f(x):  return 'ü' 🙂"
-    assert np.array_equal(here.tokenise(text), there.tokenise(text))
-    assert here.detokenise([5, 6, 7]) == there.detokenise([5, 6, 7])
+    assert np.array_equal(here.tokenize(text), there.tokenize(text))
+    assert here.detokenize([5, 6, 7]) == there.detokenize([5, 6, 7])
     assert (here.end_tokens, here.vocab_size, here.context, here.name) == (
         there.end_tokens, there.vocab_size, there.context, there.name)
     assert there.describe()["target"]["name"] == "local-cpu"

@@ -18,7 +18,7 @@ from tiny import FAMILIES, build, corpus, poison
 
 import llmc
 from llmc.compress.skeleton import get_weight
-from llmc.compress.transform import gauges, rotations
+from llmc.compress.transform import rotations, scaling
 from llmc.compress.transform.layer_pass import as_stored
 from llmc.compress.transform.roles import map_layer
 from llmc.errors import UserError
@@ -26,7 +26,7 @@ from llmc.export.gguf import GgufExportConfig, export_gguf
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.hf import load_torch_model
 from llmc.formats.manifest import hash_folder
-from llmc.formats.types import GRIDS, Grid
+from llmc.formats.types import BLOCK_TYPES, IntegerType
 from llmc.rounding.rtn import rtn
 from llmc.rounding.search import objective
 from llmc.runtimes.llamacpp import LlamaCpp
@@ -64,7 +64,7 @@ def layers_of(model: Any) -> Any:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_any_positive_gauge_keeps_the_logits(family: str, tmp_path: Path) -> None:
+def test_any_positive_scaling_keeps_the_logits(family: str, tmp_path: Path) -> None:
     """In float64, on every place of every layer, for scalings over four orders of magnitude."""
     model = load(build(family, tmp_path / "m"))
     with torch.no_grad():
@@ -79,13 +79,13 @@ def test_any_positive_gauge_keeps_the_logits(family: str, tmp_path: Path) -> Non
             before = get_weight(layer.get_submodule(found.family.out)).clone()
             for place in found.places:
                 s = torch.exp(torch.randn(place.channels, generator=generator, dtype=torch.float64).clamp(-3, 3) * spread / 2)
-                gauges.apply_gauge(layer, place, s, found.family.offset)
+                scaling.apply_scaling(layer, place, s, found.family.offset)
                 done.append((layer, place, s, found.family.offset))
             assert not torch.allclose(get_weight(layer.get_submodule(found.family.out)), before, rtol=0.01)
         with torch.no_grad():
             after = model(IDS).logits
         for layer, place, s, offset in done:
-            gauges.apply_gauge(layer, place, 1 / s, offset)
+            scaling.apply_scaling(layer, place, 1 / s, offset)
         same(after, expected, 1e-6)  # norms work in float32
 
     holds()
@@ -107,7 +107,7 @@ def test_grouped_queries_share_their_values_factor(tmp_path: Path) -> None:
     assert place.channels == 32
     assert place.columns.view(4, 16)[:, 0].tolist() == [0, 0, 16, 16]
     moments = torch.arange(64.0)
-    s = gauges.activation_factors(moments, place)
+    s = scaling.activation_factors(moments, place)
     mean = torch.stack([moments[:16] + moments[16:32], moments[32:48] + moments[48:]]).flatten().double() / 2
     torch.testing.assert_close(s / s[5], (mean / mean[5]).sqrt())
 
@@ -124,21 +124,21 @@ def test_opts_norms_after_the_sum_are_left(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------------- search
 
 
-@pytest.mark.parametrize("grid", [Grid(4, 32), Grid(8, 64, False), GRIDS["q4_1"], GRIDS["iq4_nl"]], ids=lambda g: g.name)
-def test_the_error_is_that_of_the_rounded_weight_on_the_inputs(grid: Any) -> None:
+@pytest.mark.parametrize("qtype", [IntegerType(4, 32), IntegerType(8, 64, False), BLOCK_TYPES["q4_1"], BLOCK_TYPES["iq4_nl"]], ids=lambda g: g.name)
+def test_the_error_is_that_of_the_rounded_weight_on_the_inputs(qtype: Any) -> None:
     """Against the definition, |Q(W s) X/s - W X|^2 with X in hand; and alpha = 0 is plain rounding."""
     generator = torch.Generator().manual_seed(0)
     w, x = torch.randn(24, 64, generator=generator), torch.randn(200, 64, generator=generator) * torch.rand(64) * 4
     s = torch.rand(64, generator=generator) + 0.5
     hessian = x.t() @ x
-    found = gauges.rounding_error(w, hessian, s, grid)
+    found = scaling.rounding_error(w, hessian, s, qtype)
     scaled = (w * s).t().contiguous()
-    factors = gauges.search_factors(scaled, hessian / s / s[:, None], None, grid)
+    factors = scaling.search_factors(scaled, hessian / s / s[:, None], None, qtype)
     q = factors.values(factors.nearest(scaled)).t()
     assert found == pytest.approx(float(((x / s) @ q.t() - x @ w.t()).square().sum()), rel=1e-3)
-    alpha, errors = gauges.search_alpha(w, hessian, s.double(), grid)
+    alpha, errors = scaling.search_alpha(w, hessian, s.double(), qtype)
     energy = float(((w @ hessian) * w).sum())
-    assert errors[0.0] * energy == pytest.approx(gauges.rounding_error(w, hessian, torch.ones(64), grid), rel=1e-4)
+    assert errors[0.0] * energy == pytest.approx(scaling.rounding_error(w, hessian, torch.ones(64), qtype), rel=1e-4)
     assert errors[alpha] == min(errors.values()) <= errors[0.0]
 
 
@@ -148,16 +148,16 @@ def test_the_search_finds_a_channel_that_matters() -> None:
     w, size = torch.randn(64, 64) / 8, torch.ones(64)
     size[[7, 40]] = 30
     x = torch.randn(500, 64) * size
-    alpha, errors = gauges.search_alpha(w, x.t() @ x, gauges.normalised(size.double()), Grid(4, 32))
+    alpha, errors = scaling.search_alpha(w, x.t() @ x, scaling.normalised(size.double()), IntegerType(4, 32))
     assert alpha > 0
     assert errors[alpha] < 0.7 * errors[0.0]
 
 
 def test_factors_of_nothing_are_one_and_of_dead_channels_finite() -> None:
-    assert torch.equal(gauges.normalised(torch.zeros(4, dtype=torch.float64)), torch.ones(4, dtype=torch.float64))
-    s = gauges.normalised(torch.tensor([0.0, 1.0, 1e-30, 1e30], dtype=torch.float64))
+    assert torch.equal(scaling.normalised(torch.zeros(4, dtype=torch.float64)), torch.ones(4, dtype=torch.float64))
+    s = scaling.normalised(torch.tensor([0.0, 1.0, 1e-30, 1e30], dtype=torch.float64))
     assert bool(torch.isfinite(s).all())
-    assert float(s.min()) >= 1 / gauges.WIDEST
+    assert float(s.min()) >= 1 / scaling.WIDEST
 
 
 def test_equalising_gives_equal_ranges(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_equalising_gives_equal_ranges(tmp_path: Path) -> None:
     layer = layers_of(model)[0]
     place = map_layer(model.config, layer).up
     assert place is not None
-    gauges.apply_gauge(layer, place, gauges.equalising_factors(layer, place, 0.0), 0.0)
+    scaling.apply_scaling(layer, place, scaling.equalising_factors(layer, place, 0.0), 0.0)
     ratio = get_weight(layer.mlp.up_proj).abs().amax(1) / get_weight(layer.mlp.down_proj).abs().amax(0)
     torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), rtol=1e-5, atol=0)
 
@@ -189,14 +189,14 @@ def test_r2_keeps_the_logits(family: str, head_dim: int | None, tmp_path: Path) 
     options = {} if head_dim is None else {"head_dim": 12} if family in ("llama", "qwen3", "gemma2") else {
         "hidden_size": 48, "n_embd": 48, "rotary_pct": 0.5, "word_embed_proj_dim": 48}
     folder = build(family, tmp_path / "m", **options)
-    llmc.transform(folder, gauge="none", rotate="r2", out=tmp_path / "r", threads=1)
+    llmc.transform(folder, scaling="none", rotate="r2", out=tmp_path / "r", threads=1)
     same(logits(tmp_path / "r"), logits(folder), 1e-5)
 
 
 @pytest.mark.parametrize("family", ROTATABLE)
 def test_r1_keeps_the_logits(family: str, tmp_path: Path) -> None:
     folder = build(family, tmp_path / "m", tie_word_embeddings=False)
-    result = llmc.transform(folder, gauge="none", rotate="r1r2", out=tmp_path / "r", threads=1)
+    result = llmc.transform(folder, scaling="none", rotate="r1r2", out=tmp_path / "r", threads=1)
     same(logits(tmp_path / "r"), logits(folder), 1e-5)
     assert result["untied_bytes"] == 0
     before, after = Checkpoint.open(folder), Checkpoint.open(tmp_path / "r")
@@ -212,16 +212,16 @@ def test_r1_keeps_the_logits(family: str, tmp_path: Path) -> None:
 def test_streams_that_cannot_be_rotated_are_refused_with_the_reason(family: str, tmp_path: Path) -> None:
     folder = build(family, tmp_path / "m", tie_word_embeddings=False)
     with pytest.raises(UserError, match="norms after attention" if "gemma" in family else "subtracts the mean"):
-        llmc.transform(folder, gauge="none", rotate="r1r2", out=tmp_path / "r")
+        llmc.transform(folder, scaling="none", rotate="r1r2", out=tmp_path / "r")
     assert not (tmp_path / "r").exists()
 
 
 def test_r1_unties_only_when_told_to(tmp_path: Path) -> None:
     folder = build("llama", tmp_path / "m")
     with pytest.raises(UserError, match=r"costs 34\.8 kB in an 8-bit file") as e:
-        llmc.transform(folder, rotate="r1r2", gauge="none", out=tmp_path / "r")
+        llmc.transform(folder, rotate="r1r2", scaling="none", out=tmp_path / "r")
     assert "--untie" in e.value.hint
-    result = llmc.transform(folder, rotate="r1r2", gauge="none", untie=True, out=tmp_path / "r", threads=1)
+    result = llmc.transform(folder, rotate="r1r2", scaling="none", untie=True, out=tmp_path / "r", threads=1)
     assert result["untied_bytes"] == 512 * 64 * 34 // 32
     same(logits(tmp_path / "r"), logits(folder), 1e-5)
     config = json.loads((tmp_path / "r/config.json").read_text())
@@ -231,11 +231,11 @@ def test_r1_unties_only_when_told_to(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------ whole folders
 
 
-@pytest.mark.parametrize("gauge", ["awq", "equalize"])
+@pytest.mark.parametrize("scaling", ["awq", "equalize"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gauges_keep_the_logits_and_never_raise_their_own_error(family: str, gauge: str, tmp_path: Path, text: Path) -> None:
+def test_scalings_keep_the_logits_and_never_raise_their_own_error(family: str, scaling: str, tmp_path: Path, text: Path) -> None:
     folder = build(family, tmp_path / "m")
-    result = llmc.transform(folder, gauge=gauge, calibration=text, samples=8, seq_len=64, out=tmp_path / "g", threads=1)
+    result = llmc.transform(folder, scaling=scaling, calibration=text, samples=8, seq_len=64, out=tmp_path / "g", threads=1)
     same(logits(tmp_path / "g"), logits(folder), 1e-5)
     places = [p for layer in result["passes"][0]["layers"] for p in layer["places"].values()]
     assert len(places) == load(folder).config.num_hidden_layers * (3 if family in LEFT_ALONE else 4)
@@ -248,7 +248,7 @@ def test_gauges_keep_the_logits_and_never_raise_their_own_error(family: str, gau
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_half_precision_folder_keeps_its_logits_and_says_what_that_costs(dtype: torch.dtype, tmp_path: Path) -> None:
     folder = build("mistral", tmp_path / "m", dtype=dtype)
-    result = llmc.transform(folder, gauge="equalize", rotate="r1r2", out=tmp_path / "r", threads=1)
+    result = llmc.transform(folder, scaling="equalize", rotate="r1r2", out=tmp_path / "r", threads=1)
     same(logits(tmp_path / "r"), logits(folder), 1e-5)
     assert result["grown_bytes"] > 0
     after = Checkpoint.open(tmp_path / "r")
@@ -268,7 +268,7 @@ def test_the_chain_of_passes_and_the_original_are_in_every_manifest(tmp_path: Pa
     llmc.transform(folder, rotate="r2", calibration=text, samples=4, seq_len=64, out=tmp_path / "t", threads=1)
     llmc.quantize(tmp_path / "t", method="rtn", out=tmp_path / "q", threads=1)
     llmc.export(tmp_path / "q", format="gguf", out=tmp_path / "q.gguf")
-    chain = ["rotate", "gauge", "quantize", "export-gguf"]
+    chain = ["rotate", "scaling", "quantize", "export-gguf"]
     for count, artifact in ((2, "t/llmc.json"), (3, "q/llmc.json"), (4, "q.gguf.llmc.json")):
         manifest = json.loads((tmp_path / artifact).read_text())
         assert [p["name"] for p in manifest["passes"]] == chain[:count]
@@ -293,7 +293,7 @@ def test_gguf_of_a_transformed_model_has_the_same_logits_in_llama_cpp(tmp_path: 
     assert np.abs(found[0] - found[1]).max() < 1e-4 * np.abs(found[0]).max()
 
 
-@pytest.mark.parametrize("options", [[], ["--gauge", "none", "--rotate", "r1r2", "--untie"]], ids=["awq", "r1r2"])
+@pytest.mark.parametrize("options", [[], ["--scaling", "none", "--rotate", "r1r2", "--untie"]], ids=["awq", "r1r2"])
 def test_resume_after_kill_9_gives_the_same_bytes(options: list[str], tmp_path: Path, text: Path) -> None:
     build("llama", tmp_path / "m", num_hidden_layers=8)
     command = [sys.executable, "-m", "llmc", "transform", "m", *options, "--calibration", str(text), "--samples", "8",
@@ -309,12 +309,12 @@ def test_resume_after_kill_9_gives_the_same_bytes(options: list[str], tmp_path: 
 
 def test_bad_input(tmp_path: Path) -> None:
     folder = build("llama", tmp_path / "m")
-    for options, words in (({"gauge": "big"}, "--gauge big"), ({"gauge": "none"}, "nothing to do"),
+    for options, words in (({"scaling": "big"}, "--scaling big"), ({"scaling": "none"}, "nothing to do"),
                            ({"untie": True}, "--untie"), ({"bits": 5}, "--bits 5"), ({"rotate": "r3"}, "--rotate r3")):
         with pytest.raises(UserError, match=words):
             llmc.transform(folder, out=tmp_path / "x", **options)
     llmc.quantize(folder, method="rtn", out=tmp_path / "q", threads=1)
-    with pytest.raises(UserError, match="quantised already"):
+    with pytest.raises(UserError, match="quantized already"):
         llmc.transform(tmp_path / "q", out=tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
@@ -324,19 +324,19 @@ def test_a_damaged_tensor_is_found_before_any_layer_is_made(tmp_path: Path) -> N
     folder = build("llama", tmp_path / "m")
     poison(folder, "model.norm.weight")
     with pytest.raises(UserError, match=r"model\.norm\.weight .* NaN"):
-        llmc.transform(folder, gauge="equalize", out=tmp_path / "x", threads=1)
+        llmc.transform(folder, scaling="equalize", out=tmp_path / "x", threads=1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
 
 
-def test_plain_rounding_of_a_gauged_linear_loses_less_on_its_inputs() -> None:
+def test_plain_rounding_of_a_scalingd_linear_loses_less_on_its_inputs() -> None:
     """The yardstick is not the search's own: rtn with its own scales, and real inputs."""
     torch.manual_seed(1)
     w, x = torch.randn(128, 64) / 8, torch.randn(800, 64) * torch.rand(64).pow(3) * 20
     hessian = x.t() @ x
-    s = gauges.normalised(hessian.diagonal().double().sqrt())
-    grid = Grid(4, 32)
-    scale = (s ** gauges.search_alpha(w, hessian, s, grid)[0]).float()
-    lost = [float(objective((rtn(w * f, grid).dequantize() / f - w).t(), hessian).sum()) for f in (torch.ones(64), scale)]
+    s = scaling.normalised(hessian.diagonal().double().sqrt())
+    qtype = IntegerType(4, 32)
+    scale = (s ** scaling.search_alpha(w, hessian, s, qtype)[0]).float()
+    lost = [float(objective((rtn(w * f, qtype).dequantize() / f - w).t(), hessian).sum()) for f in (torch.ones(64), scale)]
     assert lost[1] < 0.95 * lost[0]
 
 
@@ -350,10 +350,10 @@ def test_smoothing_factors_are_those_of_the_paper(tmp_path: Path) -> None:
     peak = torch.rand(64, dtype=torch.float64) + 0.1
     largest = torch.stack([get_weight(layer.get_submodule(f"self_attn.{n}_proj")).abs().amax(0) for n in "qkv"]).amax(0)
     expected = peak**0.7 / largest**0.3  # eq. 4 of arXiv:2211.10438
-    found = gauges.smoothing_factors(peak, layer, places["input_layernorm"], 0.7)
+    found = scaling.smoothing_factors(peak, layer, places["input_layernorm"], 0.7)
     torch.testing.assert_close(found / found[0], expected / expected[0])
     # heads that share a value head share its channels: the largest of their columns counts
-    shared = gauges.smoothing_factors(peak, layer, places["self_attn.v_proj"], 1.0)
+    shared = scaling.smoothing_factors(peak, layer, places["self_attn.v_proj"], 1.0)
     columns = places["self_attn.v_proj"].columns
     together = torch.stack([peak[columns == c].max() for c in range(places["self_attn.v_proj"].channels)])
     torch.testing.assert_close(shared / shared[0], together / together[0])
@@ -382,20 +382,20 @@ def test_smoothing_spares_8_bit_inputs_from_large_channels(family: str, tmp_path
         for place in found.norms:
             s = torch.ones(place.channels, dtype=torch.float64)
             s[[3, 17]] = 1 / 40
-            gauges.apply_gauge(layer, place, s, found.family.offset)
+            scaling.apply_scaling(layer, place, s, found.family.offset)
     model.save_pretrained(tmp_path / "m")
     exact = logits(tmp_path / "m")
-    result = llmc.transform(tmp_path / "m", gauge="smooth", calibration=text, samples=8, seq_len=64, out=tmp_path / "s",
+    result = llmc.transform(tmp_path / "m", scaling="smoothquant", calibration=text, samples=8, seq_len=64, out=tmp_path / "s",
                             threads=1)
     same(logits(tmp_path / "s"), exact, 1e-5)
     before, after = (float((int8_logits(tmp_path / n) - exact).square().mean().sqrt()) for n in ("m", "s"))
     assert after < 0.5 * before
     entry = result["passes"][0]
     assert entry["config"]["alpha"] == 0.5
-    assert "bits" not in entry["config"]  # no grid is searched
+    assert "bits" not in entry["config"]  # no type is searched
     assert all(p["after"] < 0.5 for layer in entry["layers"] for n, p in layer["places"].items() if "norm" in n)
 
 
 def test_a_migration_out_of_range(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--alpha 1\.5: must be 0 to 1"):
-        llmc.transform(tmp_path, gauge="smooth", alpha=1.5)
+        llmc.transform(tmp_path, scaling="smoothquant", alpha=1.5)

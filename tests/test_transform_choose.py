@@ -23,7 +23,7 @@ from llmc.errors import UserError
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.hf import load_torch_model
 from llmc.formats.manifest import hash_folder
-from llmc.formats.types import Grid
+from llmc.formats.types import IntegerType
 from llmc.rounding.rtn import rtn
 
 IDS = torch.randint(2, 512, (3, 40), generator=torch.Generator().manual_seed(5))
@@ -47,14 +47,14 @@ def passes(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt2", "opt", "gpt_neox"])
 def test_the_divergence_layer_by_layer_is_that_of_whole_models(family: str, tmp_path: Path) -> None:
-    folder, grid = build(family, tmp_path / "m"), Grid(4, 32)
+    folder, qtype = build(family, tmp_path / "m"), IntegerType(4, 32)
     base = measure.run(folder, IDS, "cpu", None, "base")
-    found = measure.kld(base, measure.run(folder, IDS, "cpu", lambda _: grid, "rounded"))
+    found = measure.kld(base, measure.run(folder, IDS, "cpu", lambda _: qtype, "rounded"))
     whole, rounded = load_torch_model(folder), load_torch_model(folder)
     inside = Skeleton(Checkpoint.open(folder), "cpu").layers_name
     for name, module in rounded.named_modules():
         if name.startswith(inside) and is_linear(module):
-            set_weight(module, rtn(get_weight(module), grid).dequantize())
+            set_weight(module, rtn(get_weight(module), qtype).dequantize())
     with torch.no_grad():
         p, q = (torch.log_softmax(m(IDS).logits.double(), -1) for m in (whole, rounded))
     expected = (p.exp() * (p - q)).sum(-1).mean(-1)
@@ -93,18 +93,18 @@ def test_auto_takes_what_measures_best_and_says_why(tmp_path: Path, text: Path) 
 
 
 def chooser_passes(taken: str) -> list[str]:
-    return {"none": [], "gauge": ["gauge"], "rotate": ["rotate"], "rotate+gauge": ["rotate", "gauge"]}[taken]
+    return {"none": [], "scaling": ["scaling"], "rotate": ["rotate"], "rotate+scaling": ["rotate", "scaling"]}[taken]
 
 
-@pytest.mark.parametrize(("transform", "rotate"), [("gauge", "none"), ("rotate+gauge", "r2")])
-def test_the_quantised_transform_is_the_quantised_folder_of_llmc_transform(
+@pytest.mark.parametrize(("transform", "rotate"), [("scaling", "none"), ("rotate+scaling", "r2")])
+def test_the_quantized_transform_is_the_quantized_folder_of_llmc_transform(
     transform: str, rotate: str, tmp_path: Path, text: Path,
 ) -> None:
     """One command or two: the same bytes."""
     base = build("qwen2", tmp_path / "base", dtype=torch.bfloat16)
     quantize(base, text, tmp_path / "one", transform=transform)
-    llmc.transform(base, rotate=rotate, calibration=str(text), samples=16, seq_len=64, threads=1, out=tmp_path / "gauged")
-    quantize(tmp_path / "gauged", text, tmp_path / "two")
+    llmc.transform(base, rotate=rotate, calibration=str(text), samples=16, seq_len=64, threads=1, out=tmp_path / "scaled")
+    quantize(tmp_path / "scaled", text, tmp_path / "two")
     one, two = (hash_folder(tmp_path / n) for n in ("one", "two"))
     assert one == two
     assert [p["name"] for p in passes(tmp_path / "one")] == [p["name"] for p in passes(tmp_path / "two")]
@@ -113,7 +113,7 @@ def test_the_quantised_transform_is_the_quantised_folder_of_llmc_transform(
 
 def test_rotate_takes_the_stream_where_that_is_free(tmp_path: Path, text: Path) -> None:
     base = build("mistral", tmp_path / "base")
-    result = quantize(base, text, tmp_path / "q", transform="rotate", grid="q4_1", method="rtn")
+    result = quantize(base, text, tmp_path / "q", transform="rotate", type="q4_1", method="rtn")
     assert result["transform"]["rotation"] == "r1r2"
     assert passes(tmp_path / "q")[0]["config"]["rotate"] == "r1r2"
     llmc.export(tmp_path / "q", format="gguf", out=tmp_path / "q.gguf")
@@ -125,7 +125,7 @@ def test_unknown_architectures_and_values_are_refused(tmp_path: Path, text: Path
         quantize(base, text, tmp_path / "q", transform="bend")
     monkeypatch.delitem(chooser.family_of.__globals__["FAMILIES"], "llama")
     with pytest.raises(UserError, match="architecture 'llama' can be transformed"):
-        quantize(base, text, tmp_path / "q", transform="gauge")
+        quantize(base, text, tmp_path / "q", transform="scaling")
     assert not (tmp_path / "q").exists()
 
 
@@ -147,4 +147,4 @@ def test_a_finished_transform_is_used_again_after_kill_9(tmp_path: Path, text: P
 
 def test_config_numbers_name_the_text_where_it_decides() -> None:
     assert "calibration" not in QuantizeConfig(method="rtn").numbers()
-    assert "calibration" in QuantizeConfig(method="rtn", transform="gauge").numbers()
+    assert "calibration" in QuantizeConfig(method="rtn", transform="scaling").numbers()

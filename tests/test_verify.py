@@ -135,7 +135,7 @@ def test_wrong_version_label(folder: Path) -> None:
         (folder / name).write_text(json.dumps(c))
     edit_json(folder / MANIFEST, outputs=hash_folder(folder))
     found = problems(folder)
-    assert len(found) == 14  # each quantised linear of two layers
+    assert len(found) == 14  # each quantized linear of two layers
     assert all("says sym, v2, but its zero points are 7…7, not 8" in p for p in found)
 
 

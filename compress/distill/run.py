@@ -1,7 +1,7 @@
 """`llmc distill`: train a smaller float model, a pruned one say, to say what a larger one says.
 
 What is minimised is the divergence of the student's next-token distributions from the teacher's (loss.py), where asked for
-with a share of the text's own next tokens and with the error of hidden states (pupil.py). The best weights by a held-out part
+with a share of the text's own next tokens and with the error of hidden states (student.py). The best weights by a held-out part
 of the text are kept, not the last, and what is reported of the result is measured after they were rounded to the type that
 the folder stores.
 """
@@ -19,7 +19,7 @@ from llmc.compress.distill.adapters import add_adapters, check_peft, merge_adapt
 from llmc.compress.distill.config import DistillConfig
 from llmc.compress.distill.masks import Masks, masks_of
 from llmc.compress.distill.plan import plan_of
-from llmc.compress.distill.pupil import Pupil, map_layers
+from llmc.compress.distill.student import Student, map_layers
 from llmc.compress.distill.team import join_team
 from llmc.compress.distill.train import Distilling
 from llmc.compress.preparation import check_weights, open_float
@@ -101,18 +101,18 @@ class _Job(Job):
         texts = self.texts()
         # before the student is there: it may be gone by then
         teacher = self.teacher(texts, self.vocab, self.config.temperature)
-        pupil, masks = self._pupil()
-        training = Distilling(self.config, pupil, teacher, [b for _, b in self.layers], texts, masks, self.accelerator,
+        student, masks = self._student()
+        training = Distilling(self.config, student, teacher, [b for _, b in self.layers], texts, masks, self.accelerator,
                               self.forward, self.device, self.work)
         trained = sum(p.numel() for n, p in training.parameters.items() if not n.startswith("projections."))
         curve = training.train()
-        changed = self._settle(pupil.model)
+        changed = self._settle(student.model)
         after = training.judge()
         if curve.best["step"] == 0:
             warn("distillation never beat the start on the held-out text: the model is as it was")
         return self.publish("hf", changed, texts, self._result(curve, after, trained, masks)) if self.leads else {}
 
-    def _pupil(self) -> tuple[Pupil, Masks]:
+    def _student(self) -> tuple[Student, Masks]:
         """The student in float32 with what is trained of it, and its zeros that must stay."""
         c = self.config
         model = load_torch_model(self.folder)
@@ -122,8 +122,8 @@ class _Job(Job):
         if c.checkpointing:
             checkpoint_layers(model)
         widths = tuple(s.config.get_text_config().hidden_size for s in (self.student, self.taught))
-        pupil = Pupil(model, self.objective, self.vocab, [a for a, _ in self.layers], c.hidden_weight, widths, c.seed)
-        return pupil.to(self.device), masks
+        student = Student(model, self.objective, self.vocab, [a for a, _ in self.layers], c.hidden_weight, widths, c.seed)
+        return student.to(self.device), masks
 
     @torch.no_grad()
     def _settle(self, model: Any) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ import torch
 
 from llmc.compress.distill.config import DistillConfig
 from llmc.compress.distill.masks import Masks
-from llmc.compress.distill.pupil import Pupil, captured
+from llmc.compress.distill.student import Student, captured
 from llmc.compress.teaching.teacher import Teacher
 from llmc.compress.teaching.texts import Texts
 from llmc.compress.teaching.training import BETAS, Training
@@ -37,14 +37,14 @@ class Distilling(Training):
     what = "distilling"
     by = "loss"
 
-    def __init__(self, config: DistillConfig, pupil: Pupil, teacher: Teacher, layers: Sequence[int], texts: Texts,
+    def __init__(self, config: DistillConfig, student: Student, teacher: Teacher, layers: Sequence[int], texts: Texts,
                  masks: Masks, accelerator: Any, forward: Callable[[], Any], device: torch.device, work: Path) -> None:
-        trained = {n: p for n, p in pupil.named_parameters() if p.requires_grad}
+        trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
         super().__init__(config, config.rate, trained, optimizer_of(list(trained.values()), config, device), work,
                          accelerator.is_main_process)
-        self.c, self.pupil, self.teacher, self.layers, self.texts, self.masks = config, pupil, teacher, layers, texts, masks
+        self.c, self.student, self.teacher, self.layers, self.texts, self.masks = config, student, teacher, layers, texts, masks
         self.accelerator, self.forward, self.device = accelerator, forward, device
-        self.shared = accelerator.prepare_model(pupil, device_placement=False)
+        self.shared = accelerator.prepare_model(student, device_placement=False)
         self.hidden: list[float] = []  # of the steps since the last check
 
     def learn(self, step: int) -> float:
@@ -77,7 +77,7 @@ class Distilling(Training):
         sums = torch.zeros(3)  # each weighed by the tokens that count, and these
         for row in range(a.process_index, held, a.num_processes):
             tokens = int((self._targets([row]) >= 0).sum())
-            _, loss, nll, _ = self._run(self.pupil, [row])
+            _, loss, nll, _ = self._run(self.student, [row])
             sums += tokens * torch.tensor([float(loss), float(nll), 1])
         loss, nll, tokens = a.reduce(sums.to(self.device), "sum").tolist()
         found = {"loss": loss / tokens, "perplexity": math.exp(min(nll / tokens, 700))}
@@ -90,7 +90,7 @@ class Distilling(Training):
         self.accelerator.wait_for_everyone()
 
     def _run(self, module: Any, rows: list[int], layers: Sequence[int] = ()) -> Any:
-        """What a Pupil returns of these sequences."""
+        """What a Student returns of these sequences."""
         ids = self.texts.sequences[rows]
         with captured(getattr(self.teacher, "model", None), layers) as states:  # a cached teacher has none, nor layers
             aims = self.teacher.of(rows)

@@ -91,7 +91,7 @@ class Blocks:
         with torch.no_grad():
             self.theirs.replace(self._run(layer, index, self.theirs))
             self.theirs.advance()
-        ours, linears = self._quantised(index, layer)
+        ours, linears = self._quantized(index, layer)
         factors = {f"{n}.{kind}": p for n, m in linears.items() for kind, p in m.trained().items()}
         norms = norm_weights(ours) if self.config.norms else {}
         curve = self._train(ours, index, factors, {n: p.requires_grad_(True) for n, p in norms.items()})
@@ -105,8 +105,8 @@ class Blocks:
                          "trained": {"scales": sum(p.numel() for p in factors.values()),
                                      "norms": sum(p.numel() for p in norms.values())}, "events": []}
 
-    def _quantised(self, index: int, layer: nn.Module) -> tuple[nn.Module, dict[str, HealedLinear]]:
-        """The layer as the quantised model has it, and its linears by their names there."""
+    def _quantized(self, index: int, layer: nn.Module) -> tuple[nn.Module, dict[str, HealedLinear]]:
+        """The layer as the quantized model has it, and its linears by their names there."""
         ours, linears = copy.deepcopy(layer), {}
         prefix = self.skeleton.layer_name(index)
         paths = [n for n, _ in ours.named_modules() if f"{prefix}.{n}" in self.names]
@@ -188,4 +188,4 @@ def _check_tables(skeleton: Skeleton, student: Checkpoint) -> None:
         theirs = skeleton.checkpoint.tensor(stored).float()
         if not torch.equal(theirs, student.tensor(called(stored, student, skeleton.model.base_model_prefix)).float()):
             raise UserError(f"{student.folder} has another {name} than the teacher: its states are not the teacher's",
-                            "name the (transformed) float model that was quantised as --teacher, or use --scope end-to-end")
+                            "name the (transformed) float model that was quantized as --teacher, or use --scope end-to-end")

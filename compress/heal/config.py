@@ -42,7 +42,7 @@ class HealConfig:
     def __post_init__(self) -> None:
         problems = []
         if not self.teacher:
-            problems.append("--teacher is missing: the float model that the quantised one was made from")
+            problems.append("--teacher is missing: the float model that the quantized one was made from")
         problems += out_of_range(self, ("steps", "batch", "accumulate", "held_out", "check_every", "patience"),
                                  ("lr",) if self.lr is not None else ())
         if self.sampled < 0:

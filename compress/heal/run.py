@@ -1,4 +1,4 @@
-"""`llmc heal`: train the scales of a quantised model against the model it was made from, or a larger one.
+"""`llmc heal`: train the scales of a quantized model against the model it was made from, or a larger one.
 
 The aim is the file that ships: codes stay bit for bit, scales end as fp16, so size, format and speed do not change. End to
 end, what is minimised is the forward KL divergence from teacher to student over every position (Hinton et al., "Distilling
@@ -6,7 +6,7 @@ the Knowledge in a Neural Network", 2015, arXiv:1503.02531, at temperature 1); b
 best scales by a held-out part of the text are kept, not the last; a run that never beats the start gives the start back and
 says so.
 
-Embedding and head are not trained: a quantised folder holds them in float, and their blocks are made by the export.
+Embedding and head are not trained: a quantized folder holds them in float, and their blocks are made by the export.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from llmc.sources.resolve import resolve_model
 
 
 def heal(model: str | Path, config: HealConfig) -> dict[str, Any]:
-    """Heal the quantised folder `model`. Returns {'out', 'steps', 'best_step', 'kld': {'before', 'after'}, 'seconds', …}, or
+    """Heal the quantized folder `model`. Returns {'out', 'steps', 'best_step', 'kld': {'before', 'after'}, 'seconds', …}, or
     with scope 'block' 'error' (of the layers' outputs) instead of 'kld'."""
     start = time.monotonic()
     threads = config.threads or physical_cores()
@@ -62,7 +62,7 @@ class _Job(Job):
             raise UserError(f"{folder} is a float model: there is nothing to heal", "run `llmc quantize` on it first")
         taught = Checkpoint.open(teacher)
         if taught.quantization is not None:
-            raise UserError(f"the teacher {teacher} is quantised itself", "name a float model")
+            raise UserError(f"the teacher {teacher} is quantized itself", "name a float model")
         if config.scope == "block":
             _check_layers(self.checkpoint, taught)
         self.taught = Skeleton(taught, str(self.device))
@@ -130,4 +130,4 @@ def _check_layers(student: Checkpoint, teacher: Checkpoint) -> None:
         ours, theirs = (c.config.get("text_config", c.config).get(field) for c in (student, teacher))
         if ours != theirs:
             raise UserError(f"{student.folder} has {field} {ours} and the teacher {theirs}",
-                            "name the model it was quantised from; --scope end-to-end takes any of the same tokenizer")
+                            "name the model it was quantized from; --scope end-to-end takes any of the same tokenizer")

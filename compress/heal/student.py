@@ -1,4 +1,4 @@
-"""A quantised model whose factors can be trained: linears that hold codes, and multiply them out once an optimiser's step.
+"""A quantized model whose factors can be trained: linears that hold codes, and multiply them out once an optimiser's step.
 
 A weight is  d * integer * level + m * integer:  `level` is what its code stands for, `d` and `m` are the fp16 factors of its
 block, and the integers are those of its group in blocks of 256 (1 elsewhere, and types without a minimum have no second
@@ -66,7 +66,7 @@ def expand(levels: torch.Tensor, scale: torch.Tensor, low: torch.Tensor | None, 
 
 class HealedLinear(nn.Module):
     """Stands where a linear was. shift, lift: float32 [out, blocks], the logarithms of what all factors, and m besides, are
-    multiplied with (lift in units of `reach`: about a level each); lift is None where the grid has no minimum."""
+    multiplied with (lift in units of `reach`: about a level each); lift is None where the type has no minimum."""
 
     levels: torch.Tensor
     d: torch.Tensor
@@ -93,7 +93,7 @@ class HealedLinear(nn.Module):
 
     @torch.no_grad()
     def factors(self) -> dict[str, torch.Tensor]:
-        """The factors by the names that the quantised tensor has for them, float32 [out, blocks], exactly values of fp16."""
+        """The factors by the names that the quantized tensor has for them, float32 [out, blocks], exactly values of fp16."""
         found = {self.names[0]: _stored(self.d * self.shift.exp())}
         if self.m is not None and self.lift is not None:
             found[self.names[1]] = _stored(self.m * (self.shift + self.reach * self.lift).exp())
@@ -122,8 +122,8 @@ class HealedLinear(nn.Module):
 def levels_of(q: Quantized) -> torch.Tensor:
     """int16 [out, in]: what the codes stand for, before any factor."""
     if isinstance(q, BlockTensor):
-        return torch.tensor(q.grid.levels, dtype=torch.int16)[q.codes.int()]
-    zero = q.grid.zero if q.zeros is None else q.zeros.repeat_interleave(q.grid.group_size, 1).to(torch.int16)
+        return torch.tensor(q.type.levels, dtype=torch.int16)[q.codes.int()]
+    zero = q.type.zero if q.zeros is None else q.zeros.repeat_interleave(q.type.group_size, 1).to(torch.int16)
     return q.codes.to(torch.int16) - zero
 
 
@@ -140,7 +140,7 @@ def _stored(factor: torch.Tensor) -> torch.Tensor:
 
 
 def load_student(folder: Path, dtype: torch.dtype, checkpointing: bool = False) -> tuple[Any, dict[str, HealedLinear]]:
-    """The model of a quantised folder, everything frozen but the factors, and its linears by their names in the checkpoint.
+    """The model of a quantized folder, everything frozen but the factors, and its linears by their names in the checkpoint.
 
     dtype: of the products; norms and the residual stream stay float32.
     """
@@ -163,7 +163,7 @@ def load_student(folder: Path, dtype: torch.dtype, checkpointing: bool = False) 
 
 
 def stored_tensors(folder: Checkpoint, linears: dict[str, HealedLinear]) -> dict[str, torch.Tensor]:
-    """The tensors of healed linears, by their names in the checkpoint of the quantised model."""
+    """The tensors of healed linears, by their names in the checkpoint of the quantized model."""
     found: dict[str, torch.Tensor] = {}
     for name, linear in linears.items():
         factors = {field: f.to("cpu", torch.float16) for field, f in linear.factors().items()}

@@ -1,1 +1,1 @@
-"""Statistics for llama.cpp's quantiser: which input columns of every linear matter, written as an importance matrix."""
+"""Statistics for llama.cpp's quantizer: which input columns of every linear matter, written as an importance matrix."""

@@ -4,7 +4,7 @@
 * Wanda (Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", 2023, arXiv:2306.11695, eq. 1):
   |W_ij| * |x_j|, compared within each output row. Weights that stay are not changed.
 
-A column whose input was always zero (the text says nothing about it) counts like the mean column, as in the quantiser.
+A column whose input was always zero (the text says nothing about it) counts like the mean column, as in the quantizer.
 """
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ def by_width(skeleton: Skeleton, c: PruneConfig, work: Workspace, sequences: tor
 
 
 def along_of(c: PruneConfig) -> int:
-    """On how many sequences the unchanged model runs along, as for the quantiser."""
+    """On how many sequences the unchanged model runs along, as for the quantizer."""
     n = c.samples - c.held_out
     return max(min(n, REFERENCE_LEAST), n // REFERENCE_SHARE) if c.method == "sparsegpt" else 0
 

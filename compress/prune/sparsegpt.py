@@ -7,7 +7,7 @@ removing a weight leaves under optimal compensation (eq. 3); a pattern N:M is ch
 What differs: a dead column counts like the mean one instead of being dropped, and after the sweep the weights that stay
 are moved to where the error is least for the mask: the sweep never went back to columns it had left.
 
-Matrices are [in, out], as in the quantiser's gptq.py.
+Matrices are [in, out], as in the quantizer's gptq.py.
 """
 
 from __future__ import annotations

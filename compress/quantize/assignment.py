@@ -1,4 +1,4 @@
-"""Which grid every linear of a model gets, and which type embedding and head shall have in the file: decided up front."""
+"""Which type every linear of a model gets, and which type embedding and head shall have in the file: decided up front."""
 
 from __future__ import annotations
 
@@ -16,44 +16,44 @@ from llmc.compress.quantize.config import INTEGER, QuantizeConfig
 from llmc.compress.skeleton import Skeleton, get_weight
 from llmc.console import warn
 from llmc.errors import UserError
-from llmc.formats.types import FALLBACK, GRIDS, AnyGrid, Grid
+from llmc.formats.types import BLOCK_TYPES, FALLBACK, AnyType, IntegerType
 
-ROTATING = ("rotate", "rotate+gauge", "auto")  # transforms that mix the columns of a matrix
+ROTATING = ("rotate", "rotate+scaling", "auto")  # transforms that mix the columns of a matrix
 
 
 @dataclass(frozen=True)
 class Assignment:
     """name: of the whole, as people call it: 'int4-sym-g32', 'q4_k', 'q4_k_m', ….
-    grids: of every linear of the decoder layers, by its name in the model.
-    missed: linears whose rows their grid cannot hold, with the grid they take instead.
+    types: of every linear of the decoder layers, by its name in the model.
+    missed: linears whose rows their type cannot hold, with the type they take instead.
     tables: {'embedding': type, 'head': type} for the export; what is not there is the export's to choose.
     plan: of a budget (budget.py): what is predicted.
     """
 
     name: str
-    grids: dict[str, AnyGrid]
+    types: dict[str, AnyType]
     missed: dict[str, str] = field(default_factory=dict)
     tables: dict[str, str] = field(default_factory=dict)
     plan: dict[str, Any] | None = None
 
     @property
-    def portable(self) -> Grid | None:
-        """The one integer grid of all linears, which a GPTQ checkpoint holds; None: the folder has the form of blocks."""
-        first = next(iter(self.grids.values()))
-        return first if isinstance(first, Grid) and all(grid == first for grid in self.grids.values()) else None
+    def portable(self) -> IntegerType | None:
+        """The one integer type of all linears, which a GPTQ checkpoint holds; None: the folder has the form of blocks."""
+        first = next(iter(self.types.values()))
+        return first if isinstance(first, IntegerType) and all(qtype == first for qtype in self.types.values()) else None
 
     def stored(self, linear: str) -> str:
-        """The name of a linear's grid in the form that its folder has."""
-        grid = self.grids[linear]
-        return grid.name if self.portable else str(grid.gguf_type).lower()
+        """The name of a linear's type in the form that its folder has."""
+        qtype = self.types[linear]
+        return qtype.name if self.portable else str(qtype.gguf_type).lower()
 
     def counts(self) -> dict[str, int]:
-        """How many linears each grid has, most first."""
-        return dict(Counter(self.stored(linear) for linear in self.grids).most_common())
+        """How many linears each type has, most first."""
+        return dict(Counter(self.stored(linear) for linear in self.types).most_common())
 
 
 def assign(config: QuantizeConfig, skeleton: Skeleton) -> Assignment:
-    """What `config` asks for, for the model of `skeleton`. UserError where a grid cannot hold a linear's rows."""
+    """What `config` asks for, for the model of `skeleton`. UserError where a type cannot hold a linear's rows."""
     return _preset(config, skeleton) if config.preset else _uniform(config, skeleton)
 
 
@@ -64,87 +64,87 @@ def linears_of(skeleton: Skeleton) -> Iterator[tuple[int, str, torch.nn.Module]]
             yield index, f"{skeleton.layer_name(index)}.{name}", module
 
 
-def grid_called(name: str) -> AnyGrid:
-    """A GGUF grid by its name; those of plain integers as integer grids, whose scales are searched more widely."""
-    return Grid(INTEGER[name], 32) if name in INTEGER else GRIDS[name]
+def type_called(name: str) -> AnyType:
+    """A GGUF type by its name; those of plain integers as integer types, whose scales are searched more widely."""
+    return IntegerType(INTEGER[name], 32) if name in INTEGER else BLOCK_TYPES[name]
 
 
-def grid_for(c: QuantizeConfig, width: int) -> AnyGrid:
-    """What --bits or --grid gives a linear with rows of `width` weights; --fallback where its blocks do not divide them."""
-    wanted = Grid(c.bits, c.group_size, c.sym) if c.grid is None else grid_called(c.grid)
-    other = c.fallback or FALLBACK.get(str(c.grid))  # None where --grid has blocks of 32
-    return grid_called(other) if other and width % block_size(wanted) else wanted
+def type_for(c: QuantizeConfig, width: int) -> AnyType:
+    """What --bits or --type gives a linear with rows of `width` weights; --fallback where its blocks do not divide them."""
+    wanted = IntegerType(c.bits, c.group_size, c.sym) if c.type is None else type_called(c.type)
+    other = c.fallback or FALLBACK.get(str(c.type))  # None where --type has blocks of 32
+    return type_called(other) if other and width % block_size(wanted) else wanted
 
 
-def block_size(grid: AnyGrid) -> int:
+def block_size(qtype: AnyType) -> int:
     """Weights of a row that belong together: its length must be a multiple."""
-    return grid.group_size if isinstance(grid, Grid) else grid.block
+    return qtype.group_size if isinstance(qtype, IntegerType) else qtype.block
 
 
 def _uniform(c: QuantizeConfig, skeleton: Skeleton) -> Assignment:
-    """One grid everywhere, and --fallback where its blocks do not divide the rows."""
-    wanted = grid_for(c, 0)
-    grids, missed = {}, {}
+    """One type everywhere, and --fallback where its blocks do not divide the rows."""
+    wanted = type_for(c, 0)
+    types, missed = {}, {}
     for _, linear, module in linears_of(skeleton):
-        grids[linear] = grid_for(c, get_weight(module).shape[1])
-        if grids[linear] != wanted:
-            missed[linear] = str(grids[linear].gguf_type).lower()
-    _check_rows(c, skeleton, grids)
-    return Assignment(c.grid or wanted.name, grids, missed)
+        types[linear] = type_for(c, get_weight(module).shape[1])
+        if types[linear] != wanted:
+            missed[linear] = str(types[linear].gguf_type).lower()
+    _check_rows(c, skeleton, types)
+    return Assignment(c.type or wanted.name, types, missed)
 
 
 def _preset(c: QuantizeConfig, skeleton: Skeleton) -> Assignment:
     """llama.cpp's mix. Calibrated, it is the one that llama-quantize makes with an importance matrix."""
     preset = str(c.preset)
     if skeleton.config.get_text_config().model_type == "falcon":
-        raise UserError("llama.cpp's mixes have exceptions for Falcon that llmc does not know", "use --grid")
+        raise UserError("llama.cpp's mixes have exceptions for Falcon that llmc does not know", "use --type")
     facts = presets.Facts.of(skeleton.config, imatrix=c.method == "gptq")
-    grids, missed = {}, {}
+    types, missed = {}, {}
     for layer, linear, module in linears_of(skeleton):
         width = get_weight(module).shape[1]
         role = presets.role_of(linear)
         name = presets.linear_type(preset, role, layer, facts, width)
-        grids[linear] = grid_called(name)
+        types[linear] = type_called(name)
         if name != presets.linear_type(preset, role, layer, facts, 256):
             missed[linear] = name
-    _check_rows(c, skeleton, grids)
+    _check_rows(c, skeleton, types)
     width, own_head = table_shape(skeleton)[1], has_own_head(skeleton)
     tables = {"embedding": presets.table_type(preset, not own_head, width)}
     if own_head:
         tables["head"] = presets.table_type(preset, True, width)
-    return Assignment(preset, grids, missed, tables)
+    return Assignment(preset, types, missed, tables)
 
 
-def _check_rows(c: QuantizeConfig, skeleton: Skeleton, grids: dict[str, AnyGrid]) -> None:
-    """Every linear's rows must divide into its grid's groups."""
+def _check_rows(c: QuantizeConfig, skeleton: Skeleton, types: dict[str, AnyType]) -> None:
+    """Every linear's rows must divide into its type's groups."""
     widths = {linear: get_weight(module).shape[1] for _, linear, module in linears_of(skeleton)}
-    uneven = sorted((w, block_size(grids[linear])) for linear, w in widths.items() if w % block_size(grids[linear]))
+    uneven = sorted((w, block_size(types[linear])) for linear, w in widths.items() if w % block_size(types[linear]))
     if not uneven:
         return
     fits = [s for s in (128, 64, 32) if all(w % s == 0 for w in widths.values())]
-    by_name = c.grid or c.preset
+    by_name = c.type or c.preset
     raise UserError(
         f"rows of {uneven[0][0]} weights do not divide into groups of {uneven[0][1]} in {skeleton.checkpoint.folder}",
         f"use --group-size {fits[0]}" if fits and not by_name else "no group size of 32, 64 or 128 fits this model"
-        if not by_name else "no GGUF block grid fits rows that are no multiple of 32")
+        if not by_name else "no GGUF block type fits rows that are no multiple of 32")
 
 
 def keeps_zeros(source: Path, c: QuantizeConfig, assignment: Assignment) -> bool:
-    """Whether `source` was pruned to a mask that has to be kept. UserError where the grids or the transform cannot, unless
+    """Whether `source` was pruned to a mask that has to be kept. UserError where the types or the transform cannot, unless
     --lose-zeros allows it."""
     mask = mask_of(source)
     if mask is None:
         return False
-    without = sorted({assignment.stored(n) for n, grid in assignment.grids.items() if not grid.holds_zero})
+    without = sorted({assignment.stored(n) for n, qtype in assignment.types.items() if not qtype.holds_zero})
     rotating = c.transform in ROTATING
     if not without and not rotating:
         return not c.lose_zeros
     why = (f"--transform {c.transform} may mix its columns" if rotating else
            f"{', '.join(without)} {'has' if len(without) == 1 else 'have'} no code for the value 0")
     if not c.lose_zeros:
-        grids = [name for name, grid in GRIDS.items() if grid.holds_zero]
-        hint = ("use --transform gauge" if rotating else
-                f"use --bits 4 or 8, or --grid {', '.join(grids[:-1])} or {grids[-1]} (and such a --fallback)")
+        types = [name for name, qtype in BLOCK_TYPES.items() if qtype.holds_zero]
+        hint = ("use --transform scaling" if rotating else
+                f"use --bits 4 or 8, or --type {', '.join(types[:-1])} or {types[-1]} (and such a --fallback)")
         raise UserError(f"{source} was pruned to a mask ({100 * mask['sparsity']:.0f} % zeros), and {why}",
                         f"{hint}; --lose-zeros gives the zeros up")
     warn(f"the zeros of {source} are not kept: {why}")

@@ -21,7 +21,7 @@ from torch import nn
 from llmc.closure import code_digest
 from llmc.compress.prune.masks import mask_of
 from llmc.compress.quantize import sensitivity
-from llmc.compress.quantize.assignment import Assignment, assign, grid_called, has_own_head, linears_of, table_shape
+from llmc.compress.quantize.assignment import Assignment, assign, has_own_head, linears_of, table_shape, type_called
 from llmc.compress.quantize.config import QuantizeConfig
 from llmc.compress.quantize.knapsack import Frontier, Option
 from llmc.compress.sampling import sample_from_model
@@ -30,8 +30,8 @@ from llmc.compress.text import SELF, load_calibration
 from llmc.console import parse_size, progress, say, size
 from llmc.errors import UserError
 from llmc.files import write_json
-from llmc.formats import types as block_grids
-from llmc.formats import types as integer_grids
+from llmc.formats import types as block_types
+from llmc.formats import types as integer_types
 from llmc.formats.hf import load_tokenizer, load_torch_model
 from llmc.formats.manifest import NOTES
 from llmc.formats.source import origin_of
@@ -63,8 +63,8 @@ class Matrix:
     def weights(self) -> int:
         return self.shape[0] * self.shape[1]
 
-    def nbytes(self, grid: str) -> int:
-        return self.weights // block_grids.GRIDS[grid].block * block_grids.GRIDS[grid].block_bytes
+    def nbytes(self, qtype: str) -> int:
+        return self.weights // block_types.BLOCK_TYPES[qtype].block * block_types.BLOCK_TYPES[qtype].block_bytes
 
 
 def assign_to_budget(config: QuantizeConfig, skeleton: Skeleton, source: dict[str, Any]) -> Assignment:
@@ -76,24 +76,24 @@ def assign_to_budget(config: QuantizeConfig, skeleton: Skeleton, source: dict[st
     measured = _measured(config, skeleton, source, matrices)
     options = {name: _options(m, measured[name], config.method) for name, m in matrices.items()}
     keep = mask_of(skeleton.checkpoint.folder) is not None and not config.lose_zeros
-    allowed = {name: [o for o in found if name in TABLES or block_grids.GRIDS[o.name].holds_zero or not keep]
+    allowed = {name: [o for o in found if name in TABLES or block_types.BLOCK_TYPES[o.name].holds_zero or not keep]
                for name, found in options.items()}
-    equal = {name: next(o for o in options[name] if o.name == grid) for name, grid in peer.items()}
+    equal = {name: next(o for o in options[name] if o.name == qtype) for name, qtype in peer.items()}
     parameters = sum(m.weights for m in matrices.values()) + outside.parameters
     chosen = _solve(config, Frontier(allowed), outside, parameters, equal)
-    grids = {name: grid_called(o.name) for name, o in chosen.items() if name not in TABLES}
+    types = {name: type_called(o.name) for name, o in chosen.items() if name not in TABLES}
     tables = {name: o.name for name, o in chosen.items() if name in TABLES}
     plan = _describe(config, matrices, chosen, measured, outside, parameters)
     if config.peer:
         plan["peer"] = {"preset": config.peer, "file_bytes": _nbytes(equal) + outside.tensors + outside.rest,
                         "predicted_kld": _loss(equal)}
-    return Assignment(str(config.target).removeprefix("--"), grids, {}, tables, plan)
+    return Assignment(str(config.target).removeprefix("--"), types, {}, tables, plan)
 
 
 def types_of(preset: str, config: QuantizeConfig, skeleton: Skeleton) -> dict[str, str]:
     """The type that a preset gives each matrix, by the names of `matrices_of`."""
     mix = assign(QuantizeConfig(preset=preset, method=config.method), skeleton)
-    return {**mix.tables, **{name: str(grid.gguf_type).lower() for name, grid in mix.grids.items()}}
+    return {**mix.tables, **{name: str(qtype.gguf_type).lower() for name, qtype in mix.types.items()}}
 
 
 def matrices_of(skeleton: Skeleton) -> dict[str, Matrix]:
@@ -134,11 +134,11 @@ def _outside(skeleton: Skeleton, source: dict[str, Any], matrices: set[str]) -> 
 
 def _measured(config: QuantizeConfig, skeleton: Skeleton, source: dict[str, Any],
               matrices: dict[str, Matrix]) -> dict[str, dict[str, Any]]:
-    """{'sensitivity': a, 'errors': {grid: t²}} of every matrix, measured now or found where an earlier run left it."""
+    """{'sensitivity': a, 'errors': {qtype: t²}} of every matrix, measured now or found where an earlier run left it."""
     length = min(LENGTH, config.seq_len)
     tokenizer = load_tokenizer(skeleton.checkpoint.folder)
     key: dict[str, Any] = {"source": source["files"], "sequences": SEQUENCES, "length": length, "noise": sensitivity.NOISE,
-                           "code": code_digest((sensitivity, rtn, scales, integer_grids, block_grids))}
+                           "code": code_digest((sensitivity, rtn, scales, integer_types, block_types))}
     ids = None
     if config.calibration == SELF:
         key |= {"calibration": SELF, "seed": config.seed}
@@ -192,8 +192,8 @@ def _options(m: Matrix, measured: dict[str, Any], method: str) -> list[Option]:
     from llmc.export.gguf.size import in_file
 
     gain = GPTQ_GAIN if method == "gptq" and m.name not in TABLES else 1.0
-    return [Option(grid, in_file(m.nbytes(grid)), max(0.0, measured["sensitivity"]) * t2 * gain)
-            for grid, t2 in measured["errors"].items()]
+    return [Option(qtype, in_file(m.nbytes(qtype)), max(0.0, measured["sensitivity"]) * t2 * gain)
+            for qtype, t2 in measured["errors"].items()]
 
 
 def _solve(config: QuantizeConfig, frontier: Frontier, outside: Outside, parameters: int,
@@ -246,6 +246,6 @@ def _describe(config: QuantizeConfig, matrices: dict[str, Matrix], chosen: dict[
         "target": config.target, "predicted_kld": _loss(chosen),
         "file_bytes": _nbytes(chosen) + outside.tensors + outside.rest, "bits_per_weight": 8 * tensor_bytes / parameters,
         "bytes_by_class": {**classes, "other": outside.tensors, "metadata": outside.rest},
-        "tensors": [{"name": n, "grid": o.name, "bytes": o.nbytes, "kld": o.loss, "sensitivity": measured[n]["sensitivity"],
+        "tensors": [{"name": n, "type": o.name, "bytes": o.nbytes, "kld": o.loss, "sensitivity": measured[n]["sensitivity"],
                      "error": measured[n]["errors"][o.name]} for n, o in chosen.items()],
     }

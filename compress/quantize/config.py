@@ -10,12 +10,12 @@ from llmc.compress.quantize.presets import PRESETS
 from llmc.compress.ranges import out_of_range
 from llmc.console import parse_size, size
 from llmc.errors import UserError
-from llmc.formats.types import GRIDS
+from llmc.formats.types import BLOCK_TYPES
 
-INTEGER = {"q4_0": 4, "q8_0": 8}  # block grids that are integer grids, which GPTQ checkpoints hold too
+INTEGER = {"q4_0": 4, "q8_0": 8}  # block types that are integer types, which GPTQ checkpoints hold too
 
 METHODS = ("gptq", "rtn")
-TRANSFORMS = ("none", "gauge", "rotate", "rotate+gauge", "auto")
+TRANSFORMS = ("none", "scaling", "rotate", "rotate+scaling", "auto")
 BITS = (4, 8)
 GROUP_SIZES = (32, 64, 128)
 
@@ -25,7 +25,7 @@ class QuantizeConfig:
     """What `llmc quantize` and `llmc.quantize` take; see `llmc quantize --help` for what each means."""
 
     bits: int = 4
-    grid: str | None = None
+    type: str | None = None
     fallback: str | None = None
     preset: str | None = None
     target_size: str | None = None
@@ -62,18 +62,18 @@ class QuantizeConfig:
             problems.append(f"--transform {self.transform}: must be {', '.join(TRANSFORMS)}")
         if self.group_size not in GROUP_SIZES:
             problems.append(f"--group-size {self.group_size}: must be 32, 64 or 128")
-        problems += [f"--{option} {name}: must be one of {', '.join(GRIDS)}"
-                     for option, name in (("grid", self.grid), ("fallback", self.fallback)) if name and name not in GRIDS]
+        problems += [f"--{option} {name}: must be one of {', '.join(BLOCK_TYPES)}"
+                     for option, name in (("type", self.type), ("fallback", self.fallback)) if name and name not in BLOCK_TYPES]
         if self.preset and self.preset not in PRESETS:
             problems.append(f"--preset {self.preset}: must be one of {', '.join(PRESETS)}")
-        if self.grid and self.preset:
-            problems.append("--grid gives all linears one type and --preset each its own: give one of them")
+        if self.type and self.preset:
+            problems.append("--type gives all linears one type and --preset each its own: give one of them")
         targets = {"--target-size": self.target_size, "--target-bpw": self.target_bpw, "--target-kld": self.target_kld}
         given = [name for name, value in targets.items() if value is not None]
         if len(given) > 1:
             problems.append(f"{' and '.join(given)}: give one target")
-        if given and (self.grid or self.preset):
-            problems.append(f"{given[0]} chooses the types itself: leave out --grid and --preset")
+        if given and (self.type or self.preset):
+            problems.append(f"{given[0]} chooses the types itself: leave out --type and --preset")
         problems += [f"{name} {value:g}: must be above 0" for name, value in targets.items()
                      if isinstance(value, float) and not value > 0]
         if self.peer is not None and self.peer not in PRESETS:
@@ -82,15 +82,15 @@ class QuantizeConfig:
             problems.append(f"--target-size {self.target_size}: give bytes with a unit, as in 90MB, 1.2GB or 85MiB, or "
                             "as:PRESET")
         if self.transform != "none" and (self.preset or given):
-            problems.append(f"--transform {self.transform} is searched on one grid: give --grid or --bits, or run "
+            problems.append(f"--transform {self.transform} is searched on one type: give --type or --bits, or run "
                             "`llmc transform` first")
-        option = "--grid" if self.grid else "--preset" if self.preset else given[0] if given else ""
+        option = "--type" if self.type else "--preset" if self.preset else given[0] if given else ""
         if option and (self.bits, self.group_size, self.sym) != (4, 32, True):
             problems.append(f"{option} names bits, group and symmetry itself: leave out --bits, --group-size and --asym")
-        if self.fallback in GRIDS and GRIDS[self.fallback].block != 32:
-            problems.append(f"--fallback {self.fallback}: must be a grid with blocks of 32")
-        if self.fallback and not self.grid:
-            problems.append("--fallback says what to do with rows that --grid cannot hold: give --grid")
+        if self.fallback in BLOCK_TYPES and BLOCK_TYPES[self.fallback].block != 32:
+            problems.append(f"--fallback {self.fallback}: must be a type with blocks of 32")
+        if self.fallback and not self.type:
+            problems.append("--fallback says what to do with rows that --type cannot hold: give --type")
         problems += out_of_range(self, ("samples",), ("damp",))
         if self.heal < 0:
             problems.append(f"--heal {self.heal}: must be at least 0 steps")
@@ -130,8 +130,8 @@ class QuantizeConfig:
 
 def budget_lines(plan: dict[str, Any], counts: dict[str, int], tables: dict[str, str]) -> str:
     """The plan of a budget for people."""
-    types = ", ".join(f"{n} {grid}" for grid, n in counts.items())
-    ends = "".join(f", {table} {grid}" for table, grid in tables.items())
+    types = ", ".join(f"{n} {qtype}" for qtype, n in counts.items())
+    ends = "".join(f", {table} {qtype}" for table, qtype in tables.items())
     classes = ", ".join(f"{name} {size(n)}" for name, n in plan["bytes_by_class"].items())
     other = plan.get("peer")
     peer = (f"  {other['preset']} itself: {size(other['file_bytes'])}, by the same measure predicted at "

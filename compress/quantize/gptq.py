@@ -1,4 +1,4 @@
-"""GPTQ: round a weight matrix to a grid, column by column, so that the layer's output changes least.
+"""GPTQ: round a weight matrix to a type, column by column, so that the layer's output changes least.
 
 Sources
 -------
@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from llmc.formats.types import AnyGrid, BlockTensor, QuantizedTensor
+from llmc.formats.types import AnyType, BlockTensor, QuantizedTensor
 from llmc.rounding.scales import Columns, Factors
 from llmc.rounding.search import objective, search_factors
 
@@ -79,7 +79,7 @@ def compensate(weight: torch.Tensor, hessian: torch.Tensor, drift: torch.Tensor)
 
         W' = W + W D H^-1,   D = sum (x' - x) x^T [in, in],   H = sum x x^T [in, in]
 
-    and differs from that minimum by tr((W' - Q) H (W' - Q)^T): quantising W' under H is the whole problem. (The aim is
+    and differs from that minimum by tr((W' - Q) H (W' - Q)^T): quantizing W' under H is the whole problem. (The aim is
     that of Li et al., "GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration", 2025,
     arXiv:2504.02692; they fold a first-order form of it into the sweep.) DRIFT_DAMP times the mean of H's diagonal is added
     to it: what x tells about x' - x is faint, and in directions that x hardly uses it is noise of the calibration text.
@@ -127,12 +127,12 @@ def damped(hessian: torch.Tensor, damp: float, by_use: bool = True) -> Damped:
     return Damped(factor, order, raised, int(dead.sum()), events)
 
 
-def gptq(weight: torch.Tensor, hessian: torch.Tensor, grid: AnyGrid, damp: float = 0.01,
+def gptq(weight: torch.Tensor, hessian: torch.Tensor, qtype: AnyType, damp: float = 0.01,
          refinements: int = REFINEMENTS, keep: torch.Tensor | None = None) -> GPTQResult:
-    """Quantise `weight` float32 [out, in] under `hessian` float32 [in, in] (destroyed: it is damped in place).
+    """Quantize `weight` float32 [out, in] under `hessian` float32 [in, in] (destroyed: it is damped in place).
 
     damp: see `damped`.  keep: bool [out, in]; where it is false the code is that of zero, and the others make up for it (for
-    grids that have such a code). Scales are then searched for the weights that stay.
+    types that have such a code). Scales are then searched for the weights that stay.
     """
     w = weight.t().contiguous()
     stay = None if keep is None else keep.t().contiguous()
@@ -142,7 +142,7 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, grid: AnyGrid, damp: float
     if factor is None or order is None:
         return GPTQResult(None, energy.clone(), energy, found.damp, found.dead, found.events)
     back = torch.argsort(order)
-    factors = search_factors(w if stay is None else w * stay, hessian, factor[:, back], grid)
+    factors = search_factors(w if stay is None else w * stay, hessian, factor[:, back], qtype)
     codes = sweep(w[order], factor, only(factors.columns(order), stay, order))[back]
     del factor, found.factor
     codes, factors, error = refine(w, hessian, codes, factors, refinements, stay)
@@ -165,7 +165,7 @@ def only(columns: Columns, keep: torch.Tensor | None, order: torch.Tensor | None
 
 
 def sweep(w: torch.Tensor, factor: torch.Tensor, columns: Columns | Kept) -> torch.Tensor:
-    """Algorithm 1 of the GPTQ paper. w: [in, out], columns: its grid, both in the order of the sweep; factor: U of it.
+    """Algorithm 1 of the GPTQ paper. w: [in, out], columns: its type, both in the order of the sweep; factor: U of it.
 
     Returns codes (as floats) [in, out]. w is used as working memory.
     """
@@ -185,7 +185,7 @@ def sweep(w: torch.Tensor, factor: torch.Tensor, columns: Columns | Kept) -> tor
 
 def descend(hessian: torch.Tensor, codes: torch.Tensor, values: torch.Tensor, gradient: torch.Tensor,
             columns: Columns | Kept) -> None:
-    """One pass of coordinate descent (QuantEase, eq. 7): each code in turn to the grid value that is best given all
+    """One pass of coordinate descent (QuantEase, eq. 7): each code in turn to the type value that is best given all
     others, q_j - gradient_j / H_jj.
 
     All [in, out], in place: codes, their values q, gradient = H (q - w)^T.

@@ -18,7 +18,7 @@ STEPS = 1 << 16
 
 @dataclass(frozen=True)
 class Option:
-    """name: of a grid.  nbytes: what the item weighs then.  loss: what it adds to the sum."""
+    """name: of a type.  nbytes: what the item weighs then.  loss: what it adds to the sum."""
 
     name: str
     nbytes: int

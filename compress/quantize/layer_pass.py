@@ -1,4 +1,4 @@
-"""Quantisation as the calibration loop sees it: one group of linears at a time, a record for each layer."""
+"""Quantization as the calibration loop sees it: one group of linears at a time, a record for each layer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llmc.compress.quantize.gptq import compensate, gptq
 from llmc.compress.skeleton import LinearGroup, Skeleton, get_weight, set_weight
 from llmc.console import warn
 from llmc.formats.quantized import Quantized, as_blocks, encode, rows_of, tensors_of, with_tensors
-from llmc.formats.types import AnyGrid
+from llmc.formats.types import AnyType
 from llmc.rounding.rtn import rtn
 from llmc.rounding.search import objective
 
@@ -23,11 +23,11 @@ from llmc.rounding.search import objective
 class QuantizePass:
     """A `LayerPass`: GPTQ on every group of linears, each layer's tensors in the form of the checkpoint.
 
-    assignment: the grid of every linear.  importance: what columns count where linears are rounded to nearest.
-    masked: weights that are zero stay zero. (Rounding to nearest does that by itself on grids that have a zero.)
+    assignment: the type of every linear.  importance: what columns count where linears are rounded to nearest.
+    masked: weights that are zero stay zero. (Rounding to nearest does that by itself on types that have a zero.)
 
     A layer's record: {'layer', 'error' (share of the output energy lost, all linears), 'events' [in words],
-    'linears': {name: {'grid', 'error', 'method' ('gptq' | 'rtn'), 'damp', 'dead_columns', 'tokens_per_column', 'sha256'}}}.
+    'linears': {name: {'type', 'error', 'method' ('gptq' | 'rtn'), 'damp', 'dead_columns', 'tokens_per_column', 'sha256'}}}.
     """
 
     def __init__(self, skeleton: Skeleton, assignment: Assignment, damp: float, importance: Importance | None = None,
@@ -43,7 +43,7 @@ class QuantizePass:
         self.lost = self.energy = 0.0
 
     def change(self, layer: nn.Module, group: LinearGroup, statistics: InputStatistics) -> None:
-        """GPTQ on the group's weights, which share the Hessian; those on one grid are stacked (rows do not touch)."""
+        """GPTQ on the group's weights, which share the Hessian; those on one type are stacked (rows do not touch)."""
         weights = {n: get_weight(layer.get_submodule(n)) for n in group.names}
         target = torch.cat(list(weights.values()))
         if statistics.drift is not None and statistics.drift_hessian is not None:
@@ -54,18 +54,18 @@ class QuantizePass:
             else:
                 target = moved
         targets = dict(zip(group.names, target.split([len(w) for w in weights.values()]), strict=True))
-        by_grid: dict[AnyGrid, list[str]] = {}
+        by_type: dict[AnyType, list[str]] = {}
         for name in group.names:
-            by_grid.setdefault(self._grid(name), []).append(name)
-        for left, (grid, names) in zip(reversed(range(len(by_grid))), by_grid.items(), strict=True):
+            by_type.setdefault(self._type(name), []).append(name)
+        for left, (qtype, names) in zip(reversed(range(len(by_type))), by_type.items(), strict=True):
             hessian = statistics.hessian.clone() if left else statistics.hessian
-            self._stacked(layer, grid, {n: targets[n] for n in names}, hessian, statistics.tokens / group.in_features)
+            self._stacked(layer, qtype, {n: targets[n] for n in names}, hessian, statistics.tokens / group.in_features)
 
-    def _stacked(self, layer: nn.Module, grid: AnyGrid, targets: dict[str, torch.Tensor], hessian: torch.Tensor,
+    def _stacked(self, layer: nn.Module, qtype: AnyType, targets: dict[str, torch.Tensor], hessian: torch.Tensor,
                  tokens_per_column: float) -> None:
-        """GPTQ on linears of one input and one grid; targets: what each is to be rounded to [out, in]. Destroys hessian."""
+        """GPTQ on linears of one input and one type; targets: what each is to be rounded to [out, in]. Destroys hessian."""
         keep = torch.cat([get_weight(layer.get_submodule(n)) != 0 for n in targets]) if self.masked else None
-        result = gptq(torch.cat(list(targets.values())), hessian, grid, self.damp, keep=keep)
+        result = gptq(torch.cat(list(targets.values())), hessian, qtype, self.damp, keep=keep)
         for event in result.events:
             self._note(f"{next(iter(targets))}: {event}")
         if result.weight is None:
@@ -75,7 +75,7 @@ class QuantizePass:
             rows = slice(row, row := row + target.shape[0])
             linear = layer.get_submodule(name)
             if result.weight is None:
-                q, method = rtn(get_weight(linear), grid), "rtn"
+                q, method = rtn(get_weight(linear), qtype), "rtn"
                 error = objective((q.dequantize() - target).t(), hessian)
             else:
                 q, method, error = rows_of(result.weight, rows), "gptq", result.error[rows]
@@ -88,7 +88,7 @@ class QuantizePass:
         weights."""
         weight = get_weight(linear)
         counts, record = self._importance(name)
-        q = rtn(weight, self._grid(name), counts)
+        q = rtn(weight, self._type(name), counts)
         by = 1.0 if counts is None else counts.to(weight.device)
         lost, energy = float(((q.dequantize() - weight).square() * by).sum()), float((weight.square() * by).sum())
         self._keep(name, linear, q, lost, energy, method="rtn", **record)
@@ -105,8 +105,8 @@ class QuantizePass:
         dead = counts == 0
         return torch.where(dead, counts.mean(), counts), {"dead_columns": int(dead.sum())}
 
-    def _grid(self, name: str) -> AnyGrid:
-        return self.assignment.grids[f"{self.prefix}.{name}"]
+    def _type(self, name: str) -> AnyType:
+        return self.assignment.types[f"{self.prefix}.{name}"]
 
     def finish(self, index: int, layer: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         tensors = {}
@@ -122,14 +122,14 @@ class QuantizePass:
         """From here on the layer runs with the weights that ship."""
         value = q.dequantize()
         if self.masked and bool((value[get_weight(linear) == 0] != 0).any()):
-            raise RuntimeError(f"{self.prefix}.{name}: a pruned weight is not zero on {q.grid.name}")
+            raise RuntimeError(f"{self.prefix}.{name}: a pruned weight is not zero on {q.type.name}")
         set_weight(linear, value)
         cpu = with_tensors(q, {field: tensor.cpu() for field, tensor in tensors_of(q).items()})
         if not self.assignment.portable:
             cpu = as_blocks(cpu)
         self.quantized[name] = cpu
         error = lost / energy if energy else 0.0
-        self.linears[name] = {"grid": cpu.grid.name, "error": error, **record, "sha256": digest(cpu)}
+        self.linears[name] = {"type": cpu.type.name, "error": error, **record, "sha256": digest(cpu)}
         self.lost += lost
         self.energy += energy
 

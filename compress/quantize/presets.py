@@ -2,7 +2,7 @@
 
 Source: src/llama-quant.cpp of llama.cpp (build 1, commit 0c1e570, as llama-cpp-python 0.3.36 carries it):
 `llama_ftype_get_default_type`, `llama_tensor_get_type_impl`, `tensor_type_fallback`. Left out: file types of tensor types
-that llmc has no grid for (IQ1 … IQ3, TQ, MXFP4), and what is said of Falcon alone.
+that llmc has no type for (IQ1 … IQ3, TQ, MXFP4), and what is said of Falcon alone.
 
 benchmarks/presets_of_llama_cpp.py holds this table against a llama-quantize binary, tensor by tensor.
 """
@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from llmc.formats.types import GRIDS
+from llmc.formats.types import BLOCK_TYPES
 
 # the type of every tensor that no rule below speaks of
 PRESETS = {
@@ -72,22 +72,22 @@ class Facts:
 
 
 def linear_type(preset: str, role: str, layer: int, facts: Facts, width: int) -> str:
-    """The grid of a linear of decoder layer `layer` (from 0) with rows of `width` weights."""
+    """The type of a linear of decoder layer `layer` (from 0) with rows of `width` weights."""
     rule = {"attn_v": _values, "attn_qkv": _values, "attn_k": _keys, "attn_output": _output, "ffn_down": _down}.get(role)
     return fitting((rule(preset, layer, facts) if rule else None) or PRESETS[preset], width)
 
 
 def table_type(preset: str, head: bool, width: int) -> str:
-    """The grid of the head, or of an embedding that is the head too; not `head`: of an embedding beside a head."""
+    """The type of the head, or of an embedding that is the head too; not `head`: of an embedding beside a head."""
     plain = PRESETS[preset]
     if not head:
         return fitting(plain, width)
-    return "q8_0" if plain == "q8_0" or width % GRIDS[plain].block else fitting("q6_k", width)
+    return "q8_0" if plain == "q8_0" or width % BLOCK_TYPES[plain].block else fitting("q6_k", width)
 
 
-def fitting(grid: str, width: int) -> str:
+def fitting(qtype: str, width: int) -> str:
     """`tensor_type_fallback`"""
-    return FALLBACK.get(grid, grid) if width % GRIDS[grid].block else grid
+    return FALLBACK.get(qtype, qtype) if width % BLOCK_TYPES[qtype].block else qtype
 
 
 # One rule a role; None: the preset's plain type.

@@ -53,7 +53,7 @@ REFERENCE_SHARE, REFERENCE_LEAST = 8, 16
 
 
 def quantize(model: str | Path, config: QuantizeConfig) -> dict[str, Any]:
-    """Quantise every linear of the decoder layers of `model` and write a GPTQ checkpoint folder.
+    """Quantize every linear of the decoder layers of `model` and write a GPTQ checkpoint folder.
 
     Returns {'out', 'bits_per_weight', 'bytes', 'layers', 'error', 'fallbacks', 'seconds', …}; with `dry_run` the plan
     and its estimates. Raises UserError before any work for whatever can be known before.
@@ -66,7 +66,7 @@ def quantize(model: str | Path, config: QuantizeConfig) -> dict[str, Any]:
     plan = job.plan()
     if config.dry_run:
         return plan
-    check_disk(job.out, plan["disk_bytes"], "quantising")
+    check_disk(job.out, plan["disk_bytes"], "quantizing")
     check_weights(job.checkpoint)
     result = quantize_and_heal(job) if config.heal else job.run()
     note_last(job.out, job.kind)
@@ -74,7 +74,7 @@ def quantize(model: str | Path, config: QuantizeConfig) -> dict[str, Any]:
 
 
 def quantize_and_heal(job: _Job) -> dict[str, Any]:
-    """Quantise into a folder beside the output, heal that against the model that was given (before any transform) into the
+    """Quantize into a folder beside the output, heal that against the model that was given (before any transform) into the
     output, and remove it. A resumed run finds it."""
     from llmc.compress.heal.config import HealConfig
     from llmc.compress.heal.run import heal
@@ -99,14 +99,14 @@ def quantize_and_heal(job: _Job) -> dict[str, Any]:
 
 
 class _Job:
-    """One quantisation: what is known before it starts, and the steps."""
+    """One quantization: what is known before it starts, and the steps."""
 
     def __init__(self, source: Path, config: QuantizeConfig, threads: int) -> None:
         self.source, self.config, self.threads = source, config, threads
         self.checkpoint = open_float(source)
         self.skeleton = Skeleton(self.checkpoint, str(torch_device(config.device)))
         target = re.sub("[ :]", "-", (config.target or "").removeprefix("--"))
-        what = config.grid or config.preset or target or f"{config.bits}bit"
+        what = config.type or config.preset or target or f"{config.bits}bit"
         self.out = config.out or Path(f"{source.resolve().name}-{config.method}-{what}")
         self.work = self.out.with_name(f".{self.out.name}.unfinished")
         if not config.dry_run:
@@ -124,17 +124,17 @@ class _Job:
 
     @property
     def kind(self) -> str:
-        """Of the artifact: 'gptq', or 'blocks' for grids that no GPTQ checkpoint holds."""
+        """Of the artifact: 'gptq', or 'blocks' for types that no GPTQ checkpoint holds."""
         return "gptq" if self.assignment.portable else "blocks"
 
     def _say_missed(self) -> None:
-        """Which linears take another grid than the one asked for, because of their rows."""
+        """Which linears take another type than the one asked for, because of their rows."""
         a, c = self.assignment, self.config
         if a.missed:
-            first, grid = next(iter(a.missed.items()))
-            named = f"instead of {c.grid} (first {first}; --fallback chooses)" if c.grid else (
-                f"instead of what {c.preset} would give them (first {first}: {grid})")
-            warn(f"{len(a.missed)} of {len(a.grids)} linears have rows that are no multiple of 256 and take "
+            first, qtype = next(iter(a.missed.items()))
+            named = f"instead of {c.type} (first {first}; --fallback chooses)" if c.type else (
+                f"instead of what {c.preset} would give them (first {first}: {qtype})")
+            warn(f"{len(a.missed)} of {len(a.types)} linears have rows that are no multiple of 256 and take "
                  f"{' or '.join(sorted(set(a.missed.values())))} {named}")
 
     def plan(self) -> dict[str, Any]:
@@ -168,22 +168,22 @@ class _Job:
         return folders * 4 * sum(p.numel() for p in self.skeleton.model.parameters())
 
     def _what(self) -> dict[str, Any]:
-        """The grids, for plan, manifest and result."""
+        """The types, for plan, manifest and result."""
         a = self.assignment
-        what = {"grid": a.name, "grids": a.counts(), "fallback_grids": a.missed, "tables": a.tables}
+        what = {"type": a.name, "types": a.counts(), "fallback_types": a.missed, "tables": a.tables}
         return what if a.plan is None else what | {"plan": {k: v for k, v in a.plan.items() if k != "tensors"}}
 
     def _bits(self) -> float:
-        """Bits of all quantised weights, factors included."""
-        return sum(get_weight(m).numel() * self.assignment.grids[name].bits_per_weight
+        """Bits of all quantized weights, factors included."""
+        return sum(get_weight(m).numel() * self.assignment.types[name].bits_per_weight
                    for _, name, m in linears_of(self.skeleton))
 
     def _linear_weights(self) -> int:
         return sum(get_weight(m).numel() for _, _, m in linears_of(self.skeleton))
 
     def _linear_names(self) -> set[str]:
-        """The checkpoint's names of the weights that will be quantised."""
-        stored = {n: self.skeleton.stored_name(f"{n}.weight") for n in self.assignment.grids}
+        """The checkpoint's names of the weights that will be quantized."""
+        stored = {n: self.skeleton.stored_name(f"{n}.weight") for n in self.assignment.types}
         if missing := sorted(n for n, s in stored.items() if s is None):
             raise UserError(f"{self.source} has no tensor {missing[0]}.weight", "the checkpoint is incomplete")
         return {s for s in stored.values() if s is not None}
@@ -200,7 +200,7 @@ class _Job:
             self.skeleton = Skeleton(self.checkpoint, str(self.skeleton.device))
         calibration = text if self.config.method == "gptq" else None
         deciding = {**self.config.numbers(), "imatrix": self.importance and self.importance.origin,
-                    "types": {n: self.assignment.stored(n) for n in self.assignment.grids}}
+                    "types": {n: self.assignment.stored(n) for n in self.assignment.types}}
         key = fingerprint(deciding, self.threads, source["files"], calibration)
         work = Workspace(self.work, key, self.config.resume)
         if self.assignment.plan:
@@ -301,8 +301,8 @@ class _Job:
         if portable:
             quantization = gptq_format.config(portable, self.config.damp, self.config.true_sequential, None)
         else:
-            stored = {n: str(self.skeleton.stored_name(f"{n}.weight")).removesuffix(".weight") for n in a.grids}
-            quantization = blocks_format.config({stored[n]: a.stored(n) for n in a.grids})
+            stored = {n: str(self.skeleton.stored_name(f"{n}.weight")).removesuffix(".weight") for n in a.types}
+            quantization = blocks_format.config({stored[n]: a.stored(n) for n in a.types})
         if a.tables:
             quantization["tables"] = a.tables
         config = {**self.checkpoint.config, "quantization_config": quantization}

@@ -7,7 +7,7 @@ Malinovskii et al., "Pushing the Limits of Large Language Model Quantization via
 
 a_l is measured as there (section 4.1): Gaussian noise of a known t_l^2 is added to one matrix and the divergence of the
 model's next-token distributions from the unchanged model's is taken. The noise is scaled by the size of each 32 weights of
-a row, as rounding errors are. t_l^2 of a grid is measured on some rows of the matrix, rounded to nearest.
+a row, as rounding errors are. t_l^2 of a type is measured on some rows of the matrix, rounded to nearest.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmc.compress.quantize.assignment import grid_called
+from llmc.compress.quantize.assignment import type_called
 from llmc.compress.skeleton import get_weight, replaced
 from llmc.compress.teaching.loss import divergence
-from llmc.formats.types import GRIDS
+from llmc.formats.types import BLOCK_TYPES
 from llmc.rounding.rtn import rtn
 
 NOISE = 0.01  # t^2 of the probe: between those of 3 and 4 bits
 RUN = 32  # weights of a row that share the size of their noise
-SAMPLED = 1 << 14  # weights of a matrix that are rounded to learn a grid's t^2
+SAMPLED = 1 << 14  # weights of a matrix that are rounded to learn a type's t^2
 
 
 class Probe:
@@ -100,15 +100,15 @@ def sizes(weight: torch.Tensor) -> torch.Tensor:
     return by_run.repeat_interleave(run, 1)
 
 
-def errors(weight: torch.Tensor, grids: list[str]) -> dict[str, float]:
-    """t^2 of `weight` [out, in] on each grid, from rows evenly spaced over all."""
+def errors(weight: torch.Tensor, types: list[str]) -> dict[str, float]:
+    """t^2 of `weight` [out, in] on each type, from rows evenly spaced over all."""
     rows = max(1, min(weight.shape[0], SAMPLED // weight.shape[1]))
     sample = weight[torch.arange(rows) * weight.shape[0] // rows].float()
     energy = float(sample.square().sum())
-    return {name: float((rtn(sample, grid_called(name)).dequantize() - sample).square().sum()) / energy if energy else 0.0
-            for name in grids}
+    return {name: float((rtn(sample, type_called(name)).dequantize() - sample).square().sum()) / energy if energy else 0.0
+            for name in types}
 
 
 def candidates(width: int) -> list[str]:
-    """The grids that rows of `width` weights can have."""
-    return [name for name, grid in GRIDS.items() if width % grid.block == 0]
+    """The types that rows of `width` weights can have."""
+    return [name for name, qtype in BLOCK_TYPES.items() if width % qtype.block == 0]

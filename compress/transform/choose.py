@@ -1,4 +1,4 @@
-"""`llmc quantize --transform`: which transform to quantise, and the measurement behind the choice."""
+"""`llmc quantize --transform`: which transform to quantize, and the measurement behind the choice."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llmc.compress.quantize.assignment import grid_for
+from llmc.compress.quantize.assignment import type_for
 from llmc.compress.quantize.config import QuantizeConfig
 from llmc.compress.skeleton import Skeleton
 from llmc.compress.text import Calibration
@@ -27,12 +27,12 @@ from llmc.formats.source import hash_source
 from llmc.machine import torch_device
 
 HELD_SHARE, HELD_MOST = 8, 16  # an eighth of the calibration sequences judges, at most 16
-CANDIDATES = ("none", "gauge", "rotate", "rotate+gauge")
+CANDIDATES = ("none", "scaling", "rotate", "rotate+scaling")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """folder: the float model to quantise.  passes: what was done to it, for the manifest's chain.
+    """folder: the float model to quantize.  passes: what was done to it, for the manifest's chain.
     record: {'asked', 'taken', 'why', 'rotation', 'measured' (of auto: {candidate: {'kld', 'se'}})}."""
 
     folder: Path
@@ -50,7 +50,7 @@ def choose(source: Path, skeleton: Skeleton, config: QuantizeConfig, calibration
     maker = _Maker(source, config, threads, work, rotation)
     record: dict[str, Any] = {"asked": config.transform, "rotation": rotation}
     if config.transform != "auto":
-        name, why = config.transform, "asked for" if config.transform == "gauge" else f"asked for; {rotation}: {reason}"
+        name, why = config.transform, "asked for" if config.transform == "scaling" else f"asked for; {rotation}: {reason}"
         maker.make(name, calibration)
         return maker.choice(name, {**record, "taken": name, "why": why, "measured": None})
     say(f"rotations are {rotation}: {reason}")
@@ -58,7 +58,7 @@ def choose(source: Path, skeleton: Skeleton, config: QuantizeConfig, calibration
     measured = maker.measure(learn, held)
     taken = min(measured, key=lambda n: measured[n]["kld"])
     figures = ", ".join(f"{n} {m['kld']:.4g}" for n, m in measured.items())
-    why = (f"least KLD to the base when rounded to {config.grid or grid_for(config, 0).name}, on "
+    why = (f"least KLD to the base when rounded to {config.type or type_for(config, 0).name}, on "
            f"{held.sequences.shape[0]} held-out calibration sequences: {figures}")
     say(f"--transform auto takes {taken}: {why}")
     for name in set(CANDIDATES) - {taken}:
@@ -101,17 +101,17 @@ class _Maker:
         self.source, self.config, self.threads, self.work, self.rotation = source, config, threads, work, rotation
 
     def make(self, name: str, calibration: Calibration) -> Path:
-        """The folder of a candidate. 'rotate+gauge' goes on from 'rotate'."""
+        """The folder of a candidate. 'rotate+scaling' goes on from 'rotate'."""
         folder, c = self.work / name, self.config
         same = {n: getattr(c, n) for n in (*TARGET, *CALIBRATED, "seed", "device", "threads")}
         same["resume"] = True  # `choose` has emptied the folder where nothing of it is wanted
         if name == "none":
             return self.source
         if name == "rotate":
-            make(self.source, folder, TransformConfig(gauge="none", rotate=self.rotation, **same), None, self.threads)
+            make(self.source, folder, TransformConfig(scaling="none", rotate=self.rotation, **same), None, self.threads)
         else:
-            start = self.make("rotate", calibration) if name == "rotate+gauge" else self.source
-            make(start, folder, TransformConfig(gauge="awq", rotate="none", **same), calibration, self.threads)
+            start = self.make("rotate", calibration) if name == "rotate+scaling" else self.source
+            make(start, folder, TransformConfig(scaling="awq", rotate="none", **same), calibration, self.threads)
         return folder
 
     def choice(self, name: str, record: dict[str, Any]) -> Choice:
@@ -121,7 +121,7 @@ class _Maker:
         return Choice(folder, passes, record)
 
     def measure(self, learn: Calibration, held: Calibration) -> dict[str, dict[str, Any]]:
-        """{candidate: {'kld', 'se' (of the mean, over sequences)}} of the model rounded to nearest on the target grid."""
+        """{candidate: {'kld', 'se' (of the mean, over sequences)}} of the model rounded to nearest on the target type."""
         path = self.work / "figures.json"
         key = fingerprint(self.config.numbers(), self.threads, hash_source(self.source), held)
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -130,7 +130,7 @@ class _Maker:
         device, ids = str(torch_device(self.config.device)), held.sequences
         for name in (n for n in CANDIDATES if n not in measured):
             base = base or measure.run(self.source, ids, device, None, "the base")
-            rounded = measure.run(self.make(name, learn), ids, device, partial(grid_for, self.config), name)
+            rounded = measure.run(self.make(name, learn), ids, device, partial(type_for, self.config), name)
             values = measure.kld(base, rounded)
             mean = sum(values) / len(values)
             spread = sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1)

@@ -10,9 +10,9 @@ from llmc.compress.quantize.config import QuantizeConfig
 from llmc.compress.ranges import out_of_range
 from llmc.errors import UserError
 
-GAUGES = ("awq", "equalize", "smooth", "none")
+SCALINGS = ("awq", "equalize", "smoothquant", "none")
 ROTATIONS = ("none", "r2", "r1r2")
-TARGET = ("bits", "grid", "fallback", "group_size", "sym")  # these mean what they mean to `llmc quantize`
+TARGET = ("bits", "type", "fallback", "group_size", "sym")  # these mean what they mean to `llmc quantize`
 CALIBRATED = ("calibration", "samples", "seq_len")
 
 
@@ -20,11 +20,11 @@ CALIBRATED = ("calibration", "samples", "seq_len")
 class TransformConfig:
     """What `llmc transform` and `llmc.transform` take; see `llmc transform --help` for what each means."""
 
-    gauge: str = "awq"
+    scaling: str = "awq"
     rotate: str = "none"
     untie: bool = False
     bits: int = 4
-    grid: str | None = None
+    type: str | None = None
     fallback: str | None = None
     group_size: int = 32
     sym: bool = True
@@ -37,21 +37,21 @@ class TransformConfig:
     out: Path | None = None
     resume: bool = False
     alpha: float = 0.5
-    """Of --gauge smooth: how much of the activations' range moves into the weights, 0 to 1."""
+    """Of --scaling smoothquant: how much of the activations' range moves into the weights, 0 to 1."""
 
     @property
     def calibrated(self) -> bool:
         """Whether text is run through the model."""
-        return self.gauge in ("awq", "smooth")
+        return self.scaling in ("awq", "smoothquant")
 
     def __post_init__(self) -> None:
         problems = []
-        if self.gauge not in GAUGES:
-            problems.append(f"--gauge {self.gauge}: must be {', '.join(GAUGES)}")
+        if self.scaling not in SCALINGS:
+            problems.append(f"--scaling {self.scaling}: must be {', '.join(SCALINGS)}")
         if self.rotate not in ROTATIONS:
             problems.append(f"--rotate {self.rotate}: must be {', '.join(ROTATIONS)}")
-        if self.gauge == self.rotate == "none":
-            problems.append("--gauge none --rotate none: there is nothing to do")
+        if self.scaling == self.rotate == "none":
+            problems.append("--scaling none --rotate none: there is nothing to do")
         if self.untie and self.rotate != "r1r2":
             problems.append(f"--untie goes with --rotate r1r2, not {self.rotate}")
         problems += out_of_range(self, ("samples",))
@@ -62,7 +62,7 @@ class TransformConfig:
         self.target()
 
     def target(self) -> QuantizeConfig:
-        """The quantisation that gauges are searched for. Checks the options that it shares."""
+        """The quantization that channel scalings are searched for. Checks the options that it shares."""
         return QuantizeConfig(**{name: getattr(self, name) for name in TARGET})
 
     def numbers(self) -> dict[str, Any]:
@@ -70,10 +70,10 @@ class TransformConfig:
         return {k: v for k, v in asdict(self).items() if k not in ("out", "resume", "device", "threads")}
 
     def numbers_of(self, stage: str) -> dict[str, Any]:
-        """Those that decide one stage, 'rotate' or 'gauge'."""
+        """Those that decide one stage, 'rotate' or 'scaling'."""
         if stage == "rotate":
             names: tuple[str, ...] = ("rotate", "untie", "seed")
         else:
-            searched = ("alpha",) if self.gauge == "smooth" else TARGET
-            names = ("gauge", *searched, *(CALIBRATED if self.calibrated else ()))
+            searched = ("alpha",) if self.scaling == "smoothquant" else TARGET
+            names = ("scaling", *searched, *(CALIBRATED if self.calibrated else ()))
         return {name: getattr(self, name) for name in names}

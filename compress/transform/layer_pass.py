@@ -11,18 +11,18 @@ from torch import nn
 
 from llmc.compress.layer_run import InputStatistics
 from llmc.compress.skeleton import LinearGroup, Skeleton, get_weight
-from llmc.compress.transform.gauges import (
+from llmc.compress.transform.roles import Place, map_layer
+from llmc.compress.transform.rotations import orthogonal, rotate_heads, rotate_stream
+from llmc.compress.transform.scaling import (
     activation_factors,
-    apply_gauge,
+    apply_scaling,
     equalising_factors,
     int8_noise,
     search_alpha,
     smoothing_factors,
     writer_size,
 )
-from llmc.compress.transform.roles import Place, map_layer
-from llmc.compress.transform.rotations import orthogonal, rotate_heads, rotate_stream
-from llmc.formats.types import AnyGrid
+from llmc.formats.types import AnyType
 
 PROOF_TOKENS = 32
 TOLERANCE = 1e-3  # of the largest output; float32 gives about 1e-6
@@ -95,19 +95,19 @@ class Rotation(Transform):
         rotate_heads(layer, self.map.value, self.map.heads, orthogonal(self.map.heads.width, generator))
 
 
-class Gauge(Transform):
-    """Scalings, searched on the target grid: AWQ's where the loop gives statistics, `change_alone` without data; or, with
+class Scaling(Transform):
+    """Scalings, searched on the target type: AWQ's where the loop gives statistics, `change_alone` without data; or, with
     `smooth`, SmoothQuant's for that alpha.
 
     A record's 'places': {name: {'alpha', 'before', 'after'}}, the readers' rounding error as a share of their output energy
     with alpha = 0 and with the alpha taken, each under the statistics that the search used; of SmoothQuant the error bound
-    of inputs in 8 bits (gauges.int8_noise), 'before' being 1.
+    of inputs in 8 bits (channel scalings.int8_noise), 'before' being 1.
     """
 
-    def __init__(self, skeleton: Skeleton, arguments: list[dict[str, Any]], grid_of: Callable[[int], AnyGrid],
+    def __init__(self, skeleton: Skeleton, arguments: list[dict[str, Any]], type_of: Callable[[int], AnyType],
                  smooth: float | None = None) -> None:
         super().__init__(skeleton, arguments)
-        self.grid_of, self.smooth = grid_of, smooth
+        self.type_of, self.smooth = type_of, smooth
 
     def change(self, layer: nn.Module, group: LinearGroup, statistics: InputStatistics) -> None:
         for place in self.map.places:
@@ -131,14 +131,14 @@ class Gauge(Transform):
         s = smoothing_factors(peak, layer, place, alpha)
         noise = [int8_noise(peak, layer, place, factors) for factors in (torch.ones_like(s), s)]
         self.places[place.name] = {"alpha": alpha, "before": 1.0, "after": noise[1] / (noise[0] or 1.0)}
-        apply_gauge(layer, place, s, self.map.family.offset)
+        apply_scaling(layer, place, s, self.map.family.offset)
 
     def _scale(self, layer: nn.Module, place: Place, s: torch.Tensor, hessian: torch.Tensor) -> None:
         weight = torch.cat([get_weight(layer.get_submodule(n)) for n in place.readers])
-        alpha, errors = search_alpha(weight, hessian, s[place.columns], self.grid_of(weight.shape[1]))
+        alpha, errors = search_alpha(weight, hessian, s[place.columns], self.type_of(weight.shape[1]))
         self.places[place.name] = {"alpha": alpha, "before": errors[0.0], "after": errors[alpha]}
         if alpha:
-            apply_gauge(layer, place, s**alpha, self.map.family.offset)
+            apply_scaling(layer, place, s**alpha, self.map.family.offset)
 
     def left(self) -> list[str]:
         missed = [p.name for p in self.map.places if p.name not in self.places]

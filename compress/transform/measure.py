@@ -19,7 +19,7 @@ from llmc.compress.transform.ends import is_tied, name_of, stored_head
 from llmc.console import progress
 from llmc.errors import UserError
 from llmc.formats.checkpoint import Checkpoint
-from llmc.formats.types import AnyGrid
+from llmc.formats.types import AnyType
 from llmc.rounding.rtn import rtn
 
 
@@ -33,9 +33,9 @@ class Run:
 
 
 @torch.no_grad()
-def run(folder: Path, sequences: torch.Tensor, device: str, grid_of: Callable[[int], AnyGrid] | None, what: str,
+def run(folder: Path, sequences: torch.Tensor, device: str, type_of: Callable[[int], AnyType] | None, what: str,
         layers: list[int] | None = None) -> Run:
-    """Run int64 sequences [n, seq_len] through a float folder, its linears rounded to nearest where grid_of says how; through
+    """Run int64 sequences [n, seq_len] through a float folder, its linears rounded to nearest where type_of says how; through
     all of its layers, or through `layers` alone.
 
     All in float32: what is measured may be smaller than bf16's own rounding.
@@ -49,10 +49,10 @@ def run(folder: Path, sequences: torch.Tensor, device: str, grid_of: Callable[[i
     with progress(f"measuring {what}, layer", len(wanted)) as p:
         for index in wanted:
             with skeleton.layer(index) as layer:
-                if grid_of is not None:
+                if type_of is not None:
                     for linear in skeleton.linears(index).values():
                         weight = get_weight(linear)
-                        set_weight(linear, rtn(weight, grid_of(weight.shape[1])).dequantize())
+                        set_weight(linear, rtn(weight, type_of(weight.shape[1])).dequantize())
                 for part in states.split(batch):  # views: each batch is replaced by what leaves the layer
                     out = layer(part, **arguments[index])
                     tuples = isinstance(out, tuple)

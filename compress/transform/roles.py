@@ -135,7 +135,7 @@ def family_of(config: Any) -> Family:
     kind = config.get_text_config().model_type
     if kind not in FAMILIES:
         raise UserError(f"llmc does not know which channels of the architecture {kind!r} can be transformed",
-                        f"it knows {', '.join(FAMILIES)}; quantise without a transform")
+                        f"it knows {', '.join(FAMILIES)}; quantize without a transform")
     return FAMILIES[kind]
 
 

@@ -1,4 +1,4 @@
-"""`llmc transform`: a float model that computes the same and loses less when it is quantised."""
+"""`llmc transform`: a float model that computes the same and loses less when it is quantized."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 
 from llmc.compress.preparation import calibration_text, check_weights, sampled_file
 from llmc.compress.prune.masks import mask_of
-from llmc.compress.quantize.assignment import grid_for
+from llmc.compress.quantize.assignment import type_for
 from llmc.compress.skeleton import Skeleton
 from llmc.compress.text import Calibration
 from llmc.compress.transform.config import TransformConfig
 from llmc.compress.transform.ends import is_tied
 from llmc.compress.transform.roles import family_of
-from llmc.compress.transform.stage import GaugeStage, RotateStage, Stage
+from llmc.compress.transform.stage import RotateStage, ScalingStage, Stage
 from llmc.console import say, size, warn
 from llmc.errors import UserError
 from llmc.files import check_disk
@@ -39,7 +39,7 @@ def transform(model: str | Path, config: TransformConfig) -> dict[str, Any]:
     threads = config.threads or physical_cores()
     prepare_cpu(threads)
     source = resolve_model(model)
-    out = config.out or Path("-".join([source.resolve().name, *(n for n in (config.rotate, config.gauge) if n != "none")]))
+    out = config.out or Path("-".join([source.resolve().name, *(n for n in (config.rotate, config.scaling) if n != "none")]))
     skeleton = check(source, config)
     check_output(out)
     check_disk(out, disk_bytes(skeleton, config), "transforming")
@@ -58,11 +58,11 @@ def check(source: Path, config: TransformConfig) -> Skeleton:
     """Everything that can be known before any work. Returns the model without weights."""
     checkpoint = Checkpoint.open(source)
     if checkpoint.quantization is not None:
-        raise UserError(f"{source} is quantised already ({checkpoint.quantization.get('quant_method')})",
-                        "transforms come before quantisation: start from the float model")
+        raise UserError(f"{source} is quantized already ({checkpoint.quantization.get('quant_method')})",
+                        "transforms come before quantization: start from the float model")
     if config.rotate != "none" and mask_of(source):
         raise UserError(f"{source} was pruned to a mask, and --rotate {config.rotate} mixes its columns: no zero would stay",
-                        "use --gauge alone, which keeps zeros, or rotate before you prune")
+                        "use --scaling alone, which keeps zeros, or rotate before you prune")
     skeleton = Skeleton(checkpoint, str(torch_device(config.device)))
     family = family_of(skeleton.config)
     if config.rotate == "r1r2":
@@ -95,11 +95,11 @@ def make(source: Path, out: Path, config: TransformConfig, calibration: Calibrat
     shared: dict[str, Any] = {"device": str(torch_device(config.device)), "threads": threads, "resume": config.resume}
     stages: list[Stage] = []
     if config.rotate != "none":
-        to = out if config.gauge == "none" else between
+        to = out if config.scaling == "none" else between
         stages.append(RotateStage(source, to, config.numbers_of("rotate"), **shared))
-    if config.gauge != "none":
-        stages.append(GaugeStage(stages[0].out if stages else source, out, config.numbers_of("gauge"), **shared,
-                                 grid_of=partial(grid_for, config.target()), calibration=calibration))
+    if config.scaling != "none":
+        stages.append(ScalingStage(stages[0].out if stages else source, out, config.numbers_of("scaling"), **shared,
+                                 type_of=partial(type_for, config.target()), calibration=calibration))
     passes = [stage.run()["passes"][-1] for stage in stages]
     shutil.rmtree(between, ignore_errors=True)
     left = list(dict.fromkeys(line for p in passes for r in p["layers"] for line in r["left"]))
@@ -112,5 +112,5 @@ def make(source: Path, out: Path, config: TransformConfig, calibration: Calibrat
         result["untied_bytes"] = untied_bytes(Skeleton(Checkpoint.open(source), "cpu"))
     if result["grown_bytes"] > 0:
         say(f"tensors that the source's type would round again are stored as float32: the folder is "
-            f"{size(result['grown_bytes'])} larger; what is quantised from it is not")
+            f"{size(result['grown_bytes'])} larger; what is quantized from it is not")
     return result

@@ -16,7 +16,7 @@ from llmc.compress.calibration import Loop, LoopSettings, Workspace, sequences_a
 from llmc.compress.skeleton import Skeleton
 from llmc.compress.text import Calibration
 from llmc.compress.transform.ends import is_tied, name_of, stored_head
-from llmc.compress.transform.layer_pass import PROOF_TOKENS, Gauge, Rotation, Transform, as_stored
+from llmc.compress.transform.layer_pass import PROOF_TOKENS, Rotation, Scaling, Transform, as_stored
 from llmc.compress.transform.roles import family_of
 from llmc.compress.transform.rotations import fold, orthogonal, rotate_columns
 from llmc.compress.unfinished import fingerprint
@@ -27,7 +27,7 @@ from llmc.formats.checkpoint import CARD_FILES, TOKENIZER_FILES, Checkpoint
 from llmc.formats.manifest import MANIFEST, hash_folder, new_manifest, read_manifest
 from llmc.formats.shards import pieces_of, write_checkpoint
 from llmc.formats.source import hash_source, origin_of
-from llmc.formats.types import AnyGrid
+from llmc.formats.types import AnyType
 from llmc.precision import matmul_precision
 
 
@@ -129,22 +129,22 @@ class Stage:
                     raise RuntimeError(f"{name} was not written as it was computed")
 
 
-class GaugeStage(Stage):
+class ScalingStage(Stage):
     """AWQ's or SmoothQuant's (settings['alpha']) scalings on calibration text, or (calibration None) equalisation without
     data."""
 
-    name = "gauge"
+    name = "scaling"
 
-    def __init__(self, *args: Any, grid_of: Callable[[int], AnyGrid], calibration: Calibration | None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, type_of: Callable[[int], AnyType], calibration: Calibration | None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.grid_of, self.calibration = grid_of, calibration
+        self.type_of, self.calibration = type_of, calibration
 
     def entry(self) -> dict[str, Any]:
         return {"calibration": self.calibration.origin if self.calibration else None}
 
     def layers(self, work: Workspace, arguments: list[dict[str, Any]]) -> None:
         smooth = self.settings.get("alpha")
-        transform = Gauge(self.skeleton, arguments, self.grid_of, smooth)
+        transform = Scaling(self.skeleton, arguments, self.type_of, smooth)
         if self.calibration is None:
             self.alone(work, transform, transform.change_alone)
             return

@@ -18,9 +18,9 @@ def prompt_ids(artifact: Path, tokens: int) -> list[int]:
 
 def _encode(artifact: Path, text: str) -> np.ndarray:
     if artifact.suffix == ".gguf":
-        from llmc.runtimes.llamacpp import tokenise
+        from llmc.runtimes.llamacpp import tokenize
 
-        return tokenise(artifact, text)
+        return tokenize(artifact, text)
     if is_onnx_folder(artifact):
         from llmc.runtimes.onnx_model import load_tokenizer
 

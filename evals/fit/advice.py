@@ -8,20 +8,20 @@ from typing import Any
 from llmc.console import size
 from llmc.evals.config import FitConfig
 from llmc.evals.fit.estimate import OTHER, Model, Rates, estimate, memory
-from llmc.formats.types import GRIDS
+from llmc.formats.types import BLOCK_TYPES
 
 # nothing is said of what the limits leave less than this of
 LEAST_CONTEXT = 128
 
 
 def smaller(model: Model, rates: Rates, limits: dict[str, tuple[float, bool]], context: int) -> Iterator[str]:
-    """The file size that decode, memory and size limits leave, the grids of that size, and the context that fits."""
+    """The file size that decode, memory and size limits leave, the types of that size, and the context that fits."""
     room = {what: bytes for what, bytes in (
         ("decode", _by_decode(model, rates, limits, context)), ("ram", _by_ram(model, limits, context)),
         ("size", limits["size"][0] if "size" in limits else None)) if bytes is not None and bytes < model.file_bytes}
     if room:
         what = min(room, key=lambda k: room[k])
-        yield from _grids(model, room[what], what)
+        yield from _types(model, room[what], what)
     if "ram" in limits and memory(model, context)[2] > limits["ram"][0]:
         each = model.kv_bytes(context) / context
         left = limits["ram"][0] - (memory(model, context)[2] - model.kv_bytes(context))
@@ -48,21 +48,21 @@ def _by_ram(model: Model, limits: dict[str, tuple[float, bool]], context: int) -
     return max(0.0, model.file_bytes * (1 - (high - limits["ram"][0]) / (model.file_bytes + sum(model.token_bytes.values()))))
 
 
-def _grids(model: Model, file_bytes: float, what: str) -> Iterator[str]:
-    """The largest grid of the decoder that the size leaves."""
+def _types(model: Model, file_bytes: float, what: str) -> Iterator[str]:
+    """The largest type of the decoder that the size leaves."""
     why = {"decode": "to decode so fast", "ram": "to fit the memory", "size": "to be so small"}[what]
     # embedding and head are kept at 8 bits, or below where they are
     eight = 34 / 32 * model.vocabulary * model.heads * (model.cache["head_dim"] if model.cache else 128)
     rest = min(model.file_bytes - model.decoder_bytes, eight)
     bits = 8 * (file_bytes - rest) / max(1, model.prefill_weights)
-    fitting = [g for g in GRIDS.values() if g.bits_per_weight <= bits]
+    fitting = [g for g in BLOCK_TYPES.values() if g.bits_per_weight <= bits]
     if not fitting:
         yield (f"{why}, a file may have {size(max(0.0, file_bytes))}, which leaves {max(0.0, bits):.2f} bits a weight: less "
-               "than any grid has; prune or distil the model first (`llmc prune`, `llmc distill`), or take a smaller base")
+               "than any type has; prune or distil the model first (`llmc prune`, `llmc distill`), or take a smaller base")
         return
     best = max(fitting, key=lambda g: (g.bits_per_weight, g.name))
     yield (f"{why}, a file may have {size(file_bytes)}: `llmc quantize MODEL --target-size {int(file_bytes / 1e6)}MB`, or "
-           f"--grid {best.name} ({best.bits_per_weight:.2f} bits a weight of the {bits:.2f} that it leaves)")
+           f"--type {best.name} ({best.bits_per_weight:.2f} bits a weight of the {bits:.2f} that it leaves)")
 
 
 def quality(judged: list[dict[str, Any]], limits: dict[str, tuple[float, bool]]) -> Iterator[str]:

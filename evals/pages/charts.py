@@ -79,11 +79,11 @@ class _Axes:
         self.out = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{name}">']
         for t in self.ys:
             y = self.y(t)
-            self.out.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+            self.out.append(f'<line class="type" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
             self.out.append(text(LEFT - 8, y + 4, number(t), "tick", "end"))
         for t in self.xs:
             x = self.x(t)
-            self.out.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{bottom}"/>')
+            self.out.append(f'<line class="type" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{bottom}"/>')
             self.out.append(text(x, bottom + 18, number(t), "tick", "middle"))
         self.out.append(f'<path class="axis" d="M{LEFT} {TOP}V{bottom}H{right}"/>')
         self.out.append(text(centre, HEIGHT - 10, x_label, "label", "middle"))
@@ -187,7 +187,7 @@ def bars(rows: Sequence[Bar], kinds: Sequence[str], x_label: str) -> str:
     out = [f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(x_label)}">']
     for t in xs:
         x = left + t * scale
-        out.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="{height - 40}"/>')
+        out.append(f'<line class="type" x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="{height - 40}"/>')
         out.append(text(x, height - 24, number(t), "tick", "middle" if t else "start"))
     out.append(text(left + xs[-1] * scale / 2, height - 5, x_label, "label", "middle"))
     for i, row in enumerate(rows):

@@ -1,6 +1,6 @@
 """How a text is put to a model. Two figures may be compared only where this is equal, so it is stored beside each.
 
-The protocol is that of llama.cpp's tools/perplexity/perplexity.cpp: the text is tokenised once, with BOS in front where
+The protocol is that of llama.cpp's tools/perplexity/perplexity.cpp: the text is tokenized once, with BOS in front where
 the tokenizer adds one; it is cut into chunks of `context` tokens that do not overlap; the first token of each chunk is
 replaced by BOS (again only where the tokenizer adds one); of each chunk the tokens after number context/2 are scored,
 that is context - context/2 - 1 of them, so that every scored token has at least half a context before it.
@@ -42,7 +42,7 @@ class FolderTokenizer:
         from llmc.formats.hf import load_tokenizer
 
         self._tokenizer = load_tokenizer(folder)
-        self._tokenizer.model_max_length = 1 << 40  # whole texts are tokenised; the length is our business
+        self._tokenizer.model_max_length = 1 << 40  # whole texts are tokenized; the length is our business
         self.sha256 = hash_tokenizer(folder)
         ids = self._tokenizer("a")["input_ids"]
         bos = self._tokenizer.bos_token_id
@@ -61,16 +61,16 @@ class RuntimeTokenizer:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self.sha256 = hashlib.sha256(
-            "\0".join(runtime.detokenise([i]) for i in range(runtime.vocab_size)).encode()
+            "\0".join(runtime.detokenize([i]) for i in range(runtime.vocab_size)).encode()
         ).hexdigest()
-        plain, special = runtime.tokenise("a", special=False), runtime.tokenise("a", special=True)
+        plain, special = runtime.tokenize("a", special=False), runtime.tokenize("a", special=True)
         self.bos: int | None = int(special[0]) if len(special) > len(plain) and special[0] != plain[0] else None
 
     def encode(self, text: str) -> np.ndarray:
-        return self._runtime.tokenise(text, special=False)
+        return self._runtime.tokenize(text, special=False)
 
     def decode(self, ids: np.ndarray) -> str:
-        return self._runtime.detokenise(ids.tolist())
+        return self._runtime.detokenize(ids.tolist())
 
 
 def hash_tokenizer(folder: Path) -> str:
@@ -112,7 +112,7 @@ class Chunks:
 
 
 def cut(name: str, text: str, tokenizer: Tokenizer, context: int, chunks: int) -> Chunks:
-    """Tokenise `text` and cut it. chunks: the most to take, 0 for all."""
+    """Tokenize `text` and cut it. chunks: the most to take, 0 for all."""
     ids = tokenizer.encode(text)
     if tokenizer.bos is not None:
         ids = np.concatenate([np.array([tokenizer.bos], dtype=np.int32), ids])

@@ -136,7 +136,7 @@ def _check_tokenizer(runtime: Runtime, tokenizer: Tokenizer, artifact: Path) -> 
     ours = tokenizer.encode(SAMPLE)
     if tokenizer.bos is not None:
         ours = np.concatenate([[tokenizer.bos], ours])
-    agrees = bool(np.array_equal(ours, runtime.tokenise(SAMPLE, special=True)))
+    agrees = bool(np.array_equal(ours, runtime.tokenize(SAMPLE, special=True)))
     if agrees:
         say(f"the tokenizer in {artifact.name} gives the same ids as the base's")
     else:

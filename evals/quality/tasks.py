@@ -64,7 +64,7 @@ def encode(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[np.nd
 
 
 def prepare(task: Task, tokenizer: Tokenizer, window: int) -> Prepared:
-    """Tokenise a task. window: the most tokens that both models take; of longer items the left is cut off."""
+    """Tokenize a task. window: the most tokens that both models take; of longer items the left is cut off."""
     digest, cut, requests = hashlib.sha256(), 0, []
     for item in task.items:
         encoded = [encode(tokenizer, *pair) for pair in item.pairs]

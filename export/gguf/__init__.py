@@ -1,4 +1,4 @@
-"""GGUF files for llama.cpp: the codes that a quantiser chose are carried over bit for bit, and a file is proved before it
+"""GGUF files for llama.cpp: the codes that a quantizer chose are carried over bit for bit, and a file is proved before it
 is given its name."""
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from gguf.quants import quantize
 
 from llmc.errors import UserError
 from llmc.formats import packing
-from llmc.formats.types import GRIDS, BlockGrid, BlockTensor, Grid, QuantizedTensor
+from llmc.formats.types import BLOCK_TYPES, BlockTensor, BlockType, IntegerType, QuantizedTensor
 
 BLOCK = 32
 SUPER = 256
@@ -28,16 +28,16 @@ CHUNK = 1 << 22  # weights encoded at once: bounds the temporaries to a few tens
 BYTES = np.dtype(np.uint8)
 
 
-def kind_of_grid(grid: Grid | BlockGrid) -> Kind:
-    """The GGUF type that holds the grid's codes as they are."""
-    if isinstance(grid, BlockGrid):
-        return Kind[grid.gguf_type]
-    if grid.group_size % BLOCK == 0 and grid.bits == 4:
-        return Kind.Q4_0 if grid.symmetric else Kind.Q4_1
-    if grid.group_size % BLOCK == 0 and grid.bits == 8 and grid.symmetric:
+def kind_of_type(qtype: IntegerType | BlockType) -> Kind:
+    """The GGUF type that holds the type's codes as they are."""
+    if isinstance(qtype, BlockType):
+        return Kind[qtype.gguf_type]
+    if qtype.group_size % BLOCK == 0 and qtype.bits == 4:
+        return Kind.Q4_0 if qtype.symmetric else Kind.Q4_1
+    if qtype.group_size % BLOCK == 0 and qtype.bits == 8 and qtype.symmetric:
         return Kind.Q8_0
-    raise UserError(f"no GGUF type holds the grid {grid.name} exactly",
-                    "quantise with --sym and a group size of 32, 64 or 128")
+    raise UserError(f"no GGUF type holds the type {qtype.name} exactly",
+                    "quantize with --sym and a group size of 32, 64 or 128")
 
 
 def nbytes(kind: Kind, shape: tuple[int, ...]) -> int:
@@ -61,7 +61,7 @@ def check_rows(name: str, shape: tuple[int, ...], kind: Kind) -> None:
 
 def block_scales(q: QuantizedTensor) -> np.ndarray:
     """The scales, float16 [out, in / 32]: each repeated for the blocks of its group."""
-    return np.repeat(q.scales.numpy(), q.grid.group_size // BLOCK, axis=1)
+    return np.repeat(q.scales.numpy(), q.type.group_size // BLOCK, axis=1)
 
 
 def block_mins(q: QuantizedTensor) -> tuple[np.ndarray, int]:
@@ -71,12 +71,12 @@ def block_mins(q: QuantizedTensor) -> tuple[np.ndarray, int]:
     with np.errstate(over="ignore"):
         rounded = exact.astype(np.float16)
     wrong = int((rounded.astype(np.float32) != exact).sum())
-    return np.repeat(rounded, q.grid.group_size // BLOCK, axis=1), wrong
+    return np.repeat(rounded, q.type.group_size // BLOCK, axis=1), wrong
 
 
 def pack_codes(q: QuantizedTensor) -> np.ndarray:
-    """A quantised matrix [out, in] as GGUF blocks, uint8 [out, bytes of a row], no code or scale changed."""
-    kind = kind_of_grid(q.grid)
+    """A quantized matrix [out, in] as GGUF blocks, uint8 [out, bytes of a row], no code or scale changed."""
+    kind = kind_of_type(q.type)
     rows, width = q.shape
     codes = q.codes.numpy().reshape(rows, width // BLOCK, BLOCK)
     parts = [_as_bytes(block_scales(q))]
@@ -147,7 +147,7 @@ def _encode_rows(name: str, t: torch.Tensor, kind: Kind) -> np.ndarray:
         return quantize_q6_k(x)
     from llmc.rounding.rtn import rtn
 
-    q = rtn(torch.from_numpy(x), GRIDS[kind.name.lower()])
+    q = rtn(torch.from_numpy(x), BLOCK_TYPES[kind.name.lower()])
     assert isinstance(q, BlockTensor)
     return packing.pack(q)
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmc.errors import UserError
-from llmc.formats.types import GRIDS
+from llmc.formats.types import BLOCK_TYPES
 
 MATRIX_TYPES = ("f32", "f16", "bf16", "q8_0")
-TABLE_TYPES = ("f32", "f16", "bf16", *GRIDS)
+TABLE_TYPES = ("f32", "f16", "bf16", *BLOCK_TYPES)
 
 
 @dataclass(frozen=True)
@@ -17,11 +17,11 @@ class GgufExportConfig:
     """Options of the GGUF exporter; the command line has the same names and defaults."""
 
     model: Path | str | None = None
-    """Model folder, float or quantised (or a hub id). None: the newest artifact made in this working folder."""
+    """Model folder, float or quantized (or a hub id). None: the newest artifact made in this working folder."""
     out: Path | None = None
     """The file to write. None: `<model folder>-<file type>.gguf` in the working folder."""
     embedding: str | None = None
-    """Type of the token embedding. None: what the folder asks for, else q8_0 with a quantised model and `float_type` with a
+    """Type of the token embedding. None: what the folder asks for, else q8_0 with a quantized model and `float_type` with a
     float one."""
     head: str | None = None
     """Type of the output matrix. None: what the folder asks for, else the same as `embedding`.

@@ -1,7 +1,7 @@
 """Architectures that llmc does not know: llama.cpp's own converter lays the file out, llmc puts its codes in.
 
-The converter is run on a float copy of the model, dequantised and so free of rounding, and writes float32. Every row of
-every quantised linear is then looked for, by value, in the matrices of that file: whatever the converter permuted,
+The converter is run on a float copy of the model, dequantized and so free of rounding, and writes float32. Every row of
+every quantized linear is then looked for, by value, in the matrices of that file: whatever the converter permuted,
 fused, split or stacked, it moved whole rows. A matrix whose rows are found is written from their codes, the rest stays
 float.
 """
@@ -104,7 +104,7 @@ def _write_skeleton(ckpt: Checkpoint, linears: list[str], folder: Path) -> Path:
         weight_map.update(dict.fromkeys(shard, name))
         shard.clear()
 
-    with progress("dequantising tensor", len(linears)) as p:
+    with progress("dequantizing tensor", len(linears)) as p:
         for name in [n for n in ckpt.names() if n not in packed] + [f"{linear}.weight" for linear in linears]:
             linear = name.removesuffix(".weight")
             if name in ckpt:
@@ -146,25 +146,25 @@ def _run(script: Path, folder: Path, out: Path, pre: str) -> None:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a quantised linear, by their numbers."""
+    """A row of a quantized linear, by their numbers."""
 
     linear: int
     row: int
 
 
 class RowIndex:
-    """Finds the rows of quantised linears by their float32 values."""
+    """Finds the rows of quantized linears by their float32 values."""
 
     def __init__(self) -> None:
         self.rows: dict[bytes, list[Row]] = {}
-        self.grids: dict[int, str] = {}
+        self.types: dict[int, str] = {}
         self.widths: set[int] = set()
         self.left: set[Row] = set()
 
-    def add(self, linear: int, values: np.ndarray, grid: str) -> None:
-        """values: float32 [out, in]. grid: the name of the linear's."""
+    def add(self, linear: int, values: np.ndarray, qtype: str) -> None:
+        """values: float32 [out, in]. type: the name of the linear's."""
         self.widths.add(values.shape[1])
-        self.grids[linear] = grid
+        self.types[linear] = qtype
         for i, key in enumerate(_keys(values)):
             row = Row(linear, i)
             self.rows.setdefault(key, []).append(row)
@@ -174,7 +174,7 @@ class RowIndex:
         """Where each row of a matrix float32 [rows, in] comes from; None when none of them comes from a linear.
 
         Rows of zeros say nothing and follow the others. Of equal rows one that is not placed yet is taken, beside its
-        neighbour where there is one. All are of one grid, as a tensor of the file has one type.
+        neighbour where there is one. All are of one type, as a tensor of the file has one type.
         """
         if values.shape[1] not in self.widths:
             return None
@@ -184,27 +184,27 @@ class RowIndex:
         if not any(telling):
             return None
         if not all(known):
-            raise UserError(f"{known.count(False)} of the {len(known)} rows of {name} are rows of no quantised linear and "
+            raise UserError(f"{known.count(False)} of the {len(known)} rows of {name} are rows of no quantized linear and "
                             "the others are: the converter mixed them with float weights, or scaled some",
                             NO_WAY)
-        grid = self._grid(name, keys)
+        qtype = self._type(name, keys)
         found: list[Row] = []
         for key in keys:
-            candidates = [r for r in self.rows[key] if self.grids[r.linear] == grid]
+            candidates = [r for r in self.rows[key] if self.types[r.linear] == qtype]
             before = found[-1].linear if found else -1
             row = max(candidates, key=lambda r: (r in self.left, r.linear == before, -r.row))
             self.left.discard(row)
             found.append(row)
         return found
 
-    def _grid(self, name: str, keys: list[bytes]) -> str:
-        """The grid that every row of a matrix can be of. Equal rows may be of several."""
-        possible = [{self.grids[r.linear] for r in self.rows[key]} for key in keys]
+    def _type(self, name: str, keys: list[bytes]) -> str:
+        """The type that every row of a matrix can be of. Equal rows may be of several."""
+        possible = [{self.types[r.linear] for r in self.rows[key]} for key in keys]
         if common := set.intersection(*possible):
             return min(common)
         names = ", ".join(sorted(set.union(*possible)))
-        raise UserError(f"{name} is made of linears on different grids ({names}), and a tensor has one type",
-                        "give these linears the same grid when you quantise")
+        raise UserError(f"{name} is made of linears on different types ({names}), and a tensor has one type",
+                        "give these linears the same type when you quantize")
 
 
 def _keys(values: np.ndarray) -> list[bytes]:
@@ -220,7 +220,7 @@ def _plan(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, types: Types, re
     with progress("indexing linear", len(linears)) as p:
         for i, linear in enumerate(linears):
             values = quantized.read(ckpt, linear).dequantize().numpy()
-            index.add(i, values, quantized.grid_name(ckpt, linear))
+            index.add(i, values, quantized.type_name(ckpt, linear))
             p.step(linear)
     entries, placed = [], 0
     for t in reader.tensors:
@@ -235,12 +235,12 @@ def _plan(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, types: Types, re
             entries.append(_code_entry(t.name, shape, ckpt, linears, rows))
     if index.left:
         names = sorted({linears[row.linear] for row in index.left})
-        raise UserError(f"{len(index.left)} rows of {len(names)} quantised linears (first {names[0]}) are nowhere in "
+        raise UserError(f"{len(index.left)} rows of {len(names)} quantized linears (first {names[0]}) are nowhere in "
                         "what llama.cpp's converter wrote: it changed their values", NO_WAY)
     arch = str(field(reader, "general.architecture"))
     writer = GGUFWriter(None, arch)
     vocabulary = _copy_metadata(config, ckpt.folder, tok, reader, writer)
-    note = (f"llama.cpp's converter laid the file out; {len(linears)} quantised linears were found by value in {placed} "
+    note = (f"llama.cpp's converter laid the file out; {len(linears)} quantized linears were found by value in {placed} "
             f"of its {len(entries)} tensors")
     return Plan(writer, entries, vocabulary, int(field(reader, f"{arch}.context_length") or 512),
                 [note, *vocabulary.notes])
@@ -264,10 +264,10 @@ def _float_entry(t: ReaderTensor, shape: tuple[int, ...], types: Types) -> Entry
 
 
 def _code_entry(name: str, shape: tuple[int, ...], ckpt: Checkpoint, linears: list[str], rows: list[Row]) -> Entry:
-    """A tensor whose rows are gathered from one or more quantised linears of one grid."""
+    """A tensor whose rows are gathered from one or more quantized linears of one type."""
     linear = np.array([r.linear for r in rows])
     row = np.array([r.row for r in rows])
-    kind = blocks.kind_of_grid(quantized.grid(ckpt, linears[rows[0].linear]))
+    kind = blocks.kind_of_type(quantized.type_of(ckpt, linears[rows[0].linear]))
     blocks.check_rows(name, shape, kind)
 
     def source() -> Source:

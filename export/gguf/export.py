@@ -105,10 +105,10 @@ def _finish(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, threads: int, 
         checks = verify.in_llama_cpp(tmp, ckpt, tok, plan.vocabulary, entries, plan.context_length, threads)
     v = plan.vocabulary
     if not checks["token_ids"]["leading_space_alike"]:
-        warn("a text that begins with a space is tokenised differently by llama.cpp and by transformers")
+        warn("a text that begins with a space is tokenized differently by llama.cpp and by transformers")
     if not checks["token_ids"]["combining_marks_alike"]:
         other = WITHOUT_MARKS[v.pre]
-        warn(f"words with combining marks (Hindi, Tamil, Thai …) are tokenised differently by llama.cpp's {v.pre!r}"
+        warn(f"words with combining marks (Hindi, Tamil, Thai …) are tokenized differently by llama.cpp's {v.pre!r}"
              + (f"; --pre {other} keeps them whole, in versions of llama.cpp that know it" if other else ""))
     report = {
         "path": str(out), "source": str(ckpt.folder), "architecture": w.arch, "file_type": type_name,

@@ -34,7 +34,7 @@ def name_in_file(name: str, v: Vocabulary) -> str:
 
 
 def add_provenance(writer: GGUFWriter, source: dict[str, Any], v: Vocabulary, parameters: int) -> None:
-    """general.*: type, name, size, licence, base model, who quantised.
+    """general.*: type, name, size, licence, base model, who quantized.
 
     The base model is the hub's model that this file was made from; where that has no hub name, the one on its card.
     """

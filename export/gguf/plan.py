@@ -40,13 +40,13 @@ class Types:
     def choose(cls, config: GgufExportConfig, ckpt: Checkpoint) -> Types:
         """What is asked for; else what the folder says it was made for (`quantized.tables`); else by the kind of folder."""
         wanted = quantized.tables(ckpt)
-        quantised = quantized.is_quantized(ckpt)
+        has_codes = quantized.is_quantized(ckpt)
         embedding, reason = config.embedding, "as asked"
         if embedding is None and "embedding" in wanted:
             embedding, reason = wanted["embedding"], "as the folder was made for"
         elif embedding is None:
-            embedding = "q8_0" if quantised else config.float_type
-            reason = "8 bits beside a quantised decoder" if quantised else "the same as --float-type"
+            embedding = "q8_0" if has_codes else config.float_type
+            reason = "8 bits beside a quantized decoder" if has_codes else "the same as --float-type"
         head = config.head or wanted.get("head", embedding)
         return cls(Kind[config.float_type.upper()], Kind[embedding.upper()], Kind[head.upper()], config.head is not None,
                    reason)
@@ -87,7 +87,7 @@ class Planner:
         self.notes: list[str] = []
 
     def entries(self) -> list[Entry]:
-        found = [self._quantised(linear) for linear in self.linears]
+        found = [self._quantized(linear) for linear in self.linears]
         packed = {name for linear in self.linears for name in quantized.parts(linear)}
         zero_biases = 0
         for name in self.ckpt.names():
@@ -126,9 +126,9 @@ class Planner:
             return interleave(rows, heads)
         return None
 
-    def _quantised(self, linear: str) -> Entry:
+    def _quantized(self, linear: str) -> Entry:
         shape = quantized.shape(self.ckpt, linear)
-        kind = blocks.kind_of_grid(quantized.grid(self.ckpt, linear))
+        kind = blocks.kind_of_type(quantized.type_of(self.ckpt, linear))
         blocks.check_rows(linear, shape, kind)
         rows = self._rows(linear, shape[0])
 
@@ -182,7 +182,7 @@ class Planner:
                             f"{self.types.head.name} and {self.types.embedding.name}",
                             "leave --head out; --embedding sets the type of both")
         if head is not None and head.codes and self.types.head_given:
-            raise UserError(f"the head of {self.ckpt.folder} is quantised: its codes are carried over as "
+            raise UserError(f"the head of {self.ckpt.folder} is quantized: its codes are carried over as "
                             f"{head.kind.name}", "leave --head out")
         return [e for e in found if not (equal and e is head)]
 
@@ -191,7 +191,7 @@ class Planner:
         wrong = [e.name for e in entries if e.kind == Kind.Q4_1 and e.codes and _inexact_mins(e.source)]
         if wrong:
             raise UserError(f"{len(wrong)} layers (first {wrong[0]}) have a minimum, -scale * zero, that Q4_1's "
-                            "float16 cannot hold exactly", "quantise with --sym: its codes fit Q4_0 bit for bit")
+                            "float16 cannot hold exactly", "quantize with --sym: its codes fit Q4_0 bit for bit")
 
 
 def _inexact_mins(source: Callable[[], Source]) -> bool:

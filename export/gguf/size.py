@@ -39,9 +39,9 @@ def in_file(nbytes: int) -> int:
 
 def outside(folder: Path, source: dict[str, Any], matrices: set[str]) -> Outside:
     """Of the file that a float folder becomes, beside its `matrices` (names in the checkpoint): exact for what `llmc export`
-    makes of the quantised folder without further options.
+    makes of the quantized folder without further options.
 
-    source: what the quantised folder's manifest will say of its origin.  The metadata are written to a file and measured.
+    source: what the quantized folder's manifest will say of its origin.  The metadata are written to a file and measured.
     """
     config = GgufExportConfig(model=folder)
     ckpt = Checkpoint.open(folder)

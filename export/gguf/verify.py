@@ -108,7 +108,7 @@ def tables(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _compare_codes(path: Path, e: Entry, data: np.ndarray, source: QuantizedTensor) -> None:
-    """The codes, scales and minima of GPTQ's grids, taken apart."""
+    """The codes, scales and minima of GPTQ's types, taken apart."""
     codes, scales, mins = blocks.unpack_codes(data, e.kind)
     if not np.array_equal(codes, source.codes.numpy()):
         raise _damaged(path, f"{e.name} has other codes")
@@ -132,7 +132,7 @@ class Bound:
     @classmethod
     def of(cls, entries: list[Entry]) -> Bound:
         """By the coarsest type in the file. llama.cpp rounds activations to the type that a matrix asks for: 8 bits for
-        quantised ones (relative errors of 0.02 to 0.15 were seen, the most with untrained weights and with experts),
+        quantized ones (relative errors of 0.02 to 0.15 were seen, the most with untrained weights and with experts),
         bfloat16 for BF16, float16 for F16; its GELU comes from a float16 table. A wrong layout gives about 1."""
         kinds = {e.kind for e in entries}
         if kinds - FLOATS:
@@ -163,30 +163,30 @@ def tokens(runtime: LlamaCpp, tokenizer: Any, folder: Path, v: Vocabulary) -> di
 
         plain = Tokenizer.from_file(str(path)).encode(CHECK_TEXT, add_special_tokens=False).ids
         if at := first_difference(plain, ids):
-            raise UserError(f"transformers does not tokenise as {path} says: {show(at[0], plain, ids, tokenizer)}",
+            raise UserError(f"transformers does not tokenize as {path} says: {show(at[0], plain, ids, tokenizer)}",
                             "every tool that uses transformers sees wrong tokens: try another version of it")
     for text in (CHECK_TEXT, MARKS):
         expected = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-        found = runtime.tokenise(text, special=False).tolist()
+        found = runtime.tokenize(text, special=False).tolist()
         if (at := first_difference(expected, found)) and not (text is MARKS and v.pre in WITHOUT_MARKS):
-            raise UserError(f"llama.cpp does not tokenise as the model does (pre-tokenizer {v.pre!r}): "
+            raise UserError(f"llama.cpp does not tokenize as the model does (pre-tokenizer {v.pre!r}): "
                             f"{show(at[0], expected, found, tokenizer)}",
                             "give another with --pre NAME, if you know one")
     whole = list(tokenizer(PROMPT)["input_ids"])
-    if runtime.tokenise(PROMPT).tolist() != whole:
+    if runtime.tokenize(PROMPT).tolist() != whole:
         raise UserError(f"llama.cpp begins or ends a text with other tokens than the model: {whole} in transformers, "
-                        f"{runtime.tokenise(PROMPT).tolist()} in llama.cpp", REPORT)
+                        f"{runtime.tokenize(PROMPT).tolist()} in llama.cpp", REPORT)
     added = {i: t for t, i in tokenizer.get_added_vocab().items() if i < len(v.tokens)}
     for i in added:
         text = v.tokens[i]
-        if (got := runtime.tokenise(text, special=False).tolist()) != [i]:
+        if (got := runtime.tokenize(text, special=False).tolist()) != [i]:
             raise UserError(f"llama.cpp does not see the added token {text!r} (id {i}) in a text: it makes {got}",
                             REPORT)
     ends = runtime.end_tokens
     if missing := [i for i in v.ends if i not in ends]:
         raise UserError(f"llama.cpp would not stop at {', '.join(repr(v.tokens[i]) for i in missing)}, which ends a "
                         "generation of this model", "try a newer llama-cpp-python")
-    alike = {text: runtime.tokenise(text, special=False).tolist()
+    alike = {text: runtime.tokenize(text, special=False).tolist()
              == list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (MARKS, " a")}
     return {"text_tokens": len(ids), "added_tokens": len(added), "end_tokens": sorted(ends),
             "combining_marks_alike": alike[MARKS], "leading_space_alike": alike[" a"]}
@@ -194,13 +194,13 @@ def tokens(runtime: LlamaCpp, tokenizer: Any, folder: Path, v: Vocabulary) -> di
 
 def generate(runtime: LlamaCpp) -> str:
     """Greedy continuation of PROMPT, 16 tokens or up to an end token."""
-    token = int(runtime.prefill(runtime.tokenise(PROMPT)).argmax())
+    token = int(runtime.prefill(runtime.tokenize(PROMPT)).argmax())
     made: list[int] = []
     ends = runtime.end_tokens
     while len(made) < GENERATED and token not in ends:
         made.append(token)
         token = int(runtime.decode(token).argmax())
-    return PROMPT + runtime.detokenise(made) if made else PROMPT
+    return PROMPT + runtime.detokenize(made) if made else PROMPT
 
 
 def in_llama_cpp(path: Path, ckpt: Checkpoint, tokenizer: Any, v: Vocabulary, entries: list[Entry],

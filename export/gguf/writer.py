@@ -28,7 +28,7 @@ class Entry:
     """One tensor of the file.
 
     shape: rows first, as numpy and torch have it (the file stores it reversed).
-    source: reads what the tensor must hold, rows already in the file's order: codes on a grid, or floats.
+    source: reads what the tensor must hold, rows already in the file's order: codes on a type, or floats.
     codes: the source is codes, which are carried over and not rounded again.
     stored: the checkpoint's name of a float tensor.
     """

@@ -1,4 +1,4 @@
-"""ONNX folders for onnxruntime-genai and ONNX Runtime: the codes that a quantiser chose are carried over bit for bit, and a
+"""ONNX folders for onnxruntime-genai and ONNX Runtime: the codes that a quantizer chose are carried over bit for bit, and a
 folder is proved before it is given its name."""
 
 from __future__ import annotations

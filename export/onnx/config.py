@@ -19,28 +19,28 @@ class OnnxExportConfig:
     """Options of the ONNX exporter; the command line has the same names and defaults."""
 
     model: Path | str | None = None
-    """Model folder, float or quantised (or a hub id). None: the newest artifact made in this working folder."""
+    """Model folder, float or quantized (or a hub id). None: the newest artifact made in this working folder."""
     out: Path | None = None
     """The folder to write. None: `<model folder>-onnx` in the working folder."""
     exporter: str = "builder"
     """'builder': onnxruntime-genai's, for ONNX Runtime. 'optimum': optimum-onnx's, float32 in standard operators alone."""
     dequantize: bool = False
-    """exporter 'optimum': write the values of a quantised model as float32; else it is refused."""
+    """exporter 'optimum': write the values of a quantized model as float32; else it is refused."""
     dtype: str | None = None
     """How a float model's matrices are stored: 'fp32', 'fp16', or 'int8' (rounded, in blocks of 32), computed in float32;
     or 'w8a8', int8 with a scale for each row, multiplied with inputs that are int8 with a scale for each token. None: 'fp16'.
-    A quantised model carries its codes and takes none."""
+    A quantized model carries its codes and takes none."""
     accuracy_level: str = "auto"
     """'0': float32 activations. '4': activations rounded to 8 bits in blocks, which is faster. 'auto': both are measured
     when the file is written, and the faster is taken if it loses little."""
     head_accuracy_level: str | None = None
-    """The same of the output matrix alone, where it is quantised: at level 0 an 8-bit one takes most of a token's time. None:
+    """The same of the output matrix alone, where it is quantized: at level 0 an 8-bit one takes most of a token's time. None:
     as `accuracy_level`, measured apart where that is 'auto'."""
     int4: str = "nbits"
     """'nbits': ONNX Runtime's MatMulNBits. 'qdq': standard DequantizeLinear and MatMul, for other runtimes."""
     head_bits: int | None = None
     """Bits of the embedding and the output matrix. None: what the folder asks for where ONNX holds it, 8 beside a
-    quantised decoder, else as `dtype`."""
+    quantized decoder, else as `dtype`."""
     chat_template: str = "keep"
     """'keep', 'drop', or the path of a Jinja file."""
     threads: int | None = None

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from llmc.export.onnx import layout, w8a8
 from llmc.export.onnx.weights import W8A8, Form, Piece, Weights
-from llmc.formats.types import Grid
+from llmc.formats.types import IntegerType
 
 NBITS = "com.microsoft"
 
@@ -66,19 +66,19 @@ class Emitter:
             w = self._rows(b, prefix, name, pieces, n, k)
             self.rounded.append(w8a8.Rounded(name, root, output))
             w8a8.nodes(b, self.rounded[-1], w.weight, str(w.scales), k, n)
-        elif not isinstance(form, Grid):
+        elif not isinstance(form, IntegerType):
             weight = self._float(b, f"{prefix}.weight", pieces, form, (k, n), transposed=True)
             self.placed.append(Placed(name, pieces, form, weight, transposed=True))
             b.make_node("MatMul", inputs=[root, self._cast(b, name, weight, form, [k, n])], outputs=[output], name=name)
         elif self.qdq:
-            w = self._quantised(b, prefix, name, pieces, form, n, k, transposed=True)
+            w = self._quantized(b, prefix, name, pieces, form, n, k, transposed=True)
             values = f"{name}/DequantizeLinear/output_0"
             b.make_node("DequantizeLinear", inputs=[w.weight, w.scales, *([w.zeros] if w.zeros else [])], outputs=[values],
                         name=f"{name}/DequantizeLinear", axis=0, block_size=form.group_size)
             b.make_value(values, ir.DataType.FLOAT, shape=[k, n])
             b.make_node("MatMul", inputs=[root, values], outputs=[output], name=name)
         else:
-            w = self._quantised(b, prefix, name, pieces, form, n, k)
+            w = self._quantized(b, prefix, name, pieces, form, n, k)
             b.make_node("MatMulNBits", inputs=[root, w.weight, w.scales, *([w.zeros] if w.zeros else [])], outputs=[output],
                         name=name, domain=NBITS, K=k, N=n, bits=form.bits, block_size=form.group_size, accuracy_level=0)
 
@@ -88,7 +88,7 @@ class Emitter:
         prefix = basename[1:].replace("/", ".")
         n, k = sum(p.stop - p.start for p in pieces), self.weights.columns(pieces[0].module)
         ids = b.input_names["input_ids"]
-        if isinstance(form, Grid):
+        if isinstance(form, IntegerType):
             return self._lookup_codes(b, basename, prefix, pieces, form, n, k)
         if self.weights.tied:  # the head's own tensor, [K, N]: its columns are gathered, so that no copy is held
             b.make_node("Gather", inputs=["lm_head.MatMul.weight", ids], outputs=[f"{basename}/Gather/output_0"],
@@ -106,13 +106,13 @@ class Emitter:
             b.make_node("Gather", inputs=[weight, ids], outputs=[rows], name=f"{basename}/Gather")
         return self._cast(b, basename, rows, form, ["batch_size", "sequence_length", k])
 
-    def _lookup_codes(self, b: Any, basename: str, prefix: str, pieces: list[Piece], form: Grid, n: int, k: int) -> str:
+    def _lookup_codes(self, b: Any, basename: str, prefix: str, pieces: list[Piece], form: IntegerType, n: int, k: int) -> str:
         """The table in the form of MatMulNBits, a tied one in the head's own tensors; for qdq a table of its own, codes and
-        scales gathered apart and dequantised. Tables are symmetric."""
+        scales gathered apart and dequantized. Tables are symmetric."""
         node = f"{basename}/GatherBlockQuantized"
         blocks, ids = k // form.group_size, b.input_names["input_ids"]
         if self.qdq:
-            w = self._quantised(b, prefix, f"{basename}/DequantizeLinear", pieces, form, n, k)
+            w = self._quantized(b, prefix, f"{basename}/DequantizeLinear", pieces, form, n, k)
             gathered = []
             for part, name in (("codes", w.weight), ("scales", w.scales)):
                 gathered.append(f"{basename}/{part}/output_0")
@@ -123,7 +123,7 @@ class Emitter:
         if self.weights.tied:
             codes, scales = "lm_head.MatMul.weight.codes", "lm_head.MatMul.weight.scales"
         else:
-            w = self._quantised(b, prefix, node, pieces, form, n, k)
+            w = self._quantized(b, prefix, node, pieces, form, n, k)
             codes, scales = w.weight, str(w.scales)
         cut, rows = f"{basename}/scales/output_0", f"{basename}/Reshape/output_0"
         b.make_node("Reshape", inputs=[scales, f"/model/constants/INT64/[{n}, {blocks}, 1]"], outputs=[cut],
@@ -168,17 +168,17 @@ class Emitter:
         self.placed.append(placed)
         return placed
 
-    def _quantised(self, b: Any, prefix: str, node: str, pieces: list[Piece], grid: Grid, n: int, k: int,
+    def _quantized(self, b: Any, prefix: str, node: str, pieces: list[Piece], qtype: IntegerType, n: int, k: int,
                    transposed: bool = False) -> Placed:
         """Codes, scales and (asymmetric) zero points of a matrix, [K, N] where `transposed` (for DequantizeLinear)."""
-        blocks, bits = k // grid.group_size, grid.bits
-        signed = self.qdq and grid.symmetric
+        blocks, bits = k // qtype.group_size, qtype.bits
+        signed = self.qdq and qtype.symmetric
         dtype, scale_shape = ir.DataType.UINT8, (n, blocks)
-        code_shape: tuple[int, ...] = (n, blocks, grid.group_size * bits // 8)
+        code_shape: tuple[int, ...] = (n, blocks, qtype.group_size * bits // 8)
         zero_shape = (n, -(-blocks * bits // 8))
         if self.qdq:
             dtype = {(4, True): ir.DataType.INT4, (4, False): ir.DataType.UINT4, (8, True): ir.DataType.INT8,
-                     (8, False): ir.DataType.UINT8}[bits, grid.symmetric]
+                     (8, False): ir.DataType.UINT8}[bits, qtype.symmetric]
             code_shape, scale_shape = ((k, n), (blocks, n)) if transposed else ((n, k), (n, blocks))
             zero_shape = scale_shape
 
@@ -201,9 +201,9 @@ class Emitter:
         def tensor(part: str, dtype: ir.DataType, shape: tuple[int, ...], data: Callable[[], np.ndarray]) -> str:
             return self._tensor(b, Entry(f"{prefix}.weight.{part}", dtype, shape, data))
 
-        placed = Placed(node, pieces, grid, tensor("codes", dtype, code_shape, codes),
+        placed = Placed(node, pieces, qtype, tensor("codes", dtype, code_shape, codes),
                         tensor("scales", ir.DataType.FLOAT, scale_shape, scales),
-                        None if grid.symmetric else tensor("zeros", dtype, zero_shape, zeros), transposed, signed, self.qdq)
+                        None if qtype.symmetric else tensor("zeros", dtype, zero_shape, zeros), transposed, signed, self.qdq)
         self.placed.append(placed)
         return placed
 

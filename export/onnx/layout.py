@@ -1,4 +1,4 @@
-"""The bytes of ONNX Runtime's weight-only quantised matrices, and which grids they hold.
+"""The bytes of ONNX Runtime's weight-only quantized matrices, and which types they hold.
 
 MatMulNBits (com.microsoft, docs/ContribOperators.md of ONNX Runtime): value = scale * (code - zero) in blocks of
 `block_size` columns of a row of [N, K].
@@ -16,40 +16,40 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from llmc.formats.types import BlockGrid, BlockTensor, Grid, QuantizedTensor
+from llmc.formats.types import BlockTensor, BlockType, IntegerType, QuantizedTensor
 
 BLOCK = 32
 MOST = 128  # larger blocks are slow or wrong in some kernels: their scale is repeated instead
 LEAST = 16  # MatMulNBits takes powers of two from here
-BLOCK_GRIDS = {"q4_0": 4, "q4_1": 4, "q8_0": 8}  # q4_1 where its minimums are whole steps
+BLOCK_TYPES = {"q4_0": 4, "q4_1": 4, "q8_0": 8}  # q4_1 where its minimums are whole steps
 
 
-def held_as(grid: Grid | BlockGrid) -> Grid | None:
-    """The grid on which MatMulNBits holds every value of `grid`, None where there is none (see `exact` for q4_1)."""
-    if isinstance(grid, BlockGrid):
-        bits = BLOCK_GRIDS.get(grid.name)
-        return None if bits is None else Grid(bits, BLOCK, not grid.has_min)
-    block = min(MOST, grid.group_size & -grid.group_size)
-    return Grid(grid.bits, block, grid.symmetric) if grid.bits in (4, 8) and block >= LEAST else None
+def held_as(qtype: IntegerType | BlockType) -> IntegerType | None:
+    """The type on which MatMulNBits holds every value of `type`, None where there is none (see `exact` for q4_1)."""
+    if isinstance(qtype, BlockType):
+        bits = BLOCK_TYPES.get(qtype.name)
+        return None if bits is None else IntegerType(bits, BLOCK, not qtype.has_min)
+    block = min(MOST, qtype.group_size & -qtype.group_size)
+    return IntegerType(qtype.bits, block, qtype.symmetric) if qtype.bits in (4, 8) and block >= LEAST else None
 
 
 def exact(q: QuantizedTensor | BlockTensor) -> QuantizedTensor | None:
-    """The same values, code for code, on the grid that `held_as` names; None where q4_1 has a minimum that is no whole
+    """The same values, code for code, on the type that `held_as` names; None where q4_1 has a minimum that is no whole
     number of steps, from 0 to 15, below zero."""
-    grid = held_as(q.grid)
-    if grid is None:
+    qtype = held_as(q.type)
+    if qtype is None:
         return None
     if isinstance(q, QuantizedTensor):
-        repeats = q.grid.group_size // grid.group_size
+        repeats = q.type.group_size // qtype.group_size
         zeros = None if q.zeros is None else q.zeros.repeat_interleave(repeats, 1)
-        return QuantizedTensor(grid, q.codes, q.scales.repeat_interleave(repeats, 1), zeros)
+        return QuantizedTensor(qtype, q.codes, q.scales.repeat_interleave(repeats, 1), zeros)
     if q.m is None:
-        return QuantizedTensor(grid, q.codes, q.d)
+        return QuantizedTensor(qtype, q.codes, q.d)
     d, m = q.d.to(torch.float32), q.m.to(torch.float32)
     zeros = torch.where(d == 0, torch.zeros_like(d), -m / d).round()
-    if not bool(((zeros >= 0) & (zeros <= grid.max_code) & (d * zeros == -m)).all()):
+    if not bool(((zeros >= 0) & (zeros <= qtype.max_code) & (d * zeros == -m)).all()):
         return None
-    return QuantizedTensor(grid, q.codes, q.d, zeros.to(torch.uint8))
+    return QuantizedTensor(qtype, q.codes, q.d, zeros.to(torch.uint8))
 
 
 def round_to(w: torch.Tensor, bits: int) -> QuantizedTensor:
@@ -67,7 +67,7 @@ def round_to(w: torch.Tensor, bits: int) -> QuantizedTensor:
         codes = torch.trunc(scaled + torch.copysign(torch.full_like(scaled, 0.5), scaled)) + 128
     else:
         codes = torch.trunc(scaled + 8.5).clamp(0, 15)
-    return QuantizedTensor(Grid(bits, BLOCK), codes.to(torch.uint8).view(w.shape), d.to(torch.float16))
+    return QuantizedTensor(IntegerType(bits, BLOCK), codes.to(torch.uint8).view(w.shape), d.to(torch.float16))
 
 
 def pack(values: np.ndarray, bits: int) -> np.ndarray:

@@ -23,7 +23,7 @@ from llmc.runtimes.onnx_model import OnnxModel
 
 STEPS, REPEATS = 8, 3  # tokens decoded in a measurement, and how often it is made
 ENOUGH = 3.0  # seconds after which no more is measured: at level 0 ONNX Runtime may take seconds for a token (lint.py)
-# What rounding may do to the text of the check. A 4-bit grid itself loses 0.1 or more and keeps 70 to 80 % of the top tokens;
+# What rounding may do to the text of the check. A 4-bit type itself loses 0.1 or more and keeps 70 to 80 % of the top tokens;
 # llama.cpp rounds activations alike, always. On SmolLM2-135M level 4 cost 0.0045 and kept 94 %; where a kernel goes wrong
 # (onnxruntime#29849) it is far more
 MOST_KLD, LEAST_TOP1 = 0.01, 0.9
@@ -71,13 +71,13 @@ class Measured:
 
 
 def candidates(folder: OnnxFolder, config: OnnxExportConfig) -> list[Levels]:
-    """What the options leave open, the lowest levels first; empty where no matrix is quantised in blocks."""
+    """What the options leave open, the lowest levels first; empty where no matrix is quantized in blocks."""
     head = folder.head()
     own_head = head is not None and head.op_type == "MatMulNBits"
     matrices = sum(b["matrices"] for b in folder.matmul_nbits())
     if config.head_accuracy_level is not None and not own_head:
-        raise UserError(f"--head-accuracy-level {config.head_accuracy_level}: the head is not quantised in blocks, and is "
-                        "computed in float32", "leave it out, or quantise the head with --head-bits 8 or 4")
+        raise UserError(f"--head-accuracy-level {config.head_accuracy_level}: the head is not quantized in blocks, and is "
+                        "computed in float32", "leave it out, or quantize the head with --head-bits 8 or 4")
     if not matrices and "DequantizeLinear" not in folder.operators():
         return []
     asked = config.head_accuracy_level or config.accuracy_level
@@ -153,7 +153,7 @@ def settle(work: Path, config: OnnxExportConfig, ids: np.ndarray, threads: int) 
     folder = open_onnx(work)
     asked = candidates(folder, config)
     if not asked:
-        return Levels(0), "no matrix is quantised in blocks", []
+        return Levels(0), "no matrix is quantized in blocks", []
     found = measure(folder, ids, threads, asked)
     levels, reason = choose(asked, found)
     write(folder, levels)

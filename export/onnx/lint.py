@@ -84,7 +84,7 @@ def _rules() -> Iterator[tuple[str, str, str, Names]]:
            lambda m: (i.name for i in m.graph.input if i.type.tensor_type.elem_type == FLOAT16))
     yield ("fp16-weights", "CPU", "float16 weights are widened when the file is loaded: half the file, but all the memory",
            lambda m: _cast_weights(m))
-    yield ("dequantised-at-load", "all", "DequantizeLinear is fused with MatMul when the file is loaded, which takes time "
+    yield ("dequantized-at-load", "all", "DequantizeLinear is fused with MatMul when the file is loaded, which takes time "
            "and memory (onnxruntime#21362)", lambda m: (n.name for n in _nodes(m, "DequantizeLinear")))
     yield ("absolute-data", "all", "external data lies at a path that only this machine has",
            lambda m: (t.name for t in m.graph.initializer if leaves(external(t).get("location", ""))))

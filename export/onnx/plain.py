@@ -1,6 +1,6 @@
 """`--exporter optimum`: a graph of ONNX's standard operators alone, traced by optimum-onnx, for runtimes that know no others.
 
-All is float32: a quantised model is written with the values of its codes. The folder has config.json instead of
+All is float32: a quantized model is written with the values of its codes. The folder has config.json instead of
 genai_config.json. What tracing may freeze (a branch on a length, a mask) is what the checks run: a longer text than the
 traced one at once, and token by token on the cache.
 """
@@ -72,7 +72,7 @@ def check_model(config: OnnxExportConfig, ckpt: Checkpoint) -> None:
         raise UserError(f"{ckpt.folder} has a rotary embedding that depends on the length of the text ({kind}), and a traced "
                         "graph keeps that of a short one", OTHERS)
     if quantized.is_quantized(ckpt) and not config.dequantize:
-        raise UserError(f"{ckpt.folder} is quantised, and --exporter optimum writes float32",
+        raise UserError(f"{ckpt.folder} is quantized, and --exporter optimum writes float32",
                         "leave --exporter out to keep the codes (--int4 qdq has them in the standard DequantizeLinear), or "
                         "add --dequantize to write their values")
 

@@ -27,7 +27,7 @@ from llmc.formats import quantized
 from llmc.formats.check_text import CHECK_TEXT, MARKS
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.onnx_folder import open_onnx
-from llmc.formats.types import Grid, QuantizedTensor
+from llmc.formats.types import IntegerType, QuantizedTensor
 from llmc.runtimes.onnx_model import OnnxModel
 
 # of the logits at accuracy level 0, both sides in float32: 1e-6 was seen with trained and untrained models, and Gemma's
@@ -72,7 +72,7 @@ def tensors(folder: Path, own: dict[str, np.ndarray], weights: Weights, placed: 
 def _compare(w: Placed, stored: dict[str, Any], weights: Weights, shape: tuple[int, int]) -> None:
     """One matrix [N, K] of the file against the checkpoint, not against what the writer was given."""
     raw = stored[w.weight][1]
-    if not isinstance(w.form, Grid) and w.form != W8A8:
+    if not isinstance(w.form, IntegerType) and w.form != W8A8:
         dtype = np.float32 if w.form == "fp32" else np.float16
         values = raw.view(dtype).reshape(shape[::-1]).T if w.transposed else raw.view(dtype).reshape(shape)
         if not np.array_equal(values, weights.values(w.pieces).numpy()):
@@ -96,23 +96,23 @@ def _compare(w: Placed, stored: dict[str, Any], weights: Weights, shape: tuple[i
 
 
 def decode(w: Placed, stored: dict[str, Any], shape: tuple[int, int]) -> QuantizedTensor:
-    """A quantised matrix from the file's bytes, by the formats that layout.py describes."""
+    """A quantized matrix from the file's bytes, by the formats that layout.py describes."""
     n, k = shape
-    grid = w.form if isinstance(w.form, Grid) else Grid(8, k)
+    qtype = w.form if isinstance(w.form, IntegerType) else IntegerType(8, k)
     assert w.scales is not None
-    blocks, qdq = k // grid.group_size, w.standard
+    blocks, qdq = k // qtype.group_size, w.standard
     wide = (k, n) if w.transposed else (n, k)
     narrow = (blocks, n) if w.transposed else (n, blocks)
 
     def integers(name: str, size: tuple[int, int], flat: bool) -> np.ndarray:
         raw = stored[name][1]
         rows = (1, size[0] * size[1]) if flat else size
-        values = layout.unpack(raw.reshape(rows[0], -1), grid.bits, rows[1]).reshape(size)
+        values = layout.unpack(raw.reshape(rows[0], -1), qtype.bits, rows[1]).reshape(size)
         return values.T if w.transposed else values
 
     codes = integers(w.weight, wide, qdq)
     if w.signed:
-        codes = layout.signed(codes, grid.bits)
+        codes = layout.signed(codes, qtype.bits)
     scales = stored[w.scales][1].view(np.float32).reshape(narrow)
     scales = scales.T if w.transposed else scales
     if w.form != W8A8:
@@ -121,7 +121,7 @@ def decode(w: Placed, stored: dict[str, Any], shape: tuple[int, int]) -> Quantiz
             raise damaged(f"{w.scales} holds scales that are no float16")
         scales = half
     zeros = None if w.zeros is None else torch.from_numpy(integers(w.zeros, narrow, qdq).copy())
-    return QuantizedTensor(grid, torch.from_numpy(codes.copy()), torch.from_numpy(scales.copy()), zeros)
+    return QuantizedTensor(qtype, torch.from_numpy(codes.copy()), torch.from_numpy(scales.copy()), zeros)
 
 
 def logits(runtime: OnnxModel, ckpt: Checkpoint, ids: np.ndarray, weights: Weights, linears: Linears) -> dict[str, Any]:
@@ -161,7 +161,7 @@ def in_genai(folder: Path, tokenizer: Any, context_length: int) -> dict[str, Any
         at = first_difference(expected, found)
         alike[text] = at is None
         if text is CHECK_TEXT and at is not None:
-            raise UserError("onnxruntime-genai does not tokenise as the model does: "
+            raise UserError("onnxruntime-genai does not tokenize as the model does: "
                             f"{show(at[0], expected, found, tokenizer)}",
                             "its tokenizer does not know this kind; export it as GGUF (--format gguf)")
     params = og.GeneratorParams(model)

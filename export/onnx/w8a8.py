@@ -2,7 +2,7 @@
 
 Weights are symmetric, with a scale for each row (output channel). Inputs are rounded as they come, with a scale for each
 token: SmoothQuant's dynamic per-token activations (Xiao et al., arXiv:2211.10438, section 4, O1), after its migration
-(`llmc transform --gauge smooth`). For x [.., K] and W [K, N]:
+(`llmc transform --scaling smoothquant`). For x [.., K] and W [K, N]:
 
     s = max(max |x| * (1 / 127), TINY)       float32 [.., 1]
     q = Round(x / s) + 128                    uint8 [.., K], 1 … 255; once for all linears that read x
@@ -22,7 +22,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from llmc.formats.types import Grid, QuantizedTensor
+from llmc.formats.types import IntegerType, QuantizedTensor
 
 INVERSE = float(np.float32(1 / 127))
 TINY = float(np.float32(1e-30))  # of the scale of a token of zeros
@@ -47,7 +47,7 @@ def round_rows(w: torch.Tensor) -> QuantizedTensor:
     scales = w.abs().amax(1, keepdim=True) / 127
     inverse = torch.where(scales == 0, torch.zeros_like(scales), 1 / scales)
     codes = (w * inverse).round().clamp(-127, 127) + ZERO
-    return QuantizedTensor(Grid(8, w.shape[1]), codes.to(torch.uint8), scales)
+    return QuantizedTensor(IntegerType(8, w.shape[1]), codes.to(torch.uint8), scales)
 
 
 def round_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,16 +15,16 @@ from llmc.export.onnx.config import OnnxExportConfig
 from llmc.formats import quantized
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.manifest import read_manifest
-from llmc.formats.types import BlockGrid, Grid, QuantizedTensor
+from llmc.formats.types import BlockType, IntegerType, QuantizedTensor
 
-Form = Grid | str  # the grid of the codes, or 'fp32', 'fp16' or W8A8
+Form = IntegerType | str  # the type of the codes, or 'fp32', 'fp16' or W8A8
 W8A8 = "w8a8"
 TABLE_BITS = {"q8_0": 8, "q4_0": 4, "f16": 16}
 
 
 def form_name(form: Form) -> str:
     """'int4-sym-g32', 'fp16', …"""
-    return form.name if isinstance(form, Grid) else form
+    return form.name if isinstance(form, IntegerType) else form
 
 
 @dataclass(frozen=True)
@@ -45,16 +45,16 @@ class Weights:
         self.linears = set(quantized.linears(ckpt))
         self.notes: list[str] = []
         if self.linears and config.dtype is not None:
-            raise UserError(f"{ckpt.folder} is quantised: its codes are carried over, so --dtype {config.dtype} has no say",
+            raise UserError(f"{ckpt.folder} is quantized: its codes are carried over, so --dtype {config.dtype} has no say",
                             "leave --dtype out, or export the float model")
         self.dtype = "fp16" if self.linears else config.dtype or "fp16"
         if self.dtype == W8A8 and not _smoothed(ckpt):
             self.notes.append(f"{ckpt.folder} was not smoothed: its inputs' largest channels set the steps of all others; "
-                              "`llmc transform MODEL --gauge smooth` first makes a folder that loses less")
+                              "`llmc transform MODEL --scaling smoothquant` first makes a folder that loses less")
         self.table_bits, self.reason = self._table_bits(config)
         if config.head_bits is not None and head in self.linears:
-            raise UserError(f"the head of {ckpt.folder} is quantised: its codes are carried over", "leave --head-bits out")
-        self._refuse_grids()
+            raise UserError(f"the head of {ckpt.folder} is quantized: its codes are carried over", "leave --head-bits out")
+        self._refuse_types()
         self.read = lru_cache(maxsize=4)(self._read)
 
     def _table_bits(self, config: OnnxExportConfig) -> tuple[int | None, str]:
@@ -69,21 +69,21 @@ class Weights:
             self.notes.append(f"the folder was made for the tables {' and '.join(types)}, which ONNX Runtime has no "
                               "type for: 8 bits in blocks of 32 instead; --head-bits 4 is the smaller choice")
         if self.linears or self.dtype in ("int8", W8A8):
-            return 8, "8 bits beside a quantised decoder"
+            return 8, "8 bits beside a quantized decoder"
         return None, "as --dtype"
 
-    def _refuse_grids(self) -> None:
-        """One error for all linears whose grid no ONNX type holds."""
+    def _refuse_types(self) -> None:
+        """One error for all linears whose type no ONNX type holds."""
         lost: Counter[str] = Counter()
         first: dict[str, str] = {}
         for linear in sorted(self.linears):
-            grid = quantized.grid(self.ckpt, linear)
-            held = layout.held_as(grid) is not None
-            if held and isinstance(grid, BlockGrid) and grid.has_min:
+            qtype = quantized.type_of(self.ckpt, linear)
+            held = layout.held_as(qtype) is not None
+            if held and isinstance(qtype, BlockType) and qtype.has_min:
                 held = layout.exact(quantized.read(self.ckpt, linear)) is not None
             if not held:
-                lost[grid.name] += 1
-                first.setdefault(grid.name, linear)
+                lost[qtype.name] += 1
+                first.setdefault(qtype.name, linear)
         if lost:
             what = ", ".join(f"{n} linears on {name} (first {first[name]})" for name, n in sorted(lost.items()))
             bits = {name: 8 if name.startswith(("q5", "q6")) else 4 for name in lost}
@@ -91,7 +91,7 @@ class Weights:
             nearest = " and ".join(sorted({"q4_0" if b == 4 else "q8_0" for b in bits.values()}))
             raise UserError(
                 f"ONNX Runtime has no weight type that holds {what} exactly; the nearest that it has: {nearest}",
-                f"quantise the float model again with `llmc quantize MODEL --bits {most} --group-size 32`")
+                f"quantize the float model again with `llmc quantize MODEL --bits {most} --group-size 32`")
 
     @property
     def tied(self) -> bool:
@@ -104,9 +104,9 @@ class Weights:
     def form(self, module: str) -> Form:
         """How the matrix of a module is stored."""
         if module in self.linears:
-            grid = layout.held_as(quantized.grid(self.ckpt, module))
-            assert grid is not None
-            return grid
+            qtype = layout.held_as(quantized.type_of(self.ckpt, module))
+            assert qtype is not None
+            return qtype
         is_table = module in (self.embedding, self.head)
         bits = self.table_bits if is_table else 8 if self.dtype == "int8" else None
         if bits in (4, 8):
@@ -114,7 +114,7 @@ class Weights:
             if columns % layout.BLOCK:
                 raise UserError(f"{module} has rows of {columns}, which blocks of {layout.BLOCK} do not divide",
                                 "--head-bits 16 keeps it in float16" if is_table else "use --dtype fp16")
-            return Grid(bits, layout.BLOCK)
+            return IntegerType(bits, layout.BLOCK)
         if self.dtype == W8A8 and not is_table:
             return W8A8
         return "fp16" if bits == 16 or self.dtype != "fp32" else "fp32"
@@ -126,14 +126,14 @@ class Weights:
         return forms.pop()
 
     def _read(self, module: str) -> torch.Tensor | QuantizedTensor:
-        """All of a matrix: codes where its form is a grid, else float32 or float16 [N, K]."""
+        """All of a matrix: codes where its form is a type, else float32 or float16 [N, K]."""
         form = self.form(module)
         if module in self.linears:
             q = layout.exact(quantized.read(self.ckpt, module))
             assert q is not None
             return q
         w = self.ckpt.tensor(f"{module}.weight")
-        if isinstance(form, Grid):
+        if isinstance(form, IntegerType):
             return _finite(module, layout.round_to(w, form.bits))
         if form == W8A8:
             return _finite(module, w8a8.round_rows(w))
@@ -148,11 +148,11 @@ class Weights:
         return torch.cat([self.read(p.module)[p.start : p.stop] for p in pieces])  # type: ignore[index]
 
     def codes(self, pieces: list[Piece]) -> QuantizedTensor:
-        """Joined rows of matrices on one grid."""
+        """Joined rows of matrices on one type."""
         whole: list[Any] = [self.read(p.module) for p in pieces]
         parts: list[Any] = [quantized.rows_of(q, slice(p.start, p.stop)) for q, p in zip(whole, pieces, strict=True)]
         zeros = None if parts[0].zeros is None else torch.cat([q.zeros for q in parts])
-        return QuantizedTensor(parts[0].grid, torch.cat([q.codes for q in parts]), torch.cat([q.scales for q in parts]),
+        return QuantizedTensor(parts[0].type, torch.cat([q.codes for q in parts]), torch.cat([q.scales for q in parts]),
                                zeros)
 
     def source(self, module: str) -> QuantizedTensor:
@@ -170,7 +170,7 @@ class Weights:
 def _smoothed(ckpt: Checkpoint) -> bool:
     """Whether SmoothQuant's migration is one of the passes that made a folder."""
     passes = (read_manifest(ckpt.folder) or {}).get("passes", [])
-    return any(p.get("config", {}).get("gauge") == "smooth" for p in passes)
+    return any(p.get("config", {}).get("scaling") == "smoothquant" for p in passes)
 
 
 def _finite(module: str, q: QuantizedTensor) -> QuantizedTensor:

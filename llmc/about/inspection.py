@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 
 def inspect(artifact: str | Path, tensors: bool = False) -> dict[str, Any]:
-    """Contents of a model folder (float, quantised or ONNX), a .gguf file, or an importance matrix (see `_imatrix`).
+    """Contents of a model folder (float, quantized or ONNX), a .gguf file, or an importance matrix (see `_imatrix`).
 
-    Returns {'artifact', 'format', 'architecture', 'model', 'grid', 'weights' (llmc.formats.weigh), 'kv' (of its cache,
+    Returns {'artifact', 'format', 'architecture', 'model', 'type', 'weights' (llmc.formats.weigh), 'kv' (of its cache,
     llmc.formats.kv), 'tokenizer', 'licence', 'provenance' (the manifest without its file hashes, None where llmc did not make
     it)} and with `tensors` 'tensors', one object each. Keys that the artifact does not tell are None.
     """
@@ -61,12 +61,12 @@ def _folder(folder: Path) -> dict[str, Any]:
     config = ckpt.config | ckpt.config.get("text_config", {})
     quantization = ckpt.quantization or {}
     method = quantization.get("quant_method")
-    grid = None
+    qtype = None
     if method is not None:
         from llmc.formats import quantized
 
         if method in quantized.METHODS:
-            grid = " + ".join(sorted({quantized.grid_name(ckpt, linear) for linear in quantized.linears(ckpt)})) or None
+            qtype = " + ".join(sorted({quantized.type_name(ckpt, linear) for linear in quantized.linears(ckpt)})) or None
     return {
         "format": f"Hugging Face folder, {method or 'float'}",
         "architecture": (ckpt.config.get("architectures") or [config.get("model_type")])[0],
@@ -77,7 +77,7 @@ def _folder(folder: Path) -> dict[str, Any]:
             "kv_heads": config.get("num_key_value_heads"),
             "context": config.get("max_position_embeddings") or config.get("n_positions"),
         },
-        "grid": grid,
+        "type": qtype,
         "tokenizer": _folder_tokenizer(folder, config.get("vocab_size")),
         "licence": front_matter(folder / "README.md").get("license"),
     }
@@ -95,7 +95,7 @@ def _onnx(folder: Path) -> dict[str, Any]:
     model, config = source.genai.get("model", {}), source.config
     decoder = model.get("decoder", {})
     opsets = {o.domain or "ai.onnx": o.version for o in source.proto.opset_import}
-    grids = {t.type for t in tensors(source) if t.kind in ("attention", "mlp") and "int" in t.type}
+    types = {t.type for t in tensors(source) if t.kind in ("attention", "mlp") and "int" in t.type}
     return {
         "format": "ONNX folder, " + ", ".join(f"{domain} {version}" for domain, version in opsets.items()),
         "architecture": model.get("type") or (config.get("architectures") or [config.get("model_type")])[0],
@@ -106,7 +106,7 @@ def _onnx(folder: Path) -> dict[str, Any]:
             "kv_heads": decoder.get("num_key_value_heads") or config.get("num_key_value_heads"),
             "context": source.context,
         },
-        "grid": " + ".join(sorted(grids)) or None,
+        "type": " + ".join(sorted(types)) or None,
         "operators": source.operators(),
         "matmul_nbits": source.matmul_nbits(),
         "notes": as_notes(lint(source.model)),
@@ -117,8 +117,8 @@ def _onnx(folder: Path) -> dict[str, Any]:
 
 def _blocks(b: dict[str, Any]) -> str:
     """'21 MatMulNBits int4 block 32, accuracy level 4' of one entry of 'matmul_nbits'."""
-    grid = f"int{b['bits']} block {b['block_size']}" + ("" if b["symmetric"] else " asym")
-    return f"{b['matrices']} MatMulNBits {grid}, accuracy level {b['accuracy_level']}"
+    qtype = f"int{b['bits']} block {b['block_size']}" + ("" if b["symmetric"] else " asym")
+    return f"{b['matrices']} MatMulNBits {qtype}, accuracy level {b['accuracy_level']}"
 
 
 def _folder_tokenizer(folder: Path, vocabulary: int | None) -> dict[str, Any]:
@@ -161,7 +161,7 @@ def _gguf(file: Path) -> dict[str, Any]:
             "kv_heads": field(reader, f"{arch}.attention.head_count_kv"),
             "context": field(reader, f"{arch}.context_length"),
         },
-        "grid": " + ".join(sorted(blocks)) or None,
+        "type": " + ".join(sorted(blocks)) or None,
         "tokenizer": {
             "model": field(reader, "tokenizer.ggml.model"), "pre": field(reader, "tokenizer.ggml.pre"),
             "vocabulary": None if tokens is None else len(tokens.data), "eos": _end_ids(reader),
@@ -232,7 +232,7 @@ def describe(report: dict[str, Any]) -> str:
         f"{report['artifact']}: {report['format']}",
         f"architecture  {report['architecture']}: {shape}",
         f"parameters    {w['parameters'] / 1e6:,.1f} M, {'tied' if w['tied'] else 'untied'} embedding and head",
-        f"grid          {report['grid'] or 'none: float weights'}",
+        f"type          {report['type'] or 'none: float weights'}",
         f"matrices      {', '.join(f'{n} {kind}' for kind, n in w['matrices'].items())}",
         f"size          {size(w['file_bytes'])}; {w['bits_per_weight']:.2f} bits per weight in all, "
         f"{w['decoder_bits_per_weight']:.2f} in the decoder's matrices; {size(w['token_bytes'])} read per token",

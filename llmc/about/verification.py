@@ -75,7 +75,7 @@ def _folder_problems(folder: Path) -> Iterator[str]:
         if method == "gptq":
             yield from _quantize_config_problems(ckpt.quantization, folder / "quantize_config.json")
         if not linears:
-            yield f"config.json says {method}, but there is no quantised linear"
+            yield f"config.json says {method}, but there is no quantized linear"
         for linear in linears:
             _collect(problems, partial(quantized.read, ckpt, linear))
     for name in sorted(set(ckpt.names()) - packed):

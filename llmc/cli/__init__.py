@@ -42,7 +42,7 @@ def _options(
     verbose: bool = typer.Option(False, "--verbose", help="Show the warnings and logs of the libraries underneath."),
     quiet: bool = typer.Option(False, "--quiet", help="Say nothing but results, warnings and errors."),
 ) -> None:
-    """Make an LLM fit a device: quantise it, export it, and measure the file that ships.
+    """Make an LLM fit a device: quantize it, export it, and measure the file that ships.
 
     \b
       llmc quantize MODEL --bits 4

@@ -70,7 +70,7 @@ def distill(
 ) -> None:
     """Train a smaller float model to say what a larger one says.
 
-    The result has the student's shapes, types and tokenizer, and is quantised and exported like any model; zeros of a pruned
+    The result has the student's shapes, types and tokenizer, and is quantized and exported like any model; zeros of a pruned
     student stay. Distil on text like what the model will see, judge on other text. On several GPUs or machines:
     accelerate launch -m llmc distill … --device gpu
     """

@@ -12,10 +12,10 @@ import typer.core
 # when the command is named, so that no command pays for the others.
 TABLE: dict[str, tuple[str, str]] = {
     "prune": ("prune", "Make a float model sparser, shallower or narrower."),
-    "quantize": ("quantize", "Quantise a model's linears."),
-    "transform": ("transform", "Make a float model lose less when it is quantised."),
+    "quantize": ("quantize", "Quantize a model's linears."),
+    "transform": ("transform", "Make a float model lose less when it is quantized."),
     "distill": ("distill", "Train a smaller model to say what a larger one says."),
-    "heal": ("heal", "Train the scales of a quantised model."),
+    "heal": ("heal", "Train the scales of a quantized model."),
     "imatrix": ("imatrix", "Write an importance matrix for llama-quantize."),
     "export": ("export", "Write a model as a GGUF file or an ONNX folder."),
     "eval": ("eval", "Measure what an artifact lost."),

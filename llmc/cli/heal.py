@@ -55,7 +55,7 @@ def heal(
         "--resume", help="Go on after the last look at the held-out text, or the last layer.")] = D.resume,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Train the scales of a quantised model so that it says what the float model says.
+    """Train the scales of a quantized model so that it says what the float model says.
 
     No code changes: size, format and speed stay as they are. Heal on text like what the model will see, judge on other
     text. Embedding and head stay too: their blocks are made by the export.

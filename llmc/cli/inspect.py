@@ -19,7 +19,7 @@ def inspect(
 ) -> None:
     """Show what is inside an artifact.
 
-    Architecture, grid, bits per weight, bytes by class, tokenizer, chat template, licence and provenance; of an importance
+    Architecture, type, bits per weight, bytes by class, tokenizer, chat template, licence and provenance; of an importance
     matrix its texts, chunks and matrices.
     """
     from llmc.about.inspection import describe, inspect

@@ -19,7 +19,7 @@ def run_recipe(
     model: str | None = typer.Option(RunConfig.model, show_default=False,
                                      help="The base model, instead of the recipe's: a folder, a .gguf file or a hub id."),
     settings: list[str] = typer.Option(list(RunConfig.set), "--set", metavar="STEP.OPTION=VALUE", show_default=False,
-                                       help="Another value for an option: quantize.grid=q4_1. Without STEP, for every step "
+                                       help="Another value for an option: quantize.type=q4_1. Without STEP, for every step "
                                             "that has it: calibration=my.txt."),
     out: Path | None = typer.Option(RunConfig.out, "--out", "-o", help="The run folder: everything it makes, and the page.",
                                     show_default="RECIPE"),

@@ -19,7 +19,7 @@ def sweep(
     more: list[str] = typer.Argument(None, metavar="[STEP.OPTION=VALUE,…]…", show_default=False,
                                      help="More to vary, as after --vary."),
     vary: list[str] = typer.Option(list(SweepConfig.vary), "--vary", metavar="STEP.OPTION=VALUE,VALUE,…", show_default=False,
-                                   help="The values to try: quantize.grid=q4_0,q4_k prune.drop=0,2,4. All combinations are "
+                                   help="The values to try: quantize.type=q4_0,q4_k prune.drop=0,2,4. All combinations are "
                                         "run."),
     model: str | None = typer.Option(SweepConfig.model, show_default=False, help="The base model, instead of the recipe's."),
     settings: list[str] = typer.Option(list(SweepConfig.set), "--set", metavar="STEP.OPTION=VALUE", show_default=False,

@@ -16,21 +16,21 @@ D = TransformConfig()
 
 def transform(
     model: Annotated[str, typer.Argument(help="A float model: a Hugging Face folder, a .gguf file, or a hub id (org/name).")],
-    gauge: Annotated[str, typer.Option(
+    scaling: Annotated[str, typer.Option(
         help="Scale channels: awq (searched on calibration text), equalize (no data), smooth (SmoothQuant's, for 8-bit "
-             "activations) or none.")] = D.gauge,
+             "activations) or none.")] = D.scaling,
     alpha: Annotated[float, typer.Option(
-        help="Of --gauge smooth: share of the activations' range that moves into the weights, 0 to 1.")] = D.alpha,
+        help="Of --scaling smoothquant: share of the activations' range that moves into the weights, 0 to 1.")] = D.alpha,
     rotate: Annotated[str, typer.Option(
         help="Rotate: r2 (values of each head), r1r2 (the residual stream too), or none.")] = D.rotate,
     untie: Annotated[bool, typer.Option("--untie", help="With r1r2: give a tied head its own matrix, and pay its bytes."),
                      ] = D.untie,
-    bits: Annotated[int, typer.Option(help="Of the grid to search for: 4 or 8.")] = D.bits,
-    grid: Annotated[str | None, typer.Option(help="The grid to search for, as in `llmc quantize`.")] = D.grid,
+    bits: Annotated[int, typer.Option(help="Of the type to search for: 4 or 8.")] = D.bits,
+    qtype: Annotated[str | None, typer.Option(help="The type to search for, as in `llmc quantize`.")] = D.type,
     fallback: Annotated[str | None, typer.Option(
-        help="The grid for rows that --grid cannot hold.", show_default="what llama.cpp takes")] = D.fallback,
-    group_size: Annotated[int, typer.Option(help="Of the grid to search for: 32, 64 or 128.")] = D.group_size,
-    sym: Annotated[bool, typer.Option("--sym/--asym", help="Fixed or stored zero point of the grid to search for.")] = D.sym,
+        help="The type for rows that --type cannot hold.", show_default="what llama.cpp takes")] = D.fallback,
+    group_size: Annotated[int, typer.Option(help="Of the type to search for: 32, 64 or 128.")] = D.group_size,
+    sym: Annotated[bool, typer.Option("--sym/--asym", help="Fixed or stored zero point of the type to search for.")] = D.sym,
     calibration: Annotated[str, typer.Option(
         help="A text or .jsonl file, hf:NAME, or self: text sampled from the model.")] = D.calibration,
     samples: Annotated[int, typer.Option(help="Calibration sequences.")] = D.samples,
@@ -39,16 +39,16 @@ def transform(
     device: Annotated[str, typer.Option(help="cpu, gpu, or a torch device.")] = D.device,
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="physical cores")] = D.threads,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Output folder.",
-                                             show_default="MODEL-ROTATION-GAUGE")] = D.out,
+                                             show_default="MODEL-ROTATION-SCALING")] = D.out,
     resume: Annotated[bool, typer.Option("--resume", help="Go on after the last finished layer.")] = D.resume,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Write a float model that computes the same and loses less when it is quantised.
+    """Write a float model that computes the same and loses less when it is quantized.
 
-    Nothing is added that would cost time when the model runs. Quantise the folder for the same grid; evaluate against the
+    Nothing is added that would cost time when the model runs. Quantize the folder for the same type; evaluate against the
     original.
     """
-    config = TransformConfig(gauge, rotate, untie, bits, grid, fallback, group_size, sym, calibration, samples, seq_len, seed,
+    config = TransformConfig(scaling, rotate, untie, bits, qtype, fallback, group_size, sym, calibration, samples, seq_len, seed,
                              device, threads, out, resume, alpha)
     if as_json:
         set_quiet(True)
@@ -70,7 +70,7 @@ def _summary(r: dict[str, Any]) -> str:
             lines.append(f"  {p['name']}: {p['config']['rotate']}")
     if r["untied_bytes"]:
         lines.append(f"  the head is a matrix of its own now: {size(r['untied_bytes'])} more in an 8-bit file")
-    smooth = any(p["config"].get("gauge") == "smooth" for p in r["passes"])
+    smooth = any(p["config"].get("scaling") == "smoothquant" for p in r["passes"])
     after = f"export {r['out']} --format onnx --dtype w8a8" if smooth else f"quantize {r['out']}"
     return "\n".join([*lines, f"next: llmc {after}"])
 

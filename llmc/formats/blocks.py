@@ -1,10 +1,10 @@
-"""llmc's own checkpoint form, version 1, for linears on GGUF's block grids, which no GPTQ checkpoint can hold.
+"""llmc's own checkpoint form, version 1, for linears on GGUF's block types, which no GPTQ checkpoint can hold.
 
 An ordinary Hugging Face folder in which a linear X of weight [out, in] is one tensor instead of X.weight:
 
     X.blocks uint8 [out, bytes of a row]   the bytes of the GGUF type, as they go into a .gguf file
 
-The bytes do not tell their type, so `quantization_config` of config.json names the grid of every linear.
+The bytes do not tell their type, so `quantization_config` of config.json names the type of every linear.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from llmc.errors import UserError
 from llmc.formats import packing
 from llmc.formats.checkpoint import Checkpoint
-from llmc.formats.types import GRIDS, BlockGrid, BlockTensor
+from llmc.formats.types import BLOCK_TYPES, BlockTensor, BlockType
 
 METHOD = "llmc-blocks"
 VERSION = 1
@@ -29,63 +29,63 @@ def encode(t: BlockTensor) -> dict[str, torch.Tensor]:
     return {"blocks": torch.from_numpy(packing.pack(t))}
 
 
-def config(grids: dict[str, str]) -> dict[str, Any]:
-    """`quantization_config` of config.json. grids: the name of every quantised linear's grid."""
-    return {"quant_method": METHOD, "version": VERSION, "grids": grids}
+def config(types: dict[str, str]) -> dict[str, Any]:
+    """`quantization_config` of config.json. types: the name of every quantized linear's type."""
+    return {"quant_method": METHOD, "version": VERSION, "types": types}
 
 
 def quantized_linears(ckpt: Checkpoint) -> list[str]:
-    """Module names (without `.blocks`) of the quantised linears, in file order; refused unless each has grid and bytes
+    """Module names (without `.blocks`) of the quantized linears, in file order; refused unless each has type and bytes
     that belong together."""
-    grids = _grids(ckpt)
+    types = _types(ckpt)
     found = [n.removesuffix(".blocks") for n in ckpt.names() if n.endswith(".blocks")]
-    if lost := sorted(grids.keys() - set(found)):
-        raise UserError(f"{len(lost)} linears that config.json of {ckpt.folder} gives a grid have no tensor, first "
+    if lost := sorted(types.keys() - set(found)):
+        raise UserError(f"{len(lost)} linears that config.json of {ckpt.folder} gives a type have no tensor, first "
                         f"{lost[0]}.blocks", AGAIN)
     for linear in found:
         shape(ckpt, linear)
     return found
 
 
-def grid_of(ckpt: Checkpoint, linear: str) -> BlockGrid:
-    """The grid that config.json names for a linear."""
-    grids = _grids(ckpt)
-    if linear not in grids:
-        raise UserError(f"config.json of {ckpt.folder} names no grid for {linear}.blocks", AGAIN)
-    name = grids[linear]
-    if not isinstance(name, str) or name not in GRIDS:
-        raise UserError(f"config.json of {ckpt.folder} gives {linear} the grid {name!r}, which this llmc does not know",
-                        f"it knows {', '.join(GRIDS)}; a newer llmc may know more")
-    return GRIDS[name]
+def type_of(ckpt: Checkpoint, linear: str) -> BlockType:
+    """The type that config.json names for a linear."""
+    types = _types(ckpt)
+    if linear not in types:
+        raise UserError(f"config.json of {ckpt.folder} names no type for {linear}.blocks", AGAIN)
+    name = types[linear]
+    if not isinstance(name, str) or name not in BLOCK_TYPES:
+        raise UserError(f"config.json of {ckpt.folder} gives {linear} the type {name!r}, which this llmc does not know",
+                        f"it knows {', '.join(BLOCK_TYPES)}; a newer llmc may know more")
+    return BLOCK_TYPES[name]
 
 
 def shape(ckpt: Checkpoint, linear: str) -> tuple[int, int]:
     """[out, in] of a linear, from the header of its tensor."""
-    name, grid = f"{linear}.blocks", grid_of(ckpt, linear)
+    name, qtype = f"{linear}.blocks", type_of(ckpt, linear)
     stored = ckpt.shape(name)
-    if ckpt.dtype(name) != "U8" or len(stored) != 2 or 0 in stored or stored[1] % grid.block_bytes:
-        raise UserError(f"{name} of {ckpt.folder} is {ckpt.dtype(name)} {list(stored)}, and rows of {grid.name} are "
-                        f"whole blocks of {grid.block_bytes} bytes (U8)", AGAIN)
-    return stored[0], stored[1] // grid.block_bytes * grid.block
+    if ckpt.dtype(name) != "U8" or len(stored) != 2 or 0 in stored or stored[1] % qtype.block_bytes:
+        raise UserError(f"{name} of {ckpt.folder} is {ckpt.dtype(name)} {list(stored)}, and rows of {qtype.name} are "
+                        f"whole blocks of {qtype.block_bytes} bytes (U8)", AGAIN)
+    return stored[0], stored[1] // qtype.block_bytes * qtype.block
 
 
 def read(ckpt: Checkpoint, linear: str) -> BlockTensor:
-    """One quantised linear; factors that are NaN or infinite are refused."""
+    """One quantized linear; factors that are NaN or infinite are refused."""
     shape(ckpt, linear)
-    t = packing.unpack(ckpt.tensor(f"{linear}.blocks").numpy(), grid_of(ckpt, linear))
+    t = packing.unpack(ckpt.tensor(f"{linear}.blocks").numpy(), type_of(ckpt, linear))
     for factors in (t.d, t.m):
         if factors is not None and not bool(torch.isfinite(factors).all()):
             raise UserError(f"{linear}.blocks of {ckpt.folder} holds factors that are NaN or infinite", AGAIN)
     return t
 
 
-def _grids(ckpt: Checkpoint) -> dict[str, Any]:
-    """What config.json names as the grid of every quantised linear, the names not checked."""
+def _types(ckpt: Checkpoint) -> dict[str, Any]:
+    """What config.json names as the type of every quantized linear, the names not checked."""
     c = ckpt.quantization or {}
-    grids = c.get("grids")
+    types = c.get("types")
     if c.get("quant_method") != METHOD or c.get("version") != VERSION:
-        raise UserError(f"{ckpt.folder} is quantised as {c.get('quant_method')!r}, version {c.get('version')!r}; this "
+        raise UserError(f"{ckpt.folder} is quantized as {c.get('quant_method')!r}, version {c.get('version')!r}; this "
                         f"llmc reads {METHOD!r}, version {VERSION}", "use a newer llmc, or start from the float model")
-    if not isinstance(grids, dict):
-        raise UserError(f"quantization_config of {ckpt.folder} has no table `grids`", AGAIN)
-    return grids
+    if not isinstance(types, dict):
+        raise UserError(f"quantization_config of {ckpt.folder} has no table `types`", AGAIN)
+    return types

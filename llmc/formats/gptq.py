@@ -19,7 +19,7 @@ import torch
 
 from llmc.errors import UserError
 from llmc.formats.checkpoint import Checkpoint
-from llmc.formats.types import Grid, QuantizedTensor
+from llmc.formats.types import IntegerType, QuantizedTensor
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
@@ -43,27 +43,27 @@ def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
 
 def encode(q: QuantizedTensor) -> dict[str, torch.Tensor]:
     """The four tensors of one linear. A zero point of 0 has no version-1 form and is refused."""
-    grid = q.grid
+    qtype = q.type
     n = q.shape[1]
-    zeros = q.zeros if q.zeros is not None else torch.full_like(q.scales, grid.zero, dtype=torch.uint8)
+    zeros = q.zeros if q.zeros is not None else torch.full_like(q.scales, qtype.zero, dtype=torch.uint8)
     if bool((zeros == 0).any()):
         raise ValueError("a zero point of 0 cannot be stored in GPTQ version 1 (it stores zero - 1)")
     return {
-        "qweight": pack(q.codes.t().contiguous(), grid.bits),
-        "qzeros": pack((zeros - 1).contiguous(), grid.bits).t().contiguous(),
+        "qweight": pack(q.codes.t().contiguous(), qtype.bits),
+        "qzeros": pack((zeros - 1).contiguous(), qtype.bits).t().contiguous(),
         "scales": q.scales.t().contiguous(),
-        "g_idx": torch.arange(n, dtype=torch.int32) // grid.group_size,
+        "g_idx": torch.arange(n, dtype=torch.int32) // qtype.group_size,
     }
 
 
-def config(grid: Grid, damp: float, true_sequential: bool, layers_in_block: list[list[str]] | None) -> dict[str, Any]:
+def config(qtype: IntegerType, damp: float, true_sequential: bool, layers_in_block: list[list[str]] | None) -> dict[str, Any]:
     """`quantization_config` of config.json, and the whole of quantize_config.json.
 
-    layers_in_block: the linears of a decoder layer that are quantised (`["self_attn.q_proj"], …`), given where some are
-    not, since readers otherwise take every linear of a block for quantised.
+    layers_in_block: the linears of a decoder layer that are quantized (`["self_attn.q_proj"], …`), given where some are
+    not, since readers otherwise take every linear of a block for quantized.
     """
     c: dict[str, Any] = {
-        "quant_method": "gptq", "bits": grid.bits, "group_size": grid.group_size, "sym": grid.symmetric,
+        "quant_method": "gptq", "bits": qtype.bits, "group_size": qtype.group_size, "sym": qtype.symmetric,
         "desc_act": False, "static_groups": True, "damp_percent": damp, "true_sequential": true_sequential,
         "checkpoint_format": "gptq", "format": "gptq", "pack_dtype": "int32", "lm_head": False,
         "quantizer": ["llmc-toolkit"],
@@ -74,48 +74,48 @@ def config(grid: Grid, damp: float, true_sequential: bool, layers_in_block: list
 
 
 def quantized_linears(ckpt: Checkpoint) -> list[str]:
-    """Module names (without `.qweight`) of the quantised linears, in file order."""
+    """Module names (without `.qweight`) of the quantized linears, in file order."""
     return [n.removesuffix(".qweight") for n in ckpt.names() if n.endswith(".qweight")]
 
 
-def grid_of(ckpt: Checkpoint) -> Grid:
-    """The grid that the checkpoint's quantization_config declares."""
+def type_of(ckpt: Checkpoint) -> IntegerType:
+    """The type that the checkpoint's quantization_config declares."""
     c = ckpt.quantization or {}
     if c.get("quant_method") != "gptq" or c.get("bits") not in (4, 8):
-        raise UserError(f"{ckpt.folder} is quantised as {c.get('quant_method')!r} with {c.get('bits')!r} bits; "
+        raise UserError(f"{ckpt.folder} is quantized as {c.get('quant_method')!r} with {c.get('bits')!r} bits; "
                         "llmc reads GPTQ with 4 or 8 bits", "start from the float model")
     if c.get("desc_act"):
         raise UserError(f"{ckpt.folder} uses desc_act (a run-time column order), which no GGUF or ONNX type holds",
-                        "quantise the float model with llmc, which orders columns inside the layout")
-    return Grid(c["bits"], c["group_size"], c.get("sym", True))
+                        "quantize the float model with llmc, which orders columns inside the layout")
+    return IntegerType(c["bits"], c["group_size"], c.get("sym", True))
 
 
 def shape(ckpt: Checkpoint, linear: str) -> tuple[int, int]:
-    """[out, in] of a quantised linear, from the header of its codes."""
+    """[out, in] of a quantized linear, from the header of its codes."""
     words, out = ckpt.shape(f"{linear}.qweight")
-    return out, words * 32 // grid_of(ckpt).bits
+    return out, words * 32 // type_of(ckpt).bits
 
 
-def read(ckpt: Checkpoint, linear: str, grid: Grid) -> QuantizedTensor:
-    """One quantised linear, codes [out, in]. Accepts versions 1 and 2; a label that the values deny is refused."""
-    bits = grid.bits
+def read(ckpt: Checkpoint, linear: str, qtype: IntegerType) -> QuantizedTensor:
+    """One quantized linear, codes [out, in]. Accepts versions 1 and 2; a label that the values deny is refused."""
+    bits = qtype.bits
     if missing := [part for part in PARTS[:3] if f"{linear}.{part}" not in ckpt]:
         raise UserError(f"{linear}.{' and '.join(missing)} is missing from {ckpt.folder}", "make or download it again")
     codes = unpack(ckpt.tensor(f"{linear}.qweight"), bits).t().contiguous()
     scales = ckpt.tensor(f"{linear}.scales").to(torch.float16).t().contiguous()
     stored = unpack(ckpt.tensor(f"{linear}.qzeros").t().contiguous(), bits)
-    group_size = grid.group_size if grid.group_size > 0 else codes.shape[1]
+    group_size = qtype.group_size if qtype.group_size > 0 else codes.shape[1]
     expected = torch.arange(codes.shape[1], dtype=torch.int32) // group_size
     if f"{linear}.g_idx" in ckpt and not torch.equal(ckpt.tensor(f"{linear}.g_idx").to(torch.int32), expected):
         raise UserError(f"{linear} of {ckpt.folder} has a permuted g_idx, which no GGUF or ONNX type holds",
-                        "quantise the float model with llmc")
+                        "quantize the float model with llmc")
     c = ckpt.quantization or {}
     v2 = (c.get("checkpoint_format") or c.get("format") or "gptq") == "gptq_v2"
     zeros = stored if v2 else (stored + 1) & 0xFF
-    if grid.symmetric:
-        if not bool((zeros == grid.zero).all()):
+    if qtype.symmetric:
+        if not bool((zeros == qtype.zero).all()):
             raise UserError(f"{linear} of {ckpt.folder} says sym, {'v2' if v2 else 'v1'}, but its zero points are "
-                            f"{int(zeros.min())}…{int(zeros.max())}, not {grid.zero}",
-                            "its checkpoint_format label is wrong: correct it or quantise again")
-        return QuantizedTensor(Grid(bits, group_size, True), codes, scales)
-    return QuantizedTensor(Grid(bits, group_size, False), codes, scales, zeros)
+                            f"{int(zeros.min())}…{int(zeros.max())}, not {qtype.zero}",
+                            "its checkpoint_format label is wrong: correct it or quantize again")
+        return QuantizedTensor(IntegerType(bits, group_size, True), codes, scales)
+    return QuantizedTensor(IntegerType(bits, group_size, False), codes, scales, zeros)

@@ -69,9 +69,9 @@ def _respell_rope(config: Any) -> None:
 
 
 def load_torch_model(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
-    """The causal language model (an nn.Module in eval mode) in `folder`, float or quantised.
+    """The causal language model (an nn.Module in eval mode) in `folder`, float or quantized.
 
-    Quantised weights are dequantised exactly in float32, then cast to `dtype`. Safetensors only, and no code from the
+    Quantized weights are dequantized exactly in float32, then cast to `dtype`. Safetensors only, and no code from the
     folder is run. A tensor that the architecture needs and the folder lacks is an error, not a random weight.
     """
     from transformers import AutoModelForCausalLM
@@ -100,9 +100,9 @@ def load_torch_model(folder: Path, device: str = "cpu", dtype: torch.dtype = tor
 
 
 def _dequantized(ckpt: Checkpoint, skeleton: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The state dict of a quantised checkpoint as a float model would have it.
+    """The state dict of a quantized checkpoint as a float model would have it.
 
-    transformers stores the weights of GPT-2's Conv1D modules as [in, out]; what is quantised is always [out, in].
+    transformers stores the weights of GPT-2's Conv1D modules as [in, out]; what is quantized is always [out, in].
     """
     from transformers.pytorch_utils import Conv1D
 

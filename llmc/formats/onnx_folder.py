@@ -26,7 +26,7 @@ GENAI = "genai_config.json"
 MODEL = "model.onnx"
 INSTALL = "pip install 'llmc-toolkit[onnx]'"
 AGAIN = "copy the whole folder again, or export it again"
-# What the inputs of a quantised matrix are rounded to before the product: 0 nothing, 4 int8 in blocks. A MatMulNBits says it
+# What the inputs of a quantized matrix are rounded to before the product: 0 nothing, 4 int8 in blocks. A MatMulNBits says it
 # itself; for DequantizeLinear and MatMul, which ONNX Runtime fuses, it is an option of the session, 4 where it is left out
 LEVEL, QDQ_LEVEL, QDQ_DEFAULT = "accuracy_level", "session.qdq_matmulnbits_accuracy_level", 4
 
@@ -79,7 +79,7 @@ class OnnxFolder:
         return int(self.genai.get("model", {}).get("decoder", {}).get("session_options", {}).get(QDQ_LEVEL, QDQ_DEFAULT))
 
     def edit(self, level: int | None = None, head_level: int | None = None, watched: tuple[str, ...] = ()) -> OnnxFolder:
-        """The folder with another graph, in memory. level: accuracy level of every quantised matrix; head_level: of the
+        """The folder with another graph, in memory. level: accuracy level of every quantized matrix; head_level: of the
         head's MatMulNBits, else as `level`; watched: float32 values inside of the graph."""
         from onnx import TensorProto, helper
 

@@ -1,4 +1,4 @@
-"""The bytes of block grids: BlockTensor -> GGUF blocks and back, nothing rounded. Formats: ggml/src/ggml-common.h.
+"""The bytes of block types: BlockTensor -> GGUF blocks and back, nothing rounded. Formats: ggml/src/ggml-common.h.
 
 A block is a sequence of fields, listed in file order; numbers are little-endian, d, m and dmin are float16:
 
@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from llmc.formats.types import BlockGrid, BlockTensor, Range
+from llmc.formats.types import BlockTensor, BlockType, Range
 
 BYTE = np.dtype(np.uint8)
 
@@ -107,26 +107,26 @@ LAYOUTS: dict[str, tuple[Bits | Sixes, ...]] = {
 
 def pack(t: BlockTensor) -> np.ndarray:
     """uint8 [out, in / block * block_bytes]: no code and no factor changed."""
-    grid = t.grid
-    parts = {"codes": _unsigned(t.codes, (0, len(grid.levels) - 1), grid.block), "d": _as_bytes(t.d)}
+    qtype = t.type
+    parts = {"codes": _unsigned(t.codes, (0, len(qtype.levels) - 1), qtype.block), "d": _as_bytes(t.d)}
     if t.m is not None:
         parts["m"] = _as_bytes(t.m)
-    integers = [_unsigned(x, allowed, grid.groups)
-                for x, allowed in ((t.scales, grid.scale_range), (t.mins, grid.min_range))
+    integers = [_unsigned(x, allowed, qtype.groups)
+                for x, allowed in ((t.scales, qtype.scale_range), (t.mins, qtype.min_range))
                 if x is not None and allowed is not None]
     if integers:
         parts["scales"] = np.concatenate(integers, axis=1)
-    return np.concatenate([f.write(parts[f.part]) for f in LAYOUTS[grid.name]], axis=1).reshape(t.shape[0], -1)
+    return np.concatenate([f.write(parts[f.part]) for f in LAYOUTS[qtype.name]], axis=1).reshape(t.shape[0], -1)
 
 
-def unpack(data: np.ndarray, grid: BlockGrid) -> BlockTensor:
+def unpack(data: np.ndarray, qtype: BlockType) -> BlockTensor:
     """The inverse of `pack`; scales and mins are int8."""
-    blocks = data.reshape(-1, grid.block_bytes)
-    kinds = (grid.scale_range is not None) + (grid.min_range is not None)
-    counts = {"codes": grid.block, "scales": kinds * grid.groups, "d": 2, "m": 2}
+    blocks = data.reshape(-1, qtype.block_bytes)
+    kinds = (qtype.scale_range is not None) + (qtype.min_range is not None)
+    counts = {"codes": qtype.block, "scales": kinds * qtype.groups, "d": 2, "m": 2}
     parts: dict[str, np.ndarray] = {}
     start = 0
-    for f in LAYOUTS[grid.name]:
+    for f in LAYOUTS[qtype.name]:
         end = start + counts[f.part] * f.bits // 8
         numbers = f.read(blocks[:, start:end])
         parts[f.part] = parts[f.part] | numbers if f.part in parts else numbers
@@ -138,16 +138,16 @@ def unpack(data: np.ndarray, grid: BlockGrid) -> BlockTensor:
     def integers(index: int, allowed: Range | None) -> torch.Tensor | None:
         if allowed is None:
             return None
-        stored = parts["scales"][:, index * grid.groups : (index + 1) * grid.groups]
+        stored = parts["scales"][:, index * qtype.groups : (index + 1) * qtype.groups]
         return matrix((stored.astype(np.int16) + allowed[0]).astype(np.int8))
 
     return BlockTensor(
-        grid,
+        qtype,
         codes=matrix(parts["codes"]),
         d=matrix(parts["d"].view(np.float16)),
-        m=matrix(parts["m"].view(np.float16)) if grid.has_min else None,
-        scales=integers(0, grid.scale_range),
-        mins=integers(1, grid.min_range),
+        m=matrix(parts["m"].view(np.float16)) if qtype.has_min else None,
+        scales=integers(0, qtype.scale_range),
+        mins=integers(1, qtype.min_range),
     )
 
 

@@ -2,7 +2,7 @@
 
 llama.cpp knows pre-tokenizers by name (src/llama-vocab.cpp), a tokenizer.json spells out the steps. Its steps are
 reduced to a signature, which is looked up. Of the names that stand for the same splitting, one is chosen that means
-nothing else besides. The exporter then proves the choice by tokenising the same text on both sides.
+nothing else besides. The exporter then proves the choice by tokenizing the same text on both sides.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A quantised model folder, whichever form it has: GPTQ's tensors (gptq/) or blocks of GGUF's own types (blocks/)."""
+"""A quantized model folder, whichever form it has: GPTQ's tensors (gptq/) or blocks of GGUF's own types (blocks/)."""
 
 from __future__ import annotations
 
@@ -10,53 +10,53 @@ import torch
 from llmc.errors import UserError
 from llmc.formats import blocks, gptq
 from llmc.formats.checkpoint import Checkpoint
-from llmc.formats.types import GRIDS, BlockGrid, BlockTensor, Grid, QuantizedTensor
+from llmc.formats.types import BLOCK_TYPES, BlockTensor, BlockType, IntegerType, QuantizedTensor
 
 Quantized = QuantizedTensor | BlockTensor
 METHODS = ("gptq", blocks.METHOD)  # what `quant_method` of config.json can be
 
 
 def is_quantized(ckpt: Checkpoint) -> bool:
-    """Whether config.json says that the folder is quantised, be it in a form that llmc reads or not."""
+    """Whether config.json says that the folder is quantized, be it in a form that llmc reads or not."""
     return ckpt.quantization is not None
 
 
 def linears(ckpt: Checkpoint) -> list[str]:
-    """Module names of the quantised linears, in file order; none in a float folder. A form that llmc does not read is
+    """Module names of the quantized linears, in file order; none in a float folder. A form that llmc does not read is
     refused."""
     if _is_blocks(ckpt):
         return blocks.quantized_linears(ckpt)
     found = gptq.quantized_linears(ckpt)
     if found or is_quantized(ckpt):
-        gptq.grid_of(ckpt)
+        gptq.type_of(ckpt)
     return found
 
 
 def tables(ckpt: Checkpoint) -> dict[str, str]:
     """The types that a folder was made to be exported with: {'embedding': …, 'head': …}, either or both left out."""
     found = (ckpt.quantization or {}).get("tables", {})
-    if not isinstance(found, dict) or not all(name in GRIDS for name in found.values()):
+    if not isinstance(found, dict) or not all(name in BLOCK_TYPES for name in found.values()):
         raise UserError(f"quantization_config of {ckpt.folder} has the tables {found!r}; this llmc knows the types "
-                        f"{', '.join(GRIDS)}", "name others with --embedding and --head, or use a newer llmc")
+                        f"{', '.join(BLOCK_TYPES)}", "name others with --embedding and --head, or use a newer llmc")
     return found
 
 
 def parts(linear: str) -> tuple[str, ...]:
-    """The names that the tensors of a quantised linear can have. Its bias is not among them."""
+    """The names that the tensors of a quantized linear can have. Its bias is not among them."""
     return tuple(f"{linear}.{part}" for part in (*gptq.PARTS, *blocks.PARTS))
 
 
-def grid(ckpt: Checkpoint, linear: str) -> Grid | BlockGrid:
-    """The grid of one linear; one GPTQ group a row is a group of the row's width."""
+def type_of(ckpt: Checkpoint, linear: str) -> IntegerType | BlockType:
+    """The type of one linear; one GPTQ group a row is a group of the row's width."""
     if _is_blocks(ckpt):
-        return blocks.grid_of(ckpt, linear)
-    declared = gptq.grid_of(ckpt)
-    return declared if declared.group_size > 0 else Grid(declared.bits, shape(ckpt, linear)[1], declared.symmetric)
+        return blocks.type_of(ckpt, linear)
+    declared = gptq.type_of(ckpt)
+    return declared if declared.group_size > 0 else IntegerType(declared.bits, shape(ckpt, linear)[1], declared.symmetric)
 
 
-def grid_name(ckpt: Checkpoint, linear: str) -> str:
+def type_name(ckpt: Checkpoint, linear: str) -> str:
     """'int4-sym-g32', 'q4_k', …"""
-    return grid(ckpt, linear).name
+    return type_of(ckpt, linear).name
 
 
 def shape(ckpt: Checkpoint, linear: str) -> tuple[int, int]:
@@ -66,7 +66,7 @@ def shape(ckpt: Checkpoint, linear: str) -> tuple[int, int]:
 
 def read(ckpt: Checkpoint, linear: str) -> Quantized:
     """One linear, codes [out, in]."""
-    return blocks.read(ckpt, linear) if _is_blocks(ckpt) else gptq.read(ckpt, linear, gptq.grid_of(ckpt))
+    return blocks.read(ckpt, linear) if _is_blocks(ckpt) else gptq.read(ckpt, linear, gptq.type_of(ckpt))
 
 
 def encode(q: Quantized) -> dict[str, torch.Tensor]:
@@ -75,12 +75,12 @@ def encode(q: Quantized) -> dict[str, torch.Tensor]:
 
 
 def as_blocks(q: Quantized) -> BlockTensor:
-    """The same weights in the form of blocks: an integer grid that a GGUF type holds is that type, code for code."""
+    """The same weights in the form of blocks: an integer type that a GGUF type holds is that type, code for code."""
     if isinstance(q, BlockTensor):
         return q
-    assert q.grid.gguf_type is not None
-    repeats = q.grid.group_size // 32
-    return BlockTensor(GRIDS[q.grid.gguf_type.lower()], q.codes, q.scales.repeat_interleave(repeats, 1))
+    assert q.type.gguf_type is not None
+    repeats = q.type.group_size // 32
+    return BlockTensor(BLOCK_TYPES[q.type.gguf_type.lower()], q.codes, q.scales.repeat_interleave(repeats, 1))
 
 
 def tensors_of(q: Quantized) -> dict[str, torch.Tensor]:
@@ -90,7 +90,7 @@ def tensors_of(q: Quantized) -> dict[str, torch.Tensor]:
 
 
 def with_tensors(q: Quantized, tensors: dict[str, Any]) -> Quantized:
-    """The same grid with other tensors, by field as `tensors_of` gives them."""
+    """The same type with other tensors, by field as `tensors_of` gives them."""
     return replace(q, **tensors)
 
 

@@ -52,7 +52,7 @@ def _warn_of_no_licence(folder: Path) -> None:
     warn(f"no licence found in {folder} (README.md front matter): the manifest says 'unknown'")
 
 
-TRANSFORMS = ("rotate", "gauge")  # passes that leave a float model's function as it is
+TRANSFORMS = ("rotate", "scaling")  # passes that leave a float model's function as it is
 
 
 def origin_of(folder: Path, described: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""The one table of quantisation grids: what values a weight may take, and which file formats hold them exactly.
+"""The one table of quantization type: what values a weight may take, and which file formats hold them exactly.
 
-A grid cuts each row of a weight matrix [out, in] into blocks of `group_size` consecutive columns. Inside a block
+A type cuts each row of a weight matrix [out, in] into blocks of `group_size` consecutive columns. Inside a block
 
     value = scale * (code - zero)        code in 0 … 2**bits - 1, scale stored as fp16
 
-so the codes that a quantiser chooses can be carried, bit for bit, into every format the table names.
+so the codes that a quantizer chooses can be carried, bit for bit, into every format the table names.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Grid:
-    """Values `scale * (code - zero)`. Symmetric grids fix zero at 2**(bits-1): 8 for 4 bits, 128 for 8 bits."""
+class IntegerType:
+    """Values `scale * (code - zero)`. Symmetric types fix zero at 2**(bits-1): 8 for 4 bits, 128 for 8 bits."""
 
     bits: int
     group_size: int
@@ -32,7 +32,7 @@ class Grid:
 
     @property
     def zero(self) -> int:
-        """The zero point of a symmetric grid."""
+        """The zero point of a symmetric type."""
         return 1 << (self.bits - 1)
 
     @property
@@ -51,7 +51,7 @@ class Grid:
 
     @property
     def gguf_type(self) -> str | None:
-        """The GGUF tensor type that holds this grid exactly (the scale repeated every 32 columns), or None."""
+        """The GGUF tensor type that holds this type exactly (the scale repeated every 32 columns), or None."""
         if not self.symmetric or self.group_size % 32:
             return None
         return {4: "Q4_0", 8: "Q8_0"}.get(self.bits)
@@ -59,14 +59,14 @@ class Grid:
 
 @dataclass
 class QuantizedTensor:
-    """A weight matrix on a grid.
+    """A weight matrix on a type.
 
     codes:  uint8 [out, in], each 0 … 2**bits - 1
     scales: float16 [out, in / group_size]
-    zeros:  uint8 [out, in / group_size], or None for a symmetric grid
+    zeros:  uint8 [out, in / group_size], or None for a symmetric type
     """
 
-    grid: Grid
+    type: IntegerType
     codes: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor | None = None
@@ -76,20 +76,20 @@ class QuantizedTensor:
         return self.codes.shape[0], self.codes.shape[1]
 
     def dequantize(self) -> torch.Tensor:
-        """float32 [out, in]: scale * (code - zero), exact in float32 for every grid of the table."""
+        """float32 [out, in]: scale * (code - zero), exact in float32 for every type of the table."""
         import torch
 
         out, n = self.codes.shape
-        q = self.codes.to(torch.float32).view(out, -1, self.grid.group_size)
-        zero = float(self.grid.zero) if self.zeros is None else self.zeros.to(torch.float32).unsqueeze(-1)
+        q = self.codes.to(torch.float32).view(out, -1, self.type.group_size)
+        zero = float(self.type.zero) if self.zeros is None else self.zeros.to(torch.float32).unsqueeze(-1)
         return ((q - zero) * self.scales.to(torch.float32).unsqueeze(-1)).view(out, n)
 
 
 # -------------------------------------------------------------------------------------------------------------- GGUF's types
 #
-# The GGUF block grids: what values a weight of each type may take, as codes and factors, before any byte is laid out.
+# The GGUF block types: what values a weight of each type may take, as codes and factors, before any byte is laid out.
 #
-# A grid cuts each row of a matrix [out, in] into blocks of `block` columns that share fp16 factors, and each block into
+# A type cuts each row of a matrix [out, in] into blocks of `block` columns that share fp16 factors, and each block into
 # groups of `group` columns that share one scale and one minimum:
 #
 #     block = group:  value = d * level[code] + m
@@ -103,7 +103,7 @@ Range = tuple[int, int]  # lowest and highest, both included
 
 
 @dataclass(frozen=True)
-class BlockGrid:
+class BlockType:
     """One GGUF type. Its codes are 0 … len(levels) - 1, its scales and minimums integers within their ranges."""
 
     name: str
@@ -152,21 +152,21 @@ def _integers(low: int, high: int) -> tuple[int, ...]:
 # ggml's kvalues_iq4nl: denser near zero, as weights are
 IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
-GRIDS: dict[str, BlockGrid] = {
-    grid.name: grid
-    for grid in (
-        BlockGrid("q4_0", 32, 32, _integers(-8, 7)),
-        BlockGrid("q4_1", 32, 32, _integers(0, 15), has_min=True),
-        BlockGrid("q5_0", 32, 32, _integers(-16, 15)),
-        BlockGrid("q5_1", 32, 32, _integers(0, 31), has_min=True),
-        BlockGrid("q8_0", 32, 32, _integers(-128, 127)),
-        BlockGrid("iq4_nl", 32, 32, IQ4_LEVELS),
-        BlockGrid("q2_k", 256, 16, _integers(0, 3), (0, 15), (0, 15), has_min=True),
-        BlockGrid("q3_k", 256, 16, _integers(-4, 3), (-32, 31)),
-        BlockGrid("q4_k", 256, 32, _integers(0, 15), (0, 63), (0, 63), has_min=True),
-        BlockGrid("q5_k", 256, 32, _integers(0, 31), (0, 63), (0, 63), has_min=True),
-        BlockGrid("q6_k", 256, 16, _integers(-32, 31), (-128, 127)),
-        BlockGrid("iq4_xs", 256, 32, IQ4_LEVELS, (-32, 31)),
+BLOCK_TYPES: dict[str, BlockType] = {
+    qtype.name: qtype
+    for qtype in (
+        BlockType("q4_0", 32, 32, _integers(-8, 7)),
+        BlockType("q4_1", 32, 32, _integers(0, 15), has_min=True),
+        BlockType("q5_0", 32, 32, _integers(-16, 15)),
+        BlockType("q5_1", 32, 32, _integers(0, 31), has_min=True),
+        BlockType("q8_0", 32, 32, _integers(-128, 127)),
+        BlockType("iq4_nl", 32, 32, IQ4_LEVELS),
+        BlockType("q2_k", 256, 16, _integers(0, 3), (0, 15), (0, 15), has_min=True),
+        BlockType("q3_k", 256, 16, _integers(-4, 3), (-32, 31)),
+        BlockType("q4_k", 256, 32, _integers(0, 15), (0, 63), (0, 63), has_min=True),
+        BlockType("q5_k", 256, 32, _integers(0, 31), (0, 63), (0, 63), has_min=True),
+        BlockType("q6_k", 256, 16, _integers(-32, 31), (-128, 127)),
+        BlockType("iq4_xs", 256, 32, IQ4_LEVELS, (-32, 31)),
     )
 }
 
@@ -175,24 +175,24 @@ GRIDS: dict[str, BlockGrid] = {
 FALLBACK = {"q2_k": "iq4_nl", "q3_k": "iq4_nl", "iq4_xs": "iq4_nl", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
 
 
-def grid_named(name: str) -> BlockGrid:
-    if name not in GRIDS:
-        raise UserError(f"no GGUF block grid is named {name!r}", f"choose one of {', '.join(GRIDS)}")
-    return GRIDS[name]
+def type_named(name: str) -> BlockType:
+    if name not in BLOCK_TYPES:
+        raise UserError(f"no GGUF block type is named {name!r}", f"choose one of {', '.join(BLOCK_TYPES)}")
+    return BLOCK_TYPES[name]
 
 
 @dataclass
 class BlockTensor:
-    """A weight matrix on a block grid.
+    """A weight matrix on a block type.
 
-    codes:  uint8 [out, in], indices into grid.levels
+    codes:  uint8 [out, in], indices into type.levels
     d:      float16 [out, in / block]
-    m:      float16 [out, in / block], None unless grid.has_min: m where block = group, dmin in the others
-    scales: int8 or int16 [out, in / group], None unless grid.scale_range
-    mins:   int8 or int16 [out, in / group], None unless grid.min_range
+    m:      float16 [out, in / block], None unless type.has_min: m where block = group, dmin in the others
+    scales: int8 or int16 [out, in / group], None unless type.scale_range
+    mins:   int8 or int16 [out, in / group], None unless type.min_range
     """
 
-    grid: BlockGrid
+    type: BlockType
     codes: torch.Tensor
     d: torch.Tensor
     m: torch.Tensor | None = None
@@ -212,7 +212,7 @@ class BlockTensor:
         import torch
 
         if self.m is None:
-            return torch.zeros(self.shape[0], self.shape[1] // self.grid.group, device=self.codes.device)
+            return torch.zeros(self.shape[0], self.shape[1] // self.type.group, device=self.codes.device)
         low = self._times(self.m, self.mins)
         return low if self.mins is None else -low
 
@@ -220,8 +220,8 @@ class BlockTensor:
         """float32 [out, in]: scale * level[code] + low, bit for bit what llama.cpp computes."""
         import torch
 
-        levels = torch.tensor(self.grid.levels, dtype=torch.float32, device=self.codes.device)
-        values = levels[self.codes.int()].view(self.shape[0], -1, self.grid.group)
+        levels = torch.tensor(self.type.levels, dtype=torch.float32, device=self.codes.device)
+        values = levels[self.codes.int()].view(self.shape[0], -1, self.type.group)
         values *= self.group_scales().unsqueeze(-1)
         if self.m is not None:  # adding the zeros of a type without a minimum would make -0 a +0
             values += self.group_lows().unsqueeze(-1)
@@ -234,8 +234,8 @@ class BlockTensor:
         wide = factor.to(torch.float32)
         if integers is None:
             return wide
-        by_block = integers.to(torch.float32).view(*wide.shape, self.grid.groups)
+        by_block = integers.to(torch.float32).view(*wide.shape, self.type.groups)
         return (wide.unsqueeze(-1) * by_block).view(integers.shape)
 
 
-AnyGrid = Grid | BlockGrid
+AnyType = IntegerType | BlockType

@@ -24,7 +24,7 @@ _RULES = (
 
 @dataclass(frozen=True)
 class Tensor:
-    """One weight: a stored tensor, or the tensors of a quantised linear taken together."""
+    """One weight: a stored tensor, or the tensors of a quantized linear taken together."""
 
     name: str
     kind: str
@@ -41,7 +41,7 @@ def classify(name: str) -> str:
 
 
 def tensors(artifact: Path) -> list[Tensor]:
-    """Every weight of a folder (float, quantised or ONNX) or a .gguf file, in file order."""
+    """Every weight of a folder (float, quantized or ONNX) or a .gguf file, in file order."""
     if is_onnx_folder(artifact):
         from llmc.formats import weigh_onnx
 
@@ -65,10 +65,10 @@ def _folder_tensors(folder: Path) -> Iterator[Tensor]:
     for name in ckpt.names():
         linear, _, part = name.rpartition(".")
         if part == "blocks" and quantization.get("quant_method") == "llmc-blocks":
-            from llmc.formats.blocks import grid_of, shape
+            from llmc.formats.blocks import shape, type_of
 
             out, width = shape(ckpt, linear)
-            yield Tensor(f"{linear}.weight", classify(linear), grid_of(ckpt, linear).gguf_type, out * width,
+            yield Tensor(f"{linear}.weight", classify(linear), type_of(ckpt, linear).gguf_type, out * width,
                          ckpt.nbytes(name))
         elif f"{linear}.qweight" not in ckpt:
             n = 1

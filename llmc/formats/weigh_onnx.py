@@ -1,4 +1,4 @@
-"""The weights of an ONNX folder as llmc/formats/weigh.py lists them: a quantised matrix with its scales is one weight."""
+"""The weights of an ONNX folder as llmc/formats/weigh.py lists them: a quantized matrix with its scales is one weight."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def tensors(source: OnnxFolder) -> Iterator[Tensor]:
 
 
 def _packed(source: OnnxFolder) -> dict[str, tuple[str, str, int, list[str]]]:
-    """{initializer with codes: (label, type, parameters, all its initializers)} of quantised matrices."""
+    """{initializer with codes: (label, type, parameters, all its initializers)} of quantized matrices."""
     from onnx import TensorProto
 
     sizes = {t.name: t for t in source.proto.graph.initializer}

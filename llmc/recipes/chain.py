@@ -10,8 +10,8 @@ from typing import Any
 from llmc.compress.prune.config import MASKS
 from llmc.errors import UserError
 from llmc.formats.onnx_folder import is_onnx_folder
-from llmc.formats.types import GRIDS
-from llmc.recipes.commands import ARTIFACTS, CALLED, FLOAT, GGUF, ONNX, ONNX_GRIDS, PAGE, QUANTISED, REPORT
+from llmc.formats.types import BLOCK_TYPES
+from llmc.recipes.commands import ARTIFACTS, CALLED, FLOAT, GGUF, ONNX, ONNX_TYPES, PAGE, QUANTIZED, REPORT
 from llmc.recipes.recipe import BASE, EACH, Recipe, nearest, override, parse, read_text, scalar
 from llmc.recipes.typed import Typed, type_steps
 from llmc.sources.resolve import HUB_ID, WHAT_TO_GIVE
@@ -94,13 +94,13 @@ def _base(recipe: Recipe, need_model: bool, problems: list[str]) -> tuple[str, s
         try:
             from llmc.formats.checkpoint import Checkpoint
 
-            return str(path.absolute()), QUANTISED if Checkpoint.open(path).quantization else FLOAT
+            return str(path.absolute()), QUANTIZED if Checkpoint.open(path).quantization else FLOAT
         except UserError as e:
             problems.append(f"model: {e.problem}")
     elif path.is_file():
         if path.suffix != ".gguf":
             problems.append(f"model {base}: {WHAT_TO_GIVE}")
-        return str(path.absolute()), FLOAT  # its values, dequantised
+        return str(path.absolute()), FLOAT  # its values, dequantized
     elif HUB_ID.fullmatch(base) is None:
         problems.append(f"model: there is no folder or file {base}: {WHAT_TO_GIVE}")
     return base, FLOAT
@@ -167,10 +167,10 @@ class _Linker:
         by_layer = t.command.name == "heal" and t.config.scope == "block"
         reshaped = by_layer and any(self._reshapes(n) for n in self._line(student))
         if t.teacher is None:
-            if reshaped:  # layers must pair: the float model that was quantised has the shape
+            if reshaped:  # layers must pair: the float model that was quantized has the shape
                 return next((n for n in self._line(student) if self.kinds.get(n) == FLOAT), BASE)
-            if self.kinds[BASE] == QUANTISED:
-                self._problem(t, "teacher", "the base is quantised itself: name a float teacher")
+            if self.kinds[BASE] == QUANTIZED:
+                self._problem(t, "teacher", "the base is quantized itself: name a float teacher")
             return BASE
         if t.teacher not in self.kinds:
             path = self.recipe.path(t.teacher)
@@ -199,22 +199,22 @@ class _Linker:
     def _rules(self, t: Typed, source: str) -> None:
         """What kinds alone do not tell."""
         line = self._line(source)
-        quantised = next((self.made[n] for n in line if self.made[n].command == "quantize"), None)
+        quantized = next((self.made[n] for n in line if self.made[n].command == "quantize"), None)
         config = t.config
-        if t.format == "onnx" and quantised:
-            q = quantised.typed.config
-            grid = q.target or (q.preset or q.grid)
-            if grid is not None and grid not in ONNX_GRIDS:
-                self._problem(t, "of", f"ONNX Runtime has no weight types for what {quantised.name} makes ({grid}): it has "
-                                       f"--bits 4 and 8 and the grids {', '.join(ONNX_GRIDS)}")
+        if t.format == "onnx" and quantized:
+            q = quantized.typed.config
+            qtype = q.target or (q.preset or q.type)
+            if qtype is not None and qtype not in ONNX_TYPES:
+                self._problem(t, "of", f"ONNX Runtime has no weight types for what {quantized.name} makes ({qtype}): it has "
+                                       f"--bits 4 and 8 and the types {', '.join(ONNX_TYPES)}")
             if config.dtype is not None:
-                self._problem(t, "dtype", f"{source} is quantised, and its codes are carried over: leave dtype out")
+                self._problem(t, "dtype", f"{source} is quantized, and its codes are carried over: leave dtype out")
         masked = [n for n in line if self.made[n].command == "prune" and not self._reshapes(n)]
         if masked and t.command.name == "transform" and config.rotate != "none":
             self._problem(t, "rotate", f"a rotation fills the zeros of {masked[0]}: rotate before pruning")
-        if masked and t.command.name == "quantize" and config.grid and not (
-                config.lose_zeros or GRIDS[config.grid].holds_zero):
-            self._problem(t, "grid", f"{config.grid} has no code for the zeros of {masked[0]}: take another grid, or "
+        if masked and t.command.name == "quantize" and config.type and not (
+                config.lose_zeros or BLOCK_TYPES[config.type].holds_zero):
+            self._problem(t, "type", f"{config.type} has no code for the zeros of {masked[0]}: take another type, or "
                                      "lose_zeros: true")
 
     # ---------------------------------------------------------------------------------------------- what is measured
@@ -260,7 +260,7 @@ def _remedy(command: str, kind: str) -> str:
     """': put a quantize step before it', where one step would do."""
     if command == "heal" and kind == FLOAT:
         return ": put a quantize step before it"
-    if kind == QUANTISED:
+    if kind == QUANTIZED:
         return f": {command} comes before quantize"
     if kind in (GGUF, ONNX):
         return ": an exported file is an end; name the model with `of`"

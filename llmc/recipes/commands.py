@@ -11,10 +11,10 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
-FLOAT, QUANTISED, GGUF, ONNX, REPORT, PAGE = "float", "quantised", "gguf", "onnx", "report", "page"
-MODELS = (FLOAT, QUANTISED)
-ARTIFACTS = (FLOAT, QUANTISED, GGUF, ONNX)
-CALLED = {FLOAT: "a float model", QUANTISED: "a quantised model", GGUF: "a .gguf file", ONNX: "an ONNX folder"}
+FLOAT, QUANTIZED, GGUF, ONNX, REPORT, PAGE = "float", "quantized", "gguf", "onnx", "report", "page"
+MODELS = (FLOAT, QUANTIZED)
+ARTIFACTS = (FLOAT, QUANTIZED, GGUF, ONNX)
+CALLED = {FLOAT: "a float model", QUANTIZED: "a quantized model", GGUF: "a .gguf file", ONNX: "an ONNX folder"}
 
 # What a recipe decides itself: inputs, outputs and how it is run. The rest of a config's fields are a step's options.
 OWN = {"model", "artifact", "artifacts", "reports", "base", "teacher", "out", "output", "outputs", "page", "resume",
@@ -68,8 +68,8 @@ COMMANDS: dict[str, Command] = {c.name: c for c in (
     _compress("prune", (FLOAT,), FLOAT, "PruneConfig", "method"),
     _compress("distill", (FLOAT,), FLOAT, "DistillConfig", "steps"),
     _compress("transform", (FLOAT,), FLOAT, "TransformConfig"),
-    _compress("quantize", (FLOAT,), QUANTISED, "QuantizeConfig", "grid"),
-    _compress("heal", (QUANTISED,), QUANTISED, "HealConfig", "steps"),
+    _compress("quantize", (FLOAT,), QUANTIZED, "QuantizeConfig", "type"),
+    _compress("heal", (QUANTIZED,), QUANTIZED, "HealConfig", "steps"),
     Command("export", "export", MODELS, GGUF,
             {"gguf": "llmc.export.gguf.config:GgufExportConfig", "onnx": "llmc.export.onnx.config:OnnxExportConfig"},
             ("llmc.export", "llmc.formats.types", "llmc.formats.types"), "format",
@@ -80,7 +80,7 @@ COMMANDS: dict[str, Command] = {c.name: c for c in (
 )}
 
 # What ONNX Runtime has a weight type for (export/onnx/layout.py); budgets and presets mix in others.
-ONNX_GRIDS = ("q4_0", "q4_1", "q8_0")
+ONNX_TYPES = ("q4_0", "q4_1", "q8_0")
 
 
 @cache

@@ -17,7 +17,7 @@ class RunConfig:
     model: str | None = None
     """The base model, instead of the recipe's."""
     set: tuple[str, ...] = ()
-    """As typed: 'quantize.grid=q4_1', or 'calibration=FILE' for every step that has the option."""
+    """As typed: 'quantize.type=q4_1', or 'calibration=FILE' for every step that has the option."""
     out: Path | None = None
     """The run folder. None: the recipe's name in the working folder."""
     dry_run: bool = False
@@ -28,7 +28,7 @@ class SweepConfig:
     """`llmc sweep`."""
 
     vary: tuple[str, ...] = ()
-    """As typed: 'quantize.grid=q4_0,q4_k'. The product of all is run."""
+    """As typed: 'quantize.type=q4_0,q4_k'. The product of all is run."""
     model: str | None = None
     set: tuple[str, ...] = ()
     out: Path | None = None

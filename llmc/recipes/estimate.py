@@ -21,7 +21,7 @@ KEPT = 8  # earlier steps of a kind that are remembered
 def kind(job: Job) -> str:
     """Steps whose times can be held against each other, scaled by `work`."""
     config = job.step.typed.config
-    how = [str(getattr(config, name)) for name in ("method", "scope", "gauge", "exporter", "device") if hasattr(config, name)]
+    how = [str(getattr(config, name)) for name in ("method", "scope", "scaling", "exporter", "device") if hasattr(config, name)]
     return " ".join([job.step.command, job.step.typed.format, *how, str(getattr(config, "heal", 0) > 0)])
 
 

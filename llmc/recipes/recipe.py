@@ -90,7 +90,7 @@ def read_text(recipe: str | Path) -> tuple[str, str, Path]:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """', did you mean grid?' or nothing."""
+    """', did you mean type?' or nothing."""
     close = difflib.get_close_matches(word, list(known), 1)
     return f" (did you mean {close[0]}?)" if close else ""
 
@@ -151,7 +151,7 @@ def _value(node: Any, problems: list[str]) -> Any:
 
 
 def _entry(item: Any, problems: list[str]) -> Entry | None:
-    """`quantize`, `quantize: {grid: q4_k}`, `quantize: q4_k`, or None where no command can be found."""
+    """`quantize`, `quantize: {qtype: q4_k}`, `quantize: q4_k`, or None where no command can be found."""
     import yaml
 
     line = item.start_mark.line + 1
@@ -217,10 +217,10 @@ def override(recipe: Recipe, settings: Mapping[str, Any], problems: list[str]) -
 
 
 def setting(text: str) -> tuple[str, str]:
-    """('quantize.grid', 'q4_1') of 'quantize.grid=q4_1'."""
+    """('quantize.type', 'q4_1') of 'quantize.type=q4_1'."""
     key, sign, value = text.partition("=")
     if not sign or not key.strip():
-        raise UserError(f"--set {text}: write it like --set quantize.grid=q4_1", "give STEP.OPTION=VALUE")
+        raise UserError(f"--set {text}: write it like --set quantize.type=q4_1", "give STEP.OPTION=VALUE")
     return key.strip(), value
 
 

@@ -59,13 +59,13 @@ def sweep(recipe: str | Path, config: SweepConfig) -> dict[str, Any]:
 
 
 def variations(vary: tuple[str, ...]) -> dict[str, list[str]]:
-    """{'quantize.grid': ['q4_0', 'q4_k'], …} of what was typed."""
+    """{'quantize.type': ['q4_0', 'q4_k'], …} of what was typed."""
     found: dict[str, list[str]] = {}
     for text in vary:
         key, sign, values = text.partition("=")
         listed = [v.strip() for v in values.split(",") if v.strip()]
         if not sign or not listed or not key.strip():
-            raise UserError(f"--vary {text}: write it like --vary quantize.grid=q4_0,q4_k", "give STEP.OPTION=VALUE,VALUE,…")
+            raise UserError(f"--vary {text}: write it like --vary quantize.type=q4_0,q4_k", "give STEP.OPTION=VALUE,VALUE,…")
         if key.strip() in found:
             raise UserError(f"--vary names {key.strip()} twice", "give all its values in one list")
         found[key.strip()] = listed

@@ -1,4 +1,4 @@
-"""The factors of GGUF's block grids, always already in the precision they are stored in.
+"""The factors of GGUF's block types, always already in the precision they are stored in.
 
 A weight is  s * level + a  with s and a of its group of 16 or 32 columns. In blocks of 32, s and a are fp16. In blocks of 256
 they are products of a small integer of the group and an fp16 factor of the block: s = d * scale, a = -dmin * minimum. So the
@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from llmc.formats.types import BlockGrid, BlockTensor
+from llmc.formats.types import BlockTensor, BlockType
 from llmc.rounding.levels import levels_of
 from llmc.rounding.scales import ROWS, Columns, column_groups, least_squares, metric, stored
 
@@ -30,7 +30,7 @@ BLOCK_STEPS = (0.90, 0.94, 0.97, 1.03, 1.06)  # of d and dmin, beside 1: what pu
 class BlockFactors:
     """d, m: float32 [blocks, out], values of fp16; scales, mins: float32 [groups, out], integers. None: see BlockTensor."""
 
-    grid: BlockGrid
+    type: BlockType
     d: torch.Tensor
     m: torch.Tensor | None
     scales: torch.Tensor | None
@@ -48,23 +48,23 @@ class BlockFactors:
 
     def columns(self, order: torch.Tensor | None = None) -> Columns:
         scale, low = self.group_scales(), self.group_lows()
-        group_of = column_groups(scale.shape[0], self.grid.group, order, scale.device)
-        start = codes_of(torch.zeros_like(scale), scale, low, self.grid, rounded=False)
-        levels = None if self.grid.uniform else levels_of(self.grid.levels, scale.dtype, scale.device)
-        first = 0 if levels is not None else self.grid.levels[0]
-        return Columns(scale, low + scale * first, start, group_of, len(self.grid.levels) - 1, levels)
+        group_of = column_groups(scale.shape[0], self.type.group, order, scale.device)
+        start = codes_of(torch.zeros_like(scale), scale, low, self.type, rounded=False)
+        levels = None if self.type.uniform else levels_of(self.type.levels, scale.dtype, scale.device)
+        first = 0 if levels is not None else self.type.levels[0]
+        return Columns(scale, low + scale * first, start, group_of, len(self.type.levels) - 1, levels)
 
     def nearest(self, w: torch.Tensor) -> torch.Tensor:
-        grouped = w.view(-1, self.grid.group, w.shape[1])
-        return codes_of(grouped, self.group_scales()[:, None], self.group_lows()[:, None], self.grid).view(w.shape)
+        grouped = w.view(-1, self.type.group, w.shape[1])
+        return codes_of(grouped, self.group_scales()[:, None], self.group_lows()[:, None], self.type).view(w.shape)
 
     def values(self, codes: torch.Tensor) -> torch.Tensor:
-        grouped = self._levels(codes)[codes.long()].view(-1, self.grid.group, codes.shape[1])
+        grouped = self._levels(codes)[codes.long()].view(-1, self.type.group, codes.shape[1])
         return (grouped * self.group_scales()[:, None] + self.group_lows()[:, None]).view(codes.shape)
 
     def refit(self, hessian: torch.Tensor, codes: torch.Tensor, gradient: torch.Tensor) -> BlockFactors:
         """d (and m) of every block by least squares, the integers fixed."""
-        steps = least_squares(hessian, self._units(codes), gradient, self.grid.block)
+        steps = least_squares(hessian, self._units(codes), gradient, self.type.block)
         m = None if self.m is None else stored(self.m + steps[1])
         return replace(self, d=stored(self.d + steps[0]), m=m)
 
@@ -72,19 +72,19 @@ class BlockFactors:
         def pick(theirs: torch.Tensor | None, ours: torch.Tensor | None) -> torch.Tensor | None:
             return ours if theirs is None or ours is None else torch.where(rows, theirs, ours)
 
-        return BlockFactors(self.grid, torch.where(rows, other.d, self.d), pick(other.m, self.m),
+        return BlockFactors(self.type, torch.where(rows, other.d, self.d), pick(other.m, self.m),
                             pick(other.scales, self.scales), pick(other.mins, self.mins))
 
     def descend(self, hessian: torch.Tensor, codes: torch.Tensor, values: torch.Tensor,
                 gradient: torch.Tensor) -> BlockFactors:
         """Coordinate descent on the integers of the groups: an integer's best step is -(u g) / (u H_gg u), rounded, where
         one step of it adds u to the group's weights."""
-        if self.scales is None or self.grid.scale_range is None:
+        if self.scales is None or self.type.scale_range is None:
             return self
-        size, levels = self.grid.group, self._levels(codes)[codes.long()]
-        kinds = [(self.scales.clone(), self._wide(self.d), self.grid.scale_range, levels)]
-        if self.mins is not None and self.m is not None and self.grid.min_range is not None:
-            kinds.append((self.mins.clone(), -self._wide(self.m), self.grid.min_range, torch.ones_like(levels)))
+        size, levels = self.type.group, self._levels(codes)[codes.long()]
+        kinds = [(self.scales.clone(), self._wide(self.d), self.type.scale_range, levels)]
+        if self.mins is not None and self.m is not None and self.type.min_range is not None:
+            kinds.append((self.mins.clone(), -self._wide(self.m), self.type.min_range, torch.ones_like(levels)))
         for group in range(self.scales.shape[0]):
             columns = slice(group * size, (group + 1) * size)
             moved = torch.zeros_like(values[columns])
@@ -109,40 +109,40 @@ class BlockFactors:
 
         d = half(self.d)
         assert d is not None
-        return BlockTensor(self.grid, codes.t().to(torch.uint8).contiguous(), d, half(self.m), integers(self.scales),
+        return BlockTensor(self.type, codes.t().to(torch.uint8).contiguous(), d, half(self.m), integers(self.scales),
                            integers(self.mins))
 
     def _units(self, codes: torch.Tensor) -> list[torch.Tensor]:
         """What one step of d, and of m, adds to the weights: [in, out] each."""
-        grouped = self._levels(codes)[codes.long()].view(-1, self.grid.group, codes.shape[1])
+        grouped = self._levels(codes)[codes.long()].view(-1, self.type.group, codes.shape[1])
         units = [grouped if self.scales is None else grouped * self.scales[:, None]]
         if self.m is not None:
             units.append(torch.ones_like(grouped) if self.mins is None else -self.mins[:, None].expand_as(grouped))
         return [u.reshape(codes.shape) for u in units]
 
     def _levels(self, like: torch.Tensor) -> torch.Tensor:
-        return torch.tensor(self.grid.levels, dtype=like.dtype, device=like.device)
+        return torch.tensor(self.type.levels, dtype=like.dtype, device=like.device)
 
     def _wide(self, factor: torch.Tensor) -> torch.Tensor:
         """[blocks, out] -> [groups, out]."""
-        return factor.repeat_interleave(self.grid.groups, 0)
+        return factor.repeat_interleave(self.type.groups, 0)
 
 
-def codes_of(w: torch.Tensor, scale: torch.Tensor, low: torch.Tensor, grid: BlockGrid,
+def codes_of(w: torch.Tensor, scale: torch.Tensor, low: torch.Tensor, qtype: BlockType,
              rounded: bool = True) -> torch.Tensor:
-    """Codes (as floats) of the values nearest to w, shapes broadcast; not `rounded`: where on an even grid w lies."""
+    """Codes (as floats) of the values nearest to w, shapes broadcast; not `rounded`: where on an even type w lies."""
     position = torch.where(scale == 0, 0.0, (w - low) / scale)
-    if grid.uniform:
-        position -= grid.levels[0]
-        return position.round_().clamp_(0, len(grid.levels) - 1) if rounded else position
-    levels = levels_of(grid.levels, w.dtype, w.device)
+    if qtype.uniform:
+        position -= qtype.levels[0]
+        return position.round_().clamp_(0, len(qtype.levels) - 1) if rounded else position
+    levels = levels_of(qtype.levels, w.dtype, w.device)
     return torch.take(levels.codes, levels.entries(position.mul_(2)))
 
 
-def search_blocks(w: torch.Tensor, hessian: torch.Tensor, factor: torch.Tensor | None, grid: BlockGrid) -> BlockFactors:
+def search_blocks(w: torch.Tensor, hessian: torch.Tensor, factor: torch.Tensor | None, qtype: BlockType) -> BlockFactors:
     """The best factors of every block of w [in, out]; hessian and factor as in scales.search."""
-    blocks = metric(w, hessian, factor, grid.group)
-    parts = [_Search(rows.contiguous(), blocks, grid).run() for rows in w.split(ROWS // 2, dim=1)]
+    blocks = metric(w, hessian, factor, qtype.group)
+    parts = [_Search(rows.contiguous(), blocks, qtype).run() for rows in w.split(ROWS // 2, dim=1)]
 
     def join(name: str) -> torch.Tensor | None:
         found = [getattr(p, name) for p in parts]
@@ -150,26 +150,26 @@ def search_blocks(w: torch.Tensor, hessian: torch.Tensor, factor: torch.Tensor |
 
     d = join("d")
     assert d is not None
-    return BlockFactors(grid, d, join("m"), join("scales"), join("mins"))
+    return BlockFactors(qtype, d, join("m"), join("scales"), join("mins"))
 
 
 class _Search:
     """`search_blocks` for some rows of the weight: w [in, rows], metric [groups, g, g]."""
 
-    def __init__(self, w: torch.Tensor, blocks: torch.Tensor, grid: BlockGrid) -> None:
-        self.w, self.metric, self.grid = w.view(blocks.shape[0], grid.group, -1), blocks, grid
-        self.levels = torch.tensor(grid.levels, dtype=w.dtype, device=w.device)
+    def __init__(self, w: torch.Tensor, blocks: torch.Tensor, qtype: BlockType) -> None:
+        self.w, self.metric, self.type = w.view(blocks.shape[0], qtype.group, -1), blocks, qtype
+        self.levels = torch.tensor(qtype.levels, dtype=w.dtype, device=w.device)
         self.ones = blocks.sum(2)  # [groups, g]: the metric times a vector of ones
 
     def run(self) -> BlockFactors:
         scale, low = self._real()
-        if self.grid.scale_range is None:
-            return BlockFactors(self.grid, stored(scale), stored(low) if self.grid.has_min else None, None, None)
+        if self.type.scale_range is None:
+            return BlockFactors(self.type, stored(scale), stored(low) if self.type.has_min else None, None, None)
         return self._integers(scale, low)
 
     def _cost(self, scale: torch.Tensor, low: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """([groups, rows] error, [groups, g, rows] levels) of the weights rounded under scale and low [groups, rows]."""
-        levels = self.levels[codes_of(self.w, scale[:, None], low[:, None], self.grid).long()]
+        levels = self.levels[codes_of(self.w, scale[:, None], low[:, None], self.type).long()]
         delta = levels * scale[:, None] + low[:, None] - self.w
         return torch.bmm(self.metric, delta).mul_(delta).sum(1), levels
 
@@ -190,16 +190,16 @@ class _Search:
     def _candidates(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         bits = (len(self.levels) - 1).bit_length()
         shrinks = torch.linspace(SMALLEST[bits], 1.1, SHRINKS).tolist()
-        if self.grid.has_min:
+        if self.type.has_min:
             low, high = self.w.amin(1), self.w.amax(1)
-            if self.grid.min_range is not None:
+            if self.type.min_range is not None:
                 low = low.clamp(max=0)  # minimums of super-blocks only subtract
             for shrink in shrinks:
                 yield (high - low).clamp(min=0) * (shrink / float(self.levels[-1])), low * shrink
             return
         extreme = self.w.gather(1, self.w.abs().argmax(1, keepdim=True))[:, 0]
-        ends = (self.levels[0], self.levels[-1]) if bits <= 3 or not self.grid.uniform else (self.levels[0],)
-        for end in ends:  # a negative scale turns the grid round
+        ends = (self.levels[0], self.levels[-1]) if bits <= 3 or not self.type.uniform else (self.levels[0],)
+        for end in ends:  # a negative scale turns the type round
             for shrink in shrinks:
                 yield extreme * (shrink / float(end)), torch.zeros_like(extreme)
 
@@ -207,7 +207,7 @@ class _Search:
         """The real scale and low that are best for fixed levels."""
         weighted = torch.bmm(self.metric, levels)
         ll, lw = (weighted * levels).sum(1), (weighted * self.w).sum(1)
-        if not self.grid.has_min:
+        if not self.type.has_min:
             return torch.where(ll > 0, lw / ll, scale), torch.zeros_like(scale)
         one, l1 = self.ones[..., None], weighted.sum(1)
         w1, n = (one * self.w).sum(1), self.ones.sum(1)[:, None]
@@ -215,23 +215,23 @@ class _Search:
         sound = det > 1e-6 * ll * n
         fitted = torch.where(sound, (lw * n - w1 * l1) / det, scale)
         low = torch.where(sound, (ll * w1 - l1 * lw) / det, (w1 - scale * l1) / n)
-        if self.grid.min_range is None:
+        if self.type.min_range is None:
             return fitted, low
         alone = torch.where(ll > 0, lw / ll, scale)  # where the best low would add: none
         return torch.where(low > 0, alone, fitted).clamp(min=0), low.clamp(max=0)
 
     def _integers(self, scale: torch.Tensor, low: torch.Tensor) -> BlockFactors:
         """Scale and low of every group as integer multiples of fp16 factors of its block."""
-        grid, rows = self.grid, scale.shape[1]
-        assert grid.scale_range is not None
-        by_block = scale.view(-1, grid.groups, rows)
+        qtype, rows = self.type, scale.shape[1]
+        assert qtype.scale_range is not None
+        by_block = scale.view(-1, qtype.groups, rows)
         # signed ranges reach one further below zero: the largest scale goes there
-        end = grid.scale_range[0] if grid.scale_range[0] < 0 else grid.scale_range[1]
+        end = qtype.scale_range[0] if qtype.scale_range[0] < 0 else qtype.scale_range[1]
         full = by_block.gather(1, by_block.abs().argmax(1, keepdim=True))[:, 0] / end
-        full_low = (-low).view(-1, grid.groups, rows).amax(1) / grid.min_range[1] if grid.min_range else None
+        full_low = (-low).view(-1, qtype.groups, rows).amax(1) / qtype.min_range[1] if qtype.min_range else None
         found = self._rounded(stored(full), None if full_low is None else stored(full_low), scale, low)
         error = self._of_blocks(found)
-        for kind in ("d", "m")[: 1 + grid.has_min]:
+        for kind in ("d", "m")[: 1 + qtype.has_min]:
             middle_d, middle_m = found.d, found.m
             for step in BLOCK_STEPS:
                 d = stored(middle_d * step) if kind == "d" else middle_d
@@ -246,12 +246,12 @@ class _Search:
     def _rounded(self, d: torch.Tensor, m: torch.Tensor | None, scale: torch.Tensor, low: torch.Tensor) -> BlockFactors:
         """The integers that come nearest to scale and low, given d and m."""
         def nearest(value: torch.Tensor, factor: torch.Tensor, bounds: tuple[int, int]) -> torch.Tensor:
-            wide = factor.repeat_interleave(self.grid.groups, 0)
+            wide = factor.repeat_interleave(self.type.groups, 0)
             return torch.where(wide == 0, 0.0, value / wide).round_().clamp_(*bounds)
 
-        assert self.grid.scale_range is not None
-        mins = None if m is None or self.grid.min_range is None else nearest(-low, m, self.grid.min_range)
-        return BlockFactors(self.grid, d, m, nearest(scale, d, self.grid.scale_range), mins)
+        assert self.type.scale_range is not None
+        mins = None if m is None or self.type.min_range is None else nearest(-low, m, self.type.min_range)
+        return BlockFactors(self.type, d, m, nearest(scale, d, self.type.scale_range), mins)
 
     def _of_groups(self, f: BlockFactors) -> torch.Tensor:
         return self._cost(f.group_scales(), f.group_lows())[0]
@@ -259,27 +259,27 @@ class _Search:
     def _of_blocks(self, f: BlockFactors) -> torch.Tensor:
         """[blocks, rows]"""
         error = self._of_groups(f)
-        return error.view(-1, self.grid.groups, error.shape[1]).sum(1)
+        return error.view(-1, self.type.groups, error.shape[1]).sum(1)
 
     def _pick(self, blocks: torch.Tensor, new: BlockFactors, old: BlockFactors) -> BlockFactors:
         """The factors of `new` in the blocks that are true [blocks, rows]."""
-        groups = blocks.repeat_interleave(self.grid.groups, 0)
+        groups = blocks.repeat_interleave(self.type.groups, 0)
 
         def choose(where: torch.Tensor, a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
             return b if a is None or b is None else torch.where(where, a, b)
 
-        return BlockFactors(self.grid, torch.where(blocks, new.d, old.d), choose(blocks, new.m, old.m),
+        return BlockFactors(self.type, torch.where(blocks, new.d, old.d), choose(blocks, new.m, old.m),
                             choose(groups, new.scales, old.scales), choose(groups, new.mins, old.mins))
 
     def _neighbours(self, f: BlockFactors) -> BlockFactors:
         """Each group's integers, moved by at most one where that lowers its error."""
         assert f.scales is not None
-        assert self.grid.scale_range is not None
+        assert self.type.scale_range is not None
         best_scales, best_mins, error = f.scales, f.mins, self._of_groups(f)
         for up in (-1, 0, 1):
             for down in (-1, 0, 1) if f.mins is not None else (0,):
-                scales = (f.scales + up).clamp(*self.grid.scale_range)
-                mins = None if f.mins is None or self.grid.min_range is None else (f.mins + down).clamp(*self.grid.min_range)
+                scales = (f.scales + up).clamp(*self.type.scale_range)
+                mins = None if f.mins is None or self.type.min_range is None else (f.mins + down).clamp(*self.type.min_range)
                 tried = replace(f, scales=scales, mins=mins)
                 new = self._of_groups(tried)
                 better = new < error

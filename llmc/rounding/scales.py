@@ -16,7 +16,7 @@ from typing import Protocol, Self
 
 import torch
 
-from llmc.formats.types import BlockTensor, Grid, QuantizedTensor
+from llmc.formats.types import BlockTensor, IntegerType, QuantizedTensor
 from llmc.rounding.levels import Levels
 
 SHRINKS = 12  # candidates: the full range times 0.72 … 1.10
@@ -25,7 +25,7 @@ ROWS = 1024  # rows of the weight searched at once, to bound memory
 
 
 def nearest(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, max_code: int) -> torch.Tensor:
-    """Codes (as floats) of the grid values nearest to `w`; a scale of 0 gives the code of zero. Shapes broadcast."""
+    """Codes (as floats) of the type values nearest to `w`; a scale of 0 gives the code of zero. Shapes broadcast."""
     return torch.addcmul(zero, w, reciprocal(scale)).round_().clamp_(0, max_code)
 
 
@@ -40,7 +40,7 @@ def stored(scale: torch.Tensor) -> torch.Tensor:
 
 
 class Columns:
-    """The grid of every input column, ready to round one column after the other: value = low + scale * code, or
+    """The type of every input column, ready to round one column after the other: value = low + scale * code, or
     scale * level where levels are not evenly spaced.
 
     scale, low: float32 [groups, out].  start: the code (not rounded) of the value 0, [groups, out].
@@ -66,10 +66,10 @@ class Columns:
 
 
 class Factors(Protocol):
-    """What codes are multiplied with: all that GPTQ needs to know about a grid."""
+    """What codes are multiplied with: all that GPTQ needs to know about a type."""
 
     def columns(self, order: torch.Tensor | None = None) -> Columns:
-        """The grid of every input column, in the given order of columns."""
+        """The type of every input column, in the given order of columns."""
 
     def nearest(self, w: torch.Tensor) -> torch.Tensor:
         """Codes (as floats) of the values nearest to w [in, out]."""
@@ -92,38 +92,38 @@ class Factors(Protocol):
 
 @dataclass
 class Scales:
-    """The factors of an integer grid. scale, zero: float32 [groups, out]; values are scale * (code - zero)."""
+    """The factors of an integer type. scale, zero: float32 [groups, out]; values are scale * (code - zero)."""
 
-    grid: Grid
+    type: IntegerType
     scale: torch.Tensor
     zero: torch.Tensor
 
     def columns(self, order: torch.Tensor | None = None) -> Columns:
-        group_of = column_groups(self.scale.shape[0], self.grid.group_size, order, self.scale.device)
-        return Columns(self.scale, -self.zero * self.scale, self.zero, group_of, self.grid.max_code)
+        group_of = column_groups(self.scale.shape[0], self.type.group_size, order, self.scale.device)
+        return Columns(self.scale, -self.zero * self.scale, self.zero, group_of, self.type.max_code)
 
     def nearest(self, w: torch.Tensor) -> torch.Tensor:
-        grouped = w.view(self.scale.shape[0], self.grid.group_size, -1)
-        return nearest(grouped, self.scale[:, None], self.zero[:, None], self.grid.max_code).view(w.shape)
+        grouped = w.view(self.scale.shape[0], self.type.group_size, -1)
+        return nearest(grouped, self.scale[:, None], self.zero[:, None], self.type.max_code).view(w.shape)
 
     def values(self, codes: torch.Tensor) -> torch.Tensor:
-        grouped = codes.view(self.scale.shape[0], self.grid.group_size, -1)
+        grouped = codes.view(self.scale.shape[0], self.type.group_size, -1)
         return ((grouped - self.zero[:, None]) * self.scale[:, None]).view(codes.shape)
 
     def refit(self, hessian: torch.Tensor, codes: torch.Tensor, gradient: torch.Tensor) -> Scales:
-        units = codes.view(*self.scale.shape[:1], self.grid.group_size, -1) - self.zero[:, None]
-        step = least_squares(hessian, [units.view(codes.shape)], gradient, self.grid.group_size)[0]
-        return Scales(self.grid, stored(self.scale + step), self.zero)
+        units = codes.view(*self.scale.shape[:1], self.type.group_size, -1) - self.zero[:, None]
+        step = least_squares(hessian, [units.view(codes.shape)], gradient, self.type.group_size)[0]
+        return Scales(self.type, stored(self.scale + step), self.zero)
 
     def where(self, rows: torch.Tensor, other: Scales) -> Scales:
-        return Scales(self.grid, torch.where(rows, other.scale, self.scale), self.zero)
+        return Scales(self.type, torch.where(rows, other.scale, self.scale), self.zero)
 
     def descend(self, hessian: torch.Tensor, codes: torch.Tensor, values: torch.Tensor, gradient: torch.Tensor) -> Scales:
         return self
 
     def tensor(self, codes: torch.Tensor) -> QuantizedTensor:
-        zeros = None if self.grid.symmetric else self.zero.t().to(torch.uint8).contiguous()
-        return QuantizedTensor(self.grid, codes.t().to(torch.uint8).contiguous(),
+        zeros = None if self.type.symmetric else self.zero.t().to(torch.uint8).contiguous()
+        return QuantizedTensor(self.type, codes.t().to(torch.uint8).contiguous(),
                                self.scale.t().to(torch.float16).contiguous(), zeros)
 
 
@@ -141,26 +141,26 @@ def metric(w: torch.Tensor, hessian: torch.Tensor, factor: torch.Tensor | None, 
     return torch.linalg.inv(blocks.double()).to(w.dtype)
 
 
-def search(w: torch.Tensor, hessian: torch.Tensor, factor: torch.Tensor | None, grid: Grid) -> Scales:
+def search(w: torch.Tensor, hessian: torch.Tensor, factor: torch.Tensor | None, qtype: IntegerType) -> Scales:
     """The best scale (and zero point) of every group of w [in, out].
 
     hessian: [in, in]; factor: U with U^T U = hessian^-1, its columns in the order of w; without it, H_gg is used.
     """
-    blocks = metric(w, hessian, factor, grid.group_size)
-    parts = [_search_rows(rows.contiguous(), blocks, grid) for rows in w.split(ROWS, dim=1)]
-    return Scales(grid, torch.cat([p[0] for p in parts], 1), torch.cat([p[1] for p in parts], 1))
+    blocks = metric(w, hessian, factor, qtype.group_size)
+    parts = [_search_rows(rows.contiguous(), blocks, qtype) for rows in w.split(ROWS, dim=1)]
+    return Scales(qtype, torch.cat([p[0] for p in parts], 1), torch.cat([p[1] for p in parts], 1))
 
 
-def _search_rows(w: torch.Tensor, blocks: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+def _search_rows(w: torch.Tensor, blocks: torch.Tensor, qtype: IntegerType) -> tuple[torch.Tensor, torch.Tensor]:
     """`search` for some rows of the weight: w [in, rows], blocks [groups, g, g] -> scale, zero [groups, rows]."""
-    wg = w.view(blocks.shape[0], grid.group_size, -1)
+    wg = w.view(blocks.shape[0], qtype.group_size, -1)
 
     def cost(scale: torch.Tensor, zero: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        codes = nearest(wg, scale[:, None], zero[:, None], grid.max_code).sub_(zero[:, None])
+        codes = nearest(wg, scale[:, None], zero[:, None], qtype.max_code).sub_(zero[:, None])
         delta = codes * scale[:, None] - wg
         return (torch.bmm(blocks, delta).mul_(delta)).sum(1), codes
 
-    best_scale, best_zero = torch.zeros_like(wg[:, 0]), torch.full_like(wg[:, 0], float(grid.zero))
+    best_scale, best_zero = torch.zeros_like(wg[:, 0]), torch.full_like(wg[:, 0], float(qtype.zero))
     best = torch.full_like(best_scale, torch.inf)
 
     def consider(scale: torch.Tensor, zero: torch.Tensor) -> None:
@@ -170,7 +170,7 @@ def _search_rows(w: torch.Tensor, blocks: torch.Tensor, grid: Grid) -> tuple[tor
         best = torch.where(better, found, best)
         best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
 
-    for scale, zero in _candidates(wg, grid):
+    for scale, zero in _candidates(wg, qtype):
         consider(scale, zero)
     for _ in range(POLISH):
         codes = cost(best_scale, best_zero)[1]
@@ -180,22 +180,22 @@ def _search_rows(w: torch.Tensor, blocks: torch.Tensor, grid: Grid) -> tuple[tor
     return best_scale, best_zero
 
 
-def _candidates(wg: torch.Tensor, grid: Grid):  # type: ignore[no-untyped-def]
+def _candidates(wg: torch.Tensor, qtype: IntegerType):  # type: ignore[no-untyped-def]
     """(scale, zero) pairs [groups, rows] to try for wg [groups, g, rows]."""
     shrinks = torch.linspace(0.72, 1.10, SHRINKS).tolist()
-    if grid.symmetric:
-        # the grid reaches one step further below zero than above: the sign of the scale says which end that is
+    if qtype.symmetric:
+        # the type reaches one step further below zero than above: the sign of the scale says which end that is
         extreme = wg.gather(1, wg.abs().argmax(1, keepdim=True))[:, 0]
-        full, zero = extreme / -grid.zero, torch.full_like(extreme, float(grid.zero))
+        full, zero = extreme / -qtype.zero, torch.full_like(extreme, float(qtype.zero))
         for shrink in shrinks:
             yield stored(full * shrink), zero
         return
     low, high = wg.amin(1).clamp(max=0), wg.amax(1).clamp(min=0)
     for shrink in shrinks:
-        scale = stored((high - low) * (shrink / grid.max_code))
-        zero = torch.where(scale == 0, float(grid.zero), -low * shrink / scale).round().clamp(1, grid.max_code)
+        scale = stored((high - low) * (shrink / qtype.max_code))
+        zero = torch.where(scale == 0, float(qtype.zero), -low * shrink / scale).round().clamp(1, qtype.max_code)
         for shift in (0, 1, -1):
-            yield scale, (zero + shift).clamp(1, grid.max_code)  # 0 has no place in a version-1 checkpoint
+            yield scale, (zero + shift).clamp(1, qtype.max_code)  # 0 has no place in a version-1 checkpoint
 
 
 def least_squares(hessian: torch.Tensor, units: list[torch.Tensor], gradient: torch.Tensor,

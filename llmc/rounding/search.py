@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from llmc.formats.types import AnyGrid, Grid
+from llmc.formats.types import AnyType, IntegerType
 from llmc.rounding.block_factors import search_blocks
 from llmc.rounding.scales import Factors, search
 
 
-def search_factors(w: torch.Tensor, hessian: torch.Tensor, factor: torch.Tensor | None, grid: AnyGrid) -> Factors:
-    """The factors of `grid` for w [in, out] before any code is chosen."""
-    return search(w, hessian, factor, grid) if isinstance(grid, Grid) else search_blocks(w, hessian, factor, grid)
+def search_factors(w: torch.Tensor, hessian: torch.Tensor, factor: torch.Tensor | None, qtype: AnyType) -> Factors:
+    """The factors of `type` for w [in, out] before any code is chosen."""
+    return search(w, hessian, factor, qtype) if isinstance(qtype, IntegerType) else search_blocks(w, hessian, factor, qtype)
 
 
 def objective(delta: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A .gguf file as a model to start from: dequantised into a Hugging Face folder, its tokenizer proved against llama.cpp's."""
+"""A .gguf file as a model to start from: dequantized into a Hugging Face folder, its tokenizer proved against llama.cpp's."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def dequantized_folder(file: Path) -> Path:
             manifest = new_manifest("hf", source, [{"name": "dequantize", "config": {"dtype": "float16"}}])
             write_json(work / MANIFEST, {**manifest, "outputs": hash_folder(work)})
             publish_folder(work, out)
-    warn(f"the weights are dequantised from {file.name}: its rounding errors stay in them")
+    warn(f"the weights are dequantized from {file.name}: its rounding errors stay in them")
     return out
 
 
@@ -58,8 +58,8 @@ def _dequantize(file: Path, work: Path) -> dict[str, Any]:
     from llmc.formats.hf import quiet_transformers
 
     reader = open_gguf(file)
-    check_disk(work, 2 * _count(reader), f"the dequantised {file.name}")
-    say(f"dequantising {file.name} into {work.parent}")
+    check_disk(work, 2 * _count(reader), f"the dequantized {file.name}")
+    say(f"dequantizing {file.name} into {work.parent}")
     model, tokenizer = load_gguf(file, torch.float16)
     restore_pre_tokenizer(tokenizer, field(reader, "tokenizer.ggml.pre"))
     check_tokenizer(tokenizer, file)
@@ -71,7 +71,7 @@ def _dequantize(file: Path, work: Path) -> dict[str, Any]:
 
 
 def load_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
-    """The model in a .gguf file, dequantised, and its tokenizer as transformers makes it of the file's vocabulary.
+    """The model in a .gguf file, dequantized, and its tokenizer as transformers makes it of the file's vocabulary.
 
     transformers undoes llama.cpp's row permutations. What it would drop or leave at random is refused here.
     """
@@ -87,7 +87,7 @@ def load_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
     ):
         raise UserError(f"{file} scales its rotary embedding, which is lost when a GGUF is read back", GO_BACK)
     # float32 as decoded, then dtype
-    check_memory((4 + dtype.itemsize) * _count(reader), f"dequantising {file.name}", GO_BACK)
+    check_memory((4 + dtype.itemsize) * _count(reader), f"dequantizing {file.name}", GO_BACK)
     # newer versions may keep blocks packed unless told otherwise; older ones always unpack and have no such config
     config = getattr(transformers, "GgufConfig", None)
     unpack = {"quantization_config": config(dequantize=True)} if config else {}
@@ -154,7 +154,7 @@ def check_tokenizer(tokenizer: Any, file: Path) -> None:
 
     runtime = LlamaCpp(file, context=8, threads=1, extra_buffers=False)
     try:
-        expected = runtime.tokenise(CHECK_TEXT, special=False).tolist()
+        expected = runtime.tokenize(CHECK_TEXT, special=False).tolist()
     finally:
         runtime.close()
     got = list(tokenizer(CHECK_TEXT, add_special_tokens=False)["input_ids"])

@@ -20,7 +20,7 @@ WHAT_TO_GIVE = "give a Hugging Face folder, a .gguf file or a hub id (org/name)"
 def resolve_model(model: str | Path) -> Path:
     """The Hugging Face folder of `model`.
 
-    A folder is itself. A .gguf file is dequantised into the cache. `org/name` or `org/name@revision`, where no such
+    A folder is itself. A .gguf file is dequantized into the cache. `org/name` or `org/name@revision`, where no such
     path exists, is fetched from the hub: safetensors, JSON, tokenizer and card, nothing else.
     """
     path = Path(model).expanduser()

@@ -47,10 +47,10 @@ def _do(runtime: Runtime, asked: dict[str, Any]) -> tuple[Any, ...]:
             return {}, runtime.prefill(np.array(asked["ids"], np.int32))
         case "decode":
             return {}, runtime.decode(asked["token"])
-        case "tokenise":
-            return ({"ids": runtime.tokenise(asked["text"], asked["special"]).tolist()},)
-        case "detokenise":
-            return ({"text": runtime.detokenise(asked["ids"])},)
+        case "tokenize":
+            return ({"ids": runtime.tokenize(asked["text"], asked["special"]).tolist()},)
+        case "detokenize":
+            return ({"text": runtime.detokenize(asked["ids"])},)
         case "chat":
             return ({"text": runtime.chat(asked["user"])},)
         case "end_tokens":

@@ -1,7 +1,7 @@
-"""Gauges: per-channel scalings that leave a model's function as it is and move its weights on the quantiser's grid.
+"""Channel scalings: per-channel scalings that leave a model's function as it is and move its weights on the quantizer's type.
 
 Channel c of what a writer puts out is divided by s_c, and the columns of the linears that read it are multiplied by s_c.
-What the readers lose to rounding then changes:  with Q the grid's rounding, X the readers' input and H = X X^T,
+What the readers lose to rounding then changes:  with Q the type's rounding, X the readers' input and H = X X^T,
 
     error(s) = tr(dW (H / s s^T) dW^T),   dW = Q(W s) - W s
 
@@ -12,7 +12,7 @@ Sources
 -------
 * Lin et al., "AWQ: Activation-aware Weight Quantization", 2023 (arXiv:2306.00978), eq. 4 and 5: s = (mean |x|)^alpha, alpha
   searched on a grid by the readers' output error. Here |x| is the root mean square, which is what the calibration loop's
-  Hessian holds on its diagonal, and the error is taken on the target grid with its own scale search.
+  Hessian holds on its diagonal, and the error is taken on the target type with its own scale search.
 * Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", 2019 (arXiv:1906.04721), eq. 11:
   s = sqrt(range of the writer's row / range of the readers' column). Here s^alpha, alpha searched on the same grid; the
   second moments of the unknown input are taken to be those of the writer's rows.
@@ -30,7 +30,7 @@ from torch import nn
 
 from llmc.compress.skeleton import get_weight
 from llmc.compress.transform.roles import Place
-from llmc.formats.types import AnyGrid
+from llmc.formats.types import AnyType
 from llmc.rounding.search import objective, search_factors
 
 ALPHAS = tuple(i / 10 for i in range(11))
@@ -97,16 +97,16 @@ def normalised(s: torch.Tensor) -> torch.Tensor:
     return (logs - logs.mean()).exp().clamp(1 / WIDEST, WIDEST)
 
 
-def rounding_error(weight: torch.Tensor, hessian: torch.Tensor, s: torch.Tensor, grid: AnyGrid) -> float:
+def rounding_error(weight: torch.Tensor, hessian: torch.Tensor, s: torch.Tensor, qtype: AnyType) -> float:
     """error(s) of the module's docstring. weight [out, in], hessian [in, in], s [in] (of the columns), all float32."""
     w = (weight * s).t().contiguous()
     scaled = hessian / s / s[:, None]
-    factors = search_factors(w, scaled, None, grid)
+    factors = search_factors(w, scaled, None, qtype)
     return float(objective(factors.values(factors.nearest(w)) - w, scaled).double().sum())
 
 
 def search_alpha(weight: torch.Tensor, hessian: torch.Tensor, s: torch.Tensor,
-                 grid: AnyGrid) -> tuple[float, dict[float, float]]:
+                 qtype: AnyType) -> tuple[float, dict[float, float]]:
     """(the alpha for which columns scaled by s^alpha round best, every alpha's error as a share of the output energy).
 
     weight: the readers' rows, stacked, float32 [out, in]; where they are many, at least ROWS evenly spaced ones stand for
@@ -114,12 +114,12 @@ def search_alpha(weight: torch.Tensor, hessian: torch.Tensor, s: torch.Tensor,
     """
     weight = weight[:: max(1, weight.shape[0] // ROWS)]
     energy = float(objective(weight.t(), hessian).double().sum()) or 1.0
-    errors = {a: rounding_error(weight, hessian, (s**a).float().to(weight.device), grid) / energy for a in ALPHAS}
+    errors = {a: rounding_error(weight, hessian, (s**a).float().to(weight.device), qtype) / energy for a in ALPHAS}
     best = min(errors, key=lambda a: (errors[a], a))
     return best, errors
 
 
-def apply_gauge(layer: nn.Module, place: Place, s: torch.Tensor, offset: float) -> None:
+def apply_scaling(layer: nn.Module, place: Place, s: torch.Tensor, offset: float) -> None:
     """Divide the writer's channels by s, multiply the readers' columns by it. s: positive float64 [channels].
 
     Changes the modules' float32 weights in place; the arithmetic is float64.

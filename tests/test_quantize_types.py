@@ -1,4 +1,4 @@
-"""`llmc quantize --grid`: every GGUF weight type from a float folder to a file in llama.cpp."""
+"""`llmc quantize --type`: every GGUF weight type from a float folder to a file in llama.cpp."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llmc.compress.quantize.run import quantize
 from llmc.errors import UserError
 from llmc.formats import quantized
 from llmc.formats.checkpoint import Checkpoint
-from llmc.formats.types import GRIDS
+from llmc.formats.types import BLOCK_TYPES
 
 
 @pytest.fixture
@@ -28,13 +28,13 @@ def text(tmp_path: Path) -> Path:
 WIDE = {"hidden_size": 256, "intermediate_size": 512}
 
 
-@pytest.mark.parametrize("name", GRIDS)
-def test_every_grid_gptq_beats_rtn_and_ships_bit_for_bit(name: str, tmp_path: Path, text: Path) -> None:
+@pytest.mark.parametrize("name", BLOCK_TYPES)
+def test_every_type_gptq_beats_rtn_and_ships_bit_for_bit(name: str, tmp_path: Path, text: Path) -> None:
     base = build("llama", tmp_path / "base", **WIDE)
     for method in ("gptq", "rtn"):
-        result = quantize(base, settings(text, tmp_path / method, method=method, grid=name, samples=160))
-        assert result["grid"] == name
-        assert result["bits_per_weight"] == pytest.approx(GRIDS[name].bits_per_weight)
+        result = quantize(base, settings(text, tmp_path / method, method=method, type=name, samples=160))
+        assert result["type"] == name
+        assert result["bits_per_weight"] == pytest.approx(BLOCK_TYPES[name].bits_per_weight)
     assert divergence(tmp_path / "gptq", base) < divergence(tmp_path / "rtn", base)
     report = llmc.export(tmp_path / "gptq", format="gguf", out=tmp_path / "small.gguf")
     weights = sum(q.codes.numel() for q in (quantized.read(Checkpoint.open(tmp_path / "gptq"), n)
@@ -44,34 +44,34 @@ def test_every_grid_gptq_beats_rtn_and_ships_bit_for_bit(name: str, tmp_path: Pa
     assert llmc.inspect(tmp_path / "small.gguf")
 
 
-def test_q4_0_is_the_portable_grid_of_four_bits(tmp_path: Path, text: Path) -> None:
+def test_q4_0_is_the_portable_type_of_four_bits(tmp_path: Path, text: Path) -> None:
     base = build("llama", tmp_path / "base")
-    named = quantize(base, settings(text, tmp_path / "a", grid="q4_0"))
+    named = quantize(base, settings(text, tmp_path / "a", type="q4_0"))
     bits = quantize(base, settings(text, tmp_path / "b"))
     assert named["weights_sha256"] == bits["weights_sha256"]
     assert (tmp_path / "a/quantize_config.json").is_file()
 
 
-def test_rows_that_a_grid_cannot_hold_take_another_and_that_is_said(
+def test_rows_that_a_type_cannot_hold_take_another_and_that_is_said(
     tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str],
 ) -> None:
     base = build("llama", tmp_path / "base", hidden_size=64, intermediate_size=256)
-    quantize(base, settings(text, tmp_path / "q", grid="q4_k"))
+    quantize(base, settings(text, tmp_path / "q", type="q4_k"))
     assert "12 of 14 linears have rows that are no multiple of 256 and take q5_0 instead of q4_k" in capsys.readouterr().err
-    grids = json.loads((tmp_path / "q/config.json").read_text())["quantization_config"]["grids"]
-    assert sorted(set(grids.values())) == ["q4_k", "q5_0"]
-    assert all((grid == "q4_k") == name.endswith("down_proj") for name, grid in grids.items())
+    types = json.loads((tmp_path / "q/config.json").read_text())["quantization_config"]["types"]
+    assert sorted(set(types.values())) == ["q4_k", "q5_0"]
+    assert all((qtype == "q4_k") == name.endswith("down_proj") for name, qtype in types.items())
     entry = json.loads((tmp_path / "q/llmc.json").read_text())["passes"][-1]
-    assert entry["fallback_grids"]["model.layers.0.mlp.up_proj"] == "q5_0"
-    quantize(base, settings(text, tmp_path / "r", grid="q4_k", fallback="q8_0", method="rtn"))
+    assert entry["fallback_types"]["model.layers.0.mlp.up_proj"] == "q5_0"
+    quantize(base, settings(text, tmp_path / "r", type="q4_k", fallback="q8_0", method="rtn"))
     assert llmc.export(tmp_path / "r", format="gguf", out=tmp_path / "r.gguf")["verified"]
 
 
-def test_a_grid_goes_on_after_an_interruption(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_type_goes_on_after_an_interruption(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from llmc.compress.quantize.layer_pass import QuantizePass
 
     base = build("llama", tmp_path / "base", **WIDE)
-    whole = quantize(base, settings(text, tmp_path / "whole", grid="q3_k"))
+    whole = quantize(base, settings(text, tmp_path / "whole", type="q3_k"))
     begin = QuantizePass.begin
 
     def interrupted(self: QuantizePass, index: int, *rest: object) -> None:
@@ -81,18 +81,18 @@ def test_a_grid_goes_on_after_an_interruption(tmp_path: Path, text: Path, monkey
 
     monkeypatch.setattr(QuantizePass, "begin", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        quantize(base, settings(text, tmp_path / "part", grid="q3_k"))
+        quantize(base, settings(text, tmp_path / "part", type="q3_k"))
     monkeypatch.setattr(QuantizePass, "begin", begin)
-    resumed = quantize(base, settings(text, tmp_path / "part", grid="q3_k", resume=True))
+    resumed = quantize(base, settings(text, tmp_path / "part", type="q3_k", resume=True))
     assert resumed["weights_sha256"] == whole["weights_sha256"]
 
 
 @pytest.mark.parametrize(("options", "words"), [
-    ({"grid": "q4_z"}, "--grid q4_z: must be one of q4_0"),
-    ({"grid": "q4_k", "bits": 8}, "leave out --bits"),
-    ({"grid": "q4_k", "fallback": "q3_k"}, "blocks of 32"),
-    ({"fallback": "q4_0"}, "give --grid"),
+    ({"type": "q4_z"}, "--type q4_z: must be one of q4_0"),
+    ({"type": "q4_k", "bits": 8}, "leave out --bits"),
+    ({"type": "q4_k", "fallback": "q3_k"}, "blocks of 32"),
+    ({"fallback": "q4_0"}, "give --type"),
 ])
-def test_bad_grids_are_refused(options: dict[str, object], words: str) -> None:
+def test_bad_types_are_refused(options: dict[str, object], words: str) -> None:
     with pytest.raises(UserError, match=words):
         QuantizeConfig(**options)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Block grids and their bytes against gguf's readers, llama.cpp's own C, and numbers worked out by hand."""
+"""Block types and their bytes against gguf's readers, llama.cpp's own C, and numbers worked out by hand."""
 
 from __future__ import annotations
 
@@ -18,48 +18,48 @@ from hypothesis import strategies as st
 
 from llmc.errors import UserError
 from llmc.formats.packing import LAYOUTS, pack, unpack
-from llmc.formats.types import GRIDS, BlockGrid, BlockTensor, grid_named
+from llmc.formats.types import BLOCK_TYPES, BlockTensor, BlockType, type_named
 
-every_grid = pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+every_type = pytest.mark.parametrize("qtype", BLOCK_TYPES.values(), ids=BLOCK_TYPES)
 FIELDS = ("codes", "d", "m", "scales", "mins")
 
 
-def kind(grid: BlockGrid) -> Kind:
-    return Kind[grid.gguf_type]
+def kind(qtype: BlockType) -> Kind:
+    return Kind[qtype.gguf_type]
 
 
-def random_tensor(grid: BlockGrid, rows: int = 3, width: int = 768, seed: int = 0) -> BlockTensor:
+def random_tensor(qtype: BlockType, rows: int = 3, width: int = 768, seed: int = 0) -> BlockTensor:
     """Codes and integers over their whole ranges; d and dmin of all sizes and signs, zeros of both signs among them."""
     g = torch.Generator().manual_seed(seed)
 
     def factors() -> torch.Tensor:
-        x = torch.randn(rows, width // grid.block, generator=g) * 10 ** (torch.rand(1, generator=g) * 9 - 6)
+        x = torch.randn(rows, width // qtype.block, generator=g) * 10 ** (torch.rand(1, generator=g) * 9 - 6)
         x[torch.rand(x.shape, generator=g) < 0.1] *= 0  # -0 from negative ones
         return x.half()
 
     def integers(allowed: tuple[int, int] | None) -> torch.Tensor | None:
         if allowed is None:
             return None
-        x = torch.randint(allowed[0], allowed[1] + 1, (rows, width // grid.group), generator=g)
+        x = torch.randint(allowed[0], allowed[1] + 1, (rows, width // qtype.group), generator=g)
         return x.where(torch.rand(x.shape, generator=g) > 0.2, torch.tensor(allowed)[x % 2]).to(torch.int8)
 
-    codes = torch.randint(0, len(grid.levels), (rows, width), generator=g, dtype=torch.uint8)
-    m = factors() if grid.has_min else None
-    return BlockTensor(grid, codes, factors(), m, integers(grid.scale_range), integers(grid.min_range))
+    codes = torch.randint(0, len(qtype.levels), (rows, width), generator=g, dtype=torch.uint8)
+    m = factors() if qtype.has_min else None
+    return BlockTensor(qtype, codes, factors(), m, integers(qtype.scale_range), integers(qtype.min_range))
 
 
-def constant(grid: BlockGrid, code: int, scale: int, minimum: int, d: float, m: float, width: int = 256) -> BlockTensor:
+def constant(qtype: BlockType, code: int, scale: int, minimum: int, d: float, m: float, width: int = 256) -> BlockTensor:
     """One row in which every number of a kind is the same."""
 
     def integers(value: int, allowed: tuple[int, int] | None) -> torch.Tensor | None:
-        return None if allowed is None else torch.full((1, width // grid.group), value, dtype=torch.int8)
+        return None if allowed is None else torch.full((1, width // qtype.group), value, dtype=torch.int8)
 
     def factors(value: float) -> torch.Tensor:
-        return torch.full((1, width // grid.block), value, dtype=torch.float16)
+        return torch.full((1, width // qtype.block), value, dtype=torch.float16)
 
-    return BlockTensor(grid, torch.full((1, width), code, dtype=torch.uint8), factors(d),
-                       factors(m) if grid.has_min else None,
-                       integers(scale, grid.scale_range), integers(minimum, grid.min_range))
+    return BlockTensor(qtype, torch.full((1, width), code, dtype=torch.uint8), factors(d),
+                       factors(m) if qtype.has_min else None,
+                       integers(scale, qtype.scale_range), integers(minimum, qtype.min_range))
 
 
 @cache
@@ -75,22 +75,22 @@ def ggml() -> ctypes.CDLL:
     return library
 
 
-def ggml_quantize(x: np.ndarray, grid: BlockGrid, importance: np.ndarray | None = None) -> np.ndarray:
-    """float32 [rows, n] -> uint8 [rows, bytes of a row] by llama.cpp's quantiser."""
-    assert x.shape[1] % grid.block == 0  # llama.cpp would write past the end
-    out = np.zeros((x.shape[0], x.shape[1] // grid.block * grid.block_bytes), np.uint8)
+def ggml_quantize(x: np.ndarray, qtype: BlockType, importance: np.ndarray | None = None) -> np.ndarray:
+    """float32 [rows, n] -> uint8 [rows, bytes of a row] by llama.cpp's quantizer."""
+    assert x.shape[1] % qtype.block == 0  # llama.cpp would write past the end
+    out = np.zeros((x.shape[0], x.shape[1] // qtype.block * qtype.block_bytes), np.uint8)
     weights = None if importance is None else importance.ctypes.data
-    ggml().ggml_quantize_init(int(kind(grid)))
-    assert ggml().ggml_quantize_chunk(int(kind(grid)), x.ctypes.data, out.ctypes.data, 0, *x.shape, weights) == out.size
+    ggml().ggml_quantize_init(int(kind(qtype)))
+    assert ggml().ggml_quantize_chunk(int(kind(qtype)), x.ctypes.data, out.ctypes.data, 0, *x.shape, weights) == out.size
     return out
 
 
-def ggml_dequantize(data: np.ndarray, grid: BlockGrid) -> np.ndarray:
+def ggml_dequantize(data: np.ndarray, qtype: BlockType) -> np.ndarray:
     """uint8 [rows, bytes of a row] -> float32 [rows, n] by llama.cpp's reader."""
-    read = getattr(ggml(), f"dequantize_row_{grid.name.replace('_k', '_K')}")
+    read = getattr(ggml(), f"dequantize_row_{qtype.name.replace('_k', '_K')}")
     read.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
     read.restype = None
-    out = np.zeros((data.shape[0], data.shape[1] // grid.block_bytes * grid.block), np.float32)
+    out = np.zeros((data.shape[0], data.shape[1] // qtype.block_bytes * qtype.block), np.float32)
     read(data.ctypes.data, out.ctypes.data, out.size)
     return out
 
@@ -102,12 +102,12 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 
 def assert_read_alike(t: BlockTensor) -> None:
     data, ours = pack(t), t.dequantize().numpy()
-    assert same_bits(ours, gguf.quants.dequantize(data, kind(t.grid)))
-    assert same_bits(ours, ggml_dequantize(data, t.grid))
+    assert same_bits(ours, gguf.quants.dequantize(data, kind(t.type)))
+    assert same_bits(ours, ggml_dequantize(data, t.type))
 
 
 def assert_same(a: BlockTensor, b: BlockTensor) -> None:
-    assert a.grid is b.grid
+    assert a.type is b.type
     for name in FIELDS:
         x, y = getattr(a, name), getattr(b, name)
         if x is None or y is None:
@@ -127,107 +127,107 @@ def weights(seed: int, rows: int = 8, width: int = 1024) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------------ the table
 
 
-@every_grid
-def test_sizes_are_ggmls(grid):
-    block, size = GGML_QUANT_SIZES[kind(grid)]
-    assert (grid.block, grid.block_bytes) == (block, size)
-    assert grid.bits_per_weight == 8 * size / block
+@every_type
+def test_sizes_are_ggmls(qtype):
+    block, size = GGML_QUANT_SIZES[kind(qtype)]
+    assert (qtype.block, qtype.block_bytes) == (block, size)
+    assert qtype.bits_per_weight == 8 * size / block
 
 
-def test_every_grid_has_a_layout_and_its_name():
-    assert GRIDS.keys() == LAYOUTS.keys()
-    assert all(grid_named(name).name == name for name in GRIDS)
-    assert {name for name, grid in GRIDS.items() if not grid.uniform} == {"iq4_nl", "iq4_xs"}
-    assert GRIDS["iq4_xs"].levels == gguf.quants.IQ4_NL.kvalues
+def test_every_type_has_a_layout_and_its_name():
+    assert BLOCK_TYPES.keys() == LAYOUTS.keys()
+    assert all(type_named(name).name == name for name in BLOCK_TYPES)
+    assert {name for name, qtype in BLOCK_TYPES.items() if not qtype.uniform} == {"iq4_nl", "iq4_xs"}
+    assert BLOCK_TYPES["iq4_xs"].levels == gguf.quants.IQ4_NL.kvalues
 
 
 def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(UserError, match="'q7_k'") as e:
-        grid_named("q7_k")
-    assert all(name in e.value.hint for name in GRIDS)
+        type_named("q7_k")
+    assert all(name in e.value.hint for name in BLOCK_TYPES)
 
 
 # ------------------------------------------------------------------------------------------------ values, and the bytes
 
 
-@every_grid
+@every_type
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), blocks=st.integers(1, 4), rows=st.integers(1, 5))
-def test_random_tensors_are_read_alike_and_unpacking_undoes_packing(grid, seed, blocks, rows):
-    t = random_tensor(grid, rows, blocks * grid.block, seed)
+def test_random_tensors_are_read_alike_and_unpacking_undoes_packing(qtype, seed, blocks, rows):
+    t = random_tensor(qtype, rows, blocks * qtype.block, seed)
     assert_read_alike(t)
-    assert_same(unpack(pack(t), grid), t)
+    assert_same(unpack(pack(t), qtype), t)
 
 
-@every_grid
+@every_type
 @pytest.mark.parametrize("d", [0.0, -0.0, 1.0, -0.3, 2.0**-24, 65504.0, -65504.0])
-def test_extremes_are_read_alike(grid, d):
-    scales, minimums = grid.scale_range or (0, 0), grid.min_range or (0, 0)
-    for code in (0, len(grid.levels) // 2, len(grid.levels) - 1):
+def test_extremes_are_read_alike(qtype, d):
+    scales, minimums = qtype.scale_range or (0, 0), qtype.min_range or (0, 0)
+    for code in (0, len(qtype.levels) // 2, len(qtype.levels) - 1):
         for scale in scales:
             for minimum in minimums:
                 for m in (0.0, 1.0 / 3, -d):
-                    t = constant(grid, code, scale, minimum, d, m)
+                    t = constant(qtype, code, scale, minimum, d, m)
                     assert_read_alike(t)
-                    assert_same(unpack(pack(t), grid), t)
+                    assert_same(unpack(pack(t), qtype), t)
 
 
-@every_grid
-def test_a_weight_is_what_the_definition_says(grid):
-    t = random_tensor(grid, rows=2, width=512)
+@every_type
+def test_a_weight_is_what_the_definition_says(qtype):
+    t = random_tensor(qtype, rows=2, width=512)
     values, scales, lows = t.dequantize(), t.group_scales(), t.group_lows()
-    assert scales.shape == lows.shape == (2, 512 // grid.group)
+    assert scales.shape == lows.shape == (2, 512 // qtype.group)
     f = np.float32
     for row in range(2):
         for column in range(0, 512, 7):
-            b, g = (row, column // grid.block), (row, column // grid.group)
+            b, g = (row, column // qtype.block), (row, column // qtype.group)
             scale = f(t.d[b]) * (f(1) if t.scales is None else f(t.scales[g]))
             low = f(0)
             if t.m is not None:
                 low = f(t.m[b]) if t.mins is None else -(f(t.m[b]) * f(t.mins[g]))
             assert scales[g] == scale
             assert lows[g] == low
-            assert values[row, column] == scale * f(grid.levels[t.codes[row, column]]) + low
+            assert values[row, column] == scale * f(qtype.levels[t.codes[row, column]]) + low
 
 
-@every_grid
-def test_the_widest_products_are_exact(grid):
+@every_type
+def test_the_widest_products_are_exact(qtype):
     """So the order of the products, or a fused multiply-add, cannot change a bit."""
     odd = torch.tensor(2047.0).half()  # all 11 bits of a float16
-    scales = grid.scale_range or (1, 1)
-    products = [float(odd) * scale * level for scale in range(scales[0], scales[1] + 1) for level in grid.levels]
+    scales = qtype.scale_range or (1, 1)
+    products = [float(odd) * scale * level for scale in range(scales[0], scales[1] + 1) for level in qtype.levels]
     assert all(float(np.float32(p)) == p for p in products)
 
 
-@every_grid
+@every_type
 @pytest.mark.parametrize("weighted", [False, True])
-def test_llama_cpps_own_blocks_survive(grid, weighted):
+def test_llama_cpps_own_blocks_survive(qtype, weighted):
     x = weights(seed=1)
     importance = np.random.default_rng(2).uniform(0.1, 10, x.shape[1]).astype(np.float32) if weighted else None
-    data = ggml_quantize(x, grid, importance)
-    t = unpack(data, grid)
+    data = ggml_quantize(x, qtype, importance)
+    t = unpack(data, qtype)
     assert np.array_equal(pack(t), data)
-    assert same_bits(t.dequantize().numpy(), ggml_dequantize(data, grid))
+    assert same_bits(t.dequantize().numpy(), ggml_dequantize(data, qtype))
     assert np.square(t.dequantize().numpy() - x).mean() < 0.15 * np.square(x).mean()  # weights in their own places
 
 
 @pytest.mark.parametrize("name", ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0"])  # those that gguf can write
 def test_ggufs_own_blocks_survive(name):
     data = gguf.quants.quantize(weights(seed=3), Kind[name.upper()])
-    t = unpack(data, GRIDS[name])
+    t = unpack(data, BLOCK_TYPES[name])
     assert np.array_equal(pack(t), data)
     assert same_bits(t.dequantize().numpy(), gguf.quants.dequantize(data, Kind[name.upper()]))
 
 
-@every_grid
-def test_any_bytes_survive(grid):
+@every_type
+def test_any_bytes_survive(qtype):
     """The layouts leave no bit of a block out."""
-    data = np.random.default_rng(4).integers(0, 256, (5, 3 * grid.block_bytes), dtype=np.uint8)
-    assert np.array_equal(pack(unpack(data, grid)), data)
+    data = np.random.default_rng(4).integers(0, 256, (5, 3 * qtype.block_bytes), dtype=np.uint8)
+    assert np.array_equal(pack(unpack(data, qtype)), data)
 
 
 def test_q4_k_scales_by_hand():
-    t = constant(GRIDS["q4_k"], 0, 0, 0, 1.0, -2.0)
+    t = constant(BLOCK_TYPES["q4_k"], 0, 0, 0, 1.0, -2.0)
     assert t.scales is not None
     assert t.mins is not None
     t.scales[0, 1], t.scales[0, 5] = 0b000111, 0b101010
@@ -241,7 +241,7 @@ def test_q4_k_scales_by_hand():
 
 
 def test_scales_may_be_int16():
-    t = random_tensor(GRIDS["q6_k"])
+    t = random_tensor(BLOCK_TYPES["q6_k"])
     data = pack(t)
     assert t.scales is not None
     t.scales = t.scales.to(torch.int16)
@@ -249,7 +249,7 @@ def test_scales_may_be_int16():
 
 
 def test_numbers_outside_their_range_do_not_spill():
-    t = random_tensor(GRIDS["q3_k"])
+    t = random_tensor(BLOCK_TYPES["q3_k"])
     t.codes[0, 0] = 8
     with pytest.raises(ValueError, match=r"0 … 8 where the format holds 0 … 7"):
         pack(t)

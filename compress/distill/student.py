@@ -21,7 +21,7 @@ from llmc.compress.teaching.models import head_of, hidden_states
 from llmc.errors import UserError
 
 
-class Pupil(nn.Module):
+class Student(nn.Module):
     """model: the student.  layers: of it, whose states are compared, with `weight`; widths: of its states and the teacher's.
     vocab: how many logits of the head count."""
 
