@@ -101,13 +101,11 @@ def compare(*reports: str | Path, **options: Any) -> dict[str, Any]:
     from llmc.evals.compare.run import compare as run
     from llmc.evals.compare.run import without_arrays
     from llmc.evals.config import CompareConfig
-    from llmc.evals.pages.page import page
-    from llmc.files import staged_file
+    from llmc.evals.pages.compare import write_page
 
     config = _config(CompareConfig, {"reports": tuple(Path(r) for r in reports), **options})
     result = run(config)
-    with staged_file(config.page) as tmp:
-        tmp.write_text(page(result), encoding="utf-8")
+    write_page(result, config.page)
     return without_arrays(result)
 
 

@@ -20,7 +20,7 @@ from llmc.evals.compare import gates
 from llmc.evals.compare.run import compare
 from llmc.evals.config import CompareConfig
 from llmc.evals.pages import charts
-from llmc.evals.pages.page import page
+from llmc.evals.pages.compare import page
 from llmc.evals.quality import metrics
 from llmc.evals.report import store as report
 from llmc.evals.report.tables import tables

@@ -1,14 +1,14 @@
-"""Small SVG charts, drawn by hand so that the page needs nothing from anywhere. Colours are CSS variables of the page.
-
-All text that comes from outside is escaped here.
-"""
+"""Small SVG charts, drawn by hand so that the page needs nothing from anywhere; empty where there is nothing to draw."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from html import escape
+
+from markupsafe import Markup
+
+from llmc.evals.pages.svg import colour, element, text
 
 WIDTH, HEIGHT = 560, 360
 LEFT, RIGHT, TOP, BOTTOM = 64, 20, 18, 52
@@ -75,20 +75,20 @@ class _Axes:
     def __init__(self, x_top: float, y_top: float, x_label: str, y_label: str) -> None:
         self.xs, self.ys = ticks(x_top), ticks(y_top)
         right, bottom, centre = WIDTH - RIGHT, HEIGHT - BOTTOM, (LEFT + WIDTH - RIGHT) / 2
-        name = escape(f"{y_label}, against {x_label}")
-        self.out = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{name}">']
+        self.name = f"{y_label}, against {x_label}"
+        self.out: list[Markup] = []
         for t in self.ys:
             y = self.y(t)
-            self.out.append(f'<line class="type" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+            self.out.append(element("line", class_="type", x1=LEFT, x2=right, y1=y, y2=y))
             self.out.append(text(LEFT - 8, y + 4, number(t), "tick", "end"))
         for t in self.xs:
             x = self.x(t)
-            self.out.append(f'<line class="type" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{bottom}"/>')
+            self.out.append(element("line", class_="type", x1=x, x2=x, y1=TOP, y2=bottom))
             self.out.append(text(x, bottom + 18, number(t), "tick", "middle"))
-        self.out.append(f'<path class="axis" d="M{LEFT} {TOP}V{bottom}H{right}"/>')
+        self.out.append(element("path", class_="axis", d=f"M{LEFT} {TOP}V{bottom}H{right}"))
         self.out.append(text(centre, HEIGHT - 10, x_label, "label", "middle"))
-        self.out.append(f'<g transform="translate(16 {(TOP + bottom) / 2}) rotate(-90)">'
-                        f'{text(0, 0, y_label, "label", "middle")}</g>')
+        self.out.append(element("g", text(0, 0, y_label, "label", "middle"),
+                                transform=f"translate(16 {(TOP + bottom) / 2}) rotate(-90)"))
 
     def x(self, v: float) -> float:
         return LEFT + v / self.xs[-1] * (WIDTH - RIGHT - LEFT)
@@ -96,50 +96,57 @@ class _Axes:
     def y(self, v: float) -> float:
         return HEIGHT - BOTTOM - v / self.ys[-1] * (HEIGHT - BOTTOM - TOP)
 
-    def close(self) -> str:
-        return "".join([*self.out, "</svg>"])
+    def path(self, points: Iterable[tuple[float, float]]) -> str:
+        """Straight lines through points, for the attribute d."""
+        return "M" + "L".join(f"{self.x(x):.1f} {self.y(y):.1f}" for x, y in points)
+
+    def close(self) -> Markup:
+        return _svg(HEIGHT, self.name, self.out)
 
 
-def text(x: float, y: float, content: str, style: str, anchor: str = "start") -> str:
-    """One escaped line of text at (x, y); style is a CSS class."""
-    return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(content)}</text>'
+def _svg(height: int, name: str, content: Iterable[Markup]) -> Markup:
+    return element("svg", *content, viewBox=f"0 0 {WIDTH} {height}", role="img", aria_label=name)
 
 
-def scatter(points: Sequence[Point], x_label: str, y_label: str, front: Sequence[tuple[float, float]] = ()) -> str:
+def scatter(points: Sequence[Point], x_label: str, y_label: str, front: Sequence[tuple[float, float]] = ()) -> Markup:
     """Points with error bars, each labelled beside it where there is room. front: the points that a line joins."""
-    top = max((p.y + (p.error or 0) for p in points), default=1)
-    axes = _Axes(max((p.span[1] if p.span else p.x for p in points), default=1) * 1.02, top or 1, x_label, y_label)
+    if not points:
+        return Markup("")
+    axes = _Axes(max(p.span[1] if p.span else p.x for p in points) * 1.02, max(p.y + (p.error or 0) for p in points) or 1,
+                 x_label, y_label)
     if len(front) > 1:
-        path = "L".join(f"{axes.x(x):.1f} {axes.y(y):.1f}" for x, y in front)
-        axes.out.append(f'<path class="front" d="M{path}"/>')
+        axes.out.append(element("path", class_="front", d=axes.path(front)))
     # boxes (left, top, right, bottom) that a label must not touch: the marks, then the labels already set
     taken = [(axes.x(p.x) - 9, axes.y(p.y) - 9, axes.x(p.x) + 9, axes.y(p.y) + 9) for p in points]
     taken += [(axes.x(p.span[0]), axes.y(p.y) - 2, axes.x(p.span[1]), axes.y(p.y) + 2) for p in points if p.span]
     for p in points:
-        x, y = axes.x(p.x), axes.y(p.y)
-        colour = f"var(--c{p.colour})"
-        shape = 'r="8" fill="none"' if p.hollow else f'r="5" fill="{colour}"'
-        shape += ' fill-opacity="0.3" stroke-dasharray="3 2"' if p.doubtful or p.guess else ""
         mark = " UNSTABLE" if p.doubtful else ""
-        bar = ""
-        if p.error:
-            low, high = axes.y(max(0.0, p.y - p.error)), axes.y(p.y + p.error)
-            bar = f'<path class="error" stroke="{colour}" d="M{x:.1f} {low:.1f}V{high:.1f}M{x - 4:.1f} ' \
-                  f'{high:.1f}h8M{x - 4:.1f} {low:.1f}h8"/>'
-        if p.span:
-            bar += f'<path class="error" stroke="{colour}" d="M{axes.x(p.span[0]):.1f} {y:.1f}H{axes.x(p.span[1]):.1f}"/>'
-        circle = f'<circle cx="{x:.1f}" cy="{y:.1f}" {shape} stroke="{colour}" stroke-width="2"/>'
-        axes.out.append(f"<g><title>{escape(p.label)}: {p.x:.4g}, {p.y:.4g}{mark}</title>{bar}{circle}</g>")
+        title = element("title", f"{p.label}: {p.x:.4g}, {p.y:.4g}{mark}")
+        axes.out.append(element("g", title, *_mark(axes, p)))
         if not p.hollow:
-            axes.out.append(_label(x, y, _shorten(p.label, 34 - len(mark)) + mark, taken))
+            axes.out.append(_label(axes.x(p.x), axes.y(p.y), _shorten(p.label, 34 - len(mark)) + mark, taken))
     return axes.close()
+
+
+def _mark(axes: _Axes, p: Point) -> Iterable[Markup]:
+    """A point's bars and its circle."""
+    x, y, paint = axes.x(p.x), axes.y(p.y), colour(p.colour)
+    if p.error:
+        low, high = axes.y(max(0.0, p.y - p.error)), axes.y(p.y + p.error)
+        yield element("path", class_="error", stroke=paint,
+                      d=f"M{x:.1f} {low:.1f}V{high:.1f}M{x - 4:.1f} {high:.1f}h8M{x - 4:.1f} {low:.1f}h8")
+    if p.span:
+        yield element("path", class_="error", stroke=paint, d=f"M{axes.x(p.span[0]):.1f} {y:.1f}H{axes.x(p.span[1]):.1f}")
+    broken = {"fill_opacity": "0.3", "stroke_dasharray": "3 2"} if p.doubtful or p.guess else {}
+    yield element("circle", cx=x, cy=y, r=8 if p.hollow else 5, fill="none" if p.hollow else paint, **broken, stroke=paint,
+                  stroke_width=2)
 
 
 def _shorten(label: str, most: int) -> str:
     return label if len(label) <= most else label[: most - 1] + "…"
 
 
-def _label(x: float, y: float, label: str, taken: list[tuple[float, float, float, float]]) -> str:
+def _label(x: float, y: float, label: str, taken: list[tuple[float, float, float, float]]) -> Markup:
     """Set `label` at the first of some places around (x, y) that is inside the frame and free, else above the mark."""
     width = LETTER * len(label)
     places = [(x + 13, y + 4, "start"), (x - 13 - width, y + 4, "end"), (x - width / 2, y - 14, "middle"),
@@ -159,35 +166,38 @@ def _label(x: float, y: float, label: str, taken: list[tuple[float, float, float
     return text(at, place[1], label, "mark", place[2])
 
 
-def lines(series: Sequence[Line], x_label: str, y_label: str) -> str:
+def lines(series: Sequence[Line], x_label: str, y_label: str) -> Markup:
     """Lines with a dot at every point, if they are not thin; the page's legend names them."""
     every = [p for s in series for p in s.points]
-    x_top, y_top = (max((p[i] for p in every), default=1) or 1 for i in (0, 1))
+    if not every:
+        return Markup("")
+    x_top, y_top = (max(p[i] for p in every) or 1 for i in (0, 1))
     axes = _Axes(x_top, y_top, x_label, y_label)
     for s in series:
-        path = "L".join(f"{axes.x(x):.1f} {axes.y(y):.1f}" for x, y in s.points)
-        style = "line" + " thin" * s.thin + " dashed" * s.dashed
-        axes.out.append(f'<path class="{style}" stroke="var(--c{s.colour})" d="M{path}"/>')
+        style, paint = "line" + " thin" * s.thin + " dashed" * s.dashed, colour(s.colour)
+        axes.out.append(element("path", class_=style, stroke=paint, d=axes.path(s.points)))
         for x, y in () if s.thin else s.points:
+            cx, cy = axes.x(x), axes.y(y)
             if x == s.ring:
-                axes.out.append(f'<circle cx="{axes.x(x):.1f}" cy="{axes.y(y):.1f}" r="8" fill="none" '
-                                f'stroke="var(--c{s.colour})" stroke-width="2"/>')
-            axes.out.append(f'<circle cx="{axes.x(x):.1f}" cy="{axes.y(y):.1f}" r="3" fill="var(--c{s.colour})">'
-                            f"<title>{escape(s.label)}, {number(x)}: {y:.4g}</title></circle>")
+                axes.out.append(element("circle", cx=cx, cy=cy, r=8, fill="none", stroke=paint, stroke_width=2))
+            title = element("title", f"{s.label}, {number(x)}: {y:.4g}")
+            axes.out.append(element("circle", title, cx=cx, cy=cy, r=3, fill=paint))
     return axes.close()
 
 
-def bars(rows: Sequence[Bar], kinds: Sequence[str], x_label: str) -> str:
+def bars(rows: Sequence[Bar], kinds: Sequence[str], x_label: str) -> Markup:
     """Stacked horizontal bars, one above the other, each with its name over it and its note behind it."""
+    if not rows:
+        return Markup("")
     left, bar = 8, 22
     step = max(52, min(84, 300 // len(rows)))
     height = step * len(rows) + 44
-    xs = ticks(max((sum(r.parts) for r in rows), default=1))
+    xs = ticks(max(sum(r.parts) for r in rows))
     scale = (WIDTH - left - 110) / xs[-1]
-    out = [f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(x_label)}">']
+    out = []
     for t in xs:
         x = left + t * scale
-        out.append(f'<line class="type" x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="{height - 40}"/>')
+        out.append(element("line", class_="type", x1=x, x2=x, y1=4, y2=height - 40))
         out.append(text(x, height - 24, number(t), "tick", "middle" if t else "start"))
     out.append(text(left + xs[-1] * scale / 2, height - 5, x_label, "label", "middle"))
     for i, row in enumerate(rows):
@@ -195,8 +205,8 @@ def bars(rows: Sequence[Bar], kinds: Sequence[str], x_label: str) -> str:
         out.append(text(left, y - 6, row.label, "mark"))
         for k, (kind, part) in enumerate(zip(kinds, row.parts, strict=True)):
             if part > 0:
-                out.append(f'<rect x="{x:.1f}" y="{y}" width="{part * scale:.1f}" height="{bar}" fill="var(--k{k})">'
-                           f"<title>{escape(row.label)}, {escape(kind)}: {part:.4g}</title></rect>")
+                title = element("title", f"{row.label}, {kind}: {part:.4g}")
+                out.append(element("rect", title, x=x, y=y, width=part * scale, height=bar, fill=f"var(--k{k})"))
             x += part * scale
         out.append(text(x + 8, y + 15, row.note, "tick"))
-    return "".join([*out, "</svg>"])
+    return _svg(height, x_label, out)

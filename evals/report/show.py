@@ -18,6 +18,15 @@ def pm(stat: dict[str, Any] | None, digits: int = 3, factor: float = 1.0, unit: 
     return text + (f" {unit}" if unit else "")
 
 
+def plain(value: Any) -> str:
+    """A value of a report without brackets and quotes: 'bits 4, types q4_0 q6_k'."""
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {plain(v)}" for k, v in value.items())
+    if isinstance(value, list):
+        return " ".join(plain(v) for v in value)
+    return "–" if value is None else str(value)
+
+
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Columns set under each other; the first row is the heading, the first column is flush left, the rest right."""
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]

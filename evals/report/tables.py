@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from llmc.console import size
+from llmc.evals.compare.gates import describe
 from llmc.evals.compare.run import tasks_of
-from llmc.evals.pages.matrix_page import tables as devices
 from llmc.evals.report.show import change, filled, matrices, pm, spread
 from llmc.evals.report.store import budget_of, speeds_of, targets_of
 
@@ -27,9 +27,11 @@ def tables(comparison: dict[str, Any]) -> list[Table]:
             out.append(_tasks(evaluated))
     for target in targets_of([a["report"] for a in artifacts]):
         out.append(_speed([a for a in artifacts if target in speeds_of(a["report"])], target))
-    out += devices(comparison["matrix"])
+    cells = comparison["matrix"]
+    if not all((c["target"], c["source"]) == (cells[0]["target"], "measured") for c in cells):
+        out.append(_devices(cells))  # else the table of the one device says it all
     if comparison["gates"]:
-        out.append(_gates(comparison["gates"]))
+        out.append(gates_table(comparison["gates"]))
     return out
 
 
@@ -117,8 +119,38 @@ def _speed(artifacts: list[dict[str, Any]], target: str) -> Table:
             f"{p['generate']} decoded at depth {p['depth']}; medians [IQR]; GB/s of weights read", rows)
 
 
-def _gates(results: list[dict[str, Any]]) -> Table:
-    from llmc.evals.compare.gates import describe
+def _devices(cells: list[dict[str, Any]]) -> Table:
+    """Decode speed, first token and memory by artifact and device."""
+    targets, artifacts = (list(dict.fromkeys(c[k] for c in cells)) for k in ("target", "artifact"))
+    by = {(c["artifact"], c["target"]): c for c in cells}
+    rows = [["artifact", *(f"{t}{what}" for t in targets for what in (": decode tok/s", ": first token s", ": memory"))]]
+    for a in artifacts:
+        rows.append([a, *(text for t in targets for text in _cell(by.get((a, t))))])
+    notes = ["★: no other is as fast and as near the base there"]
+    notes += ["~: an estimate, low to high"] if any(c["source"] == "estimate" for c in cells) else []
+    notes += ["emulated: says nothing of the device, never compared"] if any(c["source"] == "emulated" for c in cells) else []
+    return "Devices", "; ".join(notes), filled(rows)
 
+
+def _cell(c: dict[str, Any] | None) -> list[str]:
+    if c is None:
+        return ["–"] * 3
+    ram = size(sum(c["memory"].values()))
+    first = min(c["first_token"], key=lambda p: abs(p["tokens"] - 512), default=None)
+    if c["source"] == "estimate":
+        said = "–" if first is None else f"~{first['mid']:.3g} ({first['tokens']} tokens)"
+        low, mid, high = (f"{c['decode'][k]:.3g}" for k in ("low", "mid", "high"))
+        return [f"~{mid} ({low} to {high}){_star(c)}", said, f"~{ram}"]
+    mark = " emulated" if c["source"] == "emulated" else " UNSTABLE" if c["unstable"] else ""
+    said = "–" if first is None else f"{first['mid']:.3g} ({first['tokens']} tokens){mark}"
+    return [f"{c['decode']['mid']:.1f}{mark}{_star(c)}", said, ram]
+
+
+def _star(c: dict[str, Any]) -> str:
+    return " ★" if c["front"] else ""
+
+
+def gates_table(results: list[dict[str, Any]]) -> Table:
+    """A row for each gate of each candidate."""
     rows = [["gate", "verdict"], *([describe(r), "passed" if r["passed"] else "MISSED"] for r in results)]
     return "Gates", "held for every candidate, text and target", rows

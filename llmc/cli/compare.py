@@ -42,7 +42,7 @@ def compare(
     from llmc.console import say
     from llmc.evals.compare import gates
     from llmc.evals.compare.run import compare, without_arrays
-    from llmc.evals.pages import page as html
+    from llmc.evals.pages.compare import write_page
     from llmc.evals.report.show import markdown as to_markdown
     from llmc.evals.report.show import table
     from llmc.evals.report.tables import tables
@@ -51,8 +51,7 @@ def compare(
     config = CompareConfig(tuple(reports), max_ppl_increase, max_kld, min_top1, min_decode_speedup, page, tuple(target),
                            targets, context)
     result = compare(config)
-    with staged_file(page) as tmp:
-        tmp.write_text(html.page(result), encoding="utf-8")
+    write_page(result, page)
     told = tables(result)
     text = "\n\n".join(f"### {title}\n\n{note}\n\n{to_markdown(rows)}" for title, note, rows in told)
     if markdown is not None and markdown != Path("-"):

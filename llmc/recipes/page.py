@@ -4,36 +4,31 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from html import escape
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from llmc.console import duration, size
-from llmc.evals.compare import gates
 from llmc.evals.compare.matrix import matrix
-from llmc.evals.pages import charts, html
-from llmc.evals.pages.page import MEASURES, TRAININGS, figures
-from llmc.evals.report.show import change, filled, pm
+from llmc.evals.pages import charts, training
+from llmc.evals.pages.figure import Figure
+from llmc.evals.pages.measured import figures
+from llmc.evals.pages.render import render
+from llmc.evals.report.show import change, filled, plain, pm
 from llmc.evals.report.show import markdown as as_markdown
 from llmc.evals.report.store import speeds_of, targets_of
-from llmc.evals.report.tables import Table
+from llmc.evals.report.tables import Table, gates_table
 
 
 def page(report: dict[str, Any], folder: Path) -> str:
     """The whole HTML of a report (report.py). folder: where it will lie, for links to the comparisons' pages."""
     recipe = report["recipe"]
-    body = [
-        f'<header><p class="kicker">llmc run</p><h1>{escape(recipe["name"])}</h1><p>{escape(recipe["about"])}</p>'
-        f'{html.verdict(report["gates"])}{_links(report, folder)}</header>',
-        *(html.table(*t) for t in tables(report)),
-        f'<div class="charts">{"".join(pictures(report))}</div>',
-        html.section("What the figures are", html.pairs(MEASURES.items())),
-        html.section("The recipe", f"<pre>{escape(recipe['text'])}</pre>", folded=True),
-        *(html.section(f"Provenance: {a['name']}", html.pairs(facts(a)), folded=True) for a in report["artifacts"]),
-        html.section("Versions", html.pairs(report["versions"].items()), folded=True),
-    ]
-    return html.document(recipe["name"], body)
+    return render(
+        "recipe.html.jinja", heading=recipe["name"], recipe=recipe, gates=report["gates"], links=_links(report, folder),
+        tables=tables(report), figures=list(_pictures(report)),
+        folded=[*((f"Provenance: {a['name']}", _facts(a)) for a in report["artifacts"]),
+                ("Versions", report["versions"].items())],
+    )
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -41,7 +36,7 @@ def markdown(report: dict[str, Any]) -> str:
     parts = [f"# {report['recipe']['name']}", report["recipe"]["about"]]
     parts += [f"## {title}\n\n{note}\n\n{as_markdown(rows)}" for title, note, rows in tables(report)]
     for a in report["artifacts"]:
-        rows = [["", a["name"]], *([k, html.words(v).replace("\n", " ")] for k, v in facts(a))]
+        rows = [["", a["name"]], *([k, plain(v).replace("\n", " ")] for k, v in _facts(a))]
         parts.append(f"## Provenance: {a['name']}\n\n{as_markdown(rows)}")
     return "\n\n".join(p for p in parts if p) + "\n"
 
@@ -52,8 +47,7 @@ def tables(report: dict[str, Any]) -> list[Table]:
     found = [_artifacts(report["artifacts"], text) for text in texts or [None]]
     found.append(_steps(report["steps"]))
     if report["gates"]:
-        rows = [["gate", "verdict"], *([gates.describe(g), "passed" if g["passed"] else "MISSED"] for g in report["gates"])]
-        found.append(("Gates", "held for every candidate, text and target", rows))
+        found.append(gates_table(report["gates"]))
     return found
 
 
@@ -93,7 +87,7 @@ def _speed(speed: dict[str, Any] | None) -> list[str]:
 def _steps(steps: list[dict[str, Any]]) -> Table:
     rows = [["step", "from", "asked for", "time"]]
     for s in steps:
-        options = ", ".join(f"{k} {html.words(v)}" for k, v in s["options"].items()) or "defaults"
+        options = ", ".join(f"{k} {plain(v)}" for k, v in s["options"].items()) or "defaults"
         source = ", ".join(s["from"]) + (f" (teacher {s['teacher']})" if s["teacher"] else "")
         time = "–" if s["seconds"] is None else duration(s["seconds"]) + (" (resumed)" if s["resumed"] else "")
         rows.append([s["job"], source, options, time])
@@ -101,34 +95,22 @@ def _steps(steps: list[dict[str, Any]]) -> Table:
     return "Steps", f"{duration(total)} in all, each step timed when it was run; a resumed one from there on", rows
 
 
-def pictures(report: dict[str, Any]) -> Iterable[str]:
+def _pictures(report: dict[str, Any]) -> Iterable[Figure]:
     """Those of llmc compare for what was measured, then the curves of training and the time of each step."""
     shown = [{"name": a["name"], "report": a["report"], "differences": None} for a in report["artifacts"] if "report" in a]
     if shown:
         yield from figures(shown, matrix(shown))
-    for command, (title, caption, by, label) in TRAININGS.items():
-        if trained := [s for s in report["steps"] if "curve" in s and s["command"] == command]:
-            drawn = [line for i, s in enumerate(trained, 1) for line in _curve(s, i, by)]
-            yield html.figure(title, f"{caption} on held-out text (dots; a ring around the step that was kept), and on each "
-                              "step's batch (thin).", html.legend((i, s["job"]) for i, s in enumerate(trained, 1)),
-                              charts.lines(drawn, "step", label), "")
+    for command in training.TRAININGS:
+        trained = [s for s in report["steps"] if "curve" in s and s["command"] == command]
+        if trained:
+            yield training.figure(command, [(i, s["job"], s["curve"]) for i, s in enumerate(trained, 1)])
     timed = [s for s in report["steps"] if s["seconds"]]
     if timed:
         rows = [charts.Bar(s["job"], [s["seconds"]], duration(s["seconds"])) for s in timed]
-        yield html.figure("Time", "Of each step, when it was run.", "", charts.bars(rows, ["seconds"], "seconds"), "")
+        yield Figure("Time", "Of each step, when it was run.", svg=charts.bars(rows, ["seconds"], "seconds"))
 
 
-def _curve(step: dict[str, Any], colour: int, by: str) -> Iterable[charts.Line]:
-    """The loss of each training step and what was seen on held-out text, as the manifest has them."""
-    c = step["curve"]
-    if losses := c.get("losses"):
-        yield charts.Line(f"{step['job']}, batch", colour, list(enumerate(losses, 1)), thin=True)
-    checks = [(row["step"], row[by]) for row in c.get("curve", [])]
-    if checks:
-        yield charts.Line(f"{step['job']}, held-out", colour, checks, ring=c.get("best_step"))
-
-
-def facts(artifact: dict[str, Any]) -> list[tuple[str, Any]]:
+def _facts(artifact: dict[str, Any]) -> list[tuple[str, Any]]:
     """Where an artifact comes from: source, passes with their texts and hashes, versions."""
     told: list[tuple[str, Any]] = [("path", artifact["path"]), ("kind", artifact["kind"])]
     if sha := artifact.get("report", {}).get("artifact", {}).get("sha256"):
@@ -141,7 +123,6 @@ def facts(artifact: dict[str, Any]) -> list[tuple[str, Any]]:
     return told + [(f"version: {k}", v) for k, v in (provenance.get("versions") or {}).items()]
 
 
-def _links(report: dict[str, Any], folder: Path) -> str:
-    """To the pages of the comparisons, which lie beside this one."""
-    return "".join(f'<p><a href="{escape(quote(Path(os.path.relpath(c["page"], folder)).as_posix()))}">{escape(c["job"])}: '
-                   "side by side, with paired differences</a></p>" for c in report["comparisons"])
+def _links(report: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
+    """Jobs and addresses of the comparisons' pages, which lie beside this one."""
+    return [(c["job"], quote(Path(os.path.relpath(c["page"], folder)).as_posix())) for c in report["comparisons"]]

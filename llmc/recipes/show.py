@@ -34,12 +34,12 @@ def sweep_summary(result: dict[str, Any]) -> str:
 
 def chain_lines(chain: Any) -> str:
     """A checked recipe: each step, what it works on and what it is asked for."""
-    from llmc.evals.pages.html import words
+    from llmc.evals.report.show import plain
     from llmc.recipes.report import asked
 
     lines = [f"{chain.recipe.name}: {len(chain.steps)} steps, from {chain.base or 'the model that --model will name'}"]
     for s in chain.steps:
-        options = ", ".join(f"{k} {words(v)}" for k, v in asked(s).items()) or "defaults"
+        options = ", ".join(f"{k} {plain(v)}" for k, v in asked(s).items()) or "defaults"
         teacher = f", teacher {s.teacher}" if s.teacher else ""
         lines.append(f"  {s.name}: {s.command} of {', '.join(s.inputs)}{teacher} ({options})")
     return "\n".join(lines)

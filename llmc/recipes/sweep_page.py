@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from html import escape
 from typing import Any
 
 from llmc.console import duration, size
 from llmc.evals.compare import gates
-from llmc.evals.pages import charts, html
+from llmc.evals.pages import charts
+from llmc.evals.pages.figure import Figure, dots
+from llmc.evals.pages.matrix import KLD
+from llmc.evals.pages.render import render
 from llmc.evals.report.show import filled, pm
 from llmc.evals.report.show import markdown as as_markdown
 from llmc.evals.report.tables import Table
@@ -17,14 +19,10 @@ FRONT, BEHIND = 1, 0  # colours
 
 def page(result: dict[str, Any]) -> str:
     """The whole HTML."""
-    body = [
-        f'<header><p class="kicker">llmc sweep</p><h1>{escape(result["recipe"])}</h1>'
-        f'{html.verdict([g for v in result["variants"] for g in v.get("gates", [])])}</header>',
-        f'<div class="charts">{"".join(_pictures(result["artifacts"]))}</div>',
-        *(html.table(*t) for t in tables(result)),
-        html.section("Versions", html.pairs(result["versions"].items()), folded=True),
-    ]
-    return html.document(f"{result['recipe']}: sweep", body)
+    return render("sweep.html.jinja", heading=result["recipe"],
+                  gates=[g for v in result["variants"] for g in v.get("gates", [])],
+                  figures=_pictures(result["artifacts"]), tables=tables(result),
+                  folded=[("Versions", result["versions"].items())])
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -53,18 +51,17 @@ def tables(result: dict[str, Any]) -> list[Table]:
     return found
 
 
-def _pictures(artifacts: list[dict[str, Any]]) -> list[str]:
+def _pictures(artifacts: list[dict[str, Any]]) -> list[Figure]:
     """Size and speed against divergence, the front's points filled with its colour."""
     drawn = [a for a in artifacts if a["kld"] and a["bytes"]]
-    key = html.legend([(FRONT, "on the front"), (BEHIND, "beaten by another")])
-    label = "KL divergence to the base, nats"
+    key = dots([(FRONT, "on the front"), (BEHIND, "beaten by another")])
     by_size = [_mark(a, a["bytes"] / 1e6) for a in drawn]
     by_speed = [_mark(a, a["decode"]) for a in drawn if a["decode"]]
     return [
-        html.figure("Size against divergence", "Down and left is better.", key,
-                    charts.scatter(by_size, "file, MB", label) if by_size else "", "a step `eval` in the recipe"),
-        html.figure("Speed against divergence", "Down and right is better.", key,
-                    charts.scatter(by_speed, "decode, tokens/s", label) if by_speed else "", "a step `bench` in the recipe"),
+        Figure("Size against divergence", "Down and left is better.", key, charts.scatter(by_size, "file, MB", KLD),
+               "a step `eval` in the recipe"),
+        Figure("Speed against divergence", "Down and right is better.", key,
+               charts.scatter(by_speed, "decode, tokens/s", KLD), "a step `bench` in the recipe"),
     ]
 
 

@@ -1,0 +1,68 @@
+"""The matrix of artifacts and targets as pictures: of each device a Pareto front, latency and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from markupsafe import Markup
+
+from llmc.console import size
+from llmc.evals.pages import charts
+from llmc.evals.pages.figure import Figure, boxes, dots
+
+KINDS = ("weights", "KV cache", "the rest")
+KLD = "KL divergence to the base, nats"
+
+
+def figures(cells: list[dict[str, Any]], names: list[str]) -> Iterable[Figure]:
+    """For every device its front, its latency and its memory. names: the page's artifacts, in the order of their colours."""
+    for target in dict.fromkeys(c["target"] for c in cells):
+        mine = [c for c in cells if c["target"] == target]
+        how = " ".join(dict.fromkeys(_said(c) for c in mine))
+        rings = " Rings: further texts." if any(len(c["texts"]) > 1 for c in mine) else ""
+        rings += " Broken outline: the repetitions of its bench disagree." if any(c["unstable"] for c in mine) else ""
+        if any(c["source"] != "emulated" for c in mine):
+            key = dots((names.index(c["artifact"]), c["artifact"]) for c in mine)
+            yield Figure(f"Speed on {target} against divergence",
+                         f"Down and right is better; the line is the front.{rings} {how}", key, _front(mine, names),
+                         "llmc eval ARTIFACT --base BASE and llmc bench ARTIFACT --target T, into one report")
+            yield Figure(f"Time to the first token on {target}", f"By the prompt's length. {how}", key, _latency(mine, names),
+                         f"llmc bench ARTIFACT --target {target} --prompt 128,512,2048")
+        yield Figure(f"Memory on {target}", f"At its peak where it was measured. {how}", boxes(KINDS), _memory(mine))
+
+
+def _front(cells: list[dict[str, Any]], names: list[str]) -> Markup:
+    """A line joins what is best, of measured figures where there are some."""
+    shown = [c for c in cells if c["kld"] and c["source"] != "emulated"]
+    source = "measured" if any(c["source"] == "measured" for c in shown) else "estimate"
+    front = sorted((c["decode"]["mid"], c["kld"]["value"]) for c in shown if c["front"] and c["source"] == source)
+    return charts.scatter([p for c in shown for p in _points(c, names)], "decode, tokens/s", KLD, front)
+
+
+def _latency(cells: list[dict[str, Any]], names: list[str]) -> Markup:
+    curves = [charts.Line(c["artifact"], names.index(c["artifact"]),
+                          [(p["tokens"], p["mid"]) for p in c["first_token"]], dashed=c["source"] != "measured")
+              for c in cells if c["first_token"]]
+    return charts.lines(curves, "prompt, tokens", "first token, s")
+
+
+def _memory(cells: list[dict[str, Any]]) -> Markup:
+    return charts.bars([charts.Bar(c["artifact"], [c["memory"][k] / 1e6 for k in ("weights", "kv", "rest")],
+                                   "~" * (c["source"] == "estimate") + size(sum(c["memory"].values()))) for c in cells],
+                       KINDS, "MB")
+
+
+def _said(c: dict[str, Any]) -> str:
+    if c["source"] == "emulated":
+        return "Emulated: its speed says nothing of the device."
+    return f"Broken lines: estimate, {c['basis']}." if c["source"] == "estimate" else f"Measured ({c['basis']})."
+
+
+def _points(c: dict[str, Any], names: list[str]) -> Iterable[charts.Point]:
+    """One for each text, the second and further ones as rings."""
+    d = c["decode"]
+    guess = c["source"] == "estimate"
+    for n, kld in enumerate(c["texts"]):
+        yield charts.Point(d["mid"], kld["value"], c["artifact"], names.index(c["artifact"]), kld["se"],
+                           hollow=n > 0, doubtful=c["unstable"], guess=guess, span=(d["low"], d["high"]) if guess else None)

@@ -1,0 +1,57 @@
+"""The pictures of what eval and bench measured; one that has nothing to show says which command fills it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from llmc.console import size
+from llmc.evals.pages import charts, matrix
+from llmc.evals.pages.figure import Figure, boxes, dots
+from llmc.formats.weigh import CLASSES
+
+Artifacts = list[dict[str, Any]]
+
+
+def figures(artifacts: Artifacts, cells: list[dict[str, Any]]) -> Iterable[Figure]:
+    """All of them. artifacts: {'name', 'report'} in the order of their colours. cells: see llmc.evals.compare.matrix."""
+    yield _divergence(artifacts)
+    if not cells:
+        yield Figure("Speed against divergence", "Down and right is better.",
+                     how="llmc bench ARTIFACT -o REPORT (into the report of llmc eval)")
+    yield from matrix.figures(cells, [a["name"] for a in artifacts])
+    yield _layers(artifacts)
+    rows = []
+    for a in artifacts:
+        weight = a["report"]["artifact"]["size"]
+        rows.append(charts.Bar(a["name"], [weight["classes"][k]["bytes"] / 1e6 for k in CLASSES],
+                               size(weight["tensor_bytes"])))
+    yield Figure("Bytes by class", "Where the file's bytes are.", boxes(CLASSES), charts.bars(rows, CLASSES, "MB of tensors"))
+
+
+def _divergence(artifacts: Artifacts) -> Figure:
+    """Size against divergence: a point for each artifact and text, the second and further texts as rings."""
+    points, texts = [], []
+    for i, a in enumerate(artifacts):
+        megabytes = a["report"]["artifact"]["size"]["file_bytes"] / 1e6
+        for n, t in enumerate(a["report"].get("quality", {}).get("texts", [])):
+            if t["kld"]:
+                texts.append(t["protocol"]["text"])
+                points.append(charts.Point(megabytes, t["kld"]["value"], a["name"], i, t["kld"]["se"], hollow=n > 0))
+    first, *others = dict.fromkeys(texts) or [""]
+    rings = f" Filled: {first}. Rings: {', '.join(others)}." if others else ""
+    return Figure("Size against divergence", "Down and left is better." + rings,
+                  dots(enumerate(a["name"] for a in artifacts)), charts.scatter(points, "file, MB", matrix.KLD),
+                  "llmc eval ARTIFACT --base BASE -o REPORT")
+
+
+def _layers(artifacts: Artifacts) -> Figure:
+    curves, names = [], []
+    for i, a in enumerate(artifacts):
+        layers = a["report"]["artifact"]["layers"]
+        names += [(i, a["name"])] if layers else []
+        if errors := [(x["layer"], 100 * x["error"]) for x in layers if x["error"] is not None]:
+            curves.append(charts.Line(a["name"], i, errors))
+    return Figure("Error by layer", "Share of each layer's output energy that was lost, as the pass recorded it.",
+                  dots(names), charts.lines(curves, "decoder layer", "output energy lost, %"),
+                  "llmc quantize (the manifest beside the artifact records it)")
