@@ -1,27 +1,102 @@
-"""What `--resume` compares, beside settings and inputs: the code itself."""
+"""Which of llmc's modules a module needs, found by following imports in the source; and one digest of all that code.
+
+What decides a result is the code that computes it. `--resume`, notes of measured sensitivities and recipes keep such a digest
+beside a result: where the code changed, the result is made again. The zip that goes to a device holds a closure too.
+No module is imported for it.
+"""
 
 from __future__ import annotations
 
+import ast
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
-from types import ModuleType
 
-from llmc import compress
-from llmc.formats import blocks as blocks_format
-from llmc.formats import gptq as gptq_format
-from llmc.formats import packing
-from llmc.formats import types as block_types
-from llmc.formats import types as types
-
-DECIDING = (compress, types, block_types, packing, gptq_format, blocks_format)
+ROOT = "llmc"
+HERE = Path(__file__).parent
+BESIDE = ("compress", "evals", "export", "runtimes")  # beside llmc/ in the repository, inside it once installed
 
 
-def code_digest(modules: Sequence[ModuleType] = DECIDING) -> str:
-    """sha256 that changes when the code that decides a result does, so that `--resume` never mixes two versions."""
+def source(module: str) -> Path:
+    """The file of one of llmc's modules, or of a package its `__init__.py`. LookupError where there is none."""
+    found = _file(module)
+    if found is None:
+        raise LookupError(f"there is no module {module}")
+    return found
+
+
+@cache
+def _file(module: str) -> Path | None:
+    parts = module.split(".")[1:]
+    top = HERE.parent if parts and parts[0] in BESIDE and not (HERE / parts[0]).is_dir() else HERE
+    path = top.joinpath(*parts)
+    for file in (path / "__init__.py", path.with_name(path.name + ".py")):
+        if module.split(".")[0] == ROOT and file.is_file():
+            return file
+    return None
+
+
+def modules(package: str = ROOT) -> list[str]:
+    """Every module and package below `package`, itself included, sorted."""
+    found = [package]
+    for path in source(package).parent.iterdir():
+        if path.suffix == ".py" and path.stem != "__init__":
+            found.append(f"{package}.{path.stem}")
+        elif (path / "__init__.py").is_file():
+            found += modules(f"{package}.{path.name}")
+    if package == ROOT:
+        found += [m for name in BESIDE for m in modules(f"{ROOT}.{name}")]
+    return sorted(set(found))
+
+
+@cache
+def imports(module: str, nested: bool = True) -> tuple[str, ...]:
+    """The modules of llmc that `module` imports, sorted: anywhere in its source, or (not `nested`) when it is imported itself.
+
+    Imports for type checkers alone do not count.
+    """
+    tree = ast.parse(source(module).read_text(encoding="utf-8"))
+    names: set[str] = set()
+    for node in _statements(tree.body, nested):
+        if isinstance(node, ast.Import):
+            names |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inside = {f"{node.module}.{a.name}" for a in node.names}
+            found = {n for n in inside if _file(n)}
+            names |= found if found == inside else {node.module, *found}
+    return tuple(sorted(n for n in names - {module} if _file(n)))
+
+
+def _statements(body: list[ast.stmt], nested: bool) -> Iterator[ast.stmt]:
+    for node in body:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        yield node
+        if nested:
+            for child in ast.iter_child_nodes(node):
+                if isinstance(child, ast.stmt):
+                    yield from _statements([child], nested)
+                elif isinstance(child, ast.ExceptHandler | ast.match_case):
+                    yield from _statements(child.body, nested)
+
+
+def closure(entries: Iterable[str], nested: bool = True) -> list[str]:
+    """The modules `entries` and all of llmc that they import, directly or not, sorted."""
+    found: set[str] = set()
+    todo = list(entries)
+    while todo:
+        module = todo.pop()
+        if module not in found:
+            found.add(module)
+            todo += imports(module, nested)
+    return sorted(found)
+
+
+@cache
+def digest(*entries: str) -> str:
+    """sha256 of the source of `entries` and of all of llmc that they import, at their start or later."""
     h = hashlib.sha256()
-    for module in modules:
-        path = Path(str(module.__file__))
-        for file in sorted(path.parent.rglob("*.py")) if path.name == "__init__.py" else [path]:
-            h.update(file.read_bytes())
+    for module in closure(entries):
+        h.update(module.encode() + b"\0" + source(module).read_bytes())
     return h.hexdigest()
