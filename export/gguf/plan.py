@@ -196,7 +196,7 @@ class Planner:
 
 def _inexact_mins(source: Callable[[], Source]) -> bool:
     q = source()
-    return isinstance(q, QuantizedTensor) and blocks.block_mins(q)[1] > 0
+    return isinstance(q, QuantizedTensor) and quantized.minimums(q)[1] > 0
 
 
 def _same(a: Source, b: Source) -> bool:

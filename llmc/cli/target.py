@@ -7,19 +7,15 @@ from pathlib import Path
 
 import typer
 
+from llmc.cli import target_setup
 from llmc.cli.group import Commands
+from llmc.cli.target_setup import FILE, JSON, NAME
 
 group = typer.Typer(cls=Commands, no_args_is_help=True, rich_markup_mode=None,
                     help="Name the devices that artifacts are measured on, and see what they are.")
-NAME = typer.Argument(..., help="The target's name: a-z, 0-9, '.', '_' and '-'.")
-FILE = typer.Option(None, "--targets", metavar="FILE", show_default=False,
-                    help="Default: ./targets.toml, or the one in ~/.config/llmc.")
-JSON = typer.Option(False, "--json", help="Print one JSON object.")
 
 
 def register(app: typer.Typer) -> None:
-    from llmc.cli import target_setup
-
     target_setup.register(group)
     app.add_typer(group, name="target")
 

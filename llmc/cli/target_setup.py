@@ -1,4 +1,4 @@
-"""`llmc target setup|clean`."""
+"""`llmc target setup|clean`, and the options that all commands of `llmc target` share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from pathlib import Path
 
 import typer
 
-from llmc.cli.target import FILE, JSON, NAME
+NAME = typer.Argument(..., help="The target's name: a-z, 0-9, '.', '_' and '-'.")
+FILE = typer.Option(None, "--targets", metavar="FILE", show_default=False,
+                    help="Default: ./targets.toml, or the one in ~/.config/llmc.")
+JSON = typer.Option(False, "--json", help="Print one JSON object.")
 
 
 def register(group: typer.Typer) -> None:
