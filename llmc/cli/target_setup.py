@@ -9,7 +9,7 @@ import typer
 
 NAME = typer.Argument(..., help="The target's name: a-z, 0-9, '.', '_' and '-'.")
 FILE = typer.Option(None, "--targets", metavar="FILE", show_default=False,
-                    help="Default: ./targets.toml, or the one in ~/.config/llmc.")
+                    help="File that names the targets. Default: ./targets.toml, or the one in ~/.config/llmc.")
 JSON = typer.Option(False, "--json", help="Print one JSON object.")
 
 
@@ -20,14 +20,14 @@ def register(group: typer.Typer) -> None:
 
 def setup(
     name: str = NAME,
-    install: bool = typer.Option(False, "--install", help="Install what is lacking; the device uses its own network."),
-    runtime: str = typer.Option("gguf,onnx", metavar="RUNTIME,…", help="For which artifacts: gguf, onnx."),
+    install: bool = typer.Option(False, "--install", help="Install what is missing. The device uses its own network."),
+    runtime: str = typer.Option("gguf,onnx", metavar="RUNTIME,...", help="Kinds of artifacts to run: gguf, onnx."),
     llama_bench: Path | None = typer.Option(None, metavar="FILE", show_default=False, exists=True, dir_okay=False,
-                                            help="For Android: a llama-bench built for it, copied there."),
+                                            help="A llama-bench built for Android, to be copied to the device."),
     targets: Path | None = FILE,
     as_json: bool = JSON,
 ) -> None:
-    """Show what a device has to run artifacts with, and install it there."""
+    """Show what a device has installed to run artifacts, and install what is missing."""
     from llmc.runtimes.targets import setup as device
     from llmc.runtimes.targets.target import find_target
 
@@ -41,7 +41,7 @@ def setup(
 
 
 def clean(name: str = NAME, targets: Path | None = FILE, as_json: bool = JSON) -> None:
-    """Remove the copies in a device's cache, those in use excepted."""
+    """Remove the copies in a device's cache, except those in use."""
     from llmc.console import say, size
     from llmc.runtimes.targets import setup as device
     from llmc.runtimes.targets.target import find_target
