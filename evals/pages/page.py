@@ -16,7 +16,7 @@ from llmc.evals.pages.html import COLOURS
 from llmc.evals.report.show import pm
 from llmc.evals.report.store import budget_of, speeds_of, targets_of
 from llmc.evals.report.tables import tables
-from llmc.formats.weigh import CLASSES
+from llmc.families.names import CLASSES
 
 # passes that record a curve: title, caption, the figure of a check, label of its axis
 TRAININGS = {"distill": ("Distillation", "The loss that was trained", "loss", "loss, nats"),

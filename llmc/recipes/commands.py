@@ -51,9 +51,9 @@ class Command:
         return self.gives in ARTIFACTS
 
 
-_COMPRESS = ("llmc.compress", "llmc.formats.types", "llmc.formats.types", "llmc.export.blocks", "llmc.export.gptq",
+_COMPRESS = ("llmc.compress", "llmc.families", "llmc.formats.types", "llmc.formats.types", "llmc.export.blocks", "llmc.export.gptq",
              "llmc.formats.packing")
-_MEASURE = ("llmc.evals", "llmc.runtimes")
+_MEASURE = ("llmc.evals", "llmc.runtimes", "llmc.families")
 
 
 def _compress(name: str, takes: tuple[str, ...], gives: str, config: str, short: str | None = None) -> Command:
@@ -72,7 +72,7 @@ COMMANDS: dict[str, Command] = {c.name: c for c in (
     _compress("heal", (QUANTIZED,), QUANTIZED, "HealConfig", "steps"),
     Command("export", "export", MODELS, GGUF,
             {"gguf": "llmc.export.gguf.config:GgufExportConfig", "onnx": "llmc.export.onnx.config:OnnxExportConfig"},
-            ("llmc.export", "llmc.formats.types", "llmc.formats.types"), "format",
+            ("llmc.export", "llmc.families", "llmc.formats.types", "llmc.formats.types"), "format",
             needs={"gguf": ("gguf", "llama_cpp"), "onnx": ("onnx", "onnxruntime", "onnxruntime_genai")}),
     _measure("eval", "evaluate", REPORT, "EvalConfig"),
     _measure("bench", "bench", REPORT, "BenchConfig"),
