@@ -24,7 +24,8 @@ from llmc.evals.pages.compare import page
 from llmc.evals.quality import metrics
 from llmc.evals.report import store as report
 from llmc.evals.report.tables import tables
-from llmc.formats.weigh import CLASSES, classify, weigh
+from llmc.families.names import CLASSES, classify
+from llmc.formats.weigh import weigh
 
 CHUNKS, SCORED = 12, 31
 HOSTILE = "<script>alert('x')</script>&\"|small"

@@ -29,12 +29,12 @@ from llmc.compress.skeleton import Skeleton, get_weight
 from llmc.compress.text import SELF, load_calibration
 from llmc.console import parse_size, progress, say, size
 from llmc.errors import UserError
+from llmc.families.names import classify
 from llmc.files import write_json
 from llmc.formats import types as block_types
 from llmc.formats.hf import load_tokenizer, load_torch_model
 from llmc.formats.manifest import NOTES
 from llmc.formats.source import origin_of
-from llmc.formats.weigh import classify
 from llmc.machine import check_memory, torch_device
 from llmc.precision import fast_matmul
 
