@@ -70,7 +70,7 @@ def export(model: str | Path | None = None, format: str = "gguf", **options: Any
 
 def evaluate(artifact: str | Path, out: str | Path | None = None, **options: Any) -> dict[str, Any]:
     """Perplexity, and divergence from `base`, of a model folder or .gguf file; options are the fields of EvalConfig."""
-    from llmc.evals.config import EvalConfig
+    from llmc.evals.quality.config import EvalConfig
     from llmc.evals.quality.run import evaluate as run
 
     return run(make(EvalConfig, {"artifact": artifact, "output": out, **options}))
@@ -78,8 +78,8 @@ def evaluate(artifact: str | Path, out: str | Path | None = None, **options: Any
 
 def bench(*artifacts: str | Path, out: Sequence[str | Path] = (), **options: Any) -> list[dict[str, Any]]:
     """Speed and memory on this machine or others, one report an artifact; options are the fields of BenchConfig."""
+    from llmc.evals.bench.config import BenchConfig
     from llmc.evals.bench.run import bench as run
-    from llmc.evals.config import BenchConfig
 
     return run(make(BenchConfig, {"artifacts": artifacts, "outputs": out, **options}))
 
@@ -89,9 +89,9 @@ def compare(*reports: str | Path, **options: Any) -> dict[str, Any]:
 
     A missed gate raises nothing here: look at 'passed' and 'gates' of the result.
     """
+    from llmc.evals.compare.config import CompareConfig
     from llmc.evals.compare.run import compare as run
     from llmc.evals.compare.run import without_arrays
-    from llmc.evals.config import CompareConfig
     from llmc.evals.pages.compare import write_page
 
     config = make(CompareConfig, {"reports": reports, **options})
@@ -102,7 +102,7 @@ def compare(*reports: str | Path, **options: Any) -> dict[str, Any]:
 
 def fit(*items: str | Path, **options: Any) -> dict[str, Any]:
     """Which artifacts or reports keep limits on which devices; options are the fields of FitConfig. Look at 'fits'."""
-    from llmc.evals.config import FitConfig
+    from llmc.evals.fit.config import FitConfig
     from llmc.evals.fit.run import fit as run
 
     return run(make(FitConfig, {"items": items, **options}))
