@@ -24,7 +24,8 @@ from llmc.evals.pages.compare import page
 from llmc.evals.quality import metrics
 from llmc.evals.report import store as report
 from llmc.evals.report.tables import tables
-from llmc.formats.weigh import CLASSES, classify, weigh
+from llmc.formats.artifacts.table import artifact_at
+from llmc.formats.tensors import CLASSES, classify
 
 CHUNKS, SCORED = 12, 31
 HOSTILE = "<script>alert('x')</script>&\"|small"
@@ -436,7 +437,7 @@ def test_classes(name: str, kind: str) -> None:
 
 
 def test_weights_of_one_model_in_three_forms(made: SimpleNamespace) -> None:
-    base, folder, file = (weigh(p) for p in (made.base, made.gptq, made.gguf))
+    base, folder, file = (artifact_at(p).weigh() for p in (made.base, made.gptq, made.gguf))
     assert base["parameters"] == folder["parameters"] == file["parameters"]
     for w in (base, folder, file):
         assert sum(c["bytes"] for c in w["classes"].values()) == w["tensor_bytes"] < w["file_bytes"]

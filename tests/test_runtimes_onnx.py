@@ -23,11 +23,11 @@ from llmc.evals.bench.run import bench
 from llmc.evals.config import BenchConfig
 from llmc.evals.report.show import speed_lines
 from llmc.evals.report.store import read_report
-from llmc.export.onnx.lint import as_notes, lint
 from llmc.files import write_json
+from llmc.formats.artifacts.table import artifact_at
 from llmc.formats.manifest import hash_folder, new_manifest
 from llmc.formats.onnx_folder import QDQ_LEVEL, is_onnx_folder, open_onnx
-from llmc.formats.weigh import weigh
+from llmc.formats.onnx_lint import as_notes, lint
 from llmc.runtimes import onnx_model, onnx_session
 from llmc.runtimes.onnx_model import PRODUCTS, OnnxModel
 from llmc.runtimes.open import open_runtime
@@ -180,7 +180,7 @@ def test_bench_says_what_ran(pair: SimpleNamespace) -> None:
     nodes = ran["nodes"]["CPUExecutionProvider"]
     assert nodes["MatMulNBits"] == open_onnx(pair.int4).operators()["MatMulNBits"]
     assert nodes["GroupQueryAttention"] == 2
-    assert speed["token_bytes"] == weigh(pair.int4)["token_bytes"]
+    assert speed["token_bytes"] == artifact_at(pair.int4).weigh()["token_bytes"]
     assert speed["peak_rss"] > 10_000_000
 
 

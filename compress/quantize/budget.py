@@ -35,7 +35,7 @@ from llmc.formats import types as integer_types
 from llmc.formats.hf import load_tokenizer, load_torch_model
 from llmc.formats.manifest import NOTES
 from llmc.formats.source import origin_of
-from llmc.formats.weigh import classify
+from llmc.formats.tensors import classify
 from llmc.machine import check_memory, torch_device
 from llmc.precision import fast_matmul
 from llmc.rounding import rtn, scales

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc.files import sha256, write_json
-from llmc.formats.checkpoint import INDEX, TOKENIZER_FILES, Checkpoint
+from llmc.formats.artifacts.table import artifact_at
 from llmc.recipes.chain import Step
 from llmc.recipes.commands import REPORT
 
@@ -61,10 +61,9 @@ def model_digest(model: str, hashes: Hashes) -> str:
         from llmc.sources.resolve import resolve_model
 
         path = resolve_model(model)  # a hub id: its snapshot
-    if path.is_file():
+    files = artifact_at(path).source_files()
+    if files == [path]:
         return hashes.of(path)
-    names = ("config.json", "generation_config.json", INDEX, *TOKENIZER_FILES)
-    files = [path / n for n in names if (path / n).is_file()] + Checkpoint.open(path).files
     return digest({p.name: hashes.of(p) for p in files})
 
 

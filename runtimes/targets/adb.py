@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc.errors import UserError
+from llmc.formats.artifacts.table import format_of
 from llmc.runtimes.targets.shell import command_line, run
 from llmc.runtimes.targets.target import ADB, Target
 from llmc.runtimes.targets.transfer import Cache
@@ -79,7 +80,8 @@ class AdbDevice:
         self.cache = Cache(self._shell, cache, int(target.cache_gb * 1e9))
 
     def place(self, artifact: Path) -> str:
-        if artifact.suffix != ".gguf":
+        kind = format_of(artifact)
+        if kind is None or kind.format != "gguf":
             raise UserError(f"{artifact} is no .gguf file; llmc runs nothing else on Android",
                             "write one with `llmc export --format gguf`")
         return self.cache.place(artifact)
