@@ -14,7 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
+
+from llmc.options import make
 
 if TYPE_CHECKING:
     from llmc.export import Export
@@ -24,15 +26,13 @@ if TYPE_CHECKING:
 __all__ = ["__version__", "bench", "compare", "distill", "evaluate", "export", "fit", "generate", "heal", "imatrix",
            "inspect", "prune", "quantize", "run_recipe", "ship", "sweep", "transform", "verify"]
 
-Config = TypeVar("Config")
-
 
 def quantize(model: str | Path, **options: Any) -> dict[str, Any]:
     """Quantize a model folder, .gguf file or hub id; options are the fields of QuantizeConfig."""
     from llmc.compress.quantize.config import QuantizeConfig
     from llmc.compress.quantize.run import quantize as run
 
-    return run(model, _config(QuantizeConfig, options))
+    return run(model, make(QuantizeConfig, options))
 
 
 def prune(model: str | Path, **options: Any) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def prune(model: str | Path, **options: Any) -> dict[str, Any]:
     from llmc.compress.prune.config import PruneConfig
     from llmc.compress.prune.run import prune as run
 
-    return run(model, _config(PruneConfig, options))
+    return run(model, make(PruneConfig, options))
 
 
 def transform(model: str | Path, **options: Any) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def transform(model: str | Path, **options: Any) -> dict[str, Any]:
     from llmc.compress.transform.config import TransformConfig
     from llmc.compress.transform.run import transform as run
 
-    return run(model, _config(TransformConfig, options))
+    return run(model, make(TransformConfig, options))
 
 
 def heal(model: str | Path, teacher: str | Path, **options: Any) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def heal(model: str | Path, teacher: str | Path, **options: Any) -> dict[str, An
     from llmc.compress.heal.config import HealConfig
     from llmc.compress.heal.run import heal as run
 
-    return run(model, _config(HealConfig, {"teacher": str(teacher), **_texts(options)}))
+    return run(model, make(HealConfig, {"teacher": teacher, **options}))
 
 
 def distill(student: str | Path, teacher: str | Path, **options: Any) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def distill(student: str | Path, teacher: str | Path, **options: Any) -> dict[st
     from llmc.compress.distill.config import DistillConfig
     from llmc.compress.distill.run import distill as run
 
-    return run(student, _config(DistillConfig, {"teacher": str(teacher), **_texts(options)}))
+    return run(student, make(DistillConfig, {"teacher": teacher, **options}))
 
 
 def imatrix(model: str | Path, **options: Any) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def imatrix(model: str | Path, **options: Any) -> dict[str, Any]:
     from llmc.compress.imatrix.config import ImatrixConfig
     from llmc.compress.imatrix.run import imatrix as run
 
-    return run(model, _config(ImatrixConfig, options))
+    return run(model, make(ImatrixConfig, options))
 
 
 def evaluate(artifact: str | Path, out: str | Path | None = None, **options: Any) -> dict[str, Any]:
@@ -80,8 +80,7 @@ def evaluate(artifact: str | Path, out: str | Path | None = None, **options: Any
     from llmc.evals.config import EvalConfig
     from llmc.evals.quality.run import evaluate as run
 
-    options |= {"artifact": str(artifact), "output": out}
-    return run(_config(EvalConfig, {k: str(v) if k == "base" and v is not None else v for k, v in options.items()}))
+    return run(make(EvalConfig, {"artifact": artifact, "output": out, **options}))
 
 
 def bench(*artifacts: str | Path, out: Sequence[str | Path] = (), **options: Any) -> list[dict[str, Any]]:
@@ -89,8 +88,7 @@ def bench(*artifacts: str | Path, out: Sequence[str | Path] = (), **options: Any
     from llmc.evals.bench.run import bench as run
     from llmc.evals.config import BenchConfig
 
-    names = tuple(str(a) for a in artifacts)
-    return run(BenchConfig(artifacts=names, outputs=tuple(Path(p) for p in out), **options))
+    return run(make(BenchConfig, {"artifacts": artifacts, "outputs": out, **options}))
 
 
 def compare(*reports: str | Path, **options: Any) -> dict[str, Any]:
@@ -103,7 +101,7 @@ def compare(*reports: str | Path, **options: Any) -> dict[str, Any]:
     from llmc.evals.config import CompareConfig
     from llmc.evals.pages.compare import write_page
 
-    config = _config(CompareConfig, {"reports": tuple(Path(r) for r in reports), **options})
+    config = make(CompareConfig, {"reports": reports, **options})
     result = run(config)
     write_page(result, config.page)
     return without_arrays(result)
@@ -114,7 +112,7 @@ def fit(*items: str | Path, **options: Any) -> dict[str, Any]:
     from llmc.evals.config import FitConfig
     from llmc.evals.fit.run import fit as run
 
-    return run(_config(FitConfig, {"items": tuple(Path(i) for i in items), **options}))
+    return run(make(FitConfig, {"items": items, **options}))
 
 
 def ship(gates: str | Path) -> dict[str, Any]:
@@ -133,7 +131,7 @@ def run_recipe(recipe: str | Path, set: Mapping[str, Any] | Sequence[str] = (), 
     from llmc.recipes.config import RunConfig
     from llmc.recipes.run import run_recipe as run
 
-    return run(recipe, _config(RunConfig, {"set": _typed(set), **options}))
+    return run(recipe, make(RunConfig, {"set": _typed(set), **options}))
 
 
 def sweep(recipe: str | Path, vary: Mapping[str, Sequence[Any]] | Sequence[str] = (),
@@ -147,7 +145,7 @@ def sweep(recipe: str | Path, vary: Mapping[str, Sequence[Any]] | Sequence[str] 
 
     if isinstance(vary, Mapping):
         vary = [f"{k}={','.join(map(str, values))}" for k, values in vary.items()]
-    return run(recipe, _config(SweepConfig, {"vary": tuple(vary), "set": _typed(set), **options}))
+    return run(recipe, make(SweepConfig, {"vary": vary, "set": _typed(set), **options}))
 
 
 def _typed(settings: Mapping[str, Any] | Sequence[str]) -> tuple[str, ...]:
@@ -165,7 +163,7 @@ def generate(artifact: str | Path, prompt: str, **options: Any) -> dict[str, Any
     from llmc.runtimes.generation import generate as run
     from llmc.sources.resolve import locate
 
-    return run(locate(str(artifact)), prompt, GenerateConfig(**options))
+    return run(locate(str(artifact)), prompt, make(GenerateConfig, options))
 
 
 def inspect(artifact: str | Path, tensors: bool = False) -> dict[str, Any]:
@@ -180,28 +178,6 @@ def verify(artifact: str | Path) -> dict[str, Any]:
     from llmc.about.verification import verify as run
 
     return run(artifact)
-
-
-def _texts(options: dict[str, Any]) -> dict[str, Any]:
-    """Options whose `calibration` may be one text or several, as text or as paths."""
-    texts = options.get("calibration")
-    if texts is None:
-        return options
-    return {**options, "calibration": (str(texts),) if isinstance(texts, str | Path) else tuple(str(t) for t in texts)}
-
-
-def _config(cls: type[Config], options: dict[str, Any]) -> Config:
-    """A config from a caller's options; paths may be given as text and texts as paths, and None stays None."""
-    from dataclasses import fields
-
-    kinds = {f.name: str(f.type) for f in fields(cls)}  # type: ignore[arg-type]
-
-    def fitting(name: str, value: Any) -> Any:
-        if isinstance(value, str) and kinds.get(name) in ("Path", "Path | None"):
-            return Path(value)
-        return str(value) if isinstance(value, Path) and kinds.get(name) in ("str", "str | None") else value
-
-    return cls(**{k: fitting(k, v) for k, v in options.items()})
 
 
 def __getattr__(name: str) -> Any:

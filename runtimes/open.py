@@ -57,16 +57,17 @@ class Opener:
 
 
 def _load_llama_cpp() -> None:
-    from llmc.runtimes.llamacpp import use_extra_buffers
+    from llmc.runtimes.amx import use_extra_buffers
 
     use_extra_buffers()
 
 
 def _open_llama_cpp(artifact: Path, context: int, threads: int, device: str, kv: str | None) -> Runtime:
+    from llmc.runtimes.amx import use_extra_buffers
     from llmc.runtimes.llamacpp import LlamaCpp
 
     assert kv is not None  # the format has a default
-    return LlamaCpp(artifact, context=context, threads=threads, device=device, kv_type=kv)
+    return LlamaCpp(artifact, context=context, threads=threads, device=device, kv_type=kv, extra_buffers=use_extra_buffers())
 
 
 def _ids_of_llama_cpp(artifact: Path, text: str) -> np.ndarray:
@@ -88,9 +89,9 @@ def _open_onnxruntime(artifact: Path, context: int, threads: int, device: str, k
 
 
 def _ids_of_onnxruntime(artifact: Path, text: str) -> np.ndarray:
-    from llmc.runtimes.onnx_model import load_tokenizer
+    from llmc.runtimes.onnx_model import tokenize
 
-    return np.array(load_tokenizer(artifact).encode(text).ids)
+    return tokenize(artifact, text)
 
 
 def _load_torch() -> None:
@@ -106,9 +107,9 @@ def _open_torch(artifact: Path, context: int, threads: int, device: str, kv: str
 
 
 def _ids_of_torch(artifact: Path, text: str) -> np.ndarray:
-    from llmc.formats.hf import load_tokenizer
+    from llmc.runtimes.torch_model import tokenize
 
-    return np.array(load_tokenizer(artifact)(text)["input_ids"])
+    return tokenize(artifact, text)
 
 
 def _with(kv: str | None, runtime: Runtime, hint: str) -> Runtime:

@@ -24,8 +24,8 @@ from llmc.evals.pages.compare import page
 from llmc.evals.quality import metrics
 from llmc.evals.report import store as report
 from llmc.evals.report.tables import tables
+from llmc.families.names import CLASSES, classify
 from llmc.formats.artifacts.table import artifact_at
-from llmc.formats.tensors import CLASSES, classify
 
 CHUNKS, SCORED = 12, 31
 HOSTILE = "<script>alert('x')</script>&\"|small"

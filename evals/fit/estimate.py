@@ -288,4 +288,5 @@ def model_of(artifact: Path) -> Model:
             read[t.type] = read.get(t.type, 0) + t.nbytes
     met = [t for t in found if t.kind in ("attention", "mlp")]
     return Model(name=artifact.name, file_bytes=weight["file_bytes"], token_bytes=read, **opened.shape(),
-                 cache=opened.kv_shape(), prefill_weights=sum(t.parameters for t in met), decoder_bytes=sum(t.nbytes for t in met))
+                 prefill_weights=sum(t.parameters for t in met), cache=opened.kv_shape(),
+                 decoder_bytes=sum(t.nbytes for t in met))

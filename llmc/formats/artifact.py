@@ -91,7 +91,7 @@ class Artifact(ABC):
         tied: the embedding is the output head    types: bytes by stored type    matrices: how many of each type
         classes: {class: {bytes, parameters, types}} for each of CLASSES
         """
-        from llmc.formats.tensors import CLASSES
+        from llmc.families.names import CLASSES
 
         found = self.tensors()
         if not found:

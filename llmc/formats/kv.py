@@ -1,7 +1,7 @@
 """What a KV cache takes: keys and values of every layer, for every token of the context.
 
-The shape of a cache is {'layers' (that have one), 'kv_heads', 'head_dim', 'window', 'sliding_layers'}. window: tokens that the
-sliding layers look back, None where no layer slides. An artifact tells its own: Artifact.kv_shape.
+The shape of a cache is {'layers' (that have one), 'kv_heads', 'head_dim', 'window', 'sliding_layers'}. window: tokens that
+the sliding layers look back, None where no layer slides. An artifact tells its own: Artifact.kv_shape.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ PLACEHOLDERS: dict[str, Any] = {"artifact": "-", "artifacts": ("-",), "reports":
 class Command:
     """name: as on the command line  function: of the package llmc  takes: kinds of its input  gives: kind of its output
     configs: module and class by format ('' where there is one)  short: the option that `- command: value` sets
-    code: packages whose source decides the result  resumes: an interrupted run goes on
+    code: modules whose source, with all that they import, decides the result  resumes: an interrupted run goes on
     needs: packages to import by format, with the extra that installs them
     """
 
@@ -51,17 +51,15 @@ class Command:
         return self.gives in ARTIFACTS
 
 
-_COMPRESS = ("llmc.compress", "llmc.formats.types", "llmc.formats.types", "llmc.export.blocks", "llmc.export.gptq",
-             "llmc.formats.packing")
-_MEASURE = ("llmc.evals", "llmc.runtimes")
 
 
 def _compress(name: str, takes: tuple[str, ...], gives: str, config: str, short: str | None = None) -> Command:
-    return Command(name, name, takes, gives, {"": f"llmc.compress.{name}.config:{config}"}, _COMPRESS, short, resumes=True)
+    return Command(name, name, takes, gives, {"": f"llmc.compress.{name}.config:{config}"}, (f"llmc.compress.{name}.run",),
+                   short, resumes=True)
 
 
-def _measure(name: str, function: str, gives: str, config: str) -> Command:
-    return Command(name, function, ARTIFACTS, gives, {"": f"llmc.evals.config:{config}"}, _MEASURE)
+def _measure(name: str, function: str, gives: str, config: str, *code: str) -> Command:
+    return Command(name, function, ARTIFACTS, gives, {"": f"llmc.evals.config:{config}"}, code)
 
 
 COMMANDS: dict[str, Command] = {c.name: c for c in (
@@ -72,11 +70,11 @@ COMMANDS: dict[str, Command] = {c.name: c for c in (
     _compress("heal", (QUANTIZED,), QUANTIZED, "HealConfig", "steps"),
     Command("export", "export", MODELS, GGUF,
             {"gguf": "llmc.export.gguf.config:GgufExportConfig", "onnx": "llmc.export.onnx.config:OnnxExportConfig"},
-            ("llmc.export", "llmc.formats.types", "llmc.formats.types"), "format",
+            ("llmc.export.gguf.export", "llmc.export.onnx.export"), "format",
             needs={"gguf": ("gguf", "llama_cpp"), "onnx": ("onnx", "onnxruntime", "onnxruntime_genai")}),
-    _measure("eval", "evaluate", REPORT, "EvalConfig"),
-    _measure("bench", "bench", REPORT, "BenchConfig"),
-    _measure("compare", "compare", PAGE, "CompareConfig"),
+    _measure("eval", "evaluate", REPORT, "EvalConfig", "llmc.evals.quality.run"),
+    _measure("bench", "bench", REPORT, "BenchConfig", "llmc.evals.bench.run"),
+    _measure("compare", "compare", PAGE, "CompareConfig", "llmc.evals.pages.compare"),
 )}
 
 # What ONNX Runtime has a weight type for (export/onnx/layout.py); budgets and presets mix in others.

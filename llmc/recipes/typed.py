@@ -1,4 +1,9 @@
-"""A step's options against the config that its command already has: names, types, then the config's own rules."""
+"""A step's options against the config that its command already has: names, types, then the config's own rules.
+
+There are two validators. pydantic checks the types of values here, for a recipe holds any YAML. The config checks choices,
+ranges and rules between options (llmc/options.py), for it is made by the command line and in Python too. Configs are no
+pydantic models: importing pydantic would take half the time of every --help.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from llmc.errors import UserError
+from llmc.options import item_type
 from llmc.recipes.commands import COMMANDS, GGUF, ONNX, PLACEHOLDERS, Command, every_option, options
 from llmc.recipes.recipe import Entry, Recipe, nearest
 
@@ -123,7 +129,7 @@ def _config(recipe: Recipe, entry: Entry, command: Command, format: str, given: 
     for name, value in given.items():
         if name not in known:
             continue
-        if isinstance(value, str | int | float) and str(hints[name]).startswith("tuple["):
+        if isinstance(value, str | int | float) and item_type(hints[name]):
             value = (value,)
         if isinstance(value, float) and str in (hints[name], *get_args(hints[name])):
             value = f"{Decimal(repr(value)):f}"  # 0.00001 as it was written, not 1e-05

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc.errors import UserError
+from llmc.formats.artifacts.table import FORMATS
 from llmc.runtimes.targets.target import ADB, EMULATED, LOCAL, SSH, Target
 
 

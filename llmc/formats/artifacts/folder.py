@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmc.formats.artifact import Artifact, collected
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 class FolderArtifact(Artifact):
     format, label, plural = "hf", "a model folder", "model folders"
-    packages = {}  # torch and transformers are not expected on a device
+    packages: ClassVar = {}  # torch and transformers are not expected on a device
     kv_default = None
     exported, can_start = False, True
 
@@ -49,7 +49,8 @@ class FolderArtifact(Artifact):
         return list(self._tensors())
 
     def _tensors(self) -> Iterator[Tensor]:
-        from llmc.formats.tensors import Tensor, classify
+        from llmc.families.names import classify
+        from llmc.formats.tensors import Tensor
 
         ckpt = self._open()
         quantization = ckpt.quantization or {}

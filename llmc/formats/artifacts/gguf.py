@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmc.formats.artifact import Artifact
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 class GgufArtifact(Artifact):
     format, label, plural = "gguf", "a .gguf file", ".gguf files"
-    packages = {"numpy": "numpy", "llama-cpp-python": "llama_cpp"}
+    packages: ClassVar = {"numpy": "numpy", "llama-cpp-python": "llama_cpp"}
     kv_default = "f16"
     exported = can_start = True
 
@@ -35,7 +35,8 @@ class GgufArtifact(Artifact):
         return [self.path]
 
     def tensors(self) -> list[Tensor]:
-        from llmc.formats.tensors import Tensor, classify
+        from llmc.families.names import classify
+        from llmc.formats.tensors import Tensor
 
         return [Tensor(t.name, classify(t.name), t.tensor_type.name, int(t.n_elements), int(t.n_bytes))
                 for t in self._reader().tensors]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmc.formats.artifact import Artifact, collected
 from llmc.formats.onnx_folder import GENAI, OnnxFolder, is_onnx_folder, open_onnx
@@ -20,7 +20,7 @@ NAMES = {"num_hidden_layers": "num_hidden_layers", "num_key_value_heads": "num_k
 
 class OnnxArtifact(Artifact):
     format, label, plural = "onnx", "an ONNX folder", "ONNX folders"
-    packages = {"numpy": "numpy", "onnxruntime": "onnxruntime", "onnx": "onnx", "tokenizers": "tokenizers"}
+    packages: ClassVar = {"numpy": "numpy", "onnxruntime": "onnxruntime", "onnx": "onnx", "tokenizers": "tokenizers"}
     kv_default = None
     exported, can_start = True, False
 
