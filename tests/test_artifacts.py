@@ -129,3 +129,8 @@ def test_inspect_and_reports_say_what_the_artifact_says(paths: dict[str, Path], 
 def test_every_runtime_makes_the_same_ids_of_a_text(paths: dict[str, Path]) -> None:
     found = [token_ids(path, "the river rose").tolist() for path in paths.values()]
     assert found == [found[0]] * 4
+
+
+def test_an_exported_folder_is_no_start(paths: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is an ONNX folder, which is made by export and cannot be the start"):
+        model_digest(str(paths["onnx"]), Hashes(tmp_path / "memo"))
