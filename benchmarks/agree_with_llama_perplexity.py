@@ -18,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from llmc.evals.config import EvalConfig
+from llmc.evals.quality.config import EvalConfig
 from llmc.evals.quality.run import evaluate
 from llmc.evals.report.show import table
 from llmc.machine import physical_cores

@@ -24,9 +24,9 @@ from typing import Any
 
 import numpy as np
 
+from llmc.evals.bench.config import BenchConfig
 from llmc.evals.bench.prompt import prompt_ids
 from llmc.evals.bench.run import bench
-from llmc.evals.config import BenchConfig
 from llmc.evals.report.show import table
 from llmc.evals.report.store import speeds_of
 from llmc.formats.artifacts.table import artifact_at

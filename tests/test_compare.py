@@ -18,8 +18,8 @@ import pytest
 from llmc.cli import run
 from llmc.errors import GateFailedError, UserError
 from llmc.evals.compare import gates
+from llmc.evals.compare.config import CompareConfig
 from llmc.evals.compare.run import compare
-from llmc.evals.config import CompareConfig
 from llmc.evals.pages import charts
 from llmc.evals.pages.compare import page
 from llmc.evals.quality import metrics

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmc.errors import GateFailedError, UserError
-from llmc.evals.config import CompareConfig, parse_number
+from llmc.evals.compare.config import CompareConfig
+from llmc.evals.shared_options import parse_number
 
 
 @dataclass(frozen=True)

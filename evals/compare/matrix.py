@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llmc.evals.config import CompareConfig
+from llmc.evals.compare.config import CompareConfig
 from llmc.evals.fit import run as fit
 from llmc.evals.fit.estimate import estimate, is_exported, memory, model_of
 from llmc.evals.report.store import speeds_of, targets_of

@@ -13,8 +13,8 @@ import numpy as np
 
 from llmc.errors import UserError
 from llmc.evals.compare import gates
+from llmc.evals.compare.config import CompareConfig
 from llmc.evals.compare.matrix import matrix
-from llmc.evals.config import CompareConfig
 from llmc.evals.quality import metrics, tasks
 from llmc.evals.report.store import kv_type, merged, read_report, speeds_of, targets_of, unpack
 from llmc.evals.report.store import without_arrays as report_without_arrays

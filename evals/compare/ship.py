@@ -26,9 +26,12 @@ from pathlib import Path
 from typing import Any
 
 from llmc.errors import UserError
-from llmc.evals.config import BenchConfig, EvalConfig, FitConfig, parse_number
+from llmc.evals.bench.config import BenchConfig
 from llmc.evals.fit import run as fits
+from llmc.evals.fit.config import FitConfig
+from llmc.evals.quality.config import EvalConfig
 from llmc.evals.report.store import hash_artifact, read_report, speeds_of
+from llmc.evals.shared_options import parse_number
 from llmc.formats.artifacts.table import artifact_at
 from llmc.formats.manifest import versions
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc.errors import UserError
-from llmc.evals.config import FitConfig, parse_bytes, parse_number
+from llmc.evals.fit.config import FitConfig
 from llmc.evals.fit.estimate import Interval, Model, Rates, estimate, is_exported, memory, model_of
+from llmc.evals.shared_options import parse_bytes, parse_number
 
 if TYPE_CHECKING:
     from llmc.runtimes.targets.target import Target

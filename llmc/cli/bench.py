@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from llmc.cli.options import Json, add
-from llmc.evals.config import BenchConfig
+from llmc.evals.bench.config import BenchConfig
 
 
 def register(app: typer.Typer) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from llmc.cli.options import Json, add
-from llmc.evals.config import CompareConfig
+from llmc.evals.compare.config import CompareConfig
 from llmc.options import RUN
 
 

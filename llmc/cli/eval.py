@@ -7,7 +7,7 @@ import json
 import typer
 
 from llmc.cli.options import Json, add
-from llmc.evals.config import EvalConfig
+from llmc.evals.quality.config import EvalConfig
 
 
 def register(app: typer.Typer) -> None:

@@ -28,12 +28,12 @@ def export(
     it, make the same tokens as transformers and the same logits as torch, and generate 16 tokens. A result that fails is
     deleted.
     """
-    import llmc
+    from llmc import api
 
     # only what was given is passed on, so that an option of the other format is noticed
     sources = {name: context.get_parameter_source(name) for name in options}
     given = {name: options[name] for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
-    report = llmc.export(format=format, **given)
+    report = api.export(format=format, **given)
     print(json.dumps(report, indent=2) if as_json else describe(report))
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from llmc.cli.options import Json, add
-from llmc.evals.config import FitConfig
+from llmc.evals.fit.config import FitConfig
 from llmc.options import ADVANCED, make
 
 

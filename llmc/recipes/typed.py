@@ -81,7 +81,7 @@ def _typed(recipe: Recipe, entry: Entry, problems: list[str]) -> Typed | None:
 
 
 def _fields(command: Command, format: str) -> set[str]:
-    return {f.name for f in dataclasses.fields(command.config(format))}  # type: ignore[arg-type]
+    return {f.name for f in dataclasses.fields(command.configs[format])}  # type: ignore[arg-type]
 
 
 def _format(entry: Entry, given: dict[str, Any], problems: list[str]) -> str | None:
@@ -120,7 +120,7 @@ def _config(recipe: Recipe, entry: Entry, command: Command, format: str, given: 
     """The command's config, and the files that it names; (None, …) where an option is wrong."""
     import pydantic
 
-    cls = command.config(format)
+    cls = command.configs[format]
     hints, known = get_type_hints(cls), options(command.name, format)
     wrong = len(problems)
     problems += [f"{entry.where(k)}: {command.name} has no option {k!r}{nearest(k, known)}" for k in given if k not in known]
