@@ -25,6 +25,10 @@ from llmc.formats.artifacts.table import FORMATS, artifact_at, format_of
 from llmc.recipes.identity import Hashes, model_digest
 from llmc.runtimes.on_device.needs import MODULES
 from llmc.runtimes.open import OPENERS, open_runtime, token_ids
+from llmc.runtimes.targets.emulated import EmulatedDevice
+from llmc.runtimes.targets.python_device import PythonDevice
+from llmc.runtimes.targets.ssh import SshDevice
+from llmc.runtimes.targets.target import Target
 from llmc.sources.resolve import locate
 
 
@@ -134,3 +138,35 @@ def test_every_runtime_makes_the_same_ids_of_a_text(paths: dict[str, Path]) -> N
 def test_an_exported_folder_is_no_start(paths: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is an ONNX folder, which is made by export and cannot be the start"):
         model_digest(str(paths["onnx"]), Hashes(tmp_path / "memo"))
+
+
+class Bare(PythonDevice):
+    """A device with numpy alone, on which files have other names."""
+
+    def _copy(self, artifact: Path) -> str:
+        return f"/cache/{len(self._packages)}"
+
+    def has(self) -> dict[str, Any]:
+        return {"python": "3.11", "executable": "python3", "packages": {**dict.fromkeys(MODULES), "numpy": "2.0"}}
+
+    def _agent(self) -> Any:
+        raise AssertionError("nothing is run")
+
+    def _install_hint(self, executable: str, absent: list[str]) -> str:
+        return " ".join(absent)
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_device_needs_the_packages_of_what_was_placed_there(paths: dict[str, Path]) -> None:
+    device = Bare(Target("pi", "ssh://pi"))
+    for name, lacking in (("gguf", "llama-cpp-python"), ("onnx", "onnxruntime onnx tokenizers")):
+        job = {"artifact": device.place(paths[name])}
+        with pytest.raises(UserError) as e:
+            device.start("llmc.runtimes.on_device.bench", job)
+        assert e.value.hint == lacking
+    with pytest.raises(UserError, match=r"base is a model folder for torch; pi runs \.gguf files and ONNX folders"):
+        device.place(paths["base"])
+    assert not inspect.isabstract(SshDevice)
+    assert not inspect.isabstract(EmulatedDevice)
