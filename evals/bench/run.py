@@ -16,6 +16,7 @@ from llmc.evals.bench.ran import ran
 from llmc.evals.bench.threads import sweep
 from llmc.evals.report import store as report
 from llmc.formats import kv
+from llmc.formats.artifacts.table import artifact_at
 from llmc.runtimes.targets.device import Device, connect, probed
 from llmc.runtimes.targets.target import Target, find_target
 from llmc.sources.resolve import locate
@@ -39,7 +40,7 @@ def bench(config: BenchConfig) -> list[dict[str, Any]]:
     artifacts = [locate(a) for a in config.artifacts]
     described = [report.describe_artifact(a) for a in artifacts]
     for i, path in enumerate(config.outputs):
-        report.check_output(path, described[i]["sha256"], config.kv or kv.default(artifacts[i]))
+        report.check_output(path, described[i]["sha256"], config.kv or artifact_at(artifacts[i]).kv_default)
     ids = [prompt_ids(a, max(config.prompt + config.depth)) for a in artifacts]
     reports: list[dict[str, Any]] = [{"artifact": d} for d in described]
     failed: dict[str, UserError] = {}

@@ -10,7 +10,7 @@ from typing import Any
 
 from llmc.evals.compare.config import CompareConfig
 from llmc.evals.fit import run as fit
-from llmc.evals.fit.estimate import estimate, memory, model_of
+from llmc.evals.fit.estimate import estimate, is_exported, memory, model_of
 from llmc.evals.report.store import speeds_of, targets_of
 
 PROMPTS = (128, 256, 512, 1024, 2048)  # lengths at which an estimated time to first token is drawn
@@ -80,10 +80,7 @@ def _quartiles(spread: dict[str, Any]) -> dict[str, float]:
 
 def _estimates(artifacts: list[dict[str, Any]], target: str, config: CompareConfig) -> dict[str, dict[str, Any]]:
     """By the artifact's name, of those whose file is there to tell its shape."""
-    from llmc.formats.onnx_folder import is_onnx_folder
-
-    models = {a["name"]: model_of(path) for a in artifacts if (path := Path(a["report"]["artifact"]["path"])).exists()
-              and (path.suffix == ".gguf" or is_onnx_folder(path))}
+    models = {a["name"]: model_of(path) for a in artifacts if is_exported(path := Path(a["report"]["artifact"]["path"]))}
     if not models:
         return {}
     rates = fit.rates_for(target, [fit.Candidate(n, None, m) for n, m in models.items()], config.targets)

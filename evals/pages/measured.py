@@ -8,7 +8,7 @@ from typing import Any
 from llmc.console import size
 from llmc.evals.pages import charts, matrix
 from llmc.evals.pages.figure import Figure, boxes, dots
-from llmc.formats.weigh import CLASSES
+from llmc.families.names import CLASSES
 
 Artifacts = list[dict[str, Any]]
 

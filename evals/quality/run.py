@@ -21,6 +21,7 @@ from llmc.evals.quality.protocol import Chunks, FolderTokenizer, RuntimeTokenize
 from llmc.evals.quality.texts import load_text
 from llmc.evals.report import store as report
 from llmc.formats import kv
+from llmc.formats.artifacts.table import artifact_at
 from llmc.formats.manifest import read_manifest
 from llmc.machine import physical_cores
 from llmc.overlap import overlap
@@ -47,11 +48,11 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     asked = task_items.load(config.tasks, config.task_items)
     overlaps = {name: _overlap(artifact, name, text) for name, text in [*texts, *((t.name, t.text) for t in asked)]}
     described = report.describe_artifact(artifact)
-    kv_type = config.kv or kv.default(artifact)
+    kv_type = config.kv or artifact_at(artifact).kv_default
     report.check_output(config.output, described["sha256"], kv_type)
     base_digest = None if base is None else report.hash_artifact(base)
     # the same file elsewhere, or with another cache, is measured
-    is_base = base_digest == described["sha256"] and kv_type == kv.default(artifact) and config.target is None
+    is_base = base_digest == described["sha256"] and kv_type == artifact_at(artifact).kv_default and config.target is None
     if config.second_text is None and texts:
         say("hint: --second-text FILE, unlike the first, shows whether the calibration text was learned by heart")
     if base is None and texts:
@@ -127,7 +128,8 @@ def _check_context(wanted: int, *runtimes: Runtime) -> None:
 
 def _tokenizer(source: Path, runtime: Runtime) -> Tokenizer:
     """The tokenizer of the base (or of the artifact, where no base is given)."""
-    return FolderTokenizer(source) if source.is_dir() else RuntimeTokenizer(runtime)
+    folder = artifact_at(source).tokenizer_folder
+    return FolderTokenizer(folder) if folder else RuntimeTokenizer(runtime)
 
 
 def _check_tokenizer(runtime: Runtime, tokenizer: Tokenizer, artifact: Path) -> bool:

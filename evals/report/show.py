@@ -75,7 +75,7 @@ def quality_lines(report: dict[str, Any]) -> str:
 
 
 def matrices(weight: dict[str, Any]) -> str:
-    """'24 Q4_K, 6 Q6_K' of what llmc.formats.weigh says; reports of earlier versions have no counts."""
+    """'24 Q4_K, 6 Q6_K' of what Artifact.weigh says; reports of earlier versions have no counts."""
     counts = weight.get("matrices")
     return ", ".join(f"{n} {kind}" for kind, n in counts.items()) if counts else ", ".join(weight["types"])
 
