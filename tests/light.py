@@ -16,33 +16,43 @@ from llmc.about.doctor import PACKAGES
 from llmc.closure import closure, modules, source
 
 EXTRAS = {m.split(".")[0] for extra, found in PACKAGES.items() if extra != "core" for m in found.values()} | {"ray"}
-FIXTURES = {"made"}  # of conftest.py: it exports a .gguf file
 
 
 @cache
-def imported(file: Path) -> frozenset[str]:
-    """All that a file imports, anywhere in it: of `from a import b` both 'a.b' and 'a'."""
+def is_light(file: Path) -> bool:
+    """Whether a test file, or a module that tests share, can be imported and run without the extras."""
+    return _light(ast.parse(file.read_text(encoding="utf-8")), file.parent)
+
+
+@cache
+def heavy_fixtures(conftest: Path) -> frozenset[str]:
+    """The fixtures of a conftest.py that call the API or import what is not light."""
+    functions = [n for n in ast.parse(conftest.read_text(encoding="utf-8")).body if isinstance(n, ast.FunctionDef)]
+    return frozenset(f.name for f in functions if not _light(f, conftest.parent) or any(
+        isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == "llmc" for n in ast.walk(f)))
+
+
+def _light(code: ast.AST, folder: Path) -> bool:
+    names, known = _imported(code), set(modules())
+    if not all(is_light(helper) for n in names if (helper := folder / f"{n}.py").is_file()):  # tiny.py, sshd.py
+        return False
+    ours = {n for n in names if n.split(".")[0] == "llmc"}
+    if any(n == "llmc" or (n.count(".") == 1 and n not in known) for n in ours):  # the API, or a function of it
+        return False
+    needed = names.union(*(_imported(ast.parse(source(m).read_text(encoding="utf-8"))) for m in closure(ours & known)))
+    return EXTRAS.isdisjoint(n.split(".")[0] for n in needed)
+
+
+def _imported(code: ast.AST) -> set[str]:
+    """All that the code imports, anywhere in it: of `from a import b` both 'a.b' and 'a'."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in ast.walk(code):
         if isinstance(node, ast.Import):
             names |= {a.name for a in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             inside = {f"{node.module}.{a.name}" for a in node.names}
             names |= inside if node.module == "llmc" else {node.module, *inside}
-    return frozenset(names)
-
-
-@cache
-def is_light(file: Path) -> bool:
-    """Whether the file can be imported and run without the extras."""
-    names, known = imported(file), set(modules())
-    if not all(is_light(helper) for n in names if (helper := file.with_name(f"{n}.py")).is_file()):  # tiny, sshd
-        return False
-    ours = {n for n in names if n.split(".")[0] == "llmc"}
-    if any(n == "llmc" or (n.count(".") == 1 and n not in known) for n in ours):  # the API, or a function of it
-        return False
-    needed = [names, *(imported(source(m)) for m in closure(ours & known))]
-    return not any(n.split(".")[0] in EXTRAS for found in needed for n in found)
+    return names
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -56,6 +66,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--light"):
-        left_out = [i for i in items if FIXTURES & set(getattr(i, "fixturenames", ()))]
+        heavy = heavy_fixtures(Path(__file__).with_name("conftest.py"))
+        left_out = [i for i in items if not heavy.isdisjoint(getattr(i, "fixturenames", ()))]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [i for i in items if i not in left_out]
