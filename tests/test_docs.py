@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 import typer
+import yaml
 
 from llmc.cli import app
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("examples/*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("examples/*.md"))]
 
 
 def generator() -> ModuleType:
@@ -71,6 +72,17 @@ def test_links_inside_the_repository_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_workflows_parse_and_pre_commit_has_the_pinned_ruff() -> None:
+    for workflow in ROOT.glob(".github/workflows/*.yml"):
+        read = yaml.safe_load(workflow.read_text(encoding="utf-8"))
+        assert read["permissions"] == {"contents": "read"}
+        assert all("run" in step or "@v" in step["uses"] for job in read["jobs"].values() for step in job["steps"])
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    pinned = re.search(r"^ruff==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert pinned
+    assert [repo["rev"] for repo in hooks["repos"] if "ruff" in repo["repo"]] == [f"v{pinned[1]}"]
 
 
 def test_make_help_names_real_targets() -> None:
