@@ -56,8 +56,8 @@ class Connection:
         assert parts is not None, target.address
         client = shlex.split(os.environ.get(CLIENT, "ssh"))
         if WINDOWS and CLIENT not in os.environ:
-            raise UserError("ssh targets need one connection for many commands (ControlMaster), which OpenSSH for Windows has "
-                            "not", "run llmc in WSL")
+            raise UserError("OpenSSH for Windows cannot share one connection among commands (ControlMaster), as ssh targets "
+                            "need it", "run llmc in WSL")
         if not client or shutil.which(client[0]) is None:
             raise UserError(f"there is no {client[0] if client else 'ssh'} here", "install OpenSSH's client: openssh-client")
         self._folder = tempfile.mkdtemp(prefix="llmc-")  # mode 700
