@@ -1,7 +1,8 @@
 """`pytest --light`: the tests that need none of llmc's extras (llama.cpp, ONNX Runtime, Ray), found by their imports.
 
 A test file is light where neither it nor a module of llmc that it imports, directly or not, imports a package of an extra.
-Files that import the API (`import llmc`) are left out: its functions reach everything. So no list of files has to be kept.
+Files that import the API (`import llmc`) are left out: its functions reach everything. So no list of files has to be kept. A file that calls nothing of what it could reach says
+`pytestmark = pytest.mark.light`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ EXTRAS = {m.split(".")[0] for extra, found in PACKAGES.items() if extra != "core
 @cache
 def is_light(file: Path) -> bool:
     """Whether a test file, or a module that tests share, can be imported and run without the extras."""
-    return _light(ast.parse(file.read_text(encoding="utf-8")), file.parent)
+    text = file.read_text(encoding="utf-8")
+    return "\npytestmark = pytest.mark.light\n" in text or _light(ast.parse(text), file.parent)
 
 
 @cache

@@ -25,6 +25,8 @@ from llmc.runtimes.on_device import bench
 from llmc.runtimes.targets import adb_shell, ssh
 from llmc.runtimes.targets.target import Target
 
+pytestmark = pytest.mark.light
+
 
 def without(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
     """These modules cannot be imported."""
