@@ -74,6 +74,25 @@ def test_links_inside_the_repository_lead_somewhere() -> None:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+NEW = {"runtimes/targets/docker.py"}  # of an example in CONTRIBUTING.md
+
+
+def test_files_and_functions_in_the_pages_are_there() -> None:
+    """Every path of code, and in tables of architecture.md every function that stands in the cell before its file."""
+    path = re.compile(r"\b(?:llmc|compress|export|runtimes|evals|docs|tests)/[\w/]+\.py\b")
+    for page in (ROOT / "CONTRIBUTING.md", ROOT / "docs" / "architecture.md"):
+        named = set(path.findall(page.read_text(encoding="utf-8"))) - NEW
+        assert not [p for p in sorted(named) if not (ROOT / p).is_file()], page.name
+    seen = 0
+    for line in (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").splitlines():
+        cells = line.split("|")[1:-1]
+        files = "".join((ROOT / p).read_text(encoding="utf-8") for p in path.findall(line))
+        for name in re.findall(r"`(\w[\w.]*)`", cells[1]) if files and len(cells) == 4 else []:
+            assert re.search(rf"(def|class) {name.rpartition('.')[2]}\b", files), f"{name}: {line}"
+            seen += 1
+    assert seen > 30
+
+
 def test_workflows_parse_and_pre_commit_has_the_pinned_ruff() -> None:
     for workflow in ROOT.glob(".github/workflows/*.yml"):
         read = yaml.safe_load(workflow.read_text(encoding="utf-8"))
