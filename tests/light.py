@@ -1,8 +1,8 @@
 """`pytest --light`: the tests that need none of llmc's extras (llama.cpp, ONNX Runtime, Ray), found by their imports.
 
 A test file is light where neither it nor a module of llmc that it imports, directly or not, imports a package of an extra.
-Files that import the API (`import llmc`) are left out: its functions reach everything. So no list of files has to be kept. A file that calls nothing of what it could reach says
-`pytestmark = pytest.mark.light`.
+Files that import the API (`import llmc`) are left out: its functions reach everything. So no list of files has to be
+kept. A file that calls nothing of what it could reach says `pytestmark = pytest.mark.light`.
 """
 
 from __future__ import annotations
