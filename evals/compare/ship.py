@@ -241,5 +241,5 @@ def _user() -> str:
     """Who ran it; containers have users without a name."""
     try:
         return getpass.getuser()
-    except (KeyError, OSError):
+    except (ImportError, KeyError, OSError):  # ImportError: Windows without USERNAME
         return "unknown"
