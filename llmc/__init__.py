@@ -17,7 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
+    from llmc.evals.compare.schema import Comparison, Shipping
+    from llmc.evals.fit.schema import Fit
+    from llmc.evals.report.schema import Report
     from llmc.export import Export
+    from llmc.recipes.schema import Plan, RunReport, SweepPlan, SweepReport
 
     export: Export
 
@@ -75,7 +79,7 @@ def imatrix(model: str | Path, **options: Any) -> dict[str, Any]:
     return run(model, _config(ImatrixConfig, options))
 
 
-def evaluate(artifact: str | Path, out: str | Path | None = None, **options: Any) -> dict[str, Any]:
+def evaluate(artifact: str | Path, out: str | Path | None = None, **options: Any) -> Report:
     """Perplexity, and divergence from `base`, of a model folder or .gguf file; options are the fields of EvalConfig."""
     from llmc.evals.config import EvalConfig
     from llmc.evals.quality.run import evaluate as run
@@ -84,7 +88,7 @@ def evaluate(artifact: str | Path, out: str | Path | None = None, **options: Any
     return run(_config(EvalConfig, {k: str(v) if k == "base" and v is not None else v for k, v in options.items()}))
 
 
-def bench(*artifacts: str | Path, out: Sequence[str | Path] = (), **options: Any) -> list[dict[str, Any]]:
+def bench(*artifacts: str | Path, out: Sequence[str | Path] = (), **options: Any) -> list[Report]:
     """Speed and memory on this machine or others, one report an artifact; options are the fields of BenchConfig."""
     from llmc.evals.bench.run import bench as run
     from llmc.evals.config import BenchConfig
@@ -93,7 +97,7 @@ def bench(*artifacts: str | Path, out: Sequence[str | Path] = (), **options: Any
     return run(BenchConfig(artifacts=names, outputs=tuple(Path(p) for p in out), **options))
 
 
-def compare(*reports: str | Path, **options: Any) -> dict[str, Any]:
+def compare(*reports: str | Path, **options: Any) -> Comparison:
     """Hold report files side by side and write the page; options are the fields of CompareConfig.
 
     A missed gate raises nothing here: look at 'passed' and 'gates' of the result.
@@ -109,7 +113,7 @@ def compare(*reports: str | Path, **options: Any) -> dict[str, Any]:
     return without_arrays(result)
 
 
-def fit(*items: str | Path, **options: Any) -> dict[str, Any]:
+def fit(*items: str | Path, **options: Any) -> Fit:
     """Which artifacts or reports keep limits on which devices; options are the fields of FitConfig. Look at 'fits'."""
     from llmc.evals.config import FitConfig
     from llmc.evals.fit.run import fit as run
@@ -117,7 +121,7 @@ def fit(*items: str | Path, **options: Any) -> dict[str, Any]:
     return run(_config(FitConfig, {"items": tuple(Path(i) for i in items), **options}))
 
 
-def ship(gates: str | Path) -> dict[str, Any]:
+def ship(gates: str | Path) -> Shipping:
     """Whether the artifacts of a gates file may ship; a missed gate raises nothing here: look at 'passed'."""
     from llmc.evals.compare.ship import read_gates
     from llmc.evals.compare.ship import ship as run
@@ -125,7 +129,7 @@ def ship(gates: str | Path) -> dict[str, Any]:
     return run(read_gates(Path(gates)))
 
 
-def run_recipe(recipe: str | Path, set: Mapping[str, Any] | Sequence[str] = (), **options: Any) -> dict[str, Any]:
+def run_recipe(recipe: str | Path, set: Mapping[str, Any] | Sequence[str] = (), **options: Any) -> RunReport | Plan:
     """Run a chain of commands (`llmc run`): a YAML file or a shipped recipe; options are the fields of RunConfig.
 
     set: {'quantize.type': 'q4_1'}, or as typed ['quantize.type=q4_1']. A missed gate raises nothing: look at 'passed'.
@@ -137,7 +141,7 @@ def run_recipe(recipe: str | Path, set: Mapping[str, Any] | Sequence[str] = (), 
 
 
 def sweep(recipe: str | Path, vary: Mapping[str, Sequence[Any]] | Sequence[str] = (),
-          set: Mapping[str, Any] | Sequence[str] = (), **options: Any) -> dict[str, Any]:
+          set: Mapping[str, Any] | Sequence[str] = (), **options: Any) -> SweepReport | SweepPlan:
     """Run a recipe in every combination of some options (`llmc sweep`); options are the fields of SweepConfig.
 
     vary: {'quantize.type': ['q4_0', 'q4_k']}, or as typed ['quantize.type=q4_0,q4_k'].

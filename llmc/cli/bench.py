@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import typer
 
 from llmc.evals.config import BenchConfig
+
+if TYPE_CHECKING:
+    from llmc.evals.report.schema import Report
 
 
 def register(app: typer.Typer) -> None:
@@ -52,7 +55,7 @@ def bench(
         raise
 
 
-def _show(reports: list[dict[str, Any]], as_json: bool) -> None:
+def _show(reports: list[Report], as_json: bool) -> None:
     from llmc.evals.report.show import speed_lines
 
     if as_json:

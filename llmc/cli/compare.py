@@ -42,10 +42,10 @@ def compare(
     from llmc.console import say
     from llmc.evals.compare import gates
     from llmc.evals.compare.run import compare, without_arrays
+    from llmc.evals.compare.tables import tables
     from llmc.evals.pages.compare import write_page
     from llmc.evals.report.show import markdown as to_markdown
     from llmc.evals.report.show import table
-    from llmc.evals.report.tables import tables
     from llmc.files import staged_file
 
     config = CompareConfig(tuple(reports), max_ppl_increase, max_kld, min_top1, min_decode_speedup, page, tuple(target),

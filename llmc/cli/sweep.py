@@ -42,7 +42,7 @@ def sweep(
 
     config = SweepConfig((*vary, *(more or ())), model, tuple(settings), out, executor, dry_run)
     result = run(recipe, config)
-    if dry_run:
+    if "plan" in result:
         from llmc.recipes.plan import lines
 
         heading = f"{len(result['variants'])} variants\n"
@@ -60,4 +60,4 @@ def sweep(
                         "the table says why; run the sweep again when that is mended")
     from llmc.evals.compare import gates
 
-    gates.enforce([g for v in result["variants"] for g in v["gates"]])
+    gates.enforce([g for v in result["variants"] for g in v.get("gates", [])])

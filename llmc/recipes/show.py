@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from llmc.console import duration
+from llmc.recipes.schema import RunReport, SweepReport
 
 
-def summary(report: dict[str, Any]) -> str:
+def summary(report: RunReport) -> str:
     """What `llmc run` prints: the tables, the files, and where the page is."""
     from llmc.evals.report.show import table
     from llmc.recipes.page import tables
@@ -22,7 +23,7 @@ def summary(report: dict[str, Any]) -> str:
                                            f"the page is {page}"])])
 
 
-def sweep_summary(result: dict[str, Any]) -> str:
+def sweep_summary(result: SweepReport) -> str:
     """What `llmc sweep` prints."""
     from llmc.evals.report.show import table
     from llmc.recipes.sweep_page import tables
