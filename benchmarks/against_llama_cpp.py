@@ -32,7 +32,7 @@ from llmc.evals.quality.protocol import FolderTokenizer, cut
 from llmc.evals.report.show import table
 from llmc.formats.hf import load_tokenizer
 from llmc.machine import physical_cores
-from llmc.runtimes.llamacpp import use_extra_buffers
+from llmc.runtimes.amx import use_extra_buffers
 from llmc.runtimes.open import open_runtime
 
 CONTEXT = 512

@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 
 from llmc.console import progress, say, size
+from llmc.evals.bench.config import BenchConfig
 from llmc.evals.bench.run import bench
-from llmc.evals.config import BenchConfig
 from llmc.evals.quality import metrics
 from llmc.evals.quality.protocol import FolderTokenizer, cut
 from llmc.evals.report.show import markdown

@@ -18,11 +18,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from llmc.evals.config import EvalConfig
+from llmc.evals.quality.config import EvalConfig
 from llmc.evals.quality.run import evaluate
 from llmc.evals.report.show import table
 from llmc.machine import physical_cores
-from llmc.runtimes.llamacpp import use_extra_buffers
+from llmc.runtimes.amx import use_extra_buffers
 
 TOLERANCE = {"perplexity": 0.002, "kld": 0.03}
 LINES = {  # what llama-perplexity prints: value ± standard error over tokens

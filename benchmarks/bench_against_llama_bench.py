@@ -24,13 +24,13 @@ from typing import Any
 
 import numpy as np
 
+from llmc.evals.bench.config import BenchConfig
 from llmc.evals.bench.prompt import prompt_ids
 from llmc.evals.bench.run import bench
-from llmc.evals.config import BenchConfig
 from llmc.evals.report.show import table
 from llmc.evals.report.store import speeds_of
 from llmc.machine import physical_cores
-from llmc.runtimes.llamacpp import use_extra_buffers
+from llmc.runtimes.amx import use_extra_buffers
 
 
 def ours(artifact: Path, args: argparse.Namespace) -> dict[str, Any]:

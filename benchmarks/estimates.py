@@ -18,8 +18,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from llmc.evals.bench.config import BenchConfig
 from llmc.evals.bench.run import bench
-from llmc.evals.config import BenchConfig
 from llmc.evals.fit.validate import rows, validate
 from llmc.evals.report.show import table
 

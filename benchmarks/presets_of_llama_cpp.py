@@ -136,7 +136,7 @@ def types_of_folder(folder: Path, preset: str, method: str) -> dict[str, str]:
 
     skeleton = Skeleton(Checkpoint.open(folder), "cpu")
     a = assign(QuantizeConfig(preset=preset, method=method), skeleton)
-    arch = MODEL_ARCH[find_architecture(skeleton.checkpoint.config).name.upper()]
+    arch = MODEL_ARCH[find_architecture(skeleton.checkpoint.config).gguf.name.upper()]
     names = get_tensor_name_map(arch, len(skeleton.layers))
     found = {f"{names.get_name(n)}.weight": str(qtype.gguf_type).lower() for n, qtype in a.types.items()}
     tables = {"embedding": "token_embd.weight", "head": "output.weight"}

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from llmc.closure import code_digest
+from llmc.closure import digest, modules
 from llmc.compress.text import Calibration
 from llmc.errors import UserError
 from llmc.files import write_json
@@ -26,7 +26,7 @@ def fingerprint(numbers: dict[str, Any], threads: int, files: dict[str, str], te
     what else a pass depends on."""
     deciding = {**numbers, "threads": threads, "source": files, "calibration_text": text.origin["sha256"] if text else None,
                 **more, "matmul": matmul_precision(),
-                "torch": torch.__version__, "code": code_digest()}
+                "torch": torch.__version__, "code": digest(*modules("llmc.compress"))}
     found: dict[str, Any] = json.loads(json.dumps(deciding))
     return found
 

@@ -1,5 +1,6 @@
-"""The rooms of llmc and who imports whom: `python docs/graph.py` writes the drawing into docs/architecture.md, `--check` fails
-where the drawing is old, a module belongs to no room, two modules import each other in a circle, or an arrow points upwards.
+"""The rooms of llmc and who imports whom. `python docs/graph.py` writes the drawing into docs/architecture.md;
+`--check` fails
+where the drawing is old, a module is in no room, modules import each other in a circle, or an arrow points upwards.
 
 Imports inside functions count like all others.
 """

@@ -29,9 +29,9 @@ class Export(ModuleType):
             raise UserError(f"format {format!r} is not known", f"choose one of {', '.join(FORMATS)}")
         from dataclasses import fields
 
-        from llmc import _config
         from llmc.export.gguf import GgufExportConfig, export_gguf
         from llmc.export.onnx import OnnxExportConfig, export_onnx
+        from llmc.options import make
 
         configs: dict[str, type] = {"gguf": GgufExportConfig, "onnx": OnnxExportConfig}
         takes = {name: {f.name for f in fields(config)} for name, config in configs.items()}
@@ -40,8 +40,8 @@ class Export(ModuleType):
             names = ", ".join(f"--{o.replace('_', '-')}" for o in wrong)
             raise UserError(f"{names} belongs to --format {others[wrong[0]]}, not to {format}", "leave it out")
         if format == "onnx":
-            return export_onnx(_config(OnnxExportConfig, {"model": model, **options}))
-        return export_gguf(_config(GgufExportConfig, {"model": model, **options}))
+            return export_onnx(make(OnnxExportConfig, {"model": model, **options}))
+        return export_gguf(make(GgufExportConfig, {"model": model, **options}))
 
 
 sys.modules[__name__].__class__ = Export

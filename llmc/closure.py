@@ -52,7 +52,7 @@ def modules(package: str = ROOT) -> list[str]:
 
 @cache
 def imports(module: str, nested: bool = True) -> tuple[str, ...]:
-    """The modules of llmc that `module` imports, sorted: anywhere in its source, or (not `nested`) when it is imported itself.
+    """The modules of llmc that `module` imports, sorted: anywhere in its source; not `nested`: when it is imported itself.
 
     Imports for type checkers alone do not count.
     """

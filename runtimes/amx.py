@@ -13,6 +13,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from llmc.console import warn
+from llmc.runtimes import llamacpp
+
 WIDTH = 64  # the least that the AMX kernels take: two tiles
 HOW_TO_FIX = ("CMAKE_ARGS='-DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8' "
               "pip install --force-reinstall --no-deps --no-cache-dir llama-cpp-python")
@@ -21,8 +24,18 @@ HOW_TO_FIX = ("CMAKE_ARGS='-DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-
 @functools.cache
 def broken() -> bool:
     """True where one quantized product through AMX kills the process. Asked once a process, about a second."""
-    child = subprocess.run([sys.executable, "-m", "llmc.runtimes.amx"], capture_output=True, check=False)
+    child = subprocess.run([sys.executable, "-m", __name__], capture_output=True, check=False)
     return child.returncode != 0
+
+
+@functools.cache
+def use_extra_buffers() -> bool:
+    """Whether llama.cpp may repack weights for AMX and the like. A build that would crash on it is named once."""
+    if llamacpp.build().get("AMX_INT8") != "1" or not broken():
+        return True
+    warn("llama.cpp's AMX kernels crash in this build (ggml-org/llama.cpp#26954): running without them and without "
+         f"repacked weights, which is slower. To cure it: {HOW_TO_FIX}")
+    return False
 
 
 def _write_model(path: Path) -> None:
@@ -57,12 +70,10 @@ def main() -> None:
     """Run eight tokens of the little model through whatever kernels llama.cpp chooses."""
     import numpy as np
 
-    from llmc.runtimes.llamacpp import LlamaCpp
-
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "probe.gguf"
         _write_model(path)
-        model = LlamaCpp(path, context=WIDTH, threads=1, extra_buffers=True)
+        model = llamacpp.LlamaCpp(path, context=WIDTH, threads=1, extra_buffers=True)
         model.logits(np.arange(8, dtype=np.int32))
         model.close()
 

@@ -7,7 +7,6 @@ here batches ask for exactly the rows that are wanted.
 from __future__ import annotations
 
 import ctypes
-import functools
 import re
 from collections import deque
 from pathlib import Path
@@ -15,9 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from llmc.console import warn
 from llmc.errors import UserError
-from llmc.runtimes import amx
 from llmc.runtimes.base import TOO_LONG
 
 BATCH = 512  # tokens run at once, llama.cpp's own default for a micro-batch
@@ -50,9 +47,9 @@ def _library() -> Any:
     return lib
 
 
-def _build(lib: Any) -> dict[str, str]:
+def build() -> dict[str, str]:
     """The instruction sets and options that llama.cpp was built with and finds here."""
-    return dict(re.findall(r"(\w+) = (\w+)", lib.llama_print_system_info().decode()))
+    return dict(re.findall(r"(\w+) = (\w+)", _library().llama_print_system_info().decode()))
 
 
 def gpu_devices() -> list[dict[str, Any]]:
@@ -73,16 +70,6 @@ def gpu_devices() -> list[dict[str, Any]]:
     return [{"name": base.ggml_backend_dev_description(d).decode(), "driver": None,
              "backend": f"llama.cpp {base.ggml_backend_dev_name(d).decode()}"}
             for d in devices if base.ggml_backend_dev_type(d) in GPU_TYPES]
-
-
-@functools.cache
-def use_extra_buffers() -> bool:
-    """Whether weights may be repacked for AMX and the like; a build that would crash on it is named."""
-    if _build(_library()).get("AMX_INT8") != "1" or not amx.broken():
-        return True
-    warn("llama.cpp's AMX kernels crash in this build (ggml-org/llama.cpp#26954): running without them and without "
-         f"repacked weights, which is slower. To cure it: {amx.HOW_TO_FIX}")
-    return False
 
 
 def _errors() -> str:
@@ -120,14 +107,14 @@ class LlamaCpp:
 
     flash_attention: None leaves the choice to llama.cpp
     kv_type: 'f16' (llama.cpp's default), 'q8_0' or 'f32'; parity checks against torch use False and 'f32'
-    extra_buffers: let llama.cpp repack weights for this CPU; None: unless that crashes (see amx.py), which is then said
+    extra_buffers: let llama.cpp repack weights for this CPU. Faster; some builds crash on it: `amx.use_extra_buffers` tells
     """
 
     name = "llama.cpp"
 
     def __init__(self, path: Path, context: int, threads: int, device: str = "cpu",
                  flash_attention: bool | None = None, kv_type: str = "f16",
-                 extra_buffers: bool | None = None) -> None:
+                 extra_buffers: bool = False) -> None:
         if not path.is_file():
             raise UserError(f"there is no file {path}", "give a .gguf file")
         if device not in ("cpu", "gpu"):
@@ -138,7 +125,7 @@ class LlamaCpp:
         self._given: Any = None  # the batch
         self.offloaded = self.layers = 0
         self.buffers: dict[str, float] = {}
-        self.extra_buffers = use_extra_buffers() if extra_buffers is None else extra_buffers
+        self.extra_buffers = extra_buffers
         _log.clear()
         self._load_model(device)
         self._vocab = lib.llama_model_get_vocab(self._model)
@@ -301,7 +288,7 @@ class LlamaCpp:
         return {"runtime": self.name, "version": version("llama-cpp-python"), "device": self.device,
                 "offloaded_layers": self.offloaded, "layers": self.layers, "buffers": self.buffers,
                 "threads": self.threads, "kv_type": self.kv_type,
-                "extra_buffers": self.extra_buffers, "build": _build(self._lib), "cpu_features": cpu_features()}
+                "extra_buffers": self.extra_buffers, "build": build(), "cpu_features": cpu_features()}
 
     def close(self) -> None:
         if self._given:

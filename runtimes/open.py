@@ -17,9 +17,11 @@ def open_runtime(artifact: Path, context: int, threads: int, device: str = "cpu"
     kv: type of the KV cache, where the runtime has a choice; None: the runtime's own (llama.cpp: f16)
     """
     if artifact.suffix == ".gguf":
+        from llmc.runtimes.amx import use_extra_buffers
         from llmc.runtimes.llamacpp import LlamaCpp
 
-        return LlamaCpp(artifact, context=context, threads=threads, device=device, kv_type=kv or "f16")
+        return LlamaCpp(artifact, context=context, threads=threads, device=device, kv_type=kv or "f16",
+                        extra_buffers=use_extra_buffers())
     if is_onnx_folder(artifact):
         from llmc.runtimes.onnx_model import OnnxModel
 

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from llmc.errors import UserError
+from llmc.runtimes.on_device import logits as there
 from llmc.runtimes.targets.device import Device, ended
-
-CHILD = "llmc.runtimes.on_device.logits"
 
 
 class RemoteRuntime:
@@ -33,8 +32,8 @@ class RemoteRuntime:
 
     def _open(self, context: int, threads: int | None, kind: str, kv: str | None) -> None:
         device, artifact = self._device, self._artifact
-        self._process = device.start(CHILD, {"artifact": device.place(artifact), "context": context, "threads": threads,
-                                             "device": kind, "kv": kv})
+        self._process = device.start(there.__name__, {"artifact": device.place(artifact), "context": context,
+                                                      "threads": threads, "device": kind, "kv": kv})
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._in, self._out = self._process.stdin.buffer, self._process.stdout.buffer  # type: ignore[attr-defined]

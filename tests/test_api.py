@@ -22,7 +22,10 @@ from llmc.compress.prune.config import PruneConfig
 from llmc.compress.quantize.config import QuantizeConfig
 from llmc.compress.transform.config import TransformConfig
 from llmc.errors import UserError
-from llmc.evals.config import BenchConfig, CompareConfig, EvalConfig, FitConfig
+from llmc.evals.bench.config import BenchConfig
+from llmc.evals.compare.config import CompareConfig
+from llmc.evals.fit.config import FitConfig
+from llmc.evals.quality.config import EvalConfig
 from llmc.export.gguf.config import GgufExportConfig
 from llmc.export.onnx.config import OnnxExportConfig
 from llmc.recipes.config import RunConfig, SweepConfig

@@ -15,9 +15,9 @@ from llmc import machine
 from llmc.cli import run
 from llmc.errors import UserError
 from llmc.evals.bench import summary
+from llmc.evals.bench.config import BenchConfig
 from llmc.evals.bench.run import TargetsError, bench, token_bytes
 from llmc.evals.bench.threads import candidates
-from llmc.evals.config import BenchConfig
 from llmc.evals.report import store as report
 from llmc.evals.report.show import speed_lines
 from llmc.formats.weigh import weigh

@@ -17,14 +17,15 @@ import pytest
 from llmc.cli import run
 from llmc.errors import GateFailedError, UserError
 from llmc.evals.compare import gates
+from llmc.evals.compare.config import CompareConfig
 from llmc.evals.compare.run import compare
-from llmc.evals.config import CompareConfig
+from llmc.evals.compare.tables import tables
 from llmc.evals.pages import charts
 from llmc.evals.pages.compare import page
 from llmc.evals.quality import metrics
 from llmc.evals.report import store as report
-from llmc.evals.report.tables import tables
-from llmc.formats.weigh import CLASSES, classify, weigh
+from llmc.families.names import CLASSES, classify
+from llmc.formats.weigh import weigh
 
 CHUNKS, SCORED = 12, 31
 HOSTILE = "<script>alert('x')</script>&\"|small"

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmc.cli import run
 from llmc.errors import UserError
-from llmc.evals.config import EvalConfig
 from llmc.evals.quality import protocol, texts
 from llmc.evals.quality import run as evaluate_module
+from llmc.evals.quality.config import EvalConfig
 from llmc.evals.quality.run import evaluate
 from llmc.evals.report import store as report
 

@@ -17,13 +17,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmc.cli import run
 from llmc.errors import UserError
+from llmc.evals.compare.config import CompareConfig
 from llmc.evals.compare.run import compare
-from llmc.evals.config import CompareConfig, EvalConfig
+from llmc.evals.compare.tables import tables
 from llmc.evals.pages.compare import page
 from llmc.evals.quality import task_items, tasks
+from llmc.evals.quality.config import EvalConfig
 from llmc.evals.quality.run import evaluate
 from llmc.evals.report.show import quality_lines
-from llmc.evals.report.tables import tables
 
 COLOURS = ["red", "blue as ice", "a dark green", "no colour"]
 ROWS: dict[str, dict[str, Any]] = {  # one item of each task as its dataset on the hub has it

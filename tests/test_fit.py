@@ -12,11 +12,12 @@ from test_compare import speed, whole, write
 
 from llmc.cli import run
 from llmc.errors import UserError
-from llmc.evals.config import FitConfig, parse_bytes
 from llmc.evals.fit import advice as fit_advice
 from llmc.evals.fit import estimate as e
 from llmc.evals.fit import run as f
+from llmc.evals.fit.config import FitConfig
 from llmc.evals.fit.validate import validate
+from llmc.evals.shared_options import parse_bytes
 from llmc.runtimes.targets.kernels import write_layers
 from llmc.runtimes.targets.profile import read_profile
 

@@ -16,7 +16,18 @@ from hypothesis import strategies as st
 
 from llmc.errors import UserError
 from llmc.export.gguf import blocks
-from llmc.formats.types import IntegerType, QuantizedTensor
+from llmc.formats import packing
+from llmc.formats.quantized import as_blocks, minimums
+from llmc.formats.types import BLOCK_TYPES, IntegerType, QuantizedTensor
+from llmc.rounding.q6_k import round_q6_k
+
+
+def pack_codes(q: QuantizedTensor) -> np.ndarray:
+    return packing.pack(as_blocks(q))
+
+
+def quantize_q6_k(x: np.ndarray) -> np.ndarray:
+    return packing.pack(round_q6_k(x))
 
 
 def random_tensor(qtype: IntegerType, rows: int = 5, width: int = 256, seed: int = 0) -> QuantizedTensor:
@@ -30,19 +41,19 @@ def random_tensor(qtype: IntegerType, rows: int = 5, width: int = 256, seed: int
 @pytest.mark.parametrize("group_size", [32, 64, 128, 256])
 def test_codes_are_read_by_gguf_as_the_type_defines_them(bits, group_size):
     q = random_tensor(IntegerType(bits, group_size))
-    data = blocks.pack_codes(q)
+    data = pack_codes(q)
     assert np.array_equal(dequantize(data, blocks.kind_of_type(q.type)), q.dequantize().numpy())
 
 
 def test_q4_0_block_by_hand():
     codes = torch.arange(32, dtype=torch.uint8)[None] % 16
-    data = blocks.pack_codes(QuantizedTensor(IntegerType(4, 32), codes, torch.tensor([[0.5]], dtype=torch.float16)))
+    data = pack_codes(QuantizedTensor(IntegerType(4, 32), codes, torch.tensor([[0.5]], dtype=torch.float16)))
     assert data.tobytes() == bytes([0x00, 0x38]) + bytes((i % 16) | ((i + 16) % 16) << 4 for i in range(16))
 
 
 def test_q8_0_block_by_hand_holds_code_0_as_minus_128():
     codes = torch.tensor([[0, 128, 255] + [129] * 29], dtype=torch.uint8)
-    data = blocks.pack_codes(QuantizedTensor(IntegerType(8, 32), codes, torch.tensor([[1.0]], dtype=torch.float16)))
+    data = pack_codes(QuantizedTensor(IntegerType(8, 32), codes, torch.tensor([[1.0]], dtype=torch.float16)))
     assert data[0, 2:].view(np.int8).tolist() == [-128, 0, 127] + [1] * 29
 
 
@@ -50,20 +61,20 @@ def test_q8_0_block_by_hand_holds_code_0_as_minus_128():
 @given(st.sampled_from([4, 8]), st.sampled_from([32, 64, 128]), st.integers(0, 2**32 - 1))
 def test_unpacking_undoes_packing(bits, group_size, seed):
     q = random_tensor(IntegerType(bits, group_size), seed=seed)
-    codes, scales, mins = blocks.unpack_codes(blocks.pack_codes(q), blocks.kind_of_type(q.type))
-    assert np.array_equal(codes, q.codes.numpy())
-    assert np.array_equal(scales[:, :: group_size // 32], q.scales.numpy())
-    assert mins is None
+    found = packing.unpack(pack_codes(q), BLOCK_TYPES[blocks.kind_of_type(q.type).name.lower()])
+    assert np.array_equal(found.codes.numpy(), q.codes.numpy())
+    assert np.array_equal(found.d.numpy()[:, :: group_size // 32], q.scales.numpy())
+    assert found.m is None
 
 
 def test_asymmetric_codes_fit_q4_1_where_the_minimum_is_a_float16():
     q = random_tensor(IntegerType(4, 64, symmetric=False))
     q.scales = torch.full_like(q.scales, 0.25)
     q.zeros = torch.randint(1, 16, q.scales.shape, dtype=torch.uint8)
-    assert blocks.block_mins(q)[1] == 0
-    assert np.array_equal(dequantize(blocks.pack_codes(q), Kind.Q4_1), q.dequantize().numpy())
+    assert minimums(q)[1] == 0
+    assert np.array_equal(dequantize(pack_codes(q), Kind.Q4_1), q.dequantize().numpy())
     q.scales[0, 0], q.zeros[0, 0] = 1.0009765625, 11  # 11 * (1 + 2**-10) needs 14 bits
-    assert blocks.block_mins(q)[1] == 1
+    assert minimums(q)[1] == 1
 
 
 @pytest.mark.parametrize("qtype", [IntegerType(8, 32, symmetric=False), IntegerType(4, 16), IntegerType(4, 48)])
@@ -89,7 +100,7 @@ def test_a_value_beyond_float16_is_refused():
 
 def q6_k_error(x: np.ndarray) -> np.ndarray:
     """Root mean square error of each block of 256, over the root mean square of the block."""
-    y = dequantize(blocks.quantize_q6_k(x), Kind.Q6_K).reshape(-1, 256)
+    y = dequantize(quantize_q6_k(x), Kind.Q6_K).reshape(-1, 256)
     x = x.reshape(-1, 256)
     return np.sqrt(((x - y) ** 2).mean(1) / np.maximum((x**2).mean(1), 1e-30))
 
@@ -110,7 +121,7 @@ def ggml_q6_k(x: np.ndarray) -> np.ndarray:
 def test_q6_k_is_as_good_as_ggmls(heavy_tails):
     rng = np.random.default_rng(0)
     x = (rng.standard_t(3, (16, 1024)) if heavy_tails else rng.standard_normal((16, 1024))).astype(np.float32)
-    ours, theirs = (dequantize(data, Kind.Q6_K) - x for data in (blocks.quantize_q6_k(x), ggml_q6_k(x)))
+    ours, theirs = (dequantize(data, Kind.Q6_K) - x for data in (quantize_q6_k(x), ggml_q6_k(x)))
     assert (ours**2).mean() < 1.02 * (theirs**2).mean()
     assert (ours**2 * x**2).mean() < 1.02 * (theirs**2 * x**2).mean()  # the weighting that both minimise
 
@@ -121,7 +132,7 @@ def test_q6_k_error_is_bounded_at_any_size(seed, size, heavy):
     rng = np.random.default_rng(seed)
     x = (rng.standard_t(2, (2, 512)) if heavy else rng.standard_normal((2, 512))) * size
     x = x.astype(np.float32)
-    y = dequantize(blocks.quantize_q6_k(x), Kind.Q6_K)
+    y = dequantize(quantize_q6_k(x), Kind.Q6_K)
     runs = np.abs(x).reshape(-1, 16).max(1), np.abs(x - y).reshape(-1, 16).max(1)
     largest = np.repeat(np.abs(x).reshape(-1, 256).max(1), 16)
     # half a step of a sixteenth's own scale, and what rounding that scale to 1/127 of the block's largest adds
@@ -129,7 +140,7 @@ def test_q6_k_error_is_bounded_at_any_size(seed, size, heavy):
 
 
 def test_q6_k_of_zeros_and_of_exact_values():
-    assert not dequantize(blocks.quantize_q6_k(np.zeros((2, 256), np.float32)), Kind.Q6_K).any()
+    assert not dequantize(quantize_q6_k(np.zeros((2, 256), np.float32)), Kind.Q6_K).any()
     x = np.tile(np.arange(-32, 32, dtype=np.float32), 4)[None] * 4.0  # every sixteenth on a 6-bit type
     assert q6_k_error(x).max() < 0.01
 

@@ -13,8 +13,10 @@ import tiny
 import llmc
 from llmc.cli import run
 from llmc.errors import UserError
+from llmc.evals.bench.config import BenchConfig
+from llmc.evals.compare.config import CompareConfig
 from llmc.evals.compare.run import compare
-from llmc.evals.config import BenchConfig, CompareConfig, EvalConfig
+from llmc.evals.quality.config import EvalConfig
 from llmc.evals.report.store import kv_type, read_report
 from llmc.formats import kv
 from llmc.runtimes.onnx_model import OnnxModel

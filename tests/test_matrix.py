@@ -10,8 +10,8 @@ import pytest
 from test_compare import speed, whole, write
 
 from llmc.cli import run
+from llmc.evals.compare.config import CompareConfig
 from llmc.evals.compare.run import compare
-from llmc.evals.config import CompareConfig
 from llmc.evals.pages.compare import page
 from llmc.evals.report.store import hash_artifact
 from llmc.runtimes.targets.kernels import write_layers

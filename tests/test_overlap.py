@@ -10,7 +10,7 @@ from tiny import build, corpus
 
 from llmc.compress.quantize.config import QuantizeConfig
 from llmc.compress.quantize.run import quantize
-from llmc.evals.config import EvalConfig
+from llmc.evals.quality.config import EvalConfig
 from llmc.evals.quality.run import evaluate
 from llmc.overlap import WORDS, overlap, sketch
 

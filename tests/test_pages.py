@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from test_compare import whole, write
 
+from llmc.evals.compare.config import CompareConfig
 from llmc.evals.compare.run import compare, without_arrays
-from llmc.evals.config import CompareConfig
 from llmc.evals.pages.compare import page as compare_page
 from llmc.evals.pages.svg import element
 from llmc.recipes.page import page as recipe_page

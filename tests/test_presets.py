@@ -15,9 +15,10 @@ from tiny import build, corpus
 
 import llmc
 from llmc.compress.quantize.config import QuantizeConfig
-from llmc.compress.quantize.presets import PRESETS, Facts, linear_type, role_of, table_type
+from llmc.compress.quantize.presets import PRESETS, Facts, linear_type, table_type
 from llmc.compress.quantize.run import quantize
 from llmc.errors import UserError
+from llmc.families.names import role_of
 from llmc.formats import quantized
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.hf import load_torch_model

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import llmc
+from llmc import families
 from llmc.compress.prune import width
 from llmc.compress.prune.config import PruneConfig
 from llmc.compress.quantize.assignment import linears_of
@@ -25,7 +26,7 @@ from llmc.errors import UserError
 from llmc.formats import quantized
 from llmc.formats.checkpoint import Checkpoint
 
-WIDTHS = [f for f in FAMILIES if f in width.FAMILIES]
+WIDTHS = [f for f in FAMILIES if not families.FAMILIES[f].unnarrowable]
 
 
 @pytest.fixture

@@ -62,7 +62,7 @@ steps:
                             "quantize"),
     (["quantize", "quantize"], "line 3, quantize-2: quantize takes a float model"),
     (["export", "quantize: {of: export}"], "line 3, quantize: quantize takes a float model, and export is a .gguf file"),
-    (["quantize: {qtype: q4_k}", "export: onnx"], "line 3, export: ONNX Runtime has no weight types for what quantize makes "
+    (["quantize: {type: q4_k}", "export: onnx"], "line 3, export: ONNX Runtime has no weight types for what quantize makes "
                                                  "(q4_k)"),
     (["quantize: {target_size: 90MB}", "export: onnx"], "line 3, export: ONNX Runtime has no weight types"),
     (["quantize", "export: {format: onnx, dtype: fp16}"], "line 3, export: quantize is quantized, and its codes are carried "

@@ -138,7 +138,7 @@ def test_without_the_package_the_extra_is_named(pair: SimpleNamespace, monkeypat
 
 
 def test_llama_cpp_itself_says_nothing(pair: SimpleNamespace) -> None:
-    code = f"from pathlib import Path; from llmc.runtimes.base import open_runtime as o; o(Path({str(pair.gguf)!r}), 64, 1)"
+    code = f"from pathlib import Path; from llmc.runtimes.open import open_runtime as o; o(Path({str(pair.gguf)!r}), 64, 1)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == ""
     assert [line for line in done.stderr.splitlines() if not line.startswith("warning: llama.cpp's AMX")] == []
@@ -155,15 +155,15 @@ def test_the_probe_of_amx_asks_about_amx_only(tmp_path: Path) -> None:
 def test_a_crashing_probe_turns_repacking_off(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     died = subprocess.CompletedProcess([], -11)
     monkeypatch.setattr(amx.subprocess, "run", lambda *_, **__: died)
-    monkeypatch.setattr(llamacpp, "_build", lambda _: {"AMX_INT8": "1"})
+    monkeypatch.setattr(llamacpp, "build", lambda: {"AMX_INT8": "1"})
     amx.broken.cache_clear()
-    llamacpp.use_extra_buffers.cache_clear()
+    amx.use_extra_buffers.cache_clear()
     try:
-        assert llamacpp.use_extra_buffers() is False
+        assert amx.use_extra_buffers() is False
         assert "AMX kernels crash" in capsys.readouterr().err
     finally:
         amx.broken.cache_clear()
-        llamacpp.use_extra_buffers.cache_clear()
+        amx.use_extra_buffers.cache_clear()
 
 
 def test_gpus_are_those_that_llama_cpp_can_use() -> None:

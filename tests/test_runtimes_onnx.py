@@ -19,8 +19,8 @@ from llmc.about import inspection
 from llmc.about.verification import verify
 from llmc.cli import run
 from llmc.errors import UserError
+from llmc.evals.bench.config import BenchConfig
 from llmc.evals.bench.run import bench
-from llmc.evals.config import BenchConfig
 from llmc.evals.report.show import speed_lines
 from llmc.evals.report.store import read_report
 from llmc.export.onnx.lint import as_notes, lint

@@ -1,13 +1,14 @@
-"""The settings of `llmc distill`: one place for names, defaults and what is allowed."""
+"""The options of `llmc distill`."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llmc.compress.ranges import PRECISIONS, out_of_range
-from llmc.errors import UserError
+from llmc import options
+from llmc.compress import shared_options as shared
+from llmc.options import ADVANCED, CALIBRATION, check, option
 
 LOSSES = ("forward-kl", "reverse-kl")
 AUTO = "auto"
@@ -16,57 +17,57 @@ FULL_LR, LORA_LR = 1e-4, 5e-4
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """What `llmc distill` and `llmc.distill` take; see `llmc distill --help` for what each means."""
+    """The options of `llmc distill` and `llmc.distill`."""
 
-    teacher: str = ""
-    calibration: tuple[str, ...] = ("self",)
-    sampled: int = 16
-    steps: int = 200
-    batch: int = 2
-    accumulate: int = 1
-    seq_len: int = 512
-    lr: float | None = None
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    loss: str = "forward-kl"
-    temperature: float = 1.0
-    ce_weight: float = 0.0
-    hidden_weight: float = 0.0
-    layer_map: str = AUTO
-    teacher_top_k: int | None = None
-    lora: int | None = None
-    held_out: int = 8
-    check_every: int = 20
-    patience: int = 3
-    answers_only: bool = False
-    checkpointing: bool = False
-    precision: str = "auto"
-    seed: int = 0
-    device: str = "cpu"
-    threads: int | None = None
-    out: Path | None = None
-    resume: bool = False
-    dry_run: bool = False
+    teacher: str = option(help="Float model to learn from: a folder, a .gguf file, or a hub id.", metavar="MODEL")
+    _: KW_ONLY
+    calibration: tuple[str, ...] = shared.calibration(
+        "Text to train on: a text or .jsonl file, hf:NAME, or self. self is text sampled from the teacher. The option may be "
+        "repeated.", ("self",))
+    sampled: int = shared.sampled()
+    steps: int = option(200, help="Number of optimizer steps.", low=1)
+    batch: int = shared.batch("Number of sequences in a batch of each process.")
+    accumulate: int = shared.accumulate()
+    seq_len: int = shared.seq_len()
+    lr: float | None = shared.rate(
+        "Learning rate (AdamW with warm-up and cosine decay).", f"{FULL_LR:g}, or {LORA_LR:g} with --lora")
+    weight_decay: float = option(0.0, help="Weight decay of matrices (AdamW).", low=0, group=ADVANCED)
+    clip: float = option(1.0, help="Largest norm of a step's gradient.", above=0, group=ADVANCED)
+    loss: str = option(
+        "forward-kl", help="Loss. With forward-kl the student learns to cover all that the teacher predicts. With reverse-kl "
+                           "it learns to predict nothing that the teacher does not.", choices=LOSSES, group=ADVANCED)
+    temperature: float = option(
+        1.0, help="Temperature of both distributions. The loss is multiplied by its square.", above=0, group=ADVANCED)
+    ce_weight: float = option(
+        0.0, help="Share of the cross-entropy on the text's own next tokens in the loss.", low=0, high=1, group=ADVANCED)
+    hidden_weight: float = option(
+        0.0, help="Weight of the error of hidden states, which is added to the loss. Learned projections map the student's "
+                  "states to the teacher's.", low=0, group=ADVANCED)
+    layer_map: str = option(
+        AUTO, help="Layers that --hidden-weight compares, counted from 0, as pairs STUDENT:TEACHER: 0:0,8:9,26:29. auto "
+                   "spreads the student's layers evenly over the teacher's.", metavar="PAIRS", group=ADVANCED)
+    teacher_top_k: int | None = shared.teacher_top_k()
+    lora: int | None = option(
+        None, help="Rank of LoRA adapters to train instead of all weights. They are merged at the end. This needs the "
+                   "package peft.", shown="full weights", low=1)
+    held_out: int = shared.held_out()
+    check_every: int = shared.check_every()
+    patience: int = shared.patience()
+    answers_only: bool = option(
+        False, help="Train only on what assistants say in the `messages` of .jsonl files.", group=CALIBRATION)
+    checkpointing: bool = shared.checkpointing()
+    precision: str = shared.precision()
+    seed: int = shared.seed("Seed of the order of sequences, of --calibration self and of adapters.")
+    device: str = shared.device()
+    threads: int | None = options.threads()
+    out: Path | None = options.out("Folder to write.", "STUDENT-distilled")
+    resume: bool = shared.resume("check on the held-out text")
+    dry_run: bool = options.dry_run()
 
     def __post_init__(self) -> None:
         problems = []
         if not self.teacher:
             problems.append("--teacher is missing: the model that the student learns from")
-        problems += out_of_range(self, ("steps", "batch", "accumulate", "held_out", "check_every", "patience"),
-                                 ("lr",) if self.lr is not None else ())
-        problems += [f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 0"
-                     for name in ("sampled", "weight_decay", "hidden_weight") if getattr(self, name) < 0]
-        problems += [f"--{name} {getattr(self, name)}: must be above 0" for name in ("clip", "temperature")
-                     if getattr(self, name) <= 0]
-        if not 0 <= self.ce_weight <= 1:
-            problems.append(f"--ce-weight {self.ce_weight}: must be 0 to 1")
-        if self.loss not in LOSSES:
-            problems.append(f"--loss {self.loss}: must be {' or '.join(LOSSES)}")
-        if self.precision not in PRECISIONS:
-            problems.append(f"--precision {self.precision}: must be {', '.join(PRECISIONS)}")
-        problems += [f"--{name.replace('_', '-')} {value}: must be at least 1"
-                     for name, value in (("teacher_top_k", self.teacher_top_k), ("lora", self.lora))
-                     if value is not None and value < 1]
         try:
             self.pairs()
         except ValueError:
@@ -77,8 +78,7 @@ class DistillConfig:
         if self.hidden_weight and self.teacher_top_k is not None:
             problems.append("--hidden-weight and --teacher-top-k exclude each other: of the teacher only its likeliest "
                             "tokens are kept, not its states")
-        if problems:
-            raise UserError("; ".join(problems), "see `llmc distill --help`")
+        check(self, "distill", problems)
 
     @property
     def rate(self) -> float:

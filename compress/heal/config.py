@@ -1,4 +1,4 @@
-"""The settings of `llmc heal`: one place for names, defaults and what is allowed."""
+"""The options of `llmc heal`."""
 
 from __future__ import annotations
 
@@ -6,58 +6,55 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llmc.compress.ranges import PRECISIONS, out_of_range
-from llmc.errors import UserError
+from llmc import options
+from llmc.compress import shared_options as shared
+from llmc.options import ADVANCED, check, option
 
 SCOPES = ("end-to-end", "block")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class HealConfig:
-    """What `llmc heal` and `llmc.heal` take; see `llmc heal --help` for what each means."""
+    """The options of `llmc heal` and `llmc.heal`."""
 
-    teacher: str = ""
-    calibration: tuple[str, ...] = ("self",)
-    sampled: int = 16
-    scope: str = "end-to-end"
-    steps: int = 160
-    batch: int = 2
-    accumulate: int = 1
-    seq_len: int = 512
-    lr: float | None = None
-    """None: end to end by the divergence at the start (train.py); of a block MOST_LR."""
-    norms: bool = True
-    teacher_top_k: int | None = None
-    held_out: int = 8
-    check_every: int = 20
-    patience: int = 3
-    checkpointing: bool = False
-    precision: str = "auto"
-    seed: int = 0
-    device: str = "cpu"
-    threads: int | None = None
-    out: Path | None = None
-    resume: bool = False
+    teacher: str = option(
+        help="Float model to learn from: a folder, a .gguf file, or a hub id. It is the model that was quantized. With "
+             "--scope end-to-end it may be a larger model with the same tokenizer.", metavar="MODEL")
+    calibration: tuple[str, ...] = shared.calibration(
+        "Text to train on: a text or .jsonl file, hf:NAME, or self. self is text sampled from the teacher. The option may be "
+        "repeated.", ("self",))
+    sampled: int = shared.sampled()
+    scope: str = option(
+        "end-to-end", help="What is compared with the teacher. end-to-end compares logits. block trains one layer at a time, "
+                           "compares its output, and needs the memory of one layer.", choices=SCOPES)
+    steps: int = option(160, help="Number of optimizer steps. With --scope block it counts for each layer.", low=1)
+    batch: int = shared.batch("Number of sequences in a batch.")
+    accumulate: int = shared.accumulate()
+    seq_len: int = shared.seq_len()
+    lr: float | None = shared.rate(
+        "Learning rate of the scales' logarithms (Adam with warm-up and cosine decay).",
+        "set by the divergence at the start, at most 0.001; 0.001 with --scope block")
+    norms: bool = option(True, help="Train the weights of norms too.", flags=("--norms/--no-norms",), group=ADVANCED)
+    teacher_top_k: int | None = shared.teacher_top_k()
+    held_out: int = shared.held_out()
+    check_every: int = shared.check_every()
+    patience: int = shared.patience()
+    checkpointing: bool = shared.checkpointing()
+    precision: str = shared.precision()
+    seed: int = shared.seed("Seed of the order of sequences and of --calibration self.")
+    device: str = shared.device()
+    threads: int | None = options.threads()
+    out: Path | None = options.out("Folder to write.", "MODEL-healed")
+    resume: bool = shared.resume("check on the held-out text, or its last finished layer")
 
     def __post_init__(self) -> None:
         problems = []
         if not self.teacher:
             problems.append("--teacher is missing: the float model that the quantized one was made from")
-        problems += out_of_range(self, ("steps", "batch", "accumulate", "held_out", "check_every", "patience"),
-                                 ("lr",) if self.lr is not None else ())
-        if self.sampled < 0:
-            problems.append(f"--sampled {self.sampled}: must be at least 0")
-        if self.scope not in SCOPES:
-            problems.append(f"--scope {self.scope}: must be {' or '.join(SCOPES)}")
-        if self.precision not in PRECISIONS:
-            problems.append(f"--precision {self.precision}: must be {', '.join(PRECISIONS)}")
-        if self.teacher_top_k is not None and self.teacher_top_k < 1:
-            problems.append(f"--teacher-top-k {self.teacher_top_k}: must be at least 1")
         if self.scope == "block" and (self.teacher_top_k is not None or self.checkpointing):
             problems.append("--teacher-top-k and --checkpointing go with --scope end-to-end: a block learns from the "
                             "teacher's layer and is small")
-        if problems:
-            raise UserError("; ".join(problems), "see `llmc heal --help`")
+        check(self, "heal", problems)
 
     def numbers(self) -> dict[str, Any]:
         """The settings that decide the result, for manifests and for the fingerprint of `--resume`."""

@@ -1,4 +1,4 @@
-"""The settings of `llmc imatrix`: one place for names, defaults and what is allowed."""
+"""The options of `llmc imatrix`."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llmc.compress.ranges import out_of_range
-from llmc.errors import UserError
+from llmc import options
+from llmc.compress import shared_options as shared
+from llmc.options import check
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ImatrixConfig:
-    """What `llmc imatrix` and `llmc.imatrix` take; see `llmc imatrix --help` for what each means."""
+    """The options of `llmc imatrix` and `llmc.imatrix`."""
 
-    calibration: str = "self"
-    samples: int = 128
-    seq_len: int = 512
-    seed: int = 0
-    device: str = "cpu"
-    threads: int | None = None
-    out: Path | None = None
-    resume: bool = False
+    calibration: str = shared.calibration()
+    samples: int = shared.samples("Number of calibration sequences. llama.cpp calls them chunks.")
+    seq_len: int = shared.seq_len()
+    seed: int = shared.seed()
+    device: str = shared.device()
+    threads: int | None = options.threads()
+    out: Path | None = options.out("File to write.", "MODEL-imatrix.gguf")
+    resume: bool = shared.resume()
 
     def __post_init__(self) -> None:
-        if problems := out_of_range(self, ("samples",)):
-            raise UserError("; ".join(problems), "see `llmc imatrix --help`")
+        check(self, "imatrix")
 
     def numbers(self) -> dict[str, Any]:
         """The settings that decide the result, for manifests and for the fingerprint of `--resume`."""

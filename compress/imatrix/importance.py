@@ -18,10 +18,10 @@ from llmc.formats.manifest import read_manifest
 def matrix_names(skeleton: Skeleton) -> dict[str, str]:
     """llama.cpp's name of the weight of every decoder linear, by the linear's name in the model."""
     layers = range(len(skeleton.layers))
-    arch = find_architecture(skeleton.checkpoint.config, "llama-imatrix makes the matrix of any GGUF file; `llmc quantize "
+    family = find_architecture(skeleton.checkpoint.config, "llama-imatrix makes the matrix of any GGUF file; `llmc quantize "
                              "--method gptq` gathers its own statistics")
     try:
-        table = TensorNames(arch, len(layers))
+        table = TensorNames(family, len(layers))
     except ModuleNotFoundError as e:
         raise UserError("importance matrices need the package `gguf`", "pip install 'llmc-toolkit[gguf]'") from e
     names = {}
@@ -29,7 +29,7 @@ def matrix_names(skeleton: Skeleton) -> dict[str, str]:
         stored = skeleton.stored_name(f"{linear}.weight") or f"{linear}.weight"
         found = table.find(stored)
         if found is None:
-            raise UserError(f"{stored} has no place in llama.cpp's {arch.name} architecture",
+            raise UserError(f"{stored} has no place in llama.cpp's {family.gguf.name} architecture",
                             "the checkpoint holds more than the architecture that its config.json names")
         names[linear] = found
     return names

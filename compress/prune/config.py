@@ -1,4 +1,4 @@
-"""The settings of `llmc prune`: one place for names, defaults and what is allowed."""
+"""The options of `llmc prune`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llmc.compress.ranges import out_of_range
-from llmc.errors import UserError
+from llmc import options
+from llmc.compress import shared_options as shared
+from llmc.options import ADVANCED, check, option
 
 MASKS = ("magnitude", "wanda", "sparsegpt")  # single weights become zero, shapes stay
 METHODS = (*MASKS, "depth", "width")
@@ -19,58 +20,56 @@ OPTIONS = {"sparsity": MASKS, "pattern": MASKS, "drop": ("depth",), "by": ("dept
            "heads": ("width",), "hidden": ("width",), "damp": ("sparsegpt",)}  # which methods they belong to
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PruneConfig:
-    """What `llmc prune` and `llmc.prune` take; see `llmc prune --help` for what each means."""
+    """The options of `llmc prune` and `llmc.prune`."""
 
-    method: str = "sparsegpt"
-    sparsity: float | None = None
-    pattern: str | None = None
-    drop: int | None = None
-    by: str = "kl"
-    ffn: float = 1.0
-    heads: float = 1.0
-    hidden: float = 1.0
-    calibration: str = "self"
-    samples: int = 128
-    seq_len: int = 512
-    seed: int = 0
-    damp: float = 0.01
-    device: str = "cpu"
-    threads: int | None = None
-    out: Path | None = None
-    resume: bool = False
-    dry_run: bool = False
+    method: str = option(
+        "sparsegpt", help="Pruning method. sparsegpt zeroes weights and lets the others compensate. wanda zeroes by weight "
+                          "and input. magnitude zeroes by weight alone and needs no text. depth removes layers. width "
+                          "removes neurons, heads and channels.", choices=METHODS)
+    sparsity: float | None = option(
+        None, help="Share of weights that become zero, the same in every linear.", shown=f"{SPARSITY}", above=0, below=1)
+    pattern: str | None = option(
+        None, help="Pattern of zeros in each row. 2:4 makes 2 of every 4 weights zero.", shown="none",
+        choices=tuple(PATTERNS))
+    drop: int | None = option(None, help="Number of layers that --method depth removes.", low=0, shown="none")
+    by: str = option(
+        "kl", help="How --method depth chooses layers. kl removes, one at a time, the layer whose removal adds the least KL "
+                   "divergence. It needs the whole model in memory. influence removes the layers with the highest cosine "
+                   "similarity of input and output.", choices=ORDERS, group=ADVANCED)
+    ffn: float = option(
+        1.0, help="Share of feed-forward neurons that --method width keeps. The number is rounded to a multiple of 256 if "
+                  "one is near, else of 32.", above=0, high=1, group=ADVANCED)
+    heads: float = option(
+        1.0, help="Share of attention heads that --method width keeps, in whole key-value groups.", above=0, high=1,
+        group=ADVANCED)
+    hidden: float = option(
+        1.0, help="Share of the residual stream's channels that --method width keeps. The number is rounded to a multiple of "
+                  "256 or 32.", above=0, high=1, group=ADVANCED)
+    calibration: str = shared.calibration()
+    samples: int = shared.samples(
+        "Number of sequences. An eighth of them, at most 16, is held out to judge the result.", low=2)
+    seq_len: int = shared.seq_len()
+    seed: int = shared.seed()
+    damp: float = shared.damp("SparseGPT")
+    device: str = shared.device()
+    threads: int | None = options.threads()
+    out: Path | None = options.out("Folder to write.", "MODEL-METHOD-SHARE")
+    resume: bool = shared.resume()
+    dry_run: bool = options.dry_run()
 
     def __post_init__(self) -> None:
-        problems = []
-        if self.method not in METHODS:
-            problems.append(f"--method {self.method}: must be one of {', '.join(METHODS)}")
-        problems += [f"--{name} {getattr(self, name)} goes with --method {' or '.join(methods)}, not {self.method}"
-                     for name, methods in OPTIONS.items()
-                     if getattr(self, name) != getattr(PruneConfig, name) and self.method not in methods]
+        problems = [f"--{name} {getattr(self, name)} goes with --method {' or '.join(methods)}, not {self.method}"
+                    for name, methods in OPTIONS.items()
+                    if getattr(self, name) != getattr(PruneConfig, name) and self.method not in methods]
         if self.sparsity is not None and self.pattern is not None:
             problems.append("--sparsity leaves the places of the zeros free and --pattern fixes them: give one of them")
-        if self.sparsity is not None and not 0 < self.sparsity < 1:
-            problems.append(f"--sparsity {self.sparsity:g}: must lie between 0 and 1, the share of weights that become zero")
-        if self.pattern is not None and self.pattern not in PATTERNS:
-            problems.append(f"--pattern {self.pattern}: must be {' or '.join(PATTERNS)}")
         if self.method == "depth" and self.drop is None:
             problems.append("--method depth needs --drop, how many layers go")
-        if self.drop is not None and self.drop < 0:
-            problems.append(f"--drop {self.drop}: must be at least 0")
-        if self.by not in ORDERS:
-            problems.append(f"--by {self.by}: must be {' or '.join(ORDERS)}")
-        shares = {name: getattr(self, name) for name in ("ffn", "heads", "hidden")}
-        problems += [f"--{name} {share:g}: must be above 0 and at most 1, the share that is kept"
-                     for name, share in shares.items() if not 0 < share <= 1]
-        if self.method == "width" and all(share == 1 for share in shares.values()):
+        if self.method == "width" and self.ffn == self.heads == self.hidden == 1:
             problems.append("--method width needs --ffn, --heads or --hidden, the share that is kept")
-        problems += out_of_range(self, (), ("damp",))
-        if self.samples < 2:
-            problems.append(f"--samples {self.samples}: must be at least 2, one of them to judge the result by")
-        if problems:
-            raise UserError("; ".join(problems), "see `llmc prune --help`")
+        check(self, "prune", problems)
 
     @property
     def share(self) -> float:

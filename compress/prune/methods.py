@@ -96,7 +96,7 @@ def without(skeleton: Skeleton, dropped: list[int], records: list[dict[str, Any]
 def by_width(skeleton: Skeleton, c: PruneConfig, work: Workspace, sequences: torch.Tensor) -> Made:
     new, _ = width.narrowed(skeleton.config, c)
     count, checkpoint, tied = len(skeleton.layers), skeleton.checkpoint, is_tied(skeleton)
-    run(skeleton, work, sequences, width.ImportanceWatch(width.Shape.of(skeleton.config)))
+    run(skeleton, work, sequences, width.ImportanceWatch(skeleton.config))
     kept = width.slices(skeleton, new, [load_file(work.layer_file(i)) for i in range(count)])
     by_layer: dict[int, list[str]] = {}
     for name in checkpoint.names():

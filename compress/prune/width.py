@@ -13,6 +13,7 @@ Every layer keeps as many of each, its own neurons and groups; the channels are 
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,10 +23,10 @@ from torch import nn
 from llmc.compress.prune.config import PruneConfig
 from llmc.compress.skeleton import LinearGroup, Skeleton
 from llmc.errors import UserError
+from llmc.families import FAMILIES, by_model_type, nearest
+from llmc.families.names import classify
+from llmc.families.row import Family
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")  # gated, with RMSNorms, by these names
-GEMMA = ("gemma2", "gemma3_text")  # scale their embedding by the root of the number of channels, and norms by 1 + weight
-DIVIDING = ("llama", "gemma2", "gemma3_text")  # transformers 5 wants the channels to be a multiple of the query heads
 WIDE, NARROW = 256, 32  # blocks of GGUF's types: K-quants, all others
 
 
@@ -49,12 +50,21 @@ class Shape:
                    c.hidden_size)
 
 
+def family_of(config: Any) -> Family:
+    """The row for a transformers config, of a family that can be made narrower."""
+    kind = config.get_text_config().model_type
+    family = by_model_type(kind)
+    if family is None or family.unnarrowable:
+        known = [name for name, f in FAMILIES.items() if not f.unnarrowable]
+        raise UserError(f"--method width does not know the architecture {kind!r}"
+                        + (f": {family.unnarrowable}" if family else nearest(kind, known)),
+                        f"it knows {', '.join(known)}; --method depth and the masks work for every architecture")
+    return family
+
+
 def narrowed(config: Any, c: PruneConfig) -> tuple[Shape, list[str]]:
     """The shape after pruning, and a line on every number that is not the one asked for."""
-    kind = config.get_text_config().model_type
-    if kind not in FAMILIES:
-        raise UserError(f"--method width does not know the architecture {kind!r}",
-                        f"it knows {', '.join(FAMILIES)}; --method depth and the masks work for every architecture")
+    family_of(config)
     old = Shape.of(config)
     groups = old.groups * c.heads
     if abs(groups - round(groups)) > 0.02 or round(groups) < 1:
@@ -64,10 +74,10 @@ def narrowed(config: Any, c: PruneConfig) -> tuple[Shape, list[str]]:
     new_groups = round(groups)
     ffn, ffn_step = _rounded(old.ffn, c.ffn, "ffn", WIDE)
     hidden, hidden_step = _rounded(old.hidden, c.hidden, "hidden", WIDE if old.hidden % WIDE == 0 else NARROW)
-    if kind in DIVIDING and hidden % (new_groups * old.per_group):
+    if hidden % (new_groups * old.per_group) and not _loads(config, hidden, new_groups * old.per_group):
         fitting = [n for n in range(1, old.groups + 1) if hidden % (n * old.per_group) == 0]
         raise UserError(f"{hidden} channels are no multiple of {new_groups * old.per_group} query heads, and transformers "
-                        f"loads no {kind} model like that",
+                        f"loads no {config.get_text_config().model_type} model like that",
                         f"use --heads {' or '.join(f'{n / old.groups:.4g}' for n in fitting)}" if fitting else
                         "keep another share with --hidden")
     notes = [f"{name}: {new} of {was}, the multiple of {step} nearest to {share:g} of it"
@@ -77,6 +87,17 @@ def narrowed(config: Any, c: PruneConfig) -> tuple[Shape, list[str]]:
         notes.append(f"heads: {new_groups * old.per_group} of {old.groups * old.per_group}, in {new_groups} of "
                      f"{old.groups} groups")
     return Shape(ffn, new_groups, old.per_group, old.head, hidden), notes
+
+
+def _loads(config: Any, hidden: int, heads: int) -> bool:
+    """Whether a model of this shape passes the check that transformers 5 makes of some families' configs."""
+    changed = copy.deepcopy(config.get_text_config())
+    changed.hidden_size, changed.num_attention_heads = hidden, heads
+    try:
+        getattr(changed, "validate_architecture", lambda: None)()
+    except ValueError:
+        return False
+    return True
 
 
 def _rounded(width: int, share: float, name: str, first: int) -> tuple[int, int]:
@@ -96,8 +117,8 @@ class ImportanceWatch:
     """A `LayerWatch`. A layer's tensors: 'ffn' [neurons], 'groups' [key and value heads], 'hidden' [channels], float32: sums
     over tokens (and, of 'hidden', over the norms that linears read)."""
 
-    def __init__(self, shape: Shape) -> None:
-        self.shape = shape
+    def __init__(self, config: Any) -> None:
+        self.shape, self.family = Shape.of(config), family_of(config)
 
     def begin(self, index: int, layer: nn.Module, groups: list[LinearGroup]) -> None:
         s = self.shape
@@ -106,9 +127,9 @@ class ImportanceWatch:
 
     def see(self, group: LinearGroup, inputs: torch.Tensor) -> None:
         rows = inputs.reshape(-1, group.in_features).float()
-        if group.names[0].endswith("down_proj"):
+        if group.names[0] == self.family.down:
             self._add("ffn", rows.abs())
-        elif group.names[0].endswith("o_proj"):
+        elif group.names[0] == self.family.out:
             by_head = torch.linalg.vector_norm(rows.view(len(rows), self.shape.groups, -1, self.shape.head), dim=-1)
             self._add("groups", by_head.sum(-1))
         else:
@@ -132,51 +153,53 @@ class Slices:
 
     old: Shape
     new: Shape
-    gemma: bool
+    family: Family
     ffn: list[torch.Tensor]
     groups: list[torch.Tensor]
     hidden: torch.Tensor
     scale: float = field(init=False)
 
     def __post_init__(self) -> None:
-        self.scale = (self.old.hidden / self.new.hidden) ** 0.5 if self.gemma else 1.0
+        self.scale = (self.old.hidden / self.new.hidden) ** 0.5 if self.family.scaled_embedding else 1.0
 
     def cut(self, name: str, tensor: torch.Tensor, layer: int | None, tied: bool) -> torch.Tensor:
         """A tensor of the checkpoint in its new shape; layer: None outside the decoder layers."""
-        owner, part = name.rpartition(".")[0].rpartition(".")[2], name.rpartition(".")[2]
+        owner, _, part = name.rpartition(".")
         if layer is None:
             cut = tensor.index_select(-1, self.hidden)
-            return self._rescaled(owner, cut, tied) if self.scale != 1 else cut
+            return self._rescaled(name, cut, tied) if self.scale != 1 else cut
         rows, columns = self._of(owner, layer, tensor, name)
         cut = tensor if rows is None else tensor.index_select(0, rows)
         return cut if columns is None or part == "bias" else cut.index_select(1, columns)
 
     def _of(self, owner: str, layer: int, tensor: torch.Tensor, name: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """(rows, columns) that stay of a tensor of a decoder layer; None: all. Of biases the rows, which they have too."""
-        s, ffn = self.old, self.ffn[layer]
+        s, f, ffn = self.old, self.family, self.ffn[layer]
         kv = self._spread(self.groups[layer], s.head)
         query = self._spread(self.groups[layer], s.per_group * s.head)
         first_k, first_v = s.groups * s.per_group * s.head, s.groups * (s.per_group + 1) * s.head
-        known = {
-            "q_proj": (query, self.hidden), "k_proj": (kv, self.hidden), "v_proj": (kv, self.hidden),
-            "qkv_proj": (torch.cat([query, first_k + kv, first_v + kv]), self.hidden), "o_proj": (self.hidden, query),
-            "gate_proj": (ffn, self.hidden), "up_proj": (ffn, self.hidden), "down_proj": (self.hidden, ffn),
-            "gate_up_proj": (torch.cat([ffn, s.ffn + ffn]), self.hidden),
-            "q_norm": (None, None), "k_norm": (None, None),  # of single heads
+        gate_up = ffn if "ffn_gate" in f.linears else torch.cat([ffn, s.ffn + ffn])
+        of_role = {
+            "attn_q": (query, self.hidden), "attn_k": (kv, self.hidden), "attn_v": (kv, self.hidden),
+            "attn_qkv": (torch.cat([query, first_k + kv, first_v + kv]), self.hidden), "attn_output": (self.hidden, query),
+            "ffn_gate": (ffn, self.hidden), "ffn_up": (gate_up, self.hidden), "ffn_down": (self.hidden, ffn),
         }
-        if owner in known:
-            return known[owner]
-        if owner.endswith("layernorm") and tensor.shape == (s.hidden,):
+        if role := f.role_of(owner):
+            return of_role[role]
+        if owner.endswith(tuple(f".{norm}" for norm in f.head_norms)):
+            return None, None
+        if owner.endswith(tuple(f".{norm}" for norm in (f.attention_norm, f.mlp_norm, *f.post_norms))):
             return self.hidden, None
         raise UserError(f"--method width does not know what {name} is for", "use --method depth or a mask")
 
-    def _rescaled(self, owner: str, cut: torch.Tensor, tied: bool) -> torch.Tensor:
+    def _rescaled(self, name: str, cut: torch.Tensor, tied: bool) -> torch.Tensor:
         """Gemma multiplies its embedding by the root of the number of channels, which falls: the table makes up for it, and
-        where it is the head too, the last norm (1 + weight) takes that back."""
-        if owner == "embed_tokens":
+        where it is the head too, the last norm takes that back."""
+        if classify(name) == "embedding":
             return (cut.float() * self.scale).to(cut.dtype)
-        if owner == "norm" and tied:
-            return ((1 + cut.float()) / self.scale - 1).to(cut.dtype)
+        if tied and f".{name}".endswith(f".{self.family.final_norm}.weight"):
+            offset = self.family.offset
+            return ((offset + cut.float()) / self.scale - offset).to(cut.dtype)
         return cut
 
     @staticmethod
@@ -188,8 +211,7 @@ class Slices:
 def slices(skeleton: Skeleton, new: Shape, sums: list[dict[str, torch.Tensor]]) -> Slices:
     """What stays, by the importance that `ImportanceWatch` summed in each layer."""
     hidden = torch.stack([s["hidden"] for s in sums]).double().sum(0)
-    kind = skeleton.config.get_text_config().model_type
-    return Slices(Shape.of(skeleton.config), new, kind in GEMMA, [highest(s["ffn"], new.ffn) for s in sums],
+    return Slices(Shape.of(skeleton.config), new, family_of(skeleton.config), [highest(s["ffn"], new.ffn) for s in sums],
                   [highest(s["groups"], new.groups) for s in sums], highest(hidden, new.hidden))
 
 

@@ -16,6 +16,7 @@ from llmc.compress.quantize.config import INTEGER, QuantizeConfig
 from llmc.compress.skeleton import Skeleton, get_weight
 from llmc.console import warn
 from llmc.errors import UserError
+from llmc.families.names import role_of
 from llmc.formats.types import BLOCK_TYPES, FALLBACK, AnyType, IntegerType
 
 ROTATING = ("rotate", "rotate+scaling", "auto")  # transforms that mix the columns of a matrix
@@ -102,7 +103,7 @@ def _preset(c: QuantizeConfig, skeleton: Skeleton) -> Assignment:
     types, missed = {}, {}
     for layer, linear, module in linears_of(skeleton):
         width = get_weight(module).shape[1]
-        role = presets.role_of(linear)
+        role = role_of(linear)
         name = presets.linear_type(preset, role, layer, facts, width)
         types[linear] = type_called(name)
         if name != presets.linear_type(preset, role, layer, facts, 256):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from llmc.closure import code_digest
+from llmc import closure
 from llmc.compress.prune.masks import mask_of
 from llmc.compress.quantize import sensitivity
 from llmc.compress.quantize.assignment import Assignment, assign, has_own_head, linears_of, table_shape, type_called
@@ -29,16 +29,14 @@ from llmc.compress.skeleton import Skeleton, get_weight
 from llmc.compress.text import SELF, load_calibration
 from llmc.console import parse_size, progress, say, size
 from llmc.errors import UserError
+from llmc.families.names import classify
 from llmc.files import write_json
 from llmc.formats import types as block_types
-from llmc.formats import types as integer_types
 from llmc.formats.hf import load_tokenizer, load_torch_model
 from llmc.formats.manifest import NOTES
 from llmc.formats.source import origin_of
-from llmc.formats.weigh import classify
 from llmc.machine import check_memory, torch_device
 from llmc.precision import fast_matmul
-from llmc.rounding import rtn, scales
 
 if TYPE_CHECKING:
     from llmc.export.gguf.size import Outside  # needs the gguf package
@@ -138,7 +136,7 @@ def _measured(config: QuantizeConfig, skeleton: Skeleton, source: dict[str, Any]
     length = min(LENGTH, config.seq_len)
     tokenizer = load_tokenizer(skeleton.checkpoint.folder)
     key: dict[str, Any] = {"source": source["files"], "sequences": SEQUENCES, "length": length, "noise": sensitivity.NOISE,
-                           "code": code_digest((sensitivity, rtn, scales, integer_types, block_types))}
+                           "code": closure.digest(__name__)}
     ids = None
     if config.calibration == SELF:
         key |= {"calibration": SELF, "seed": config.seed}

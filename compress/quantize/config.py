@@ -1,4 +1,4 @@
-"""The settings of `llmc quantize`: one place for names, defaults and what is allowed."""
+"""The options of `llmc quantize`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llmc import options
+from llmc.compress import shared_options as shared
 from llmc.compress.quantize.presets import PRESETS
-from llmc.compress.ranges import out_of_range
 from llmc.console import parse_size, size
-from llmc.errors import UserError
 from llmc.formats.types import BLOCK_TYPES
+from llmc.options import ADVANCED, CALIBRATION, check, option
 
 INTEGER = {"q4_0": 4, "q8_0": 8}  # block types that are integer types, which GPTQ checkpoints hold too
 
@@ -18,54 +19,67 @@ METHODS = ("gptq", "rtn")
 TRANSFORMS = ("none", "scaling", "rotate", "rotate+scaling", "auto")
 BITS = (4, 8)
 GROUP_SIZES = (32, 64, 128)
+FALLBACKS = tuple(name for name, qtype in BLOCK_TYPES.items() if qtype.block == 32)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class QuantizeConfig:
-    """What `llmc quantize` and `llmc.quantize` take; see `llmc quantize --help` for what each means."""
+    """The options of `llmc quantize` and `llmc.quantize`."""
 
-    bits: int = 4
-    type: str | None = None
-    fallback: str | None = None
-    preset: str | None = None
-    target_size: str | None = None
-    target_bpw: float | None = None
-    target_kld: float | None = None
-    method: str = "gptq"
-    imatrix: Path | None = None
-    group_size: int = 32
-    sym: bool = True
-    calibration: str = "self"
-    samples: int = 128
-    seq_len: int = 512
-    seed: int = 0
-    damp: float = 0.01
-    true_sequential: bool = True
-    device: str = "cpu"
-    threads: int | None = None
-    out: Path | None = None
-    resume: bool = False
-    dry_run: bool = False
-    transform: str = "none"
-    heal: int = 0
-    lose_zeros: bool = False
+    bits: int = option(4, help="Number of bits of a weight's code.", choices=BITS)
+    type: str | None = option(None, help="GGUF weight type of all linears, instead of --bits.", choices=tuple(BLOCK_TYPES))
+    fallback: str | None = option(
+        None, help="Weight type of rows that --type cannot hold, because 256 does not divide them. It has blocks of 32: "
+                   f"{', '.join(FALLBACKS)}.", group=ADVANCED, shown="iq4_nl, q5_0, q5_1 or q8_0")
+    preset: str | None = option(
+        None, help="llama.cpp's mix of weight types. The export gives embedding and head the types of the mix.",
+        choices=tuple(PRESETS))
+    target_size: str | None = option(
+        None, help="Largest size of the .gguf file, as in 90MB or 1.2GB. as:q4_k_m takes the size of that preset's file. "
+                   "llmc measures how sensitive each tensor is and chooses its type.", metavar="SIZE")
+    target_bpw: float | None = option(
+        None, help="Like --target-size, but as bits per weight over all tensors of the file, as in 4.25.", above=0,
+        group=ADVANCED)
+    target_kld: float | None = option(
+        None, help="Find the smallest file whose predicted KL divergence is at most this, as in 0.05.", above=0,
+        group=ADVANCED)
+    method: str = option(
+        "gptq", help="Rounding method. gptq compensates errors and needs text. rtn rounds to nearest and needs no text.",
+        choices=METHODS, group=ADVANCED)
+    imatrix: Path | None = option(
+        None, help="Importance matrix (.gguf) of llmc or llama.cpp. It weights the columns for --method rtn.", shown="none",
+        group=CALIBRATION)
+    group_size: int = option(32, help="Number of weights that share a scale.", choices=GROUP_SIZES, group=ADVANCED)
+    sym: bool = option(
+        True, help="Fix the zero point (--sym) or store one for each group (--asym). Q4_0 and Q8_0 files need --sym.",
+        flags=("--sym/--asym",), group=ADVANCED)
+    calibration: str = shared.calibration()
+    samples: int = shared.samples()
+    seq_len: int = shared.seq_len()
+    seed: int = shared.seed()
+    damp: float = shared.damp("GPTQ")
+    true_sequential: bool = option(
+        True, help="Calibrate each linear after the linears before it are quantized (--true-sequential), or calibrate all "
+                   "linears of a layer at once (--one-pass).", flags=("--true-sequential/--one-pass",), group=CALIBRATION)
+    device: str = shared.device()
+    threads: int | None = options.threads()
+    out: Path | None = options.out("Folder to write.", "MODEL-METHOD-WHAT")
+    resume: bool = shared.resume()
+    dry_run: bool = options.dry_run()
+    transform: str = option(
+        "none", help="Apply an equivalent transformation first. The outputs stay the same, and the model is easier to "
+                     "quantize. scaling scales channels. rotate rotates channels where this adds no bytes. auto takes what "
+                     "measures best on held-out calibration text.", choices=TRANSFORMS, group=ADVANCED)
+    heal: int = option(
+        0, help="Number of healing steps after quantization, on the same text with MODEL as teacher. `llmc heal` takes 160 "
+                "by default. 0 means no healing.", low=0, group=ADVANCED)
+    lose_zeros: bool = option(
+        False, help="Accept a type or transformation that does not keep the zeros of a pruned model.", group=ADVANCED)
 
     def __post_init__(self) -> None:
         problems = []
-        if self.bits not in BITS:
-            problems.append(f"--bits {self.bits}: must be 4 or 8")
-        if self.method not in METHODS:
-            problems.append(f"--method {self.method}: must be gptq or rtn")
         if self.imatrix and self.method == "gptq":
             problems.append("--imatrix goes with --method rtn: GPTQ gathers its own statistics, which say more")
-        if self.transform not in TRANSFORMS:
-            problems.append(f"--transform {self.transform}: must be {', '.join(TRANSFORMS)}")
-        if self.group_size not in GROUP_SIZES:
-            problems.append(f"--group-size {self.group_size}: must be 32, 64 or 128")
-        problems += [f"--{option} {name}: must be one of {', '.join(BLOCK_TYPES)}"
-                     for option, name in (("type", self.type), ("fallback", self.fallback)) if name and name not in BLOCK_TYPES]
-        if self.preset and self.preset not in PRESETS:
-            problems.append(f"--preset {self.preset}: must be one of {', '.join(PRESETS)}")
         if self.type and self.preset:
             problems.append("--type gives all linears one type and --preset each its own: give one of them")
         targets = {"--target-size": self.target_size, "--target-bpw": self.target_bpw, "--target-kld": self.target_kld}
@@ -74,8 +88,6 @@ class QuantizeConfig:
             problems.append(f"{' and '.join(given)}: give one target")
         if given and (self.type or self.preset):
             problems.append(f"{given[0]} chooses the types itself: leave out --type and --preset")
-        problems += [f"{name} {value:g}: must be above 0" for name, value in targets.items()
-                     if isinstance(value, float) and not value > 0]
         if self.peer is not None and self.peer not in PRESETS:
             problems.append(f"--target-size {self.target_size}: after as: must come one of {', '.join(PRESETS)}")
         if self.target_size is not None and self.peer is None and parse_size(self.target_size) is None:
@@ -84,18 +96,14 @@ class QuantizeConfig:
         if self.transform != "none" and (self.preset or given):
             problems.append(f"--transform {self.transform} is searched on one type: give --type or --bits, or run "
                             "`llmc transform` first")
-        option = "--type" if self.type else "--preset" if self.preset else given[0] if given else ""
-        if option and (self.bits, self.group_size, self.sym) != (4, 32, True):
-            problems.append(f"{option} names bits, group and symmetry itself: leave out --bits, --group-size and --asym")
-        if self.fallback in BLOCK_TYPES and BLOCK_TYPES[self.fallback].block != 32:
-            problems.append(f"--fallback {self.fallback}: must be a type with blocks of 32")
+        named = "--type" if self.type else "--preset" if self.preset else given[0] if given else ""
+        if named and (self.bits, self.group_size, self.sym) != (4, 32, True):
+            problems.append(f"{named} names bits, group and symmetry itself: leave out --bits, --group-size and --asym")
+        if self.fallback is not None and self.fallback not in FALLBACKS:
+            problems.append(f"--fallback {self.fallback}: must be a type with blocks of 32: {', '.join(FALLBACKS)}")
         if self.fallback and not self.type:
             problems.append("--fallback says what to do with rows that --type cannot hold: give --type")
-        problems += out_of_range(self, ("samples",), ("damp",))
-        if self.heal < 0:
-            problems.append(f"--heal {self.heal}: must be at least 0 steps")
-        if problems:
-            raise UserError("; ".join(problems), "see `llmc quantize --help`")
+        check(self, "quantize", problems)
 
     @property
     def calibrated(self) -> bool:

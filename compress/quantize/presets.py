@@ -9,10 +9,10 @@ benchmarks/presets_of_llama_cpp.py holds this table against a llama-quantize bin
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
+from llmc.families import by_model_type
 from llmc.formats.types import BLOCK_TYPES
 
 # the type of every tensor that no rule below speaks of
@@ -24,28 +24,13 @@ PRESETS = {
 # what rows take that 256 does not divide
 FALLBACK = {"q2_k": "q4_0", "q3_k": "q4_0", "iq4_xs": "iq4_nl", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
 
-# llama.cpp's names of what a linear does, by the end of its name in transformers; first match wins
-ROLES = (
-    ("attn_qkv", r"qkv_proj|c_attn|query_key_value|Wqkv"),
-    ("attn_v", r"v_proj"), ("attn_k", r"k_proj"), ("attn_q", r"q_proj"),
-    ("attn_output", r"o_proj|out_proj|attn\.c_proj|attention\.dense|attn\.dense"),
-    ("ffn_down", r"down_proj|mlp\.c_proj|dense_4h_to_h|fc2|w2"),
-    ("ffn_gate", r"gate_proj|w1"),
-    ("ffn_up", r"up_proj|c_fc|dense_h_to_4h|fc1|w3"),
-)
-
-
-def role_of(linear: str) -> str:
-    """attn_v, ffn_down, …; 'other' where the name is not known, which every preset gives its plain type."""
-    return next((role for role, ends in ROLES if re.search(rf"(?:^|[._])(?:{ends})$", linear)), "other")
-
 
 @dataclass(frozen=True)
 class Facts:
     """What the rules ask about a model.
 
     gqa: query heads for each head of keys.  experts: 1 without.  imatrix: llama-quantize would have an importance matrix.
-    seventy: llama.cpp counts it as LLM_TYPE_70B: 80 layers, and for Llama grouped heads.
+    seventy: llama.cpp counts it as LLM_TYPE_70B, by its family's row.
     """
 
     layers: int
@@ -61,8 +46,8 @@ class Facts:
         heads = int(text.num_attention_heads)
         gqa = heads // int(getattr(text, "num_key_value_heads", None) or heads)
         experts = int(getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 1)
-        layers, kind = int(text.num_hidden_layers), text.model_type
-        seventy = layers == 80 and (kind == "qwen2" or (kind in ("llama", "mistral") and gqa > 1))
+        layers, family = int(text.num_hidden_layers), by_model_type(text.model_type)
+        seventy = layers == 80 and family is not None and 0 < family.gguf.seventy_from <= gqa
         return cls(layers, gqa, experts, imatrix, seventy)
 
     def more_bits(self, layer: int) -> bool:

@@ -1,4 +1,4 @@
-"""The settings of `llmc transform`: one place for names, defaults and what is allowed."""
+"""The options of `llmc transform`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llmc import options
+from llmc.compress import shared_options as shared
 from llmc.compress.quantize.config import QuantizeConfig
-from llmc.compress.ranges import out_of_range
-from llmc.errors import UserError
+from llmc.options import ADVANCED, check, like, option
 
 SCALINGS = ("awq", "equalize", "smoothquant", "none")
 ROTATIONS = ("none", "r2", "r1r2")
@@ -16,28 +17,35 @@ TARGET = ("bits", "type", "fallback", "group_size", "sym")  # these mean what th
 CALIBRATED = ("calibration", "samples", "seq_len")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TransformConfig:
-    """What `llmc transform` and `llmc.transform` take; see `llmc transform --help` for what each means."""
+    """The options of `llmc transform` and `llmc.transform`."""
 
-    scaling: str = "awq"
-    rotate: str = "none"
-    untie: bool = False
-    bits: int = 4
-    type: str | None = None
-    fallback: str | None = None
-    group_size: int = 32
-    sym: bool = True
-    calibration: str = "self"
-    samples: int = 128
-    seq_len: int = 512
-    seed: int = 0
-    device: str = "cpu"
-    threads: int | None = None
-    out: Path | None = None
-    resume: bool = False
-    alpha: float = 0.5
-    """Of --scaling smoothquant: how much of the activations' range moves into the weights, 0 to 1."""
+    scaling: str = option(
+        "awq", help="Method that scales channels. awq searches scales on calibration text. equalize needs no text. smooth is "
+                    "SmoothQuant, for 8-bit activations.", choices=SCALINGS)
+    rotate: str = option(
+        "none", help="Channels to rotate. r2 rotates the values of each head. r1r2 rotates the residual stream too.",
+        choices=ROTATIONS)
+    untie: bool = option(
+        False, help="Give a tied head its own matrix, for --rotate r1r2. The model grows by this matrix.", group=ADVANCED)
+    bits: int = like(QuantizeConfig, "bits", help="Number of bits of a weight's code that scales are searched for.")
+    type: str | None = like(
+        QuantizeConfig, "type", help="GGUF weight type that scales are searched for, instead of --bits.")
+    fallback: str | None = like(QuantizeConfig, "fallback")
+    group_size: int = like(QuantizeConfig, "group_size")
+    sym: bool = like(QuantizeConfig, "sym", help="Search for a fixed zero point (--sym) or a stored one (--asym).")
+    calibration: str = shared.calibration()
+    samples: int = shared.samples()
+    seq_len: int = shared.seq_len()
+    seed: int = shared.seed("Seed of rotations and of --calibration self.")
+    device: str = shared.device()
+    threads: int | None = options.threads()
+    out: Path | None = options.out("Folder to write.", "MODEL-ROTATION-SCALING")
+    resume: bool = shared.resume()
+    alpha: float = option(
+        0.5, help="Share of the activations' range that --scaling smoothquant moves into the weights.", low=0, high=1,
+        group=ADVANCED)
 
     @property
     def calibrated(self) -> bool:
@@ -46,23 +54,15 @@ class TransformConfig:
 
     def __post_init__(self) -> None:
         problems = []
-        if self.scaling not in SCALINGS:
-            problems.append(f"--scaling {self.scaling}: must be {', '.join(SCALINGS)}")
-        if self.rotate not in ROTATIONS:
-            problems.append(f"--rotate {self.rotate}: must be {', '.join(ROTATIONS)}")
         if self.scaling == self.rotate == "none":
             problems.append("--scaling none --rotate none: there is nothing to do")
         if self.untie and self.rotate != "r1r2":
             problems.append(f"--untie goes with --rotate r1r2, not {self.rotate}")
-        problems += out_of_range(self, ("samples",))
-        if not 0 <= self.alpha <= 1:
-            problems.append(f"--alpha {self.alpha}: must be 0 to 1")
-        if problems:
-            raise UserError("; ".join(problems), "see `llmc transform --help`")
+        check(self, "transform", problems)
         self.target()
 
     def target(self) -> QuantizeConfig:
-        """The quantization that channel scalings are searched for. Checks the options that it shares."""
+        """The quantization that channel scalings are searched for. Checks the rules between the options that it shares."""
         return QuantizeConfig(**{name: getattr(self, name) for name in TARGET})
 
     def numbers(self) -> dict[str, Any]:

@@ -1,13 +1,12 @@
 """Which channels of a decoder layer can be scaled or rotated without changing what the model computes.
 
-One small table says what part each module plays; from it and the config follow the places of one layer. Where a pair does
+The family's row says what part each module plays; from it and the config follow the places of one layer. Where a pair does
 not hold in an architecture, it is named with the reason, never passed over.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,75 +14,8 @@ from torch import nn
 
 from llmc.compress.skeleton import get_weight
 from llmc.errors import UserError
-
-RowsOf = Callable[[int, int, int], torch.Tensor]  # (rows of the weight, channels, head_dim) -> the channels' rows, in order
-
-
-def _all(rows: int, channels: int, head_dim: int) -> torch.Tensor:
-    return torch.arange(rows)
-
-
-def _last(rows: int, channels: int, head_dim: int) -> torch.Tensor:
-    """Stacked: q, k, v below one another, or gate and up."""
-    return torch.arange(rows - channels, rows)
-
-
-def _third_of_each_head(rows: int, channels: int, head_dim: int) -> torch.Tensor:
-    """q, k, v of head 0, then of head 1, … (GPT-NeoX)."""
-    first = torch.arange(channels // head_dim)[:, None] * 3 * head_dim + 2 * head_dim
-    return (first + torch.arange(head_dim)).flatten()
-
-
-@dataclass(frozen=True)
-class Family:
-    """The roles of the modules of one decoder layer, by their names in it.
-
-    norms: each norm with the linears that are all that reads it.  value, up: a linear and which of its rows are meant;
-    out, down: the linears that read these.  activation: of an MLP without gate, the config's name for what lies between up
-    and down (of a gated one only the gate passes the activation, so scaling `up` is free).
-    grouped: query heads may share a value head, num_key_value_heads of them.
-    offset: what norms add to their weight before they multiply by it.  final_norm: its name in the base model.
-    unrotatable: why the residual stream cannot be rotated, empty where it can.
-    """
-
-    norms: dict[str, tuple[str, ...]]
-    value: tuple[str, RowsOf]
-    out: str
-    up: tuple[str, RowsOf]
-    down: str
-    activation: str = ""
-    grouped: bool = True
-    offset: float = 0.0
-    final_norm: str = "norm"
-    unrotatable: str = ""
-
-
-_MEAN = "its LayerNorm subtracts the mean, which a rotation does not keep"
-LLAMA = Family(
-    norms={"input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-           "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj")},
-    value=("self_attn.v_proj", _all), out="self_attn.o_proj", up=("mlp.up_proj", _all), down="mlp.down_proj")
-GEMMA = replace(
-    LLAMA, offset=1.0,
-    norms={"input_layernorm": LLAMA.norms["input_layernorm"], "pre_feedforward_layernorm": ("mlp.gate_proj", "mlp.up_proj")},
-    unrotatable="its norms after attention and MLP scale channels of what is added to the stream")
-FAMILIES: dict[str, Family] = {
-    "llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA, "gemma2": GEMMA, "gemma3_text": GEMMA,
-    "phi3": replace(LLAMA, norms={"input_layernorm": ("self_attn.qkv_proj",),
-                                  "post_attention_layernorm": ("mlp.gate_up_proj",)},
-                    value=("self_attn.qkv_proj", _last), up=("mlp.gate_up_proj", _last)),
-    "gpt2": Family(norms={"ln_1": ("attn.c_attn",), "ln_2": ("mlp.c_fc",)}, value=("attn.c_attn", _last), out="attn.c_proj",
-                   up=("mlp.c_fc", _all), down="mlp.c_proj", activation="activation_function", grouped=False,
-                   unrotatable=_MEAN),
-    "opt": Family(norms={"self_attn_layer_norm": LLAMA.norms["input_layernorm"], "final_layer_norm": ("fc1",)},
-                  value=("self_attn.v_proj", _all), out="self_attn.out_proj", up=("fc1", _all), down="fc2",
-                  activation="activation_function", grouped=False, unrotatable=_MEAN),
-    "gpt_neox": Family(norms={"input_layernorm": ("attention.query_key_value",),
-                              "post_attention_layernorm": ("mlp.dense_h_to_4h",)},
-                       value=("attention.query_key_value", _third_of_each_head), out="attention.dense",
-                       up=("mlp.dense_h_to_4h", _all), down="mlp.dense_4h_to_h", activation="hidden_act", grouped=False,
-                       unrotatable=_MEAN),
-}
+from llmc.families import FAMILIES, by_model_type, nearest
+from llmc.families.row import Family, activation_of
 
 
 @dataclass(frozen=True)
@@ -133,16 +65,17 @@ class LayerMap:
 def family_of(config: Any) -> Family:
     """The row of the table for a transformers config."""
     kind = config.get_text_config().model_type
-    if kind not in FAMILIES:
+    family = by_model_type(kind)
+    if family is None:
         raise UserError(f"llmc does not know which channels of the architecture {kind!r} can be transformed",
-                        f"it knows {', '.join(FAMILIES)}; quantize without a transform")
-    return FAMILIES[kind]
+                        f"it knows {', '.join(FAMILIES)}{nearest(kind, FAMILIES)}; quantize without a transform")
+    return family
 
 
 def map_layer(config: Any, layer: nn.Module) -> LayerMap:
     """The places of a decoder layer (on any device, meta too)."""
     family, c = family_of(config), config.get_text_config()
-    used = (family.value[0], family.out, family.up[0], family.down)
+    used = (family.value, family.out, family.up, family.down)
     shape = {n: tuple(get_weight(layer.get_submodule(n)).shape) for n in used}
     query = c.num_attention_heads
     kv = getattr(c, "num_key_value_heads", None) if family.grouped else None
@@ -157,16 +90,26 @@ def map_layer(config: Any, layer: nn.Module) -> LayerMap:
             norms.append(place)
     channels = heads.kv * heads.width
     head = torch.arange(query)[:, None] // (query // heads.kv)
-    value = Place(family.value[0], (family.out,), channels, (head * heads.width + torch.arange(heads.width)).flatten(),
-                  family.value[1](shape[family.value[0]][0], channels, heads.width))
+    value = Place(family.value, (family.out,), channels, (head * heads.width + torch.arange(heads.width)).flatten(),
+                  _third_of_each_head(heads) if family.qkv_by_head else _last(shape[family.value][0], channels))
     inner = shape[family.down][1]
-    up: Place | None = Place(family.up[0], (family.down,), inner, torch.arange(inner),
-                             family.up[1](shape[family.up[0]][0], inner, heads.width))
-    between = getattr(c, family.activation) if family.activation else None
+    up: Place | None = Place(family.up, (family.down,), inner, torch.arange(inner), _last(shape[family.up][0], inner))
+    between = None if family.gated else activation_of(c)  # of a gated MLP only the gate passes the activation
     if up and between not in (None, "relu"):  # relu(s x) = s relu(x) for s > 0
         left.append(f"{up.name}: {between} lies between, which does not commute with a scaling")
         up = None
     return LayerMap(family, heads, tuple(norms), value, up, tuple(left))
+
+
+def _last(rows: int, channels: int) -> torch.Tensor:
+    """The channels' rows where others may lie above them: q and k, or the gate."""
+    return torch.arange(rows - channels, rows)
+
+
+def _third_of_each_head(heads: Heads) -> torch.Tensor:
+    """The values' rows where q, k, v of head 0 come first, then those of head 1, … (GPT-NeoX)."""
+    first = torch.arange(heads.kv)[:, None] * 3 * heads.width + 2 * heads.width
+    return (first + torch.arange(heads.width)).flatten()
 
 
 def _norm_is_fixed(config: Any, norm: nn.Module) -> str:

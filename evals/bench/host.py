@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc.errors import UserError
+from llmc.runtimes.on_device import bench as there
 from llmc.runtimes.targets.device import Device, ended
 
 
@@ -18,7 +19,7 @@ class Child:
     def __init__(self, device: Device, artifact: Path, placed: str, job: dict[str, Any]) -> None:
         self.artifact = artifact
         self.where = "" if device.target.address.startswith("local-") else f" on {device.target.name}"
-        self.process = device.start("llmc.runtimes.on_device.bench", {"artifact": placed, **job})
+        self.process = device.start(there.__name__, {"artifact": placed, **job})
 
     def __enter__(self) -> Child:
         try:

@@ -9,7 +9,7 @@ def ran(runtime: RuntimeFacts) -> Ran:
     """By the runtime's kind: see the comments of `Ran`."""
     if "nodes" in runtime:
         return {"nodes": {provider: sum(operators.values()) for provider, operators in runtime["nodes"].items()}}
-    build = runtime.get("build", {})
+    build: dict[str, str] = runtime.get("build", {})
     if "offloaded_layers" in runtime:
         # what is no instruction set is a library or an option
         sets = [k for k, v in build.items() if v == "1" and k not in ("LLAMAFILE", "OPENMP", "REPACK", "ACCELERATE")]

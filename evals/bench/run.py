@@ -9,11 +9,11 @@ from typing import Any, cast
 from llmc.console import progress, say, warn
 from llmc.errors import UserError
 from llmc.evals.bench import summary
+from llmc.evals.bench.config import BenchConfig
 from llmc.evals.bench.host import Child
 from llmc.evals.bench.prompt import prompt_ids
 from llmc.evals.bench.ran import ran
 from llmc.evals.bench.threads import sweep
-from llmc.evals.config import BenchConfig
 from llmc.evals.report import store as report
 from llmc.evals.report.schema import Described, Facts, KvUse, Report, RuntimeFacts, Size, Speed
 from llmc.evals.report.sections import targets_of

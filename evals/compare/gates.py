@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llmc.errors import GateFailedError, UserError
+from llmc.evals.compare.config import CompareConfig
 from llmc.evals.compare.schema import Compared, GateResult
-from llmc.evals.config import CompareConfig, parse_number
 from llmc.evals.report.sections import texts_of
+from llmc.evals.shared_options import parse_number
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,10 @@ def _figures(gate: Gate, candidate: Compared) -> list[tuple[str | None, float]]:
     """(text or target, value) of each figure that a gate looks at; empty where it was not measured."""
     changes, texts = candidate["differences"], texts_of(candidate["report"])
     if gate.attribute == "min_decode_speedup":
-        speeds = changes and changes["speeds"] or {}
+        speeds = (changes and changes["speeds"]) or {}
         return [(target, found["decode_speedup"]["value"]) for target, found in speeds.items()]
     if gate.attribute == "max_ppl_increase":
-        return [(t["text"], t["perplexity_ratio"]["value"] - 1) for t in changes and changes["texts"] or []]
+        return [(t["text"], t["perplexity_ratio"]["value"] - 1) for t in (changes and changes["texts"]) or []]
     key: Literal["kld", "top1"] = "kld" if gate.attribute == "max_kld" else "top1"
     return [(t["protocol"]["text"], stat["value"]) for t in texts if (stat := t[key]) is not None]
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from llmc.evals.compare.config import CompareConfig
 from llmc.evals.compare.schema import Cell, Compared, FirstToken
-from llmc.evals.config import CompareConfig
 from llmc.evals.fit import run as fit
 from llmc.evals.fit.estimate import bounds, estimate, memory, model_of
 from llmc.evals.fit.schema import Bounds

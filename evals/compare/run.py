@@ -13,9 +13,9 @@ import numpy as np
 
 from llmc.errors import UserError
 from llmc.evals.compare import gates
+from llmc.evals.compare.config import CompareConfig
 from llmc.evals.compare.matrix import matrix
 from llmc.evals.compare.schema import Compared, Comparison, Differences, SpeedChange, TextRise
-from llmc.evals.config import CompareConfig
 from llmc.evals.quality import metrics, tasks
 from llmc.evals.report.schema import Report, Speed, Spread, Stat, Text
 from llmc.evals.report.sections import base_of, kv_type, quality_of, speed_on, speeds_of, targets_of, tasks_of, texts_of

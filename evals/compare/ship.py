@@ -26,14 +26,17 @@ from pathlib import Path
 from typing import Any
 
 from llmc.errors import UserError
-from llmc.evals.config import BenchConfig, EvalConfig, FitConfig, parse_number
+from llmc.evals.bench.config import BenchConfig
 from llmc.evals.compare.run import check_comparable, differences
 from llmc.evals.compare.schema import Shipped, Shipping, Verdict
 from llmc.evals.fit import run as fits
+from llmc.evals.fit.config import FitConfig
 from llmc.evals.fit.schema import JudgedFigure, Name
+from llmc.evals.quality.config import EvalConfig
 from llmc.evals.report.schema import Report
 from llmc.evals.report.sections import quality_of, speeds_of
 from llmc.evals.report.store import hash_artifact, merged, read_report, save
+from llmc.evals.shared_options import parse_number
 from llmc.formats.manifest import versions
 
 LIMITS = ("min_decode", "max_first_token", "max_ram", "max_size", "max_kld", "min_top1")

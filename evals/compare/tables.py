@@ -6,6 +6,7 @@ from llmc.console import size
 from llmc.evals.compare.gates import describe
 from llmc.evals.compare.matrix import held
 from llmc.evals.compare.schema import Cell, Compared, Comparison, GateResult
+from llmc.evals.report.schema import BudgetText
 from llmc.evals.report.sections import budget_of, quality_of, speeds_of, targets_of, tasks_of, texts_of
 from llmc.evals.report.show import Table, change, filled, matrices, pm, spread
 
@@ -72,7 +73,8 @@ def _budgets(artifacts: list[Compared]) -> Table:
         healed = healed or budget["healed"]
         file = "–" if budget["file_bytes"] is None else size(budget["file_bytes"])
         plan = [a["name"], budget["target"], size(budget["planned_bytes"]), file, f"{budget['predicted_kld']:.4f}"]
-        for m in budget["measured"] or [None]:
+        measured: list[BudgetText | None] = [*budget["measured"]]
+        for m in measured or [None]:
             found = ["–", "–", "–"] if m is None else [
                 m["text"], pm({"value": m["kld"], "se": m["se"]}, 4), "–" if m["ratio"] is None else f"{m['ratio']:.2f}x"]
             rows.append([*plan, *found])

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from llmc.console import size
-from llmc.evals.config import FitConfig
+from llmc.evals.fit.config import FitConfig
 from llmc.evals.fit.estimate import OTHER, Model, Rates, estimate, memory
 from llmc.evals.fit.schema import Judged, Limits, Name
 from llmc.formats.types import BLOCK_TYPES

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from llmc.errors import UserError
-from llmc.evals.config import FitConfig, parse_bytes, parse_number
+from llmc.evals.fit.config import FitConfig
 from llmc.evals.fit.estimate import Interval, Model, Rates, estimate, memory, model_of
 from llmc.evals.fit.schema import Answer, Fit, FitTarget, Judged, JudgedFigure, Limits, Name
 from llmc.evals.report.schema import Facts, Report, Speed, Spread
 from llmc.evals.report.sections import speed_on, texts_of, tokens_held
+from llmc.evals.shared_options import parse_bytes, parse_number
 
 if TYPE_CHECKING:
     from llmc.runtimes.targets.target import Target
@@ -167,7 +168,8 @@ def _ram(c: Candidate, target: str, rates: LazyRates | None, config: FitConfig) 
     return Figure(memory(c.model, config.context), "estimate")
 
 
-def _quality(key: Literal["kld", "top1"], c: Candidate, target: str, rates: LazyRates | None, config: FitConfig) -> Figure | None:
+def _quality(key: Literal["kld", "top1"], c: Candidate, target: str, rates: LazyRates | None,
+             config: FitConfig) -> Figure | None:
     """The worst text's figure, with twice its standard error."""
     found = [(stat["value"], stat["se"] or 0.0, t["protocol"]["text"])
              for t in texts_of(c.report) if (stat := t[key]) is not None]

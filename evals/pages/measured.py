@@ -49,7 +49,7 @@ def _layers(artifacts: list[Compared]) -> Figure:
     for i, a in enumerate(artifacts):
         layers = a["report"]["artifact"]["layers"]
         names += [(i, a["name"])] if layers else []
-        if errors := [(x["layer"], 100 * x["error"]) for x in layers if x["error"] is not None]:
+        if errors := [(n, 100 * e) for x in layers if (n := x["layer"]) is not None and (e := x["error"]) is not None]:
             curves.append(charts.Line(a["name"], i, errors))
     return Figure("Error by layer", "Share of each layer's output energy that was lost, as the pass recorded it.",
                   dots(names), charts.lines(curves, "decoder layer", "output energy lost, %"),

@@ -15,8 +15,8 @@ import numpy as np
 
 from llmc.console import progress, say, warn
 from llmc.errors import UserError
-from llmc.evals.config import EvalConfig
 from llmc.evals.quality import metrics, task_items, tasks
+from llmc.evals.quality.config import EvalConfig
 from llmc.evals.quality.protocol import Chunks, FolderTokenizer, RuntimeTokenizer, Tokenizer, cut
 from llmc.evals.quality.texts import load_text
 from llmc.evals.report import store as report

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any, Literal, NotRequired, TypedDict
 
 Value = Literal["nll", "kld", "top1"]
-"""What is kept of each scored token: negative log-likelihood and KL divergence in nats, and whether the first choice agrees."""
+"""What is kept of each scored token: negative log-likelihood and KL divergence in nats, and whether both models rank the same
+first."""
 Accuracy = Literal["acc", "acc_norm"]
 """Share of items that were answered rightly, by log-likelihood alone and by log-likelihood over the answer's length."""
 

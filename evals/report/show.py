@@ -19,8 +19,8 @@ def pm(stat: Stat | None, digits: int = 3, factor: float = 1.0, unit: str = "", 
     if stat is None:
         return "–"
     text = f"{stat['value'] * factor:{'+' if sign else ''}.{digits}f}"
-    if stat.get("se") is not None:
-        text += f" ± {stat['se'] * factor:.{digits}f}"
+    if (se := stat["se"]) is not None:
+        text += f" ± {se * factor:.{digits}f}"
     return text + (f" {unit}" if unit else "")
 
 

@@ -68,8 +68,7 @@ def read_report(path: Path) -> Report:
     if report.get("schema") != SCHEMA:
         raise UserError(f"{path} has report schema {report.get('schema')!r}; this llmc reads {SCHEMA}",
                         "make the report again with this version")
-    found: Report = report
-    return found
+    return cast(Report, report)
 
 
 def check_output(path: Path | None, digest: str, kv: str | None = None) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -34,6 +33,7 @@ from llmc.export.gguf.blocks import Kind
 from llmc.export.gguf.config import GgufExportConfig
 from llmc.export.gguf.plan import Plan, Types
 from llmc.export.gguf.writer import Entry, Source
+from llmc.families.names import is_layer_matrix
 from llmc.files import check_disk, write_json
 from llmc.formats import pretokenizers, quantized
 from llmc.formats.checkpoint import INDEX, TOKENIZER_FILES, Checkpoint
@@ -42,7 +42,6 @@ from llmc.formats.gguf import field, open_gguf
 SCRIPT = "convert_hf_to_gguf.py"
 SHARD = 1_000_000_000
 NO_WAY = "this architecture cannot carry its codes into GGUF"
-MATRIX = re.compile(r"blk\.\d+\.(attn_(q|k|v|qkv|output)|ffn_(up|down|gate)(_exps)?)\.weight")
 OURS = ("general.architecture", "general.type", "general.name", "general.size_label", "general.license",
         "general.quantized_by", "general.base_model.", "general.file_type", "general.quantization_version",
         "tokenizer.chat_template", "tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_eos_token", "GGUF.")
@@ -251,7 +250,7 @@ def _float_entry(t: ReaderTensor, shape: tuple[int, ...], types: Types) -> Entry
     if t.tensor_type not in (Kind.F32, Kind.F16, Kind.BF16):
         raise UserError(f"llama.cpp's converter wrote {t.name} as {t.tensor_type.name}", "this model cannot be converted")
     table = t.name in ("token_embd.weight", "output.weight")
-    kind = types.of(t.name, shape) if table or MATRIX.fullmatch(t.name) else Kind.F32
+    kind = types.of(t.name, shape) if table or is_layer_matrix(t.name) else Kind.F32
     blocks.check_rows(t.name, shape, kind)
 
     def source() -> Source:

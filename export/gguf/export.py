@@ -61,11 +61,11 @@ def _need_packages() -> None:
 
 def plan_file(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, types: Types) -> Plan:
     """Decide the whole file for an architecture that llmc knows."""
-    arch = find_architecture(ckpt.config)
+    family = find_architecture(ckpt.config)
     hf = load_config(ckpt.folder)
-    w = GGUFWriter(None, arch.name)
-    rope_tensors, notes = add_hyperparameters(w, arch, hf)
-    planner = Planner(ckpt, arch, hf, types)
+    w = GGUFWriter(None, family.gguf.name)
+    rope_tensors, notes = add_hyperparameters(w, family, hf)
+    planner = Planner(ckpt, family, hf, types)
     entries = planner.entries()
     rows = next(e.shape[0] for e in entries if e.name == "token_embd.weight")
     w.add_vocab_size(rows)

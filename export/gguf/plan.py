@@ -13,11 +13,12 @@ from gguf import GGUFWriter
 
 from llmc.errors import UserError
 from llmc.export.gguf import blocks
-from llmc.export.gguf.architectures import Architecture, TensorNames, interleave
+from llmc.export.gguf.architectures import TensorNames, interleave
 from llmc.export.gguf.blocks import Kind
 from llmc.export.gguf.config import GgufExportConfig
 from llmc.export.gguf.tokenizer import Vocabulary
 from llmc.export.gguf.writer import Entry, Source
+from llmc.families.row import Family
 from llmc.formats import quantized
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.types import QuantizedTensor
@@ -78,11 +79,11 @@ def reorder(source: Source, rows: np.ndarray) -> Source:
 
 
 class Planner:
-    """Makes the entries of a checkpoint for one architecture."""
+    """Makes the entries of a checkpoint of one family."""
 
-    def __init__(self, ckpt: Checkpoint, arch: Architecture, hf: Any, types: Types) -> None:
-        self.ckpt, self.arch, self.hf, self.types = ckpt, arch, hf, types
-        self.names = TensorNames(arch, hf.num_hidden_layers)
+    def __init__(self, ckpt: Checkpoint, family: Family, hf: Any, types: Types) -> None:
+        self.ckpt, self.family, self.hf, self.types = ckpt, family, hf, types
+        self.names = TensorNames(family, hf.num_hidden_layers)
         self.linears = set(quantized.linears(ckpt))
         self.notes: list[str] = []
 
@@ -109,17 +110,18 @@ class Planner:
     def _gguf_name(self, name: str) -> str:
         if mapped := self.names.find(name):
             return mapped
-        raise UserError(f"{name} of {self.ckpt.folder} has no place in llama.cpp's {self.arch.name} architecture",
+        raise UserError(f"{name} of {self.ckpt.folder} has no place in llama.cpp's {self.family.gguf.name} architecture",
                         "the checkpoint holds more than the architecture that its config.json names")
 
     def _is_spare(self, bias: str) -> bool:
         """AutoGPTQ gives every linear a bias, all zero where the model has none. GPT-2 has one everywhere."""
-        return not self.arch.transposed and not bool(self.ckpt.tensor(bias).any())
+        return not self.family.transposed and not bool(self.ckpt.tensor(bias).any())
 
     def _rows(self, module: str, rows: int) -> np.ndarray | None:
         """The order of the rows in the file, None where it is the checkpoint's own."""
-        if self.arch.interleaved and module.endswith((".q_proj", ".k_proj")):
-            heads = self.hf.num_attention_heads if module.endswith("q_proj") else self.hf.num_key_value_heads
+        role = self.family.role_of(module)
+        if self.family.gguf.interleaved and role in ("attn_q", "attn_k"):
+            heads = self.hf.num_attention_heads if role == "attn_q" else self.hf.num_key_value_heads
             if rows % (2 * heads):
                 raise UserError(f"{module} has {rows} rows, which {heads} heads do not divide in pairs",
                                 "the checkpoint and its config.json do not belong together")
@@ -141,21 +143,21 @@ class Planner:
     def _float(self, name: str) -> Entry:
         module, _, what = name.rpartition(".")
         shape = self.ckpt.shape(name)
-        transposed = what == "weight" and module.endswith(self.arch.transposed or (" ",))
+        transposed = self.family.transposed and what == "weight" and self.family.role_of(module) is not None
         if transposed:
             shape = shape[::-1]
         mapped = self._gguf_name(name)
         kind = self.types.of(mapped, shape)
         blocks.check_rows(mapped, shape, kind)
         rows = self._rows(module, shape[0])
-        one_plus = self.arch.one_plus_norm and name.endswith("norm.weight")
+        offset = self.family.offset if name.endswith("norm.weight") else 0.0
 
         def source() -> Source:
             t = self.ckpt.tensor(name)
             if transposed:
                 t = t.t()
-            if one_plus:
-                t = t.to(torch.float32) + 1.0
+            if offset:
+                t = t.to(torch.float32) + offset
             return t if rows is None else reorder(t, rows)
 
         return Entry(mapped, shape, kind, source, stored=name)
@@ -174,8 +176,8 @@ class Planner:
         if head is None and not says_tied:
             raise UserError(f"config.json of {self.ckpt.folder} says that the head is a matrix of its own, and there "
                             f"is no {HEAD}", "download the model again, or correct tie_word_embeddings")
-        if not equal and not self.arch.own_head:
-            raise UserError(f"the head differs from the embedding, and llama.cpp's {self.arch.name} has one matrix",
+        if not equal and not self.family.gguf.own_head:
+            raise UserError(f"the head differs from the embedding, and llama.cpp's {self.family.gguf.name} has one matrix",
                             "this model cannot be run by llama.cpp as it is")
         if equal and self.types.head != self.types.embedding:
             raise UserError(f"head and embedding of {self.ckpt.folder} are one matrix: it cannot be "
@@ -196,7 +198,7 @@ class Planner:
 
 def _inexact_mins(source: Callable[[], Source]) -> bool:
     q = source()
-    return isinstance(q, QuantizedTensor) and blocks.block_mins(q)[1] > 0
+    return isinstance(q, QuantizedTensor) and quantized.minimums(q)[1] > 0
 
 
 def _same(a: Source, b: Source) -> bool:

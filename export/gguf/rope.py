@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmc.errors import UserError
+from llmc.families import by_gguf
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -66,9 +67,10 @@ def add_rope(writer: GGUFWriter, config: dict[str, Any], head_dim: int, context:
     """
     from gguf import RopeScalingType
 
-    rope = rope_parameters(config)
+    rope, family = rope_parameters(config), by_gguf(writer.arch)
+    assert family is not None  # metadata is written for architectures of the table alone
     dims = int(head_dim * float(rope.values.get("partial_rotary_factor", 1.0)))
-    if writer.arch != "phi3" and dims != head_dim:
+    if dims != head_dim and not family.gguf.partial_rotary:
         raise UserError(f"only {dims} of {head_dim} dimensions of a head are rotated, and llama.cpp's {writer.arch} "
                         "architecture rotates all", ADVICE)
     writer.add_rope_dimension_count(dims)
@@ -77,6 +79,8 @@ def add_rope(writer: GGUFWriter, config: dict[str, Any], head_dim: int, context:
         writer.add_rope_freq_base_swa(rope.local_theta)
     if rope.kind == "default":
         return {}
+    if rope.kind not in family.gguf.rope:
+        raise UserError(f"llama.cpp's {writer.arch} architecture has no place for the rope type {rope.kind!r}", ADVICE)
     if rope.kind == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(rope.values["factor"]))
@@ -84,11 +88,9 @@ def add_rope(writer: GGUFWriter, config: dict[str, Any], head_dim: int, context:
     if rope.kind == "yarn":
         _add_yarn(writer, rope.values, context)
         return {}
-    if rope.kind == "llama3" and writer.arch == "llama":
+    if rope.kind == "llama3":
         return {"rope_freqs.weight": _llama3_factors(rope, dims, context)}
-    if rope.kind == "longrope" and writer.arch in ("llama", "phi3"):
-        return _add_longrope(writer, rope.values, dims, context)
-    raise UserError(f"llama.cpp's {writer.arch} architecture has no place for the rope type {rope.kind!r}", ADVICE)
+    return _add_longrope(writer, rope.values, dims, context)
 
 
 def _add_yarn(writer: GGUFWriter, v: dict[str, Any], context: int) -> None:

@@ -28,8 +28,9 @@ from llmc.formats import packing
 from llmc.formats.check_text import CHECK_TEXT, MARKS
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.pretokenizers import WITHOUT_MARKS
-from llmc.formats.quantized import rows_of
-from llmc.formats.types import BlockTensor, QuantizedTensor
+from llmc.formats.quantized import Quantized, as_blocks, rows_of
+from llmc.formats.types import BlockTensor
+from llmc.runtimes.amx import use_extra_buffers
 from llmc.runtimes.llamacpp import LlamaCpp
 
 FLOATS = {Kind.F32, Kind.F16, Kind.BF16}
@@ -70,11 +71,8 @@ def _compare(path: Path, e: Entry, data: np.ndarray) -> None:
         if e.kind not in FLOATS and (lost := _lost(e, data, source)) > MOST_LOST:
             raise UserError(f"{e.name} lost {lost:.0%} of its energy as {e.kind.name}", REPORT)
         return
-    if isinstance(source, BlockTensor):
-        if not np.array_equal(data, packing.pack(source)):
-            raise _damaged(path, f"{e.name} has other blocks")
-    else:
-        _compare_codes(path, e, data, source)
+    if not np.array_equal(data, packing.pack(as_blocks(source))):
+        raise _damaged(path, f"{e.name} has other {_differing(data, source)}")
     step = max(1, blocks.CHUNK // e.shape[-1])
     for i in range(0, len(data), step):  # and gguf's own reading of the blocks gives the source's values
         part = slice(i, i + step)
@@ -107,15 +105,15 @@ def tables(path: Path) -> dict[str, torch.Tensor]:
     return {"embedding": embedding, "head": values("output.weight") if "output.weight" in stored else embedding}
 
 
-def _compare_codes(path: Path, e: Entry, data: np.ndarray, source: QuantizedTensor) -> None:
-    """The codes, scales and minima of GPTQ's types, taken apart."""
-    codes, scales, mins = blocks.unpack_codes(data, e.kind)
-    if not np.array_equal(codes, source.codes.numpy()):
-        raise _damaged(path, f"{e.name} has other codes")
-    if not np.array_equal(scales.view(np.uint16), blocks.block_scales(source).view(np.uint16)):
-        raise _damaged(path, f"{e.name} has other scales")
-    if mins is not None and not np.array_equal(mins.view(np.uint16), blocks.block_mins(source)[0].view(np.uint16)):
-        raise _damaged(path, f"{e.name} has other minima")
+def _differing(data: np.ndarray, source: Quantized) -> str:
+    """What differs from a source: of GPTQ's types the part."""
+    if isinstance(source, BlockTensor):
+        return "blocks"
+    wanted = as_blocks(source)
+    found = packing.unpack(data, wanted.type)
+    if not torch.equal(found.codes, wanted.codes):
+        return "codes"
+    return "scales" if not torch.equal(found.d, wanted.d) else "minima"
 
 
 @dataclass(frozen=True)
@@ -208,7 +206,8 @@ def in_llama_cpp(path: Path, ckpt: Checkpoint, tokenizer: Any, v: Vocabulary, en
     """Open the file and make every check that needs it to run."""
     weights = sum(int(np.prod(e.shape)) for e in entries)
     ids = check_ids(tokenizer, weights, context_length)
-    runtime = LlamaCpp(path, context=max(len(ids), 64), threads=threads, flash_attention=False, kv_type="f32")
+    runtime = LlamaCpp(path, context=max(len(ids), 64), threads=threads, flash_attention=False, kv_type="f32",
+                       extra_buffers=use_extra_buffers())
     try:
         return {
             "token_ids": tokens(runtime, tokenizer, ckpt.folder, v),

@@ -17,10 +17,10 @@ from gguf import GGUFWriter
 from llmc.console import progress
 from llmc.export.gguf import blocks
 from llmc.export.gguf.blocks import Kind
+from llmc.families.names import CLASSES, classify
 from llmc.formats.quantized import Quantized
 
 Source = Quantized | torch.Tensor
-ROLES = ("embedding", "head", "attention", "mlp", "other")
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,8 @@ class Entry:
 
     @property
     def role(self) -> str:
-        """Which class of bytes it counts to, one of ROLES."""
-        if self.name.startswith(("token_embd.", "position_embd.")):
-            return "embedding"
-        if self.name == "output.weight":
-            return "head"
-        if len(self.shape) > 1 and (found := re.search(r"\.(attn|ffn)_", self.name)):
-            return "attention" if found[1] == "attn" else "mlp"
-        return "other"
+        """Which class of bytes it counts to, one of CLASSES: by its name, vectors apart."""
+        return classify(self.name) if len(self.shape) > 1 else "other"
 
     @property
     def order(self) -> tuple[int, str]:
@@ -83,7 +77,7 @@ def write(writer: GGUFWriter, path: Path, entries: list[Entry]) -> None:
 
 def bytes_by_role(entries: list[Entry]) -> dict[str, int]:
     """Bytes of the tensors of each class."""
-    return {role: sum(e.nbytes for e in entries if e.role == role) for role in ROLES}
+    return {role: sum(e.nbytes for e in entries if e.role == role) for role in CLASSES}
 
 
 def file_type(entries: list[Entry]) -> tuple[int, str]:

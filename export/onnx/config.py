@@ -1,12 +1,14 @@
-"""What `llmc export --format onnx` can be asked for. Importing this imports neither torch nor onnx."""
+"""The options of `llmc export --format onnx`. Importing this imports neither torch nor onnx."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmc.errors import UserError
+from llmc.export.gguf.config import GgufExportConfig
+from llmc.options import Wrong, check, like, option
 
+ONNX = "ONNX"  # the options' group in --help
 EXPORTERS = ("builder", "optimum")
 DTYPES = ("fp32", "fp16", "int8", "w8a8")
 LEVELS = ("auto", "0", "4")
@@ -14,53 +16,39 @@ INT4_FORMS = ("nbits", "qdq")
 HEAD_BITS = (4, 8, 16)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OnnxExportConfig:
-    """Options of the ONNX exporter; the command line has the same names and defaults."""
+    """The options of the ONNX exporters."""
 
-    model: Path | str | None = None
-    """Model folder, float or quantized (or a hub id). None: the newest artifact made in this working folder."""
-    out: Path | None = None
-    """The folder to write. None: `<model folder>-onnx` in the working folder."""
-    exporter: str = "builder"
-    """'builder': onnxruntime-genai's, for ONNX Runtime. 'optimum': optimum-onnx's, float32 in standard operators alone."""
-    dequantize: bool = False
-    """exporter 'optimum': write the values of a quantized model as float32; else it is refused."""
-    dtype: str | None = None
-    """How a float model's matrices are stored: 'fp32', 'fp16', or 'int8' (rounded, in blocks of 32), computed in float32;
-    or 'w8a8', int8 with a scale for each row, multiplied with inputs that are int8 with a scale for each token. None: 'fp16'.
-    A quantized model carries its codes and takes none."""
-    accuracy_level: str = "auto"
-    """'0': float32 activations. '4': activations rounded to 8 bits in blocks, which is faster. 'auto': both are measured
-    when the file is written, and the faster is taken if it loses little."""
-    head_accuracy_level: str | None = None
-    """The same of the output matrix alone, where it is quantized: at level 0 an 8-bit one takes most of a token's time. None:
-    as `accuracy_level`, measured apart where that is 'auto'."""
-    int4: str = "nbits"
-    """'nbits': ONNX Runtime's MatMulNBits. 'qdq': standard DequantizeLinear and MatMul, for other runtimes."""
-    head_bits: int | None = None
-    """Bits of the embedding and the output matrix. None: what the folder asks for where ONNX holds it, 8 beside a
-    quantized decoder, else as `dtype`."""
-    chat_template: str = "keep"
-    """'keep', 'drop', or the path of a Jinja file."""
-    threads: int | None = None
-    """Threads of the checks in ONNX Runtime and torch. None: this machine's physical cores."""
+    model: Path | str | None = like(GgufExportConfig, "model")
+    out: Path | None = like(GgufExportConfig, "out")
+    exporter: str = option(
+        "builder", help="Exporter. builder writes for ONNX Runtime. optimum writes float32 in ONNX's standard operators, for "
+                        "other runtimes, and needs the extra 'optimum'.", choices=EXPORTERS, group=ONNX)
+    dequantize: bool = option(
+        False, help="Let --exporter optimum write the values of a quantized model as float32.", group=ONNX)
+    dtype: str | None = option(
+        None, help="Type of a float model's matrices. int8 is rounded in blocks of 32. w8a8 has int8 weights with a scale "
+                   "for each row and int8 inputs with a scale for each token; run `llmc transform --scaling smoothquant` first. A "
+                   "quantized model keeps its codes and takes no --dtype.", choices=DTYPES, group=ONNX, shown="fp16")
+    accuracy_level: str = option(
+        "auto", help="Activations of quantized matrices. 0 keeps them in float32. 4 rounds them to 8 bits in blocks, which "
+                     "is faster. auto takes 4 if a measurement shows that it is faster and loses little.", choices=LEVELS,
+        group=ONNX)
+    head_accuracy_level: str | None = option(
+        None, help="--accuracy-level of the output matrix alone, if it has 4 or 8 bits.", choices=LEVELS, group=ONNX,
+        shown="--accuracy-level; with auto the head is measured apart")
+    int4: str = option(
+        "nbits", help="Form of quantized matrices. nbits is ONNX Runtime's MatMulNBits. qdq is the standard operators "
+                      "DequantizeLinear and MatMul.", choices=INT4_FORMS, group=ONNX)
+    head_bits: int | None = option(
+        None, help="Number of bits of embedding and output matrix.", choices=HEAD_BITS, group=ONNX,
+        shown="the choice of a preset if ONNX has it, else 8 for a quantized model, else --dtype")
+    chat_template: str = like(GgufExportConfig, "chat_template")
+    threads: int | None = like(GgufExportConfig, "threads")
 
     def __post_init__(self) -> None:
-        wrong = [
-            f"{name} {value!r} (one of {', '.join(map(str, allowed))})"
-            for name, value, allowed in (
-                ("--exporter", self.exporter, EXPORTERS),
-                ("--dtype", self.dtype, DTYPES), ("--accuracy-level", self.accuracy_level, LEVELS),
-                ("--head-accuracy-level", self.head_accuracy_level, LEVELS),
-                ("--int4", self.int4, INT4_FORMS), ("--head-bits", self.head_bits, HEAD_BITS))
-            if value is not None and value not in allowed
-        ]
-        if self.threads is not None and self.threads < 1:
-            wrong.append(f"--threads {self.threads} (1 or more)")
-        wrong += self._contradictions()
-        if wrong:
-            raise UserError("not possible: " + "; ".join(wrong), "choose one of the values in brackets")
+        check(self, "export", self._contradictions(), Wrong.out_of_range)
 
     def _contradictions(self) -> list[str]:
         """Options that were given and that the exporter or form asked for does not have."""

@@ -27,24 +27,21 @@ from llmc.export.onnx import emit, rope
 from llmc.export.onnx.weights import Piece, Weights
 from llmc.export.parity import REPORT
 from llmc.export.reference import locate
+from llmc.families import FAMILIES, by_architecture, nearest
+from llmc.families.row import Onnx
 from llmc.formats import quantized
 from llmc.formats.checkpoint import Checkpoint
 
-# transformers' architecture: the builder's class. Those with which tests/test_export_onnx.py has seen torch's logits
-ARCHITECTURES = {
-    "LlamaForCausalLM": "LlamaModel", "MistralForCausalLM": "MistralModel", "Qwen2ForCausalLM": "QwenModel",
-    "Qwen3ForCausalLM": "Qwen3Model", "Gemma2ForCausalLM": "Gemma2Model", "Gemma3ForCausalLM": "Gemma3Model",
-    "Phi3ForCausalLM": "Phi3MiniModel",
-}
 
-
-def find_architecture(config: dict[str, Any]) -> str:
-    """The builder's class for a config.json."""
+def find_architecture(config: dict[str, Any]) -> Onnx:
+    """What the builder calls the family of a config.json."""
     name = (config.get("architectures") or [f"model_type {config.get('model_type')}"])[0]
-    if name not in ARCHITECTURES:
-        raise UserError(f"no ONNX graph is known for {name}; known are {', '.join(ARCHITECTURES)}",
+    family = by_architecture(name)
+    if family is None or not family.onnx.builder:
+        known = [f.architecture for f in FAMILIES.values() if f.onnx.builder]
+        raise UserError(f"no ONNX graph is known for {name}; known are {', '.join(known)}{nearest(name, known)}",
                         "export it as GGUF (--format gguf), or evaluate the folder itself")
-    return ARCHITECTURES[name]
+    return family.onnx
 
 
 class Rows:
@@ -218,7 +215,8 @@ def build(ckpt: Checkpoint, hf: Any, weights: Weights, model: nn.Module, rows: R
           emitter: emit.Emitter, work: Path) -> ir.Model:
     """The graph with nothing of its matrices read yet; also writes genai_config.json into `work`."""
     builders = _builders()
-    base = getattr(builders, find_architecture(ckpt.config))
+    names = find_architecture(ckpt.config)
+    base = getattr(builders, names.builder)
     name = f"Llmc{base.__name__}"
     cls = type(name, (Builder, base), {"llmc_weights": weights, "llmc_rows": rows, "llmc_model": model,
                                        "llmc_emit": emitter})
@@ -229,8 +227,8 @@ def build(ckpt: Checkpoint, hf: Any, weights: Weights, model: nn.Module, rows: R
     try:
         with contextlib.redirect_stdout(said), torch.no_grad():
             made = cls(hf, ir.DataType.FLOAT, ir.DataType.FLOAT, "cpu", str(work / "cache"), options)
-            if hf.architectures[0] == "Gemma3ForCausalLM":
-                made.model_type = "gemma3_text"
+            if names.genai_type:
+                made.model_type = names.genai_type
             made.make_model(str(ckpt.folder))
             made.make_genai_config(hf, {}, str(work))
     except (NotImplementedError, AttributeError, KeyError, ValueError) as e:

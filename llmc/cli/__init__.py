@@ -39,8 +39,8 @@ def _version(show: bool) -> None:
 @app.callback()
 def _options(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
-    verbose: bool = typer.Option(False, "--verbose", help="Show the warnings and logs of the libraries underneath."),
-    quiet: bool = typer.Option(False, "--quiet", help="Say nothing but results, warnings and errors."),
+    verbose: bool = typer.Option(False, "--verbose", help="Show the warnings and logs of the libraries that llmc uses."),
+    quiet: bool = typer.Option(False, "--quiet", help="Print only results, warnings and errors."),
 ) -> None:
     """Make an LLM fit a device: quantize it, export it, and measure the file that ships.
 

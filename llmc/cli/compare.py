@@ -4,40 +4,27 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from llmc.evals.config import CompareConfig
+from llmc.cli.options import Json, add
+from llmc.evals.compare.config import CompareConfig
+from llmc.options import RUN
 
 
 def register(app: typer.Typer) -> None:
-    app.command()(compare)
+    add(app, compare, CompareConfig)
 
 
 def compare(
-    reports: list[Path] = typer.Argument(..., metavar="REPORT…", show_default=False,
-                                         help="Reports of llmc eval and llmc bench; the first is the baseline."),
-    max_ppl_increase: str | None = typer.Option(CompareConfig.max_ppl_increase, metavar="5%", show_default=False,
-                                                help="Gate: rise of the perplexity over the baseline's."),
-    max_kld: str | None = typer.Option(CompareConfig.max_kld, metavar="0.1", show_default=False,
-                                       help="Gate: mean KL divergence to the base, nats."),
-    min_top1: str | None = typer.Option(CompareConfig.min_top1, metavar="80%", show_default=False,
-                                        help="Gate: top-1 agreement with the base."),
-    min_decode_speedup: str | None = typer.Option(CompareConfig.min_decode_speedup, metavar="2x", show_default=False,
-                                                  help="Gate: decode speed over the baseline's."),
-    page: Path = typer.Option(CompareConfig.page, help="The HTML page to write."),
-    as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
-    markdown: Path | None = typer.Option(None, "--markdown", metavar="FILE", show_default=False,
-                                         help="Write the tables as Markdown, for a pull request; - prints them instead."),
-    target: list[str] = typer.Option([], "--target", show_default=False,
-                                     help="A target or device profile: estimated where nothing was measured; repeatable."),
-    targets: Path | None = typer.Option(CompareConfig.targets, metavar="FILE", show_default=False,
-                                        help="The file of targets. Default: ./targets.toml, or the user's own."),
-    context: int = typer.Option(CompareConfig.context, help="Tokens in the KV cache of estimates."),
+    config: CompareConfig, as_json: Json = False,
+    markdown: Annotated[Path | None, typer.Option("--markdown", metavar="FILE", rich_help_panel=RUN, help=(
+        "Write the tables as Markdown, for a pull request. - prints them instead."))] = None,
 ) -> None:
-    """Hold reports side by side: a table, a page with pictures, and gates (exit code 1 where one is missed).
+    """Compare reports: print a table, write a page with charts, and check gates. A missed gate gives exit code 1.
 
-    Gates hold for every candidate and every text. Reports with unequal protocols are refused.
+    Gates apply to every candidate and every text. Reports with different protocols are refused.
     """
     from llmc.console import say
     from llmc.evals.compare import gates
@@ -48,8 +35,7 @@ def compare(
     from llmc.evals.report.show import table
     from llmc.files import staged_file
 
-    config = CompareConfig(tuple(reports), max_ppl_increase, max_kld, min_top1, min_decode_speedup, page, tuple(target),
-                           targets, context)
+    page = config.page
     result = compare(config)
     write_page(result, page)
     told = tables(result)

@@ -12,11 +12,11 @@ def register(app: typer.Typer) -> None:
 
 
 def doctor(as_json: bool = typer.Option(False, "--json", help="Print one JSON object.")) -> None:
-    """Show what is here and what is missing.
+    """Show what is installed and what is missing.
 
-    Runtimes, devices, packages, memory and disk, and the command that installs each missing extra.
+    It lists runtimes, devices, packages, memory and disk, and the command that installs each missing extra.
 
-    Exit code 0 when the core works, 2 when it does not.
+    Exit code 0 if the core works, else 2.
     """
     from llmc.about.doctor import describe, examine
 

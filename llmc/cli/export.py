@@ -3,66 +3,37 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+from llmc.cli.options import Json, add
+from llmc.export.gguf.config import GgufExportConfig
+from llmc.export.onnx.config import OnnxExportConfig
+
 
 def register(app: typer.Typer) -> None:
-    app.command()(export)
+    add(app, export, GgufExportConfig, OnnxExportConfig)
 
 
 def export(
     context: typer.Context,
-    model: str = typer.Argument(None, help="A model folder (float or quantized) or a hub id. "
-                                           "Left out: the newest model made in this folder."),
-    format: str = typer.Option("gguf", "--format", help="gguf, a file for llama.cpp, or onnx, a folder for ONNX Runtime."),
-    out: Path = typer.Option(None, "--out", "-o", help="The file or folder to write. Left out: "
-                                                           "<model>-<file type>.gguf or <model>-onnx here."),
-    embedding: str = typer.Option(None, help="gguf: type of the token embedding: f32, f16, bf16 or any GGUF weight type. "
-                                             "Left out: what a preset or budget chose, else q8_0 with a quantized "
-                                             "model, else as --float-type."),
-    head: str = typer.Option(None, help="gguf: type of the output matrix. Left out: what a preset or budget chose, else "
-                                        "as --embedding. "
-                                        "A tied model has no output matrix of its own."),
-    float_type: str = typer.Option("f16", help="gguf: type of matrices that are not quantized: f32, f16, bf16 or q8_0."),
-    converter: Path = typer.Option(None, help="gguf: a llama.cpp checkout whose converter lays the file out, for "
-                                              "architectures that llmc does not write by itself. Its Python code is "
-                                              "run."),
-    pre: str = typer.Option(None, help="gguf: llama.cpp's name of the pre-tokenizer. Left out: found from tokenizer.json."),
-    exporter: str = typer.Option("builder", help="onnx: builder (for ONNX Runtime) or optimum (float32 in ONNX's "
-                                                 "standard operators, for other runtimes; needs the extra 'optimum')."),
-    dequantize: bool = typer.Option(False, "--dequantize", help="onnx, --exporter optimum: write a quantized model's "
-                                                                "values as float32."),
-    dtype: str = typer.Option(None, help="onnx: how a float model's matrices are stored: fp32, fp16, int8 (rounded, in "
-                                         "blocks of 32) or w8a8 (int8 by rows, and inputs in int8 by tokens: transform "
-                                         "with --scaling smoothquant first). Left out: fp16. A quantized model carries its codes."),
-    accuracy_level: str = typer.Option("auto", help="onnx: 0 (float32 activations), 4 (rounded to int8, faster), or auto: "
-                                                    "4 where it is measured to be faster and to lose little."),
-    head_accuracy_level: str = typer.Option(None, help="onnx: the same of the output matrix alone, where it has 4 or 8 bits: "
-                                                       "0, 4 or auto. Left out: as --accuracy-level, and measured apart "
-                                                       "where that is auto."),
-    int4: str = typer.Option("nbits", help="onnx: nbits (ONNX Runtime's MatMulNBits) or qdq (standard operators: "
-                                           "DequantizeLinear and MatMul)."),
-    head_bits: int = typer.Option(None, help="onnx: bits of embedding and output matrix: 4, 8 or 16. Left out: 8 beside a "
-                                             "quantized decoder, else as --dtype."),
-    chat_template: str = typer.Option("keep", help="keep, drop, or a Jinja file to carry instead."),
-    threads: int = typer.Option(None, help="Threads of the checks. Left out: this machine's physical cores."),
-    as_json: bool = typer.Option(False, "--json", help="Print the report as one JSON object."),
+    format: Annotated[str, typer.Option("--format", help=(
+        "Format of the result: gguf, a file for llama.cpp, or onnx, a folder for ONNX Runtime."))] = "gguf",
+    *, options: dict[str, Any], as_json: Json = False,
 ) -> None:
-    """Write a model for its runtime, as a GGUF file or an ONNX folder, and prove what was written.
+    """Write a model for its runtime, as a GGUF file or an ONNX folder, and verify what was written.
 
-    The codes of a quantized model are carried over bit for bit, and every tensor is read back. The runtime must then open
-    it, make the same tokens as transformers and the same logits as torch, and generate 16 tokens. What fails is not kept.
+    The codes of a quantized model are copied bit for bit, and every tensor is read back. The runtime must then open
+    it, make the same tokens as transformers and the same logits as torch, and generate 16 tokens. A result that fails is
+    deleted.
     """
-    import llmc
+    from llmc import api
 
     # only what was given is passed on, so that an option of the other format is noticed
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    given = {name: context.params[name] for name, source in sources.items()
-             if source is not None and source.name != "DEFAULT" and name not in ("model", "format", "as_json")}
-    report = llmc.export(model, format=format, **given)
+    sources = {name: context.get_parameter_source(name) for name in options}
+    given = {name: options[name] for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
+    report = api.export(format=format, **given)
     print(json.dumps(report, indent=2) if as_json else describe(report))
 
 

@@ -13,14 +13,14 @@ def register(app: typer.Typer) -> None:
 
 
 def inspect(
-    artifact: Path = typer.Argument(..., metavar="ARTIFACT", help="A model or ONNX folder or .gguf file, llmc's or not."),
+    artifact: Path = typer.Argument(..., metavar="ARTIFACT", help="Any model or ONNX folder or .gguf file."),
     tensors: bool = typer.Option(False, "--tensors", help="List every tensor with its shape, type and bytes."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
     """Show what is inside an artifact.
 
-    Architecture, type, bits per weight, bytes by class, tokenizer, chat template, licence and provenance; of an importance
-    matrix its texts, chunks and matrices.
+    It prints architecture, type, bits per weight, bytes by class, tokenizer, chat template, licence and provenance. For an
+    importance matrix it prints texts, chunks and matrices.
     """
     from llmc.about.inspection import describe, inspect
 

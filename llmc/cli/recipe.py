@@ -9,7 +9,7 @@ import typer
 
 from llmc.cli.group import Commands
 
-group = typer.Typer(cls=Commands, no_args_is_help=True, rich_markup_mode=None, help="See, copy and check recipes.")
+group = typer.Typer(cls=Commands, no_args_is_help=True, rich_markup_mode=None, help="List, copy and check recipes.")
 
 
 def register(app: typer.Typer) -> None:
@@ -39,7 +39,7 @@ def show(recipe: str = typer.Argument(..., help="A name of `llmc recipe ls`, or 
 
 @group.command("cp")
 def cp(recipe: str = typer.Argument(..., help="A name of `llmc recipe ls`, or a file."),
-       file: Path = typer.Argument(..., help="Where the copy goes; it must not be there yet.")) -> None:
+       file: Path = typer.Argument(..., help="File to write. It must not exist yet.")) -> None:
     """Copy a recipe, to change it."""
     from llmc.console import say
     from llmc.errors import UserError
@@ -58,9 +58,9 @@ def cp(recipe: str = typer.Argument(..., help="A name of `llmc recipe ls`, or a 
 @group.command("validate")
 def validate(
     recipe: str = typer.Argument(..., help="A file, or a name of `llmc recipe ls`."),
-    model: str | None = typer.Option(None, show_default=False, help="The base model, if the recipe names none."),
+    model: str | None = typer.Option(None, show_default=False, help="Base model, if the recipe names none."),
     settings: list[str] = typer.Option([], "--set", metavar="STEP.OPTION=VALUE", show_default=False,
-                                       help="Another value for an option."),
+                                       help="Another value of an option."),
 ) -> None:
     """Check a recipe: every option and every step's input, all problems at once. Nothing is run."""
     from llmc.recipes.chain import load

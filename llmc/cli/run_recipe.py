@@ -4,37 +4,30 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
+from llmc.cli.options import Json, Markdown, add
 from llmc.recipes.config import RunConfig
 
 
 def register(app: typer.Typer) -> None:
-    app.command("run")(run_recipe)
+    add(app, run_recipe, RunConfig, name="run")
 
 
 def run_recipe(
-    recipe: str = typer.Argument(..., help="A recipe: a YAML file, or a name of `llmc recipe ls`."),
-    model: str | None = typer.Option(RunConfig.model, show_default=False,
-                                     help="The base model, instead of the recipe's: a folder, a .gguf file or a hub id."),
-    settings: list[str] = typer.Option(list(RunConfig.set), "--set", metavar="STEP.OPTION=VALUE", show_default=False,
-                                       help="Another value for an option: quantize.type=q4_1. Without STEP, for every step "
-                                            "that has it: calibration=my.txt."),
-    out: Path | None = typer.Option(RunConfig.out, "--out", "-o", help="The run folder: everything it makes, and the page.",
-                                    show_default="RECIPE"),
-    dry_run: bool = typer.Option(RunConfig.dry_run, "--dry-run", help="Print the plan; do nothing."),
-    as_json: bool = typer.Option(False, "--json", help="Print the report as one JSON object."),
-    markdown: bool = typer.Option(False, "--markdown", help="Print the report as Markdown."),
+    recipe: Annotated[str, typer.Argument(help="A recipe: a YAML file, or a name of `llmc recipe ls`.")],
+    config: RunConfig, as_json: Json = False, markdown: Markdown = False,
 ) -> None:
-    """Run a recipe: a chain of llmc's commands, each step cached, with one report for all of it.
+    """Run a recipe: a chain of llmc's commands. Each step is cached, and one report covers all of them.
 
-    The whole recipe is checked before a weight is read. A step whose inputs and options have not changed is not run again;
-    an interrupted run goes on. Exit code 1 where a gate of a compare step is missed.
+    The whole recipe is checked before a weight is read. A step is run again only if its inputs or options have changed. An
+    interrupted run continues. Exit code 1 if a gate of a compare step is missed.
     """
     from llmc.recipes.run import run_recipe as run
 
-    result = run(recipe, RunConfig(model, tuple(settings), out, dry_run))
+    result = run(recipe, config)
     if "plan" in result:
         from llmc.recipes.plan import lines
 

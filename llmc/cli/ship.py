@@ -16,10 +16,10 @@ def ship(
     gates: Path = typer.Argument(..., metavar="GATES.yaml", show_default=False,
                                  help="Artifacts, reports, targets and limits."),
     output: Path = typer.Option(Path("ship"), "--out", "-o", metavar="NAME",
-                                help="The summary: NAME.json and NAME.md."),
+                                help="Summary to write, as NAME.json and NAME.md."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
-    """Say whether artifacts may ship to devices: exit code 0 or 1, and a signed summary with their hashes.
+    """Decide whether artifacts may ship to devices, and write a summary with their hashes. Exit code 0 if they may, else 1.
 
     \b
       artifacts: [small.gguf]
@@ -28,7 +28,7 @@ def ship(
       targets:
         pi5: {min_decode: 10, max_first_token: 3, max_ram: 2GB, max_kld: 0.1, min_top1: 80%, stable: true}
 
-    A measured figure passes a gate; an estimate only with `allow_estimates: true`, emulated speed never.
+    A measured figure can pass a gate. An estimate can pass only with `allow_estimates: true`, and emulated speed never.
     """
     from llmc.console import say
     from llmc.evals.compare.ship import read_gates

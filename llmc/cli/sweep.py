@@ -3,44 +3,35 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
+from llmc.cli.options import Json, Markdown, add
+from llmc.options import make
 from llmc.recipes.config import SweepConfig
 
 
 def register(app: typer.Typer) -> None:
-    app.command()(sweep)
+    add(app, sweep, SweepConfig)
 
 
 def sweep(
-    recipe: str = typer.Argument(..., help="A recipe: a YAML file, or a name of `llmc recipe ls`."),
-    more: list[str] = typer.Argument(None, metavar="[STEP.OPTION=VALUE,…]…", show_default=False,
-                                     help="More to vary, as after --vary."),
-    vary: list[str] = typer.Option(list(SweepConfig.vary), "--vary", metavar="STEP.OPTION=VALUE,VALUE,…", show_default=False,
-                                   help="The values to try: quantize.type=q4_0,q4_k prune.drop=0,2,4. All combinations are "
-                                        "run."),
-    model: str | None = typer.Option(SweepConfig.model, show_default=False, help="The base model, instead of the recipe's."),
-    settings: list[str] = typer.Option(list(SweepConfig.set), "--set", metavar="STEP.OPTION=VALUE", show_default=False,
-                                       help="Another value for an option, in every variant."),
-    out: Path | None = typer.Option(SweepConfig.out, "--out", "-o", show_default="RECIPE",
-                                    help="The run folder; that of `llmc run` may be given, and its steps are used again."),
-    executor: str = typer.Option(SweepConfig.executor, help="local, or ray: on the cluster of RAY_ADDRESS (or a new one on "
-                                                            "this machine), whose nodes must all see the run folder."),
-    dry_run: bool = typer.Option(SweepConfig.dry_run, "--dry-run", help="Print the plan; do nothing."),
-    as_json: bool = typer.Option(False, "--json", help="Print the report as one JSON object."),
-    markdown: bool = typer.Option(False, "--markdown", help="Print the report as Markdown."),
+    recipe: Annotated[str, typer.Argument(help="A recipe: a YAML file, or a name of `llmc recipe ls`.")],
+    options: dict[str, Any],
+    more: Annotated[list[str] | None, typer.Argument(metavar="STEP.OPTION=VALUE,VALUE", show_default=False, help=(
+        "More values to try, as after --vary."))] = None,
+    as_json: Json = False, markdown: Markdown = False,
 ) -> None:
-    """Run a recipe in many variants, which share the steps that are the same, and show the Pareto front.
+    """Run a recipe in many variants, share the steps that are the same, and show the Pareto front.
 
-    The page has every exported file by size, KL divergence and speed. Exit code 1 where a gate was missed, 2 where a variant
+    The page shows the size, KL divergence and speed of every exported file. Exit code 1 if a gate is missed, 2 if a variant
     failed.
     """
     from llmc.errors import UserError
     from llmc.recipes.sweep import sweep as run
 
-    config = SweepConfig((*vary, *(more or ())), model, tuple(settings), out, executor, dry_run)
+    config = make(SweepConfig, {**options, "vary": (*options["vary"], *(more or ()))})
     result = run(recipe, config)
     if "plan" in result:
         from llmc.recipes.plan import lines

@@ -7,19 +7,15 @@ from pathlib import Path
 
 import typer
 
+from llmc.cli import target_setup
 from llmc.cli.group import Commands
+from llmc.cli.target_setup import FILE, JSON, NAME
 
 group = typer.Typer(cls=Commands, no_args_is_help=True, rich_markup_mode=None,
-                    help="Name the devices that artifacts are measured on, and see what they are.")
-NAME = typer.Argument(..., help="The target's name: a-z, 0-9, '.', '_' and '-'.")
-FILE = typer.Option(None, "--targets", metavar="FILE", show_default=False,
-                    help="Default: ./targets.toml, or the one in ~/.config/llmc.")
-JSON = typer.Option(False, "--json", help="Print one JSON object.")
+                    help="Manage the devices that artifacts are measured on.")
 
 
 def register(app: typer.Typer) -> None:
-    from llmc.cli import target_setup
-
     target_setup.register(group)
     app.add_typer(group, name="target")
 
@@ -30,12 +26,12 @@ def add(
     address: str = typer.Argument(..., help="ssh://user@host:22 or ssh://ALIAS, adb:SERIAL, emulated-arm64."),
     python: str | None = typer.Option(None, show_default=False, help="The device's Python. Default: python3."),
     cache: str | None = typer.Option(None, show_default=False, help="Folder there for copies. Default: ~/.cache/llmc."),
-    cache_gb: float | None = typer.Option(None, show_default=False, help="The most that it may hold, in GB. Default: 20."),
+    cache_gb: float | None = typer.Option(None, show_default=False, help="Largest size of this folder, in GB. Default: 20."),
     jump: str | None = typer.Option(None, show_default=False, metavar="USER@HOST", help="Go through this host (ssh -J)."),
     profile: str | None = typer.Option(None, show_default=False, help="A device profile, for estimates."),
     targets: Path | None = FILE,
 ) -> None:
-    """Write a device into targets.toml, or change what it says there. Nothing is connected to yet."""
+    """Write a device into targets.toml, or change its entry. llmc does not connect to it yet."""
     from dataclasses import replace
 
     from llmc.console import say
@@ -69,7 +65,7 @@ def ls(targets: Path | None = FILE, as_json: bool = JSON) -> None:
 
 @group.command("show")
 def show(name: str = NAME, targets: Path | None = FILE, as_json: bool = JSON) -> None:
-    """Print what is known of a device."""
+    """Print what is known about a device."""
     from llmc.runtimes.targets.show import lines
     from llmc.runtimes.targets.target import find_target
 
@@ -79,7 +75,7 @@ def show(name: str = NAME, targets: Path | None = FILE, as_json: bool = JSON) ->
 
 @group.command("rm")
 def rm(name: str = NAME, targets: Path | None = FILE) -> None:
-    """Take a device out of targets.toml. Its reports and its cache stay."""
+    """Remove a device from targets.toml. Its reports and its cache stay."""
     from llmc.console import say
     from llmc.runtimes.targets.target import remove_target
 
@@ -88,7 +84,7 @@ def rm(name: str = NAME, targets: Path | None = FILE) -> None:
 
 @group.command("probe")
 def probe(name: str = NAME, targets: Path | None = FILE, as_json: bool = JSON) -> None:
-    """Measure a device (CPU, memory bandwidth, matrix products, GPUs) and note it in targets.toml."""
+    """Measure a device (CPU, memory bandwidth, matrix products, GPUs) and write the result into targets.toml."""
     from contextlib import closing
     from dataclasses import replace
 

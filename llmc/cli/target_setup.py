@@ -1,4 +1,4 @@
-"""`llmc target setup|clean`."""
+"""`llmc target setup|clean`, and the options that all commands of `llmc target` share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from pathlib import Path
 
 import typer
 
-from llmc.cli.target import FILE, JSON, NAME
+NAME = typer.Argument(..., help="The target's name: a-z, 0-9, '.', '_' and '-'.")
+FILE = typer.Option(None, "--targets", metavar="FILE", show_default=False,
+                    help="File that names the targets. Default: ./targets.toml, or the one in ~/.config/llmc.")
+JSON = typer.Option(False, "--json", help="Print one JSON object.")
 
 
 def register(group: typer.Typer) -> None:
@@ -17,14 +20,14 @@ def register(group: typer.Typer) -> None:
 
 def setup(
     name: str = NAME,
-    install: bool = typer.Option(False, "--install", help="Install what is lacking; the device uses its own network."),
-    runtime: str = typer.Option("gguf,onnx", metavar="RUNTIME,…", help="For which artifacts: gguf, onnx."),
+    install: bool = typer.Option(False, "--install", help="Install what is missing. The device uses its own network."),
+    runtime: str = typer.Option("gguf,onnx", metavar="RUNTIME,...", help="Kinds of artifacts to run: gguf, onnx."),
     llama_bench: Path | None = typer.Option(None, metavar="FILE", show_default=False, exists=True, dir_okay=False,
-                                            help="For Android: a llama-bench built for it, copied there."),
+                                            help="A llama-bench built for Android, to be copied to the device."),
     targets: Path | None = FILE,
     as_json: bool = JSON,
 ) -> None:
-    """Show what a device has to run artifacts with, and install it there."""
+    """Show what a device has installed to run artifacts, and install what is missing."""
     from llmc.runtimes.targets import setup as device
     from llmc.runtimes.targets.target import find_target
 
@@ -38,7 +41,7 @@ def setup(
 
 
 def clean(name: str = NAME, targets: Path | None = FILE, as_json: bool = JSON) -> None:
-    """Remove the copies in a device's cache, those in use excepted."""
+    """Remove the copies in a device's cache, except those in use."""
     from llmc.console import say, size
     from llmc.runtimes.targets import setup as device
     from llmc.runtimes.targets.target import find_target

@@ -13,14 +13,14 @@ def register(app: typer.Typer) -> None:
 
 
 def verify(
-    artifact: Path = typer.Argument(..., metavar="ARTIFACT", help="A model or ONNX folder or .gguf file that llmc made."),
+    artifact: Path = typer.Argument(..., metavar="ARTIFACT", help="A model or ONNX folder or a .gguf file that llmc made."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
     """Check an artifact against its manifest.
 
-    Compares every hash, every label with the values it labels, and reads every tensor. Works offline.
+    It compares every hash, compares every label with the values that it labels, and reads every tensor. It needs no network.
 
-    Exit code 0 when all is well, 2 when anything differs.
+    Exit code 0 if nothing differs, else 2.
     """
     from llmc.about.verification import verify
 

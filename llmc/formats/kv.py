@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def describe(artifact: Path) -> dict[str, Any] | None:
                       "bytes_at": {str(n): bytes_at(known, n, "f16") for n in CONTEXTS}}
 
 
-def bytes_at(known: dict[str, Any], context: int, type: str) -> int:
+def bytes_at(known: Mapping[str, Any], context: int, type: str) -> int:
     """Bytes of the cache of a `shape` with `context` tokens in it."""
     full = known["layers"] - known["sliding_layers"]
     tokens = full * context + known["sliding_layers"] * min(context, known["window"] or context)
@@ -92,7 +93,7 @@ def default(artifact: Path) -> str | None:
     return "f16" if artifact.suffix == ".gguf" else None
 
 
-def section(known: dict[str, Any] | None, type: str) -> dict[str, Any]:
+def section(known: Mapping[str, Any] | None, type: str) -> dict[str, Any]:
     """What a report says of the cache that ran: {'type', 'bytes_per_token', 'bytes_at'}."""
     if known is None or type not in BYTES:
         return {"type": type, "bytes_per_token": None, "bytes_at": None}
@@ -100,7 +101,7 @@ def section(known: dict[str, Any] | None, type: str) -> dict[str, Any]:
             "bytes_at": {str(n): bytes_at(known, n, type) for n in CONTEXTS}}
 
 
-def words(told: dict[str, Any]) -> str:
+def words(told: Mapping[str, Any]) -> str:
     """'f16: 46.1 kB a token, 94.4 MB at 2048, 377.5 MB at 8192' of a `section`."""
     from llmc.console import size
 

@@ -75,12 +75,26 @@ def encode(q: Quantized) -> dict[str, torch.Tensor]:
 
 
 def as_blocks(q: Quantized) -> BlockTensor:
-    """The same weights in the form of blocks: an integer type that a GGUF type holds is that type, code for code."""
+    """The same weights in the form of blocks, code for code, where a GGUF type holds the integer type. A group's scale is
+    repeated for each of its blocks. ValueError where a minimum is no float16 (see `minimums`)."""
     if isinstance(q, BlockTensor):
         return q
-    assert q.type.gguf_type is not None
-    repeats = q.type.group_size // 32
-    return BlockTensor(BLOCK_TYPES[q.type.gguf_type.lower()], q.codes, q.scales.repeat_interleave(repeats, 1))
+    repeats, m = q.type.group_size // 32, None
+    if q.zeros is not None:
+        m, wrong = minimums(q)
+        if wrong:
+            raise ValueError(f"{wrong} minimums are no float16")
+        m = m.repeat_interleave(repeats, 1)
+    name = {(4, False): "q4_0", (8, False): "q8_0", (4, True): "q4_1"}[q.type.bits, q.zeros is not None]
+    return BlockTensor(BLOCK_TYPES[name], q.codes, q.scales.repeat_interleave(repeats, 1), m)
+
+
+def minimums(q: QuantizedTensor) -> tuple[torch.Tensor, int]:
+    """Q4_1's m = -scale * zero of each group, float16 [out, groups], and how many of them float16 cannot hold exactly."""
+    assert q.zeros is not None
+    exact = -q.scales.to(torch.float32) * q.zeros.to(torch.float32)  # 11 + 4 bits: exact here
+    rounded = exact.to(torch.float16)
+    return rounded, int((rounded.to(torch.float32) != exact).sum())
 
 
 def tensors_of(q: Quantized) -> dict[str, torch.Tensor]:

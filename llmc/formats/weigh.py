@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llmc.errors import UserError
+from llmc.families.names import CLASSES, classify
 from llmc.formats.onnx_folder import is_onnx_folder, open_onnx
-
-CLASSES = ("embedding", "head", "attention", "mlp", "other")
-# First match wins; `other` is what is left: norms and what no rule knows. Hugging Face names, then GGUF names.
-_RULES = (
-    ("other", r"norm|\bln_|rope_freqs|rotary"),
-    ("embedding", r"\bembed_tokens\b|\bembed_positions\b|\bembed_in\b|\bwte\b|\bwpe\b|token_embd|position_embd"),
-    ("head", r"\blm_head\b|\bembed_out\b|^output\.|^output$"),
-    ("attention", r"attn|attention"),
-    ("mlp", r"\bmlp\b|\bffn|\bfc[12]\b|feed_forward|experts|moe"),
-)
 
 
 @dataclass(frozen=True)
@@ -33,11 +23,6 @@ class Tensor:
     """'F32', 'BF16', 'Q4_0', 'GPTQ int4', …; llmc's blocks have their GGUF type's name."""
     parameters: int
     nbytes: int
-
-
-def classify(name: str) -> str:
-    """The class of a tensor by its name, in Hugging Face's or llama.cpp's spelling."""
-    return next((kind for kind, pattern in _RULES if re.search(pattern, name)), "other")
 
 
 def tensors(artifact: Path) -> list[Tensor]:

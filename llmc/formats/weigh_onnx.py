@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from llmc.families.names import classify
 from llmc.formats.onnx_folder import OnnxFolder, attributes, elements
-from llmc.formats.weigh import Tensor, classify
+from llmc.formats.weigh import Tensor
 
 TABLES = ("Gather", "GatherBlockQuantized")  # read rows of their first input
 

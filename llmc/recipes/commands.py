@@ -8,8 +8,18 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
 from typing import Any
+
+from llmc.compress.distill.config import DistillConfig
+from llmc.compress.heal.config import HealConfig
+from llmc.compress.prune.config import PruneConfig
+from llmc.compress.quantize.config import QuantizeConfig
+from llmc.compress.transform.config import TransformConfig
+from llmc.evals.bench.config import BenchConfig
+from llmc.evals.compare.config import CompareConfig
+from llmc.evals.quality.config import EvalConfig
+from llmc.export.gguf.config import GgufExportConfig
+from llmc.export.onnx.config import OnnxExportConfig
 
 FLOAT, QUANTIZED, GGUF, ONNX, REPORT, PAGE = "float", "quantized", "gguf", "onnx", "report", "page"
 MODELS = (FLOAT, QUANTIZED)
@@ -25,8 +35,8 @@ PLACEHOLDERS: dict[str, Any] = {"artifact": "-", "artifacts": ("-",), "reports":
 @dataclass(frozen=True)
 class Command:
     """name: as on the command line  function: of the package llmc  takes: kinds of its input  gives: kind of its output
-    configs: module and class by format ('' where there is one)  short: the option that `- command: value` sets
-    code: packages whose source decides the result  resumes: an interrupted run goes on
+    configs: the class of its options by format ('' where there is one)  short: the option that `- command: value` sets
+    code: modules whose source, with all that they import, decides the result  resumes: an interrupted run goes on
     needs: packages to import by format, with the extra that installs them
     """
 
@@ -34,49 +44,38 @@ class Command:
     function: str
     takes: tuple[str, ...]
     gives: str
-    configs: dict[str, str]
+    configs: dict[str, type]
     code: tuple[str, ...]
     short: str | None = None
     resumes: bool = False
     needs: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
-
-    def config(self, format: str = "") -> type:
-        """The dataclass of its options. Importing it imports nothing heavy."""
-        module, _, name = self.configs[format].partition(":")
-        found: type = getattr(import_module(module), name)
-        return found
 
     @property
     def makes_model(self) -> bool:
         return self.gives in ARTIFACTS
 
 
-_COMPRESS = ("llmc.compress", "llmc.formats.types", "llmc.formats.types", "llmc.export.blocks", "llmc.export.gptq",
-             "llmc.formats.packing")
-_MEASURE = ("llmc.evals", "llmc.runtimes")
+
+def _compress(name: str, config: type, takes: str, gives: str, short: str | None = None) -> Command:
+    return Command(name, name, (takes,), gives, {"": config}, (f"llmc.compress.{name}.run",), short, resumes=True)
 
 
-def _compress(name: str, takes: tuple[str, ...], gives: str, config: str, short: str | None = None) -> Command:
-    return Command(name, name, takes, gives, {"": f"llmc.compress.{name}.config:{config}"}, _COMPRESS, short, resumes=True)
-
-
-def _measure(name: str, function: str, gives: str, config: str) -> Command:
-    return Command(name, function, ARTIFACTS, gives, {"": f"llmc.evals.config:{config}"}, _MEASURE)
+def _measure(name: str, function: str, config: type, gives: str, code: str) -> Command:
+    return Command(name, function, ARTIFACTS, gives, {"": config}, (code,))
 
 
 COMMANDS: dict[str, Command] = {c.name: c for c in (
-    _compress("prune", (FLOAT,), FLOAT, "PruneConfig", "method"),
-    _compress("distill", (FLOAT,), FLOAT, "DistillConfig", "steps"),
-    _compress("transform", (FLOAT,), FLOAT, "TransformConfig"),
-    _compress("quantize", (FLOAT,), QUANTIZED, "QuantizeConfig", "type"),
-    _compress("heal", (QUANTIZED,), QUANTIZED, "HealConfig", "steps"),
-    Command("export", "export", MODELS, GGUF,
-            {"gguf": "llmc.export.gguf.config:GgufExportConfig", "onnx": "llmc.export.onnx.config:OnnxExportConfig"},
-            ("llmc.export", "llmc.formats.types", "llmc.formats.types"), "format",
+    _compress("prune", PruneConfig, FLOAT, FLOAT, "method"),
+    _compress("distill", DistillConfig, FLOAT, FLOAT, "steps"),
+    _compress("transform", TransformConfig, FLOAT, FLOAT),
+    _compress("quantize", QuantizeConfig, FLOAT, QUANTIZED, "type"),
+    _compress("heal", HealConfig, QUANTIZED, QUANTIZED, "steps"),
+    Command("export", "export", MODELS, GGUF, {"gguf": GgufExportConfig, "onnx": OnnxExportConfig},
+            ("llmc.export.gguf.export", "llmc.export.onnx.export"), "format",
             needs={"gguf": ("gguf", "llama_cpp"), "onnx": ("onnx", "onnxruntime", "onnxruntime_genai")}),
-    _measure("eval", "evaluate", REPORT, "EvalConfig"),
-    _measure("bench", "bench", REPORT, "BenchConfig"),
-    _measure("compare", "compare", PAGE, "CompareConfig"),
+    _measure("eval", "evaluate", EvalConfig, REPORT, "llmc.evals.quality.run"),
+    _measure("bench", "bench", BenchConfig, REPORT, "llmc.evals.bench.run"),
+    _measure("compare", "compare", CompareConfig, PAGE, "llmc.evals.pages.compare"),
 )}
 
 # What ONNX Runtime has a weight type for (export/onnx/layout.py); budgets and presets mix in others.
@@ -86,7 +85,7 @@ ONNX_TYPES = ("q4_0", "q4_1", "q8_0")
 @cache
 def options(command: str, format: str = "") -> dict[str, dataclasses.Field[Any]]:
     """A command's options by name, those that a recipe decides itself left out."""
-    config = COMMANDS[command].config(format)
+    config = COMMANDS[command].configs[format]
     return {f.name: f for f in dataclasses.fields(config) if f.name not in OWN}  # type: ignore[arg-type]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from llmc import api
 from llmc.errors import UserError
 from llmc.files import write_json
 from llmc.formats.manifest import NOTES
@@ -71,14 +72,12 @@ def own_plan(job: Job, model: Path | str, base: str, there: bool) -> dict[str, A
 
     model: what it will work on, or the base where that is not made yet (there False): its problems are then not the step's.
     """
-    import llmc
-
     options = job.step.typed.options()
     try:
         # the plan of a budget measures first, for minutes
         if job.step.command in ("prune", "distill", "quantize") and not getattr(job.step.typed.config, "target", None):
             teacher = {"teacher": base} if job.teacher else {}
-            plan: dict[str, Any] = getattr(llmc, job.step.command)(model, dry_run=True, **teacher, **options)
+            plan: dict[str, Any] = getattr(api, job.step.command)(model, dry_run=True, **teacher, **options)
             return {k: plan[k] for k in ("memory_bytes", "disk_bytes") if k in plan}
         if job.step.command == "transform":
             from llmc.compress.transform.run import check, disk_bytes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import time
 from functools import cache
@@ -11,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from llmc import closure
 from llmc.files import sha256, write_json
 from llmc.formats.checkpoint import INDEX, TOKENIZER_FILES, Checkpoint
 from llmc.recipes.chain import Step
@@ -97,7 +97,7 @@ def key(step: Step, inputs: list[str], teacher: str | None, base: str, hashes: H
     """The key of a unit of work: the same key, the same result. inputs, teacher, base: keys or digests of these."""
     made: dict[str, Any] = {
         "command": step.command, "format": step.typed.format, "name": step.name, "options": settings(step, hashes),
-        "inputs": inputs, "teacher": teacher, "code": code_digest(step.typed.command.code),
+        "inputs": inputs, "teacher": teacher, "code": closure.digest(*step.typed.command.code),
         "version": version("llmc-toolkit"),
     }
     if step.kind == REPORT:
@@ -128,17 +128,3 @@ def version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-@cache
-def code_digest(modules: tuple[str, ...]) -> str:
-    """sha256 of the source of modules and packages, which are not imported for it."""
-    h = hashlib.sha256()
-    for name in modules:
-        spec = importlib.util.find_spec(name)
-        assert spec is not None
-        assert spec.origin is not None
-        files = [f for folder in spec.submodule_search_locations or () for f in sorted(Path(folder).rglob("*.py"))]
-        for file in files or [Path(spec.origin)]:
-            h.update(file.read_bytes())
-    return h.hexdigest()

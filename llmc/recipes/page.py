@@ -46,8 +46,8 @@ def markdown(report: RunReport) -> str:
 
 def tables(report: RunReport) -> list[Table]:
     """Artifacts, on each text; steps; gates."""
-    texts = list(dict.fromkeys(t["protocol"]["text"] for a in report["artifacts"] for t in texts_of(a.get("report"))))
-    found = [_artifacts(report["artifacts"], text) for text in texts or [None]]
+    texts = dict.fromkeys(t["protocol"]["text"] for a in report["artifacts"] for t in texts_of(a.get("report")))
+    found = [_artifacts(report["artifacts"], text) for text in texts] or [_artifacts(report["artifacts"], None)]
     found.append(_steps(report["steps"]))
     if report["gates"]:
         found.append(gates_table(report["gates"]))
@@ -60,12 +60,13 @@ def _artifacts(artifacts: list[RunArtifact], text: str | None) -> Table:
     rows = [["artifact", "made from", "weights", "of base", "perplexity", "to base", "KLD, nats", "top-1 %",
              *(what + (f" on {t}" if len(targets) > 1 else "") for t in targets
                for what in ("decode tok/s", "prefill tok/s", "peak memory"))]]
+    base = artifacts[0]["bytes"]
     for a in artifacts:
         t = next((t for t in texts_of(a.get("report")) if t["protocol"]["text"] == text), None)
         speeds = speeds_of(a.get("report"))
         rows.append([
             a["name"], a["from"] or "–", "–" if a["bytes"] is None else size(a["bytes"]),
-            "–" if a["bytes"] is None else f"{a['bytes'] / artifacts[0]['bytes']:.1%}",
+            "–" if a["bytes"] is None or not base else f"{a['bytes'] / base:.1%}",
             pm(t["perplexity"], 2) if t else "–", change(t["perplexity_ratio"]) if t and t["perplexity_ratio"] else "–",
             pm(t["kld"], 4) if t else "–", pm(t["top1"], 1, 100) if t else "–",
             *(cell for t in targets for cell in _speed(speeds.get(t))),

@@ -9,7 +9,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from llmc.evals.compare.schema import Comparison
 from llmc.files import staged_file, write_json
@@ -47,7 +47,8 @@ def read(path: Path) -> RunReport | None:
         found: Any = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-    return found if isinstance(found, dict) and (found.get("kind"), found.get("schema")) == (KIND, SCHEMA) else None
+    ours = isinstance(found, dict) and (found.get("kind"), found.get("schema")) == (KIND, SCHEMA)
+    return cast(RunReport, found) if ours else None
 
 
 def described(chain: Chain, jobs: Mapping[str, Job]) -> RecipeFacts:

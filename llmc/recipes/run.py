@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from llmc import api
 from llmc.console import duration, say
 from llmc.errors import UserError
 from llmc.files import write_json
@@ -118,13 +119,11 @@ def remember(job: Job, chain: Chain, note: dict[str, Any]) -> None:
 
 def call(job: Job, jobs: Mapping[str, Job], chain: Chain) -> None:
     """The command itself, by its Python function."""
-    import llmc
-
     def place(name: str) -> str:
         return chain.base if name == BASE else str(jobs[name].artifact) if name in jobs else name
 
     step, options = job.step, job.step.typed.options()
-    function = getattr(llmc, step.typed.command.function)
+    function = getattr(api, step.typed.command.function)
     if step.kind == PAGE:
         result = function(*unequal(step, jobs, chain), page=job.folder / "compare.html", **options)
         write_json(job.artifact, result)

@@ -1,4 +1,4 @@
-"""What `llmc run` and `llmc sweep` answer: `RunReport` and `SweepReport`, or with --dry-run `Plan` and `SweepPlan`, as JSON."""
+"""What `llmc run` and `llmc sweep` answer, as JSON: `RunReport` and `SweepReport`, with --dry-run `Plan` and `SweepPlan`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""A step's options against the config that its command already has: names, types, then the config's own rules."""
+"""A step's options against the config that its command already has: names, types, then the config's own rules.
+
+There are two validators. pydantic checks the types of values here, for a recipe holds any YAML. The config checks choices,
+ranges and rules between options (llmc/options.py), for it is made by the command line and in Python too. Configs are no
+pydantic models: importing pydantic would take half the time of every --help.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from llmc.errors import UserError
+from llmc.options import item_type
 from llmc.recipes.commands import COMMANDS, GGUF, ONNX, PLACEHOLDERS, Command, every_option, options
 from llmc.recipes.recipe import Entry, Recipe, nearest
 
@@ -75,7 +81,7 @@ def _typed(recipe: Recipe, entry: Entry, problems: list[str]) -> Typed | None:
 
 
 def _fields(command: Command, format: str) -> set[str]:
-    return {f.name for f in dataclasses.fields(command.config(format))}  # type: ignore[arg-type]
+    return {f.name for f in dataclasses.fields(command.configs[format])}  # type: ignore[arg-type]
 
 
 def _format(entry: Entry, given: dict[str, Any], problems: list[str]) -> str | None:
@@ -114,7 +120,7 @@ def _config(recipe: Recipe, entry: Entry, command: Command, format: str, given: 
     """The command's config, and the files that it names; (None, …) where an option is wrong."""
     import pydantic
 
-    cls = command.config(format)
+    cls = command.configs[format]
     hints, known = get_type_hints(cls), options(command.name, format)
     wrong = len(problems)
     problems += [f"{entry.where(k)}: {command.name} has no option {k!r}{nearest(k, known)}" for k in given if k not in known]
@@ -123,7 +129,7 @@ def _config(recipe: Recipe, entry: Entry, command: Command, format: str, given: 
     for name, value in given.items():
         if name not in known:
             continue
-        if isinstance(value, str | int | float) and str(hints[name]).startswith("tuple["):
+        if isinstance(value, str | int | float) and item_type(hints[name]):
             value = (value,)
         if isinstance(value, float) and str in (hints[name], *get_args(hints[name])):
             value = f"{Decimal(repr(value)):f}"  # 0.00001 as it was written, not 1e-05

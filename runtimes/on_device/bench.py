@@ -23,6 +23,7 @@ from llmc.errors import UserError
 from llmc.formats.onnx_folder import is_onnx_folder
 from llmc.machine import load_average, peak_rss, physical_cores, state
 from llmc.runtimes.base import Runtime
+from llmc.runtimes.on_device.answers import answers, say
 from llmc.runtimes.on_device.energy import Meter
 from llmc.runtimes.open import open_runtime
 
@@ -31,16 +32,14 @@ READ_BYTES = 4 << 20
 
 def main() -> None:
     job = json.loads(sys.argv[1])
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints must not get between the answers
+    with answers() as out:
+        def answer(**values: Any) -> None:
+            say(out, values)
 
-    def answer(**values: Any) -> None:
-        print(json.dumps(values), file=answers, flush=True)
-
-    try:
-        _serve(job, answer)
-    except UserError as e:
-        answer(problem=e.problem, hint=e.hint)
+        try:
+            _serve(job, answer)
+        except UserError as e:
+            answer(problem=e.problem, hint=e.hint)
 
 
 def _serve(job: dict[str, Any], answer: Any) -> None:
@@ -83,7 +82,7 @@ def read_anew(artifact: Path) -> None:
 def _import(artifact: Path) -> None:
     """Load the runtime's library now: an import is not part of an artifact's load time."""
     if artifact.suffix == ".gguf":
-        from llmc.runtimes.llamacpp import use_extra_buffers
+        from llmc.runtimes.amx import use_extra_buffers
 
         use_extra_buffers()
         return

@@ -5,16 +5,17 @@ A process of its own, because a BLAS library reads its number of threads when nu
 
 from __future__ import annotations
 
-import json
 import os
 from datetime import UTC, datetime
 from typing import Any
+
+from llmc.runtimes.on_device.answers import answers, say
 
 ONE_THREAD = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS", "BLIS_NUM_THREADS")
 
 
 def facts() -> dict[str, Any]:
-    """this_machine.describe(), and what was measured: {…, 'read_bandwidth', 'matmul_flops', 'probed'}."""
+    """machine.describe(), and what was measured: {…, 'read_bandwidth', 'matmul_flops', 'probed'}."""
     from llmc import machine
     from llmc.runtimes.on_device import gpus, probe
 
@@ -25,10 +26,9 @@ def facts() -> dict[str, Any]:
 
 
 def main() -> None:
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints must not get into the answer
     os.environ.update(dict.fromkeys(ONE_THREAD, "1"))
-    print(json.dumps(facts()), file=answers, flush=True)
+    with answers() as out:
+        say(out, facts())
 
 
 if __name__ == "__main__":

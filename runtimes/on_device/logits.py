@@ -8,34 +8,33 @@ numbers of that shape follow it, little-endian.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from llmc.errors import UserError
 from llmc.machine import describe, physical_cores
 from llmc.runtimes.base import Runtime
+from llmc.runtimes.on_device.answers import answers, say
 from llmc.runtimes.open import open_runtime
 
 
 def main() -> None:
     job = json.loads(sys.argv[1])
-    with os.fdopen(os.dup(1), "wb") as answers:
-        os.dup2(2, 1)  # whatever a library prints must not get between the answers
+    with answers() as out:
         try:
             runtime = open_runtime(Path(job["artifact"]), job["context"], job["threads"] or physical_cores(), job["device"],
                                    job["kv"])
-            _say(answers, {"vocab_size": runtime.vocab_size, "context": runtime.context, "name": runtime.name,
+            _say(out, {"vocab_size": runtime.vocab_size, "context": runtime.context, "name": runtime.name,
                            "kv_type": runtime.kv_type,
                            "runtime": runtime.describe(), "machine": describe()})
             for line in sys.stdin.buffer:
-                _say(answers, *_do(runtime, json.loads(line)))
+                _say(out, *_do(runtime, json.loads(line)))
             runtime.close()
         except UserError as e:
-            _say(answers, {"problem": e.problem, "hint": e.hint})
+            _say(out, {"problem": e.problem, "hint": e.hint})
 
 
 def _do(runtime: Runtime, asked: dict[str, Any]) -> tuple[Any, ...]:
@@ -58,13 +57,11 @@ def _do(runtime: Runtime, asked: dict[str, Any]) -> tuple[Any, ...]:
     raise UserError(f"{asked['do']!r} is nothing that a runtime does", "both sides must be of the same llmc")
 
 
-def _say(answers: Any, told: dict[str, Any], array: np.ndarray | None = None) -> None:
+def _say(out: BinaryIO, told: dict[str, Any], array: np.ndarray | None = None) -> None:
+    say(out, told if array is None else {**told, "shape": array.shape})
     if array is not None:
-        told = {**told, "shape": array.shape}
-    answers.write(json.dumps(told).encode() + b"\n")
-    if array is not None:
-        answers.write(np.ascontiguousarray(array, "<f4").data)
-    answers.flush()
+        out.write(np.ascontiguousarray(array, "<f4").data)
+        out.flush()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from llmc.errors import UserError
+from llmc.runtimes.on_device import facts as there
 from llmc.runtimes.targets.target import ADB, LOCAL, SSH, Target
 
 
@@ -59,7 +60,7 @@ def ended(process: subprocess.Popen[Any], artifact: Path, where: str) -> UserErr
 
 def probed(device: Device) -> dict[str, Any]:
     """The facts of a device (see probe_child), measured now."""
-    with device.start("llmc.runtimes.on_device.facts", {}) as child:
+    with device.start(there.__name__, {}) as child:
         out, _ = child.communicate()
     try:
         facts: dict[str, Any] = json.loads(out)

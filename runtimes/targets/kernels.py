@@ -100,9 +100,10 @@ def _decodes(path: Path, threads: int, tokens: int, depth: int = 4) -> np.ndarra
     """Seconds of each token decoded after `depth` others; after the few of the default, attention costs next to nothing."""
     import numpy as np
 
+    from llmc.runtimes.amx import use_extra_buffers
     from llmc.runtimes.llamacpp import LlamaCpp
 
-    runtime = LlamaCpp(path, depth + tokens + 8, threads)
+    runtime = LlamaCpp(path, depth + tokens + 8, threads, extra_buffers=use_extra_buffers())
     runtime.prefill(np.arange(depth) % VOCABULARY)
     seconds = np.array([_seconds(lambda: runtime.decode(1)) for _ in range(tokens + 4)])[4:]
     runtime.close()
@@ -113,9 +114,10 @@ def _prefills(path: Path, threads: int, tokens: int) -> np.ndarray:
     """Seconds of each prefill of so many tokens."""
     import numpy as np
 
+    from llmc.runtimes.amx import use_extra_buffers
     from llmc.runtimes.llamacpp import LlamaCpp
 
-    runtime = LlamaCpp(path, tokens + 8, threads)
+    runtime = LlamaCpp(path, tokens + 8, threads, extra_buffers=use_extra_buffers())
     ids = np.arange(tokens) % VOCABULARY
     seconds = np.array([_seconds(lambda: runtime.prefill(ids)) for _ in range(4)])[1:]
     runtime.close()

@@ -64,7 +64,7 @@ class PythonDevice(ABC):
     def has(self) -> dict[str, Any]:
         """{python, executable, packages} as needs.py finds them there."""
         if self._has is None:
-            out, _ = (process := self._start("llmc.runtimes.on_device.needs", {})).communicate()
+            out, _ = (process := self._start(needs.__name__, {})).communicate()
             if process.returncode in (126, 127):
                 raise UserError(f"{self.target.name} has no {self.target.python}",
                                 "install Python 3.11 or newer there, or name it in targets.toml: python = \"/path\"")

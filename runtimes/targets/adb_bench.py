@@ -1,7 +1,7 @@
-"""bench_child and probe_child for a device without Python: a process of this machine that lets llama-bench measure there.
+"""on_device/bench.py and facts.py for a device without Python: a process of this machine lets llama-bench measure there.
 
-llama-bench takes random tokens where bench_child takes a text's, which for its time makes no difference; each repetition
-starts it anew, with a warm-up of its own.
+llama-bench takes random tokens where on_device/bench.py takes a text's. For its time this makes no difference. Each
+repetition starts it anew, with a warm-up of its own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from llmc.errors import UserError
-from llmc.runtimes.targets.adb import AdbShell, facts
+from llmc.runtimes.on_device import facts as there
+from llmc.runtimes.targets.adb_shell import AdbShell, facts
 from llmc.runtimes.targets.shell import run
 
 # Runs "$@"; VmHWM, the most memory that a process held so far, is read until it ends: its last value follows the JSON.
@@ -62,7 +63,7 @@ class Bench:
             "kv_type": test.get("type_k", "f16"), "cpu_features": facts(self.shell)["cpu_features"]}
 
     def repetition(self, prompts: list[int], depths: list[int], generate: int) -> dict[str, Any]:
-        """As bench_child's."""
+        """As on_device/bench.py's."""
         many = self.run("-p", ",".join(map(str, prompts)), "-n", "0")
         deep = self.run("-p", "0", "-n", str(generate), "-d", ",".join(map(str, depths)))
         return {"first_token_s": {str(t["n_prompt"]): t["avg_ns"] / 1e9 for t in many},
@@ -76,7 +77,7 @@ def main() -> None:
     job = json.loads(sys.argv[1])
     try:
         shell = AdbShell(job["target"], job["serial"])
-        if job["module"] == "llmc.runtimes.on_device.facts":
+        if job["module"] == there.__name__:
             _answer(**facts(shell), probed=datetime.now(UTC).isoformat(timespec="seconds"))
         else:
             _serve(Bench(shell, job))
