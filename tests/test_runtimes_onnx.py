@@ -14,6 +14,7 @@ import pytest
 import tiny
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime_genai.models.builder import create_model, parse_extra_options
+from typed_dicts import differences
 
 from llmc.about import inspection
 from llmc.about.verification import verify
@@ -21,6 +22,7 @@ from llmc.cli import run
 from llmc.errors import UserError
 from llmc.evals.bench.config import BenchConfig
 from llmc.evals.bench.run import bench
+from llmc.evals.report.schema import Report
 from llmc.evals.report.show import speed_lines
 from llmc.evals.report.store import read_report
 from llmc.export.onnx.lint import as_notes, lint
@@ -171,6 +173,7 @@ def test_tokenizer_and_ends_are_the_models(pair: SimpleNamespace) -> None:
 
 def test_bench_says_what_ran(pair: SimpleNamespace) -> None:
     (report,) = bench(BenchConfig((str(pair.int4),), prompt=20, generate=3, warmup=0, threads=1))
+    assert differences(json.loads(json.dumps(report)), Report) == []
     speed = report["speeds"]["local-cpu"]
     ran = speed["runtime"]
     assert ran["session"]["intra_op_num_threads"] == ran["threads"] == 1
