@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ import llmc
 from llmc.evals.compare import schema as compared
 from llmc.evals.fit import schema as fitted
 from llmc.evals.report import schema
+from llmc.evals.report.show import speed_lines
 from llmc.evals.report.store import read_report, without_arrays
 
 ITEMS = {"arc": [{"query": f"Question: {q}\nAnswer:", "choices": ["red", "dark blue"], "gold": 1} for q in ("sky?", "sea?")],
@@ -54,6 +56,15 @@ def test_compare_and_fit_answer_what_their_types_say(reports: list[Path], tmp_pa
     assert answer["gates"]
     judged = llmc.fit(*reports, target=("pi5",), min_decode=1, max_kld=1, max_ram="2GB")
     assert differences(json.loads(json.dumps(judged)), fitted.Fit) == []
+
+
+def test_a_bench_of_a_device_without_a_probe_is_shown(reports: list[Path]) -> None:
+    """Android tells no bandwidth."""
+    report = read_report(reports[1])
+    shown = speed_lines(report)
+    assert "of what this machine reads" in shown
+    del report["speeds"]["local-cpu"]["target"]["facts"]["read_bandwidth"]
+    assert speed_lines(report) == re.sub(r", [^,]* of what this machine reads .*", "", shown)
 
 
 def test_the_walk_finds_what_is_wrong(reports: list[Path]) -> None:

@@ -92,7 +92,7 @@ def measure(device: Device, artifacts: list[Path], described: list[Described], i
 
 
 def _command(config: BenchConfig) -> dict[str, Any]:
-    """What bench_child is told to repeat."""
+    """What the process on the device is told to repeat."""
     return {"prompts": list(config.prompt), "depths": list(config.depth), "generate": config.generate}
 
 

@@ -8,7 +8,7 @@ from llmc.console import size
 from llmc.evals.compare.schema import Shipping, Verdict
 from llmc.evals.fit.schema import Name
 from llmc.evals.fit.show import describe
-from llmc.evals.report.show import Table, markdown, table
+from llmc.evals.report.show import Table, table, tables_markdown
 
 NAMES = {"decode": "decode tok/s", "first_token": "first token s", "kld": "KLD", "top1": "top-1", "ram": "memory",
          "size": "file", "ppl_increase": "perplexity over the first report's", "stable": "stable"}
@@ -49,10 +49,9 @@ def summary(result: Shipping) -> str:
     """The whole as Markdown: verdict, tables, signature."""
     verdict = "**May ship.**" if result["passed"] else "**Must not ship.**"
     s = result["signed"]
-    parts = [f"# llmc ship: {result['gates']}", verdict]
-    parts += [f"## {title}\n\n{note}\n\n{markdown(rows)}" for title, note, rows in tables(result)]
     used = ", ".join(f"{k} {v}" for k, v in s["versions"].items())
-    return "\n\n".join([*parts, f"{s['by']} on {s['host']}, {s['at']}; {used}"]) + "\n"
+    return "\n\n".join([f"# llmc ship: {result['gates']}", verdict, tables_markdown(tables(result)),
+                        f"{s['by']} on {s['host']}, {s['at']}; {used}"]) + "\n"
 
 
 def lines(result: Shipping) -> str:

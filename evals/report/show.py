@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from llmc.evals.report.schema import Accuracy, Ran, Report, RuntimeFacts, Size, Speed, Spread, Stat, Task
@@ -45,6 +45,16 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     """The same rows as a Markdown table; names may hold pipes."""
     lines = ["| " + " | ".join(c.replace("|", "\\|") for c in r) + " |" for r in rows]
     return "\n".join([lines[0], "|---" + "|---:" * (len(rows[0]) - 1) + "|", *lines[1:]])
+
+
+def tables_text(tables: Iterable[Table]) -> str:
+    """Tables under each other, each below its title and note."""
+    return "\n\n".join(f"{title}  ({note})\n{table(rows)}" for title, note, rows in tables)
+
+
+def tables_markdown(tables: Iterable[Table], level: int = 2) -> str:
+    """The same as Markdown. level: of the titles, as headings."""
+    return "\n\n".join(f"{'#' * level} {title}\n\n{note}\n\n{markdown(rows)}" for title, note, rows in tables)
 
 
 def quality_lines(report: Report) -> str:
@@ -139,14 +149,14 @@ def _speed(s: Speed) -> list[str]:
     for p in s["prefill_curve"]:
         lines += [f"  time to first token  {spread(p['first_token'], 3)} s  ({p['tokens']} tokens)",
                   f"  prefill              {spread(p['prefill'])} tokens/s"]
-    n, reads = s["protocol"]["generate"], s["target"]["facts"]["read_bandwidth"]
+    n, reads = s["protocol"]["generate"], s["target"]["facts"].get("read_bandwidth")
+    share = f", {s['read_bandwidth'] / reads:.0%} of what this machine reads ({reads / 1e9:.1f} GB/s)" if reads else ""
     lines += [f"  decode               {spread(d['decode'])} tokens/s  ({n} tokens at depth {d['depth']})"
               for d in s["decode_curve"]]
     lines += [
         f"  peak memory          {size(s['peak_rss'])}",
         f"  KV cache             {kv_words(s['kv'])}",
-        f"  read per token       {size(s['token_bytes'])} of weights: {s['read_bandwidth'] / 1e9:.1f} GB/s, "
-        f"{s['read_bandwidth'] / reads:.0%} of what this machine reads ({reads / 1e9:.1f} GB/s)",
+        f"  read per token       {size(s['token_bytes'])} of weights: {s['read_bandwidth'] / 1e9:.1f} GB/s{share}",
         f"  ran on               {ran_words(s['ran'])}", *_more(s),
         f"  medians [IQR] of {s['repetitions']} repetitions after {s['warmup']} warm-ups",
     ]

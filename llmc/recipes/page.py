@@ -18,7 +18,7 @@ from llmc.evals.pages.measured import figures
 from llmc.evals.pages.render import render
 from llmc.evals.report.schema import Speed
 from llmc.evals.report.sections import speeds_of, targets_of, texts_of
-from llmc.evals.report.show import Table, change, filled, plain, pm
+from llmc.evals.report.show import Table, change, filled, plain, pm, tables_markdown
 from llmc.evals.report.show import markdown as as_markdown
 from llmc.recipes.schema import RunArtifact, RunReport, StepReport
 
@@ -36,8 +36,7 @@ def page(report: RunReport, folder: Path) -> str:
 
 def markdown(report: RunReport) -> str:
     """The report's tables, and where everything came from, as Markdown."""
-    parts = [f"# {report['recipe']['name']}", report["recipe"]["about"]]
-    parts += [f"## {title}\n\n{note}\n\n{as_markdown(rows)}" for title, note, rows in tables(report)]
+    parts = [f"# {report['recipe']['name']}", report["recipe"]["about"], tables_markdown(tables(report))]
     for a in report["artifacts"]:
         rows = [["", a["name"]], *([k, plain(v).replace("\n", " ")] for k, v in _facts(a))]
         parts.append(f"## Provenance: {a['name']}\n\n{as_markdown(rows)}")
@@ -120,8 +119,9 @@ def _facts(artifact: RunArtifact) -> list[tuple[str, Any]]:
     told += [(f"source: {k}", v) for k, v in (provenance["source"] or {}).items()]
     for p in provenance["passes"]:
         told += [(f"{p.get('name')}: {k}", v) for k, v in p.items() if k != "name"]
-    told += [("created", provenance["created"])] if provenance["created"] else []
-    return told + [(f"version: {k}", v) for k, v in (provenance["versions"] or {}).items()]
+    if created := provenance.get("created"):
+        told.append(("created", created))
+    return told + [(f"version: {k}", v) for k, v in (provenance.get("versions") or {}).items()]
 
 
 def _links(report: RunReport, folder: Path) -> list[tuple[str, str]]:

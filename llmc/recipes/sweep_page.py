@@ -9,8 +9,7 @@ from llmc.evals.pages.figure import Figure, dots
 from llmc.evals.pages.matrix import KLD
 from llmc.evals.pages.render import render
 from llmc.evals.report.schema import Kld
-from llmc.evals.report.show import Table, filled, pm
-from llmc.evals.report.show import markdown as as_markdown
+from llmc.evals.report.show import Table, filled, pm, tables_markdown
 from llmc.recipes.schema import Point, SweepReport
 
 FRONT, BEHIND = 1, 0  # colours
@@ -26,8 +25,7 @@ def page(result: SweepReport) -> str:
 
 def markdown(result: SweepReport) -> str:
     """The tables as Markdown."""
-    return f"# {result['recipe']}: sweep\n\n" + "\n\n".join(
-        f"## {title}\n\n{note}\n\n{as_markdown(rows)}" for title, note, rows in tables(result)) + "\n"
+    return f"# {result['recipe']}: sweep\n\n{tables_markdown(tables(result))}\n"
 
 
 def tables(result: SweepReport) -> list[Table]:
