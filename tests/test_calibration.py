@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from killing import interrupted
 from tiny import FAMILIES, build
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from llmc import precision
-from llmc.compress import layer_run
 from llmc.compress.calibration import Loop, LoopSettings, Workspace
 from llmc.compress.layer_run import InputStatistics, add_gram, mirror_upper
 from llmc.compress.skeleton import LinearGroup, Skeleton, get_weight, set_weight, trace_layer
@@ -23,12 +22,7 @@ EXPECTED_GROUPS = {
     "llama": [3, 1, 2, 1], "mistral": [3, 1, 2, 1], "qwen2": [3, 1, 2, 1], "qwen3": [3, 1, 2, 1], "gemma2": [3, 1, 2, 1],
     "gemma3_text": [3, 1, 2, 1], "phi3": [1, 1, 1, 1], "gpt2": [1, 1, 1, 1], "opt": [3, 1, 1, 1], "gpt_neox": [1, 1, 1, 1],
 }
-
-
-@pytest.fixture(autouse=True)
-def _full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (precision, layer_run):
-        monkeypatch.setattr(module, "matmul_precision", lambda: "ieee")
+pytestmark = pytest.mark.usefixtures("_full_precision")
 
 
 def coarse(weight: torch.Tensor) -> torch.Tensor:
@@ -214,22 +208,12 @@ def test_a_run_stopped_at_any_layer_goes_on_from_durable_states(tmp_path: Path) 
     folder = build("llama", tmp_path / "model", num_hidden_layers=5)
     whole, _, _ = stream(folder, tmp_path / "whole", LoopSettings(batch=2, reference=3))
 
-    class Stops(Recorder):
-        def __init__(self, last: int) -> None:
-            super().__init__()
-            self.last = last
-
-        def finish(self, index: int, layer: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-            if index == self.last:
-                raise KeyboardInterrupt
-            return super().finish(index, layer)
-
     for last in range(1, 5):
         work = tmp_path / f"stopped-{last}"
         settings = LoopSettings(batch=2, reference=3)
-        with pytest.raises(KeyboardInterrupt):
+        with interrupted(Recorder, "finish", layer=last):
             Loop(Skeleton(Checkpoint.open(folder), "cpu"), SEQUENCES, Workspace(work, {}, resume=False), settings).run(
-                Stops(last), lambda r: "")
+                Recorder(), lambda r: "")
         again = Workspace(work, {}, resume=True)
         assert again.done == last  # nothing finished is lost
         recorder = Recorder()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quantizing import lost, problem
 
 from llmc.compress.quantize.gptq import descend, gptq, inverse_factor, sweep
 from llmc.formats.types import IntegerType
@@ -16,18 +17,6 @@ from llmc.rounding.scales import Columns, Scales, search
 from llmc.rounding.search import objective
 
 BLOCK_TYPES = [IntegerType(4, 32), IntegerType(8, 32), IntegerType(4, 64), IntegerType(4, 32, False), IntegerType(8, 32, False)]
-
-
-def problem(out: int, n: int, seed: int = 0, tokens: int = 400) -> tuple[torch.Tensor, torch.Tensor]:
-    """A weight [out, n] and the Hessian of correlated inputs of very unequal size."""
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randn(tokens, n, generator=g) @ torch.randn(n, n, generator=g) * torch.rand(n, generator=g)
-    return torch.randn(out, n, generator=g), x.t() @ x
-
-
-def lost(q: torch.Tensor, w: torch.Tensor, h: torch.Tensor) -> float:
-    d = (q - w).double()
-    return float(((d @ h.double()) * d).sum())
 
 
 def test_inverse_factor_is_the_upper_cholesky_factor_of_the_inverse() -> None:

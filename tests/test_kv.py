@@ -83,7 +83,7 @@ def settings(text: str) -> dict[str, object]:
 
 
 def test_a_quantized_cache_has_a_divergence_of_its_own(wide: Path) -> None:
-    Path("text.txt").write_text(tiny.corpus()[:20_000])
+    tiny.write_text(Path("text.txt"), 20_000)
     for type, lossy in (("f16", False), ("q8_0", True)):
         r = llmc.evaluate(wide, base=wide, kv=type, out=f"{type}.json", **settings("text.txt"))
         assert r["quality"]["kv"]["type"] == r["quality"]["runtime"]["kv_type"] == type
@@ -102,7 +102,7 @@ def test_a_quantized_cache_has_a_divergence_of_its_own(wide: Path) -> None:
 
 
 def test_benches_join_the_quality_of_the_same_cache(wide: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("text.txt").write_text(tiny.corpus()[:20_000])
+    tiny.write_text(Path("text.txt"), 20_000)
     llmc.evaluate(wide, base=wide, kv="q8_0", out="r.json", **settings("text.txt"))
     options = ["--prompt", "9", "--generate", "2", "--warmup", "0", "--threads", "1", "--max-repetitions", "5"]
     assert run(["bench", str(wide), *options, "-o", "r.json"]) == 2

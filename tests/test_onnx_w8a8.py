@@ -16,7 +16,7 @@ pytest.importorskip("onnx_ir")
 import onnx
 import onnx_ir as ir
 import onnxruntime
-from test_export_onnx import FLOAT_NOISE, export, onnx_logits
+from onnx_files import FLOAT_NOISE, export, onnx_logits
 
 import llmc
 from llmc.compress.transform import scaling

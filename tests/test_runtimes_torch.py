@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import edit_tensors
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
@@ -94,9 +95,8 @@ def test_names_without_the_base_models_prefix(quantized: bool, tmp_path: Path) -
 
 def test_a_lacking_tensor_is_an_error_and_no_random_weight(tmp_path: Path) -> None:
     folder = tiny.build("llama", tmp_path / "m")
-    tensors = load_file(folder / "model.safetensors")
-    del tensors["model.layers.1.mlp.up_proj.weight"]
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with edit_tensors(folder) as tensors:
+        del tensors["model.layers.1.mlp.up_proj.weight"]
     with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
         load_torch_model(folder)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from test_compare import speed, whole, write
+from reports import speed, whole, write
 from typed_dicts import differences
 
 from llmc.cli import run

@@ -33,7 +33,7 @@ steps:
 
 @pytest.fixture
 def base(made: SimpleNamespace) -> Path:
-    Path("text.txt").write_text(tiny.corpus()[:40_000])
+    tiny.write_text(Path("text.txt"), 40_000)
     Path("r.yaml").write_text(RECIPE)
     folder: Path = made.base
     return folder
