@@ -211,5 +211,10 @@ def load_tokenizer(folder: Path) -> Any:
     return Tokenizer.from_file(str(path))
 
 
+def tokenize(folder: Path, text: str) -> np.ndarray:
+    """int [n]: the ids that a folder's tokenizer makes of a text, the model not loaded."""
+    return np.array(load_tokenizer(folder).encode(text).ids)
+
+
 def _ids(value: Any) -> set[int]:
     return set(value) if isinstance(value, list) else set() if value is None else {value}

@@ -108,3 +108,8 @@ class TorchModel:
     def close(self) -> None:
         self.model = None
         self._cache = None
+
+
+def tokenize(folder: Path, text: str) -> np.ndarray:
+    """int [n]: the ids that a folder's tokenizer makes of a text, the model not loaded."""
+    return np.array(load_tokenizer(folder)(text)["input_ids"])

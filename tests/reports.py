@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 from llmc.evals.compare.config import CompareConfig
 from llmc.evals.quality import metrics
 from llmc.evals.report import store as report
-from llmc.formats.weigh import CLASSES
+from llmc.families.names import CLASSES
 
 CHUNKS, SCORED = 12, 31
 
@@ -57,7 +58,7 @@ def speed(decode: float, target: str = "local-cpu") -> dict[str, Any]:
 
 def artifact(name: str, size: int, layers: int = 0) -> dict[str, Any]:
     classes = {k: {"bytes": size // 5, "parameters": size // 8, "types": ["Q4_0"]} for k in CLASSES}
-    return {"name": name, "path": f"out/{name}", "sha256": report.hashlib.sha256(name.encode()).hexdigest(), "kind": "gguf",
+    return {"name": name, "path": f"out/{name}", "sha256": hashlib.sha256(name.encode()).hexdigest(), "kind": "gguf",
             "created": None, "source": {"licence": "mit", "name": name},
             "size": {"file_bytes": size, "tensor_bytes": size, "parameters": size, "bits_per_weight": 8.0, "tied": True,
                      "decoder_bits_per_weight": 8.0, "token_bytes": size, "types": {"Q4_0": size}, "classes": classes},

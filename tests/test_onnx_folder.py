@@ -18,10 +18,10 @@ from llmc.about import inspection
 from llmc.about.verification import verify
 from llmc.cli import run
 from llmc.errors import UserError
-from llmc.export.onnx.lint import as_notes, lint
 from llmc.files import write_json
 from llmc.formats.manifest import hash_folder, new_manifest
 from llmc.formats.onnx_folder import is_onnx_folder
+from llmc.formats.onnx_lint import as_notes, lint
 from llmc.runtimes.onnx_model import OnnxModel
 from llmc.runtimes.open import open_runtime
 

@@ -11,6 +11,7 @@ import torch
 from pruning import load, logits, prune
 from tiny import FAMILIES, build, edit_tensors
 
+from llmc import families
 from llmc.compress.prune import width
 from llmc.compress.prune.config import PruneConfig
 from llmc.errors import UserError

@@ -23,8 +23,8 @@ from llmc.evals.bench.run import bench
 from llmc.evals.report.schema import Report
 from llmc.evals.report.show import speed_lines
 from llmc.evals.report.store import read_report
+from llmc.formats.artifacts.table import artifact_at
 from llmc.formats.onnx_folder import QDQ_LEVEL, open_onnx
-from llmc.formats.weigh import weigh
 from llmc.runtimes import onnx_model, onnx_session
 from llmc.runtimes.onnx_model import PRODUCTS, OnnxModel
 from llmc.runtimes.open import open_runtime
@@ -121,7 +121,7 @@ def test_bench_says_what_ran(converted: SimpleNamespace) -> None:
     nodes = ran["nodes"]["CPUExecutionProvider"]
     assert nodes["MatMulNBits"] == open_onnx(converted.int4).operators()["MatMulNBits"]
     assert nodes["GroupQueryAttention"] == 2
-    assert speed["token_bytes"] == weigh(converted.int4)["token_bytes"]
+    assert speed["token_bytes"] == artifact_at(converted.int4).weigh()["token_bytes"]
     assert speed["peak_rss"] > 10_000_000
 
 

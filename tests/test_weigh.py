@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from llmc.families.names import CLASSES, classify
-from llmc.formats.weigh import weigh
+from llmc.formats.artifacts.table import artifact_at
 
 
 @pytest.mark.parametrize(("name", "kind"), [
@@ -26,7 +26,7 @@ def test_classes(name: str, kind: str) -> None:
 
 
 def test_weights_of_one_model_in_three_forms(made: SimpleNamespace) -> None:
-    base, folder, file = (weigh(p) for p in (made.base, made.gptq, made.gguf))
+    base, folder, file = (artifact_at(p).weigh() for p in (made.base, made.gptq, made.gguf))
     assert base["parameters"] == folder["parameters"] == file["parameters"]
     for w in (base, folder, file):
         assert sum(c["bytes"] for c in w["classes"].values()) == w["tensor_bytes"] < w["file_bytes"]

@@ -15,9 +15,11 @@ from llmc.evals.bench.prompt import prompt_ids
 from llmc.evals.bench.ran import ran
 from llmc.evals.bench.threads import sweep
 from llmc.evals.report import store as report
-from llmc.evals.report.schema import Described, Facts, KvUse, Report, RuntimeFacts, Size, Speed
+from llmc.evals.report.schema import Described, Facts, Report, RuntimeFacts, Speed
 from llmc.evals.report.sections import targets_of
 from llmc.formats import kv
+from llmc.formats.artifact import Size
+from llmc.formats.artifacts.table import artifact_at
 from llmc.runtimes.targets.device import Device, connect, probed
 from llmc.runtimes.targets.target import Target, find_target
 from llmc.sources.resolve import locate
@@ -41,7 +43,7 @@ def bench(config: BenchConfig) -> list[Report]:
     artifacts = [locate(a) for a in config.artifacts]
     described = [report.describe_artifact(a) for a in artifacts]
     for i, path in enumerate(config.outputs):
-        report.check_output(path, described[i]["sha256"], config.kv or kv.default(artifacts[i]))
+        report.check_output(path, described[i]["sha256"], config.kv or artifact_at(artifacts[i]).kv_default)
     ids = [prompt_ids(a, max(config.prompt + config.depth)) for a in artifacts]
     reports: list[Report | None] = [None] * len(described)
     failed: dict[str, UserError] = {}
@@ -129,8 +131,8 @@ def _section(target: Target, facts: Facts, loaded: dict[str, Any], end: dict[str
         "prefill": first["prefill"], "first_token": first["first_token"], "decode": deep["decode"], **measured,
         "throttled": throttled, "unstable": [*throttled, *summary.unstable(measured)],
         "conditions": summary.conditions(runs), "energy": summary.energy(runs, config.generate),
-        "runtime": runtime, "ran": ran(runtime), "kv": cast(KvUse, kv.section(described["kv"], runtime["kv_type"])),
-        "token_bytes": read, "read_bandwidth": read * deep["decode"]["median"],
+        "runtime": runtime, "ran": ran(runtime), "kv": kv.section(described["kv"], runtime["kv_type"]), "token_bytes": read,
+        "read_bandwidth": read * deep["decode"]["median"],
         "load_average": {"before": loaded["load_average"], "after": end["load_average"]},
         "in_turns_with": others, "thread_sweep": None,
     }

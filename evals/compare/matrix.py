@@ -10,7 +10,7 @@ from pathlib import Path
 from llmc.evals.compare.config import CompareConfig
 from llmc.evals.compare.schema import Cell, Compared, FirstToken
 from llmc.evals.fit import run as fit
-from llmc.evals.fit.estimate import bounds, estimate, memory, model_of
+from llmc.evals.fit.estimate import bounds, estimate, is_exported, memory, model_of
 from llmc.evals.fit.schema import Bounds
 from llmc.evals.report.schema import Kld, Report, Speed, Spread
 from llmc.evals.report.sections import speeds_of, targets_of, texts_of, tokens_held
@@ -78,10 +78,7 @@ def _quartiles(spread: Spread) -> Bounds:
 
 def _estimates(artifacts: list[Compared], target: str, config: CompareConfig) -> dict[str, Cell]:
     """By the artifact's name, of those whose file is there to tell its shape."""
-    from llmc.formats.onnx_folder import is_onnx_folder
-
-    models = {a["name"]: model_of(path) for a in artifacts if (path := Path(a["report"]["artifact"]["path"])).exists()
-              and (path.suffix == ".gguf" or is_onnx_folder(path))}
+    models = {a["name"]: model_of(path) for a in artifacts if is_exported(path := Path(a["report"]["artifact"]["path"]))}
     if not models:
         return {}
     rates = fit.rates_for(target, [fit.Candidate(n, None, m) for n, m in models.items()], config.targets)

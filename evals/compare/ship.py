@@ -37,6 +37,7 @@ from llmc.evals.report.schema import Report
 from llmc.evals.report.sections import quality_of, speeds_of
 from llmc.evals.report.store import hash_artifact, merged, read_report, save
 from llmc.evals.shared_options import parse_number
+from llmc.formats.artifacts.table import artifact_at
 from llmc.formats.manifest import versions
 
 LIMITS = ("min_decode", "max_first_token", "max_ram", "max_size", "max_kld", "min_top1")
@@ -131,9 +132,8 @@ def ship(gates: Gates) -> Shipping:
             report = measure(gates, path, digest, report)
         results = [r for target, limits in gates.targets.items()
                    for r in _on_target(gates, path, report, baseline, target, limits)]
-        files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
         artifacts.append({"name": path.name, "path": str(path), "sha256": digest,
-                          "bytes": sum(p.stat().st_size for p in files),
+                          "bytes": sum(p.stat().st_size for p in artifact_at(path).files()),
                           "ships": all(r["passed"] for r in results), "results": results})
     return {"gates": str(gates.file), "passed": all(a["ships"] for a in artifacts), "artifacts": artifacts,
             "allow_estimates": gates.allow_estimates, "context": gates.context, "prompt": gates.prompt,

@@ -20,12 +20,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmc.errors import UserError
 from llmc.evals.fit.schema import Bounds, Estimate, LeftOut
 from llmc.evals.report.schema import Facts
 from llmc.formats import kv
+from llmc.formats.artifacts.table import artifact_at, format_of
+from llmc.formats.kv import KvShape
 
 if TYPE_CHECKING:
     from llmc.runtimes.targets.profile import Profile
@@ -54,7 +56,7 @@ class Model:
     """What an artifact's speed depends on.
 
     token_bytes: by stored type, of the weights that a decoded token reads   prefill_weights: that a prompt token meets
-    decoder_bytes: of these weights   cache: of the KV cache, as llmc.formats.kv.shape tells; None where the file does not
+    decoder_bytes: of these weights   cache: of the KV cache, Artifact.kv_shape; None where the file does not tell
     """
 
     name: str
@@ -64,7 +66,7 @@ class Model:
     layers: int
     heads: int
     vocabulary: int
-    cache: dict[str, Any] | None = None
+    cache: KvShape | None = None
     decoder_bytes: int = 0
 
     def kv_bytes(self, tokens: int, type: str = "f16") -> int:
@@ -267,43 +269,24 @@ def rates_of_facts(target: str, facts: Facts) -> Rates:
 # ------------------------------------------------------------------------------------------------------------ artifacts
 
 
+def is_exported(path: Path) -> bool:
+    """Whether a path holds an artifact that can be estimated: a .gguf file or an ONNX folder."""
+    kind = format_of(path)
+    return path.exists() and kind is not None and kind.exported
+
+
 def model_of(artifact: Path) -> Model:
     """The model of a .gguf file or an ONNX folder, from headers alone."""
-    from llmc.formats.onnx_folder import is_onnx_folder
-    from llmc.formats.weigh import tensors, weigh
-
-    if artifact.suffix != ".gguf" and not is_onnx_folder(artifact):
+    opened = artifact_at(artifact)
+    if not opened.exported:
         raise UserError(f"{artifact} is no file that ships: a folder of weights is unpacked by torch when it is run",
                         "export it first, and estimate the .gguf file or the ONNX folder")
-    weight, found = weigh(artifact), tensors(artifact)
+    weight, found = opened.weigh(), opened.tensors()
     read: dict[str, int] = {}
     for t in found:
         if weight["tied"] or t.kind != "embedding":
             read[t.type] = read.get(t.type, 0) + t.nbytes
-    shape = _gguf_shape(artifact) if artifact.is_file() else _onnx_shape(artifact)
     met = [t for t in found if t.kind in ("attention", "mlp")]
-    return Model(name=artifact.name, file_bytes=weight["file_bytes"], token_bytes=read, **shape, cache=kv.shape(artifact),
-                 prefill_weights=sum(t.parameters for t in met), decoder_bytes=sum(t.nbytes for t in met))
-
-
-def _gguf_shape(file: Path) -> dict[str, int]:
-    """layers, heads and vocabulary of the file's metadata."""
-    from llmc.formats.gguf import field, open_gguf
-
-    reader = open_gguf(file)
-    arch = field(reader, "general.architecture")
-    heads = field(reader, f"{arch}.attention.head_count")
-    embedding = next(t for t in reader.tensors if t.name == "token_embd.weight")
-    return {"layers": int(field(reader, f"{arch}.block_count")), "vocabulary": int(embedding.shape[1]),
-            "heads": int(max(heads) if isinstance(heads, list) else heads)}  # by layer: the largest bounds it
-
-
-def _onnx_shape(folder: Path) -> dict[str, int]:
-    from llmc.formats.onnx_folder import open_onnx
-
-    source = open_onnx(folder)
-    model = source.genai.get("model", {})
-    decoder, config = model.get("decoder", {}), source.config
-    return {"layers": int(decoder.get("num_hidden_layers") or config["num_hidden_layers"]),
-            "heads": int(decoder.get("num_attention_heads") or config["num_attention_heads"]),
-            "vocabulary": int(model.get("vocab_size") or config["vocab_size"])}
+    return Model(name=artifact.name, file_bytes=weight["file_bytes"], token_bytes=read, **opened.shape(),
+                 prefill_weights=sum(t.parameters for t in met), cache=opened.kv_shape(),
+                 decoder_bytes=sum(t.nbytes for t in met))

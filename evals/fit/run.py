@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from llmc.errors import UserError
 from llmc.evals.fit.config import FitConfig
-from llmc.evals.fit.estimate import Interval, Model, Rates, estimate, memory, model_of
+from llmc.evals.fit.estimate import Interval, Model, Rates, estimate, is_exported, memory, model_of
 from llmc.evals.fit.schema import Answer, Fit, FitTarget, Judged, JudgedFigure, Limits, Name
 from llmc.evals.report.schema import Facts, Report, Speed, Spread
 from llmc.evals.report.sections import speed_on, texts_of, tokens_held
@@ -205,8 +205,7 @@ def candidate(item: Path) -> Candidate:
         report = read_report(item)
         path = Path(report["artifact"]["path"])
         there = path if path.exists() else item.parent / path.name
-        whole = there.exists() and (there.suffix == ".gguf" or (there.is_dir() and report["artifact"]["kind"] == "onnx"))
-        return Candidate(report["artifact"]["name"], report, model_of(there) if whole else None)
+        return Candidate(report["artifact"]["name"], report, model_of(there) if is_exported(there) else None)
     if not item.exists():
         raise UserError(f"there is no {item}", "name .gguf files, ONNX folders or reports")
     return Candidate(item.name, None, model_of(item))

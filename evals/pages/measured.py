@@ -9,7 +9,7 @@ from llmc.evals.compare.schema import Cell, Compared
 from llmc.evals.pages import charts, matrix
 from llmc.evals.pages.figure import Figure, boxes, dots
 from llmc.evals.report.sections import texts_of
-from llmc.formats.weigh import CLASSES
+from llmc.families.names import CLASSES
 
 
 def figures(artifacts: list[Compared], cells: list[Cell]) -> Iterable[Figure]:

@@ -20,8 +20,9 @@ from llmc.evals.quality.config import EvalConfig
 from llmc.evals.quality.protocol import Chunks, FolderTokenizer, RuntimeTokenizer, Tokenizer, cut
 from llmc.evals.quality.texts import load_text
 from llmc.evals.report import store as report
-from llmc.evals.report.schema import KvUse, Quality, Report, RuntimeFacts, Task, Text, Value
+from llmc.evals.report.schema import Quality, Report, RuntimeFacts, Task, Text, Value
 from llmc.formats import kv
+from llmc.formats.artifacts.table import artifact_at
 from llmc.formats.manifest import read_manifest
 from llmc.machine import physical_cores
 from llmc.overlap import overlap
@@ -48,11 +49,11 @@ def evaluate(config: EvalConfig) -> Report:
     asked = task_items.load(config.tasks, config.task_items)
     overlaps = {name: _overlap(artifact, name, text) for name, text in [*texts, *((t.name, t.text) for t in asked)]}
     described = report.describe_artifact(artifact)
-    kv_type = config.kv or kv.default(artifact)
+    kv_type = config.kv or artifact_at(artifact).kv_default
     report.check_output(config.output, described["sha256"], kv_type)
     base_digest = None if base is None else report.hash_artifact(base)
     # the same file elsewhere, or with another cache, is measured
-    is_base = base_digest == described["sha256"] and kv_type == kv.default(artifact) and config.target is None
+    is_base = base_digest == described["sha256"] and kv_type == artifact_at(artifact).kv_default and config.target is None
     if config.second_text is None and texts:
         say("hint: --second-text FILE, unlike the first, shows whether the calibration text was learned by heart")
     if base is None and texts:
@@ -75,7 +76,7 @@ def evaluate(config: EvalConfig) -> Report:
             sections = [_run_task(task, tokenizer, runtime, base_runtime, is_base, overlaps[task.name]) for task in asked]
             quality: Quality = {
                 "texts": results, "runtime": _facts(runtime), "tokenizer_agrees": agrees,
-                "kv": cast(KvUse, kv.section(described["kv"], runtime.kv_type)),
+                "kv": kv.section(described["kv"], runtime.kv_type),
                 "base": None if base is None or base_digest is None else {
                     "name": base.name, "sha256": base_digest, "is_artifact": is_base,
                     "runtime": _facts(base_runtime or runtime)},
@@ -131,7 +132,8 @@ def _check_context(wanted: int, *runtimes: Runtime) -> None:
 
 def _tokenizer(source: Path, runtime: Runtime) -> Tokenizer:
     """The tokenizer of the base (or of the artifact, where no base is given)."""
-    return FolderTokenizer(source) if source.is_dir() else RuntimeTokenizer(runtime)
+    folder = artifact_at(source).tokenizer_folder
+    return FolderTokenizer(folder) if folder else RuntimeTokenizer(runtime)
 
 
 def _check_tokenizer(runtime: Runtime, tokenizer: Tokenizer, artifact: Path) -> bool:

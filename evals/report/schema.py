@@ -1,4 +1,5 @@
-"""What is in a report. The file is this `Report` as JSON; nothing else is written into it.
+"""What is in a report. The file is this `Report` as JSON; nothing else is written into it. What an artifact weighs, and what
+its KV cache takes, is said where they are found: llmc/formats/artifact.py and kv.py.
 
 A key that is NotRequired is missing where its comment says so. The values of `dict[str, Any]` come from other files as they
 are: manifests, whose passes have keys of their own, and the settings of runtimes.
@@ -7,6 +8,9 @@ are: manifests, whose passes have keys of their own, and the settings of runtime
 from __future__ import annotations
 
 from typing import Any, Literal, NotRequired, TypedDict
+
+from llmc.formats.artifact import Size
+from llmc.formats.kv import KvDescribed, KvUse
 
 Value = Literal["nll", "kld", "top1"]
 """What is kept of each scored token: negative log-likelihood and KL divergence in nats, and whether both models rank the same
@@ -58,41 +62,6 @@ class Spread(TypedDict):
 # -------------------------------------------------------------------------------------------------------------- artifact
 
 
-class ClassSize(TypedDict):
-    """The tensors of one class."""
-
-    bytes: int
-    parameters: int  # elements
-    types: list[str]  # stored types, sorted
-
-
-class Size(TypedDict):
-    """What an artifact weighs."""
-
-    file_bytes: int  # of the weight files on the disk
-    tensor_bytes: int  # of the tensors alone
-    parameters: int  # elements of all tensors
-    bits_per_weight: float  # 8 * tensor_bytes / parameters
-    decoder_bits_per_weight: float  # of attention and MLP alone
-    token_bytes: int  # that one decoded token reads: all but the embedding's other rows
-    tied: bool  # the embedding is the output head
-    types: dict[str, int]  # bytes by stored type
-    matrices: NotRequired[dict[str, int]]  # how many by stored type; missing in reports of earlier versions
-    classes: dict[str, ClassSize]  # by embedding, head, attention, mlp and other
-
-
-class KvShape(TypedDict):
-    """What a KV cache takes, by the artifact's own words."""
-
-    bytes_per_token_f16: int
-    layers: int  # that have a cache
-    kv_heads: int
-    head_dim: int
-    window: int | None  # tokens that sliding layers look back on; None: no layer slides
-    sliding_layers: int
-    bytes_at: dict[str, int]  # bytes in f16 by the number of tokens
-
-
 class Layer(TypedDict):
     """What the last pass with a record of its layers says of one."""
 
@@ -109,7 +78,7 @@ class Described(TypedDict):
     sha256: str  # of the file; of a folder see store.hash_artifact
     kind: str  # hf, gptq, gguf, onnx, …
     size: Size
-    kv: KvShape | None  # None: the artifact does not tell
+    kv: KvDescribed | None  # None: the artifact does not tell
     source: dict[str, Any] | None  # of the manifest; None: not made by llmc
     created: str | None  # date and time, ISO 8601
     passes: list[dict[str, Any]]  # of the manifest, oldest first, without their layers
@@ -172,14 +141,6 @@ class RuntimeFacts(TypedDict):
     session: NotRequired[dict[str, Any]]  # options
     nodes: NotRequired[dict[str, dict[str, int]]]  # by execution provider: how many nodes of each operator
     kv: NotRequired[dict[str, Any]]  # shared (one buffer for past and present), bytes, types
-
-
-class KvUse(TypedDict):
-    """The KV cache that ran."""
-
-    type: str  # of its elements
-    bytes_per_token: int | None  # None: the artifact does not tell
-    bytes_at: dict[str, int] | None  # bytes by the number of tokens
 
 
 # --------------------------------------------------------------------------------------------------------------- quality

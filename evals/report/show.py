@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-from llmc.evals.report.schema import Accuracy, Ran, Report, RuntimeFacts, Size, Speed, Spread, Stat, Task
+from llmc.evals.report.schema import Accuracy, Ran, Report, RuntimeFacts, Speed, Spread, Stat, Task
 from llmc.evals.report.sections import budget_of, quality_of, speeds_of
+from llmc.formats.artifact import Size
 
 Table = tuple[str, str, list[list[str]]]
 """Title, note, rows; the first row is the heading."""
@@ -93,7 +94,7 @@ def quality_lines(report: Report) -> str:
 
 
 def matrices(weight: Size) -> str:
-    """'24 Q4_K, 6 Q6_K' of what llmc.formats.weigh says; reports of earlier versions have no counts."""
+    """'24 Q4_K, 6 Q6_K' of what Artifact.weigh says; reports of earlier versions have no counts."""
     counts = weight.get("matrices")
     return ", ".join(f"{n} {kind}" for kind, n in counts.items()) if counts else ", ".join(weight["types"])
 

@@ -6,7 +6,6 @@ schema.py says what is in it. The artifact's sha256 says whose figures they are.
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,38 +14,33 @@ from typing import Any, Literal, cast, overload
 import numpy as np
 
 from llmc.errors import UserError
-from llmc.evals.report.schema import Described, KvShape, Packed, Quality, Report, Size, Speed, Task, Text
+from llmc.evals.report.schema import Described, Packed, Quality, Report, Speed, Task, Text
 from llmc.evals.report.sections import budget_of, kv_type, quality_of, speeds_of
-from llmc.files import sha256, write_json
+from llmc.files import write_json
 from llmc.formats import kv
+from llmc.formats.artifacts.table import artifact_at
 from llmc.formats.manifest import read_manifest, versions
-from llmc.formats.onnx_folder import is_onnx_folder, open_onnx
-from llmc.formats.weigh import weigh, weight_files
 
 SCHEMA = 2
 KIND = "llmc-report"
 
 
 def hash_artifact(artifact: Path) -> str:
-    """sha256 of a .gguf file; of a folder, of the names and sha256s of its config and weight files."""
-    if artifact.is_file():
-        return sha256(artifact)
-    onnx = is_onnx_folder(artifact)
-    files = sorted(open_onnx(artifact).files if onnx else [artifact / "config.json", *weight_files(artifact)])
-    return hashlib.sha256("".join(f"{p.name} {sha256(p)}\n" for p in files).encode()).hexdigest()
+    """Whose figures a report holds (Artifact.sha256)."""
+    return artifact_at(artifact).sha256()
 
 
 def describe_artifact(artifact: Path) -> Described:
     """Identity, weight and provenance of an artifact, as far as its manifest tells."""
     manifest = read_manifest(artifact) or {}
-    unnamed = "gguf" if artifact.is_file() else "onnx" if is_onnx_folder(artifact) else "hf"
+    opened = artifact_at(artifact)
     passes = manifest.get("passes", [])
     # of the last pass that has any
     layers: list[dict[str, Any]] = next((p["layers"] for p in reversed(passes) if p.get("layers")), [])
     return {
-        "name": artifact.name, "path": str(artifact), "sha256": hash_artifact(artifact),
-        "kind": manifest.get("kind") or unnamed, "size": cast(Size, weigh(artifact)),
-        "kv": cast(KvShape | None, kv.describe(artifact)),
+        "name": artifact.name, "path": str(artifact), "sha256": opened.sha256(),
+        "kind": manifest.get("kind") or opened.format, "size": opened.weigh(),
+        "kv": kv.described(opened.kv_shape()),
         "source": manifest.get("source"), "created": manifest.get("created"),
         "passes": [{k: v for k, v in p.items() if k != "layers"} for p in passes],
         "layers": [{"layer": x.get("layer"), "error": x.get("error"), "events": x.get("events") or []} for x in layers],

@@ -22,7 +22,7 @@ from llmc.formats.onnx_folder import OnnxFolder, open_onnx
 from llmc.runtimes.onnx_model import OnnxModel
 
 STEPS, REPEATS = 8, 3  # tokens decoded in a measurement, and how often it is made
-ENOUGH = 3.0  # seconds after which no more is measured: at level 0 ONNX Runtime may take seconds for a token (lint.py)
+ENOUGH = 3.0  # seconds after which no more is measured: at level 0 a token may take seconds (onnx_lint.py)
 # What rounding may do to the text of the check. A 4-bit type itself loses 0.1 or more and keeps 70 to 80 % of the top tokens;
 # llama.cpp rounds activations alike, always. On SmolLM2-135M level 4 cost 0.0045 and kept 94 %; where a kernel goes wrong
 # (onnxruntime#29849) it is far more

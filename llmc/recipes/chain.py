@@ -9,7 +9,7 @@ from typing import Any
 
 from llmc.compress.prune.config import MASKS
 from llmc.errors import UserError
-from llmc.formats.onnx_folder import is_onnx_folder
+from llmc.formats.artifacts.table import format_of
 from llmc.formats.types import BLOCK_TYPES
 from llmc.recipes.commands import ARTIFACTS, CALLED, FLOAT, GGUF, ONNX, ONNX_TYPES, PAGE, QUANTIZED, REPORT
 from llmc.recipes.recipe import BASE, EACH, Recipe, nearest, override, parse, read_text, scalar
@@ -87,20 +87,18 @@ def _base(recipe: Recipe, need_model: bool, problems: list[str]) -> tuple[str, s
         return "", FLOAT
     base = recipe.path(recipe.model)
     path = Path(base)
-    if path.is_dir():
-        if is_onnx_folder(path):
-            problems.append(f"model {base}: an ONNX folder is made by export and cannot be the start")
+    if path.exists():
+        kind = format_of(path)
+        if kind is None:
+            problems.append(f"model {base}: {WHAT_TO_GIVE}")
+            return str(path.absolute()), FLOAT
+        if not kind.can_start:
+            problems.append(f"model {base}: {kind.label} is made by export and cannot be the start")
             return base, FLOAT
         try:
-            from llmc.formats.checkpoint import Checkpoint
-
-            return str(path.absolute()), QUANTIZED if Checkpoint.open(path).quantization else FLOAT
+            return str(path.absolute()), QUANTIZED if kind(path).starts_quantized() else FLOAT
         except UserError as e:
             problems.append(f"model: {e.problem}")
-    elif path.is_file():
-        if path.suffix != ".gguf":
-            problems.append(f"model {base}: {WHAT_TO_GIVE}")
-        return str(path.absolute()), FLOAT  # its values, dequantized
     elif HUB_ID.fullmatch(base) is None:
         problems.append(f"model: there is no folder or file {base}: {WHAT_TO_GIVE}")
     return base, FLOAT

@@ -14,6 +14,7 @@ from typing import Any
 
 from llmc.errors import UserError
 from llmc.files import sha256
+from llmc.formats.artifacts.table import artifact_at
 from llmc.formats.manifest import manifest_path, read_manifest, versions
 from llmc.recipes.chain import Chain, Step
 from llmc.recipes.commands import GGUF, PAGE, REPORT
@@ -141,10 +142,8 @@ def files_of(job: Job) -> dict[str, list[Any]]:
 
 
 def weight_bytes(path: Path) -> int:
-    """Of the weights of a model, wherever they lie: a .gguf file, or a folder's safetensors or ONNX files."""
-    if path.is_file():
-        return path.stat().st_size
-    return sum(p.stat().st_size for p in path.glob("*") if p.suffix in (".safetensors", ".onnx", ".data"))
+    """Of the files in which the weights of a model lie."""
+    return sum(p.stat().st_size for p in artifact_at(path).weight_files())
 
 
 def clear(job: Job) -> None:

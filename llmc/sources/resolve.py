@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from llmc.console import say
 from llmc.errors import UserError
+from llmc.formats.artifacts.table import format_of
 from llmc.formats.checkpoint import CARD_FILES, TOKENIZER_FILES
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ def resolve_model(model: str | Path) -> Path:
     if path.is_dir():
         return path
     if path.is_file():
-        if path.suffix == ".gguf":
+        kind = format_of(path)
+        if kind is not None and kind.format == "gguf":
             from llmc.sources.dequantize import dequantized_folder
 
             return dequantized_folder(path)
@@ -70,9 +72,6 @@ def _download(repo: str, revision: str | None) -> Path:
 
 
 def locate(artifact: str) -> Path:
-    """The file or folder that the user means: a .gguf stays one (it runs as it is), a hub id becomes its folder."""
-
+    """The file or folder that the user means: an artifact stays what it is, a hub id becomes its folder."""
     path = Path(artifact).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
-        return path
-    return resolve_model(artifact)
+    return path if path.exists() and format_of(path) else resolve_model(artifact)

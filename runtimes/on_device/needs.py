@@ -1,4 +1,5 @@
-"""Which packages a device has: `python -m llmc.runtimes.on_device.needs {}` prints one JSON line. Standard library only."""
+"""Which packages a device has: `python -m llmc.runtimes.on_device.needs {}` prints one JSON line. No package is needed
+for it."""
 
 from __future__ import annotations
 
@@ -8,14 +9,9 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-MODULES = {"numpy": "numpy", "llama-cpp-python": "llama_cpp", "onnxruntime": "onnxruntime", "onnx": "onnx",
-           "tokenizers": "tokenizers"}
-RUNTIMES = {"gguf": ("numpy", "llama-cpp-python"), "onnx": ("numpy", "onnxruntime", "onnx", "tokenizers")}
+from llmc.formats.artifacts.table import FORMATS
 
-
-def packages_of(artifact: str) -> tuple[str, ...]:
-    """What the runtime of an artifact needs, by its name: a .gguf file, else an ONNX folder."""
-    return RUNTIMES["gguf" if artifact.endswith(".gguf") else "onnx"]
+MODULES = {package: module for kind in FORMATS for package, module in kind.packages.items()}
 
 
 def examine() -> dict[str, str | None]:

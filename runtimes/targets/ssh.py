@@ -122,8 +122,7 @@ class SshDevice(PythonDevice):
             self._shell.close()
             raise
 
-    def place(self, artifact: Path) -> str:
-        self._check_artifact(artifact)
+    def _copy(self, artifact: Path) -> str:
         return self.cache.place(artifact)
 
     def install(self, packages: list[str]) -> None:
