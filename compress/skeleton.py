@@ -1,6 +1,6 @@
 """A model whose weights are not in memory: built on the meta device, filled one decoder layer at a time.
 
-Nothing here knows an architecture by name. The decoder layers are the module list whose length the config states; the
+Nothing here knows an architecture by name. The decoder layers are the longest module list whose members hold linears; the
 linears of a layer that share an input are found by running one sequence through it.
 """
 

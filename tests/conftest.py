@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 import pytest
 import tiny
 import torch
+from light import pytest_addoption, pytest_collection_modifyitems, pytest_ignore_collect  # noqa: F401
 
 import llmc
 from llmc import precision

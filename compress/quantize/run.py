@@ -1,4 +1,7 @@
-"""`llmc quantize`: from a float model folder to a GPTQ checkpoint folder, layer by layer."""
+"""`llmc quantize`: from a float model folder to a quantized one, layer by layer.
+
+It is a GPTQ checkpoint where one type of that format holds every linear, else a folder of GGUF blocks (llmc.formats.blocks).
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,7 @@ REFERENCE_SHARE, REFERENCE_LEAST = 8, 16
 
 
 def quantize(model: str | Path, config: QuantizeConfig) -> dict[str, Any]:
-    """Quantize every linear of the decoder layers of `model` and write a GPTQ checkpoint folder.
+    """Quantize every linear of the decoder layers of `model` and write a folder, GPTQ's or of GGUF blocks.
 
     Returns {'out', 'bits_per_weight', 'bytes', 'layers', 'error', 'fallbacks', 'seconds', …}; with `dry_run` the plan
     and its estimates. Raises UserError before any work for whatever can be known before.

@@ -239,5 +239,5 @@ def _user() -> str:
     """Who ran it; containers have users without a name."""
     try:
         return getpass.getuser()
-    except (KeyError, OSError):
+    except (ImportError, KeyError, OSError):  # ImportError: Windows without USERNAME
         return "unknown"

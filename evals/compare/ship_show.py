@@ -1,4 +1,4 @@
-"""The signed summary of `llmc ship` as Markdown, for a pull request or a release."""
+"""The summary of `llmc ship` as Markdown, for a pull request or a release."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _shown(gate: str, limit: float) -> str:
 
 
 def summary(result: Shipping) -> str:
-    """The whole as Markdown: verdict, tables, signature."""
+    """The whole as Markdown: verdict, tables, then who ran it, where, when and with which versions. Nothing is signed."""
     verdict = "**May ship.**" if result["passed"] else "**Must not ship.**"
     s = result["signed"]
     used = ", ".join(f"{k} {v}" for k, v in s["versions"].items())

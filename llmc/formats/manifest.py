@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc.errors import UserError
-from llmc.files import sha256, write_json
+from llmc.files import existing, sha256, write_json
 
 MANIFEST = "llmc.json"
 SCHEMA = 1
@@ -43,9 +43,7 @@ def check_output(out: Path, overwrite: bool = False) -> None:
     """The place where an artifact will be written must be free (or hold an older artifact of llmc) and writable."""
     if out.exists() and not overwrite and not manifest_path(out).exists() and (out.is_file() or any(out.iterdir())):
         raise UserError(f"{out} exists and was not made by llmc", "choose another place with -o")
-    parent = out.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
+    parent = existing(out.absolute().parent)
     if not os.access(parent, os.W_OK):
         raise UserError(f"no permission to write into {parent}", "choose another place with -o")
 

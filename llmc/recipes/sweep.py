@@ -20,7 +20,7 @@ from llmc.files import staged_file, write_json
 from llmc.formats.manifest import versions
 from llmc.recipes import report
 from llmc.recipes.chain import Chain, load
-from llmc.recipes.commands import GGUF, ONNX
+from llmc.recipes.commands import EXPORTED
 from llmc.recipes.config import SweepConfig
 from llmc.recipes.executors import EXECUTORS
 from llmc.recipes.jobs import Job, jobs_of, open_folder
@@ -121,7 +121,7 @@ def _publish(name: str, folder: Path, chains: dict[str, Chain], jobs: dict[str, 
         if not broken:
             made = report.build(chain, own, folder)
             told["gates"], told["passed"], told["seconds"] = made["gates"], made["passed"], made["seconds"]
-            artifacts += [_measured(a, variant) for a in made["artifacts"] if a["kind"] in (GGUF, ONNX)]
+            artifacts += [_measured(a, variant) for a in made["artifacts"] if a["kind"] in EXPORTED]
         variants.append(told)
     shared: dict[str, Point] = {}
     for a in artifacts:  # the same file in several variants, as the base's export is, is one point

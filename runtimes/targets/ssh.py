@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc.errors import UserError
+from llmc.machine import WINDOWS
 from llmc.runtimes.targets import agent
 from llmc.runtimes.targets.python_device import PythonDevice, pip_install
 from llmc.runtimes.targets.shell import command_line
@@ -54,6 +55,9 @@ class Connection:
         parts = SSH.fullmatch(target.address)
         assert parts is not None, target.address
         client = shlex.split(os.environ.get(CLIENT, "ssh"))
+        if WINDOWS and CLIENT not in os.environ:
+            raise UserError("OpenSSH for Windows cannot share one connection among commands (ControlMaster), as ssh targets "
+                            "need it", "run llmc in WSL")
         if not client or shutil.which(client[0]) is None:
             raise UserError(f"there is no {client[0] if client else 'ssh'} here", "install OpenSSH's client: openssh-client")
         self._folder = tempfile.mkdtemp(prefix="llmc-")  # mode 700
