@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from llmc import compress
+from llmc import compress, formats
 from llmc.formats import blocks as blocks_format
 from llmc.formats import gptq as gptq_format
 from llmc.formats import packing
 from llmc.formats import types as block_types
 from llmc.formats import types as types
 
-DECIDING = (compress, types, block_types, packing, gptq_format, blocks_format)
+DECIDING = (compress, formats, types, block_types, packing, gptq_format, blocks_format)
 
 
 def code_digest(modules: Sequence[ModuleType] = DECIDING) -> str:

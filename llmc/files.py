@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc.errors import UserError
+from llmc.formats.manifest import read_manifest
 
 if TYPE_CHECKING:
     pass
@@ -100,6 +101,11 @@ def check_disk(where: Path, needed: int, what: str) -> None:
     if free < needed:
         raise UserError(f"{what} needs {size(needed)} of disk at its peak and {parent} has {size(free)} free",
                         "free some space or choose another disk with -o")
+
+
+def passes_of(artifact: Path) -> list[dict[str, Any]]:
+    """What llmc did to make an artifact, oldest first; nothing where llmc did not make it."""
+    return list((read_manifest(artifact) or {}).get("passes", []))
 
 
 def cache_folder() -> Path:

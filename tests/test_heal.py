@@ -253,7 +253,7 @@ def test_a_run_that_had_stopped_early_does_not_train_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as m:
-        m.setattr("llmc.compress.teaching.job.write_checkpoint", killed)
+        m.setattr("llmc.formats.model_folder.write_checkpoint", killed)
         with pytest.raises(KeyboardInterrupt):
             llmc.heal(small, base, calibration=text, out=tmp_path / "killed", **options)
     again = llmc.heal(small, base, calibration=text, out=tmp_path / "killed", resume=True, **options)

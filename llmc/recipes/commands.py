@@ -51,7 +51,7 @@ class Command:
         return self.gives in ARTIFACTS
 
 
-_COMPRESS = ("llmc.compress", "llmc.formats.types", "llmc.formats.types", "llmc.export.blocks", "llmc.export.gptq",
+_COMPRESS = ("llmc.compress", "llmc.formats", "llmc.formats.types", "llmc.formats.types", "llmc.export.blocks", "llmc.export.gptq",
              "llmc.formats.packing")
 _MEASURE = ("llmc.evals", "llmc.runtimes")
 
