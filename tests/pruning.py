@@ -40,7 +40,7 @@ def zeros(folder: Path) -> dict[str, torch.Tensor]:
     skeleton = Skeleton(checkpoint, "cpu")
     found = {}
     for _, name, module in linears_of(skeleton):
-        stored = str(skeleton.stored_name(f"{name}.weight"))
+        stored = str(skeleton.names.find(f"{name}.weight"))
         weight = checkpoint.tensor(stored)
         found[stored.removesuffix(".weight")] = (weight if isinstance(module, nn.Linear) else weight.t()) == 0
     return found

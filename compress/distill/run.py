@@ -27,7 +27,7 @@ from llmc.compress.prune.masks import mask_of
 from llmc.compress.skeleton import Skeleton
 from llmc.compress.teaching.job import Job
 from llmc.compress.teaching.loss import Objective
-from llmc.compress.teaching.models import called, checkpoint_layers
+from llmc.compress.teaching.models import checkpoint_layers
 from llmc.compress.teaching.training import Curve
 from llmc.compress.teaching.vocabulary import common_vocabulary
 from llmc.console import warn
@@ -133,8 +133,8 @@ class _Job(Job):
             merge_adapters(model)
         changed = {}
         for name, p in model.named_parameters(remove_duplicate=False):
-            stored = self._stored(name, model.base_model_prefix)
-            if stored is None:
+            stored = self.student.names.find(name)
+            if stored is None:  # the second name of a tied table
                 continue
             before = self.checkpoint.tensor(stored)
             after = p.detach().to("cpu", before.dtype).contiguous()
@@ -142,13 +142,6 @@ class _Job(Job):
             if not torch.equal(before, after):
                 changed[stored] = after
         return changed
-
-    def _stored(self, name: str, prefix: str) -> str | None:
-        """A parameter's name in the checkpoint; None for the second name of a tied table."""
-        try:
-            return called(name, self.checkpoint, prefix)
-        except StopIteration:
-            return None
 
     def _result(self, curve: Curve, after: dict[str, float], trained: int, masks: Masks) -> dict[str, Any]:
         first = curve.checks[0]

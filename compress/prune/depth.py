@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from llmc.compress.calibration import Workspace
+from llmc.compress.passes import LayerWatch
 from llmc.compress.skeleton import LinearGroup, Skeleton, replaced
 from llmc.compress.teaching.loss import divergence
 from llmc.compress.transform.measure import run
@@ -32,8 +33,8 @@ STALE = ("sliding_window_pattern", "_sliding_window_pattern")  # rules of a laye
 TOLERANCE = 1e-4  # the same operations on the same weights: 0 is what is seen
 
 
-class InfluenceWatch:
-    """A `LayerWatch`: a layer's record is {'layer', 'influence'}, 1 - the mean cosine over all tokens."""
+class InfluenceWatch(LayerWatch):
+    """A layer's record is {'layer', 'influence'}, 1 - the mean cosine over all tokens."""
 
     def begin(self, index: int, layer: nn.Module, groups: list[LinearGroup]) -> None:
         self.total, self.tokens = 0.0, 0

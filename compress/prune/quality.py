@@ -12,9 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from llmc.compress.quantize.assignment import linears_of
+from llmc.compress.skeleton import Skeleton
 from llmc.compress.transform.measure import Run, head_of, run
 from llmc.evals.quality import metrics
 from llmc.evals.quality.protocol import FolderTokenizer
+from llmc.formats.checkpoint import Checkpoint
 
 LOSES = 1.05  # times the perplexity before: from here on the result is said to need healing
 
@@ -67,3 +70,14 @@ def advice(figures: dict[str, Any], source: Path, out: Path) -> str:
     if ratio < LOSES:
         return f"{lost}: small enough to go on; `llmc distill` would still win some of it back"
     return f"{lost}: it needs healing before it is of use: llmc distill {out} --teacher {source}"
+
+
+def zeros_of(checkpoint: Checkpoint) -> tuple[list[int], list[int]]:
+    """(exact zeros, weights) of the linears of each decoder layer, counted in the file."""
+    skeleton = Skeleton(checkpoint, "cpu")
+    zeros, weights = [0] * len(skeleton.layers), [0] * len(skeleton.layers)
+    for layer, name, _ in linears_of(skeleton):
+        tensor = checkpoint.tensor(skeleton.names.stored(f"{name}.weight"))
+        zeros[layer] += int((tensor == 0).sum())
+        weights[layer] += tensor.numel()
+    return zeros, weights

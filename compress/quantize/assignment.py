@@ -161,7 +161,7 @@ def table_shape(skeleton: Skeleton) -> tuple[int, int]:
 def has_own_head(skeleton: Skeleton) -> bool:
     """Whether the checkpoint holds a head that differs from the embedding, as the export decides it."""
     names = {id(m): n for n, m in skeleton.model.named_modules()}
-    head, table = (skeleton.stored_name(f"{names[id(m)]}.weight") if id(m) in names else None for m in (
+    head, table = (skeleton.names.find(f"{names[id(m)]}.weight") if id(m) in names else None for m in (
         skeleton.model.get_output_embeddings(), skeleton.model.get_input_embeddings()))
     if head is None or table is None:
         return False

@@ -69,7 +69,7 @@ def assign_to_budget(config: QuantizeConfig, skeleton: Skeleton, source: dict[st
     """The best types for `config.target`. source: what the manifest says of the model."""
     matrices = matrices_of(skeleton)
     peer = types_of(config.peer, config, skeleton) if config.peer else {}  # what refuses a preset costs no measurement
-    stored = {n: skeleton.stored_name(f"{_module_name(skeleton, n)}.weight") for n in matrices}
+    stored = {n: skeleton.names.find(f"{_module_name(skeleton, n)}.weight") for n in matrices}
     outside = _outside(skeleton, origin_of(skeleton.checkpoint.folder, source), {s for s in stored.values() if s})
     measured = _measured(config, skeleton, source, matrices)
     options = {name: _options(m, measured[name], config.method) for name, m in matrices.items()}

@@ -22,7 +22,7 @@ from llmc.compress.unfinished import fingerprint
 from llmc.console import say
 from llmc.errors import UserError
 from llmc.files import write_json
-from llmc.formats.manifest import read_manifest
+from llmc.formats.manifest import passes_of
 from llmc.formats.source import hash_source
 from llmc.machine import torch_device
 
@@ -116,8 +116,7 @@ class _Maker:
 
     def choice(self, name: str, record: dict[str, Any]) -> Choice:
         folder = self.source if name == "none" else self.work / name
-        before = (read_manifest(self.source) or {}).get("passes", [])
-        passes = [] if name == "none" else (read_manifest(folder) or {})["passes"][len(before):]
+        passes = [] if name == "none" else passes_of(folder)[len(passes_of(self.source)):]
         return Choice(folder, passes, record)
 
     def measure(self, learn: Calibration, held: Calibration) -> dict[str, dict[str, Any]]:
