@@ -102,7 +102,7 @@ class _Job:
         source = describe_source(self.source)
         text = calibration_text(self.skeleton, source["files"], self.config, self.threads, sampled_file(self.work))
         say(f"calibration: {text.origin['name']}, {text.tokens:,} tokens")
-        key = fingerprint(self.config.numbers(), self.threads, source["files"], text)
+        key = fingerprint(__name__, self.config.numbers(), self.threads, source["files"], text)
         work = Workspace(self.work, key, self.config.resume)
         if work.done:
             say(f"resuming after layer {work.done} of {len(self.skeleton.layers)}")

@@ -119,7 +119,8 @@ class _Job:
         files = self.described["files"]
         sized = replace(self.config, samples=self.config.sequences)
         text = calibration_text(self.skeleton, files, sized, self.threads, sampled_file(self.work))
-        work = Workspace(self.work, fingerprint(self.config.numbers(), self.threads, files, text), self.config.resume)
+        key = fingerprint(__name__, self.config.numbers(), self.threads, files, text)
+        work = Workspace(self.work, key, self.config.resume)
         if work.done:
             say(f"resuming after step {work.done}")
         if self.config.method == "magnitude":

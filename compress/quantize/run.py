@@ -193,7 +193,7 @@ class _Job:
         calibration = text if self.config.method == "gptq" else None
         deciding = {**self.config.numbers(), "imatrix": self.importance and self.importance.origin,
                     "types": {n: self.assignment.stored(n) for n in self.assignment.types}}
-        key = fingerprint(deciding, self.threads, source["files"], calibration)
+        key = fingerprint(__name__, deciding, self.threads, source["files"], calibration)
         work = Workspace(self.work, key, self.config.resume)
         if self.assignment.plan:
             say(budget_lines(self.assignment.plan, self.assignment.counts(), self.assignment.tables))

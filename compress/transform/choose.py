@@ -122,7 +122,7 @@ class _Maker:
     def measure(self, learn: Calibration, held: Calibration) -> dict[str, dict[str, Any]]:
         """{candidate: {'kld', 'se' (of the mean, over sequences)}} of the model rounded to nearest on the target type."""
         path = self.work / "figures.json"
-        key = fingerprint(self.config.numbers(), self.threads, hash_source(self.source), held)
+        key = fingerprint(__name__, self.config.numbers(), self.threads, hash_source(self.source), held)
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         measured: dict[str, dict[str, Any]] = found["measured"] if found.get("key") == key else {}
         base: measure.Run | None = None

@@ -41,7 +41,7 @@ class Stage(ABC):
 
     def run(self) -> dict[str, Any]:
         """Make the folder `out`; one that an interrupted run finished is taken as it is. Returns its manifest."""
-        key = fingerprint({**self.settings, "pass": self.name}, self.threads, hash_source(self.source), self.calibration)
+        key = fingerprint(__name__, {**self.settings, "pass": self.name}, self.threads, hash_source(self.source), self.calibration)
         found = read_manifest(self.out)
         if self.resume and found and found.get("fingerprint") == key:
             say(f"{self.out} is finished already")
