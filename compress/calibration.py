@@ -31,6 +31,10 @@ from llmc.console import progress
 from llmc.errors import UserError
 from llmc.files import fsync, staged_file, write_json
 
+# The unchanged model runs along on an eighth of the sequences, at least 16, for time: it is a second forward pass. Error of
+# the states after 13 layers of SmolLM2-135M (128 sequences): 1.55 and 1.60 % with 32 of them, 1.63 and 1.56 % with 16 (the
+# second figures are with one refinement of GPTQ's instead of two).
+REFERENCE_SHARE, REFERENCE_LEAST = 8, 16
 BATCH_BYTES = 32 << 20  # activations of one batch of sequences (hidden and the widest linear), float32
 SUMS_BYTES = 512 << 20  # three matrices [in, in] for the widest linear, of all workers
 
@@ -237,3 +241,10 @@ class Loop:
             for group, statistics in zip(stage, run.gather(stage), strict=True):
                 pass_.change(layer, group, statistics)
         run.send()
+
+
+def spread(sequences: torch.Tensor, first: int) -> torch.Tensor:
+    """The sequences reordered so that the first `first` are evenly spaced over all."""
+    n = sequences.shape[0]
+    chosen = [i * n // first for i in range(first)]
+    return sequences[chosen + sorted(set(range(n)) - set(chosen))]

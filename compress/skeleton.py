@@ -319,3 +319,15 @@ def _states(out: Any) -> torch.Tensor:
     """The hidden states that a layer returns, some in a tuple."""
     states: torch.Tensor = out[0] if isinstance(out, tuple) else out
     return states
+
+
+def linears_of(skeleton: Skeleton) -> Iterator[tuple[int, str, torch.nn.Module]]:
+    """(layer, name in the model, module) of every linear of the decoder layers."""
+    for index in range(len(skeleton.layers)):
+        for name, module in skeleton.linears(index).items():
+            yield index, f"{skeleton.layer_name(index)}.{name}", module
+
+
+def returning(output: Any) -> Callable[..., Any]:
+    """A forward that returns `output`, whatever it is given; for `replaced`."""
+    return lambda *_args, **_kwargs: output

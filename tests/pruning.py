@@ -11,8 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import llmc
-from llmc.compress.quantize.assignment import linears_of
-from llmc.compress.skeleton import Skeleton
+from llmc.compress.skeleton import Skeleton, linears_of
 from llmc.formats.checkpoint import Checkpoint
 
 

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from llmc.compress.calibration import Loop, Workspace, settings_for
+from llmc.compress.calibration import REFERENCE_LEAST, REFERENCE_SHARE, Loop, Workspace, settings_for, spread
+from llmc.compress.ends import is_tied
 from llmc.compress.passes import LayerPass, LayerWatch
 from llmc.compress.prune import depth, width
 from llmc.compress.prune.config import MASKS, PruneConfig
 from llmc.compress.prune.mask_pass import MaskPass
-from llmc.compress.quantize.run import REFERENCE_LEAST, REFERENCE_SHARE, spread
 from llmc.compress.skeleton import Skeleton
-from llmc.compress.transform.ends import is_tied
 from llmc.formats.hf import load_torch_model
 from llmc.formats.shards import Piece, pieces_of, rest_of
 

@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmc.compress.quantize.assignment import linears_of
-from llmc.compress.skeleton import Skeleton
-from llmc.compress.transform.measure import Run, head_of, run
+from llmc.compress.forward import Run, head_of, run
+from llmc.compress.skeleton import Skeleton, linears_of
 from llmc.evals.quality import metrics
 from llmc.evals.quality.protocol import FolderTokenizer
 from llmc.formats.checkpoint import Checkpoint

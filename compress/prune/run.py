@@ -19,8 +19,7 @@ from llmc.compress.prune.depth import prove
 from llmc.compress.prune.methods import Made, along_of, make
 from llmc.compress.prune.quality import advice, judge, split, zeros_of
 from llmc.compress.prune.width import narrowed
-from llmc.compress.quantize.assignment import linears_of
-from llmc.compress.skeleton import Skeleton, get_weight
+from llmc.compress.skeleton import Skeleton, get_weight, linears_of
 from llmc.compress.text import Calibration
 from llmc.compress.unfinished import fingerprint
 from llmc.console import say

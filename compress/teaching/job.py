@@ -78,8 +78,9 @@ class Job(ABC):
     def open_work(self) -> None:
         """The folder of an unfinished run, guarded by a fingerprint."""
         self.source, self.teacher_source = describe_source(self.folder), describe_source(self.teacher_folder)
-        key = fingerprint(type(self).__module__, self.settings.numbers(), self.threads, self.source["files"], device=str(self.device),
-                          dtype=str(self.dtype), teacher=self.teacher_source["files"], processes=self.processes)
+        key = fingerprint(type(self).__module__, self.settings.numbers(), self.threads, self.source["files"],
+                          device=str(self.device), dtype=str(self.dtype), teacher=self.teacher_source["files"],
+                          processes=self.processes)
         with self.leader_first():
             open_unfinished(self.work, key, self.settings.resume or not self.leads)
 

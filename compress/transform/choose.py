@@ -9,13 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from llmc.compress import forward as measure
+from llmc.compress.ends import is_tied
 from llmc.compress.quantize.assignment import type_for
 from llmc.compress.quantize.config import QuantizeConfig
 from llmc.compress.skeleton import Skeleton
 from llmc.compress.text import Calibration
-from llmc.compress.transform import measure
 from llmc.compress.transform.config import CALIBRATED, TARGET, TransformConfig
-from llmc.compress.transform.ends import is_tied
 from llmc.compress.transform.roles import family_of
 from llmc.compress.transform.run import make
 from llmc.compress.unfinished import fingerprint

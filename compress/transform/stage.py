@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from llmc.compress.calibration import Loop, LoopSettings, Workspace, settings_for
+from llmc.compress.ends import is_tied, name_of, stored_head
 from llmc.compress.skeleton import Skeleton
 from llmc.compress.text import Calibration
-from llmc.compress.transform.ends import is_tied, name_of, stored_head
 from llmc.compress.transform.layer_pass import PROOF_TOKENS, Rotation, Scaling, Transform, as_stored
 from llmc.compress.transform.roles import family_of
 from llmc.compress.transform.rotations import fold, orthogonal, rotate_columns
@@ -41,7 +41,8 @@ class Stage(ABC):
 
     def run(self) -> dict[str, Any]:
         """Make the folder `out`; one that an interrupted run finished is taken as it is. Returns its manifest."""
-        key = fingerprint(__name__, {**self.settings, "pass": self.name}, self.threads, hash_source(self.source), self.calibration)
+        key = fingerprint(__name__, {**self.settings, "pass": self.name}, self.threads, hash_source(self.source),
+                          self.calibration)
         found = read_manifest(self.out)
         if self.resume and found and found.get("fingerprint") == key:
             say(f"{self.out} is finished already")
