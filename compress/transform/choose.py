@@ -14,7 +14,7 @@ from llmc.compress.ends import is_tied
 from llmc.compress.quantize.assignment import type_for
 from llmc.compress.quantize.config import QuantizeConfig
 from llmc.compress.skeleton import Skeleton
-from llmc.compress.text import Calibration
+from llmc.compress.text import Calibration, held_out
 from llmc.compress.transform.config import CALIBRATED, TARGET, TransformConfig
 from llmc.compress.transform.roles import family_of
 from llmc.compress.transform.run import make
@@ -83,7 +83,7 @@ def split(calibration: Calibration) -> tuple[Calibration, Calibration]:
         raise UserError("--transform auto judges by a held-out part of the calibration text, and there is one sequence",
                         "use --samples 16 or more")
     count = min(HELD_MOST, max(1, n // HELD_SHARE))
-    held = sorted({i * n // count + n // (2 * count) for i in range(count)})
+    held = held_out(n, count)
     rest = [i for i in range(n) if i not in held]
 
     def part(rows: list[int]) -> Calibration:
