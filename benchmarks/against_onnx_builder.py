@@ -28,8 +28,8 @@ from llmc.evals.bench.config import BenchConfig
 from llmc.evals.bench.run import bench
 from llmc.evals.quality import metrics
 from llmc.evals.quality.protocol import FolderTokenizer, cut
+from llmc.evals.report.sections import speeds_of
 from llmc.evals.report.show import markdown
-from llmc.evals.report.store import speeds_of
 from llmc.formats.artifacts.table import artifact_at
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.onnx_folder import open_onnx

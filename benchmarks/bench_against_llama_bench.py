@@ -27,8 +27,8 @@ import numpy as np
 from llmc.evals.bench.config import BenchConfig
 from llmc.evals.bench.prompt import prompt_ids
 from llmc.evals.bench.run import bench
+from llmc.evals.report.sections import speeds_of
 from llmc.evals.report.show import table
-from llmc.evals.report.store import speeds_of
 from llmc.formats.artifacts.table import artifact_at
 from llmc.machine import physical_cores
 from llmc.runtimes.amx import use_extra_buffers

@@ -9,12 +9,36 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NotRequired, TypedDict
 
 from llmc.errors import UserError
 
 if TYPE_CHECKING:
+    from llmc.formats.kv import KvShape
     from llmc.formats.tensors import Tensor
+
+
+class ClassSize(TypedDict):
+    """The tensors of one class."""
+
+    bytes: int
+    parameters: int  # elements
+    types: list[str]  # stored types, sorted
+
+
+class Size(TypedDict):
+    """What an artifact weighs."""
+
+    file_bytes: int  # of the weight files on the disk
+    tensor_bytes: int  # of the tensors alone
+    parameters: int  # elements of all tensors
+    bits_per_weight: float  # 8 * tensor_bytes / parameters
+    decoder_bits_per_weight: float  # of attention and MLP matrices alone
+    token_bytes: int  # that one decoded token reads: every tensor but the embedding rows of other tokens
+    tied: bool  # the embedding is the output head
+    types: dict[str, int]  # bytes by stored type
+    matrices: NotRequired[dict[str, int]]  # how many by stored type; missing in reports of earlier versions
+    classes: dict[str, ClassSize]  # by each of CLASSES
 
 
 class Artifact(ABC):
@@ -82,21 +106,14 @@ class Artifact(ABC):
     def tensors(self) -> list[Tensor]:
         """Every weight, in the order of the file."""
 
-    def weigh(self) -> dict[str, Any]:
-        """Sizes, by headers alone.
-
-        file_bytes: of the weight file(s) on disk    tensor_bytes: of the tensors alone    parameters: their elements
-        bits_per_weight: 8 * tensor_bytes / parameters    decoder_bits_per_weight: of attention and MLP matrices alone
-        token_bytes: what one decoded token must read: every tensor but the embedding rows of other tokens
-        tied: the embedding is the output head    types: bytes by stored type    matrices: how many of each type
-        classes: {class: {bytes, parameters, types}} for each of CLASSES
-        """
+    def weigh(self) -> Size:
+        """Sizes, by headers alone."""
         from llmc.families.names import CLASSES
 
         found = self.tensors()
         if not found:
             raise UserError(f"{self.path} holds no tensors", "make or download it again")
-        classes: dict[str, dict[str, Any]] = {k: {"bytes": 0, "parameters": 0, "types": []} for k in CLASSES}
+        classes: dict[str, ClassSize] = {k: {"bytes": 0, "parameters": 0, "types": []} for k in CLASSES}
         types: dict[str, int] = {}
         matrices: dict[str, int] = {}
         for t in found:
@@ -127,8 +144,8 @@ class Artifact(ABC):
         """{'layers', 'heads' (most of any layer), 'vocabulary'}."""
 
     @abstractmethod
-    def kv_shape(self) -> dict[str, Any] | None:
-        """The shape of the KV cache (llmc/formats/kv.py). None where the artifact does not tell it."""
+    def kv_shape(self) -> KvShape | None:
+        """The shape of the KV cache. None where the artifact does not tell it."""
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:

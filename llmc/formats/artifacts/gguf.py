@@ -11,6 +11,7 @@ from llmc.formats.artifact import Artifact
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
+    from llmc.formats.kv import KvShape
     from llmc.formats.tensors import Tensor
 
 
@@ -47,7 +48,7 @@ class GgufArtifact(Artifact):
         return {"layers": int(self._own("block_count")), "vocabulary": int(embedding.shape[1]),
                 "heads": int(max(heads) if isinstance(heads, list) else heads)}  # by layer: the largest bounds it
 
-    def kv_shape(self) -> dict[str, Any] | None:
+    def kv_shape(self) -> KvShape | None:
         """Which layers slide is for most architectures not written in the file, and llama.cpp's cache holds every token of
         those too unless it is told otherwise: they count as full."""
         layers, heads = self._own("block_count"), self._own("attention.head_count")
