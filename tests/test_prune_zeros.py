@@ -119,7 +119,7 @@ def test_which_types_have_a_code_for_zero() -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 9999), type=st.sampled_from(KEEPING), share=st.sampled_from([0.3, 0.5, 0.8]),
+@given(seed=st.integers(0, 9999), qtype=st.sampled_from(KEEPING), share=st.sampled_from([0.3, 0.5, 0.8]),
        drifted=st.booleans())
 def test_zeros_stay_and_the_others_make_up_for_it(seed: int, qtype: IntegerType, share: float, drifted: bool) -> None:
     w, h = problem(6, 256, seed)
