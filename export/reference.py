@@ -1,8 +1,7 @@
-"""The logits that the file must give: the source model run by transformers in float32, dequantized where it has codes, with
-embedding and head as the file has them (a type of few bits loses more there than the bounds of the check allow).
+"""The reference logits of an exported file: transformers runs the source model in float32, with quantized matrices dequantized.
 
-Every module's weights are read when it runs and dropped afterwards, so a model of any size needs the memory of its
-largest matrix only.
+Embedding and lm_head have the values of the file: at few bits they alone lose more than the bounds of the check allow.
+The weights of a module are read when it runs and dropped afterwards. So memory is bounded by the largest matrix.
 """
 
 from __future__ import annotations
@@ -24,17 +23,17 @@ from llmc.formats.hf import load_config, load_torch_model
 def reference_logits(ckpt: Checkpoint, ids: np.ndarray, tables: dict[str, torch.Tensor],
                      rounded: Callable[[str], torch.Tensor] | None = None,
                      inputs: Callable[[str, torch.Tensor], torch.Tensor] | None = None) -> np.ndarray:
-    """ids int [n] -> float32 [n, vocab]. tables: 'embedding' and 'head' (the same where they are tied), float32.
+    """ids int [n] -> float32 [n, vocab]. ends: 'embedding' and 'head' (one tensor if they are tied), float32.
 
-    rounded: gives a linear that the checkpoint holds as floats, by its module's name in the checkpoint, as the file has it.
-    inputs: gives what such a linear makes of its input before the product.
+    rounded: takes the module name of a float linear in the checkpoint, returns its values in the file.
+    inputs: takes that name and the linear's input, returns the input as the file rounds it before the product.
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     config = load_config(ckpt.folder)
     with init_empty_weights(include_buffers=False):
-        # only the eager attention computes every variant (Gemma 2's soft cap is ignored by sdpa)
+        # only eager attention computes every variant (sdpa ignores Gemma 2's soft cap)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager",
                                                  trust_remote_code=False)
     weights = _Weights(ckpt, model, tables, rounded, inputs)
@@ -45,7 +44,7 @@ def reference_logits(ckpt: Checkpoint, ids: np.ndarray, tables: dict[str, torch.
                 module.register_forward_hook(weights.drop)
     elif rounded is not None:
         raise UserError(f"transformers renames the tensors of {ckpt.folder}", "export it as GGUF")
-    else:  # transformers renames or stacks this architecture's tensors when it loads them: leave it to that
+    else:  # transformers renames or stacks the tensors of this architecture when it loads them, so it must load them itself
         model = load_torch_model(ckpt.folder)
         for module, table in ((model.get_output_embeddings(), "head"), (model.get_input_embeddings(), "embedding")):
             module.weight.data.copy_(with_rows(tables[table], module.weight.shape[0]))
@@ -55,13 +54,14 @@ def reference_logits(ckpt: Checkpoint, ids: np.ndarray, tables: dict[str, torch.
 
 
 def with_rows(table: torch.Tensor, rows: int) -> torch.Tensor:
-    """As many rows as the model has: a file may leave out padding, or pad."""
+    """Cut or zero-pad to `rows` rows: a file may have fewer or more padding rows than the model."""
     return nn.functional.pad(table[:rows], (0, 0, 0, max(0, rows - table.shape[0])))
 
 
 def locate(ckpt: Checkpoint, linears: set[str], name: str, prefix: str) -> tuple[str, bool] | None:
-    """The checkpoint's name of a parameter of transformers' model (with or without the base model's prefix), and whether it
-    is codes: then it is the linear's name."""
+    """Find a parameter of transformers' model in the checkpoint, with or without the base model's prefix.
+
+    Returns (name, False) for a float tensor, (name of the linear, True) for a quantized one, None if it is not there."""
     for candidate in (name, name.removeprefix(prefix), prefix + name):
         if candidate in ckpt:
             return candidate, False
@@ -90,7 +90,7 @@ class _Weights:
     def _locate(self, name: str) -> tuple[str, bool] | None:
         if found := locate(self.ckpt, self.linears, name, self.prefix):
             return found
-        # a tied head has no tensor; the planner has made sure that it is tied
+        # a tied head has no tensor; the planner has checked that it is tied
         return self._locate(f"{self.embedding}.weight") if name == f"{self.head}.weight" else None
 
     def fetch(self, module_name: str) -> Any:
@@ -99,7 +99,7 @@ class _Weights:
                 value = self._read(f"{module_name}.{name}", module)
                 if value.shape != p.shape:
                     raise UserError(f"{module_name}.{name} has shape {list(value.shape)}, config.json says "
-                                    f"{list(p.shape)}", "the checkpoint and its config.json do not belong together")
+                                    f"{list(p.shape)}", "the checkpoint and its config.json do not match")
                 setattr(module, name, nn.Parameter(value, requires_grad=False))
             return args if self.inputs is None else self._rounded_input(module_name, module, args)
         return hook
