@@ -24,8 +24,8 @@ def check_ids(tokenizer: Any, weights: int, context_length: int) -> np.ndarray:
 def compare_logits(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float]:
     """Compare the logits [n, vocab] of torch and of a runtime for the same ids.
 
-    Returns the relative error (RMS of the difference / RMS of the logits, both centred for each token), the mean KL divergence
-    in nats and the top-1 agreement, 0 to 1."""
+    Returns the relative error (RMS of the difference / RMS of the logits, both centred for each token), the mean KL
+    divergence in nats and the top-1 agreement, 0 to 1."""
     rows = np.array([_compare_token(a, b) for a, b in zip(ours, theirs, strict=True)])
     kld, top1 = (float(x) for x in rows[:, 2:].mean(axis=0))
     return float(np.sqrt(rows[:, 0].sum() / rows[:, 1].sum())), kld, top1

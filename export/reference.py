@@ -1,4 +1,4 @@
-"""The reference logits of an exported file: transformers runs the source model in float32, with quantized matrices dequantized.
+"""The reference logits of an exported file: transformers runs the source model in float32, dequantized.
 
 Embedding and lm_head have the values of the file: at few bits they alone lose more than the bounds of the check allow.
 The weights of a module are read when it runs and dropped afterwards. So memory is bounded by the largest matrix.
@@ -20,7 +20,7 @@ from llmc.formats.hf import load_config, load_torch_model
 
 
 @torch.no_grad()
-def reference_logits(ckpt: Checkpoint, ids: np.ndarray, tables: dict[str, torch.Tensor],
+def reference_logits(ckpt: Checkpoint, ids: np.ndarray, ends: dict[str, torch.Tensor],
                      rounded: Callable[[str], torch.Tensor] | None = None,
                      inputs: Callable[[str, torch.Tensor], torch.Tensor] | None = None) -> np.ndarray:
     """ids int [n] -> float32 [n, vocab]. ends: 'embedding' and 'head' (one tensor if they are tied), float32.
@@ -36,7 +36,7 @@ def reference_logits(ckpt: Checkpoint, ids: np.ndarray, tables: dict[str, torch.
         # only eager attention computes every variant (sdpa ignores Gemma 2's soft cap)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager",
                                                  trust_remote_code=False)
-    weights = _Weights(ckpt, model, tables, rounded, inputs)
+    weights = _Weights(ckpt, model, ends, rounded, inputs)
     if all(weights.has(name) for name, _ in model.named_parameters()):
         for name, module in model.named_modules():
             if any(True for _ in module.parameters(recurse=False)):
@@ -46,16 +46,16 @@ def reference_logits(ckpt: Checkpoint, ids: np.ndarray, tables: dict[str, torch.
         raise UserError(f"transformers renames the tensors of {ckpt.folder}", "export it as GGUF")
     else:  # transformers renames or stacks the tensors of this architecture when it loads them, so it must load them itself
         model = load_torch_model(ckpt.folder)
-        for module, table in ((model.get_output_embeddings(), "head"), (model.get_input_embeddings(), "embedding")):
-            module.weight.data.copy_(with_rows(tables[table], module.weight.shape[0]))
+        for module, end in ((model.get_output_embeddings(), "head"), (model.get_input_embeddings(), "embedding")):
+            module.weight.data.copy_(with_rows(ends[end], module.weight.shape[0]))
     model.eval()
     out = model(input_ids=torch.from_numpy(np.asarray(ids, dtype=np.int64))[None], use_cache=False).logits
     return np.asarray(out[0].float().numpy())
 
 
-def with_rows(table: torch.Tensor, rows: int) -> torch.Tensor:
+def with_rows(matrix: torch.Tensor, rows: int) -> torch.Tensor:
     """Cut or zero-pad to `rows` rows: a file may have fewer or more padding rows than the model."""
-    return nn.functional.pad(table[:rows], (0, 0, 0, max(0, rows - table.shape[0])))
+    return nn.functional.pad(matrix[:rows], (0, 0, 0, max(0, rows - matrix.shape[0])))
 
 
 def locate(ckpt: Checkpoint, linears: set[str], name: str, prefix: str) -> tuple[str, bool] | None:
@@ -73,7 +73,7 @@ def locate(ckpt: Checkpoint, linears: set[str], name: str, prefix: str) -> tuple
 class _Weights:
     """Reads the parameters of a module of `model` from a float or quantized checkpoint."""
 
-    def __init__(self, ckpt: Checkpoint, model: nn.Module, tables: dict[str, torch.Tensor],
+    def __init__(self, ckpt: Checkpoint, model: nn.Module, ends: dict[str, torch.Tensor],
                  rounded: Callable[[str], torch.Tensor] | None,
                  inputs: Callable[[str, torch.Tensor], torch.Tensor] | None) -> None:
         self.ckpt, self.rounded, self.inputs = ckpt, rounded, inputs
@@ -82,7 +82,7 @@ class _Weights:
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
         names = {id(m): n for n, m in model.named_modules()}
         self.head, self.embedding = names[id(head)], names[id(embedding)]
-        self.tables = {f"{self.embedding}.weight": tables["embedding"], f"{self.head}.weight": tables["head"]}
+        self.ends = {f"{self.embedding}.weight": ends["embedding"], f"{self.head}.weight": ends["head"]}
 
     def has(self, name: str) -> bool:
         return self._locate(name) is not None
@@ -118,8 +118,8 @@ class _Weights:
     def _read(self, name: str, module: nn.Module) -> torch.Tensor:
         from transformers.pytorch_utils import Conv1D
 
-        if name in self.tables:
-            return with_rows(self.tables[name], module.get_parameter("weight").shape[0])
+        if name in self.ends:
+            return with_rows(self.ends[name], module.get_parameter("weight").shape[0])
         found = self._locate(name)
         assert found is not None
         stored, is_codes = found

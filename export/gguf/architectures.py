@@ -38,8 +38,9 @@ class TensorNames:
 
 
 def find_architecture(config: dict[str, Any], hint: str = CONVERTER) -> Family:
-    """The family row for the `architectures` of a config.json. Raises UserError, with `hint`, if llmc does not write that family
-    into GGUF."""
+    """The family row for the `architectures` of a config.json.
+
+    Raises UserError, with `hint`, if llmc does not write that family into GGUF."""
     names = config.get("architectures") or []
     for name in names:
         family = by_architecture(name)

@@ -11,7 +11,7 @@ from llmc.options import Wrong, check, option
 
 GGUF = "GGUF"  # the options' group in --help
 MATRIX_TYPES = ("f32", "f16", "bf16", "q8_0")
-TABLE_TYPES = ("f32", "f16", "bf16", *BLOCK_TYPES)
+END_TYPES = ("f32", "f16", "bf16", *BLOCK_TYPES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +24,10 @@ class GgufExportConfig:
     out: Path | None = options.out(
         "File (gguf) or folder (onnx) to write.", "MODEL-TYPE.gguf or MODEL-onnx, in the working folder")
     embedding: str | None = option(
-        None, help="Type of the token embedding.", choices=TABLE_TYPES, group=GGUF,
+        None, help="Type of the token embedding.", choices=END_TYPES, group=GGUF,
         shown="the type of a preset or budget, else q8_0 for a quantized model, else --float-type")
     head: str | None = option(
-        None, help="Type of the output matrix. A tied model has no output matrix of its own.", choices=TABLE_TYPES,
+        None, help="Type of the output matrix. A tied model has no output matrix of its own.", choices=END_TYPES,
         group=GGUF, shown="the type of a preset or budget, else --embedding")
     float_type: str = option("f16", help="Type of matrices that are not quantized.", choices=MATRIX_TYPES, group=GGUF)
     converter: Path | None = option(

@@ -81,7 +81,7 @@ def read_vocabulary(folder: Path, tokenizer: Any, size: int, pre: str | None, ch
         pre = pre or pretokenizers.find_pre(spec.get("pre_tokenizer"), bool(model.get("ignore_merges")))
         v = Vocabulary("gpt2", pre, tokens, types, merges=merges)
         if normalizers:  # nearly all text is composed already, and NFC does not change it
-            notes.append("the tokenizer composes Unicode (NFC) and llama.cpp does not: decomposed text is tokenized differently")
+            notes.append("the tokenizer composes Unicode (NFC) and llama.cpp does not: tokens of decomposed text differ")
     else:
         v = _sentencepiece(folder, spec, tokens, types)
     v.notes = notes

@@ -1,7 +1,7 @@
 """Verification of a GGUF file. No part of it can be skipped.
 
 1. Every tensor is read back and compared with its source: codes and scales bit for bit, floats in their type.
-2. llama.cpp opens the file. It must give the token ids of the model's tokenizer, know every end token, and give torch's logits.
+2. llama.cpp opens the file. It must give the model's token ids, know every end token, and give torch's logits.
 3. It generates 16 tokens for the user to read.
 """
 
@@ -22,7 +22,7 @@ from llmc.export.gguf import blocks
 from llmc.export.gguf.blocks import Kind
 from llmc.export.gguf.tokenizer import Vocabulary
 from llmc.export.gguf.writer import GgufTensor
-from llmc.export.parity import GENERATED, PROMPT, PLEASE_REPORT, check_ids, compare_logits, first_difference, show
+from llmc.export.parity import GENERATED, PLEASE_REPORT, PROMPT, check_ids, compare_logits, first_difference, show
 from llmc.export.reference import reference_logits
 from llmc.formats import packing
 from llmc.formats.check_text import CHECK_TEXT, MARKS
@@ -91,7 +91,7 @@ def _lost(e: GgufTensor, data: np.ndarray, source: torch.Tensor) -> float:
     return error / energy if energy else 0.0
 
 
-def tables(path: Path) -> dict[str, torch.Tensor]:
+def end_matrices(path: Path) -> dict[str, torch.Tensor]:
     """The values of 'embedding' and 'head' in the file, float32 [vocab, hidden]. A tied file has one matrix for both."""
     stored = {t.name: t for t in GGUFReader(path).tensors if t.name in ("token_embd.weight", "output.weight")}
 
@@ -131,9 +131,9 @@ class Bound:
     def of(cls, entries: list[GgufTensor]) -> Bound:
         """The bound for the coarsest type in the file.
 
-        llama.cpp rounds activations to the type that a matrix needs: 8 bits for quantized matrices, bfloat16 for BF16, float16
-        for F16. Its GELU comes from a float16 table. With 8 bits, relative errors of 0.02 to 0.15 were measured, the largest
-        with untrained weights and with experts. A wrong layout gives about 1."""
+        llama.cpp rounds activations to the type that a matrix needs: 8 bits for quantized matrices, bfloat16 for BF16,
+        float16 for F16. Its GELU comes from a float16 table. With 8 bits, relative errors of 0.02 to 0.15 were measured, the
+        largest with untrained weights and with experts. A wrong layout gives about 1."""
         kinds = {e.kind for e in entries}
         if kinds - FLOATS:
             return cls(0.3, 0.15)
@@ -181,7 +181,8 @@ def tokens(runtime: LlamaCpp, tokenizer: Any, folder: Path, v: Vocabulary) -> di
     for i in added:
         text = v.tokens[i]
         if (got := runtime.tokenize(text, special=False).tolist()) != [i]:
-            raise UserError(f"llama.cpp does not find the added token {text!r} (id {i}) in a text: it gives {got}", PLEASE_REPORT)
+            raise UserError(f"llama.cpp does not find the added token {text!r} (id {i}) in a text: it gives {got}",
+                            PLEASE_REPORT)
     ends = runtime.end_tokens
     if missing := [i for i in v.ends if i not in ends]:
         raise UserError(f"llama.cpp would not stop at {', '.join(repr(v.tokens[i]) for i in missing)}, which ends a "
@@ -213,7 +214,7 @@ def in_llama_cpp(path: Path, ckpt: Checkpoint, tokenizer: Any, v: Vocabulary, en
     try:
         return {
             "token_ids": tokens(runtime, tokenizer, ckpt.folder, v),
-            "logits": logits(runtime, ckpt, ids, Bound.of(entries), tables(path)),
+            "logits": logits(runtime, ckpt, ids, Bound.of(entries), end_matrices(path)),
             "generated": generate(runtime),
         }
     finally:

@@ -29,8 +29,9 @@ class OnnxExportConfig:
         False, help="Write the values of a quantized model as float32. Only with --exporter optimum.", group=ONNX)
     dtype: str | None = option(
         None, help="Type of a float model's matrices. int8 is rounded in blocks of 32. w8a8 has int8 weights with a scale "
-                   "for each row and int8 inputs with a scale for each token; run `llmc transform --scaling smoothquant` first. A "
-                   "quantized model keeps its codes and accepts no --dtype.", choices=DTYPES, group=ONNX, shown="fp16")
+                   "for each row and int8 inputs with a scale for each token; run `llmc transform --scaling smoothquant` "
+                   "first. A quantized model keeps its codes and accepts no --dtype.",
+        choices=DTYPES, group=ONNX, shown="fp16")
     accuracy_level: str = option(
         "auto", help="Activations of quantized matrices. 0 keeps them in float32. 4 rounds them to 8 bits in blocks, which "
                      "is faster. auto takes 4 if a measurement shows that it is faster and the KL divergence is small.",

@@ -106,11 +106,12 @@ class Emitter:
             b.make_node("Gather", inputs=[weight, ids], outputs=[rows], name=f"{basename}/Gather")
         return self._cast(b, basename, rows, form, ["batch_size", "sequence_length", k])
 
-    def _lookup_codes(self, b: Any, basename: str, prefix: str, pieces: list[Piece], form: IntegerType, n: int, k: int) -> str:
+    def _lookup_codes(self, b: Any, basename: str, prefix: str, pieces: list[Piece], form: IntegerType, n: int,
+                      k: int) -> str:
         """Add nodes that look up a quantized embedding, which is always symmetric; return the name of their output.
 
-        The embedding has the layout of MatMulNBits; if it is tied, it uses the head's tensors. With qdq it has its own tensors:
-        codes and scales are gathered separately and then dequantized."""
+        The embedding has the layout of MatMulNBits; if it is tied, it uses the head's tensors. With qdq it has its own
+        tensors: codes and scales are gathered separately and then dequantized."""
         node = f"{basename}/GatherBlockQuantized"
         blocks, ids = k // form.group_size, b.input_names["input_ids"]
         if self.qdq:
@@ -164,7 +165,8 @@ class Emitter:
         def scales() -> np.ndarray:
             return self.weights.codes(pieces).scales[:, 0].numpy()
 
-        placed = Placed(node, pieces, W8A8, self._tensor(b, OnnxTensor(f"{prefix}.weight.codes", ir.DataType.INT8, (k, n), codes)),
+        placed = Placed(node, pieces, W8A8,
+                        self._tensor(b, OnnxTensor(f"{prefix}.weight.codes", ir.DataType.INT8, (k, n), codes)),
                         self._tensor(b, OnnxTensor(f"{prefix}.weight.scales", ir.DataType.FLOAT, (n,), scales)),
                         transposed=True, signed=True)
         self.placed.append(placed)

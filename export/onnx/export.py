@@ -69,8 +69,8 @@ def _write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> 
     threads = config.threads or physical_cores()
     hf = load_config(ckpt.folder)
     context, ends_early = rope.context_of(hf.to_dict())
-    model, rows, tables = graph.skeleton(ckpt, hf)
-    weights = Weights(config, ckpt, tables.embedding, tables.head)
+    model, rows, ends = graph.skeleton(ckpt, hf)
+    weights = Weights(config, ckpt, ends.embedding, ends.head)
     weights.notes += [ends_early] if ends_early else []
     emitter = emit.Emitter(weights, qdq=config.int4 == "qdq")
     made = graph.build(ckpt, hf, weights, model, rows, emitter, work)
@@ -81,7 +81,7 @@ def _write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> 
     for note in weights.notes:
         warn(note)
     say(f"writing {out}: {size(total)} of matrices; embedding and head "
-        f"{form_name(weights.form(tables.embedding))} ({weights.reason})")
+        f"{form_name(weights.form(ends.embedding))} ({weights.reason})")
     own = writer.write(made, emitter.entries, work)
     verified = verify.tensors(work, own, weights, emitter.placed)
     ids = check_ids(tok, verified["weights"], context)

@@ -87,7 +87,7 @@ class Rows:
             for first, stop in sorted(self.placed.get(module, [])):
                 at = stop if first == at else -1
             if at != end - start:
-                raise UserError(f"the model builder does not put all rows of {module} into the graph exactly once", PLEASE_REPORT)
+                raise UserError(f"the model builder does not put every row of {module} into the graph once", PLEASE_REPORT)
 
 
 class Builder:
@@ -113,7 +113,7 @@ class Builder:
         return self.llmc_model
 
     def make_matmul_float(self, matmul: Any, name: str, root_input: str, **kwargs: Any) -> str:
-        """Add a matrix product. name: like '/model/layers.0/mlp/up_proj/MatMul'; its output is `name`/output_0 or 'logits'."""
+        """Add a product. name: like '/model/layers.0/mlp/up_proj/MatMul'; its output is `name`/output_0 or 'logits'."""
         output = "logits" if kwargs.get("logits") else f"{name}/output_0"
         pieces = self.llmc_rows.pieces(matmul.weight)
         self.llmc_rows.place(pieces)
@@ -136,8 +136,8 @@ class Builder:
 
 
 @dataclass(frozen=True)
-class Tables:
-    """Module names of embedding and head in the checkpoint; one name if they are one matrix.
+class Ends:
+    """The ends of the model: module names of embedding and head in the checkpoint, the same if they are one matrix.
 
     spare: a head tensor that is a copy of the embedding."""
 
@@ -146,7 +146,7 @@ class Tables:
     spare: str | None = None
 
 
-def skeleton(ckpt: Checkpoint, hf: Any) -> tuple[nn.Module, Rows, Tables]:
+def skeleton(ckpt: Checkpoint, hf: Any) -> tuple[nn.Module, Rows, Ends]:
     """The model with row numbers as matrices and real norms and biases; the row numbers; the names of embedding and head."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
@@ -154,12 +154,12 @@ def skeleton(ckpt: Checkpoint, hf: Any) -> tuple[nn.Module, Rows, Tables]:
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(hf, dtype=torch.float32, trust_remote_code=False)
     linears, prefix = set(quantized.linears(ckpt)), f"{model.base_model_prefix}."
-    tables = _tables(ckpt, hf, model, linears, prefix)
-    rows, numbered, used = Rows(), dict[str, nn.Parameter](), {tables.spare}
+    ends = _find_ends(ckpt, hf, model, linears, prefix)
+    rows, numbered, used = Rows(), dict[str, nn.Parameter](), {ends.spare}
     for name, p in list(model.named_parameters(remove_duplicate=False)):
         owner = model.get_submodule(name.rpartition(".")[0])
         is_head = owner is model.get_output_embeddings() and name.endswith(".weight")
-        found = locate(ckpt, linears, f"{tables.head}.weight" if is_head else name, prefix)
+        found = locate(ckpt, linears, f"{ends.head}.weight" if is_head else name, prefix)
         if found is None:
             raise UserError(f"{ckpt.folder} has no {name}", "the checkpoint and its config.json do not belong together")
         stored, is_codes = found
@@ -179,10 +179,10 @@ def skeleton(ckpt: Checkpoint, hf: Any) -> tuple[nn.Module, Rows, Tables]:
             raise UserError(f"{name} has {p.ndim} axes: no ONNX graph is known for such models", "export it as GGUF")
         setattr(owner, name.rpartition(".")[2], value)
     _refuse_leftovers(ckpt, used)
-    return model.eval(), rows, tables
+    return model.eval(), rows, ends
 
 
-def _tables(ckpt: Checkpoint, hf: Any, model: Any, linears: set[str], prefix: str) -> Tables:
+def _find_ends(ckpt: Checkpoint, hf: Any, model: Any, linears: set[str], prefix: str) -> Ends:
     """Find embedding and head. The tensors decide whether they are tied; raises UserError if config.json contradicts them."""
     names = {id(m): n for n, m in model.named_modules()}
     embedding, head = (locate(ckpt, linears, f"{names[id(m)]}.weight", prefix)
@@ -199,8 +199,8 @@ def _tables(ckpt: Checkpoint, hf: Any, model: Any, linears: set[str], prefix: st
                         "set tie_word_embeddings to false in config.json if the head is right")
     one = embedding[0].removesuffix(".weight")
     if head is None:
-        return Tables(one, one)
-    return Tables(one, one, head[0]) if equal else Tables(one, head[0].removesuffix(".weight"))
+        return Ends(one, one)
+    return Ends(one, one, head[0]) if equal else Ends(one, head[0].removesuffix(".weight"))
 
 
 def _refuse_leftovers(ckpt: Checkpoint, used: set[str | None]) -> None:
@@ -243,7 +243,7 @@ def build(ckpt: Checkpoint, hf: Any, weights: Weights, model: nn.Module, rows: R
 def _as_the_builder_reads(hf: Any) -> Any:
     """A copy of transformers' config with the graph's context length.
 
-    transformers 5 has Gemma 3's rotary bases in one dict for each layer type; they move to the keys that the builder reads."""
+    transformers 5 has Gemma 3's rotary bases in a dict for each layer type; they move to the keys that the builder reads."""
     hf = copy.deepcopy(hf)
     if rope.by_length(hf.to_dict()):
         hf.max_position_embeddings = hf.original_max_position_embeddings = rope.context_of(hf.to_dict())[0]

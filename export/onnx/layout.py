@@ -56,7 +56,8 @@ def exact(q: QuantizedTensor | BlockTensor) -> QuantizedTensor | None:
 def round_to(w: torch.Tensor, bits: int) -> QuantizedTensor:
     """float [N, K] rounded in blocks of 32 to the same codes as GGUF's Q8_0 and Q4_0 (ggml-quants.c of llama.cpp).
 
-    8 bits: d = max |w| / 127. 4 bits: d = the weight of largest magnitude / -8. Codes use d in float32; d is stored as float16."""
+    8 bits: d = max |w| / 127. 4 bits: d = the weight of largest magnitude / -8. Codes use d in float32, the file stores
+    float16."""
     assert bits in (4, 8)
     groups = w.to(torch.float32).reshape(w.shape[0], -1, BLOCK)
     if bits == 8:

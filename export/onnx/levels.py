@@ -1,7 +1,8 @@
 """The choice of the accuracy levels in the file, from speed and KL divergence measured on the written folder in ONNX Runtime.
 
-MatMulNBits' `accuracy_level` sets the type of its inputs in the product: 0 is float32, 4 is int8 in blocks. The head may have
-its own level: ONNX Runtime's CPU provider has a kernel for 8-bit matrices at level 4 only, and often the head alone has 8 bits.
+MatMulNBits' `accuracy_level` sets the type of its inputs in the product: 0 is float32, 4 is int8 in blocks. The head may
+have its own level: ONNX Runtime's CPU provider has a kernel for 8-bit matrices at level 4 only, and often only the head has
+8 bits.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from llmc.runtimes.onnx_model import OnnxModel
 STEPS, REPEATS = 8, 3  # tokens decoded in a measurement, and the number of measurements
 ENOUGH = 3.0  # seconds after which measuring stops: at level 0 ONNX Runtime may take seconds for a token (lint.py)
 # Limits for the loss from rounded activations on the check text. A 4-bit type itself has a KL divergence of 0.1 or more and a
-# top-1 agreement of 70 to 80 %. llama.cpp always rounds activations in this way. On SmolLM2-135M level 4 gave 0.0045 and 94 %;
-# with a wrong kernel (onnxruntime#29849) the divergence is far larger
+# top-1 agreement of 70 to 80 %. llama.cpp always rounds activations in this way. On SmolLM2-135M level 4 gave 0.0045 and
+# 94 %; with a wrong kernel (onnxruntime#29849) the divergence is far larger
 MOST_KLD, LEAST_TOP1 = 0.01, 0.9
 LEAST_GAIN = 1.05  # geometric mean of the speed-ups of prefill and decoding
 BOTH = (0, 4)
@@ -45,7 +46,8 @@ class Levels:
 class Measured:
     """A measurement of levels on the check text.
 
-    kld: mean KL divergence in nats from level 0 everywhere; top1_agreement with it, 0 to 1. prefill, decode: tokens per second."""
+    kld: mean KL divergence in nats from level 0 everywhere; top1_agreement with it, 0 to 1.
+    prefill, decode: tokens per second."""
 
     levels: Levels
     kld: float

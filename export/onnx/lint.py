@@ -25,8 +25,9 @@ DIRECTML_OWN = {  # contrib operators with a kernel in DirectML (docs/OperatorKe
 
 @dataclass(frozen=True)
 class Finding:
-    """A rule that a file breaks. device: the devices or provider that it affects; count: of nodes or tensors; first: the first
-    one's name."""
+    """A rule that a file breaks.
+
+    device: the devices, or the execution provider, that it affects. count: number of nodes or tensors. first: one's name."""
 
     rule: str
     device: str

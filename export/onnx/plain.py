@@ -28,7 +28,7 @@ from llmc.console import say, size, warn
 from llmc.errors import UserError
 from llmc.export.onnx import files, rope, verify, writer
 from llmc.export.onnx.config import OnnxExportConfig
-from llmc.export.parity import GENERATED, PROMPT, PLEASE_REPORT, check_ids
+from llmc.export.parity import GENERATED, PLEASE_REPORT, PROMPT, check_ids
 from llmc.export.reference import reference_logits
 from llmc.files import check_disk, write_json
 from llmc.formats import quantized
@@ -73,8 +73,8 @@ def check_model(config: OnnxExportConfig, ckpt: Checkpoint) -> None:
                         "graph has only that of short texts", OTHERS)
     if quantized.is_quantized(ckpt) and not config.dequantize:
         raise UserError(f"{ckpt.folder} is quantized, and --exporter optimum writes float32",
-                        "leave --exporter out to keep the codes (--int4 qdq stores them for the standard DequantizeLinear), or "
-                        "add --dequantize to write their values")
+                        "leave --exporter out to keep the codes (--int4 qdq stores them for the standard DequantizeLinear), "
+                        "or add --dequantize to write their values")
 
 
 def write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> d
     say(f"tracing {out}: {size(floats)} of float32 weights, held in memory twice")
     architecture = type(model).__name__
     context = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
-    tables = {"embedding": model.get_input_embeddings().weight.detach(),
+    ends = {"embedding": model.get_input_embeddings().weight.detach(),
               "head": model.get_output_embeddings().weight.detach()}
     traced = work / "traced"
     trace(model, traced)
@@ -103,7 +103,7 @@ def write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> d
     operators = standard_operators(work)
     ids, prompt = check_ids(tok, verified["weights"], context), np.array(tok(PROMPT)["input_ids"])
     runtime = OnnxModel(work, max(len(ids), len(prompt) + GENERATED), config.threads or physical_cores())
-    logits = verify_logits(runtime, ckpt, ids, tables)
+    logits = verify_logits(runtime, ckpt, ids, ends)
     generated, cached = generate(runtime, tok, prompt)
     runtime.close()
     return {
@@ -171,9 +171,9 @@ def all_nodes(graph: onnx.GraphProto) -> Any:
                 yield from all_nodes(inner)
 
 
-def verify_logits(runtime: OnnxModel, ckpt: Checkpoint, ids: np.ndarray, tables: dict[str, torch.Tensor]) -> dict[str, Any]:
+def verify_logits(runtime: OnnxModel, ckpt: Checkpoint, ids: np.ndarray, ends: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Compare the logits of ONNX Runtime and torch for one text, run at once."""
-    return verify.bounded(reference_logits(ckpt, ids, tables), runtime.logits(ids), "torch's")
+    return verify.bounded(reference_logits(ckpt, ids, ends), runtime.logits(ids), "torch's")
 
 
 def generate(runtime: OnnxModel, tok: Any, prompt: np.ndarray) -> tuple[str, dict[str, Any]]:

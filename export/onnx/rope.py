@@ -2,8 +2,8 @@
 
 'longrope' (Phi-3's 128k models; 'su' is its older name) has one set of factors up to original_max_position_embeddings and
 another beyond. 'dynamic' changes its base beyond max_position_embeddings. transformers computes every position of a text with
-the set for the text's whole length. So a cache computed with the first set would be wrong beyond its limit, and the context of
-the file ends at that limit.
+the set for the text's whole length. So a cache that was computed with the first set is wrong beyond its limit. Therefore the
+context of the file ends at that limit.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from llmc.export.onnx import layout
 from llmc.export.onnx.emit import Placed
 from llmc.export.onnx.w8a8_proof import Linears
 from llmc.export.onnx.weights import W8A8, Weights
-from llmc.export.parity import GENERATED, PROMPT, PLEASE_REPORT, compare_logits, first_difference, show
+from llmc.export.parity import GENERATED, PLEASE_REPORT, PROMPT, compare_logits, first_difference, show
 from llmc.export.reference import reference_logits
 from llmc.formats import quantized
 from llmc.formats.check_text import CHECK_TEXT, MARKS

@@ -8,9 +8,10 @@ token: SmoothQuant's dynamic per-token activations (Xiao et al., arXiv:2211.1043
     q = Round(x / s) + 128                    uint8 [.., K], 1 to 255; once for all linears that read x
     y = float32(MatMulInteger(q, W, 128)) * s * scales
 
-One scale for all tokens (DynamicQuantizeLinear, quantize_dynamic) is not offered: the largest value of one token then sets the
-step of all, and accuracy collapses (onnxruntime#18430, #21635). q is unsigned because ONNX Runtime has fast x86 kernels only
-for unsigned times signed. On CPUs without VNNI they add pairs of products in 16 bits, which saturate (onnxruntime#6004).
+One scale for all tokens (DynamicQuantizeLinear, quantize_dynamic) is not offered: the largest value of one token then sets
+the step of all, and accuracy collapses (onnxruntime#18430, #21635). q is unsigned because ONNX Runtime has fast x86 kernels
+only for unsigned times signed. On CPUs without VNNI they add pairs of products in 16 bits, which saturate
+(onnxruntime#6004).
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def round_rows(w: torch.Tensor) -> QuantizedTensor:
 
 
 def round_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x float32 [.., K] -> codes around zero (whole numbers in float32, [.., K]) and scales [.., 1], as the graph computes."""
+    """x float32 [.., K] -> codes around zero (whole numbers, float32 [.., K]) and scales [.., 1], as the graph computes."""
     scale = (x.abs().amax(-1, keepdim=True) * INVERSE).clamp_min(TINY)
     return (x / scale).round(), scale
 

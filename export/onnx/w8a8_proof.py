@@ -48,7 +48,8 @@ class Linears:
                 raise UserError(
                     f"ONNX Runtime's MatMulInteger gives other products than torch at {x.node}: {error:.3g} of the largest "
                     f"(at most {MOST_PRODUCT:g})",
-                    "x86 CPUs without VNNI saturate there (onnxruntime#6004): use --dtype int8 for them; else " + PLEASE_REPORT)
+                    "x86 CPUs without VNNI saturate there (onnxruntime#6004): use --dtype int8 for them; else "
+                    + PLEASE_REPORT)
             worst, equal, count = max(worst, error), equal + int((ours == theirs).sum()), count + ours.numel()
         return {"linears": len(self.linears), "products": count, "equal": equal, "largest_error": worst,
                 "max_largest_error": MOST_PRODUCT, "input_error": self.worst_input, "max_input_error": MOST_INPUT}

@@ -19,7 +19,7 @@ from llmc.formats.types import BlockType, IntegerType, QuantizedTensor
 
 Form = IntegerType | str  # the type of the codes, or 'fp32', 'fp16' or W8A8
 W8A8 = "w8a8"
-TABLE_BITS = {"q8_0": 8, "q4_0": 4, "f16": 16}
+END_BITS = {"q8_0": 8, "q4_0": 4, "f16": 16}
 
 
 def form_name(form: Form) -> str:
@@ -49,25 +49,25 @@ class Weights:
                             "leave --dtype out, or export the float model")
         self.dtype = "fp16" if self.linears else config.dtype or "fp16"
         if self.dtype == W8A8 and not _smoothed(ckpt):
-            self.notes.append(f"{ckpt.folder} has no SmoothQuant scaling: the largest input channels set the step of all others; "
-                              "run `llmc transform MODEL --scaling smoothquant` first, which lowers the loss")
-        self.table_bits, self.reason = self._table_bits(config)
+            self.notes.append(f"{ckpt.folder} has no SmoothQuant scaling: the largest input channels set the step of all "
+                              "others; run `llmc transform MODEL --scaling smoothquant` first, which lowers the loss")
+        self.end_bits, self.reason = self._end_bits(config)
         if config.head_bits is not None and head in self.linears:
             raise UserError(f"the head of {ckpt.folder} is quantized: its codes are copied", "leave --head-bits out")
         self._refuse_types()
         self.read = lru_cache(maxsize=4)(self._read)
 
-    def _table_bits(self, config: OnnxExportConfig) -> tuple[int | None, str]:
+    def _end_bits(self, config: OnnxExportConfig) -> tuple[int | None, str]:
         """The bits of embedding and head, None for the type in --dtype; and the reason."""
         if config.head_bits is not None:
             return config.head_bits, "as asked"
         wanted = quantized.tables(self.ckpt)
         types = sorted(set(wanted.values()))
-        if len(types) == 1 and types[0] in TABLE_BITS:
-            return TABLE_BITS[types[0]], "as the folder was made for"
+        if len(types) == 1 and types[0] in END_BITS:
+            return END_BITS[types[0]], "as the folder was made for"
         if types:
-            self.notes.append(f"the folder was made for embedding and lm_head in {' and '.join(types)}, which ONNX Runtime does "
-                              "not have: 8 bits in blocks of 32 are used instead; --head-bits 4 is smaller")
+            self.notes.append(f"the folder was made for embedding and lm_head in {' and '.join(types)}, which ONNX Runtime "
+                              "does not have: 8 bits in blocks of 32 are used instead; --head-bits 4 is smaller")
         if self.linears or self.dtype in ("int8", W8A8):
             return 8, "8 bits beside a quantized decoder"
         return None, "as --dtype"
@@ -107,15 +107,15 @@ class Weights:
             qtype = layout.held_as(quantized.type_of(self.ckpt, module))
             assert qtype is not None
             return qtype
-        is_table = module in (self.embedding, self.head)
-        bits = self.table_bits if is_table else 8 if self.dtype == "int8" else None
+        is_end = module in (self.embedding, self.head)
+        bits = self.end_bits if is_end else 8 if self.dtype == "int8" else None
         if bits in (4, 8):
             columns = self.columns(module)
             if columns % layout.BLOCK:
                 raise UserError(f"{module} has rows of {columns} weights, which blocks of {layout.BLOCK} do not divide",
-                                "--head-bits 16 keeps it in float16" if is_table else "use --dtype fp16")
+                                "--head-bits 16 keeps it in float16" if is_end else "use --dtype fp16")
             return IntegerType(bits, layout.BLOCK)
-        if self.dtype == W8A8 and not is_table:
+        if self.dtype == W8A8 and not is_end:
             return W8A8
         return "fp16" if bits == 16 or self.dtype != "fp32" else "fp32"
 
