@@ -1,4 +1,4 @@
-"""Which runtime opens an artifact: llama.cpp a .gguf file, ONNX Runtime an ONNX folder, torch any other folder."""
+"""The choice of an artifact's runtime: llama.cpp for a .gguf file, ONNX Runtime for an ONNX folder, torch for others."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def open_runtime(artifact: Path, context: int, threads: int, device: str = "cpu"
     """Open an artifact in its own runtime: a .gguf file in llama.cpp, an ONNX folder in onnxruntime, any other folder
     (float or quantized) in torch.
 
-    context: the most tokens that will be in the KV cache at once (a model trained for fewer takes fewer).
-    kv: type of the KV cache, where the runtime has a choice; None: the runtime's own (llama.cpp: f16)
+    context: the largest number of tokens in the KV cache (the model's own context length if that is shorter).
+    kv: the type of the KV cache, if the runtime offers a choice; None: the runtime's default (llama.cpp: f16).
     """
     if artifact.suffix == ".gguf":
         from llmc.runtimes.amx import use_extra_buffers
@@ -26,7 +26,7 @@ def open_runtime(artifact: Path, context: int, threads: int, device: str = "cpu"
         from llmc.runtimes.onnx_model import OnnxModel
 
         return _with(kv, OnnxModel(artifact, context=context, threads=threads, device=device),
-                     "the graph decides: it has no other; export it anew for another, or measure its .gguf file")
+                     "the graph has only this type: export the model again for another, or measure its .gguf file")
     if artifact.is_dir():
         from llmc.runtimes.torch_model import TorchModel
 
@@ -36,7 +36,7 @@ def open_runtime(artifact: Path, context: int, threads: int, device: str = "cpu"
 
 
 def _with(kv: str | None, runtime: Runtime, hint: str) -> Runtime:
-    """The runtime, if its KV cache is of the type that was asked for."""
+    """The runtime, if its KV cache has the requested type; else raises UserError."""
     if kv in (None, runtime.kv_type):
         return runtime
     runtime.close()

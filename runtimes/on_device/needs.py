@@ -1,4 +1,4 @@
-"""Which packages a device has: `python -m llmc.runtimes.on_device.needs {}` prints one JSON line. Standard library only."""
+"""The packages of a device: `python -m llmc.runtimes.on_device.needs {}` prints one JSON line. Standard library only."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ RUNTIMES = {"gguf": ("numpy", "llama-cpp-python"), "onnx": ("numpy", "onnxruntim
 
 
 def packages_of(artifact: str) -> tuple[str, ...]:
-    """What the runtime of an artifact needs, by its name: a .gguf file, else an ONNX folder."""
+    """The packages that an artifact's runtime needs. The name decides: a .gguf file, else an ONNX folder."""
     return RUNTIMES["gguf" if artifact.endswith(".gguf") else "onnx"]
 
 
 def examine() -> dict[str, str | None]:
-    """{package: its version, or None where it is absent or does not load}."""
+    """{package: its version, or None if it is absent or does not load}."""
     found: dict[str, str | None] = {}
     for package, module in MODULES.items():
         try:

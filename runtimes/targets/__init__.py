@@ -1,1 +1,1 @@
-"""Where an artifact runs and is measured: this machine now; ssh, adb and device profiles have their place here."""
+"""The devices on which artifacts run and are measured: this machine, ssh, Android over adb, emulated ARM; device profiles."""

@@ -1,4 +1,4 @@
-"""A device with a Python that runs llmc's agent (agent.py): what ssh and the emulation have in common."""
+"""A device with a Python that runs llmc's agent (agent.py): the common part of ssh and emulated devices."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llmc.runtimes.targets.target import Target
 
 
 class PythonDevice(ABC):
-    """A device (see device.py). Before an artifact is run there, it is made sure that the device has its runtime."""
+    """A device (see device.py). Before it runs an artifact, it checks that the device has the artifact's runtime."""
 
     emulated = False
 
@@ -34,14 +34,14 @@ class PythonDevice(ABC):
 
     @abstractmethod
     def _agent(self) -> subprocess.Popen[str]:
-        """The agent, started on the device, with pipes as its stdin and stdout."""
+        """Start the agent on the device, with pipes as its stdin and stdout."""
 
     @abstractmethod
     def _install_hint(self, executable: str, absent: list[str]) -> str:
-        """What to do about packages that are not there."""
+        """The hint for missing packages."""
 
     def _check_artifact(self, artifact: Path) -> None:
-        """torch and transformers are not expected on a device."""
+        """Raise UserError for a model folder: a device does not need torch and transformers."""
         if artifact.is_dir() and not is_onnx_folder(artifact):
             raise UserError(f"{artifact} is a model folder for torch; {self.target.name} runs .gguf files and ONNX folders",
                             "write one with `llmc export --format gguf` or `--format onnx`")
@@ -58,7 +58,7 @@ class PythonDevice(ABC):
             process.stdin.write(json.dumps({"module": module, "job": job}) + "\n")
             process.stdin.flush()
         except BrokenPipeError:
-            pass  # it has died: its exit code and its lack of an answer tell
+            pass  # it has ended: the caller sees its exit code and that there is no answer
         return process
 
     def has(self) -> dict[str, Any]:
