@@ -1,4 +1,4 @@
-"""Files and folders written so that no half of one ever shows, and their hashes."""
+"""Atomic writes of files and folders, so that no incomplete one is ever visible; their hashes; disk space."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file, read in 1 MiB blocks."""
+    """The sha256 of a file, in hex, read in 1 MiB blocks."""
     digest = hashlib.sha256()
     with path.open("rb") as f:
         while block := f.read(1 << 20):
@@ -28,7 +28,7 @@ def sha256(path: Path) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Deterministic JSON (sorted keys), written under a temporary name, fsynced, renamed."""
+    """Write deterministic JSON (sorted keys) under a temporary name, fsync it and rename it."""
     with staged_file(path) as tmp:
         tmp.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -44,7 +44,7 @@ def fsync(path: Path) -> None:
 
 @contextmanager
 def staged_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary name beside `path`; when the block ends without an error the file is fsynced and renamed."""
+    """Yield a temporary name beside `path`. If the block ends without an error, fsync the file and rename it."""
     tmp = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ def staged_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def staged_folder(out: Path) -> Iterator[Path]:
-    """Yields an empty folder beside `out`; when the block ends without an error it is published, else it is gone."""
+    """Yield an empty folder beside `out`. If the block ends without an error, publish it, else delete it."""
     work = out.with_name(f".{out.name}.partial")
     try:
         shutil.rmtree(work, ignore_errors=True)
@@ -90,7 +90,7 @@ def publish_folder(work: Path, out: Path) -> None:
 
 
 def check_disk(where: Path, needed: int, what: str) -> None:
-    """Refuse up front when the high-water mark of a job does not fit the disk."""
+    """Raise UserError if the disk has less than `needed` bytes free. needed: the peak use of the job."""
     from llmc.console import size
 
     parent = where.absolute()
@@ -103,7 +103,7 @@ def check_disk(where: Path, needed: int, what: str) -> None:
 
 
 def cache_folder() -> Path:
-    """Where llmc keeps what it can make again: $LLMC_CACHE, else ~/.cache/llmc."""
+    """The folder for files that llmc can make again: $LLMC_CACHE, else ~/.cache/llmc."""
     return Path(os.environ.get("LLMC_CACHE") or Path.home() / ".cache" / "llmc")
 
 
