@@ -376,7 +376,7 @@ def test_the_fastest_that_loses_little_is_taken() -> None:
     found = {m.levels: m for m in (EXACT, head, body, both)}
     taken, reason = choose(list(found), found)
     assert taken == head.levels
-    assert "level 0 with the head at 4 is the fastest that loses little: prefill 100 against 100" in reason
+    assert "level 0 with the head at 4 is the fastest with a small loss: prefill 100 against 100" in reason
     assert "level 4 loses too much: a KL divergence of 0.02" in reason
     assert choose([body.levels, both.levels], found)[0] == body.levels, "both loses against level 0, not against the lowest"
 
@@ -438,7 +438,7 @@ def test_the_command(exported: SimpleNamespace, tmp_path: Path, capsys: pytest.C
 
 
 def test_options_that_contradict_the_model_are_refused(exported: SimpleNamespace, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--dtype int8 has no say"):
+    with pytest.raises(UserError, match="--dtype int8 has no effect"):
         export(exported.q, dtype="int8", out=tmp_path / "x")
     with pytest.raises(UserError, match=r"--accuracy-level '2' .*--head-bits 5"):
         OnnxExportConfig(accuracy_level="2", head_bits=5)

@@ -372,7 +372,7 @@ def test_what_is_no_decoder(pair: SimpleNamespace, copy: Path, tmp_path: Path) -
     proto = onnx.load(str(copy / "model.onnx"), load_external_data=False)
     proto.graph.input.append(helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, [1, 3]))
     (copy / "model.onnx").write_bytes(proto.SerializeToString())
-    with pytest.raises(UserError, match=r"no decoder .*unknown inputs pixel_values"):
+    with pytest.raises(UserError, match=r"is not a decoder .*unknown inputs pixel_values"):
         open_runtime(copy, 64, 1)
     plain = tmp_path / "plain"
     plain_decoder(plain)

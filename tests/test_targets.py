@@ -89,7 +89,7 @@ def test_a_new_file_and_the_facts_of_this_machine(tmp_path: Path) -> None:
     ('[targets.pi]\naddress = "ssh://a"\nspeed = 3\n', "unknown keys speed"), ("[pi]\naddress = 1\n", "pi is no table"),
     ('[targets.pi]\naddress = "ssh://a"\ncache_gb = true\n', "cache_gb of target pi is True"), ("targets = 1\n", "no table"),
     ('[targets.pi]\naddress = "ssh://a"\ncache_gb = 0\n', "out of range"), ("[targets\n", "is not TOML"),
-    ('[targets.Pi]\naddress = "ssh://a"\n', "cannot name a target"),
+    ('[targets.Pi]\naddress = "ssh://a"\n', "is not a valid target name"),
     ('[targets.local-cpu]\naddress = "ssh://a"\n', "this machine"),
     ('[targets.pi]\naddress = "ssh://a"\njump = "-oProxyCommand=x"\n', "jump"),
     ('[targets.pi]\naddress = "ssh://a"\npython = "-c"\n', "python '-c'"),
