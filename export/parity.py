@@ -21,21 +21,21 @@ def check_ids(tokenizer: Any, weights: int, context_length: int) -> np.ndarray:
     return np.array(tokenizer(CHECK_TEXT)["input_ids"][:n])
 
 
-def compare_logits(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float]:
+def compare_logits(expected: np.ndarray, found: np.ndarray) -> tuple[float, float, float]:
     """Compare the logits [n, vocab] of torch and of a runtime for the same ids.
 
     Returns the relative error (RMS of the difference / RMS of the logits, both centred for each token), the mean KL
     divergence in nats and the top-1 agreement, 0 to 1."""
-    rows = np.array([_compare_token(a, b) for a, b in zip(ours, theirs, strict=True)])
+    rows = np.array([_compare_token(a, b) for a, b in zip(expected, found, strict=True)])
     kld, top1 = (float(x) for x in rows[:, 2:].mean(axis=0))
     return float(np.sqrt(rows[:, 0].sum() / rows[:, 1].sum())), kld, top1
 
 
-def _compare_token(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float, bool]:
+def _compare_token(expected: np.ndarray, found: np.ndarray) -> tuple[float, float, float, bool]:
     """Compare two logits [vocab]: squared difference and squared norm (both centred), KL divergence in nats, same top-1."""
-    a, b = (x.astype(np.float64) - x.mean(dtype=np.float64) for x in (ours, theirs))
+    a, b = (x.astype(np.float64) - x.mean(dtype=np.float64) for x in (expected, found))
     p, q = (x - x.max() - np.log(np.exp(x - x.max()).sum()) for x in (a, b))
-    return ((a - b) ** 2).sum(), (a**2).sum(), (np.exp(p) * (p - q)).sum(), ours.argmax() == theirs.argmax()
+    return ((a - b) ** 2).sum(), (a**2).sum(), (np.exp(p) * (p - q)).sum(), expected.argmax() == found.argmax()
 
 
 def first_difference(a: list[int], b: list[int]) -> tuple[int] | None:

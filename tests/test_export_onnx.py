@@ -247,7 +247,7 @@ def test_blocks_that_onnx_holds(qtype: str, tmp_path: Path) -> None:
 def test_blocks_that_onnx_does_not_hold_are_refused_with_what_to_do(tmp_path: Path) -> None:
     folder = build("llama", tmp_path / "m", dtype=torch.float16)
     llmc.quantize(folder, type="q5_0", method="rtn", out=tmp_path / "b")
-    with pytest.raises(UserError, match=r"14 linears on q5_0 .*nearest that it has: q8_0") as e:
+    with pytest.raises(UserError, match=r"14 linears in q5_0 .*its nearest types: q8_0") as e:
         export(tmp_path / "b")
     assert "llmc quantize MODEL --bits 8" in e.value.hint
     assert not (tmp_path / "b-onnx").exists()
@@ -411,7 +411,7 @@ def test_the_chat_template_can_be_dropped_or_replaced(exported: SimpleNamespace,
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox"])
 def test_unknown_families_are_named_with_the_known_ones(family: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no ONNX graph is known for .*LlamaForCausalLM.*Phi3ForCausalLM"):
+    with pytest.raises(UserError, match=r"llmc does not write .* as ONNX; it writes .*LlamaForCausalLM.*Phi3ForCausalLM"):
         export(build(family, tmp_path / "m"))
     assert not (tmp_path / "m-onnx").exists()
 

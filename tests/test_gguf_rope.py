@@ -110,7 +110,7 @@ def test_longrope_metadata(tmp_path):
 @pytest.mark.parametrize(("arch", "config", "message"), [
     ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
     ("llama", {"rope_parameters": {"rope_type": "spiral"}}, "rope type 'spiral'"),
-    ("qwen2", {"rope_parameters": LLAMA3}, "no place for the rope type 'llama3'"),
+    ("qwen2", {"rope_parameters": LLAMA3}, "does not support the rope type 'llama3'"),
     ("llama", {"rope_parameters": {**YARN, "beta_fast": 16}}, "beta_fast = 16"),
     ("llama", {"rope_parameters": {**YARN, "truncate": False}}, "truncate = False"),
     ("llama", {"rope_parameters": {"rope_type": "default"}, "partial_rotary_factor": 0.5}, "only 8 of 16"),

@@ -58,7 +58,7 @@ def test_hub_id_without_network(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="no folder someone/llmc-no-such-model here and the hub cannot be") as e:
         resolve_model("someone/llmc-no-such-model")
     assert "online" in e.value.hint
-    assert "someone/llmc-no-such-model is no path here" in capsys.readouterr().err
+    assert "there is no path someone/llmc-no-such-model here" in capsys.readouterr().err
 
 
 def test_gguf_becomes_a_folder_with_the_same_model(made: SimpleNamespace, tmp_path: Path, cache: Path,

@@ -80,11 +80,11 @@ def add_sampling(writer: GGUFWriter, folder: Path) -> None:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as e:
         raise UserError(f"{path} is not valid JSON: {e}", "download it again") from e
-    for ours, theirs in SAMPLING.items():
-        value = values.get(ours)
+    for name, gguf_name in SAMPLING.items():
+        value = values.get(name)
         if isinstance(value, int | float) and not isinstance(value, bool):
-            key = f"general.sampling.{theirs}"
-            if theirs == "top_k":
+            key = f"general.sampling.{gguf_name}"
+            if gguf_name == "top_k":
                 writer.add_int32(key, int(value))
             else:
                 writer.add_float32(key, float(value))

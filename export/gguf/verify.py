@@ -141,11 +141,11 @@ class Bound:
 
 
 def logits(runtime: LlamaCpp, ckpt: Checkpoint, ids: np.ndarray, bound: Bound,
-           held: dict[str, torch.Tensor]) -> dict[str, Any]:
+           ends: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Compare the logits of torch and llama.cpp for the same ids; return the figures, raise UserError beyond the bound."""
-    theirs = runtime.logits(ids)
-    ours = reference_logits(ckpt, ids, held)[:, : theirs.shape[1]]
-    relative, kld, top1 = compare_logits(ours, theirs)
+    found = runtime.logits(ids)
+    expected = reference_logits(ckpt, ids, ends)[:, : found.shape[1]]
+    relative, kld, top1 = compare_logits(expected, found)
     if not (relative <= bound.relative and kld <= bound.kld):  # NaN must fail too
         raise UserError(
             f"llama.cpp's logits are not torch's: relative error {relative:.3g} (at most {bound.relative:g}), mean KL "

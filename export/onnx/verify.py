@@ -51,8 +51,8 @@ def tensors(folder: Path, own: dict[str, np.ndarray], weights: Weights, placed: 
 
     Returns the number of matrices and weights compared, in total and of those copied as codes; raises UserError."""
     stored = stored_tensors(folder)
-    ours = {name for w in placed for name in (w.weight, w.scales, w.zeros) if name}
-    if stored.keys() != ours | own.keys():
+    planned = {name for w in placed for name in (w.weight, w.scales, w.zeros) if name}
+    if stored.keys() != planned | own.keys():
         raise damaged("model.onnx does not hold the planned tensors")
     counts = {"tensors": len(stored), "matrices": 0, "weights": 0, "code_matrices": 0, "code_weights": 0}
     with progress("reading back tensor", len(placed)) as p:
@@ -130,21 +130,21 @@ def logits(runtime: OnnxModel, ckpt: Checkpoint, ids: np.ndarray, weights: Weigh
 
     runtime: a session at that level that also outputs the inputs and outputs of W8A8 linears."""
     linears.values = runtime.values(ids)
-    theirs = linears.values.pop("logits")
-    held = {"embedding": weights.as_stored(weights.embedding), "head": weights.as_stored(weights.head)}
-    ours = reference_logits(ckpt, ids, held, weights.as_stored, linears.replace)[:, : theirs.shape[1]]
-    found = bounded(ours, theirs, "torch's")
-    return found | {"products": linears.products()} if linears.watched else found
+    found = linears.values.pop("logits")
+    ends = {"embedding": weights.as_stored(weights.embedding), "head": weights.as_stored(weights.head)}
+    expected = reference_logits(ckpt, ids, ends, weights.as_stored, linears.replace)[:, : found.shape[1]]
+    report = bounded(expected, found, "torch's")
+    return report | {"products": linears.products()} if linears.watched else report
 
 
-def bounded(ours: np.ndarray, theirs: np.ndarray, what: str) -> dict[str, Any]:
-    """Compare two logits [n, vocab]; return the figures. Beyond the bounds, raise UserError: `theirs` are not `what`."""
-    relative, kld, top1 = compare_logits(ours, theirs)
+def bounded(expected: np.ndarray, found: np.ndarray, what: str) -> dict[str, Any]:
+    """Compare two logits [n, vocab]; return the figures. Beyond the bounds, raise UserError: `found` are not `what`."""
+    relative, kld, top1 = compare_logits(expected, found)
     if not (relative <= MOST_RELATIVE and kld <= MOST_KLD):  # NaN must fail too
         raise UserError(
             f"ONNX Runtime's logits are not {what}: relative error {relative:.3g} (at most {MOST_RELATIVE:g}), mean KL "
             f"divergence {kld:.3g} (at most {MOST_KLD:g}), top-1 agreement {top1:.0%}", PLEASE_REPORT)
-    return {"tokens": len(theirs), "relative_error": relative, "max_relative_error": MOST_RELATIVE, "mean_kld": kld,
+    return {"tokens": len(found), "relative_error": relative, "max_relative_error": MOST_RELATIVE, "mean_kld": kld,
             "max_mean_kld": MOST_KLD, "top1_agreement": top1}
 
 
@@ -154,12 +154,12 @@ def in_genai(folder: Path, tokenizer: Any, context_length: int) -> dict[str, Any
 
     try:
         model = og.Model(str(folder))
-        theirs = og.Tokenizer(model)
+        genai_tokenizer = og.Tokenizer(model)
     except RuntimeError as e:
         raise UserError(f"onnxruntime-genai does not open the folder: {e}", PLEASE_REPORT) from e
     alike = {}
     for text in (CHECK_TEXT, MARKS, " a"):
-        expected, found = list(tokenizer(text)["input_ids"]), theirs.encode(text).tolist()
+        expected, found = list(tokenizer(text)["input_ids"]), genai_tokenizer.encode(text).tolist()
         at = first_difference(expected, found)
         alike[text] = at is None
         if text is CHECK_TEXT and at is not None:

@@ -41,16 +41,16 @@ class Linears:
         """Run the first check for all linears; return its figures, raise UserError if a product differs."""
         worst, equal, count = 0.0, 0, 0
         for x in self.linears:
-            theirs = torch.from_numpy(self.values[x.output])
-            ours = w8a8.linear(torch.from_numpy(self.values[x.root]), self.weights.codes(self.pieces[x.node]))
-            error = float((ours - theirs).abs().max() / ours.abs().max().clamp_min(w8a8.TINY))
+            found = torch.from_numpy(self.values[x.output])
+            expected = w8a8.linear(torch.from_numpy(self.values[x.root]), self.weights.codes(self.pieces[x.node]))
+            error = float((expected - found).abs().max() / expected.abs().max().clamp_min(w8a8.TINY))
             if not error <= MOST_PRODUCT:  # NaN must fail too
                 raise UserError(
                     f"ONNX Runtime's MatMulInteger gives other products than torch at {x.node}: {error:.3g} of the largest "
                     f"(at most {MOST_PRODUCT:g})",
                     "x86 CPUs without VNNI saturate there (onnxruntime#6004): use --dtype int8 for them; else "
                     + PLEASE_REPORT)
-            worst, equal, count = max(worst, error), equal + int((ours == theirs).sum()), count + ours.numel()
+            worst, equal, count = max(worst, error), equal + int((expected == found).sum()), count + expected.numel()
         return {"linears": len(self.linears), "products": count, "equal": equal, "largest_error": worst,
                 "max_largest_error": MOST_PRODUCT, "input_error": self.worst_input, "max_input_error": MOST_INPUT}
 
@@ -58,10 +58,10 @@ class Linears:
         """Run the second check at one linear: compare torch's input x [1, n, K]; return ONNX Runtime's input, rounded."""
         if module not in self.roots:
             return x
-        theirs = torch.from_numpy(self.values[self.roots[module]]).view(x.shape)
-        error = float((x - theirs).norm() / x.norm())
+        found = torch.from_numpy(self.values[self.roots[module]]).view(x.shape)
+        error = float((x - found).norm() / x.norm())
         if not error <= MOST_INPUT:
             raise UserError(f"ONNX Runtime's input of {module} is not torch's: relative error {error:.3g} (at most "
                             f"{MOST_INPUT:g})", PLEASE_REPORT)
         self.worst_input = max(self.worst_input, error)
-        return w8a8.as_rounded(theirs)
+        return w8a8.as_rounded(found)
