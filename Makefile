@@ -7,10 +7,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OLD := $(VENV)-optimum
 PIP := -m pip --disable-pip-version-check install --quiet -c
-TYPES := build/typecheck
+LINKS := build/links
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-optimum lint typecheck docs wheel clean
+.PHONY: help demo test test-optimum lint typecheck links docs graph wheel clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -22,24 +22,30 @@ test: $(VENV)/.dev lint  ## Lint, type-check, check the docs, run the tests
 	$(BIN)/python -m pytest
 
 # what reads models with transformers in each way that llmc has, and every family; a few minutes
-OPTIMUM_TESTS := $(addprefix tests/test_,$(addsuffix .py,export_onnx_optimum runtimes_torch calibration sources gguf_export))
+OPTIMUM_TESTS := $(addprefix tests/test_,$(addsuffix .py,export_onnx_optimum runtimes_torch calibration sources gguf_export gguf_plan gguf_verify gguf_metadata))
 
 test-optimum: $(OLD)/.optimum  ## A selection of the tests on transformers 4.57, and those of --exporter optimum
 	$(OLD)/bin/python -m pytest -m "not real" $(OPTIMUM_TESTS)
 
-lint: $(VENV)/.dev typecheck  ## ruff, mypy, and docs/cli.md against the commands
+lint: $(VENV)/.dev typecheck  ## ruff, mypy, docs/cli.md against the commands, the rooms of docs/architecture.md
 	$(BIN)/ruff check .
 	$(BIN)/python docs/generate.py --check
+	$(BIN)/python docs/graph.py --check
 
-# The folders compress/, export/, … become llmc.compress, llmc.export, … when installed. mypy does not follow the hook of
-# an editable install, so it is shown the installed layout as links.
-typecheck: $(VENV)/.dev
-	rm -rf $(TYPES) && mkdir -p $(TYPES)/llmc
-	ln -s $(CURDIR)/llmc/* $(CURDIR)/compress $(CURDIR)/export $(CURDIR)/runtimes $(CURDIR)/evals $(TYPES)/llmc/
-	MYPYPATH=$(TYPES) $(BIN)/mypy --python-executable $(BIN)/python -p llmc
+# The folders compress/, export/, … become llmc.compress, llmc.export, … when installed. mypy and editors do not follow the
+# hook of an editable install, so they are shown the installed layout as links.
+links:  ## Link the installed layout into build/links, where editors find llmc.compress
+	rm -rf $(LINKS) && mkdir -p $(LINKS)/llmc
+	ln -s $(CURDIR)/llmc/* $(CURDIR)/compress $(CURDIR)/export $(CURDIR)/runtimes $(CURDIR)/evals $(LINKS)/llmc/
+
+typecheck: $(VENV)/.dev links
+	MYPYPATH=$(LINKS) $(BIN)/mypy --python-executable $(BIN)/python -p llmc
 
 docs: $(VENV)/.dev  ## Write docs/cli.md from the commands
 	$(BIN)/python docs/generate.py
+
+graph: $(VENV)/.dev  ## Write the table of rooms into docs/architecture.md; fails where an arrow points upwards
+	$(BIN)/python docs/graph.py
 
 wheel: $(VENV)/.dev  ## Build dist/*.whl
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

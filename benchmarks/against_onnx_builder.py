@@ -28,11 +28,11 @@ from llmc.evals.bench.config import BenchConfig
 from llmc.evals.bench.run import bench
 from llmc.evals.quality import metrics
 from llmc.evals.quality.protocol import FolderTokenizer, cut
+from llmc.evals.report.sections import speeds_of
 from llmc.evals.report.show import markdown
-from llmc.evals.report.store import speeds_of
+from llmc.formats.artifacts.table import artifact_at
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.onnx_folder import open_onnx
-from llmc.formats.weigh import weigh
 from llmc.machine import physical_cores
 from llmc.runtimes.open import open_runtime
 
@@ -77,7 +77,7 @@ def check_alike(files: dict[str, Path]) -> None:
     asked = {name: open_onnx(files[name]).matmul_nbits() for name in (OURS, THEIRS)}
     if asked[OURS] != asked[THEIRS]:
         sys.exit("the two files are made differently:\n" + "\n".join(f"{name}: {a}" for name, a in asked.items()))
-    ours, theirs = (int(weigh(files[name])["file_bytes"]) for name in (OURS, THEIRS))
+    ours, theirs = (int(artifact_at(files[name]).weigh()["file_bytes"]) for name in (OURS, THEIRS))
     if abs(ours / theirs - 1) > MOST_APART:
         sys.exit(f"the two files differ in size: {ours:,} and {theirs:,} bytes")
 
@@ -148,7 +148,7 @@ def main() -> None:
     rows = [["", "size", *(f"{Path(t).name}: PPL, KLD, top-1" for t in args.text), "prefill", "decode", "load", "peak RSS"]]
     figures = {}
     for name, path in files.items():
-        s, nbytes = speed[name], int(weigh(path)["file_bytes"])
+        s, nbytes = speed[name], int(artifact_at(path).weigh()["file_bytes"])
         rows.append([name, size(nbytes),
                      *(f"{q['perplexity']['value']:.2f}, {q['kld']['value']:.4f} ± {q['kld']['se'] or 0:.4f}, "
                        f"{100 * q['top1']['value']:.1f} %" for q in quality[name]),

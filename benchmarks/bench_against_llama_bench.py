@@ -27,8 +27,9 @@ import numpy as np
 from llmc.evals.bench.config import BenchConfig
 from llmc.evals.bench.prompt import prompt_ids
 from llmc.evals.bench.run import bench
+from llmc.evals.report.sections import speeds_of
 from llmc.evals.report.show import table
-from llmc.evals.report.store import speeds_of
+from llmc.formats.artifacts.table import artifact_at
 from llmc.machine import physical_cores
 from llmc.runtimes.amx import use_extra_buffers
 
@@ -100,7 +101,7 @@ def main() -> None:
     args.repack = use_extra_buffers()  # a build whose AMX kernels crash runs neither tool with repacked weights
     rows, figures = [["artifact", "what", "llmc", "theirs", "llmc / theirs", "verdict"]], {}
     for artifact in args.artifacts:
-        theirs = llama_bench if artifact.suffix == ".gguf" else genai
+        theirs = llama_bench if artifact_at(artifact).format == "gguf" else genai
         if theirs is llama_bench and args.llama_bench is None:
             parser.error(f"--llama-bench is needed for {artifact}")
         rounds = [(ours(artifact, args), theirs(artifact, args)) for _ in range(args.rounds)]

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import llmc
-from llmc.compress.prune.folder import write_folder
 from llmc.compress.prune.methods import without
 from llmc.compress.skeleton import Skeleton
+from llmc.formats import model_folder
 from llmc.formats.checkpoint import Checkpoint
 from llmc.machine import physical_cores
 
@@ -33,7 +33,7 @@ def draw(base: Path, folder: Path, drop: int, seed: int) -> None:
     skeleton = Skeleton(Checkpoint.open(base), "cpu")
     dropped = random.Random(seed).sample(range(len(skeleton.layers)), drop)
     made = without(skeleton, dropped, [])
-    write_folder(base, folder, made.pieces, made.config)
+    model_folder.write(folder, base, made.pieces, made.config, model_folder.same_bytes(made.pieces))
 
 
 def measured(folder: Path, args: argparse.Namespace) -> dict[str, Any]:

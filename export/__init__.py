@@ -13,8 +13,6 @@ from typing import Any
 
 from llmc.errors import UserError
 
-FORMATS = ("gguf", "onnx")
-
 
 class Export(ModuleType):
     """The type of this module."""
@@ -22,26 +20,23 @@ class Export(ModuleType):
     def __call__(self, model: str | Path | None = None, format: str = "gguf", **options: Any) -> dict[str, Any]:
         """Export `model` (None: the newest artifact made in this folder) to a format; return the report.
 
-        The options are the fields of the format's config (`llmc.export.gguf.config.GgufExportConfig`,
-        `llmc.export.onnx.config.OnnxExportConfig`). Raises UserError for an option of another format.
+        The options are the fields of the format's config (see llmc/export/formats.py). Raises UserError for an option of
+        another format.
         """
-        if format not in FORMATS:
-            raise UserError(f"format {format!r} is not known", f"choose one of {', '.join(FORMATS)}")
         from dataclasses import fields
 
-        from llmc.export.gguf import GgufExportConfig, export_gguf
-        from llmc.export.onnx import OnnxExportConfig, export_onnx
+        from llmc.export.formats import FORMATS
         from llmc.options import make
 
-        configs: dict[str, type] = {"gguf": GgufExportConfig, "onnx": OnnxExportConfig}
-        takes = {name: {f.name for f in fields(config)} for name, config in configs.items()}
-        others = {o: name for name in configs if name != format for o in sorted(takes[name] - takes[format])}
+        if format not in FORMATS:
+            raise UserError(f"format {format!r} is not known", f"choose one of {', '.join(FORMATS)}")
+        takes = {name: {f.name for f in fields(row.config)} for name, row in FORMATS.items()}
+        others = {o: name for name in FORMATS if name != format for o in sorted(takes[name] - takes[format])}
         if wrong := [o for o in options if o in others]:
             names = ", ".join(f"--{o.replace('_', '-')}" for o in wrong)
             raise UserError(f"{names} belongs to --format {others[wrong[0]]}, not to {format}", "leave it out")
-        if format == "onnx":
-            return export_onnx(make(OnnxExportConfig, {"model": model, **options}))
-        return export_gguf(make(GgufExportConfig, {"model": model, **options}))
+        row = FORMATS[format]
+        return row.write(make(row.config, {"model": model, **options}))
 
 
 sys.modules[__name__].__class__ = Export

@@ -17,6 +17,7 @@ from llmc.errors import UserError
 from llmc.formats import quantized
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.hf import load_config, load_torch_model
+from llmc.formats.names import Names
 
 
 @torch.no_grad()
@@ -37,7 +38,7 @@ def reference_logits(ckpt: Checkpoint, ids: np.ndarray, ends: dict[str, torch.Te
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager",
                                                  trust_remote_code=False)
     weights = _Weights(ckpt, model, ends, rounded, inputs)
-    if all(weights.has(name) for name, _ in model.named_parameters()):
+    if all(weights.names.locate(name) for name, _ in model.named_parameters()):
         for name, module in model.named_modules():
             if any(True for _ in module.parameters(recurse=False)):
                 module.register_forward_pre_hook(weights.fetch(name))
@@ -58,18 +59,6 @@ def with_rows(matrix: torch.Tensor, rows: int) -> torch.Tensor:
     return nn.functional.pad(matrix[:rows], (0, 0, 0, max(0, rows - matrix.shape[0])))
 
 
-def locate(ckpt: Checkpoint, linears: set[str], name: str, prefix: str) -> tuple[str, bool] | None:
-    """Find a parameter of transformers' model in the checkpoint, with or without the base model's prefix.
-
-    Returns (name, False) for a float tensor, (name of the linear, True) for a quantized one, None if it is not there."""
-    for candidate in (name, name.removeprefix(prefix), prefix + name):
-        if candidate in ckpt:
-            return candidate, False
-        if (linear := candidate.removesuffix(".weight")) in linears:
-            return linear, True
-    return None
-
-
 class _Weights:
     """Reads the parameters of a module of `model` from a float or quantized checkpoint."""
 
@@ -77,21 +66,12 @@ class _Weights:
                  rounded: Callable[[str], torch.Tensor] | None,
                  inputs: Callable[[str, torch.Tensor], torch.Tensor] | None) -> None:
         self.ckpt, self.rounded, self.inputs = ckpt, rounded, inputs
-        self.linears = set(quantized.linears(ckpt))
-        self.prefix = f"{getattr(model, 'base_model_prefix', '')}."
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
         names = {id(m): n for n, m in model.named_modules()}
-        self.head, self.embedding = names[id(head)], names[id(embedding)]
-        self.ends = {f"{self.embedding}.weight": ends["embedding"], f"{self.head}.weight": ends["head"]}
-
-    def has(self, name: str) -> bool:
-        return self._locate(name) is not None
-
-    def _locate(self, name: str) -> tuple[str, bool] | None:
-        if found := locate(self.ckpt, self.linears, name, self.prefix):
-            return found
+        self.head, parameters = names[id(head)], (f"{names[id(head)]}.weight", f"{names[id(embedding)]}.weight")
+        self.ends = {parameters[1]: ends["embedding"], parameters[0]: ends["head"]}
         # a tied head has no tensor; the planner has checked that it is tied
-        return self._locate(f"{self.embedding}.weight") if name == f"{self.head}.weight" else None
+        self.names = Names.of(ckpt, model, quantized.linears(ckpt), dict([parameters]))
 
     def fetch(self, module_name: str) -> Any:
         def hook(module: nn.Module, args: Any) -> Any:
@@ -105,10 +85,11 @@ class _Weights:
         return hook
 
     def _rounded_input(self, module_name: str, module: nn.Module, args: Any) -> Any:
-        found = self._locate(f"{module_name}.weight") if isinstance(module, nn.Linear) and module_name != self.head else None
-        if found is None or found[1] or self.inputs is None:
+        rounds = isinstance(module, nn.Linear) and module_name != self.head
+        found = self.names.locate(f"{module_name}.weight") if rounds else None
+        if found is None or found.is_codes or self.inputs is None:
             return args
-        return (self.inputs(found[0].removesuffix(".weight"), args[0]), *args[1:])
+        return (self.inputs(found.name.removesuffix(".weight"), args[0]), *args[1:])
 
     @staticmethod
     def drop(module: nn.Module, _args: Any, _out: Any) -> None:
@@ -120,7 +101,7 @@ class _Weights:
 
         if name in self.ends:
             return with_rows(self.ends[name], module.get_parameter("weight").shape[0])
-        found = self._locate(name)
+        found = self.names.locate(name)
         assert found is not None
         stored, is_codes = found
         if not is_codes and self.rounded is not None and isinstance(module, nn.Linear) and name.endswith(".weight"):

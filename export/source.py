@@ -7,6 +7,7 @@ from typing import Any
 
 from llmc.console import say
 from llmc.errors import UserError
+from llmc.formats.artifacts.table import artifact_at
 from llmc.formats.manifest import last_artifact, read_manifest
 from llmc.formats.source import COMMIT, describe_source
 from llmc.sources.resolve import resolve_model
@@ -16,7 +17,7 @@ def model_folder(model: str | Path | None) -> Path:
     """The model folder of the option `model`; None: the newest model made in this working folder."""
     if model is None:
         model = last_artifact()
-        if model.is_file() or not any(model.glob("*.safetensors")):
+        if artifact_at(model).exported:
             what = "a file" if model.is_file() else "an exported folder"
             raise UserError(f"the newest artifact made here, {model}, is {what} already", "name the model folder")
         say(f"exporting {model}, the newest model made in this folder")

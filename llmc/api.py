@@ -7,9 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmc.options import make
+
+if TYPE_CHECKING:
+    from llmc.evals.compare.schema import Comparison, Shipping
+    from llmc.evals.fit.schema import Fit
+    from llmc.evals.report.schema import Report
 
 
 def quantize(model: str | Path, **options: Any) -> dict[str, Any]:
@@ -61,14 +66,13 @@ def imatrix(model: str | Path, **options: Any) -> dict[str, Any]:
 
 
 def export(model: str | Path | None = None, format: str = "gguf", **options: Any) -> dict[str, Any]:
-    """Write a model folder (None: the newest artifact made in this folder) for a runtime; options are the fields of the format's
-    config."""
+    """Write a model folder for a runtime; None: the newest artifact made here. Options are the fields of the format's config."""
     from llmc import export as package
 
     return package(model, format=format, **options)
 
 
-def evaluate(artifact: str | Path, out: str | Path | None = None, **options: Any) -> dict[str, Any]:
+def evaluate(artifact: str | Path, out: str | Path | None = None, **options: Any) -> Report:
     """Perplexity, and divergence from `base`, of a model folder or .gguf file; options are the fields of EvalConfig."""
     from llmc.evals.quality.config import EvalConfig
     from llmc.evals.quality.run import evaluate as run
@@ -76,7 +80,7 @@ def evaluate(artifact: str | Path, out: str | Path | None = None, **options: Any
     return run(make(EvalConfig, {"artifact": artifact, "output": out, **options}))
 
 
-def bench(*artifacts: str | Path, out: Sequence[str | Path] = (), **options: Any) -> list[dict[str, Any]]:
+def bench(*artifacts: str | Path, out: Sequence[str | Path] = (), **options: Any) -> list[Report]:
     """Speed and memory on this machine or others, one report an artifact; options are the fields of BenchConfig."""
     from llmc.evals.bench.config import BenchConfig
     from llmc.evals.bench.run import bench as run
@@ -84,7 +88,7 @@ def bench(*artifacts: str | Path, out: Sequence[str | Path] = (), **options: Any
     return run(make(BenchConfig, {"artifacts": artifacts, "outputs": out, **options}))
 
 
-def compare(*reports: str | Path, **options: Any) -> dict[str, Any]:
+def compare(*reports: str | Path, **options: Any) -> Comparison:
     """Hold report files side by side and write the page; options are the fields of CompareConfig.
 
     A missed gate raises nothing here: look at 'passed' and 'gates' of the result.
@@ -100,7 +104,7 @@ def compare(*reports: str | Path, **options: Any) -> dict[str, Any]:
     return without_arrays(result)
 
 
-def fit(*items: str | Path, **options: Any) -> dict[str, Any]:
+def fit(*items: str | Path, **options: Any) -> Fit:
     """Which artifacts or reports keep limits on which devices; options are the fields of FitConfig. Look at 'fits'."""
     from llmc.evals.fit.config import FitConfig
     from llmc.evals.fit.run import fit as run
@@ -108,7 +112,7 @@ def fit(*items: str | Path, **options: Any) -> dict[str, Any]:
     return run(make(FitConfig, {"items": items, **options}))
 
 
-def ship(gates: str | Path) -> dict[str, Any]:
+def ship(gates: str | Path) -> Shipping:
     """Whether the artifacts of a gates file may ship; a missed gate raises nothing here: look at 'passed'."""
     from llmc.evals.compare.ship import read_gates
     from llmc.evals.compare.ship import ship as run

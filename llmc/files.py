@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llmc.errors import UserError
-
-if TYPE_CHECKING:
-    pass
-
+from llmc.machine import WINDOWS
 
 
 def sha256(path: Path) -> str:
@@ -30,16 +29,31 @@ def sha256(path: Path) -> str:
 def write_json(path: Path, value: Any) -> None:
     """Write deterministic JSON (sorted keys) under a temporary name, fsync it and rename it."""
     with staged_file(path) as tmp:
-        tmp.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+        tmp.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8",
+                       newline="\n")
 
 
 def fsync(path: Path) -> None:
-    """Flush a file or a folder to the disk."""
-    fd = os.open(path, os.O_RDONLY)
+    """Flush a file or a folder to the disk. Windows can flush only files that are open for writing, not folders."""
+    if WINDOWS and path.is_dir():
+        return
+    fd = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _rename(old: Path, new: Path) -> None:
+    """os.replace, tried again for 1.5 seconds on Windows: it fails there while a mapping or a virus scanner has a file open."""
+    for pause in (0.1, 0.2, 0.4, 0.8) if WINDOWS else ():
+        try:
+            os.replace(old, new)
+            return
+        except PermissionError:
+            gc.collect()
+            time.sleep(pause)
+    os.replace(old, new)
 
 
 @contextmanager
@@ -50,7 +64,7 @@ def staged_file(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield tmp
         fsync(tmp)
-        os.replace(tmp, path)
+        _rename(tmp, path)
         fsync(path.parent)
     except PermissionError as e:
         raise UserError(f"no permission to write {path}", "choose another place with -o") from e
@@ -81,21 +95,28 @@ def publish_folder(work: Path, out: Path) -> None:
     if out.exists():
         old = out.with_name(f".{out.name}.old")
         shutil.rmtree(old, ignore_errors=True)
-        os.replace(out, old)
-        os.replace(work, out)
+        _rename(out, old)
+        _rename(work, out)
         shutil.rmtree(old)
     else:
-        os.replace(work, out)
+        _rename(work, out)
     fsync(out.parent)
+
+
+def existing(path: Path) -> Path:
+    """`path`, or the nearest folder above it that exists. Raises UserError for a Windows drive that does not exist."""
+    absolute = path.absolute()
+    for place in (absolute, *absolute.parents):
+        if place.exists():
+            return place
+    raise UserError(f"there is no drive {absolute.anchor}", "choose another place with -o")
 
 
 def check_disk(where: Path, needed: int, what: str) -> None:
     """Raise UserError if the disk has less than `needed` bytes free. needed: the peak use of the job."""
     from llmc.console import size
 
-    parent = where.absolute()
-    while not parent.exists():
-        parent = parent.parent
+    parent = existing(where)
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise UserError(f"{what} needs {size(needed)} of disk at its peak and {parent} has {size(free)} free",

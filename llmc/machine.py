@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 
+WINDOWS = os.name == "nt"
 CPUS = Path("/sys/devices/system/cpu")
 PI = "/sys/devices/platform/soc/soc:firmware/get_throttled"  # the lowest four bits of the flags are the present state
 # The CPU features that decide which matrix kernels run. The others in /proc/cpuinfo are not needed.
@@ -44,8 +45,14 @@ def _cores() -> int | None:
 
 
 def memory() -> int:
-    """Bytes of RAM."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """The bytes of RAM. Only on Windows, which has no sysconf, it needs psutil, which a device may lack."""
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        import psutil
+    except ImportError as e:
+        raise UserError("only psutil can tell the memory of this machine", "pip install psutil") from e
+    return int(psutil.virtual_memory().total)
 
 
 def cpu_features() -> list[str]:
@@ -123,8 +130,12 @@ def peak_rss() -> int:
     for line in _read("/proc/self/status").splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
-    import resource
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
 
+        return int(psutil.Process().memory_info().peak_wset)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if platform.system() == "Darwin" else peak * 1024
 

@@ -210,5 +210,10 @@ def load_tokenizer(folder: Path) -> Any:
     return Tokenizer.from_file(str(path))
 
 
+def tokenize(folder: Path, text: str) -> np.ndarray:
+    """The ids of a text, int [n], from a folder's tokenizer, without loading the model."""
+    return np.array(load_tokenizer(folder).encode(text).ids)
+
+
 def _ids(value: Any) -> set[int]:
     return set(value) if isinstance(value, list) else set() if value is None else {value}

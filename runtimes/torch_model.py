@@ -107,3 +107,8 @@ class TorchModel:
     def close(self) -> None:
         self.model = None
         self._cache = None
+
+
+def tokenize(folder: Path, text: str) -> np.ndarray:
+    """The ids of a text, int [n], from a folder's tokenizer, without loading the model."""
+    return np.array(load_tokenizer(folder)(text)["input_ids"])

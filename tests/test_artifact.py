@@ -10,6 +10,7 @@ import pytest
 
 from llmc import files as artifact
 from llmc.errors import UserError
+from llmc.formats import manifest
 
 
 def test_staged_file_appears_whole(tmp_path: Path) -> None:
@@ -72,27 +73,27 @@ def test_hash_folder_sees_every_byte_but_the_manifest(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "a").write_bytes(b"\x00" * 3_000_000)
     (tmp_path / "llmc.json").write_text("{}")
-    before = artifact.hash_folder(tmp_path)
+    before = manifest.hash_folder(tmp_path)
     assert list(before) == ["sub/a"]
     with (tmp_path / "sub" / "a").open("r+b") as f:
         f.seek(2_999_999)
         f.write(b"\x01")
-    assert artifact.hash_folder(tmp_path) != before
+    assert manifest.hash_folder(tmp_path) != before
 
 
 def test_check_output_refuses_what_is_not_ours(tmp_path: Path) -> None:
     theirs = tmp_path / "theirs"
     theirs.mkdir()
-    artifact.check_output(theirs)  # empty: free
+    manifest.check_output(theirs)  # empty: free
     (theirs / "thesis.tex").write_text("ten years")
     with pytest.raises(UserError, match="was not made by llmc"):
-        artifact.check_output(theirs)
+        manifest.check_output(theirs)
     (theirs / "llmc.json").write_text("{}")
-    artifact.check_output(theirs)
+    manifest.check_output(theirs)
     file = tmp_path / "theirs.gguf"
     file.write_text("x")
     with pytest.raises(UserError, match="was not made by llmc"):
-        artifact.check_output(file)
+        manifest.check_output(file)
 
 
 def test_check_disk_names_both_sizes(tmp_path: Path) -> None:
@@ -105,21 +106,21 @@ def test_check_disk_names_both_sizes(tmp_path: Path) -> None:
 
 def test_last_artifact_is_the_newest_made_here(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no artifact was made in this folder"):
-        artifact.last_artifact()
+        manifest.last_artifact()
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
-        artifact.note_last(tmp_path / name, "gptq")
-    assert artifact.last_artifact() == Path("second")
+        manifest.note_last(tmp_path / name, "gptq")
+    assert manifest.last_artifact() == Path("second")
     (tmp_path / "second").rmdir()
     with pytest.raises(UserError, match="is gone"):
-        artifact.last_artifact()
+        manifest.last_artifact()
 
 
 def test_damaged_manifest_is_the_users_error(tmp_path: Path) -> None:
-    assert artifact.read_manifest(tmp_path) is None
+    assert manifest.read_manifest(tmp_path) is None
     (tmp_path / "llmc.json").write_text('{"kind": "gp')
     with pytest.raises(UserError, match="not valid JSON"):
-        artifact.read_manifest(tmp_path)
+        manifest.read_manifest(tmp_path)
 
 
 def test_json_is_deterministic(tmp_path: Path) -> None:

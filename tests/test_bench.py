@@ -20,7 +20,7 @@ from llmc.evals.bench.run import TargetsError, bench, token_bytes
 from llmc.evals.bench.threads import candidates
 from llmc.evals.report import store as report
 from llmc.evals.report.show import speed_lines
-from llmc.formats.weigh import weigh
+from llmc.formats.artifacts.table import artifact_at
 from llmc.runtimes.on_device.bench import read_anew, repetition
 from llmc.runtimes.targets import device
 from llmc.runtimes.targets.target import Target
@@ -225,7 +225,7 @@ def test_what_ran(made: SimpleNamespace) -> None:
 
 
 def test_bytes_of_a_token(made: SimpleNamespace) -> None:
-    file, folder = weigh(made.gguf), weigh(made.gptq)
+    file, folder = artifact_at(made.gguf).weigh(), artifact_at(made.gptq).weigh()
     assert token_bytes(file, {"runtime": "llama.cpp"}) == file["tensor_bytes"]  # tied: the embedding is read as the head
     assert token_bytes(folder, {"runtime": "torch", "dtype": "float32"}) == 4 * folder["parameters"]
     untied = {"tied": False, "parameters": 100, "classes": {"embedding": {"parameters": 40}}}

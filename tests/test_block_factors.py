@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ggml import ggml_quantize
 from hypothesis import given
 from hypothesis import strategies as st
-from test_block_types import ggml_quantize
-from test_gptq import lost, problem
+from quantizing import lost, problem
 
 from llmc.compress.quantize.gptq import descend, gptq, sweep
 from llmc.formats.packing import pack, unpack

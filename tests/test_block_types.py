@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
-from functools import cache
-from pathlib import Path
-
 import gguf.quants
 import numpy as np
 import pytest
 import torch
+from ggml import assert_same, ggml_dequantize, ggml_quantize, kind, same_bits
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Kind
 from hypothesis import given, settings
@@ -21,11 +17,6 @@ from llmc.formats.packing import LAYOUTS, pack, unpack
 from llmc.formats.types import BLOCK_TYPES, BlockTensor, BlockType, type_named
 
 every_type = pytest.mark.parametrize("qtype", BLOCK_TYPES.values(), ids=BLOCK_TYPES)
-FIELDS = ("codes", "d", "m", "scales", "mins")
-
-
-def kind(qtype: BlockType) -> Kind:
-    return Kind[qtype.gguf_type]
 
 
 def random_tensor(qtype: BlockType, rows: int = 3, width: int = 768, seed: int = 0) -> BlockTensor:
@@ -62,58 +53,10 @@ def constant(qtype: BlockType, code: int, scale: int, minimum: int, d: float, m:
                        integers(scale, qtype.scale_range), integers(minimum, qtype.min_range))
 
 
-@cache
-def ggml() -> ctypes.CDLL:
-    spec = importlib.util.find_spec("llama_cpp")
-    assert spec is not None
-    assert spec.origin is not None
-    library = ctypes.CDLL(str(next((Path(spec.origin).parent / "lib").glob("*ggml-base.*"))))
-    number, pointer = ctypes.c_int64, ctypes.c_void_p
-    library.ggml_quantize_init.argtypes = [ctypes.c_int]
-    library.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, number, number, number, pointer]
-    library.ggml_quantize_chunk.restype = ctypes.c_size_t
-    return library
-
-
-def ggml_quantize(x: np.ndarray, qtype: BlockType, importance: np.ndarray | None = None) -> np.ndarray:
-    """float32 [rows, n] -> uint8 [rows, bytes of a row] by llama.cpp's quantizer."""
-    assert x.shape[1] % qtype.block == 0  # llama.cpp would write past the end
-    out = np.zeros((x.shape[0], x.shape[1] // qtype.block * qtype.block_bytes), np.uint8)
-    weights = None if importance is None else importance.ctypes.data
-    ggml().ggml_quantize_init(int(kind(qtype)))
-    assert ggml().ggml_quantize_chunk(int(kind(qtype)), x.ctypes.data, out.ctypes.data, 0, *x.shape, weights) == out.size
-    return out
-
-
-def ggml_dequantize(data: np.ndarray, qtype: BlockType) -> np.ndarray:
-    """uint8 [rows, bytes of a row] -> float32 [rows, n] by llama.cpp's reader."""
-    read = getattr(ggml(), f"dequantize_row_{qtype.name.replace('_k', '_K')}")
-    read.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
-    read.restype = None
-    out = np.zeros((data.shape[0], data.shape[1] // qtype.block_bytes * qtype.block), np.float32)
-    read(data.ctypes.data, out.ctypes.data, out.size)
-    return out
-
-
-def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    """-0 is not +0 here."""
-    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
-
-
 def assert_read_alike(t: BlockTensor) -> None:
     data, ours = pack(t), t.dequantize().numpy()
     assert same_bits(ours, gguf.quants.dequantize(data, kind(t.type)))
     assert same_bits(ours, ggml_dequantize(data, t.type))
-
-
-def assert_same(a: BlockTensor, b: BlockTensor) -> None:
-    assert a.type is b.type
-    for name in FIELDS:
-        x, y = getattr(a, name), getattr(b, name)
-        if x is None or y is None:
-            assert x is y, name
-        else:
-            assert same_bits(x.numpy(), y.numpy()), name
 
 
 def weights(seed: int, rows: int = 8, width: int = 1024) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""`--target-size`, `--target-bpw`, `--target-kld`: measured sensitivities, the knapsack, and a file that keeps its budget."""
+"""`--target-size`, `--target-bpw`, `--target-kld`: measured sensitivities, and a file that keeps its budget."""
 
 from __future__ import annotations
 
@@ -14,92 +14,25 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from test_quantize import divergence, settings
-from tiny import build, corpus
+from quantizing import settings
+from tiny import build, divergence
 from torch import nn
 
 import llmc
 from llmc.cli import run
-from llmc.compress.quantize import knapsack, sensitivity
+from llmc.compress.quantize import sensitivity
 from llmc.compress.quantize.budget import rounded_up
 from llmc.compress.quantize.config import QuantizeConfig
-from llmc.compress.quantize.knapsack import Frontier, Option
 from llmc.compress.quantize.run import quantize as on_all_threads
 from llmc.console import size
 from llmc.errors import UserError
 from llmc.formats.hf import load_torch_model
-
-OPTIONS = st.lists(st.tuples(st.integers(1, 40), st.floats(0, 1)), min_size=1, max_size=4)
-ITEMS = st.lists(OPTIONS, min_size=1, max_size=5)
-
-
-def items_of(raw: list[list[tuple[int, float]]], step: int = 1) -> dict[str, list[Option]]:
-    return {str(i): [Option(str(j), step * size, loss) for j, (size, loss) in enumerate(options)]
-            for i, options in enumerate(raw)}
-
-
-def brute_force(items: dict[str, list[Option]]) -> list[tuple[int, float]]:
-    """(bytes, loss) of every choice."""
-    return [(sum(o.nbytes for o in choice), sum(o.loss for o in choice)) for choice in itertools.product(*items.values())]
-
-
-def totals(chosen: dict[str, Option]) -> tuple[int, float]:
-    return sum(o.nbytes for o in chosen.values()), sum(o.loss for o in chosen.values())
-
-
-@hypothesis_settings(max_examples=60, deadline=None)
-@given(ITEMS, st.integers(1, 7), st.integers(0, 1500), st.floats(0, 5))
-def test_the_choice_is_the_best_of_all(raw: Any, step: int, budget: int, loss: float) -> None:
-    items = items_of(raw, step)
-    frontier, every = Frontier(items), brute_force(items)
-    allowed = [x for x in every if x[0] <= budget]
-    chosen = frontier.within(budget)
-    assert (chosen is None) == (not allowed)
-    if chosen is not None:
-        assert totals(chosen)[0] <= budget
-        assert totals(chosen)[1] == pytest.approx(min(x[1] for x in allowed), abs=1e-9)
-    good = [x for x in every if x[1] <= loss - 1e-9]
-    small = frontier.reaching(loss)
-    if good:
-        assert small is not None
-        assert totals(small)[0] <= min(x[0] for x in good)
-    if small is not None:
-        assert totals(small)[1] <= loss + 1e-9
-
-
-@hypothesis_settings(max_examples=50, deadline=None)
-@given(ITEMS, st.integers(0, 300))
-def test_a_coarse_table_keeps_the_budget_and_is_the_best_of_the_rounded(raw: Any, budget: int) -> None:
-    before, knapsack.STEPS = knapsack.STEPS, 20
-    try:
-        items = items_of(raw)
-        frontier = Frontier(items)
-    finally:
-        knapsack.STEPS = before
-    chosen = frontier.within(budget)
-    if chosen is not None:
-        assert totals(chosen)[0] <= budget
-        tight = [x for x in brute_force(items) if x[0] <= budget - len(items) * (frontier.unit - 1)]
-        if tight:  # whatever leaves room for the rounding is no better
-            assert totals(chosen)[1] <= min(x[1] for x in tight) + 1e-9
-
-
-def test_more_budget_is_never_worse() -> None:
-    generator = torch.Generator().manual_seed(0)
-    sizes, losses = (torch.rand(30, 6, generator=generator) for _ in "ab")
-    frontier = Frontier({str(i): [Option(str(j), int(1000 * sizes[i, j]) + 1, float(losses[i, j])) for j in range(6)]
-                         for i in range(30)})
-    found = [totals(c)[1] for budget in range(frontier.least, frontier.most + 50, 37) if (c := frontier.within(budget))]
-    assert all(b <= a + 1e-12 for a, b in itertools.pairwise(found))
 
 
 @pytest.fixture(autouse=True)
 def _few_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Errors of a type are learned from fewer weights: for time."""
     monkeypatch.setattr(sensitivity, "SAMPLED", 1 << 11)
-
-
-# -------------------------------------------------------------------------------------------------------- measuring
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "opt"])
@@ -148,16 +81,6 @@ def test_errors_fall_as_bits_rise() -> None:
     order = ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q8_0"]
     assert all(found[b] < found[a] for a, b in itertools.pairwise(order))
     assert "q4_k" not in sensitivity.candidates(64)
-
-
-# ------------------------------------------------------------------------------------------------------ from end to end
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "calibration.txt"
-    path.write_text(corpus()[:60_000], encoding="utf-8")
-    return path
 
 
 def quantize(base: Path, config: QuantizeConfig) -> dict[str, Any]:

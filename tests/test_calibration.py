@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from killing import interrupted
 from tiny import FAMILIES, build
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from llmc import precision
-from llmc.compress import layer_run
 from llmc.compress.calibration import Loop, LoopSettings, Workspace
 from llmc.compress.layer_run import InputStatistics, add_gram, mirror_upper
+from llmc.compress.passes import LayerPass
 from llmc.compress.skeleton import LinearGroup, Skeleton, get_weight, set_weight, trace_layer
 from llmc.formats.checkpoint import Checkpoint
 
@@ -23,12 +23,7 @@ EXPECTED_GROUPS = {
     "llama": [3, 1, 2, 1], "mistral": [3, 1, 2, 1], "qwen2": [3, 1, 2, 1], "qwen3": [3, 1, 2, 1], "gemma2": [3, 1, 2, 1],
     "gemma3_text": [3, 1, 2, 1], "phi3": [1, 1, 1, 1], "gpt2": [1, 1, 1, 1], "opt": [3, 1, 1, 1], "gpt_neox": [1, 1, 1, 1],
 }
-
-
-@pytest.fixture(autouse=True)
-def _full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (precision, layer_run):
-        monkeypatch.setattr(module, "matmul_precision", lambda: "ieee")
+pytestmark = pytest.mark.usefixtures("_full_precision")
 
 
 def coarse(weight: torch.Tensor) -> torch.Tensor:
@@ -36,7 +31,7 @@ def coarse(weight: torch.Tensor) -> torch.Tensor:
     return (weight * 8).round() / 8
 
 
-class Recorder:
+class Recorder(LayerPass):
     """A pass that rounds coarsely and keeps what it was shown."""
 
     def __init__(self) -> None:
@@ -158,7 +153,7 @@ def test_workers_change_nothing_but_the_order_of_sums(reference: int, tmp_path: 
         for a, b, c in zip(ours, theirs, twice, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(theirs[0].diagonal().mean()))
             assert torch.equal(a, c)
-    torch.testing.assert_close(many.store.read(0, 5), one.store.read(0, 5))
+    torch.testing.assert_close(many.streams.stores[0].read(0, 5), one.streams.stores[0].read(0, 5))
 
 
 def test_no_linear_runs_twice_on_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,22 +209,12 @@ def test_a_run_stopped_at_any_layer_goes_on_from_durable_states(tmp_path: Path) 
     folder = build("llama", tmp_path / "model", num_hidden_layers=5)
     whole, _, _ = stream(folder, tmp_path / "whole", LoopSettings(batch=2, reference=3))
 
-    class Stops(Recorder):
-        def __init__(self, last: int) -> None:
-            super().__init__()
-            self.last = last
-
-        def finish(self, index: int, layer: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-            if index == self.last:
-                raise KeyboardInterrupt
-            return super().finish(index, layer)
-
     for last in range(1, 5):
         work = tmp_path / f"stopped-{last}"
         settings = LoopSettings(batch=2, reference=3)
-        with pytest.raises(KeyboardInterrupt):
+        with interrupted(Recorder, "finish", layer=last):
             Loop(Skeleton(Checkpoint.open(folder), "cpu"), SEQUENCES, Workspace(work, {}, resume=False), settings).run(
-                Stops(last), lambda r: "")
+                Recorder(), lambda r: "")
         again = Workspace(work, {}, resume=True)
         assert again.done == last  # nothing finished is lost
         recorder = Recorder()

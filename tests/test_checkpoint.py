@@ -13,6 +13,7 @@ import tiny
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny import edit_tensors
 
 from llmc.errors import UserError
 from llmc.formats.checkpoint import INDEX, Checkpoint
@@ -137,7 +138,6 @@ def test_nan_and_infinity_are_named(made: SimpleNamespace, tmp_path: Path, value
 def test_large_sums_are_not_taken_for_infinity(made: SimpleNamespace, tmp_path: Path) -> None:
     """The quick check sums a tensor; a sum that overflows must not condemn finite weights."""
     folder = Path(shutil.copytree(made.base, tmp_path / "large"))
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.norm.weight"] = torch.full((64,), 3e38)
-    save_file(tensors, folder / "model.safetensors")
+    with edit_tensors(folder) as tensors:
+        tensors["model.norm.weight"] = torch.full((64,), 3e38)
     assert torch.equal(Checkpoint.open(folder).tensor("model.norm.weight"), tensors["model.norm.weight"])

@@ -22,16 +22,10 @@ import llmc.about.verification
 import llmc.cli
 from llmc.cli import app, run
 from llmc.cli.group import TABLE
-from llmc.console import set_quiet
 from llmc.errors import GateFailedError, UserError
 
 COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 LLMC = Path(sys.executable).with_name("llmc")
-
-
-@pytest.fixture(autouse=True)
-def _not_quiet() -> None:
-    set_quiet(False)
 
 
 def llmc_process(*args: str, **kwargs: object) -> subprocess.CompletedProcess[str]:

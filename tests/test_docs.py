@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shutil
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -12,11 +13,12 @@ from typing import Any
 
 import pytest
 import typer
+import yaml
 
 from llmc.cli import app
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("examples/*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("examples/*.md"))]
 
 
 def generator() -> ModuleType:
@@ -72,10 +74,42 @@ def test_links_inside_the_repository_lead_somewhere() -> None:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+NEW = {"runtimes/targets/docker.py"}  # of an example in CONTRIBUTING.md
+
+
+def test_files_and_functions_in_the_pages_are_there() -> None:
+    """Every path of code, and in tables of architecture.md every function that stands in the cell before its file."""
+    path = re.compile(r"\b(?:llmc|compress|export|runtimes|evals|docs|tests)/[\w/]+\.py\b")
+    for page in (ROOT / "CONTRIBUTING.md", ROOT / "docs" / "architecture.md"):
+        named = set(path.findall(page.read_text(encoding="utf-8"))) - NEW
+        assert not [p for p in sorted(named) if not (ROOT / p).is_file()], page.name
+    seen = 0
+    for line in (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").splitlines():
+        cells = line.split("|")[1:-1]
+        files = "".join((ROOT / p).read_text(encoding="utf-8") for p in path.findall(line))
+        for name in re.findall(r"`(\w[\w.]*)`", cells[1]) if files and len(cells) == 4 else []:
+            assert re.search(rf"(def|class) {name.rpartition('.')[2]}\b", files), f"{name}: {line}"
+            seen += 1
+    assert seen > 30
+
+
+def test_workflows_parse_and_pre_commit_has_the_pinned_ruff() -> None:
+    for workflow in ROOT.glob(".github/workflows/*.yml"):
+        read = yaml.safe_load(workflow.read_text(encoding="utf-8"))
+        assert read["permissions"] == {"contents": "read"}
+        assert all("run" in step or "@v" in step["uses"] for job in read["jobs"].values() for step in job["steps"])
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    pinned = re.search(r"^ruff==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert pinned
+    assert [repo["rev"] for repo in hooks["repos"] if "ruff" in repo["repo"]] == [f"v{pinned[1]}"]
+
+
 def test_make_help_names_real_targets() -> None:
     makefile = (ROOT / "Makefile").read_text()
     named = set(re.findall(r"`make ([a-z]+)", "\n".join(p.read_text(encoding="utf-8") for p in PAGES)))
     targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
     assert named <= targets
+    if shutil.which("make") is None:
+        pytest.skip("no make here")
     listed = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert {"demo", "test"} <= set(re.findall(r"make ([a-z]+)", listed))

@@ -78,6 +78,7 @@ def test_python_example(made: SimpleNamespace, tmp_path: Path) -> None:
     assert "<html" in (tmp_path / "out" / "compare.html").read_text()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="bash")
 def test_demo_is_a_valid_script() -> None:
     """`make demo` runs it on the real model; here its syntax, and its commands in test_docs.py."""
     subprocess.run(["bash", "-n", str(EXAMPLES / "demo.sh")], check=True)

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 from gguf import GGUFReader
+from gguf_files import export
 from tiny import GPT2_STEPS, QWEN_STEPS, build, edit_config
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from llmc.errors import UserError
-from llmc.export.gguf import GgufExportConfig, export_gguf
 from llmc.export.gguf.metadata import name_in_file
 from llmc.export.gguf.tokenizer import Vocabulary
 from llmc.export.gguf.verify import MARKS
@@ -71,10 +71,6 @@ def model_with(folder: Path, tokenizer: PreTrainedTokenizerFast, family: str = "
     build(family, folder, vocab_size=len(tokenizer), num_hidden_layers=1, **values)
     tokenizer.save_pretrained(folder)
     return folder
-
-
-def export(folder: Path, **options: Any) -> dict[str, Any]:
-    return export_gguf(GgufExportConfig(model=folder, out=folder.with_suffix(".gguf"), threads=1, **options))
 
 
 @pytest.mark.parametrize("name", KNOWN)

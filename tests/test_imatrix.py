@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,13 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader
-from tiny import build, corpus
+from killing import interrupted, resumed
+from tiny import build, write_text
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import llmc
-from llmc import precision
 from llmc.cli import run
-from llmc.compress import layer_run
 from llmc.compress.imatrix.run import SquaresPass
 from llmc.compress.skeleton import get_weight, is_linear
 from llmc.compress.text import load_calibration
@@ -34,19 +34,12 @@ from llmc.rounding.rtn import rtn
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2")
 TEXT = {"samples": 6, "seq_len": 48}
-
-
-@pytest.fixture(autouse=True)
-def _full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (precision, layer_run):
-        monkeypatch.setattr(module, "matmul_precision", lambda: "ieee")
+pytestmark = pytest.mark.usefixtures("_full_precision")
 
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    path = tmp_path / "some text.txt"
-    path.write_text(corpus()[:30_000], encoding="utf-8")
-    return path
+    return write_text(tmp_path / "some text.txt", 30_000)
 
 
 @torch.no_grad()
@@ -116,24 +109,12 @@ def test_a_linear_runs_once_and_no_weight_changes(tmp_path: Path, text: Path, mo
     assert list(counts.values()) == [1] * 14
 
 
-def test_an_interrupted_run_goes_on_and_self_sampled_text_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_goes_on_and_self_sampled_text_is_kept(tmp_path: Path) -> None:
     folder, options = build("llama", tmp_path / "m"), {"samples": 3, "seq_len": 24, "threads": 1}
-    whole = llmc.imatrix(folder, **options, out=tmp_path / "whole.gguf")
-    begin = SquaresPass.begin
-
-    def interrupted(self: SquaresPass, index: int, *rest: Any) -> None:
-        if index == 1:
-            raise KeyboardInterrupt
-        begin(self, index, *rest)
-
-    monkeypatch.setattr(SquaresPass, "begin", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        llmc.imatrix(folder, **options, out=tmp_path / "part.gguf")
-    assert not (tmp_path / "part.gguf").exists()
-    monkeypatch.setattr(SquaresPass, "begin", begin)
-    assert llmc.imatrix(folder, **options, out=tmp_path / "part.gguf", resume=True)["sha256"] == whole["sha256"]
-    assert not list(tmp_path.glob(".part*"))
-    assert read_imatrix(tmp_path / "part.gguf").datasets == ["self"]
+    whole, again = resumed(partial(llmc.imatrix, folder, **options), tmp_path, interrupted(SquaresPass, "begin", layer=1),
+                           suffix=".gguf")
+    assert again["sha256"] == whole["sha256"]
+    assert read_imatrix(tmp_path / "killed.gguf").datasets == ["self"]
     with pytest.raises(UserError, match="exists and was not made by llmc"):
         llmc.imatrix(folder, **options, out=folder / "config.json")
 
@@ -145,8 +126,10 @@ def lost(weight: torch.Tensor, q: Any, importance: torch.Tensor) -> float:
     return float(((q.dequantize() - weight).square() * importance).sum())
 
 
-@pytest.mark.parametrize("qtype", [*BLOCK_TYPES.values(), IntegerType(4, 32), IntegerType(4, 128), IntegerType(4, 64, False), IntegerType(8, 32)],
-                         ids=lambda g: g.name)
+INTEGER_TYPES = (IntegerType(4, 32), IntegerType(4, 128), IntegerType(4, 64, False), IntegerType(8, 32))
+
+
+@pytest.mark.parametrize("qtype", [*BLOCK_TYPES.values(), *INTEGER_TYPES], ids=lambda t: t.name)
 def test_rounding_by_importance_loses_less_of_what_matters(qtype: Any) -> None:
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(48, 512, generator=generator)

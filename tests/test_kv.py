@@ -19,6 +19,7 @@ from llmc.evals.compare.run import compare
 from llmc.evals.quality.config import EvalConfig
 from llmc.evals.report.store import kv_type, read_report
 from llmc.formats import kv
+from llmc.formats.artifacts.table import artifact_at
 from llmc.runtimes.onnx_model import OnnxModel
 from llmc.runtimes.open import open_runtime
 from llmc.runtimes.torch_model import TorchModel
@@ -30,7 +31,7 @@ def test_bytes_are_those_of_a_real_cache(family: str, tmp_path: Path) -> None:
     folder = tiny.build(family, tmp_path / "m")
     if family in ("gpt2", "opt", "gpt_neox"):  # tiny gives every family the key; these do not know it
         tiny.edit_config(folder, num_key_value_heads=None)
-    known = kv.shape(folder)
+    known = artifact_at(folder).kv_shape()
     assert known is not None
     runtime = TorchModel(folder, 64, 1)
     tokens = 20
@@ -40,7 +41,7 @@ def test_bytes_are_those_of_a_real_cache(family: str, tmp_path: Path) -> None:
 
 
 def test_sliding_layers_stop_at_their_window(tmp_path: Path) -> None:
-    known = kv.shape(tiny.build("gemma3_text", tmp_path / "m"))
+    known = artifact_at(tiny.build("gemma3_text", tmp_path / "m")).kv_shape()
     assert known is not None
     assert (known["layers"], known["sliding_layers"], known["window"]) == (3, 2, 32)
     one = 2 * known["kv_heads"] * known["head_dim"] * 2
@@ -50,9 +51,9 @@ def test_sliding_layers_stop_at_their_window(tmp_path: Path) -> None:
 def test_every_format_tells_the_same(made: SimpleNamespace, tmp_path: Path) -> None:
     onnx = tmp_path / "onnx"
     llmc.export(made.gptq, format="onnx", out=onnx)
-    folder = kv.describe(made.base)
+    folder, *others = (kv.described(artifact_at(p).kv_shape()) for p in (made.base, made.gptq, made.gguf, onnx))
     assert folder is not None
-    assert folder == kv.describe(made.gptq) == kv.describe(made.gguf) == kv.describe(onnx)
+    assert others == [folder] * 3
     assert folder["bytes_per_token_f16"] == 2 * 2 * 2 * 16 * 2
     assert folder["bytes_at"]["2048"] == 2048 * folder["bytes_per_token_f16"]
     runtime = OnnxModel(onnx, 64, 1)
@@ -64,7 +65,7 @@ def test_every_format_tells_the_same(made: SimpleNamespace, tmp_path: Path) -> N
 def test_what_is_not_told_is_not_guessed(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64,
                                                       "kv_lora_rank": 512}))
-    assert kv.describe(tmp_path) is None
+    assert kv.described(artifact_at(tmp_path).kv_shape()) is None
     assert kv.section(None, "f16") == {"type": "f16", "bytes_per_token": None, "bytes_at": None}
     assert "unknown" in kv.words(kv.section(None, "f16"))
 
@@ -83,7 +84,7 @@ def settings(text: str) -> dict[str, object]:
 
 
 def test_a_quantized_cache_has_a_divergence_of_its_own(wide: Path) -> None:
-    Path("text.txt").write_text(tiny.corpus()[:20_000])
+    tiny.write_text(Path("text.txt"), 20_000)
     for type, lossy in (("f16", False), ("q8_0", True)):
         r = llmc.evaluate(wide, base=wide, kv=type, out=f"{type}.json", **settings("text.txt"))
         assert r["quality"]["kv"]["type"] == r["quality"]["runtime"]["kv_type"] == type
@@ -102,7 +103,7 @@ def test_a_quantized_cache_has_a_divergence_of_its_own(wide: Path) -> None:
 
 
 def test_benches_join_the_quality_of_the_same_cache(wide: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("text.txt").write_text(tiny.corpus()[:20_000])
+    tiny.write_text(Path("text.txt"), 20_000)
     llmc.evaluate(wide, base=wide, kv="q8_0", out="r.json", **settings("text.txt"))
     options = ["--prompt", "9", "--generate", "2", "--warmup", "0", "--threads", "1", "--max-repetitions", "5"]
     assert run(["bench", str(wide), *options, "-o", "r.json"]) == 2

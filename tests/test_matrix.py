@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_compare import speed, whole, write
+from reports import speed, whole, write
 
 from llmc.cli import run
 from llmc.evals.compare.config import CompareConfig

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("onnx")
 from onnx import TensorProto, helper, save
 
-from llmc.export.onnx.lint import as_notes, lint
+from llmc.formats.onnx_lint import as_notes, lint
 
 SAFE = {"K": 64, "N": 8, "bits": 4, "block_size": 32, "accuracy_level": 0}
 

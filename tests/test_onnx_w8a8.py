@@ -16,14 +16,15 @@ pytest.importorskip("onnx_ir")
 import onnx
 import onnx_ir as ir
 import onnxruntime
-from test_export_onnx import FLOAT_NOISE, export, onnx_logits
+from onnx_files import FLOAT_NOISE, export, onnx_logits
 
 import llmc
 from llmc.compress.transform import scaling
 from llmc.compress.transform.roles import map_layer
 from llmc.errors import UserError
-from llmc.export.onnx import lint, w8a8
-from llmc.formats.weigh import tensors
+from llmc.export.onnx import w8a8
+from llmc.formats import onnx_lint
+from llmc.formats.artifacts.table import artifact_at
 from llmc.runtimes.torch_model import TorchModel
 
 IDS = np.random.default_rng(1).integers(2, 512, 60)
@@ -167,10 +168,10 @@ def test_the_folder(outliers: Path, tmp_path: Path) -> None:
     assert len({n.input[0] for n in linears}) == sum(n.op_type == "Round" for n in graph.node) == 8  # gate and up share
     assert not any(n.op_type == "MatMulNBits" for n in graph.node)
     assert report["accuracy_reason"] == "no matrix is quantized in blocks"
-    weighed = {t.name: t for t in tensors(tmp_path / "x")}
+    weighed = {t.name: t for t in artifact_at(tmp_path / "x").tensors()}
     qkv = weighed["model.layers.0.attn.qkv_proj.MatMul.weight"]
     assert (qkv.type, qkv.kind, qkv.parameters, qkv.nbytes) == ("int8 rows W8A8", "attention", 128 * 64, 128 * (64 + 4))
-    assert "saturation" in {f.rule for f in lint.lint(tmp_path / "x" / "model.onnx")}
+    assert "saturation" in {f.rule for f in onnx_lint.lint(tmp_path / "x" / "model.onnx")}
     assert llmc.inspect(tmp_path / "x")["type"] == "int8 rows W8A8"
 
 

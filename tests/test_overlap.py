@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
-from tiny import build, corpus
+from tiny import build, corpus, write_text
 
 from llmc.compress.quantize.config import QuantizeConfig
 from llmc.compress.quantize.run import quantize
@@ -34,7 +34,7 @@ def test_short_or_empty_text_never_overlaps() -> None:
 def test_eval_warns_of_the_text_that_was_calibrated_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = build("llama", tmp_path / "base")
     seen, other = tmp_path / "seen.txt", tmp_path / "other.txt"
-    seen.write_text(corpus()[:20_000])
+    write_text(seen, 20_000)
     other.write_text(corpus()[60_000:80_000])
     quantize(base, QuantizeConfig(calibration=str(seen), samples=16, seq_len=64, threads=2, out=tmp_path / "q"))
     report = evaluate(EvalConfig(str(tmp_path / "q"), base=str(base), text=str(seen), second_text=str(other), context=64,

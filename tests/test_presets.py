@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from gguf import GGUFReader
-from test_quantize import settings
-from tiny import build, corpus
+from quantizing import settings
+from tiny import build
 
 import llmc
 from llmc.compress.quantize.config import QuantizeConfig
@@ -28,13 +28,6 @@ from llmc.formats.types import BLOCK_TYPES, IntegerType, QuantizedTensor
 # output by benchmarks/presets_of_llama_cpp.py --write.
 FROZEN: dict[str, Any] = json.loads((Path(__file__).parent / "data/preset_types.json").read_text())
 RUNS = [(title, key) for title, found in FROZEN.items() for key in found["types"]]
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "calibration.txt"
-    path.write_text(corpus()[:60_000], encoding="utf-8")
-    return path
 
 
 @pytest.mark.parametrize(("title", "key"), RUNS)

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from killing import kill_9
-from tiny import FAMILIES, build, corpus, edit_config, poison, tokenizer
+from killing import Command, interrupted, resumed
+from quantizing import settings
+from tiny import FAMILIES, build, divergence, edit_config, poison, tokenizer
 from transformers import AutoModelForCausalLM
 
 import llmc
+from llmc.compress import calibration
 from llmc.compress.quantize.config import QuantizeConfig
 from llmc.compress.quantize.run import quantize
 from llmc.errors import UserError
@@ -24,25 +22,6 @@ from llmc.formats import gptq as gptq_format
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.hf import load_torch_model
 from llmc.formats.manifest import hash_folder
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "calibration.txt"
-    path.write_text(corpus()[:60_000], encoding="utf-8")
-    return path
-
-
-def settings(text: Path, out: Path, **values: Any) -> QuantizeConfig:
-    return QuantizeConfig(**{"calibration": str(text), "samples": 24, "seq_len": 64, "threads": 2, "out": out, **values})
-
-
-@torch.no_grad()
-def divergence(folder: Path, base: Path) -> float:
-    """Mean KL divergence to the base on text that was not calibrated on."""
-    ids = tokenizer()(corpus()[100_000:110_000], return_tensors="pt").input_ids[:, : 8 * 64].view(8, 64)
-    p, q = (torch.log_softmax(load_torch_model(f)(ids).logits.double(), -1) for f in (base, folder))
-    return float((p.exp() * (p - q)).sum(-1).mean())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -123,30 +102,17 @@ def test_same_input_seed_and_threads_give_the_same_bytes(tmp_path: Path) -> None
 def test_resume_after_kill_9_gives_the_same_bytes(calibration: str, tmp_path: Path, text: Path) -> None:
     base = build("llama", tmp_path / "base", num_hidden_layers=8)
     spec = str(text) if calibration == "file" else "self"
-    command = [sys.executable, "-m", "llmc", "quantize", str(base), "--calibration", spec, "--samples", "16",
-               "--seq-len", "64", "--threads", "2", "--json", "-o"]
-    whole = json.loads(subprocess.run([*command, "whole"], check=True, capture_output=True).stdout)
-
-    kill_9([*command[3:], "killed"], tmp_path, ".killed.unfinished/layers/0001.json")
-    assert not Path("killed").exists()
-    assert Path(".killed.unfinished/state.json").exists()
-
-    done = subprocess.run([*command, "killed", "--resume"], check=True, capture_output=True, text=True)
-    assert json.loads(done.stdout)["weights_sha256"] == whole["weights_sha256"]
-    assert not list(Path().glob(".killed*"))
+    command = Command("quantize", base, "--calibration", spec, "--samples", 16, "--seq-len", 64, "--threads", 2, "--json")
+    done = resumed(command, tmp_path, lambda out: command.kill(out, ".killed.unfinished/layers/0001.json"),
+                   left=".killed.unfinished/state.json")
+    whole, again = (json.loads(d.stdout) for d in done)
+    assert again["weights_sha256"] == whole["weights_sha256"]
 
 
-def test_resume_refuses_other_settings(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_refuses_other_settings(tmp_path: Path, text: Path) -> None:
     base = build("llama", tmp_path / "base")
-    from llmc.compress import calibration
-
-    def interrupted(*_args: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(calibration.Workspace, "commit", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(calibration.Workspace, "commit"):
         quantize(base, settings(text, tmp_path / "q"))
-    monkeypatch.undo()
     with pytest.raises(UserError, match=r"cannot resume.* differs in damp\n"):
         quantize(base, settings(text, tmp_path / "q", damp=0.5, resume=True))
     assert quantize(base, settings(text, tmp_path / "q", damp=0.5))["out"] == str(tmp_path / "q"), "begins anew"
@@ -248,15 +214,10 @@ def test_a_full_disk_is_refused_up_front(tmp_path: Path, text: Path, monkeypatch
 
 def test_ctrl_c_leaves_no_artifact_and_can_be_resumed(tmp_path: Path, text: Path) -> None:
     base = build("llama", tmp_path / "base", num_hidden_layers=8)
-    command = [sys.executable, "-m", "llmc", "quantize", str(base), "--calibration", str(text), "--samples", "16",
-               "--seq-len", "64", "-o", "q"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while not Path(".q.unfinished/layers/0001.json").exists() and process.poll() is None:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate()
-    assert process.returncode == 130
+    command = Command("quantize", base, "--calibration", text, "--samples", 16, "--seq-len", 64)
+    code, err = command.kill(Path("q"), ".q.unfinished/layers/0001.json", by=signal.SIGINT)
+    assert code == 130
     assert "Traceback" not in err
     assert not Path("q").exists()
-    assert subprocess.run([*command, "--resume"], capture_output=True).returncode == 0
+    command(Path("q"), resume=True)
     assert Path("q/model.safetensors").exists()

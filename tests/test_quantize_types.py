@@ -6,24 +6,18 @@ import json
 from pathlib import Path
 
 import pytest
-from test_quantize import divergence, settings
-from tiny import build, corpus
+from killing import interrupted, resumed
+from quantizing import settings
+from tiny import build, divergence
 
 import llmc
 from llmc.compress.quantize.config import QuantizeConfig
+from llmc.compress.quantize.layer_pass import QuantizePass
 from llmc.compress.quantize.run import quantize
 from llmc.errors import UserError
 from llmc.formats import quantized
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.types import BLOCK_TYPES
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "calibration.txt"
-    path.write_text(corpus()[:60_000], encoding="utf-8")
-    return path
-
 
 WIDE = {"hidden_size": 256, "intermediate_size": 512}
 
@@ -67,24 +61,11 @@ def test_rows_that_a_type_cannot_hold_take_another_and_that_is_said(
     assert llmc.export(tmp_path / "r", format="gguf", out=tmp_path / "r.gguf")["verified"]
 
 
-def test_a_type_goes_on_after_an_interruption(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llmc.compress.quantize.layer_pass import QuantizePass
-
+def test_a_type_goes_on_after_an_interruption(tmp_path: Path, text: Path) -> None:
     base = build("llama", tmp_path / "base", **WIDE)
-    whole = quantize(base, settings(text, tmp_path / "whole", type="q3_k"))
-    begin = QuantizePass.begin
-
-    def interrupted(self: QuantizePass, index: int, *rest: object) -> None:
-        if index == 1:
-            raise KeyboardInterrupt
-        begin(self, index, *rest)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(QuantizePass, "begin", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        quantize(base, settings(text, tmp_path / "part", type="q3_k"))
-    monkeypatch.setattr(QuantizePass, "begin", begin)
-    resumed = quantize(base, settings(text, tmp_path / "part", type="q3_k", resume=True))
-    assert resumed["weights_sha256"] == whole["weights_sha256"]
+    whole, again = resumed(lambda **more: quantize(base, settings(text, **more, type="q3_k")), tmp_path,
+                           interrupted(QuantizePass, "begin", layer=1))
+    assert again["weights_sha256"] == whole["weights_sha256"]
 
 
 @pytest.mark.parametrize(("options", "words"), [

@@ -36,7 +36,7 @@ def test_every_problem_at_once_with_its_line() -> None:
     found = problems("""\
 abuot: a slip
 steps:
-  - quantize: {bits: 5, samples: many, gridd: q4_0}
+  - quantize: {bits: 5, samples: many, typee: q4_0}
   - heal
   - heal: {steps: 0, of: nobody}
   - export: papyrus
@@ -46,7 +46,7 @@ steps:
   - compare: {max_kld: 5%}
   - {prune: {}, quantize: {}}
 """)
-    expected = ["line 1: 'abuot' is not known", "line 3, quantize: quantize has no option 'gridd' (did you mean type?)",
+    expected = ["line 1: 'abuot' is not known", "line 3, quantize: quantize has no option 'typee' (did you mean type?)",
                 "line 3, quantize: samples 'many': must be a valid integer", "line 3, quantize: --bits 5: must be 4 or 8",
                 "line 5, heal-2: --steps 0: must be at least 1", "line 6, export: format 'papyrus': must be gguf or onnx",
                 "line 7: 'frobnicate' is no step", "line 8: the name '../../etc/passwd' is not possible",

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import tiny
-from killing import kill_9
+from killing import Command
 
 import llmc
 from llmc.cli import run as command
@@ -44,7 +44,7 @@ steps:
 @pytest.fixture
 def base(made: SimpleNamespace) -> Path:
     """The tiny model; the test's working folder has a calibration text."""
-    Path("text.txt").write_text(tiny.corpus()[:40_000])
+    tiny.write_text(Path("text.txt"), 40_000)
     folder: Path = made.base
     return folder
 
@@ -59,7 +59,7 @@ def finished(made: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) ->
     """The folder in which SHORT was run once, for the tests to copy: evaluations take their time."""
     folder = tmp_path_factory.mktemp("finished")
     with contextlib.chdir(folder):
-        Path("text.txt").write_text(tiny.corpus()[:40_000])
+        tiny.write_text(Path("text.txt"), 40_000)
         llmc.run_recipe(write(SHORT), model=made.base, out="run")
     return folder
 
@@ -199,7 +199,7 @@ def test_a_dry_run_leaves_nothing_and_knows_earlier_times(base: Path, finished: 
 
 def killed(base: Path, wait_for: str) -> None:
     """A run in a process of its own, killed with SIGKILL once `wait_for` is there."""
-    kill_9(["run", "r.yaml", "--model", str(base), "-o", "run"], Path("run"), wait_for)
+    Command("run", "r.yaml", "--model", base).kill(Path("run"), f"run/{wait_for}")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")

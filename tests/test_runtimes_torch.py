@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import edit_tensors
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
@@ -70,7 +71,8 @@ def quantize_folder(folder: Path, version: str, qtype: IntegerType) -> tuple[Pat
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 @pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
-@pytest.mark.parametrize("qtype", [IntegerType(4, 32), IntegerType(8, 32), IntegerType(4, 64, symmetric=False)], ids=lambda g: g.name)
+@pytest.mark.parametrize("qtype", [IntegerType(4, 32), IntegerType(8, 32), IntegerType(4, 64, symmetric=False)],
+                         ids=lambda t: t.name)
 def test_gptq_folder_runs_its_dequantized_weights(family: str, version: str, qtype: IntegerType, tmp_path: Path) -> None:
     folder, model = quantize_folder(tiny.build(family, tmp_path / "m"), version, qtype)
     with torch.no_grad():
@@ -94,9 +96,8 @@ def test_names_without_the_base_models_prefix(quantized: bool, tmp_path: Path) -
 
 def test_a_lacking_tensor_is_an_error_and_no_random_weight(tmp_path: Path) -> None:
     folder = tiny.build("llama", tmp_path / "m")
-    tensors = load_file(folder / "model.safetensors")
-    del tensors["model.layers.1.mlp.up_proj.weight"]
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with edit_tensors(folder) as tensors:
+        del tensors["model.layers.1.mlp.up_proj.weight"]
     with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
         load_torch_model(folder)
 

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from killing import kill_9
-from tiny import build, corpus
+from killing import Command, resumed
+from tiny import build
 
 import llmc
 from llmc import families
+from llmc.compress import forward as measure
 from llmc.compress.quantize.config import QuantizeConfig
 from llmc.compress.skeleton import Skeleton, get_weight, is_linear, set_weight
 from llmc.compress.text import Calibration
 from llmc.compress.transform import choose as chooser
-from llmc.compress.transform import measure
 from llmc.errors import UserError
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.hf import load_torch_model
@@ -28,13 +26,6 @@ from llmc.formats.types import IntegerType
 from llmc.rounding.rtn import rtn
 
 IDS = torch.randint(2, 512, (3, 40), generator=torch.Generator().manual_seed(5))
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "calibration.txt"
-    path.write_text(corpus()[:60_000], encoding="utf-8")
-    return path
 
 
 def quantize(base: Path, text: Path, out: Path, **options: Any) -> dict[str, Any]:
@@ -132,18 +123,13 @@ def test_unknown_architectures_and_values_are_refused(tmp_path: Path, text: Path
 
 def test_a_finished_transform_is_used_again_after_kill_9(tmp_path: Path, text: Path) -> None:
     build("llama", tmp_path / "m", num_hidden_layers=6)
-    command = [sys.executable, "-m", "llmc", "quantize", "m", "--transform", "auto", "--calibration", str(text),
-               "--samples", "16", "--seq-len", "64", "--threads", "1", "--json", "-o"]
-    subprocess.run([*command, "whole"], check=True, capture_output=True)
-    kill_9([*command[3:], "killed"], tmp_path, ".killed.unfinished/layers/0001.json", seconds=1200)
-    assert Path(".killed.transformed/figures.json").exists()
-    loud = [x for x in command if x != "--json"]
-    done = subprocess.run([*loud, "killed", "--resume"], check=True, capture_output=True)
-    assert b"resuming after layer" in done.stderr
-    assert b"measuring" not in done.stderr
-    assert b"rounding error" not in done.stderr
-    assert not list(Path().glob(".killed*"))
-    assert hash_folder(Path("killed")) == hash_folder(Path("whole"))
+    command = Command("quantize", "m", "--transform", "auto", "--calibration", text, "--samples", 16, "--seq-len", 64,
+                      "--threads", 1)
+    _, again = resumed(command, Path(), lambda out: command.kill(out, ".killed.unfinished/layers/0001.json", seconds=1200),
+                       left=".killed.transformed/figures.json")
+    assert "resuming after layer" in again.stderr
+    assert "measuring" not in again.stderr
+    assert "rounding error" not in again.stderr
 
 
 def test_config_numbers_name_the_text_where_it_decides() -> None:

@@ -10,8 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import tiny
-import torch
-from safetensors.torch import load_file, save_file
+from tiny import change_tensors
 
 import llmc
 from llmc.cli import run
@@ -96,12 +95,6 @@ def edit_json(path: Path, **values: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors")
-
-
 Q = "model.layers.0.self_attn.q_proj"
 
 
@@ -111,11 +104,11 @@ Q = "model.layers.0.self_attn.q_proj"
         (lambda f: edit_json(f / "quantize_config.json", bits=8), "quantize_config.json says bits = 8"),
         (lambda f: edit_json(f / "quantize_config.json", extra=1), "quantize_config.json says extra = 1"),
         (lambda f: (f / "quantize_config.json").unlink(), "quantize_config.json is missing"),
-        (lambda f: edit_tensors(f, lambda t: t[f"{Q}.qzeros"].add_(0x11111111)), f"{Q} of "),
-        (lambda f: edit_tensors(f, lambda t: t[f"{Q}.g_idx"].copy_(t[f"{Q}.g_idx"].flip(0))), f"{Q} of "),
-        (lambda f: edit_tensors(f, lambda t: t.pop(f"{Q}.scales")), f"{Q}.scales is missing"),
-        (lambda f: edit_tensors(f, lambda t: t[f"{Q}.scales"].fill_(float("nan"))), f"{Q}.scales in "),
-        (lambda f: edit_tensors(f, lambda t: t["model.norm.weight"].fill_(float("inf"))), "model.norm.weight in "),
+        (lambda f: change_tensors(f, lambda t: t[f"{Q}.qzeros"].add_(0x11111111)), f"{Q} of "),
+        (lambda f: change_tensors(f, lambda t: t[f"{Q}.g_idx"].copy_(t[f"{Q}.g_idx"].flip(0))), f"{Q} of "),
+        (lambda f: change_tensors(f, lambda t: t.pop(f"{Q}.scales")), f"{Q}.scales is missing"),
+        (lambda f: change_tensors(f, lambda t: t[f"{Q}.scales"].fill_(float("nan"))), f"{Q}.scales in "),
+        (lambda f: change_tensors(f, lambda t: t["model.norm.weight"].fill_(float("inf"))), "model.norm.weight in "),
     ],
 )
 def test_labels_and_values_are_held_against_each_other(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -13,6 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from llmc.formats.hf import load_torch_model
 
 VOCAB = 512
 COMMON: dict[str, Any] = {
@@ -38,6 +42,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def corpus() -> str:
     """The help text that ships inside CPython: the only text the tests need."""
     return "\n\n".join(topics[k] for k in sorted(topics))
+
+
+def write_text(path: Path, length: int = 60_000) -> Path:
+    """A file with the beginning of the corpus, to calibrate and to train on; returns its path."""
+    path.write_text(corpus()[:length], encoding="utf-8")
+    return path
+
+
+def write_rows(path: Path, *rows: Any) -> Path:
+    """A .jsonl file of items, or of lines that are written as they are; returns its path."""
+    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows) + "\n", encoding="utf-8")
+    return path
 
 
 # Qwen's splitting: transformers gives it to every tokenizer of a Qwen 2 model, whatever tokenizer.json says
@@ -146,11 +162,37 @@ def edit_config(folder: Path, **values: Any) -> None:
     path.write_text(json.dumps(config))
 
 
+@contextmanager
+def edit_tensors(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
+    """The tensors of a folder by name; what the block makes of them is stored in their place."""
+    tensors = load_file(folder / "model.safetensors")
+    yield tensors
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    """`edit_tensors` as a call, for tables of damages."""
+    with edit_tensors(folder) as tensors:
+        change(tensors)
+
+
 def poison(folder: Path, name: str) -> None:
     """A NaN into one tensor of a folder."""
-    tensors = load_file(folder / "model.safetensors")
-    tensors[name].view(-1)[5] = float("nan")
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with edit_tensors(folder) as tensors:
+        tensors[name].view(-1)[5] = float("nan")
+
+
+def unseen() -> torch.Tensor:
+    """Token ids [8, 64] of text that `write_text` leaves out."""
+    ids: torch.Tensor = tokenizer()(corpus()[100_000:110_000], return_tensors="pt").input_ids
+    return ids[:, : 8 * 64].view(8, 64)
+
+
+@torch.no_grad()
+def divergence(folder: Path, base: Path) -> float:
+    """Mean KL divergence to the base on `unseen` text, nats."""
+    p, q = (torch.log_softmax(load_torch_model(f)(unseen()).logits.double(), -1) for f in (base, folder))
+    return float((p.exp() * (p - q)).sum(-1).mean())
 
 
 class Letters:

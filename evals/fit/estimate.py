@@ -20,10 +20,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmc.errors import UserError
+from llmc.evals.fit.schema import Bounds, Estimate, LeftOut
+from llmc.evals.report.schema import Facts
 from llmc.formats import kv
+from llmc.formats.artifacts.table import artifact_at, format_of
+from llmc.formats.kv import KvShape
 
 if TYPE_CHECKING:
     from llmc.runtimes.targets.profile import Profile
@@ -52,7 +56,7 @@ class Model:
     """What an artifact's speed depends on.
 
     token_bytes: by stored type, of the weights that a decoded token reads   prefill_weights: that a prompt token meets
-    decoder_bytes: of these weights   cache: of the KV cache, as llmc.formats.kv.shape tells; None where the file does not
+    decoder_bytes: of these weights   cache: of the KV cache, Artifact.kv_shape; None where the file does not tell
     """
 
     name: str
@@ -62,7 +66,7 @@ class Model:
     layers: int
     heads: int
     vocabulary: int
-    cache: dict[str, Any] | None = None
+    cache: KvShape | None = None
     decoder_bytes: int = 0
 
     def kv_bytes(self, tokens: int, type: str = "f16") -> int:
@@ -122,17 +126,15 @@ class Rates:
         return self.attention[min(self.attention, key=lambda n: abs(n - shared))]
 
 
-def estimate(model: Model, rates: Rates, depth: int = 0, prompt: int = 512, context: int | None = None) -> dict[str, Any]:
-    """{'target', 'decode': {low, mid, high} tokens/s after `depth` tokens, 'prefill': of `prompt` tokens, None where no
-    matmul rate is known, 'first_token': seconds, 'ram': bytes at `context` (default: depth and prompt), 'memory': its
-    interval, 'fits': in the device's memory, 'basis'}."""
+def estimate(model: Model, rates: Rates, depth: int = 0, prompt: int = 512, context: int | None = None) -> Estimate:
+    """Decoding after `depth` tokens, prefill of `prompt` tokens, memory at `context` (default: the longer of both)."""
     context = context or max(depth, prompt)
     held = memory(model, context)
-    speed = _named(tuple(_decode(model, rates, depth, i) for i in range(3)))
-    fill = _named(tuple(_prefill(model, rates, prompt, i) for i in range(3))) if rates.flops else None
-    first = fill and {"low": prompt / fill["high"], "mid": prompt / fill["mid"], "high": prompt / fill["low"]}
+    speed = bounds(*(_decode(model, rates, depth, i) for i in range(3)))
+    fill = bounds(*(_prefill(model, rates, prompt, i) for i in range(3))) if rates.flops else None
+    first = fill and bounds(prompt / fill["high"], prompt / fill["mid"], prompt / fill["low"])
     return {"target": rates.target, "decode": speed, "prefill": fill, "first_token": first, "ram": int(held[1]),
-            "memory": _named(held), "fits": held[1] <= rates.ram, "basis": rates.basis, "depth": depth, "prompt": prompt,
+            "memory": bounds(*held), "fits": held[1] <= rates.ram, "basis": rates.basis, "depth": depth, "prompt": prompt,
             "context": context}
 
 
@@ -167,8 +169,7 @@ def memory(model: Model, context: int) -> Interval:
     return least, least + PROCESS + some, least + 1.5 * PROCESS + more
 
 
-def _named(values: tuple[float, ...]) -> dict[str, float]:
-    low, mid, high = values
+def bounds(low: float, mid: float, high: float) -> Bounds:
     return {"low": low, "mid": mid, "high": high}
 
 
@@ -197,13 +198,13 @@ def rates_of_profile(profile: Profile, target: str | None = None) -> Rates:
     return Rates(target or profile.id, basis, int(profile.ram.value), read, flops, (0.7 * cost, cost, 1.3 * cost))
 
 
-def left_out(profile: Profile) -> list[dict[str, Any]]:
-    """Every published decoding estimated from the other points alone: [{'point', 'measured', 'decode', 'error', 'inside'}].
+def left_out(profile: Profile) -> list[LeftOut]:
+    """Every published decoding estimated from the other points alone.
 
-    error: of the middle figure, relative to what was measured.  A profile with a single point has nothing to say. The
-    layers' own cost stays as it is, though for some devices a small model's point was what told it.
+    A profile with a single point has nothing to say. The layers' own cost stays as it is, though for some devices a small
+    model's point was what told it.
     """
-    out = []
+    out: list[LeftOut] = []
     for m, _ in profile.achieved():
         others = tuple(o for o in profile.measured if o is not m)
         rest = replace(profile, measured=others)
@@ -253,7 +254,7 @@ def rates_here(types: set[str], threads: int, read_bandwidth: float, target: str
     return Rates(target, basis, memory_of_machine(), read, flops, (HERE_BELOW * low, mid, HERE_ABOVE * high), attention)
 
 
-def rates_of_facts(target: str, facts: dict[str, Any]) -> Rates:
+def rates_of_facts(target: str, facts: Facts) -> Rates:
     """Of a device that was probed and has no profile: what it reads from memory, and its f32 matmul rate.
 
     Kernels that unpack weights keep below the first and, with integer dot products, often above the second.
@@ -268,43 +269,24 @@ def rates_of_facts(target: str, facts: dict[str, Any]) -> Rates:
 # ------------------------------------------------------------------------------------------------------------ artifacts
 
 
+def is_exported(path: Path) -> bool:
+    """Whether a path holds an artifact that can be estimated: a .gguf file or an ONNX folder."""
+    kind = format_of(path)
+    return path.exists() and kind is not None and kind.exported
+
+
 def model_of(artifact: Path) -> Model:
     """The model of a .gguf file or an ONNX folder, from headers alone."""
-    from llmc.formats.onnx_folder import is_onnx_folder
-    from llmc.formats.weigh import tensors, weigh
-
-    if artifact.suffix != ".gguf" and not is_onnx_folder(artifact):
+    opened = artifact_at(artifact)
+    if not opened.exported:
         raise UserError(f"{artifact} is no file that ships: a folder of weights is unpacked by torch when it is run",
                         "export it first, and estimate the .gguf file or the ONNX folder")
-    weight, found = weigh(artifact), tensors(artifact)
+    weight, found = opened.weigh(), opened.tensors()
     read: dict[str, int] = {}
     for t in found:
         if weight["tied"] or t.kind != "embedding":
             read[t.type] = read.get(t.type, 0) + t.nbytes
-    shape = _gguf_shape(artifact) if artifact.is_file() else _onnx_shape(artifact)
     met = [t for t in found if t.kind in ("attention", "mlp")]
-    return Model(name=artifact.name, file_bytes=weight["file_bytes"], token_bytes=read, **shape, cache=kv.shape(artifact),
-                 prefill_weights=sum(t.parameters for t in met), decoder_bytes=sum(t.nbytes for t in met))
-
-
-def _gguf_shape(file: Path) -> dict[str, int]:
-    """layers, heads and vocabulary of the file's metadata."""
-    from llmc.formats.gguf import field, open_gguf
-
-    reader = open_gguf(file)
-    arch = field(reader, "general.architecture")
-    heads = field(reader, f"{arch}.attention.head_count")
-    embedding = next(t for t in reader.tensors if t.name == "token_embd.weight")
-    return {"layers": int(field(reader, f"{arch}.block_count")), "vocabulary": int(embedding.shape[1]),
-            "heads": int(max(heads) if isinstance(heads, list) else heads)}  # by layer: the largest bounds it
-
-
-def _onnx_shape(folder: Path) -> dict[str, int]:
-    from llmc.formats.onnx_folder import open_onnx
-
-    source = open_onnx(folder)
-    model = source.genai.get("model", {})
-    decoder, config = model.get("decoder", {}), source.config
-    return {"layers": int(decoder.get("num_hidden_layers") or config["num_hidden_layers"]),
-            "heads": int(decoder.get("num_attention_heads") or config["num_attention_heads"]),
-            "vocabulary": int(model.get("vocab_size") or config["vocab_size"])}
+    return Model(name=artifact.name, file_bytes=weight["file_bytes"], token_bytes=read, **opened.shape(),
+                 prefill_weights=sum(t.parameters for t in met), cache=opened.kv_shape(),
+                 decoder_bytes=sum(t.nbytes for t in met))

@@ -132,7 +132,7 @@ def _run(script: Path, folder: Path, out: Path, pre: str) -> None:
         [sys.executable, "-c", LAUNCHER, str(script.resolve()), pre, str(folder.resolve()), "--outfile", str(out),
          "--outtype", "f32"],
         env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"},
-        capture_output=True, text=True, check=False)
+        capture_output=True, text=True, errors="replace", check=False)
     if child.returncode or not out.is_file():
         lines = [line for line in child.stderr.splitlines() if line.strip()] or ["it printed nothing"]
         raise UserError(

@@ -59,9 +59,10 @@ def run(config: OnnxExportConfig) -> dict[str, Any]:
 
 def _write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> dict[str, Any]:
     """Plan, write and verify the folder `work`; return the report."""
-    from llmc.export.onnx import emit, files, graph, levels, lint, rope, verify, w8a8_proof, writer
+    from llmc.export.onnx import emit, files, graph, levels, rope, verify, w8a8_proof, writer
     from llmc.export.onnx.weights import Weights, form_name
     from llmc.export.parity import check_ids
+    from llmc.formats import onnx_lint
     from llmc.formats.onnx_folder import open_onnx
     from llmc.runtimes.onnx_model import OnnxModel
 
@@ -92,9 +93,9 @@ def _write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> 
     taken, reason, measured = levels.settle(work, config, ids, threads)
     files.finish_genai(work, files.end_ids(ckpt.folder, tok), taken.level if emitter.qdq else None)
     say(f"accuracy {taken}: {reason}")
-    findings = lint.lint(work / MODEL)
-    notes = weights.notes + lint.as_notes(findings)
-    for note in lint.as_notes(findings):
+    findings = onnx_lint.lint(work / MODEL)
+    notes = weights.notes + onnx_lint.as_notes(findings)
+    for note in onnx_lint.as_notes(findings):
         say(f"note: {note}")
     genai = verify.in_genai(work, tok, context)
     if not genai["token_ids"]["combining_marks_alike"]:

@@ -26,11 +26,11 @@ from llmc.errors import UserError
 from llmc.export.onnx import emit, rope
 from llmc.export.onnx.weights import Piece, Weights
 from llmc.export.parity import PLEASE_REPORT
-from llmc.export.reference import locate
 from llmc.families import FAMILIES, by_architecture, nearest
 from llmc.families.row import Onnx
 from llmc.formats import quantized
 from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.names import Names, missing
 
 
 def find_architecture(config: dict[str, Any]) -> Onnx:
@@ -153,15 +153,15 @@ def skeleton(ckpt: Checkpoint, hf: Any) -> tuple[nn.Module, Rows, Ends]:
 
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(hf, dtype=torch.float32, trust_remote_code=False)
-    linears, prefix = set(quantized.linears(ckpt)), f"{model.base_model_prefix}."
-    ends = _find_ends(ckpt, hf, model, linears, prefix)
+    names = Names.of(ckpt, model, quantized.linears(ckpt))
+    ends = _find_ends(ckpt, hf, model, names)
     rows, numbered, used = Rows(), dict[str, nn.Parameter](), {ends.spare}
     for name, p in list(model.named_parameters(remove_duplicate=False)):
         owner = model.get_submodule(name.rpartition(".")[0])
         is_head = owner is model.get_output_embeddings() and name.endswith(".weight")
-        found = locate(ckpt, linears, f"{ends.head}.weight" if is_head else name, prefix)
+        found = names.locate(f"{ends.head}.weight" if is_head else name)
         if found is None:
-            raise UserError(f"{ckpt.folder} has no {name}", "the checkpoint and its config.json do not belong together")
+            raise missing(ckpt.folder, name)
         stored, is_codes = found
         used.update(quantized.parts(stored) if is_codes else [stored])
         if p.ndim == 2 and isinstance(owner, nn.Linear | nn.Embedding):
@@ -182,10 +182,10 @@ def skeleton(ckpt: Checkpoint, hf: Any) -> tuple[nn.Module, Rows, Ends]:
     return model.eval(), rows, ends
 
 
-def _find_ends(ckpt: Checkpoint, hf: Any, model: Any, linears: set[str], prefix: str) -> Ends:
+def _find_ends(ckpt: Checkpoint, hf: Any, model: Any, names: Names) -> Ends:
     """Find embedding and head. The tensors decide whether they are tied; raises UserError if config.json contradicts them."""
-    names = {id(m): n for n, m in model.named_modules()}
-    embedding, head = (locate(ckpt, linears, f"{names[id(m)]}.weight", prefix)
+    modules = {id(m): n for n, m in model.named_modules()}
+    embedding, head = (names.locate(f"{modules[id(m)]}.weight")
                        for m in (model.get_input_embeddings(), model.get_output_embeddings()))
     if embedding is None or embedding[1]:
         raise UserError(f"{ckpt.folder} has no token embedding", "download the model again")

@@ -22,7 +22,7 @@ from llmc.formats.onnx_folder import OnnxFolder, open_onnx
 from llmc.runtimes.onnx_model import OnnxModel
 
 STEPS, REPEATS = 8, 3  # tokens decoded in a measurement, and the number of measurements
-ENOUGH = 3.0  # seconds after which measuring stops: at level 0 ONNX Runtime may take seconds for a token (lint.py)
+ENOUGH = 3.0  # seconds after which measuring stops: at level 0 ONNX Runtime may take seconds for a token (onnx_lint.py)
 # Limits for the loss from rounded activations on the check text. A 4-bit type itself has a KL divergence of 0.1 or more and a
 # top-1 agreement of 70 to 80 %. llama.cpp always rounds activations in this way. On SmolLM2-135M level 4 gave 0.0045 and
 # 94 %; with a wrong kernel (onnxruntime#29849) the divergence is far larger

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc import machine
-from llmc.files import cache_folder
+from llmc.files import cache_folder, existing
 
 # the modules that each set of packages must be able to import, by distribution
 PACKAGES = {
@@ -108,10 +108,7 @@ def _works(packages: dict[str, dict[str, dict[str, str | None]]], distribution: 
 
 def _free(folder: Path) -> int:
     """Free bytes on the disk where `folder` is or would be."""
-    folder = folder.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
+    return shutil.disk_usage(existing(folder)).free
 
 
 def describe(report: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 a gate of `llmc compare` or `llmc ship` failed or nothing 
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 import traceback
@@ -18,6 +19,7 @@ import typer
 from llmc.cli.group import Llmc
 from llmc.console import set_quiet
 from llmc.errors import UserError
+from llmc.machine import WINDOWS
 
 BUG = 70  # EX_SOFTWARE of sysexits.h; Python's own 1 would read as a failed gate
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -119,9 +121,13 @@ def run(args: list[str] | None = None) -> int:
 
 def main() -> None:
     """The `llmc` command."""
+    if WINDOWS and isinstance(sys.stdout, io.TextIOWrapper):  # the code page lacks ± and →; llmc reads its files as UTF-8
+        sys.stdout.reconfigure(encoding="utf-8")
     code = run()
     try:
         sys.stdout.flush()
-    except BrokenPipeError:  # `llmc … | head`: the reader has gone, and Python would complain at its own last flush
+    except OSError as e:  # `llmc … | head`: the reader has gone, and Python would complain at its own last flush
+        if not isinstance(e, BrokenPipeError) and not (WINDOWS and e.errno == errno.EINVAL):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)

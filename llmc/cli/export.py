@@ -8,12 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from llmc.cli.options import Json, add
-from llmc.export.gguf.config import GgufExportConfig
-from llmc.export.onnx.config import OnnxExportConfig
+from llmc.export.formats import FORMATS
 
 
 def register(app: typer.Typer) -> None:
-    add(app, export, GgufExportConfig, OnnxExportConfig)
+    add(app, export, *(row.config for row in FORMATS.values()))
 
 
 def export(

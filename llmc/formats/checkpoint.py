@@ -107,6 +107,12 @@ class Checkpoint:
         return t
 
 
+def model_files(folder: Path) -> list[Path]:
+    """The files that decide a model and its tokenizer."""
+    names = ("config.json", "generation_config.json", INDEX, *TOKENIZER_FILES)
+    return [folder / n for n in names if (folder / n).is_file()] + Checkpoint.open(folder).files
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """`config.json` of a model folder."""
     path = folder / "config.json"

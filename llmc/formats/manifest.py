@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc.errors import UserError
-from llmc.files import sha256, write_json
+from llmc.files import existing, sha256, write_json
 
 MANIFEST = "llmc.json"
 SCHEMA = 1
@@ -43,9 +43,7 @@ def check_output(out: Path, overwrite: bool = False) -> None:
     """The place where an artifact will be written must be free (or hold an older artifact of llmc) and writable."""
     if out.exists() and not overwrite and not manifest_path(out).exists() and (out.is_file() or any(out.iterdir())):
         raise UserError(f"{out} exists and was not made by llmc", "choose another place with -o")
-    parent = out.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
+    parent = existing(out.absolute().parent)
     if not os.access(parent, os.W_OK):
         raise UserError(f"no permission to write into {parent}", "choose another place with -o")
 
@@ -65,6 +63,11 @@ def read_manifest(artifact: Path) -> dict[str, Any] | None:
     except ValueError as e:
         raise UserError(f"{path} is not valid JSON: {e}", "the artifact is damaged: make it again") from e
     return manifest
+
+
+def passes_of(artifact: Path) -> list[dict[str, Any]]:
+    """What llmc did to make an artifact, oldest first; nothing where llmc did not make it."""
+    return list((read_manifest(artifact) or {}).get("passes", []))
 
 
 def new_manifest(kind: str, source: dict[str, Any], passes: list[dict[str, Any]], **more: Any) -> dict[str, Any]:

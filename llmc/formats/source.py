@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmc.console import warn
 from llmc.files import sha256
-from llmc.formats.checkpoint import INDEX, TOKENIZER_FILES, Checkpoint
+from llmc.formats.checkpoint import model_files
 from llmc.formats.manifest import read_manifest
 
 if TYPE_CHECKING:
@@ -41,9 +41,7 @@ def describe_source(folder: Path) -> dict[str, Any]:
 
 def hash_source(folder: Path) -> dict[str, str]:
     """sha256 of each file that decides a model, by name."""
-    names = ("config.json", "generation_config.json", INDEX, *TOKENIZER_FILES)
-    files = [folder / n for n in names if (folder / n).is_file()] + Checkpoint.open(folder).files
-    return {p.name: sha256(p) for p in files}
+    return {p.name: sha256(p) for p in model_files(folder)}
 
 
 @cache

@@ -9,9 +9,9 @@ from typing import Any
 
 from llmc.compress.prune.config import MASKS
 from llmc.errors import UserError
-from llmc.formats.onnx_folder import is_onnx_folder
+from llmc.formats.artifacts.table import format_of
 from llmc.formats.types import BLOCK_TYPES
-from llmc.recipes.commands import ARTIFACTS, CALLED, FLOAT, GGUF, ONNX, ONNX_TYPES, PAGE, QUANTIZED, REPORT
+from llmc.recipes.commands import ARTIFACTS, CALLED, EXPORTED, FLOAT, ONNX_TYPES, PAGE, QUANTIZED, REPORT
 from llmc.recipes.recipe import BASE, EACH, Recipe, nearest, override, parse, read_text, scalar
 from llmc.recipes.typed import Typed, type_steps
 from llmc.sources.resolve import HUB_ID, WHAT_TO_GIVE
@@ -87,20 +87,18 @@ def _base(recipe: Recipe, need_model: bool, problems: list[str]) -> tuple[str, s
         return "", FLOAT
     base = recipe.path(recipe.model)
     path = Path(base)
-    if path.is_dir():
-        if is_onnx_folder(path):
-            problems.append(f"model {base}: an ONNX folder is made by export and cannot be the start")
+    if path.exists():
+        kind = format_of(path)
+        if kind is None:
+            problems.append(f"model {base}: {WHAT_TO_GIVE}")
+            return str(path.absolute()), FLOAT
+        if not kind.can_start:
+            problems.append(f"model {base}: {kind.label} is made by export and cannot be the start")
             return base, FLOAT
         try:
-            from llmc.formats.checkpoint import Checkpoint
-
-            return str(path.absolute()), QUANTIZED if Checkpoint.open(path).quantization else FLOAT
+            return str(path.absolute()), QUANTIZED if kind(path).starts_quantized() else FLOAT
         except UserError as e:
             problems.append(f"model: {e.problem}")
-    elif path.is_file():
-        if path.suffix != ".gguf":
-            problems.append(f"model {base}: {WHAT_TO_GIVE}")
-        return str(path.absolute()), FLOAT  # its values, dequantized
     elif HUB_ID.fullmatch(base) is None:
         problems.append(f"model: there is no folder or file {base}: {WHAT_TO_GIVE}")
     return base, FLOAT
@@ -125,7 +123,7 @@ class _Linker:
             step = self._step(t)
             self.kinds[t.name] = t.gives
             self.made[t.name] = step
-            if t.command.makes_model and t.gives not in (GGUF, ONNX):
+            if t.command.makes_model and t.gives not in EXPORTED:
                 self.newest = t.name
         return list(self.made.values())
 
@@ -221,7 +219,7 @@ class _Linker:
 
     def _exports(self, of_base: bool) -> list[str]:
         """Exported artifacts so far: those of the base itself, or the others."""
-        return [n for n, s in self.made.items() if s.kind in (GGUF, ONNX) and (s.inputs == (BASE,)) == of_base]
+        return [n for n, s in self.made.items() if s.kind in EXPORTED and (s.inputs == (BASE,)) == of_base]
 
     def _measured(self, t: Typed) -> tuple[str, ...]:
         """What eval, bench and compare look at: the base (or its exports), then every export so far, or the newest model."""
@@ -262,6 +260,6 @@ def _remedy(command: str, kind: str) -> str:
         return ": put a quantize step before it"
     if kind == QUANTIZED:
         return f": {command} comes before quantize"
-    if kind in (GGUF, ONNX):
+    if kind in EXPORTED:
         return ": an exported file is an end; name the model with `of`"
     return ""

@@ -18,13 +18,13 @@ from llmc.compress.transform.config import TransformConfig
 from llmc.evals.bench.config import BenchConfig
 from llmc.evals.compare.config import CompareConfig
 from llmc.evals.quality.config import EvalConfig
-from llmc.export.gguf.config import GgufExportConfig
-from llmc.export.onnx.config import OnnxExportConfig
+from llmc.export.formats import FORMATS
 
-FLOAT, QUANTIZED, GGUF, ONNX, REPORT, PAGE = "float", "quantized", "gguf", "onnx", "report", "page"
+FLOAT, QUANTIZED, REPORT, PAGE = "float", "quantized", "report", "page"
+EXPORTED = tuple(FORMATS)  # what `llmc export` makes, by format
 MODELS = (FLOAT, QUANTIZED)
-ARTIFACTS = (FLOAT, QUANTIZED, GGUF, ONNX)
-CALLED = {FLOAT: "a float model", QUANTIZED: "a quantized model", GGUF: "a .gguf file", ONNX: "an ONNX folder"}
+ARTIFACTS = (*MODELS, *EXPORTED)
+CALLED = {FLOAT: "a float model", QUANTIZED: "a quantized model", **{name: row.called for name, row in FORMATS.items()}}
 
 # What a recipe decides itself: inputs, outputs and how it is run. The rest of a config's fields are a step's options.
 OWN = {"model", "artifact", "artifacts", "reports", "base", "teacher", "out", "output", "outputs", "page", "resume",
@@ -34,7 +34,7 @@ PLACEHOLDERS: dict[str, Any] = {"artifact": "-", "artifacts": ("-",), "reports":
 
 @dataclass(frozen=True)
 class Command:
-    """name: as on the command line  function: of the package llmc  takes: kinds of its input  gives: kind of its output
+    """name: as on the command line  function: of the package llmc  takes: kinds of its input  gives: kind of its output ('': its format)
     configs: the class of its options by format ('' where there is one)  short: the option that `- command: value` sets
     code: modules whose source, with all that they import, decides the result  resumes: an interrupted run goes on
     needs: packages to import by format, with the extra that installs them
@@ -52,7 +52,7 @@ class Command:
 
     @property
     def makes_model(self) -> bool:
-        return self.gives in ARTIFACTS
+        return not self.gives or self.gives in ARTIFACTS
 
 
 
@@ -70,9 +70,8 @@ COMMANDS: dict[str, Command] = {c.name: c for c in (
     _compress("transform", TransformConfig, FLOAT, FLOAT),
     _compress("quantize", QuantizeConfig, FLOAT, QUANTIZED, "type"),
     _compress("heal", HealConfig, QUANTIZED, QUANTIZED, "steps"),
-    Command("export", "export", MODELS, GGUF, {"gguf": GgufExportConfig, "onnx": OnnxExportConfig},
-            ("llmc.export.gguf.export", "llmc.export.onnx.export"), "format",
-            needs={"gguf": ("gguf", "llama_cpp"), "onnx": ("onnx", "onnxruntime", "onnxruntime_genai")}),
+    Command("export", "export", MODELS, "", {name: row.config for name, row in FORMATS.items()},
+            tuple(row.code for row in FORMATS.values()), "format", needs={name: row.needs for name, row in FORMATS.items()}),
     _measure("eval", "evaluate", EvalConfig, REPORT, "llmc.evals.quality.run"),
     _measure("bench", "bench", BenchConfig, REPORT, "llmc.evals.bench.run"),
     _measure("compare", "compare", CompareConfig, PAGE, "llmc.evals.pages.compare"),

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from llmc import closure
+from llmc.errors import UserError
 from llmc.files import sha256, write_json
-from llmc.formats.checkpoint import INDEX, TOKENIZER_FILES, Checkpoint
+from llmc.formats.artifacts.table import artifact_at
 from llmc.recipes.chain import Step
 from llmc.recipes.commands import REPORT
+from llmc.sources.resolve import WHAT_TO_GIVE
 
 YOUNG = 2.0  # seconds: a file changed this lately could change again without its time telling
 RUNTIMES = ("torch", "transformers", "llama-cpp-python", "onnxruntime")  # measurements are of these too
@@ -61,10 +63,12 @@ def model_digest(model: str, hashes: Hashes) -> str:
         from llmc.sources.resolve import resolve_model
 
         path = resolve_model(model)  # a hub id: its snapshot
-    if path.is_file():
+    found = artifact_at(path)
+    if not found.can_start:
+        raise UserError(f"{model} is {found.label}, which is made by export and cannot be the start", WHAT_TO_GIVE)
+    files = found.source_files()
+    if files == [path]:
         return hashes.of(path)
-    names = ("config.json", "generation_config.json", INDEX, *TOKENIZER_FILES)
-    files = [path / n for n in names if (path / n).is_file()] + Checkpoint.open(path).files
     return digest({p.name: hashes.of(p) for p in files})
 
 

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from llmc.errors import UserError
+from llmc.export.formats import FORMATS
 from llmc.files import sha256
+from llmc.formats.artifacts.table import artifact_at
 from llmc.formats.manifest import manifest_path, read_manifest, versions
 from llmc.recipes.chain import Chain, Step
-from llmc.recipes.commands import GGUF, PAGE, REPORT
+from llmc.recipes.commands import PAGE, REPORT
 from llmc.recipes.identity import Hashes, key, model_digest
 from llmc.recipes.recipe import BASE
 
@@ -40,7 +42,8 @@ class Job:
     @property
     def artifact(self) -> Path:
         """What it makes: a folder, a file, or for bench the folder of its reports."""
-        name = {GGUF: f"{self.step.name}.gguf", PAGE: "compare.json"}.get(self.step.kind, self.step.name)
+        kind, name = self.step.kind, self.step.name
+        name = "compare.json" if kind == PAGE else name + FORMATS[kind].suffix if kind in FORMATS else name
         return self.folder if self.step.kind == REPORT else self.folder / name
 
     def report(self, target: str) -> Path:
@@ -141,10 +144,8 @@ def files_of(job: Job) -> dict[str, list[Any]]:
 
 
 def weight_bytes(path: Path) -> int:
-    """Of the weights of a model, wherever they lie: a .gguf file, or a folder's safetensors or ONNX files."""
-    if path.is_file():
-        return path.stat().st_size
-    return sum(p.stat().st_size for p in path.glob("*") if p.suffix in (".safetensors", ".onnx", ".data"))
+    """Of the files in which the weights of a model lie."""
+    return sum(p.stat().st_size for p in artifact_at(path).weight_files())
 
 
 def clear(job: Job) -> None:

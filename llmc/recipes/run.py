@@ -35,10 +35,11 @@ from llmc.recipes.jobs import (
 )
 from llmc.recipes.plan import RESUME, RUN, base_bytes, lines, plan, states
 from llmc.recipes.recipe import BASE, setting
+from llmc.recipes.schema import Plan, RunReport
 
 
-def run_recipe(recipe: str | Path, config: RunConfig) -> dict[str, Any]:
-    """Run what is not there yet, and return the chain's report (report.py); with `dry_run` {'plan': […]}.
+def run_recipe(recipe: str | Path, config: RunConfig) -> RunReport | Plan:
+    """Run what is not there yet, and return the chain's report; with `dry_run` the plan.
 
     Raises UserError, with every problem at once, before a weight is read. A missed gate raises nothing: look at 'passed'.
     """

@@ -15,7 +15,7 @@ from typing import Any, get_args, get_type_hints
 
 from llmc.errors import UserError
 from llmc.options import item_type
-from llmc.recipes.commands import COMMANDS, GGUF, ONNX, PLACEHOLDERS, Command, every_option, options
+from llmc.recipes.commands import COMMANDS, PLACEHOLDERS, Command, every_option, options
 from llmc.recipes.recipe import Entry, Recipe, nearest
 
 LINKS = ("of", "teacher")  # what a step works on is no option of the command
@@ -45,7 +45,7 @@ class Typed:
 
     @property
     def gives(self) -> str:
-        return {"gguf": GGUF, "onnx": ONNX}[self.format] if self.format else self.command.gives
+        return self.format or self.command.gives
 
     def options(self) -> dict[str, Any]:
         """The config's fields that are the recipe's business, defaults included."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from llmc.console import say, warn
 from llmc.errors import UserError
-from llmc.files import cache_folder, check_disk, publish_folder, sha256, write_json
+from llmc.files import cache_folder, check_disk, sha256
+from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.gguf import field, open_gguf
-from llmc.formats.manifest import MANIFEST, hash_folder, new_manifest
+from llmc.formats.manifest import MANIFEST
+from llmc.formats.model_folder import publish
+from llmc.formats.names import Names
 from llmc.machine import check_memory
 
 if TYPE_CHECKING:
@@ -31,9 +35,7 @@ def dequantized_folder(file: Path) -> Path:
     if not (out / MANIFEST).is_file():
         with _work_folder(out) as work:
             source = {**_dequantize(file, work), "files": {file.name: digest}}
-            manifest = new_manifest("hf", source, [{"name": "dequantize", "config": {"dtype": "float16"}}])
-            write_json(work / MANIFEST, {**manifest, "outputs": hash_folder(work)})
-            publish_folder(work, out)
+            publish(work, out, "hf", source, [{"name": "dequantize", "config": {"dtype": "float16"}}])
     warn(f"the weights are dequantized from {file.name}: they keep its rounding errors")
     return out
 
@@ -66,8 +68,25 @@ def _dequantize(file: Path, work: Path) -> dict[str, Any]:
     with quiet_transformers():
         model.save_pretrained(work)
         tokenizer.save_pretrained(work)
+    _check_saved(Checkpoint.open(work), model)
     return {"name": file.name, "licence": field(reader, "general.license") or "unknown",
             "base_model": field(reader, "general.base_model.0.repo_url"), "revision": None}
+
+
+def _check_saved(written: Checkpoint, model: PreTrainedModel) -> None:
+    """Check that transformers wrote the model: equal tensors under the model's names, and the same total number of weights.
+
+    transformers may rename or split tensors when it writes them, and leaves out the second name of a tied tensor."""
+    import torch
+
+    names, values = Names.of(written, model), model.state_dict()
+    for stored in written.names():
+        value, found = values.get(names.find_own(stored) or ""), written.tensor(stored)
+        if value is not None and not (found.dtype == value.dtype and torch.equal(found, value)):
+            raise RuntimeError(f"the written {stored} differs from the model's")
+    weights = sum(v.numel() for v in {v.data_ptr(): v for v in values.values()}.values())
+    if sum(math.prod(written.shape(n)) for n in written.names()) != weights:
+        raise RuntimeError(f"{written.folder} does not hold the {weights} weights of the model")
 
 
 def load_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from llmc.console import say
 from llmc.errors import UserError
+from llmc.formats.artifacts.table import format_of
 from llmc.formats.checkpoint import CARD_FILES, TOKENIZER_FILES
 
 HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
@@ -23,7 +24,8 @@ def resolve_model(model: str | Path) -> Path:
     if path.is_dir():
         return path
     if path.is_file():
-        if path.suffix == ".gguf":
+        kind = format_of(path)
+        if kind is not None and kind.format == "gguf":
             from llmc.sources.dequantize import dequantized_folder
 
             return dequantized_folder(path)
@@ -66,8 +68,6 @@ def _download(repo: str, revision: str | None) -> Path:
 
 
 def locate(artifact: str) -> Path:
-    """The file or folder of an artifact: a .gguf file stays a file, a hub id becomes its folder."""
+    """The file or folder of the user's artifact: an artifact does not change, a hub id becomes its folder."""
     path = Path(artifact).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
-        return path
-    return resolve_model(artifact)
+    return path if path.exists() and format_of(path) else resolve_model(artifact)

@@ -8,7 +8,6 @@ after loading, then one for each line of stdin. A line of stdin is {"do": "ids",
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import sys
@@ -20,12 +19,11 @@ from typing import Any
 import numpy as np
 
 from llmc.errors import UserError
-from llmc.formats.onnx_folder import is_onnx_folder
 from llmc.machine import load_average, peak_rss, physical_cores, state
 from llmc.runtimes.base import Runtime
 from llmc.runtimes.on_device.answers import answers, say
 from llmc.runtimes.on_device.energy import Meter
-from llmc.runtimes.open import open_runtime
+from llmc.runtimes.open import load_library, open_runtime
 
 READ_BYTES = 4 << 20
 
@@ -44,7 +42,7 @@ def main() -> None:
 
 def _serve(job: dict[str, Any], answer: Any) -> None:
     artifact = Path(job["artifact"]).expanduser()
-    _import(artifact)
+    load_library(artifact)
     read_anew(artifact)
     start = time.perf_counter()
     runtime = open_runtime(artifact, job["context"], job["threads"] or physical_cores(), job["device"],
@@ -79,19 +77,6 @@ def read_anew(artifact: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             while file.read(READ_BYTES):
                 pass
-
-
-def _import(artifact: Path) -> None:
-    """Import the runtime's library first: its import is not part of the artifact's load time."""
-    if artifact.suffix == ".gguf":
-        from llmc.runtimes.amx import use_extra_buffers
-
-        use_extra_buffers()
-        return
-    onnx = ("llmc.runtimes.onnx_model", "onnx", "onnxruntime")
-    torch = ("llmc.runtimes.torch_model", "transformers.models.auto.modeling_auto")
-    for module in onnx if is_onnx_folder(artifact) else torch:
-        importlib.import_module(module)
 
 
 def repetition(runtime: Runtime, ids: np.ndarray, prompts: list[int], depths: list[int], generate: int) -> dict[str, Any]:

@@ -8,14 +8,9 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-MODULES = {"numpy": "numpy", "llama-cpp-python": "llama_cpp", "onnxruntime": "onnxruntime", "onnx": "onnx",
-           "tokenizers": "tokenizers"}
-RUNTIMES = {"gguf": ("numpy", "llama-cpp-python"), "onnx": ("numpy", "onnxruntime", "onnx", "tokenizers")}
+from llmc.formats.artifacts.table import FORMATS
 
-
-def packages_of(artifact: str) -> tuple[str, ...]:
-    """The packages that an artifact's runtime needs. The name decides: a .gguf file, else an ONNX folder."""
-    return RUNTIMES["gguf" if artifact.endswith(".gguf") else "onnx"]
+MODULES = {package: module for kind in FORMATS for package, module in kind.packages.items()}
 
 
 def examine() -> dict[str, str | None]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc.errors import UserError
+from llmc.formats.artifacts.table import format_of
 from llmc.runtimes.on_device import bench, facts
 from llmc.runtimes.targets import adb_bench
 from llmc.runtimes.targets.adb_shell import connected
@@ -44,7 +45,8 @@ class AdbDevice:
         self.cache = Cache(self._shell, cache, int(target.cache_gb * 1e9))
 
     def place(self, artifact: Path) -> str:
-        if artifact.suffix != ".gguf":
+        kind = format_of(artifact)
+        if kind is None or kind.format != "gguf":
             raise UserError(f"{artifact} is not a .gguf file; on Android llmc runs only those",
                             "write one with `llmc export --format gguf`")
         return self.cache.place(artifact)

@@ -42,7 +42,8 @@ def connected(target: Target) -> AdbShell:
     found = ADB.fullmatch(target.address)
     assert found is not None, target.address
     shell = AdbShell(target.name, found["serial"])
-    done = subprocess.run(["adb", "-s", shell.serial, "get-state"], capture_output=True, text=True, check=False)
+    done = subprocess.run(["adb", "-s", shell.serial, "get-state"], capture_output=True, text=True,
+                          errors="replace", check=False)
     if done.returncode or done.stdout.strip() != "device":
         lines = (done.stderr or done.stdout).strip().splitlines()
         raise UserError(f"{target.name}: {lines[-1] if lines else 'adb does not answer'}",

@@ -72,8 +72,7 @@ class EmulatedDevice(PythonDevice):
         self._folder = tempfile.TemporaryDirectory(prefix="llmc-agent-")
         self._zip = agent.write(Path(self._folder.name))
 
-    def place(self, artifact: Path) -> str:
-        self._check_artifact(artifact)
+    def _copy(self, artifact: Path) -> str:
         return str(artifact.resolve())
 
     def _agent(self) -> subprocess.Popen[str]:

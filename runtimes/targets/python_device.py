@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc.errors import UserError
-from llmc.formats.onnx_folder import is_onnx_folder
+from llmc.formats.artifacts.table import FORMATS, format_of
 from llmc.runtimes.on_device import needs
 from llmc.runtimes.targets.target import Target
 
@@ -23,10 +23,22 @@ class PythonDevice(ABC):
     def __init__(self, target: Target) -> None:
         self.target = target
         self._has: dict[str, Any] | None = None
+        self._packages: dict[str, list[str]] = {}  # packages for each placed artifact
+
+    def place(self, artifact: Path) -> str:
+        """The artifact's path on the device. It stores the packages that `start` checks for this path."""
+        kind = format_of(artifact)
+        if kind is not None and not kind.packages:
+            runs = " and ".join(k.plural for k in FORMATS if k.packages)
+            raise UserError(f"{artifact} is {kind.label} for torch; {self.target.name} runs {runs}",
+                            "write one with `llmc export --format gguf` or `--format onnx`")
+        placed = self._copy(artifact)
+        self._packages[placed] = [] if kind is None else list(kind.packages)
+        return placed
 
     @abstractmethod
-    def place(self, artifact: Path) -> str:
-        """The artifact's path on the device."""
+    def _copy(self, artifact: Path) -> str:
+        """The artifact's path on the device. It is copied there first if needed."""
 
     @abstractmethod
     def close(self) -> None:
@@ -40,15 +52,9 @@ class PythonDevice(ABC):
     def _install_hint(self, executable: str, absent: list[str]) -> str:
         """The hint for missing packages."""
 
-    def _check_artifact(self, artifact: Path) -> None:
-        """Raise UserError for a model folder: a device does not need torch and transformers."""
-        if artifact.is_dir() and not is_onnx_folder(artifact):
-            raise UserError(f"{artifact} is a model folder for torch; {self.target.name} runs .gguf files and ONNX folders",
-                            "write one with `llmc export --format gguf` or `--format onnx`")
-
     def start(self, module: str, job: dict[str, Any]) -> subprocess.Popen[str]:
         if "artifact" in job:
-            self._check(needs.packages_of(job["artifact"]))
+            self._check(self._packages[job["artifact"]])
         return self._start(module, job)
 
     def _start(self, module: str, job: dict[str, Any]) -> subprocess.Popen[str]:
@@ -76,7 +82,7 @@ class PythonDevice(ABC):
             self._has = found
         return self._has
 
-    def _check(self, packages: tuple[str, ...]) -> None:
+    def _check(self, packages: list[str]) -> None:
         found = self.has()
         absent = [p for p in packages if found["packages"][p] is None]
         if absent:

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from llmc.errors import UserError
-from llmc.runtimes.on_device import needs
+from llmc.formats.artifacts.table import FORMATS
 from llmc.runtimes.targets.target import ADB, EMULATED, LOCAL, SSH, Target
 
 
 def wanted(runtimes: tuple[str, ...]) -> list[str]:
     """The packages of the runtimes ('gguf', 'onnx'), in this machine's versions, so that results can be compared."""
-    if unknown := set(runtimes) - needs.RUNTIMES.keys():
-        raise UserError(f"--runtime {','.join(sorted(unknown))} is not known", f"choose from {', '.join(needs.RUNTIMES)}")
-    names = dict.fromkeys(name for r in runtimes for name in needs.RUNTIMES[r])
+    packages = {kind.format: kind.packages for kind in FORMATS if kind.packages}
+    if unknown := set(runtimes) - packages.keys():
+        raise UserError(f"--runtime {','.join(sorted(unknown))} is not known", f"choose from {', '.join(packages)}")
+    names = dict.fromkeys(name for r in runtimes for name in packages[r])
     return [_pinned(name) for name in names]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc.errors import UserError
+from llmc.machine import WINDOWS
 from llmc.runtimes.targets import agent
 from llmc.runtimes.targets.python_device import PythonDevice, pip_install
 from llmc.runtimes.targets.shell import command_line
@@ -54,6 +55,9 @@ class Connection:
         parts = SSH.fullmatch(target.address)
         assert parts is not None, target.address
         client = shlex.split(os.environ.get(CLIENT, "ssh"))
+        if WINDOWS and CLIENT not in os.environ:
+            raise UserError("OpenSSH for Windows cannot share one connection among commands (ControlMaster), which ssh "
+                            "targets need", "run llmc in WSL")
         if not client or shutil.which(client[0]) is None:
             raise UserError(f"{client[0] if client else 'ssh'} is not installed here",
                             "install OpenSSH's client: openssh-client")
@@ -124,8 +128,7 @@ class SshDevice(PythonDevice):
             self._shell.close()
             raise
 
-    def place(self, artifact: Path) -> str:
-        self._check_artifact(artifact)
+    def _copy(self, artifact: Path) -> str:
         return self.cache.place(artifact)
 
     def install(self, packages: list[str]) -> None:

@@ -114,7 +114,8 @@ def files_of(artifact: Path) -> list[File]:
     """The files of an artifact (a file or a folder), sorted by name. A later change is found when the copy is verified."""
     paths = [artifact] if artifact.is_file() else sorted(p for p in artifact.rglob("*") if p.is_file())
     if not paths:
-        raise UserError(f"{artifact} is neither a file nor a folder with files", "give an artifact: llmc ls shows them")
+        raise UserError(f"{artifact} is neither a file nor a folder with files",
+                        "give a .gguf file or a folder that `llmc export` wrote")
     base = artifact.parent if artifact.is_file() else artifact
     return [File(p.relative_to(base).as_posix(), p, sha256(p), p.stat().st_size) for p in paths]
 

@@ -1,4 +1,4 @@
-"""The weights of an ONNX folder as llmc/formats/weigh.py lists them: a quantized matrix with its scales is one weight."""
+"""The weights of an ONNX folder: a quantized matrix with its scales is one weight."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from llmc.families.names import classify
 from llmc.formats.onnx_folder import OnnxFolder, attributes, elements
-from llmc.formats.weigh import Tensor
+from llmc.formats.tensors import Tensor
 
 TABLES = ("Gather", "GatherBlockQuantized")  # read rows of their first input
 

@@ -1,0 +1,1 @@
+"""The formats of artifacts: a class each, and the table of all."""

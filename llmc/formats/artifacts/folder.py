@@ -1,0 +1,164 @@
+"""A Hugging Face folder, float or quantized, which torch runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from llmc.formats.artifact import Artifact, collected
+
+if TYPE_CHECKING:
+    from llmc.formats.checkpoint import Checkpoint
+    from llmc.formats.kv import KvShape
+    from llmc.formats.tensors import Tensor
+
+
+class FolderArtifact(Artifact):
+    format, label, plural = "hf", "a model folder", "model folders"
+    packages: ClassVar = {}  # torch and transformers are not expected on a device
+    kv_default = None
+    exported, can_start = False, True
+
+    @classmethod
+    def recognises(cls, path: Path) -> bool:
+        """Any folder: what it lacks is told when it is read."""
+        return path.is_dir()
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        return self.path
+
+    def weight_files(self) -> list[Path]:
+        return sorted(self.path.glob("*.safetensors"))
+
+    def deciding_files(self) -> list[Path]:
+        return [self.path / "config.json", *self.weight_files()]
+
+    def source_files(self) -> list[Path]:
+        from llmc.formats.checkpoint import model_files
+
+        return model_files(self.path)
+
+    def starts_quantized(self) -> bool:
+        return bool(self._open().quantization)
+
+    def tensors(self) -> list[Tensor]:
+        return list(self._tensors())
+
+    def _tensors(self) -> Iterator[Tensor]:
+        from llmc.families.names import classify
+        from llmc.formats.tensors import Tensor
+
+        ckpt = self._open()
+        quantization = ckpt.quantization or {}
+        bits = quantization.get("bits", 0)
+        for name in ckpt.names():
+            linear, _, part = name.rpartition(".")
+            if part == "blocks" and quantization.get("quant_method") == "llmc-blocks":
+                from llmc.formats.blocks import shape, type_of
+
+                out, width = shape(ckpt, linear)
+                yield Tensor(f"{linear}.weight", classify(linear), type_of(ckpt, linear).gguf_type, out * width,
+                             ckpt.nbytes(name))
+            elif f"{linear}.qweight" not in ckpt:
+                yield Tensor(name, classify(name), ckpt.dtype(name), prod(ckpt.shape(name)), ckpt.nbytes(name))
+            elif part == "bias":
+                yield Tensor(name, classify(name), ckpt.dtype(name), ckpt.shape(name)[0], ckpt.nbytes(name))
+            elif part == "qweight":
+                words, out = ckpt.shape(name)
+                packed = [f"{linear}.{p}" for p in ("qweight", "qzeros", "scales", "g_idx") if f"{linear}.{p}" in ckpt]
+                yield Tensor(f"{linear}.weight", classify(linear), f"GPTQ int{bits}", words * out * 32 // bits,
+                             sum(ckpt.nbytes(p) for p in packed))
+
+    def shape(self) -> dict[str, int]:
+        config = self._config(self._open().config)
+        return {"layers": int(config.get("num_hidden_layers") or config["n_layer"]),
+                "heads": int(config.get("num_attention_heads") or config["n_head"]),
+                "vocabulary": int(config["vocab_size"])}
+
+    def kv_shape(self) -> KvShape | None:
+        from llmc.files import read_json
+        from llmc.formats.kv import shape_of_config
+
+        return shape_of_config(self._config(read_json(self.path / "config.json")))
+
+    def facts(self) -> dict[str, Any]:
+        from llmc.formats.source import front_matter
+        from llmc.formats.tokenizer_facts import of_folder
+
+        ckpt = self._open()
+        config = self._config(ckpt.config)
+        method = (ckpt.quantization or {}).get("quant_method")
+        return {
+            "format": f"Hugging Face folder, {method or 'float'}",
+            "architecture": (ckpt.config.get("architectures") or [config.get("model_type")])[0],
+            "model": {
+                "layers": config.get("num_hidden_layers") or config.get("n_layer"),
+                "hidden": config.get("hidden_size") or config.get("n_embd"),
+                "heads": config.get("num_attention_heads") or config.get("n_head"),
+                "kv_heads": config.get("num_key_value_heads"),
+                "context": config.get("max_position_embeddings") or config.get("n_positions"),
+            },
+            "type": None if method is None else _types(ckpt, method),
+            "tokenizer": of_folder(self.path, config.get("vocab_size")),
+            "licence": front_matter(self.path / "README.md").get("license"),
+        }
+
+    def problems(self) -> Iterator[str]:
+        """Of tensors (each readable and finite) and of what says how to read the codes (it must be true)."""
+        ckpt = self._open()
+        problems: list[str] = []
+        packed: set[str] = set()
+        if ckpt.quantization is not None:
+            from llmc.formats import quantized
+
+            method = ckpt.quantization.get("quant_method")
+            linears = quantized.linears(ckpt)
+            packed = {name for linear in linears for name in quantized.parts(linear)}
+            if method == "gptq":
+                yield from _quantize_config_problems(ckpt.quantization, self.path / "quantize_config.json")
+            if not linears:
+                yield f"config.json says {method}, but there is no quantized linear"
+            for linear in linears:
+                collected(problems, partial(quantized.read, ckpt, linear))
+        for name in sorted(set(ckpt.names()) - packed):
+            collected(problems, partial(ckpt.tensor, name))
+        yield from problems
+
+    def _open(self) -> Checkpoint:
+        from llmc.formats.checkpoint import Checkpoint
+
+        return Checkpoint.open(self.path)
+
+    @staticmethod
+    def _config(config: dict[str, Any]) -> dict[str, Any]:
+        """Models that see and hear keep the language model's numbers one level down."""
+        return config | config.get("text_config", {})
+
+
+def _types(ckpt: Checkpoint, method: str) -> str | None:
+    """The types of the quantized linears, 'int4-sym-g32 + int8-sym-g32'; None where llmc does not know the method."""
+    from llmc.formats import quantized
+
+    if method not in quantized.METHODS:
+        return None
+    return " + ".join(sorted({quantized.type_name(ckpt, linear) for linear in quantized.linears(ckpt)})) or None
+
+
+def _quantize_config_problems(config: dict[str, Any], copy: Path) -> Iterator[str]:
+    """transformers reads config.json, GPTQ tools the copy: they must say the same."""
+    if not copy.is_file():
+        yield f"{copy.name} is missing"
+        return
+    try:
+        other = json.loads(copy.read_text(encoding="utf-8"))
+    except ValueError as e:
+        yield f"{copy.name} is not valid JSON: {e}"
+        return
+    for key in sorted(config.keys() | other.keys()):
+        if config.get(key) != other.get(key):
+            yield f"{copy.name} says {key} = {other.get(key)!r}, config.json says {config.get(key)!r}"

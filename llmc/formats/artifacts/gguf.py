@@ -1,0 +1,115 @@
+"""A .gguf file, which llama.cpp runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from llmc.formats.artifact import Artifact
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+
+    from llmc.formats.kv import KvShape
+    from llmc.formats.tensors import Tensor
+
+
+class GgufArtifact(Artifact):
+    format, label, plural = "gguf", "a .gguf file", ".gguf files"
+    packages: ClassVar = {"numpy": "numpy", "llama-cpp-python": "llama_cpp"}
+    kv_default = "f16"
+    exported = can_start = True
+
+    @classmethod
+    def recognises(cls, path: Path) -> bool:
+        return path.suffix == ".gguf" and not path.is_dir()
+
+    @property
+    def tokenizer_folder(self) -> None:
+        return None
+
+    def weight_files(self) -> list[Path]:
+        return [self.path]
+
+    def deciding_files(self) -> list[Path]:
+        return [self.path]
+
+    def tensors(self) -> list[Tensor]:
+        from llmc.families.names import classify
+        from llmc.formats.tensors import Tensor
+
+        return [Tensor(t.name, classify(t.name), t.tensor_type.name, int(t.n_elements), int(t.n_bytes))
+                for t in self._reader().tensors]
+
+    def shape(self) -> dict[str, int]:
+        heads = self._own("attention.head_count")
+        embedding = next(t for t in self._reader().tensors if t.name == "token_embd.weight")
+        return {"layers": int(self._own("block_count")), "vocabulary": int(embedding.shape[1]),
+                "heads": int(max(heads) if isinstance(heads, list) else heads)}  # by layer: the largest bounds it
+
+    def kv_shape(self) -> KvShape | None:
+        """Which layers slide is for most architectures not written in the file, and llama.cpp's cache holds every token of
+        those too unless it is told otherwise: they count as full."""
+        layers, heads = self._own("block_count"), self._own("attention.head_count")
+        kv_heads = self._own("attention.head_count_kv") or heads
+        if not layers or not heads or self._own("attention.kv_lora_rank") is not None:
+            return None
+        per_layer = [int(n) for n in kv_heads] if isinstance(kv_heads, list) else [int(kv_heads)] * int(layers)
+        most = max(per_layer)
+        if any(n not in (0, most) for n in per_layer):
+            return None
+        head_dim = self._own("attention.key_length") or int(self._own("embedding_length")) // int(heads)
+        return {"layers": sum(n > 0 for n in per_layer), "kv_heads": most, "head_dim": int(head_dim), "window": None,
+                "sliding_layers": 0}
+
+    def facts(self) -> dict[str, Any]:
+        """And 'metadata', without its lists."""
+        from llmc.formats.tokenizer_facts import hash_text
+
+        reader = self._reader()
+        tokens = reader.get_field("tokenizer.ggml.tokens")
+        blocks = {t.tensor_type.name for t in reader.tensors if t.name.startswith("blk.") and len(t.shape) > 1}
+        return {
+            "format": f"GGUF version {self._field('GGUF.version')}",
+            "architecture": self._field("general.architecture"),
+            "model": {
+                "layers": self._own("block_count"),
+                "hidden": self._own("embedding_length"),
+                "heads": self._own("attention.head_count"),
+                "kv_heads": self._own("attention.head_count_kv"),
+                "context": self._own("context_length"),
+            },
+            "type": " + ".join(sorted(blocks)) or None,
+            "tokenizer": {
+                "model": self._field("tokenizer.ggml.model"), "pre": self._field("tokenizer.ggml.pre"),
+                "vocabulary": None if tokens is None else len(tokens.data), "eos": self._end_ids(),
+                "chat_template_sha256": hash_text(self._field("tokenizer.chat_template")),
+            },
+            "licence": self._field("general.license"),
+            "metadata": {k: v for k in reader.fields if not k.startswith("GGUF.") and k != "tokenizer.chat_template"
+                         and not isinstance(v := self._field(k), list)},
+        }
+
+    def problems(self) -> Iterator[str]:
+        """Opening maps each tensor, so a file that ends too early is refused there."""
+        if not self._reader().tensors:
+            yield f"{self.path.name} holds no tensors"
+
+    def _reader(self) -> GGUFReader:
+        from llmc.formats.gguf import open_gguf
+
+        return open_gguf(self.path)
+
+    def _field(self, key: str) -> Any:
+        from llmc.formats.gguf import field
+
+        return field(self._reader(), key)
+
+    def _own(self, key: str) -> Any:
+        """A value that is stored under the architecture's name."""
+        return self._field(f"{self._field('general.architecture')}.{key}")
+
+    def _end_ids(self) -> list[int]:
+        ids = (self._field(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+        return sorted({i for i in ids if i is not None})

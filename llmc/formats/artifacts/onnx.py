@@ -1,0 +1,109 @@
+"""An ONNX folder, which ONNX Runtime runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from llmc.formats.artifact import Artifact, collected
+from llmc.formats.onnx_folder import GENAI, OnnxFolder, is_onnx_folder, open_onnx
+
+if TYPE_CHECKING:
+    from llmc.formats.kv import KvShape
+    from llmc.formats.tensors import Tensor
+
+# {what genai_config.json calls it: what a Hugging Face config calls it}
+NAMES = {"num_hidden_layers": "num_hidden_layers", "num_key_value_heads": "num_key_value_heads", "head_size": "head_dim",
+         "num_attention_heads": "num_attention_heads", "hidden_size": "hidden_size"}
+
+
+class OnnxArtifact(Artifact):
+    format, label, plural = "onnx", "an ONNX folder", "ONNX folders"
+    packages: ClassVar = {"numpy": "numpy", "onnxruntime": "onnxruntime", "onnx": "onnx", "tokenizers": "tokenizers"}
+    kv_default = None
+    exported, can_start = True, False
+
+    @classmethod
+    def recognises(cls, path: Path) -> bool:
+        return is_onnx_folder(path)
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        return self.path
+
+    def weight_files(self) -> list[Path]:
+        source = self._open()
+        return [source.model, *source.data_files]
+
+    def deciding_files(self) -> list[Path]:
+        return self._open().files
+
+    def tensors(self) -> list[Tensor]:
+        from llmc.formats.onnx_tensors import tensors
+
+        return list(tensors(self._open()))
+
+    def shape(self) -> dict[str, int]:
+        source = self._open()
+        model = source.genai.get("model", {})
+        decoder, config = model.get("decoder", {}), source.config
+        return {"layers": int(decoder.get("num_hidden_layers") or config["num_hidden_layers"]),
+                "heads": int(decoder.get("num_attention_heads") or config["num_attention_heads"]),
+                "vocabulary": int(model.get("vocab_size") or config["vocab_size"])}
+
+    def kv_shape(self) -> KvShape | None:
+        from llmc.files import read_json
+        from llmc.formats.kv import shape_of_config
+
+        config = read_json(self.path / "config.json")
+        decoder = read_json(self.path / GENAI).get("model", {}).get("decoder", {})
+        return shape_of_config(config | config.get("text_config", {})
+                               | {ours: decoder[theirs] for theirs, ours in NAMES.items() if theirs in decoder})
+
+    def facts(self) -> dict[str, Any]:
+        """And 'operators' and 'matmul_nbits' (OnnxFolder), and 'notes': what a class of devices will not like."""
+        from llmc.formats.onnx_lint import as_notes, lint
+        from llmc.formats.source import front_matter
+        from llmc.formats.tokenizer_facts import of_folder
+
+        source = self._open()
+        model, config = source.genai.get("model", {}), source.config
+        decoder = model.get("decoder", {})
+        opsets = {o.domain or "ai.onnx": o.version for o in source.proto.opset_import}
+        types = {t.type for t in self.tensors() if t.kind in ("attention", "mlp") and "int" in t.type}
+        return {
+            "format": "ONNX folder, " + ", ".join(f"{domain} {version}" for domain, version in opsets.items()),
+            "architecture": model.get("type") or (config.get("architectures") or [config.get("model_type")])[0],
+            "model": {
+                "layers": decoder.get("num_hidden_layers") or config.get("num_hidden_layers"),
+                "hidden": decoder.get("hidden_size") or config.get("hidden_size"),
+                "heads": decoder.get("num_attention_heads") or config.get("num_attention_heads"),
+                "kv_heads": decoder.get("num_key_value_heads") or config.get("num_key_value_heads"),
+                "context": source.context,
+            },
+            "type": " + ".join(sorted(types)) or None,
+            "operators": source.operators(),
+            "matmul_nbits": source.matmul_nbits(),
+            "notes": as_notes(lint(source.model)),
+            "tokenizer": of_folder(self.path, model.get("vocab_size") or config.get("vocab_size")),
+            "licence": front_matter(self.path / "README.md").get("license"),
+        }
+
+    def problems(self) -> Iterator[str]:
+        """Of the graph, its external data (all there and inside the folder), and float weights that are not finite."""
+        import numpy as np
+        from onnx import TensorProto
+
+        source = self._open()
+        problems: list[str] = []
+        floats = (TensorProto.FLOAT, TensorProto.FLOAT16)
+        for tensor in source.proto.graph.initializer:
+            values = collected(problems, partial(source.array, tensor))
+            if values is not None and tensor.data_type in floats and not np.isfinite(values).all():
+                problems.append(f"{tensor.name} holds NaN or infinite values")
+        yield from problems
+
+    def _open(self) -> OnnxFolder:
+        return open_onnx(self.path)

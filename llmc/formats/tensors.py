@@ -1,0 +1,18 @@
+"""One weight of an artifact."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A stored tensor, or the tensors of a quantized linear taken together."""
+
+    name: str
+    kind: str
+    """Its class: one of llmc.families.names.CLASSES."""
+    type: str
+    """'F32', 'BF16', 'Q4_0', 'GPTQ int4', …; llmc's blocks have their GGUF type's name."""
+    parameters: int
+    nbytes: int

@@ -1,0 +1,90 @@
+"""GGUF files for tests: the export on one thread, and what is stored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGUFReader
+
+from llmc.export.gguf import GgufExportConfig, export_gguf
+from llmc.runtimes.torch_model import TorchModel
+
+
+def export(folder: Path, **options: Any) -> dict[str, Any]:
+    out = options.pop("out", folder.with_suffix(".gguf"))
+    return export_gguf(GgufExportConfig(model=folder, out=out, threads=1, **options))
+
+
+def stored(path: Path | str) -> dict[str, Any]:
+    return {t.name: t for t in GGUFReader(path).tensors}
+
+
+def logits(folder: Path) -> np.ndarray:
+    """[60, vocab] of a folder by torch, for ids that are always the same."""
+    model = TorchModel(folder, context=256, threads=1)
+    try:
+        return model.logits(np.random.default_rng(0).integers(2, 512, 60))
+    finally:
+        model.close()
+
+
+# A stand-in for convert_hf_to_gguf.py with the same command line: a Llama in float32, the rows of Q and K permuted, and
+# Q, K and V in one tensor, which llmc's own writer never makes
+SCRIPT = """
+import json, sys
+from pathlib import Path
+import numpy as np
+from gguf import GGUFWriter
+from safetensors.numpy import load_file
+
+folder, flag, out, kind, f32 = sys.argv[1:]
+assert (flag, kind, f32) == ("--outfile", "--outtype", "f32")
+folder = Path(folder)
+c = json.loads((folder / "config.json").read_text())
+assert "quantization_config" not in c
+w = GGUFWriter(out, "llama")
+w.add_block_count(c["num_hidden_layers"])
+w.add_context_length(c["max_position_embeddings"])
+w.add_embedding_length(c["hidden_size"])
+w.add_feed_forward_length(c["intermediate_size"])
+w.add_head_count(c["num_attention_heads"])
+w.add_head_count_kv(c["num_key_value_heads"])
+w.add_layer_norm_rms_eps(c["rms_norm_eps"])
+spec = json.loads((folder / "tokenizer.json").read_text())
+w.add_tokenizer_model("gpt2")
+w.add_tokenizer_pre("gpt-2")
+w.add_token_list(sorted(spec["model"]["vocab"], key=spec["model"]["vocab"].get))
+w.add_token_types([3, 3] + [1] * (len(spec["model"]["vocab"]) - 2))
+w.add_token_merges([" ".join(m) for m in spec["model"]["merges"]])
+
+def interleave(x, heads):
+    return x.reshape(heads, 2, len(x) // heads // 2, -1).swapaxes(1, 2).reshape(x.shape)
+
+weights = {k: v.astype(np.float32) for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+CHANGE
+for i in range(c["num_hidden_layers"]):
+    p = f"model.layers.{i}."
+    q, k, v = (weights.pop(p + f"self_attn.{x}_proj.weight") for x in "qkv")
+    w.add_tensor(f"blk.{i}.attn_qkv.weight", np.concatenate([
+        interleave(q, c["num_attention_heads"]), interleave(k, c["num_key_value_heads"]), v]))
+    for theirs, ours in {"self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+                         "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
+                         "post_attention_layernorm": "ffn_norm"}.items():
+        w.add_tensor(f"blk.{i}.{ours}.weight", weights.pop(p + theirs + ".weight"))
+w.add_tensor("token_embd.weight", weights.pop("model.embed_tokens.weight"))
+w.add_tensor("output_norm.weight", weights.pop("model.norm.weight"))
+assert not weights
+w.write_header_to_file()
+w.write_kv_data_to_file()
+w.write_tensors_to_file()
+w.close()
+"""
+
+
+def checkout(folder: Path, change: str = "") -> Path:
+    """A folder with the stand-in; `change` is Python that it runs on `weights` before it writes."""
+    folder.mkdir()
+    (folder / "convert_hf_to_gguf.py").write_text(SCRIPT.replace("CHANGE", change))
+    return folder

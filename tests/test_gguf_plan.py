@@ -1,0 +1,104 @@
+"""Types of a GGUF file: embedding and head, tied or not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from gguf_files import export, stored
+from rounding import gptq_folder
+from safetensors.torch import load_file
+from tiny import build, edit_config, edit_tensors
+
+from llmc.errors import UserError
+from llmc.export.gguf import GgufExportConfig
+from llmc.formats.types import IntegerType
+
+
+def test_a_tied_model_has_one_matrix_for_both(tmp_path):
+    folder = build("llama", tmp_path / "m", num_hidden_layers=1)
+    gptq_folder(folder, tmp_path / "q", IntegerType(4, 32))
+    report = export(tmp_path / "q")
+    assert "output.weight" not in stored(report["path"])
+    assert report["bytes_by_class"]["head"] == 0
+    with pytest.raises(UserError, match="one matrix: it cannot be F16 and Q8_0"):
+        export(tmp_path / "q", head="f16")
+
+
+def with_head(folder: Path, head: torch.Tensor) -> Path:
+    with edit_tensors(folder) as tensors:
+        tensors["lm_head.weight"] = head
+    return folder
+
+
+def test_tied_is_what_is_equal_and_not_what_a_flag_says(tmp_path):
+    folder = build("llama", tmp_path / "m", num_hidden_layers=1)
+    embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    with_head(folder, embedding.clone())
+    assert "output.weight" not in stored(export(folder)["path"])
+    edit_config(folder, tie_word_embeddings=False)  # untied by the flag, and yet the same matrix
+    assert "output.weight" not in stored(export(folder)["path"])
+    with_head(folder, embedding + 1)
+    assert "output.weight" in stored(export(folder)["path"])
+    edit_config(folder, tie_word_embeddings=True)
+    with pytest.raises(UserError, match=r"one matrix, but its lm_head\.weight differs"):
+        export(folder)
+
+
+def test_a_head_that_is_missing_is_named(tmp_path):
+    folder = build("llama", tmp_path / "m", num_hidden_layers=1)
+    edit_config(folder, tie_word_embeddings=False)
+    with pytest.raises(UserError, match=r"there is no lm_head\.weight"):
+        export(folder)
+
+
+def test_embedding_and_head_have_types_of_their_own(tmp_path):
+    folder = build("mistral", tmp_path / "m", num_hidden_layers=1, hidden_size=256)
+    gptq_folder(folder, tmp_path / "q", IntegerType(4, 32))
+    report = export(tmp_path / "q", embedding="f16", head="q6_k")
+    types = {n: t.tensor_type.name for n, t in stored(report["path"]).items()}
+    assert types["token_embd.weight"] == "F16"
+    assert types["output.weight"] == "Q6_K"
+    assert report["bytes_by_class"]["head"] == 512 * 210
+
+
+def test_q6_k_of_rows_that_do_not_fit_names_the_alternatives(tmp_path):
+    with pytest.raises(UserError, match=r"token_embd\.weight has rows of 64 and Q6_K needs a multiple of 256") as e:
+        export(build("llama", tmp_path / "m", num_hidden_layers=1), embedding="q6_k")
+    assert "q8_0" in e.value.hint
+
+
+def test_wrong_options_are_all_named_at_once():
+    with pytest.raises(UserError) as e:
+        GgufExportConfig(embedding="q3", head="q9", threads=0)
+    assert all(x in e.value.problem for x in ("--embedding 'q3'", "--head 'q9'", "--threads 0"))
+
+
+def test_an_unknown_architecture_names_the_known_ones_and_the_converter(tmp_path):
+    with pytest.raises(UserError, match=r"OPTForCausalLM.*LlamaForCausalLM, MistralForCausalLM.*GPT2LMHeadModel") as e:
+        export(build("opt", tmp_path / "m"))
+    assert "--converter" in e.value.hint
+
+
+@pytest.mark.parametrize(("family", "values", "message"), [
+    ("llama", {"hidden_act": "gelu"}, "the activation = 'gelu'"),
+    ("gemma2", {"query_pre_attn_scalar": 64}, "query_pre_attn_scalar = 64"),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
+])
+def test_what_llama_cpp_does_not_compute_is_refused(family, values, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        export(build(family, tmp_path / "m", **values))
+
+
+def test_a_sliding_window_that_llama_cpp_ignores_is_noted(tmp_path):
+    report = export(build("mistral", tmp_path / "m", sliding_window=128))
+    assert any("sliding window of 128" in note for note in report["notes"])
+
+
+def test_a_tensor_without_a_place_is_named(tmp_path):
+    folder = build("llama", tmp_path / "m")
+    with edit_tensors(folder) as tensors:
+        tensors["model.extra.weight"] = torch.ones(3)
+    with pytest.raises(UserError, match=r"model\.extra\.weight .* has no place"):
+        export(folder)
