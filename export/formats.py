@@ -13,7 +13,7 @@ from llmc.export.onnx import OnnxExportConfig, export_onnx
 @dataclass(frozen=True)
 class Format:
     """config: the class of its options. write: the exporter, from a config to its report. called: an artifact's name in
-    messages. suffix: the end of its file name ('' for a folder). needs: packages to import. code: the module that writes it."""
+    messages. suffix: the end of its file name ('' for a folder). needs: packages to import. code: the exporter's module."""
 
     config: type
     write: Callable[[Any], dict[str, Any]]
