@@ -157,7 +157,7 @@ def test_blocks_are_found_in_what_llama_cpps_converter_wrote(wide_base, tmp_path
 
 def test_linears_that_are_fused_must_share_a_type(wide_base, tmp_path):
     blocks_folder(wide_base("llama"), tmp_path / "q", "q4_k", "q5_k", "q6_k")
-    with pytest.raises(UserError, match=r"blk\.0\.attn_qkv\.weight is made of linears on different types \(q"):
+    with pytest.raises(UserError, match=r"blk\.0\.attn_qkv\.weight consists of linears of different types \(q"):
         export(tmp_path / "q", converter=checkout(tmp_path / "llama.cpp"))
 
 
