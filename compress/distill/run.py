@@ -56,7 +56,7 @@ def distill(student: str | Path, config: DistillConfig) -> dict[str, Any]:
     plan = plan_of(job.student, job.taught, config, job.dtype, job.device, threads)
     if config.dry_run:
         return {"source": str(job.folder), "out": str(job.out), **plan}
-    check_output(job.out)
+    check_output(job.out, "hf", job.folder, config)
     check_disk(job.out, plan["disk_bytes"], "distilling")
     result = job.run()
     if not job.leads:

@@ -30,7 +30,7 @@ from llmc.compress.zeros import mask_of
 from llmc.console import parse_size, progress, say, size
 from llmc.errors import UserError
 from llmc.families.names import classify
-from llmc.files import write_json
+from llmc.files import write_note
 from llmc.formats import types as block_types
 from llmc.formats.hf import load_tokenizer, load_torch_model
 from llmc.formats.manifest import NOTES
@@ -154,8 +154,7 @@ def _measured(config: QuantizeConfig, skeleton: Skeleton, source: dict[str, Any]
     if ids is None:  # other sequences than GPTQ is calibrated on
         ids = sample_from_model(model, tokenizer, SEQUENCES, length, config.seed + 1, SEQUENCES)
     found = measure(model, skeleton.layers_name, ids, {_module_name(skeleton, n): m for n, m in matrices.items()})
-    kept.parent.mkdir(exist_ok=True)
-    write_json(kept, found)
+    write_note(kept, found)
     return found
 
 

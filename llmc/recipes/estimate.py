@@ -12,7 +12,7 @@ from typing import Any
 
 from llmc import api
 from llmc.errors import UserError
-from llmc.files import write_json
+from llmc.files import write_note
 from llmc.formats.manifest import NOTES
 from llmc.recipes.jobs import Job
 
@@ -63,8 +63,7 @@ class Times:
     def note(self, job: Job, base_bytes: int, seconds: float, left: int) -> None:
         """Remember a step that was run from start to end."""
         self.known[kind(job)] = [*self.known.get(kind(job), []), [work(job, base_bytes), seconds, base_bytes, left]][-KEPT:]
-        self.path.parent.mkdir(exist_ok=True)
-        write_json(self.path, self.known)
+        write_note(self.path, self.known)
 
 
 def own_plan(job: Job, model: Path | str, base: str, there: bool) -> dict[str, Any]:

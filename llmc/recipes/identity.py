@@ -12,7 +12,7 @@ from typing import Any
 
 from llmc import closure
 from llmc.errors import UserError
-from llmc.files import sha256, write_json
+from llmc.files import sha256, write_note
 from llmc.formats.artifacts.table import artifact_at
 from llmc.recipes.chain import Step
 from llmc.recipes.commands import REPORT
@@ -47,7 +47,7 @@ class Hashes:
 
     def save(self) -> None:
         if self.changed:
-            write_json(self.memo, self.known)
+            write_note(self.memo, self.known)
             self.changed = False
 
 

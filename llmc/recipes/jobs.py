@@ -7,7 +7,6 @@ that the job is done, how long it took and what its files looked like), and `.st
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,12 @@ from llmc.export.formats import FORMATS
 from llmc.files import sha256
 from llmc.formats.artifacts.table import artifact_at
 from llmc.formats.manifest import manifest_path, read_manifest, versions
+from llmc.places import check_place
 from llmc.recipes.chain import Chain, Step
 from llmc.recipes.commands import PAGE, REPORT
 from llmc.recipes.identity import Hashes, key, model_digest
 from llmc.recipes.recipe import BASE
+from llmc.temporary import remove, restore
 
 SCHEMA = 1
 DONE, STARTED, MARK, HASHES = ".done.json", ".started.json", ".run.json", ".hashes.json"  # no name of a step has a dot first
@@ -59,11 +60,12 @@ class Job:
         return found if found.get("schema") == SCHEMA and found.get("key") == self.key else None
 
 
-def open_folder(folder: Path) -> Hashes:
-    """The run folder, new or one of an earlier run; anybody else's folder is refused."""
-    taken = any(folder.iterdir()) if folder.is_dir() else folder.exists()
-    if taken and not (folder / MARK).is_file():
-        raise UserError(f"{folder} is there already and holds no run of a recipe", "choose another folder with -o")
+def open_folder(folder: Path, base: str) -> Hashes:
+    """The run folder, new or one of an earlier run; anybody else's folder is refused, and one that is the model `base`."""
+    if not (folder / MARK).is_file():
+        if any(folder.iterdir()) if folder.is_dir() else folder.exists():
+            raise UserError(f"{folder} is there already and holds no run of a recipe", "choose another folder with -o")
+        check_place(folder.resolve(), (base,), folder=True)
     return Hashes(folder / HASHES)
 
 
@@ -117,7 +119,11 @@ def adopted(job: Job) -> bool:
     """Whether an artifact was published and the run was killed before it was noted: it is whole, and is kept."""
     if job.step.kind in (REPORT, PAGE) or not (job.folder / STARTED).is_file():
         return False
-    return manifest_path(job.artifact).is_file() and may_resume(job)
+    restore(job.artifact)
+    if not job.artifact.exists() or not manifest_path(job.artifact).is_file() or not may_resume(job):
+        return False
+    known = (read_manifest(job.artifact) or {}).get("outputs", {})  # the manifest of a file gets its name before the file
+    return job.artifact.is_dir() or known == {job.artifact.name: sha256(job.artifact)}
 
 
 def may_resume(job: Job) -> bool:
@@ -150,4 +156,4 @@ def weight_bytes(path: Path) -> int:
 
 def clear(job: Job) -> None:
     """Remove what a job left."""
-    shutil.rmtree(job.folder, ignore_errors=True)
+    remove(job.folder)

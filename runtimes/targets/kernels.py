@@ -61,10 +61,9 @@ def kernel_rates(types: set[str], threads: int, cache: Path | None = None) -> di
             }
             p.step(name)
     if cache is not None:
-        from llmc.files import write_json
+        from llmc.files import write_note
 
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        write_json(cache, known)
+        write_note(cache, known)
     return known
 
 
