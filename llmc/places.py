@@ -17,8 +17,8 @@ OUTPUTS = ("out", "output", "outputs", "page", "markdown")  # fields of configs 
 MODEL_FILES = ("config.json", "llmc.json", "genai_config.json")  # a folder with one of these is a model's or an artifact's
 
 
-def check_place(out: Path, inputs: Iterable[Any] = (), folder: bool = False, hint: str = ELSEWHERE) -> None:
-    """Raise UserError unless a file (or a folder) can be written at `out` without harm to what is read.
+def check_place(out: Path, inputs: Iterable[Any] = (), folder: bool | None = False, hint: str = ELSEWHERE) -> None:
+    """Raise UserError unless a file (or a folder; None: either) can be written at `out` without harm to what is read.
 
     inputs: what the command reads: paths, text that may name one, configs, or lists of these; None and other text is skipped.
     Dead runs' remains beside `out` are removed, and an artifact that such a run was about to replace is put back.
@@ -55,21 +55,22 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def _check_input(out: Path, path: Path, folder: bool, hint: str) -> None:
+def _check_input(out: Path, path: Path, folder: bool | None, hint: str) -> None:
     place, read = out.resolve(), path.resolve()
     if place == read or (out.exists() and out.samefile(path)):
-        raise UserError(f"the output {out} is {path}, which is read: it would be lost", hint)
+        named = "" if str(out) == str(path) else f"{path}, "
+        raise UserError(f"the output {out} is {named}what is read, and it would be lost", hint)
     if place in read.parents and (folder or place.exists()):
         raise UserError(f"the output {out} is a folder around {path}, which is read: it would be lost", hint)
     if folder and read in place.parents and any((read / name).is_file() for name in MODEL_FILES):
         raise UserError(f"the output {out} lies inside {path}, which is read: a model does not hold another", hint)
 
 
-def _check_kind(out: Path, folder: bool, hint: str) -> None:
+def _check_kind(out: Path, folder: bool | None, hint: str) -> None:
     """What lies at `out` is of the kind that is written there."""
     if folder and out.is_symlink():
         raise UserError(f"{out} is a link to {os.readlink(out)}, and a link is not replaced by a folder", hint)
-    if not folder and out.is_dir():
+    if folder is False and out.is_dir():
         raise UserError(f"{out} is a folder, and a file is written", f"name a file with -o, such as {out / 'NAME'}"
                         if hint == ELSEWHERE else hint)
     if folder and out.is_file():

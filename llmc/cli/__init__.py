@@ -16,7 +16,7 @@ from types import TracebackType
 
 import typer
 
-from llmc.cli import streams
+from llmc import streams
 from llmc.cli.group import Llmc
 from llmc.console import set_quiet, tell, terminal
 from llmc.errors import UserError

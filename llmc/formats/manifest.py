@@ -50,12 +50,12 @@ def versions() -> dict[str, str]:
 def check_output(out: Path | None, kind: str | None = None, *inputs: Any) -> None:
     """Raise UserError unless an artifact of this kind can be written at `out`: nothing is there, or an older one of its kind.
 
-    kind: 'hf', 'gptq', 'gguf', … None: a folder of any kind. inputs: what is read, as of `check_place`. out: None if the
+    kind: 'hf', 'gptq', 'gguf', … None: any. inputs: what is read, as of `check_place`. out: None if the
     command finds a name later.
     """
     if out is None:
         return
-    check_place(out, inputs, folder=kind not in FILES)
+    check_place(out, inputs, folder=None if kind is None else kind not in FILES)
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not manifest_path(out).exists():

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from types import FrameType
+from typing import TextIO
 
 from llmc.console import tell
 from llmc.machine import WINDOWS
@@ -38,9 +39,9 @@ def interrupted() -> int:
 
 
 def finish() -> bool:
-    """Write what is still held back. False if it cannot be written. If nobody reads it (`llmc … | head`), that is no error."""
+    """Write what is still held back. False if it cannot be written. It is no error if nobody reads it (`llmc … | head`)."""
     whole = True
-    for stream in filter(None, (sys.__stdout__, sys.__stderr__)):
+    for stream in _outputs():
         try:
             stream.flush()
         except OSError as e:
@@ -52,6 +53,11 @@ def finish() -> bool:
     return whole
 
 
+def _outputs() -> list[TextIO]:
+    """stdout and stderr, and what click puts in their place when a pipe breaks."""
+    return [s for s in dict.fromkeys((sys.stdout, sys.__stdout__, sys.stderr, sys.__stderr__)) if s is not None]
+
+
 def reader_left(error: BaseException) -> bool:
     """Whether an error can say that nobody reads an output any more."""
     gone = (errno.EPIPE, errno.EIO, *([errno.EINVAL] if WINDOWS else []))  # EIO: the terminal was closed
@@ -61,7 +67,7 @@ def reader_left(error: BaseException) -> bool:
 def output_closed() -> bool:
     """Whether stdout or stderr has lost its reader."""
     try:
-        for stream in filter(None, (sys.__stdout__, sys.__stderr__)):
+        for stream in _outputs():
             stream.flush()
     except OSError as e:
         return reader_left(e)
