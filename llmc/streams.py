@@ -55,7 +55,8 @@ def finish() -> bool:
 
 def _outputs() -> list[TextIO]:
     """stdout and stderr, and what click puts in their place when a pipe breaks."""
-    return [s for s in dict.fromkeys((sys.stdout, sys.__stdout__, sys.stderr, sys.__stderr__)) if s is not None]
+    found = (sys.stdout, sys.__stdout__, sys.stderr, sys.__stderr__)
+    return list({id(s): s for s in found if s is not None}.values())
 
 
 def reader_left(error: BaseException) -> bool:
