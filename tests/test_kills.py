@@ -1,6 +1,7 @@
 """Commands that die before any of their file calls: what they left is found, and the next run writes the same bytes.
 
-Each command dies before a sample of its calls, once as by SIGKILL and once as by Ctrl-C. With LLMC_ALL_KILLS=1 it is every call.
+Each command dies before a sample of its calls, once as by SIGKILL and once as by Ctrl-C. With
+LLMC_ALL_KILLS=1 it is every call.
 """
 
 from __future__ import annotations
@@ -159,7 +160,8 @@ def test_quantize_without_resuming(tmp_path: Path, made: SimpleNamespace) -> Non
 def test_commands_with_text(tmp_path: Path, made: SimpleNamespace, text: Path, command: str, options: dict[str, Any]) -> None:
     run = getattr(llmc, command)
     given = {"calibration": str(text), **SETTINGS, **options}
-    survives(lambda out: run(made.base, out=out, **given), lambda out: run(made.base, out=out, resume=True, **given), tmp_path)
+    survives(lambda out: run(made.base, out=out, **given),
+             lambda out: run(made.base, out=out, resume=True, **given), tmp_path)
 
 
 @pytest.mark.parametrize("command", ["heal", "distill"])
