@@ -81,10 +81,6 @@ def _check_kind(out: Path, folder: bool | None, hint: str) -> None:
 
 def _try_to_write(parent: Path, out: Path) -> None:
     """Make an empty file and remove it: permissions alone do not tell of a full disk, a quota or a strange file system."""
-    longest = os.pathconf(parent, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
-    for part in out.absolute().parts:
-        if len(os.fsencode(part)) > longest:
-            raise UserError(f"{out} cannot be written: {part[:20]}… has more than the {longest} bytes of a name", ELSEWHERE)
     with temporary.reserved(parent / out.name, temporary.PARTIAL) as probe:
         try:
             os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))

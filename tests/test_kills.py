@@ -208,8 +208,8 @@ def test_an_older_artifact_is_there_whenever_its_replacement_dies(tmp_path: Path
 
 def test_a_run_of_a_recipe(tmp_path: Path, made: SimpleNamespace) -> None:
     recipe = tmp_path / "chain.yaml"
-    recipe.write_text(f"name: chain\nbase: {made.base}\nsteps:\n  - quantize: rtn\n    threads: 2\n"
-                      "  - export: gguf\n    threads: 2\n", encoding="utf-8")
+    recipe.write_text(f"model: {made.base}\ndefaults: {{threads: 2}}\nsteps: [quantize: {{method: rtn}}, export]\n",
+                      encoding="utf-8")
 
     def make(out: Path) -> Any:
         return llmc.run(recipe, out=out)

@@ -21,7 +21,7 @@ from llmc.formats import manifest
 from llmc.places import check_place, read_by
 
 MAKERS = {
-    "quantize": ["quantize", "MODEL", "--method", "rtn"], "prune": ["prune", "MODEL", "--sparsity", "50%"],
+    "quantize": ["quantize", "MODEL", "--method", "rtn"], "prune": ["prune", "MODEL", "--sparsity", "0.5"],
     "transform": ["transform", "MODEL"], "heal": ["heal", "small", "--teacher", "MODEL"],
     "distill": ["distill", "student", "--teacher", "MODEL"], "imatrix": ["imatrix", "MODEL"],
     "gguf": ["export", "MODEL"], "onnx": ["export", "MODEL", "--format", "onnx"],
@@ -85,7 +85,7 @@ def test_the_output_is_the_text(folder: Path, name: str, capsys: pytest.CaptureF
     (["eval", "models/base", "--text", "text.txt", "-o", "small"], "small is a folder, and a file is written"),
     (["quantize", "models/base", "--method", "rtn", "-o", "0.json"], "0.json is a file, and a folder is written"),
     (["quantize", "models/base", "--method", "rtn", "-o", "student"], "student is a float model, and a quantized"),
-    (["prune", "models/base", "--sparsity", "50%", "-o", "small"], "small is a quantized model, and a float model would"),
+    (["prune", "models/base", "--sparsity", "0.5", "-o", "small"], "small is a quantized model, and a float model would"),
     (["export", "models/base", "--format", "onnx", "-o", "small"], "small is a quantized model, and an ONNX folder would"),
     (["export", "models/base", "-o", "0.json"], "0.json exists and was not made by llmc"),
     (["compare", "0.json", "1.json", "--page", "1.json"], "1.json is what is read"),
@@ -95,7 +95,7 @@ def test_the_output_is_the_text(folder: Path, name: str, capsys: pytest.CaptureF
     (["compare", "0.json", "--markdown", "compare.html"], "--page and --markdown both name"),
     (["bench", "small", "models/base", "-o", "a.json", "-o", "./a.json"], "two reports would have the same file"),
     (["quantize", "models/base", "--method", "rtn", "-o", "0.json/deep"], "a part of the path is a file"),
-    (["quantize", "models/base", "--method", "rtn", "-o", "n" * 300], "bytes of a name"),
+    (["quantize", "models/base", "--method", "rtn", "-o", "n" * 300], "the name is too long"),
     (["quantize", "models/base", "--method", "rtn", "-o", "."], "folder"),
     (["quantize", "models/base", "--method", "rtn", "-o", ".."], "folder"),
     (["eval", "models/base", "--text", "text.txt", "-o", os.devnull], "a device or a pipe"),
@@ -113,8 +113,8 @@ def test_ship_keeps_the_report_of_its_name(folder: Path, capsys: pytest.CaptureF
 
 
 def test_a_run_is_not_put_into_the_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (folder / "chain.yaml").write_text("name: chain\nbase: models/base\nsteps:\n  - quantize: rtn\n")
-    for command in (["run", "chain.yaml"], ["sweep", "chain.yaml", "--vary", "quantize.type=q4_0,q8_0"]):
+    (folder / "chain.yaml").write_text("model: models/base\nsteps: [quantize: {method: rtn}]\n")
+    for command in (["run", "chain.yaml"], ["sweep", "chain.yaml", "--vary", "quantize.bits=4,8"]):
         refused(folder, [*command, "-o", "models/base/run"], "a model does not hold another", capsys)
         refused(folder, [*command, "-o", "models/base"], "holds no run", capsys)
 

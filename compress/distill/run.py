@@ -51,6 +51,8 @@ def distill(student: str | Path, config: DistillConfig) -> dict[str, Any]:
     threads = config.threads or physical_cores()
     if config.lora is not None:
         check_peft()
+    if not config.dry_run:
+        check_output(config.out, "hf", student, config)
     job = _Job(resolve_model(student), resolve_model(config.teacher), config, threads)
     prepare_cpu(threads)  # accelerate has ideas of its own
     plan = plan_of(job.student, job.taught, config, job.dtype, job.device, threads)

@@ -60,7 +60,7 @@ class Job:
         return found if found.get("schema") == SCHEMA and found.get("key") == self.key else None
 
 
-def open_folder(folder: Path, base: str) -> Hashes:
+def open_folder(folder: Path, base: str | None = None) -> Hashes:
     """The run folder, new or one of an earlier run; anybody else's folder is refused, and one that is the model `base`."""
     if not (folder / MARK).is_file():
         if any(folder.iterdir()) if folder.is_dir() else folder.exists():
