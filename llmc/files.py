@@ -160,6 +160,18 @@ def write_note(path: Path, value: Any) -> None:
         warn(f"no note was kept: {e.problem if isinstance(e, UserError) else e}")
 
 
+def read_note(path: Path) -> dict[str, Any]:
+    """What `write_note` kept; {} if there is nothing, or, with a warning, if it is damaged: it can be made again."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as e:
+        warn(f"the note {path} cannot be read and is made again: {e}")
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def existing(path: Path) -> Path:
     """`path`, or the nearest folder above it that exists. Raises UserError for a Windows drive that does not exist."""
     absolute = path.absolute()

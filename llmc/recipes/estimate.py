@@ -5,14 +5,13 @@ Nothing is guessed: without an earlier step of the kind there is no time.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from llmc import api
 from llmc.errors import UserError
-from llmc.files import write_note
+from llmc.files import read_note, write_note
 from llmc.formats.manifest import NOTES
 from llmc.recipes.jobs import Job
 
@@ -47,8 +46,7 @@ class Times:
 
     def __init__(self) -> None:
         self.path = Path(NOTES) / "step-times.json"
-        self.known: dict[str, list[list[float]]] = (
-            json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {})
+        self.known: dict[str, list[list[float]]] = read_note(self.path)
 
     def seconds(self, job: Job, base_bytes: int) -> float | None:
         """The median of earlier steps of the kind, scaled."""
