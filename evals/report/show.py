@@ -44,7 +44,7 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 def quality_lines(report: dict[str, Any]) -> str:
     """What `llmc eval` prints."""
     from llmc.console import size
-    from llmc.formats.kv import words as kv_words
+    from llmc.formats.kv import section_text as kv_words
 
     artifact, quality = report["artifact"], report["quality"]
     weight = artifact["size"]
@@ -124,7 +124,7 @@ def _speed(s: dict[str, Any]) -> list[str]:
     """One section, line by line."""
     from llmc.console import size
     from llmc.evals.bench.ran import words
-    from llmc.formats.kv import words as kv_words
+    from llmc.formats.kv import section_text as kv_words
 
     lines = [
         f"  load                 {s['load_s']:.2f} s  (file in the page cache)",

@@ -38,8 +38,8 @@ def compare(
     page = config.page
     result = compare(config)
     write_page(result, page)
-    told = tables(result)
-    text = "\n\n".join(f"### {title}\n\n{note}\n\n{to_markdown(rows)}" for title, note, rows in told)
+    report_tables = tables(result)
+    text = "\n\n".join(f"### {title}\n\n{note}\n\n{to_markdown(rows)}" for title, note, rows in report_tables)
     if markdown is not None and markdown != Path("-"):
         with staged_file(markdown) as tmp:
             tmp.write_text(text + "\n", encoding="utf-8")
@@ -48,6 +48,6 @@ def compare(
     elif markdown == Path("-"):
         print(text)
     else:
-        print("\n\n".join(f"{title}  ({note})\n{table(rows)}" for title, note, rows in told))
+        print("\n\n".join(f"{title}  ({note})\n{table(rows)}" for title, note, rows in report_tables))
     say(f"the page is {page}")
     gates.enforce(result["gates"])

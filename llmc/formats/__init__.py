@@ -1,1 +1,1 @@
-"""What lies on a disk: model folders, GGUF files, ONNX folders, types and their packing, manifests."""
+"""Formats on disk: model folders, GGUF files, ONNX folders, quantization types and their packing, manifests."""

@@ -1,7 +1,7 @@
-"""What a KV cache takes: keys and values of every layer, for every token of the context.
+"""The size of a KV cache: keys and values of every layer for every token of the context.
 
-The shape of a cache is {'layers' (that have one), 'kv_heads', 'head_dim', 'window', 'sliding_layers'}. window: tokens that
-the sliding layers look back, None where no layer slides. An artifact tells its own: Artifact.kv_shape.
+The shape of a cache is {'layers' (with a cache), 'kv_heads', 'head_dim', 'window', 'sliding_layers'}. window: tokens that
+a sliding layer keeps; None if no layer slides. Artifact.kv_shape reads the shape from an artifact.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ CONTEXTS = (2048, 8192)
 
 
 def shape_of_config(config: dict[str, Any]) -> dict[str, Any] | None:
-    """The shape that a Hugging Face config tells; GPT-2's names are its own. None where it tells none: latent attention."""
+    """The cache shape from a Hugging Face config, also with GPT-2's key names. None if the config does not state it, or
+    if the model uses latent attention."""
     def first(*names: str) -> Any:
         return next((config[n] for n in names if config.get(n) is not None), None)
 
@@ -33,31 +34,31 @@ def shape_of_config(config: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def described(known: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A shape, with 'bytes_per_token_f16' and 'bytes_at' (of CONTEXTS, in f16)."""
+    """A shape with 'bytes_per_token_f16' and 'bytes_at' ({context: bytes in f16}, for CONTEXTS); None for None."""
     return known and {"bytes_per_token_f16": bytes_at(known, 1, "f16"), **known,
                       "bytes_at": {str(n): bytes_at(known, n, "f16") for n in CONTEXTS}}
 
 
 def bytes_at(known: dict[str, Any], context: int, type: str) -> int:
-    """Bytes of a cache of this shape with `context` tokens in it."""
+    """Bytes of a cache of this shape that holds `context` tokens. type: a key of BYTES."""
     full = known["layers"] - known["sliding_layers"]
     tokens = full * context + known["sliding_layers"] * min(context, known["window"] or context)
     return round(2 * tokens * known["kv_heads"] * known["head_dim"] * BYTES[type])
 
 
 def section(known: dict[str, Any] | None, type: str) -> dict[str, Any]:
-    """What a report says of the cache that ran: {'type', 'bytes_per_token', 'bytes_at'}."""
+    """The KV cache section of a report: {'type', 'bytes_per_token', 'bytes_at'}. Sizes are None if unknown."""
     if known is None or type not in BYTES:
         return {"type": type, "bytes_per_token": None, "bytes_at": None}
     return {"type": type, "bytes_per_token": bytes_at(known, 1, type),
             "bytes_at": {str(n): bytes_at(known, n, type) for n in CONTEXTS}}
 
 
-def words(told: dict[str, Any]) -> str:
-    """'f16: 46.1 kB a token, 94.4 MB at 2048, 377.5 MB at 8192' of a `section`."""
+def section_text(section: dict[str, Any]) -> str:
+    """A `section` as text: 'f16: 46.1 kB a token, 94.4 MB at 2048, 377.5 MB at 8192'."""
     from llmc.console import size
 
-    if told["bytes_at"] is None:
-        return f"{told['type']}: of unknown size"
-    at = [f"{size(n)} at {context}" for context, n in told["bytes_at"].items()]
-    return f"{told['type']}: {size(told['bytes_per_token'])} a token, {', '.join(at)}"
+    if section["bytes_at"] is None:
+        return f"{section['type']}: of unknown size"
+    at = [f"{size(n)} at {context}" for context, n in section["bytes_at"].items()]
+    return f"{section['type']}: {size(section['bytes_per_token'])} a token, {', '.join(at)}"

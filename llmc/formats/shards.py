@@ -1,4 +1,4 @@
-"""Writing a safetensors checkpoint from pieces of other files, byte ranges copied as they are, in constant memory.
+"""Writes a safetensors checkpoint from byte ranges of other files, unchanged and in constant memory.
 
 The format (huggingface/safetensors, "Format"): 8 bytes little-endian header length, a JSON header that gives each
 tensor's type, shape and byte range, then the bytes.
@@ -20,7 +20,7 @@ COPY = 1 << 22
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor inside a safetensors file. offset: of its first byte in that file."""
+    """One tensor inside a safetensors file. offset: position of its first byte in the file."""
 
     name: str
     dtype: str
@@ -68,7 +68,7 @@ def write_checkpoint(folder: Path, pieces: list[Piece], max_shard: int = MAX_SHA
 
 def _write(path: Path, pieces: list[Piece]) -> None:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    # widest types first keeps every tensor aligned to its type, which readers that map the file rely on
+    # widest types first: every tensor is then aligned to its type, as readers that map the file need
     pieces = sorted(pieces, key=lambda p: (-_width(p.dtype), p.name))
     offset = 0
     for p in pieces:

@@ -1,4 +1,4 @@
-"""The chain's page and its Markdown: what each step did to size, perplexity, divergence and speed, and what it took."""
+"""The HTML page and the Markdown of a recipe run: size, perplexity, KL divergence and speed after each step, and its time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from llmc.evals.report.tables import Table, gates_table
 
 
 def page(report: dict[str, Any], folder: Path) -> str:
-    """The whole HTML of a report (report.py). folder: where it will lie, for links to the comparisons' pages."""
+    """The HTML page of a report (report.py). folder: the folder of the page, for links to the comparisons' pages."""
     recipe = report["recipe"]
     return render(
         "recipe.html.jinja", heading=recipe["name"], recipe=recipe, gates=report["gates"], links=_links(report, folder),
@@ -32,7 +32,7 @@ def page(report: dict[str, Any], folder: Path) -> str:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The report's tables, and where everything came from, as Markdown."""
+    """The tables and the provenance of a report as Markdown."""
     parts = [f"# {report['recipe']['name']}", report["recipe"]["about"]]
     parts += [f"## {title}\n\n{note}\n\n{as_markdown(rows)}" for title, note, rows in tables(report)]
     for a in report["artifacts"]:
@@ -42,7 +42,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def tables(report: dict[str, Any]) -> list[Table]:
-    """Artifacts, on each text; steps; gates."""
+    """The tables of a report: artifacts (one table per text), steps, gates."""
     texts = list(dict.fromkeys(t["protocol"]["text"] for a in report["artifacts"] for t in _texts(a)))
     found = [_artifacts(report["artifacts"], text) for text in texts or [None]]
     found.append(_steps(report["steps"]))
@@ -77,7 +77,7 @@ def _artifacts(artifacts: list[dict[str, Any]], text: str | None) -> Table:
 
 
 def _speed(speed: dict[str, Any] | None) -> list[str]:
-    """['41.2', '190.3', '210.0 MB'] of decoding, prefill and peak memory; '41.2?' of a run that was unstable or emulated."""
+    """['41.2', '190.3', '210.0 MB'] for decode, prefill, peak memory; '41.2?' for an unstable or emulated run."""
     if speed is None:
         return ["–"] * 3
     doubt = "?" if speed["unstable"] or speed["target"]["emulated"] else ""
@@ -92,11 +92,12 @@ def _steps(steps: list[dict[str, Any]]) -> Table:
         time = "–" if s["seconds"] is None else duration(s["seconds"]) + (" (resumed)" if s["resumed"] else "")
         rows.append([s["job"], source, options, time])
     total = sum(s["seconds"] or 0 for s in steps)
-    return "Steps", f"{duration(total)} in all, each step timed when it was run; a resumed one from there on", rows
+    note = "each step timed when it was run; a resumed step only from where it continued"
+    return "Steps", f"{duration(total)} in all, {note}", rows
 
 
 def _pictures(report: dict[str, Any]) -> Iterable[Figure]:
-    """Those of llmc compare for what was measured, then the curves of training and the time of each step."""
+    """The figures of `llmc compare` for the measured artifacts, the training curves, and the time of each step."""
     shown = [{"name": a["name"], "report": a["report"], "differences": None} for a in report["artifacts"] if "report" in a]
     if shown:
         yield from figures(shown, matrix(shown))
@@ -107,22 +108,22 @@ def _pictures(report: dict[str, Any]) -> Iterable[Figure]:
     timed = [s for s in report["steps"] if s["seconds"]]
     if timed:
         rows = [charts.Bar(s["job"], [s["seconds"]], duration(s["seconds"])) for s in timed]
-        yield Figure("Time", "Of each step, when it was run.", svg=charts.bars(rows, ["seconds"], "seconds"))
+        yield Figure("Time", "Time of each step when it was run.", svg=charts.bars(rows, ["seconds"], "seconds"))
 
 
 def _facts(artifact: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Where an artifact comes from: source, passes with their texts and hashes, versions."""
-    told: list[tuple[str, Any]] = [("path", artifact["path"]), ("kind", artifact["kind"])]
+    """The provenance of an artifact: source, passes with their texts and hashes, versions."""
+    facts: list[tuple[str, Any]] = [("path", artifact["path"]), ("kind", artifact["kind"])]
     if sha := artifact.get("report", {}).get("artifact", {}).get("sha256"):
-        told.append(("sha256", sha))
+        facts.append(("sha256", sha))
     provenance = artifact.get("provenance") or {}
-    told += [(f"source: {k}", v) for k, v in (provenance.get("source") or {}).items()]
+    facts += [(f"source: {k}", v) for k, v in (provenance.get("source") or {}).items()]
     for p in provenance.get("passes") or []:
-        told += [(f"{p.get('name')}: {k}", v) for k, v in p.items() if k != "name"]
-    told += [("created", provenance["created"])] if provenance.get("created") else []
-    return told + [(f"version: {k}", v) for k, v in (provenance.get("versions") or {}).items()]
+        facts += [(f"{p.get('name')}: {k}", v) for k, v in p.items() if k != "name"]
+    facts += [("created", provenance["created"])] if provenance.get("created") else []
+    return facts + [(f"version: {k}", v) for k, v in (provenance.get("versions") or {}).items()]
 
 
 def _links(report: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
-    """Jobs and addresses of the comparisons' pages, which lie beside this one."""
+    """(job, relative address) of each comparison's page."""
     return [(c["job"], quote(Path(os.path.relpath(c["page"], folder)).as_posix())) for c in report["comparisons"]]

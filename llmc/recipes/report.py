@@ -1,10 +1,10 @@
-"""What a run made: one report of the chain as JSON, Markdown and HTML, put together from what the steps left.
+"""The report of a recipe run as JSON, Markdown and HTML, built from the files that the steps wrote.
 
     {"schema", "kind": "llmc-recipe-report", "recipe": {name, about, text, …}, "model", "steps": […], "artifacts": […],
      "comparisons": […], "gates": […], "passed", "seconds", "versions"}
 
 A step: {job, command, from, teacher, options, key, artifact, bytes, seconds, curve?}. An artifact: {name, step, kind, path,
-bytes, report?}, the base first; `report` is what eval and bench last said of it, without the arrays. Figures are theirs.
+bytes, report?}, the base first. Its `report` merges its newest eval and bench reports, without arrays.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ KIND = "llmc-recipe-report"
 
 
 def write(chain: Chain, jobs: Mapping[str, Job], folder: Path, ran: list[str]) -> dict[str, Any]:
-    """The report of a finished chain, written to the run folder when something changed, with 'ran', this run's jobs."""
+    """The report of a finished chain, with 'ran', the jobs of this run. It is written only if something changed."""
     place = folder / f"{chain.recipe.name}.json"
     pages = [place.with_suffix(s) for s in (".html", ".md")]
     before = read(place)
@@ -44,7 +44,7 @@ def write(chain: Chain, jobs: Mapping[str, Job], folder: Path, ran: list[str]) -
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A report of an earlier run; {} where there is none that this version can read."""
+    """The report of an earlier run; {} if there is none or this version cannot read it."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -53,13 +53,13 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def described(chain: Chain, jobs: Mapping[str, Job]) -> dict[str, Any]:
-    """The recipe as it was run: equal for equal runs."""
+    """The recipe and the keys of its jobs: equal for equal runs."""
     r = chain.recipe
     return {"name": r.name, "about": r.about, "text": r.text, "keys": {i: j.key for i, j in jobs.items()}}
 
 
 def build(chain: Chain, jobs: Mapping[str, Job], folder: Path) -> dict[str, Any]:
-    """The report from the records, manifests and reports that lie in the run folder."""
+    """Build the report from the records, manifests and reports in the run folder."""
     steps = [_step(j) for j in jobs.values()]
     comparisons = [_comparison(j) for j in jobs.values() if j.step.kind == PAGE]
     gates = [g for c in comparisons for g in c["gates"]]
@@ -73,18 +73,18 @@ def build(chain: Chain, jobs: Mapping[str, Job], folder: Path) -> dict[str, Any]
 
 
 def _step(job: Job) -> dict[str, Any]:
-    """One job: what was asked for beside the defaults, and what it took."""
+    """The entry of one job: its inputs, its options without the defaults, its result and its time."""
     record = job.record() or {}
     manifest = (read_manifest(job.artifact) or {}) if job.step.typed.command.makes_model and job.artifact.exists() else {}
     last = (manifest.get("passes") or [{}])[-1]
     curve = {k: last[k] for k in ("curve", "losses", "best_step") if k in last}
     return {"job": job.id, "command": job.step.command, "from": list(job.inputs), "teacher": job.teacher,
-            "options": asked(job.step), "key": job.key, "artifact": str(job.artifact), "bytes": record.get("bytes"),
+            "options": changed_options(job.step), "key": job.key, "artifact": str(job.artifact), "bytes": record.get("bytes"),
             "seconds": record.get("seconds"), "resumed": record.get("resumed", False), **({"curve": curve} if curve else {})}
 
 
-def asked(step: Step) -> dict[str, Any]:
-    """A step's options that are not the command's defaults, as text where they are no JSON."""
+def changed_options(step: Step) -> dict[str, Any]:
+    """The options of a step that differ from the defaults. Values that JSON cannot hold become text."""
     config = step.typed.config
     defaults = {f.name: f.default for f in dataclasses.fields(config)}
     given = {k: v for k, v in step.typed.options().items() if v != defaults[k]}
@@ -93,13 +93,13 @@ def asked(step: Step) -> dict[str, Any]:
 
 
 def measured(step: Step, jobs: Mapping[str, Job], chain: Chain) -> dict[str, list[Path]]:
-    """The report files that a compare step reads, by artifact."""
+    """{artifact: report files} that a compare step reads."""
     return {target: [jobs[measuring(step, chain, target, name)].report(target) for name in names]
             for target, names in zip(step.inputs, step.reports, strict=True)}
 
 
-def _figures(name: str, chain: Chain, jobs: Mapping[str, Job]) -> dict[str, Any]:
-    """{'report': what the last eval and the last bench step said of an artifact, joined}; {} where none did."""
+def _merged_report(name: str, chain: Chain, jobs: Mapping[str, Job]) -> dict[str, Any]:
+    """{'report': the newest eval and bench reports of an artifact, merged}; {} if there are none."""
     from llmc.evals.report.store import merged, read_report, without_arrays
 
     joined: dict[str, Any] = {}
@@ -117,22 +117,22 @@ def _base(chain: Chain, jobs: Mapping[str, Job]) -> dict[str, Any]:
 
         path = resolve_model(chain.base)
     return {"name": BASE, "step": None, "kind": "base", "path": str(path), "bytes": weight_bytes(path), "from": None,
-            **_figures(BASE, chain, jobs)}
+            **_merged_report(BASE, chain, jobs)}
 
 
 def _artifact(step: Step, chain: Chain, jobs: Mapping[str, Job]) -> dict[str, Any]:
     job = jobs[step.name]
     manifest = (read_manifest(job.artifact) or {}) if job.artifact.exists() else {}
     provenance = {"source": manifest.get("source"), "created": manifest.get("created"), "versions": manifest.get("versions"),
-                  "passes": [_told(p) for p in manifest.get("passes", [])]}
+                  "passes": [_short_pass(p) for p in manifest.get("passes", [])]}
     return {"name": step.name, "step": step.command, "kind": step.kind, "path": str(job.artifact),
             "bytes": (job.record() or {}).get("bytes"), "from": step.inputs[0], "provenance": provenance,
-            **_figures(step.name, chain, jobs)}
+            **_merged_report(step.name, chain, jobs)}
 
 
-def _told(entry: dict[str, Any]) -> dict[str, Any]:
-    """A manifest's pass without what only machines read."""
-    kept = {k: v for k, v in entry.items() if k not in ("layers", "curve", "losses", "plan")}
+def _short_pass(pass_entry: dict[str, Any]) -> dict[str, Any]:
+    """A pass of a manifest without the data that only programs read."""
+    kept = {k: v for k, v in pass_entry.items() if k not in ("layers", "curve", "losses", "plan")}
     if isinstance(text := kept.get("calibration"), dict):
         kept["calibration"] = {k: v for k, v in text.items() if k != "sketch"}
     return kept
