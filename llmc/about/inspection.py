@@ -38,15 +38,17 @@ def inspect(artifact: str | Path, tensors: bool = False) -> dict[str, Any]:
 
 
 def _blocks(b: dict[str, Any]) -> str:
-    """'21 MatMulNBits int4 block 32, accuracy level 4' of one entry of 'matmul_nbits'."""
+    """One entry of 'matmul_nbits' as text: '21 MatMulNBits int4 block 32, accuracy level 4'."""
     qtype = f"int{b['bits']} block {b['block_size']}" + ("" if b["symmetric"] else " asym")
     return f"{b['matrices']} MatMulNBits {qtype}, accuracy level {b['accuracy_level']}"
 
 
 def _imatrix(file: Path, tensors: bool) -> dict[str, Any] | None:
-    """{'artifact', 'format', 'datasets', 'chunks', 'chunk_size', 'tokens' (maximum over the matrices), 'matrices', 'layers',
-    'unseen' (matrices that no token reached), 'provenance'} of an importance matrix, and with `tensors` an object for each
-    matrix; None for any other .gguf file."""
+    """The contents of an importance matrix. None for any other .gguf file.
+
+    Returns {'artifact', 'format', 'datasets', 'chunks', 'chunk_size', 'tokens' (maximum over the matrices), 'matrices',
+    'layers', 'unseen' (matrices that no token reached), 'provenance'}, and with `tensors` also 'tensors', one object each.
+    """
     from llmc.formats.gguf import field, open_gguf
     from llmc.formats.imatrix import is_imatrix, read_imatrix
 

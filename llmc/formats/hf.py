@@ -22,7 +22,7 @@ def load_tokenizer(folder: Path) -> Any:
 
     auto: Any = transformers.AutoTokenizer
     more: dict[str, Any] = {}
-    if not hasattr(transformers, "TokenizersBackend"):  # 4.57 does not know two values that 5 writes
+    if not hasattr(transformers, "TokenizersBackend"):  # transformers 4.57 does not know two values that 5 writes
         values = read_json(folder / "tokenizer_config.json")
         if values.get("tokenizer_class") == "TokenizersBackend":
             auto = transformers.PreTrainedTokenizerFast
@@ -51,7 +51,7 @@ def load_config(folder: Path) -> Any:
 
 
 def _translate_rope(config: Any) -> None:
-    """Translate `rope_parameters` of transformers 5 into the attributes of 4.57, in place. 4.57 ignores the former."""
+    """Copy `rope_parameters`, which transformers 4.57 ignores, into the attributes that it reads, in place."""
     kinds = getattr(config, "rope_parameters", None) or {}
     found, local = kinds.get("full_attention", kinds), kinds.get("sliding_attention", {})
     if any(isinstance(v, dict) for v in found.values()) or (local and not hasattr(config, "rope_local_base_freq")):

@@ -40,7 +40,7 @@ def versions() -> dict[str, str]:
 
 
 def check_output(out: Path, overwrite: bool = False) -> None:
-    """Raises UserError unless `out` is writable, and free or an older artifact of llmc. overwrite: it may be anything."""
+    """Raises UserError unless `out` is writable and new, empty or an older artifact of llmc. overwrite: allow others."""
     if out.exists() and not overwrite and not manifest_path(out).exists() and (out.is_file() or any(out.iterdir())):
         raise UserError(f"{out} exists and was not made by llmc", "choose another place with -o")
     parent = existing(out.absolute().parent)

@@ -1,4 +1,4 @@
-"""Finds parts of an .onnx file that are slow or unsupported on some devices. Each rule names the issue that reports it.
+"""Finds parts of an .onnx file that are slow or unsupported on some devices. Most rules name the issue that reports it.
 
 The check reads the model.onnx of any decoder and any exporter, without its weights. A finding is a note, not an error: the
 file may be right for the device that it is made for.

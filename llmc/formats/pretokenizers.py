@@ -108,7 +108,7 @@ def adds_leading_space(normalizer: dict[str, Any] | None, pre_tokenizer: dict[st
             continue  # Gemma's; an earlier step has replaced the spaces
         else:
             raise UserError(f"llama.cpp's SentencePiece tokenizer has no step like {step}",
-                            "this tokenizer cannot be carried into GGUF")
+                            "this tokenizer cannot be stored in a GGUF file")
     return leading
 
 

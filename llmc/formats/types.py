@@ -41,7 +41,7 @@ class IntegerType:
 
     @property
     def holds_zero(self) -> bool:
-        """Whether the value 0 has a code in every group. It has: the zero point."""
+        """Whether the value 0 has a code in every group. Always true: it is the zero point."""
         return True
 
     @property

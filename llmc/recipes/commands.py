@@ -38,7 +38,7 @@ class Command:
     gives: kind of its result ('': its format)  configs: {format: config} ('' if it has no formats)
     short: the option that `- command: value` sets  resumes: whether an interrupted run can continue
     code: modules whose source, with all their imports, affects the result
-    needs: {format: packages that it imports}, also the name of the extra that installs them
+    needs: {format: modules that it imports}; the extra of that name installs them
     """
 
     name: str

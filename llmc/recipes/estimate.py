@@ -68,10 +68,10 @@ class Times:
         write_json(self.path, self.known)
 
 
-def own_plan(job: Job, model: Path | str, base: str, there: bool) -> dict[str, Any]:
+def own_plan(job: Job, model: Path | str, base: str, exists: bool) -> dict[str, Any]:
     """{'memory_bytes', 'disk_bytes'} from the command's own --dry-run; {} if it has none.
 
-    model: the input of the step, or the base if that input does not exist yet.  there: whether the input exists. If not,
+    model: the input of the step, or the base if that input does not exist yet.  exists: whether the input exists. If not,
     errors are ignored, because they may hold for the base only.
     """
     options = job.step.typed.options()
@@ -88,6 +88,6 @@ def own_plan(job: Job, model: Path | str, base: str, there: bool) -> dict[str, A
             config = job.step.typed.config
             return {"disk_bytes": disk_bytes(check(resolve_model(model), config), config)}
     except UserError:
-        if there:
+        if exists:
             raise
     return {}

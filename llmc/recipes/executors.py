@@ -26,8 +26,8 @@ def local(todo: dict[str, Job], owners: Owners) -> dict[str, str]:
     """Run the jobs on this machine. Returns {job: error} of those that failed."""
     failed: dict[str, str] = {}
     for number, (label, job) in enumerate(todo.items(), 1):
-        if lost := [failed[i] for i in (*job.inputs, job.teacher) if i in failed]:
-            failed[label] = lost[0]
+        if errors := [failed[i] for i in (*job.inputs, job.teacher) if i in failed]:
+            failed[label] = errors[0]
             continue
         say(f"\n[{number}/{len(todo)}] {label}")
         own, chain = owners[label]
@@ -52,8 +52,8 @@ def on_ray(todo: dict[str, Job], owners: Owners) -> dict[str, str]:
         import ray
     except ModuleNotFoundError as e:
         raise UserError("--executor ray needs the package ray", "pip install 'llmc-toolkit[ray]'") from e
-    ours = not ray.is_initialized()
-    if ours:
+    starts_ray = not ray.is_initialized()
+    if starts_ray:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no network access unless the user sets it
         ray.init(address=os.environ.get("RAY_ADDRESS"), include_dashboard=False)
     try:
@@ -65,11 +65,11 @@ def on_ray(todo: dict[str, Job], owners: Owners) -> dict[str, str]:
             own, chain = owners[label]
             threads = job.step.typed.options().get("threads")
             cpus = cores if job.step.command == "bench" or threads is None else min(cores, threads)
-            there = {i: replace(j, folder=j.folder.absolute()) for i, j in own.items()}
-            refs[label] = remote.options(num_cpus=cpus, name=label).remote(label, there, chain, *needs)
+            jobs = {i: replace(j, folder=j.folder.absolute()) for i, j in own.items()}
+            refs[label] = remote.options(num_cpus=cpus, name=label).remote(label, jobs, chain, *needs)
         results = dict(zip(refs, ray.get(list(refs.values())), strict=True))
     finally:
-        if ours:
+        if starts_ray:
             ray.shutdown()
     for label, (error, record) in results.items():
         own, chain = owners[label]
@@ -81,12 +81,12 @@ def on_ray(todo: dict[str, Job], owners: Owners) -> dict[str, str]:
 
 
 def _remotely(label: str, jobs: dict[str, Job], chain: Chain, *inputs: tuple[str, Any]) -> tuple[str, Any]:
-    """Run one job in a worker. Returns ('', its record) or (error, None). inputs: these results of the jobs that it needs.
+    """Run one job in a worker. Returns ('', its record) or (error, None). inputs: such results of the jobs that it needs.
 
     Commands write notes into the working folder, so each job has a working folder of its own.
     """
-    if lost := [error for error, _ in inputs if error]:
-        return lost[0], None
+    if errors := [error for error, _ in inputs if error]:
+        return errors[0], None
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         try:
             return "", run_job(_own(label, jobs), jobs, chain)

@@ -85,7 +85,7 @@ def _speed(speed: dict[str, Any] | None) -> list[str]:
 
 
 def _steps(steps: list[dict[str, Any]]) -> Table:
-    rows = [["step", "from", "asked for", "time"]]
+    rows = [["step", "from", "options", "time"]]
     for s in steps:
         options = ", ".join(f"{k} {plain(v)}" for k, v in s["options"].items()) or "defaults"
         source = ", ".join(s["from"]) + (f" (teacher {s['teacher']})" if s["teacher"] else "")

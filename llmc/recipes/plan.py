@@ -21,11 +21,11 @@ def states(jobs: dict[str, Job], hashes: Hashes) -> dict[str, tuple[str, str]]:
     found: dict[str, tuple[str, str]] = {}
     for job in reversed(jobs.values()):
         users = [j for j in jobs.values() if job.id in (*j.inputs, j.teacher)]
-        heirs = [j for j in users if j.step.typed.command.makes_model] if job.step.typed.command.makes_model else users
-        there, why = done[job.id]
-        if there:
+        successors = [j for j in users if j.step.typed.command.makes_model] if job.step.typed.command.makes_model else users
+        exists, why = done[job.id]
+        if exists:
             found[job.id] = (CACHED, "")
-        elif heirs and all(found[u.id][0] in (CACHED, UNUSED) for u in users):
+        elif successors and all(found[u.id][0] in (CACHED, UNUSED) for u in users):
             found[job.id] = (UNUSED, why or "the results made from it exist")
         else:
             found[job.id] = (RESUME if job.step.typed.command.resumes and not why and may_resume(job) else RUN, why)
@@ -48,10 +48,10 @@ def plan(jobs: dict[str, Job], base: str, state: dict[str, tuple[str, str]]) -> 
             row["seconds"] = (job.record() or {}).get("seconds")
         else:
             source = jobs.get(job.inputs[0]) if job.inputs else None
-            there = source is None or state[source.id][0] == CACHED
+            exists = source is None or state[source.id][0] == CACHED
             row |= {"seconds": times.seconds(job, length), "disk_bytes": times.disk(job, length)}
             try:
-                row |= own_plan(job, base if source is None or not there else source.artifact, base, there)
+                row |= own_plan(job, base if source is None or not exists else source.artifact, base, exists)
             except UserError as e:
                 problems.append(f"step {job.id}: {e.problem}" + (f" ({e.hint})" if e.hint else ""))
         rows.append(row)

@@ -86,7 +86,7 @@ def run_job(job: Job, jobs: Mapping[str, Job], chain: Chain) -> dict[str, Any]:
     """Run one job, write its `.done.json`, and return the record in it."""
     seconds, resumed = None, may_resume(job)
     if finished_but_unrecorded(job):
-        say(f"{job.artifact} is finished")
+        say(f"{job.artifact} is complete already")
     else:
         if not resumed or not job.step.typed.command.resumes or (job.folder / DONE).exists():
             clear(job)

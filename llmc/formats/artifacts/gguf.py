@@ -91,7 +91,7 @@ class GgufArtifact(Artifact):
         }
 
     def problems(self) -> Iterator[str]:
-        """A file without tensors. Opening it maps each tensor and so raises UserError for a truncated file."""
+        """A file without tensors. A truncated file raises UserError when it is opened, because each tensor is mapped."""
         if not self._reader().tensors:
             yield f"{self.path.name} holds no tensors"
 
