@@ -36,6 +36,7 @@ from llmc.options import make
 
 if TYPE_CHECKING:
     from llmc.export import Export
+    from llmc.recipes.schema import Plan, RunReport, SweepPlan, SweepReport
 
     export: Export
 
@@ -43,7 +44,7 @@ __all__ = ["__version__", "bench", "compare", "distill", "evaluate", "export", "
            "inspect", "prune", "quantize", "run_recipe", "ship", "sweep", "transform", "verify"]
 
 
-def run_recipe(recipe: str | Path, set: Mapping[str, Any] | Sequence[str] = (), **options: Any) -> dict[str, Any]:
+def run_recipe(recipe: str | Path, set: Mapping[str, Any] | Sequence[str] = (), **options: Any) -> RunReport | Plan:
     """Run a chain of commands (`llmc run`): a YAML file or a shipped recipe; options are the fields of RunConfig.
 
     set: {'quantize.type': 'q4_1'}, or as on the command line ['quantize.type=q4_1'].
@@ -57,7 +58,7 @@ def run_recipe(recipe: str | Path, set: Mapping[str, Any] | Sequence[str] = (), 
 
 
 def sweep(recipe: str | Path, vary: Mapping[str, Sequence[Any]] | Sequence[str] = (),
-          set: Mapping[str, Any] | Sequence[str] = (), **options: Any) -> dict[str, Any]:
+          set: Mapping[str, Any] | Sequence[str] = (), **options: Any) -> SweepReport | SweepPlan:
     """Run a recipe with every combination of option values (`llmc sweep`); options are the fields of SweepConfig.
 
     vary: {'quantize.type': ['q4_0', 'q4_k']}, or as on the command line ['quantize.type=q4_0,q4_k'].

@@ -7,9 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmc.options import make
+
+if TYPE_CHECKING:
+    from llmc.evals.compare.schema import Comparison, Shipping
+    from llmc.evals.fit.schema import Fit
+    from llmc.evals.report.schema import Report
 
 
 def quantize(model: str | Path, **options: Any) -> dict[str, Any]:
@@ -70,7 +75,7 @@ def export(model: str | Path | None = None, format: str = "gguf", **options: Any
     return package(model, format=format, **options)
 
 
-def evaluate(artifact: str | Path, out: str | Path | None = None, **options: Any) -> dict[str, Any]:
+def evaluate(artifact: str | Path, out: str | Path | None = None, **options: Any) -> Report:
     """Measure perplexity, and KL divergence from `base`, of an artifact; options are the fields of EvalConfig."""
     from llmc.evals.quality.config import EvalConfig
     from llmc.evals.quality.run import evaluate as run
@@ -78,7 +83,7 @@ def evaluate(artifact: str | Path, out: str | Path | None = None, **options: Any
     return run(make(EvalConfig, {"artifact": artifact, "output": out, **options}))
 
 
-def bench(*artifacts: str | Path, out: Sequence[str | Path] = (), **options: Any) -> list[dict[str, Any]]:
+def bench(*artifacts: str | Path, out: Sequence[str | Path] = (), **options: Any) -> list[Report]:
     """Measure speed and memory on this machine or others, one report per artifact; options are the fields of BenchConfig."""
     from llmc.evals.bench.config import BenchConfig
     from llmc.evals.bench.run import bench as run
@@ -86,7 +91,7 @@ def bench(*artifacts: str | Path, out: Sequence[str | Path] = (), **options: Any
     return run(make(BenchConfig, {"artifacts": artifacts, "outputs": out, **options}))
 
 
-def compare(*reports: str | Path, **options: Any) -> dict[str, Any]:
+def compare(*reports: str | Path, **options: Any) -> Comparison:
     """Compare report files and write the page; options are the fields of CompareConfig.
 
     A missed gate raises no error: read 'passed' and 'gates' of the result.
@@ -102,7 +107,7 @@ def compare(*reports: str | Path, **options: Any) -> dict[str, Any]:
     return without_arrays(result)
 
 
-def fit(*items: str | Path, **options: Any) -> dict[str, Any]:
+def fit(*items: str | Path, **options: Any) -> Fit:
     """List the artifacts or reports that meet limits on devices; options are the fields of FitConfig.
 
     'fits' of the result: whether every device has an artifact that certainly fits.
@@ -113,7 +118,7 @@ def fit(*items: str | Path, **options: Any) -> dict[str, Any]:
     return run(make(FitConfig, {"items": items, **options}))
 
 
-def ship(gates: str | Path) -> dict[str, Any]:
+def ship(gates: str | Path) -> Shipping:
     """Decide whether the artifacts of a gates file may ship. A missed gate raises no error: read 'passed' of the result."""
     from llmc.evals.compare.ship import read_gates
     from llmc.evals.compare.ship import ship as run

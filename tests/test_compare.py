@@ -15,8 +15,8 @@ from reports import CHUNKS, config, speed, tokens, whole, write
 from llmc.cli import run
 from llmc.errors import UserError
 from llmc.evals.compare.run import compare
+from llmc.evals.compare.tables import tables
 from llmc.evals.pages.compare import page
-from llmc.evals.report.tables import tables
 
 
 def test_paired_differences(tmp_path: Path) -> None:

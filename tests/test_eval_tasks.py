@@ -18,12 +18,12 @@ from llmc.cli import run
 from llmc.errors import UserError
 from llmc.evals.compare.config import CompareConfig
 from llmc.evals.compare.run import compare
+from llmc.evals.compare.tables import tables
 from llmc.evals.pages.compare import page
 from llmc.evals.quality import task_items, tasks
 from llmc.evals.quality.config import EvalConfig
 from llmc.evals.quality.run import evaluate
 from llmc.evals.report.show import quality_lines
-from llmc.evals.report.tables import tables
 
 
 @pytest.fixture

@@ -126,8 +126,10 @@ def lost(weight: torch.Tensor, q: Any, importance: torch.Tensor) -> float:
     return float(((q.dequantize() - weight).square() * importance).sum())
 
 
-@pytest.mark.parametrize("qtype", [*BLOCK_TYPES.values(), IntegerType(4, 32), IntegerType(4, 128), IntegerType(4, 64, False), IntegerType(8, 32)],
-                         ids=lambda g: g.name)
+INTEGER_TYPES = (IntegerType(4, 32), IntegerType(4, 128), IntegerType(4, 64, False), IntegerType(8, 32))
+
+
+@pytest.mark.parametrize("qtype", [*BLOCK_TYPES.values(), *INTEGER_TYPES], ids=lambda t: t.name)
 def test_rounding_by_importance_loses_less_of_what_matters(qtype: Any) -> None:
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(48, 512, generator=generator)
@@ -223,7 +225,7 @@ def test_files_that_are_no_matrix_are_refused_with_the_next_step(
     made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "old.dat").write_bytes((14).to_bytes(4, "little") + b"legacy")
-    for file, words in ((tmp_path / "old.dat", "--output-format gguf"), (made.gguf, "no importance matrix"),
+    for file, words in ((tmp_path / "old.dat", "--output-format gguf"), (made.gguf, "not an importance matrix"),
                         (tmp_path / "none.gguf", "cannot be read")):
         assert run(["quantize", str(made.base), "--method", "rtn", "--imatrix", str(file)]) == 2
         assert words in capsys.readouterr().err

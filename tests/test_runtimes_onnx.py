@@ -13,12 +13,14 @@ import pytest
 import tiny
 from onnx import TensorProto, helper, numpy_helper
 from onnx_files import IDS, NOISE, convert, plain_decoder
+from typed_dicts import differences
 
 from llmc.about import inspection
 from llmc.cli import run
 from llmc.errors import UserError
 from llmc.evals.bench.config import BenchConfig
 from llmc.evals.bench.run import bench
+from llmc.evals.report.schema import Report
 from llmc.evals.report.show import speed_lines
 from llmc.evals.report.store import read_report
 from llmc.formats.artifacts.table import artifact_at
@@ -109,6 +111,7 @@ def test_tokenizer_and_ends_are_the_models(converted: SimpleNamespace) -> None:
 
 def test_bench_says_what_ran(converted: SimpleNamespace) -> None:
     (report,) = bench(BenchConfig((str(converted.int4),), prompt=20, generate=3, warmup=0, threads=1))
+    assert differences(json.loads(json.dumps(report)), Report) == []
     speed = report["speeds"]["local-cpu"]
     ran = speed["runtime"]
     assert ran["session"]["intra_op_num_threads"] == ran["threads"] == 1

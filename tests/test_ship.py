@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import yaml
 from reports import speed, whole, write
+from typed_dicts import differences
 
 from llmc.cli import run
 from llmc.errors import UserError
+from llmc.evals.compare.schema import Shipping
 from llmc.evals.compare.ship import read_gates, ship
 from llmc.evals.compare.ship_show import summary
 from llmc.evals.report.store import hash_artifact
@@ -46,6 +48,7 @@ def results(path: Path) -> dict[str, dict[str, Any]]:
 def test_every_gate_kept(folder: Path) -> None:
     result = ship(read_gates(gates(folder, {"local-cpu": GOOD})))
     assert result["passed"], result
+    assert differences(json.loads(json.dumps(result)), Shipping) == []
     assert {r["source"] for r in result["artifacts"][0]["results"]} == {"measured"}
     assert result["artifacts"][0]["sha256"] == hash_artifact(folder / "small.gguf")
     assert {"by", "host", "at", "versions"} == set(result["signed"])

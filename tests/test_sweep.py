@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import tiny
+from typed_dicts import differences
 
 import llmc
 from llmc.cli import run as command
 from llmc.errors import UserError
+from llmc.recipes.schema import RunReport, SweepReport
 from llmc.recipes.sweep import on_front, variations
 
 RECIPE = """\
@@ -53,6 +55,8 @@ def test_variants_share_steps(base: Path, capsys: pytest.CaptureFixture[str]) ->
                                                        "eval-small": 4, "compare": 4}
     assert command([*args, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
+    assert differences(result, SweepReport) == []
+    assert differences(json.loads(Path("run/r.json").read_text()), RunReport) == []
     assert kinds(result["ran"]) == {"prune": 1, "quantize": 3, "small": 3, "eval-small": 3, "compare": 3}, \
         "one variant is what `llmc run` made, and it is used again"
     points = {a["variant"]: a for a in result["artifacts"]}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from llmc.console import progress, say, warn
 from llmc.errors import UserError
@@ -15,7 +15,10 @@ from llmc.evals.bench.prompt import prompt_ids
 from llmc.evals.bench.ran import ran
 from llmc.evals.bench.threads import sweep
 from llmc.evals.report import store as report
+from llmc.evals.report.schema import Described, Facts, Report, RuntimeFacts, Speed
+from llmc.evals.report.sections import targets_of
 from llmc.formats import kv
+from llmc.formats.artifact import Size
 from llmc.formats.artifacts.table import artifact_at
 from llmc.runtimes.targets.device import Device, connect, probed
 from llmc.runtimes.targets.target import Target, find_target
@@ -25,14 +28,14 @@ from llmc.sources.resolve import locate
 class TargetsError(UserError):
     """Some targets could not be used; `reports` are of those that could."""
 
-    def __init__(self, failed: dict[str, UserError], reports: list[dict[str, Any]]) -> None:
+    def __init__(self, failed: dict[str, UserError], reports: list[Report]) -> None:
         problems = [f"target {name}: {e.problem}" + (f" (next: {e.hint})" if e.hint else "") for name, e in failed.items()]
-        kept = report.targets_of(reports)
+        kept = targets_of(reports)
         super().__init__("; ".join(problems), f"what was measured on {', '.join(kept)} is kept" if kept else "")
         self.reports = reports
 
 
-def bench(config: BenchConfig) -> list[dict[str, Any]]:
+def bench(config: BenchConfig) -> list[Report]:
     """One report for each artifact, with a speed section for each target; written to `config.outputs` as each target is done.
 
     Raises TargetsError at the end where a target could not be used and another could."""
@@ -42,7 +45,7 @@ def bench(config: BenchConfig) -> list[dict[str, Any]]:
     for i, path in enumerate(config.outputs):
         report.check_output(path, described[i]["sha256"], config.kv or artifact_at(artifacts[i]).kv_default)
     ids = [prompt_ids(a, max(config.prompt + config.depth)) for a in artifacts]
-    reports: list[dict[str, Any]] = [{"artifact": d} for d in described]
+    reports: list[Report | None] = [None] * len(described)
     failed: dict[str, UserError] = {}
     for target in targets:
         if len(targets) > 1:
@@ -63,17 +66,17 @@ def bench(config: BenchConfig) -> list[dict[str, Any]]:
     if failed and len(targets) == 1:
         raise failed[targets[0].name]
     if failed:
-        raise TargetsError(failed, [r for r in reports if "speeds" in r])
-    return reports
+        raise TargetsError(failed, [r for r in reports if r])
+    return [r for r in reports if r]
 
 
-def measure(device: Device, artifacts: list[Path], described: list[dict[str, Any]], ids: list[list[int]],
-            config: BenchConfig) -> list[dict[str, Any]]:
+def measure(device: Device, artifacts: list[Path], described: list[Described], ids: list[list[int]],
+            config: BenchConfig) -> list[Speed]:
     """The speed sections of all artifacts on one device, measured in turns."""
     job = {"context": max(config.prompt + config.depth) + config.generate, "threads": config.threads, "kv": config.kv,
            "device": "gpu" if device.target.address == "local-gpu" else config.device}
     say(f"measuring the memory bandwidth of {device.target.name}")
-    facts = probed(device)
+    facts = cast(Facts, probed(device))
     placed = [device.place(a) for a in artifacts]
     with ExitStack() as stack:
         children = [stack.enter_context(Child(device, a, p, job)) for a, p in zip(artifacts, placed, strict=True)]
@@ -81,11 +84,9 @@ def measure(device: Device, artifacts: list[Path], described: list[dict[str, Any
             child.ask("ids", ids=tokens)
         runs = _repeat(children, config)
         ends = [child.ask("end") for child in children]
-    sections = []
-    for i, child in enumerate(children):
-        sections.append(_section(device.target, facts, child.loaded, ends[i], runs[i], described[i], job, config) | {
-            "in_turns_with": [d["name"] for j, d in enumerate(described) if j != i],
-            "thread_sweep": None})
+    sections = [_section(device.target, facts, child.loaded, ends[i], runs[i], described[i],
+                         [d["name"] for j, d in enumerate(described) if j != i], job, config)
+                for i, child in enumerate(children)]
     if config.thread_sweep:
         for section, artifact, path, tokens in zip(sections, artifacts, placed, ids, strict=True):
             section["thread_sweep"] = sweep(device, artifact, path, tokens, job, _command(config), facts)
@@ -93,7 +94,7 @@ def measure(device: Device, artifacts: list[Path], described: list[dict[str, Any
 
 
 def _command(config: BenchConfig) -> dict[str, Any]:
-    """What bench_child is told to repeat."""
+    """What the process on the device is told to repeat."""
     return {"prompts": list(config.prompt), "depths": list(config.depth), "generate": config.generate}
 
 
@@ -113,10 +114,10 @@ def _repeat(children: list[Child], config: BenchConfig) -> list[list[dict[str, A
     return kept
 
 
-def _section(target: Target, facts: dict[str, Any], loaded: dict[str, Any], end: dict[str, Any], runs: list[dict[str, Any]],
-             described: dict[str, Any], job: dict[str, Any], config: BenchConfig) -> dict[str, Any]:
-    """One artifact's speed section (see report.py)."""
-    runtime = loaded["runtime"]
+def _section(target: Target, facts: Facts, loaded: dict[str, Any], end: dict[str, Any], runs: list[dict[str, Any]],
+             described: Described, others: list[str], job: dict[str, Any], config: BenchConfig) -> Speed:
+    """One artifact's speed section. others: what it was measured in turns with."""
+    runtime: RuntimeFacts = loaded["runtime"]
     measured = summary.curves(runs, config.generate)
     first, deep = measured["prefill_curve"][0], measured["decode_curve"][0]
     read, throttled = token_bytes(described["size"], runtime), summary.throttled(runs)
@@ -133,10 +134,11 @@ def _section(target: Target, facts: dict[str, Any], loaded: dict[str, Any], end:
         "runtime": runtime, "ran": ran(runtime), "kv": kv.section(described["kv"], runtime["kv_type"]), "token_bytes": read,
         "read_bandwidth": read * deep["decode"]["median"],
         "load_average": {"before": loaded["load_average"], "after": end["load_average"]},
+        "in_turns_with": others, "thread_sweep": None,
     }
 
 
-def token_bytes(size: dict[str, Any], runtime: dict[str, Any]) -> int:
+def token_bytes(size: Size, runtime: RuntimeFacts) -> int:
     """Bytes of weights that one decoded token reads, in the type in which the runtime holds them.
 
     The KV cache, small at these lengths, is not counted.

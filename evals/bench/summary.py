@@ -6,34 +6,37 @@ from typing import Any
 
 import numpy as np
 
+from llmc.evals.report.schema import Conditions, Curves, DecodePoint, Energy, PrefillPoint, Spread
+
 TIGHT = 0.015
 """Half-width of a median's interval / median that is asked for: two such medians of one thing differ by less than 3 %."""
 SLOWED = 0.9  # share of its early frequency below which a CPU was throttled
 DRIFT = 0.05  # least-squares line, first to last repetition / median, past which a speed is no figure
 
 
-def spread(values: np.ndarray) -> dict[str, Any]:
-    """{median, iqr, values}."""
+def spread(values: np.ndarray) -> Spread:
+    """The figures of repetitions."""
     low, median, high = (float(x) for x in np.percentile(values, (25, 50, 75)))
     return {"median": median, "iqr": high - low, "values": [float(v) for v in values]}
 
 
-def half_width(s: dict[str, Any]) -> float:
+def half_width(s: Spread) -> float:
     """Of the median's interval, over the median: the notch of McGill, Tukey and Larsen (1978), 1.57 IQR / sqrt(n), widened
     for few repetitions about as Student's t is. Those of two medians of one thing overlap 95 times in 100."""
     n = len(s["values"])
     return float(1.57 * (1 + 1.6 / (n - 1)) * s["iqr"] / np.sqrt(n) / s["median"])
 
 
-def drift(s: dict[str, Any]) -> float:
+def drift(s: Spread) -> float:
     """Change from the first to the last repetition by a least-squares line, over the median."""
     n = len(s["values"])
     return float(np.polyfit(np.arange(n), s["values"], 1)[0]) * (n - 1) / float(s["median"])
 
 
-def curves(runs: list[dict[str, Any]], generate: int) -> dict[str, Any]:
-    """`prefill_curve` and `decode_curve` (tokens/s, and s to the first token) of the answers of bench_child."""
-    prefill, decode = [], []
+def curves(runs: list[dict[str, Any]], generate: int) -> Curves:
+    """Speed by length, of the answers of runtimes/on_device/bench.py."""
+    prefill: list[PrefillPoint] = []
+    decode: list[DecodePoint] = []
     for n in runs[0]["first_token_s"]:
         first = np.array([r["first_token_s"][n] for r in runs])
         prefill.append({"tokens": int(n), "first_token": spread(first), "prefill": spread(int(n) / first)})
@@ -42,23 +45,19 @@ def curves(runs: list[dict[str, Any]], generate: int) -> dict[str, Any]:
     return {"prefill_curve": prefill, "decode_curve": decode}
 
 
-def series(measured: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+def series(measured: Curves) -> list[tuple[str, Spread]]:
     """Every speed of `curves` by a name that tells its length where there are several."""
-    found = []
-    for what, key in (("prefill", "tokens"), ("decode", "depth")):
-        points = measured[f"{what}_curve"]
-        for p in points:
-            where = "" if len(points) == 1 else f" of {p[key]} tokens" if key == "tokens" else f" at depth {p[key]}"
-            found.append((f"{what}{where}", p[what]))
-    return found
+    prefill, decode = measured["prefill_curve"], measured["decode_curve"]
+    return [*(("prefill" + (f" of {p['tokens']} tokens" if len(prefill) > 1 else ""), p["prefill"]) for p in prefill),
+            *(("decode" + (f" at depth {d['depth']}" if len(decode) > 1 else ""), d["decode"]) for d in decode)]
 
 
-def is_tight(measured: dict[str, Any]) -> bool:
+def is_tight(measured: Curves) -> bool:
     """Whether more repetitions would say nothing new."""
     return all(half_width(s) <= TIGHT for _, s in series(measured))
 
 
-def unstable(measured: dict[str, Any]) -> list[str]:
+def unstable(measured: Curves) -> list[str]:
     """Why speeds should not be trusted: a median is known too badly, or they drift."""
     reasons = []
     for name, s in series(measured):
@@ -86,13 +85,14 @@ def throttled(runs: list[dict[str, Any]]) -> list[str]:
     return reasons
 
 
-def conditions(runs: list[dict[str, Any]]) -> dict[str, Any]:
+def conditions(runs: list[dict[str, Any]]) -> Conditions:
     """Frequency and temperature after the first and after the last repetition."""
-    return {key: [runs[0]["state"][key], runs[-1]["state"][key]] for key in ("mhz", "temperature_c")}
+    first, last = runs[0]["state"], runs[-1]["state"]
+    return {"mhz": [first["mhz"], last["mhz"]], "temperature_c": [first["temperature_c"], last["temperature_c"]]}
 
 
-def energy(runs: list[dict[str, Any]], generate: int) -> dict[str, Any] | None:
-    """{'joules_per_token', 'source'} of decoding, or None where the machine does not tell."""
+def energy(runs: list[dict[str, Any]], generate: int) -> Energy | None:
+    """Of decoding, or None where the machine does not tell."""
     joules = [r["joules"] for r in runs if r["joules"] is not None]
     if not joules:
         return None

@@ -9,6 +9,7 @@ import numpy as np
 
 from llmc.console import progress
 from llmc.evals.bench.host import Child
+from llmc.evals.report.schema import Facts, ThreadPoint, ThreadSweep
 from llmc.runtimes.targets.device import Device
 
 REPETITIONS = 3
@@ -21,13 +22,14 @@ def candidates(cores: int, logical: int) -> list[int]:
 
 
 def sweep(device: Device, artifact: Path, placed: str, ids: list[int], job: dict[str, Any], run: dict[str, Any],
-          facts: dict[str, Any]) -> dict[str, Any]:
-    """{'prefill': [{'threads', 'median'}], 'decode': […], 'best': {'prefill': threads, 'decode': threads}}, in tokens/s, at
-    the first prompt and depth. Each number has a process of its own, as the runtimes fix it when they load."""
+          facts: Facts) -> ThreadSweep:
+    """Speed by the number of threads, at the first prompt and depth. Each number has a process of its own, as the runtimes
+    fix it when they load."""
     prompt, depth = run["prompts"][0], run["depths"][0]
     command = {**run, "prompts": [prompt], "depths": [depth]}
-    found: dict[str, list[dict[str, Any]]] = {"prefill": [], "decode": []}
-    tried = candidates(facts["usable_cores"], facts["logical_cores"])
+    prefill: list[ThreadPoint] = []
+    decode: list[ThreadPoint] = []
+    tried = candidates(facts["usable_cores"], facts["logical_cores"] or facts["usable_cores"])
     with progress(f"threads for {artifact.name}", len(tried)) as p:
         for n in tried:
             with Child(device, artifact, placed, {**job, "threads": n}) as child:
@@ -35,9 +37,12 @@ def sweep(device: Device, artifact: Path, placed: str, ids: list[int], job: dict
                 runs = [child.ask("run", **command) for _ in range(1 + REPETITIONS)][1:]
                 child.ask("end")
             first = float(np.median([r["first_token_s"][str(prompt)] for r in runs]))
-            decode = float(np.median([r["decode_s"][str(depth)] for r in runs]))
-            found["prefill"].append({"threads": n, "median": prompt / first})
-            found["decode"].append({"threads": n, "median": run["generate"] / decode})
-            p.step(f"{n}: {run['generate'] / decode:.1f} tokens/s")
-    best = {what: max(points, key=lambda point: point["median"])["threads"] for what, points in found.items()}
-    return {**found, "best": best}
+            seconds = float(np.median([r["decode_s"][str(depth)] for r in runs]))
+            prefill.append({"threads": n, "median": prompt / first})
+            decode.append({"threads": n, "median": run["generate"] / seconds})
+            p.step(f"{n}: {run['generate'] / seconds:.1f} tokens/s")
+    return {"prefill": prefill, "decode": decode, "best": {"prefill": _best(prefill), "decode": _best(decode)}}
+
+
+def _best(points: list[ThreadPoint]) -> int:
+    return max(points, key=lambda point: point["median"])["threads"]

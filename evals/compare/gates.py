@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 from llmc.errors import GateFailedError, UserError
 from llmc.evals.compare.config import CompareConfig
+from llmc.evals.compare.schema import Compared, GateResult
+from llmc.evals.report.sections import texts_of
 from llmc.evals.shared_options import parse_number
 
 
@@ -44,9 +46,9 @@ def parse(config: CompareConfig) -> list[tuple[Gate, float]]:
     return limits
 
 
-def apply(limits: list[tuple[Gate, float]], candidates: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """[{gate, artifact, text (or target), limit, value, passed}]: every candidate of `compare` against every limit."""
-    results = []
+def apply(limits: list[tuple[Gate, float]], candidates: list[Compared]) -> list[GateResult]:
+    """Every candidate of `compare` against every limit."""
+    results: list[GateResult] = []
     for gate, limit in limits:
         for candidate in candidates:
             figures = _figures(gate, candidate)
@@ -59,27 +61,27 @@ def apply(limits: list[tuple[Gate, float]], candidates: list[dict[str, Any]]) ->
     return results
 
 
-def _figures(gate: Gate, candidate: dict[str, Any]) -> list[tuple[str | None, float]]:
+def _figures(gate: Gate, candidate: Compared) -> list[tuple[str | None, float]]:
     """(text or target, value) of each figure that a gate looks at; empty where it was not measured."""
-    changes = candidate["differences"] or {}
+    changes, texts = candidate["differences"], texts_of(candidate["report"])
     if gate.attribute == "min_decode_speedup":
-        return [(target, found["decode_speedup"]["value"]) for target, found in (changes.get("speeds") or {}).items()]
+        speeds = (changes and changes["speeds"]) or {}
+        return [(target, found["decode_speedup"]["value"]) for target, found in speeds.items()]
     if gate.attribute == "max_ppl_increase":
-        return [(t["text"], t["perplexity_ratio"]["value"] - 1) for t in changes.get("texts") or []]
-    key = {"max_kld": "kld", "min_top1": "top1"}[gate.attribute]
-    texts = candidate["report"].get("quality", {}).get("texts", [])
-    return [(t["protocol"]["text"], t[key]["value"]) for t in texts if t[key] is not None]
+        return [(t["text"], t["perplexity_ratio"]["value"] - 1) for t in (changes and changes["texts"]) or []]
+    key: Literal["kld", "top1"] = "kld" if gate.attribute == "max_kld" else "top1"
+    return [(t["protocol"]["text"], stat["value"]) for t in texts if (stat := t[key]) is not None]
 
 
-def describe(result: dict[str, Any]) -> str:
+def describe(result: GateResult) -> str:
     """'small.gguf on wiki: --max-kld 0.1, measured 0.271'."""
     gate = next(g for g in GATES if g.option == result["gate"])
-    limit, value = (f"{result[k] / gate.factor:.4g}{gate.unit}" for k in ("limit", "value"))
+    limit, value = (f"{v / gate.factor:.4g}{gate.unit}" for v in (result["limit"], result["value"]))
     where = f" on {result['text']}" if result["text"] else ""
     return f"{result['artifact']}{where}: {gate.option} {limit}, measured {value}"
 
 
-def enforce(results: list[dict[str, Any]]) -> None:
+def enforce(results: list[GateResult]) -> None:
     """Raise GateFailedError naming every gate that was missed."""
     if missed := [describe(r) for r in results if not r["passed"]]:
         raise GateFailedError(f"{len(missed)} of {len(results)} gates missed:\n  " + "\n  ".join(missed),

@@ -15,58 +15,59 @@ from llmc.errors import UserError
 from llmc.evals.compare import gates
 from llmc.evals.compare.config import CompareConfig
 from llmc.evals.compare.matrix import matrix
+from llmc.evals.compare.schema import Compared, Comparison, Differences, SpeedChange, TextRise
 from llmc.evals.quality import metrics, tasks
-from llmc.evals.report.store import kv_type, merged, read_report, speeds_of, targets_of, unpack
+from llmc.evals.report.schema import Report, Speed, Spread, Stat, Text
+from llmc.evals.report.sections import base_of, kv_type, quality_of, speed_on, speeds_of, targets_of, tasks_of, texts_of
+from llmc.evals.report.store import merged, read_report, unpack
 from llmc.evals.report.store import without_arrays as report_without_arrays
 
 FLOATS = (None, "f32", "f16", "bf16")  # types of a KV cache that no name needs to tell
 
 
-def compare(config: CompareConfig) -> dict[str, Any]:
-    """{baseline, artifacts: […], matrix: […], gates: […], passed}; the first artifact is the baseline.
+def compare(config: CompareConfig) -> Comparison:
+    """The first artifact is the baseline. Emulated speeds are not compared.
 
-    matrix: see matrix.py. Each artifact: {name, report, differences}; differences (None for the baseline) are {size_ratio,
-    texts: [{text, perplexity_ratio, kld, top1}], tasks: {name: {acc, acc_norm, perplexity_ratio}}, speeds: {target:
-    {decode_speedup, first_token_ratio, peak_rss_ratio}}}, None where not measured of both; emulated speeds are not compared.
     Raises UserError where figures are not comparable or a gate has no figure to look at.
     """
     limits = gates.parse(config)
     reports = join([read_report(p) for p in config.reports], config.reports)
     check_comparable(reports)
     baseline = reports[0]
-    artifacts = [{"name": r["artifact"]["name"], "report": r,
-                  "differences": None if r is baseline else differences(baseline, r)} for r in reports]
+    artifacts: list[Compared] = [{"name": r["artifact"]["name"], "report": r,
+                                  "differences": None if r is baseline else differences(baseline, r)} for r in reports]
     results = gates.apply(limits, artifacts[1:] or artifacts)
     return {"baseline": baseline["artifact"]["name"], "artifacts": artifacts, "matrix": matrix(artifacts, config),
             "gates": results, "passed": all(g["passed"] for g in results)}
 
 
-def join(reports: list[dict[str, Any]], paths: tuple[Path, ...]) -> list[dict[str, Any]]:
+def join(reports: list[Report], paths: tuple[Path, ...]) -> list[Report]:
     """One report for each artifact (by sha256) and type of its KV cache, in order of appearance; equal names are told apart
     by their path. A type of the cache is a candidate of its own: compared with any other, never joined to it."""
-    joined: dict[tuple[str, str | None], dict[str, Any]] = {}
+    joined: dict[tuple[str, str | None], Report] = {}
     for report, path in zip(reports, paths, strict=True):
         key = (report["artifact"]["sha256"], kv_type(report))
-        before = joined.setdefault(key, {})
-        twice = ["a quality section"] if "quality" in report and "quality" in before else []
+        before = joined.get(key)
+        twice = ["a quality section"] if quality_of(report) and quality_of(before) else []
         twice += [f"the speed on {target}" for target in speeds_of(report) if target in speeds_of(before)]
         if twice:
             raise UserError(f"{path} is the second report with {twice[0]} of {report['artifact']['name']}",
                             "leave one of them out")
-        joined[key] = merged(report, before) | {"speeds": {**speeds_of(before), **speeds_of(report)}}
+        whole = report if before is None else merged(report, before)
+        joined[key] = {**whole, "speeds": {**speeds_of(before), **speeds_of(report)}}
     found = [_named(r, f"{r['artifact']['name']} (KV {kv_type(r)})") if kv_type(r) not in FLOATS else r
              for r in joined.values()]
     names = [r["artifact"]["name"] for r in found]
     return [_named(r, r["artifact"]["path"]) if names.count(r["artifact"]["name"]) > 1 else r for r in found]
 
 
-def _named(report: dict[str, Any], name: str) -> dict[str, Any]:
+def _named(report: Report, name: str) -> Report:
     return {**report, "artifact": {**report["artifact"], "name": name}}
 
 
-def check_comparable(reports: list[dict[str, Any]]) -> None:
+def check_comparable(reports: list[Report]) -> None:
     """Every pair of figures must have been measured in the same way; the first field that differs is named."""
-    evaluated = [r for r in reports if "quality" in r]
+    evaluated = [r for r in reports if quality_of(r)]
     for other in evaluated[1:]:
         _check_equal(evaluated[0], other, _quality_fields(evaluated[0]), _quality_fields(other), "eval")
     for target in targets_of(reports):
@@ -74,20 +75,19 @@ def check_comparable(reports: list[dict[str, Any]]) -> None:
         for other in benched[1:]:
             _check_equal(benched[0], other, _speed_fields(benched[0], target), _speed_fields(other, target), "bench")
     # a task that one report lacks is a gap in the table; one that both hold must have the same items
-    first_with: dict[str, dict[str, Any]] = {}
+    first_with: dict[str, Report] = {}
     for report in reports:
         for name in tasks_of(report):
             first = first_with.setdefault(name, report)
             _check_equal(first, report, _task_fields(first, name), _task_fields(report, name), "eval")
-    digests = {r["quality"]["base"]["sha256"]: r for r in reports if "quality" in r and r["quality"]["base"]}
-    if len(digests) > 1:
-        one, two = list(digests.values())[:2]
-        a, b = (r["quality"]["base"] for r in (one, two))
+    bases = {base["sha256"]: (r, base) for r in evaluated if (base := base_of(r))}
+    if len(bases) > 1:
+        (one, a), (two, b) = list(bases.values())[:2]
         raise UserError(f"{_unequal(one, two)}: the base is {a['name']} ({a['sha256'][:12]}…) in one and {b['name']} "
                         f"({b['sha256'][:12]}…) in the other", "evaluate both with the same --base")
 
 
-def _check_equal(one: dict[str, Any], two: dict[str, Any], a: dict[str, Any], b: dict[str, Any], command: str) -> None:
+def _check_equal(one: Report, two: Report, a: dict[str, Any], b: dict[str, Any], command: str) -> None:
     """Raise UserError at the first field of two reports' protocols `a` and `b` that differs."""
     for field in [*a, *(f for f in b if f not in a)]:
         x, y = a.get(field), b.get(field)
@@ -96,78 +96,71 @@ def _check_equal(one: dict[str, Any], two: dict[str, Any], a: dict[str, Any], b:
                             f"measure both with the same options of `llmc {command}`")
 
 
-def tasks_of(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """A report's tasks by name."""
-    return {t["protocol"]["task"]: t for t in report.get("quality", {}).get("tasks", [])}
-
-
-def _unequal(one: dict[str, Any], two: dict[str, Any]) -> str:
+def _unequal(one: Report, two: Report) -> str:
     return f"{one['artifact']['name']} and {two['artifact']['name']} cannot be compared"
 
 
-def _quality_fields(report: dict[str, Any]) -> dict[str, Any]:
-    texts = report["quality"]["texts"]
+def _quality_fields(report: Report) -> dict[str, Any]:
+    texts = texts_of(report)
     fields: dict[str, Any] = {"texts": [t["protocol"]["text"] for t in texts]}
     for t in texts:
         fields |= {f"{k} (of the text {t['protocol']['text']})": v for k, v in t["protocol"].items()}
     return fields
 
 
-def _task_fields(report: dict[str, Any], name: str) -> dict[str, Any]:
+def _task_fields(report: Report, name: str) -> dict[str, Any]:
     """The ids' hash comes last: it differs for every other reason too, which then is the one to name."""
     protocol = sorted(tasks_of(report)[name]["protocol"].items(), key=lambda field: field[0] == "ids_sha256")
     return {f"{k} (of the task {name})": v for k, v in protocol}
 
 
-def _speed_fields(report: dict[str, Any], target: str) -> dict[str, Any]:
+def _speed_fields(report: Report, target: str) -> dict[str, Any]:
     return {f"{k} (on {target})": v for k, v in speeds_of(report)[target]["protocol"].items()}
 
 
-def differences(baseline: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+def differences(baseline: Report, other: Report) -> Differences:
     """`other` against `baseline`, both measured alike."""
-    out: dict[str, Any] = {
+    out: Differences = {
         "size_ratio": other["artifact"]["size"]["file_bytes"] / baseline["artifact"]["size"]["file_bytes"],
         "texts": None, "tasks": None, "speeds": None,
     }
-    if "quality" in baseline and "quality" in other:
-        pairs = zip(baseline["quality"]["texts"], other["quality"]["texts"], strict=True)
-        out["texts"] = [_paired(a, b) for a, b in pairs]
+    if quality_of(baseline) and quality_of(other):
+        out["texts"] = [_paired(a, b) for a, b in zip(texts_of(baseline), texts_of(other), strict=True)]
         mine, theirs = tasks_of(other), tasks_of(baseline)
         out["tasks"] = {name: tasks.differences(tasks.values_of(mine[name]), tasks.values_of(theirs[name]))
                         for name in theirs if name in mine} or None
-    before, after = speeds_of(baseline), speeds_of(other)
-    out["speeds"] = {t: _speedup(before[t], after[t]) for t in before
-                     if t in after and not before[t]["target"]["emulated"]} or None
+    after = speeds_of(other)
+    out["speeds"] = {t: _speedup(before, after[t]) for t in speeds_of(baseline)
+                     if t in after and (before := speed_on(baseline, t))} or None
     return out
 
 
-def _speedup(baseline: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+def _speedup(baseline: Speed, other: Speed) -> SpeedChange:
     """One target's speed section against the baseline's."""
     return {"decode_speedup": _ratio(other["decode"], baseline["decode"]),
             "first_token_ratio": _ratio(other["first_token"], baseline["first_token"]),
             "peak_rss_ratio": other["peak_rss"] / baseline["peak_rss"]}
 
 
-def _paired(baseline: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+def _paired(baseline: Text, other: Text) -> TextRise:
     """Differences on one text, token by token: the perplexities' ratio, the rises of KLD and of top-1 agreement."""
-    a = {k: unpack(v) for k, v in baseline["per_token"].items()}
-    b = {k: unpack(v) for k, v in other["per_token"].items()}
+    a, b = ({k: unpack(v) for k, v in t["per_token"].items()} for t in (baseline, other))
     ratio = metrics.perplexity_ratio(b["nll"], a["nll"])
-    out: dict[str, Any] = {"text": other["protocol"]["text"], "perplexity_ratio": ratio, "kld": None, "top1": None}
+    out: TextRise = {"text": other["protocol"]["text"], "perplexity_ratio": ratio, "kld": None, "top1": None}
     if "kld" in a and "kld" in b:
         out["kld"] = metrics.mean(b["kld"].astype(np.float64) - a["kld"])
         out["top1"] = metrics.mean(b["top1"].astype(np.float64) - a["top1"])
     return out
 
 
-def _ratio(other: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any]:
+def _ratio(other: Spread, baseline: Spread) -> Stat:
     """Ratio of two medians; its error from the spread of the repetitions' logarithms."""
     value = other["median"] / baseline["median"]
     logs = [np.log(s["values"]) for s in (other, baseline)]
     return {"value": value, "se": value * float(np.sqrt(sum(x.var(ddof=1) / len(x) for x in logs)))}
 
 
-def without_arrays(comparison: dict[str, Any]) -> dict[str, Any]:
+def without_arrays(comparison: Comparison) -> Comparison:
     """The comparison without per-token arrays, for `--json`."""
-    artifacts = [{**a, "report": report_without_arrays(a["report"])} for a in comparison["artifacts"]]
+    artifacts: list[Compared] = [{**a, "report": report_without_arrays(a["report"])} for a in comparison["artifacts"]]
     return {**comparison, "artifacts": artifacts}

@@ -27,10 +27,15 @@ from typing import Any
 
 from llmc.errors import UserError
 from llmc.evals.bench.config import BenchConfig
+from llmc.evals.compare.run import check_comparable, differences
+from llmc.evals.compare.schema import Shipped, Shipping, Verdict
 from llmc.evals.fit import run as fits
 from llmc.evals.fit.config import FitConfig
+from llmc.evals.fit.schema import JudgedFigure, Name
 from llmc.evals.quality.config import EvalConfig
-from llmc.evals.report.store import hash_artifact, read_report, speeds_of
+from llmc.evals.report.schema import Report
+from llmc.evals.report.sections import quality_of, speeds_of
+from llmc.evals.report.store import hash_artifact, merged, read_report, save
 from llmc.evals.shared_options import parse_number
 from llmc.formats.artifacts.table import artifact_at
 from llmc.formats.manifest import versions
@@ -104,9 +109,8 @@ def _target_problems(targets: dict[Any, Any]) -> list[str]:
     return problems
 
 
-def ship(gates: Gates) -> dict[str, Any]:
-    """{'gates', 'passed', 'artifacts': [{'name', 'path', 'sha256', 'bytes', 'ships', 'results': [{'target', 'gate', 'limit',
-    'figure', 'source', 'passed', 'why'}]}], 'signed': {'by', 'host', 'at', 'versions'}}.
+def ship(gates: Gates) -> Shipping:
+    """Every artifact against every gate.
 
     Raises UserError where an artifact is not the one that was measured, or a figure is missing and nothing may be run.
     """
@@ -114,9 +118,13 @@ def ship(gates: Gates) -> dict[str, Any]:
     if missing:
         raise UserError(f"there is no {', '.join(missing)}", f"mend `artifacts` of {gates.file}")
     hashes = {a: hash_artifact(a) for a in gates.artifacts}
-    reports = {r["artifact"]["sha256"]: r for r in _joined([read_report(p) for p in gates.reports])}
-    baseline = read_report(gates.reports[0]) if gates.reports else None
-    artifacts = []
+    read = [read_report(p) for p in gates.reports]
+    reports: dict[str, Report] = {}
+    for r in read:
+        known = r["artifact"]["sha256"]
+        reports[known] = merged(reports.get(known), r)
+    baseline = read[0] if read else None
+    artifacts: list[Shipped] = []
     for path, digest in hashes.items():
         report = reports.get(digest)
         _check_identity(path, digest, reports)
@@ -133,18 +141,7 @@ def ship(gates: Gates) -> dict[str, Any]:
                        "versions": versions()}}
 
 
-def _joined(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One report for each artifact, its sections together."""
-    from llmc.evals.report.store import merged
-
-    out: dict[str, dict[str, Any]] = {}
-    for r in reports:
-        digest = r["artifact"]["sha256"]
-        out[digest] = merged(out[digest], r) if digest in out else r
-    return list(out.values())
-
-
-def _check_identity(path: Path, digest: str, reports: dict[str, dict[str, Any]]) -> None:
+def _check_identity(path: Path, digest: str, reports: dict[str, Report]) -> None:
     """A report of the same name and other bytes is of another file: nothing of it may be said of this one."""
     for known, r in reports.items():
         if r["artifact"]["name"] == path.name and known != digest and digest not in reports:
@@ -152,19 +149,20 @@ def _check_identity(path: Path, digest: str, reports: dict[str, dict[str, Any]])
                             "the file changed since it was measured: measure it again")
 
 
-def measure(gates: Gates, path: Path, digest: str, report: dict[str, Any] | None) -> dict[str, Any]:
+def measure(gates: Gates, path: Path, digest: str, report: Report | None) -> Report | None:
     """The report with what the gates need and nobody measured: the divergence to `base`, the speed on each target. What is
     measured is kept in NAME.report.json beside the gates file, and is not measured again."""
     from llmc.evals.bench.run import bench
     from llmc.evals.quality.run import evaluate
-    from llmc.evals.report.store import merged, save
     from llmc.runtimes.targets.target import load_targets
 
     wanted = {limit for limits in gates.targets.values() for limit in limits}
     kept = gates.file.with_name(f"{path.name}.report.json")
     earlier = read_report(kept) if kept.is_file() else None
-    have = merged(earlier, report or {}) if earlier and earlier["artifact"]["sha256"] == digest else report or {}
-    if wanted & {"max_kld", "min_top1"} and "quality" not in have:
+    have = report
+    if earlier and earlier["artifact"]["sha256"] == digest:
+        have = merged(earlier, report) if report else earlier
+    if wanted & {"max_kld", "min_top1"} and not quality_of(have):
         if gates.base is None:
             raise UserError(f"{path.name} was not evaluated and {gates.file} names no base", "add `base: MODEL`, or a report")
         have = merged(have, evaluate(EvalConfig(str(path), base=gates.base, **gates.eval)))
@@ -179,8 +177,8 @@ def measure(gates: Gates, path: Path, digest: str, report: dict[str, Any] | None
     return have
 
 
-def _on_target(gates: Gates, path: Path, report: dict[str, Any] | None, baseline: dict[str, Any] | None, target: str,
-               limits: dict[str, Any]) -> list[dict[str, Any]]:
+def _on_target(gates: Gates, path: Path, report: Report | None, baseline: Report | None, target: str,
+               limits: dict[str, Any]) -> list[Verdict]:
     """One result for each limit."""
     given: dict[str, Any] = {k: float(v) if k in NUMBERS else str(v) for k, v in limits.items() if k in LIMITS}
     config = FitConfig((path,), (target,), context=gates.context, prompt=gates.prompt, targets=gates.targets_file, **given)
@@ -197,7 +195,7 @@ def _on_target(gates: Gates, path: Path, report: dict[str, Any] | None, baseline
     return results
 
 
-def _result(target: str, name: str, figure: dict[str, Any], gates: Gates) -> dict[str, Any]:
+def _result(target: str, name: Name, figure: JudgedFigure, gates: Gates) -> Verdict:
     """A gate's verdict; only `yes` passes, and of estimates only where the file allows them."""
     source = figure.get("source")
     passed = figure["answer"] == "yes" and (source == "measured" or gates.allow_estimates)
@@ -207,34 +205,34 @@ def _result(target: str, name: str, figure: dict[str, Any], gates: Gates) -> dic
     if figure["answer"] == "unknown" and name in ("decode", "first_token"):
         why = f"not measured on {target}" + ("" if gates.allow_estimates else " (an estimate is not allowed)")
     return {"target": target, "gate": name, "limit": figure["limit"], "source": source, "passed": passed, "why": why,
-            "figure": {k: figure[k] for k in ("low", "mid", "high", "note") if k in figure} or None}
+            "figure": {"low": figure["low"], "mid": figure["mid"], "high": figure["high"], "note": figure["note"]}
+            if "mid" in figure else None}
 
 
-def _perplexity(target: str, limit: str, report: dict[str, Any] | None, baseline: dict[str, Any] | None) -> dict[str, Any]:
+def _perplexity(target: str, limit: str, report: Report | None, baseline: Report | None) -> Verdict:
     """The rise over the first report's artifact, on the worst text, paired by token."""
-    from llmc.evals.compare.run import check_comparable, differences
-
     most = parse_number("max_ppl_increase", limit.replace(" %", "%"), "%", "max_ppl_increase: 5%") / 100
-    result = {"target": target, "gate": "ppl_increase", "limit": most, "source": "measured"}
-    if not report or not baseline or "quality" not in report or "quality" not in baseline:
-        why = "not measured of it and of the first report"
-        return {**result, "source": None, "figure": None, "passed": False, "why": why}
-    check_comparable([baseline, report])
-    ratios = [t["perplexity_ratio"] for t in differences(baseline, report)["texts"]]
-    worst = max(ratios, key=lambda r: float(r["value"]))
+    found = None
+    if report and baseline and quality_of(report) and quality_of(baseline):
+        check_comparable([baseline, report])
+        found = differences(baseline, report)["texts"]
+    if found is None:
+        return {"target": target, "gate": "ppl_increase", "limit": most, "source": None, "figure": None, "passed": False,
+                "why": "not measured of it and of the first report"}
+    worst = max((t["perplexity_ratio"] for t in found), key=lambda r: r["value"])
     value, se = worst["value"] - 1, worst["se"] or 0.0
-    figure = {"low": value - fits.TWO_SIGMA * se, "mid": value, "high": value + fits.TWO_SIGMA * se, "note": ""}
-    passed = figure["high"] <= most
-    return {**result, "figure": figure, "passed": passed,
-            "why": "" if passed else "not certain" if figure["low"] <= most else "the limit is broken"}
+    low, high = value - fits.TWO_SIGMA * se, value + fits.TWO_SIGMA * se
+    return {"target": target, "gate": "ppl_increase", "limit": most, "source": "measured",
+            "figure": {"low": low, "mid": value, "high": high, "note": ""}, "passed": high <= most,
+            "why": "" if high <= most else "not certain" if low <= most else "the limit is broken"}
 
 
-def _stable(target: str, report: dict[str, Any] | None) -> dict[str, Any]:
-    section = speeds_of(report or {}).get(target)
-    result = {"target": target, "gate": "stable", "limit": True, "figure": None, "source": "measured" if section else None}
-    if section is None or section["target"]["emulated"]:
-        return {**result, "passed": False, "why": "emulated" if section else f"not measured on {target}"}
-    return {**result, "passed": not section["unstable"], "why": "; ".join(section["unstable"])}
+def _stable(target: str, report: Report | None) -> Verdict:
+    section = speeds_of(report).get(target)
+    doubts = (section["unstable"] if not section["target"]["emulated"] else ["emulated"]) if section else [
+        f"not measured on {target}"]
+    return {"target": target, "gate": "stable", "limit": True, "figure": None, "source": "measured" if section else None,
+            "passed": not doubts, "why": "; ".join(doubts)}
 
 
 def _user() -> str:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
 from llmc.console import size
+from llmc.evals.compare.schema import Shipping, Verdict
+from llmc.evals.fit.schema import Name
 from llmc.evals.fit.show import describe
-from llmc.evals.report.show import markdown, table
-from llmc.evals.report.tables import Table
+from llmc.evals.report.show import Table, table, tables_markdown
 
 NAMES = {"decode": "decode tok/s", "first_token": "first token s", "kld": "KLD", "top1": "top-1", "ram": "memory",
          "size": "file", "ppl_increase": "perplexity over the first report's", "stable": "stable"}
 
 
-def tables(result: dict[str, Any]) -> list[Table]:
+def tables(result: Shipping) -> list[Table]:
     """What would ship, then every gate."""
     files = [["artifact", "ships", "size", "sha256"],
              *([a["name"], "yes" if a["ships"] else "NO", size(a["bytes"]), a["sha256"]] for a in result["artifacts"])]
@@ -28,33 +29,32 @@ def tables(result: dict[str, Any]) -> list[Table]:
     return [("What may ship", "hashed when this was written", files), ("Gates", note, rows)]
 
 
-def _figure(r: dict[str, Any]) -> str:
-    if r["figure"] is None:
+def _figure(r: Verdict) -> str:
+    if (figure := r["figure"]) is None:
         return "–"
     if r["gate"] == "ppl_increase":
-        return f"{r['figure']['mid']:+.1%}"
-    return describe({**r["figure"], "source": r["source"]}, r["gate"])
+        return f"{figure['mid']:+.1%}"
+    return describe({**figure, "source": r["source"] or ""}, cast(Name, r["gate"]))
 
 
-def _shown(gate: str, limit: Any) -> str:
+def _shown(gate: str, limit: float) -> str:
     if gate == "stable":
         return "yes"
     if gate == "ppl_increase":
         return f"{limit:.1%}"
-    return describe({"mid": limit, "source": "measured", "note": ""}, gate)
+    return describe({"mid": limit, "source": "measured", "note": ""}, cast(Name, gate))
 
 
-def summary(result: dict[str, Any]) -> str:
+def summary(result: Shipping) -> str:
     """The whole as Markdown: verdict, tables, then who ran it, where, when and with which versions. Nothing is signed."""
     verdict = "**May ship.**" if result["passed"] else "**Must not ship.**"
     s = result["signed"]
-    parts = [f"# llmc ship: {result['gates']}", verdict]
-    parts += [f"## {title}\n\n{note}\n\n{markdown(rows)}" for title, note, rows in tables(result)]
     used = ", ".join(f"{k} {v}" for k, v in s["versions"].items())
-    return "\n\n".join([*parts, f"{s['by']} on {s['host']}, {s['at']}; {used}"]) + "\n"
+    return "\n\n".join([f"# llmc ship: {result['gates']}", verdict, tables_markdown(tables(result)),
+                        f"{s['by']} on {s['host']}, {s['at']}; {used}"]) + "\n"
 
 
-def lines(result: dict[str, Any]) -> str:
+def lines(result: Shipping) -> str:
     """The same for a terminal, hashes short."""
     files, gates = tables(result)
     short = [[*row[:3], row[3][:16] + ("…" if len(row[3]) > 16 else "")] for row in files[2]]

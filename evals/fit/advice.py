@@ -8,13 +8,14 @@ from typing import Any
 from llmc.console import size
 from llmc.evals.fit.config import FitConfig
 from llmc.evals.fit.estimate import OTHER, Model, Rates, estimate, memory
+from llmc.evals.fit.schema import Judged, Limits, Name
 from llmc.formats.types import BLOCK_TYPES
 
 # nothing is said of what the limits leave less than this of
 LEAST_CONTEXT = 128
 
 
-def smaller(model: Model, rates: Rates, limits: dict[str, tuple[float, bool]], context: int) -> Iterator[str]:
+def smaller(model: Model, rates: Rates, limits: Limits, context: int) -> Iterator[str]:
     """The file size that decode, memory and size limits leave, the types of that size, and the context that fits."""
     room = {what: bytes for what, bytes in (
         ("decode", _by_decode(model, rates, limits, context)), ("ram", _by_ram(model, limits, context)),
@@ -29,7 +30,7 @@ def smaller(model: Model, rates: Rates, limits: dict[str, tuple[float, bool]], c
             yield f"or keep {model.name} and run it with --context {int(left / each)}"
 
 
-def _by_decode(model: Model, rates: Rates, limits: dict[str, tuple[float, bool]], context: int) -> float | None:
+def _by_decode(model: Model, rates: Rates, limits: Limits, context: int) -> float | None:
     """File bytes whose low estimate still decodes fast enough; 0 where even an empty file would not."""
     if "decode" not in limits:
         return None
@@ -40,7 +41,7 @@ def _by_decode(model: Model, rates: Rates, limits: dict[str, tuple[float, bool]]
     return max(0.0, seconds * rate) + (model.file_bytes - total)
 
 
-def _by_ram(model: Model, limits: dict[str, tuple[float, bool]], context: int) -> float | None:
+def _by_ram(model: Model, limits: Limits, context: int) -> float | None:
     """By the high estimate: every byte of the file may be held twice."""
     if "ram" not in limits:
         return None
@@ -65,9 +66,10 @@ def _types(model: Model, file_bytes: float, what: str) -> Iterator[str]:
            f"--type {best.name} ({best.bits_per_weight:.2f} bits a weight of the {bits:.2f} that it leaves)")
 
 
-def quality(judged: list[dict[str, Any]], limits: dict[str, tuple[float, bool]]) -> Iterator[str]:
+def quality(judged: list[Judged], limits: Limits) -> Iterator[str]:
     """What to do about divergence: measured where it was not, bought with bits or healing where it is too large."""
-    for name, what in (("kld", "KL divergence"), ("top1", "top-1 agreement")):
+    names: dict[Name, str] = {"kld": "KL divergence", "top1": "top-1 agreement"}
+    for name, what in names.items():
         answers = {c["name"]: c["figures"][name]["answer"] for c in judged if name in limits}
         if unknown := [n for n, a in answers.items() if a == "unknown"]:
             yield f"{what} was not measured of {', '.join(unknown)}: `llmc eval ARTIFACT --base BASE -o REPORT`"
@@ -76,14 +78,14 @@ def quality(judged: list[dict[str, Any]], limits: dict[str, tuple[float, bool]])
             yield f"{what} is too far off for all of them: `llmc quantize … {target}`, then `llmc heal`"
 
 
-def devices(candidates: list[Any], judged: list[dict[str, Any]], target: str, limits: dict[str, tuple[float, bool]],
+def devices(candidates: list[Any], judged: list[Judged], target: str, limits: Limits,
             config: FitConfig) -> Iterator[str]:
     """The slowest of the profiled devices on which a candidate that is good enough would fit by its low estimate."""
     from llmc.evals.fit.estimate import rates_of_profile
     from llmc.runtimes.targets.profile import profile_ids, read_profile
 
     good = {c["name"] for c in judged
-            if all(c["figures"][k].get("answer", "yes") == "yes" for k in ("kld", "top1", "size") if k in c["figures"])}
+            if all(f.get("answer", "yes") == "yes" for k, f in c["figures"].items() if k in ("kld", "top1", "size"))}
     models = [c.model for c in candidates if c.model and c.name in good]
     rates = [rates_of_profile(read_profile(id)) for id in profile_ids() if id != target]
     for r in sorted(rates, key=lambda r: r.read[OTHER][1]):

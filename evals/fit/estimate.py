@@ -20,11 +20,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmc.errors import UserError
+from llmc.evals.fit.schema import Bounds, Estimate, LeftOut
+from llmc.evals.report.schema import Facts
 from llmc.formats import kv
 from llmc.formats.artifacts.table import artifact_at, format_of
+from llmc.formats.kv import KvShape
 
 if TYPE_CHECKING:
     from llmc.runtimes.targets.profile import Profile
@@ -63,7 +66,7 @@ class Model:
     layers: int
     heads: int
     vocabulary: int
-    cache: dict[str, Any] | None = None
+    cache: KvShape | None = None
     decoder_bytes: int = 0
 
     def kv_bytes(self, tokens: int, type: str = "f16") -> int:
@@ -123,17 +126,15 @@ class Rates:
         return self.attention[min(self.attention, key=lambda n: abs(n - shared))]
 
 
-def estimate(model: Model, rates: Rates, depth: int = 0, prompt: int = 512, context: int | None = None) -> dict[str, Any]:
-    """{'target', 'decode': {low, mid, high} tokens/s after `depth` tokens, 'prefill': of `prompt` tokens, None where no
-    matmul rate is known, 'first_token': seconds, 'ram': bytes at `context` (default: depth and prompt), 'memory': its
-    interval, 'fits': in the device's memory, 'basis'}."""
+def estimate(model: Model, rates: Rates, depth: int = 0, prompt: int = 512, context: int | None = None) -> Estimate:
+    """Decoding after `depth` tokens, prefill of `prompt` tokens, memory at `context` (default: the longer of both)."""
     context = context or max(depth, prompt)
     held = memory(model, context)
-    speed = _named(tuple(_decode(model, rates, depth, i) for i in range(3)))
-    fill = _named(tuple(_prefill(model, rates, prompt, i) for i in range(3))) if rates.flops else None
-    first = fill and {"low": prompt / fill["high"], "mid": prompt / fill["mid"], "high": prompt / fill["low"]}
+    speed = bounds(*(_decode(model, rates, depth, i) for i in range(3)))
+    fill = bounds(*(_prefill(model, rates, prompt, i) for i in range(3))) if rates.flops else None
+    first = fill and bounds(prompt / fill["high"], prompt / fill["mid"], prompt / fill["low"])
     return {"target": rates.target, "decode": speed, "prefill": fill, "first_token": first, "ram": int(held[1]),
-            "memory": _named(held), "fits": held[1] <= rates.ram, "basis": rates.basis, "depth": depth, "prompt": prompt,
+            "memory": bounds(*held), "fits": held[1] <= rates.ram, "basis": rates.basis, "depth": depth, "prompt": prompt,
             "context": context}
 
 
@@ -168,8 +169,7 @@ def memory(model: Model, context: int) -> Interval:
     return least, least + PROCESS + some, least + 1.5 * PROCESS + more
 
 
-def _named(values: tuple[float, ...]) -> dict[str, float]:
-    low, mid, high = values
+def bounds(low: float, mid: float, high: float) -> Bounds:
     return {"low": low, "mid": mid, "high": high}
 
 
@@ -198,13 +198,13 @@ def rates_of_profile(profile: Profile, target: str | None = None) -> Rates:
     return Rates(target or profile.id, basis, int(profile.ram.value), read, flops, (0.7 * cost, cost, 1.3 * cost))
 
 
-def left_out(profile: Profile) -> list[dict[str, Any]]:
-    """Every published decoding estimated from the other points alone: [{'point', 'measured', 'decode', 'error', 'inside'}].
+def left_out(profile: Profile) -> list[LeftOut]:
+    """Every published decoding estimated from the other points alone.
 
-    error: of the middle figure, relative to what was measured.  A profile with a single point has nothing to say. The
-    layers' own cost stays as it is, though for some devices a small model's point was what told it.
+    A profile with a single point has nothing to say. The layers' own cost stays as it is, though for some devices a small
+    model's point was what told it.
     """
-    out = []
+    out: list[LeftOut] = []
     for m, _ in profile.achieved():
         others = tuple(o for o in profile.measured if o is not m)
         rest = replace(profile, measured=others)
@@ -254,7 +254,7 @@ def rates_here(types: set[str], threads: int, read_bandwidth: float, target: str
     return Rates(target, basis, memory_of_machine(), read, flops, (HERE_BELOW * low, mid, HERE_ABOVE * high), attention)
 
 
-def rates_of_facts(target: str, facts: dict[str, Any]) -> Rates:
+def rates_of_facts(target: str, facts: Facts) -> Rates:
     """Of a device that was probed and has no profile: what it reads from memory, and its f32 matmul rate.
 
     Kernels that unpack weights keep below the first and, with integer dot products, often above the second.

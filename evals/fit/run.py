@@ -10,17 +10,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from llmc.errors import UserError
 from llmc.evals.fit.config import FitConfig
 from llmc.evals.fit.estimate import Interval, Model, Rates, estimate, is_exported, memory, model_of
+from llmc.evals.fit.schema import Answer, Fit, FitTarget, Judged, JudgedFigure, Limits, Name
+from llmc.evals.report.schema import Facts, Report, Speed, Spread
+from llmc.evals.report.sections import speed_on, texts_of, tokens_held
 from llmc.evals.shared_options import parse_bytes, parse_number
 
 if TYPE_CHECKING:
     from llmc.runtimes.targets.target import Target
 
-ORDER = ("no", "unknown", "maybe", "yes")  # the worst of a candidate's answers is its own
+ORDER: tuple[Answer, ...] = ("no", "unknown", "maybe", "yes")  # the worst of a candidate's answers is its own
 TWO_SIGMA = 2.0
 
 
@@ -38,16 +41,15 @@ class Candidate:
     """model: None where only a report without the artifact's file is there."""
 
     name: str
-    report: dict[str, Any] | None
+    report: Report | None
     model: Model | None
 
 
-def fit(config: FitConfig) -> dict[str, Any]:
-    """{'context', 'prompt', 'limits', 'targets': [{'target', 'basis', 'candidates': [{'name', 'fits', 'figures': {name:
-    {low, mid, high, source, note, limit, answer}}}], 'advice': [text]}], 'fits': whether every target has a candidate}."""
+def fit(config: FitConfig) -> Fit:
+    """Every candidate on every target."""
     limits = limits_of(config)
     candidates = [candidate(item) for item in config.items]
-    targets = []
+    targets: list[FitTarget] = []
     for name in config.target or ("local-cpu",):
         rates = LazyRates(partial(rates_for, name, candidates, config.targets))
         judged = [judge(c, name, rates, limits, config) for c in candidates]
@@ -74,10 +76,10 @@ class LazyRates:
 # ---------------------------------------------------------------------------------------------------------------- limits
 
 
-def limits_of(config: FitConfig) -> dict[str, tuple[float, bool]]:
-    """{figure: (limit, whether it is the most)}; figures: decode, first_token, kld, top1, ram, size."""
+def limits_of(config: FitConfig) -> Limits:
+    """The limits that were asked for."""
     share = parse_number("--min-top1", config.min_top1, "%", "--min-top1 80%") if config.min_top1 else None
-    limits: dict[str, tuple[float | None, bool]] = {
+    limits: dict[Name, tuple[float | None, bool]] = {
         "decode": (config.min_decode, False), "first_token": (config.max_first_token, True), "kld": (config.max_kld, True),
         "top1": (None if share is None else share / 100, False),
         "ram": (parse_bytes("--max-ram", config.max_ram) if config.max_ram else None, True),
@@ -86,8 +88,8 @@ def limits_of(config: FitConfig) -> dict[str, tuple[float, bool]]:
     return {k: (v, most) for k, (v, most) in limits.items() if v is not None}
 
 
-def answer(figure: Figure | None, limit: float, most: bool) -> str:
-    """yes | maybe | no | unknown. An unstable measurement proves nothing."""
+def answer(figure: Figure | None, limit: float, most: bool) -> Answer:
+    """An unstable measurement proves nothing."""
     if figure is None:
         return "unknown"
     low, _, high = figure.interval
@@ -98,17 +100,21 @@ def answer(figure: Figure | None, limit: float, most: bool) -> str:
     return "yes" if keeps(worst) else "maybe" if keeps(best) else "no"
 
 
-def judge(c: Candidate, target: str, rates: LazyRates, limits: dict[str, tuple[float, bool]], config: FitConfig,
-          estimates: bool = True) -> dict[str, Any]:
+def judge(c: Candidate, target: str, rates: LazyRates, limits: Limits, config: FitConfig,
+          estimates: bool = True) -> Judged:
     """One candidate on one target: every figure that has a limit, and with `estimates` decode and ram always."""
-    figures = {}
-    for name in dict.fromkeys([*limits, *(("decode", "ram") if estimates else ())]):
+    figures: dict[Name, JudgedFigure] = {}
+    always: tuple[Name, ...] = ("decode", "ram") if estimates else ()
+    for name in dict.fromkeys([*limits, *always]):
         figure = _FIGURES[name](c, target, rates if estimates else None, config)
-        limit, most = limits.get(name, (None, False))
-        told = {} if limit is None else {"limit": limit, "answer": answer(figure, limit, most)}
-        shown = {} if figure is None else {**dict(zip(("low", "mid", "high"), figure.interval, strict=True)),
-                                           "source": figure.source, "note": figure.note}
-        figures[name] = {**shown, **told}
+        found: JudgedFigure = {}
+        if figure is not None:
+            low, mid, high = figure.interval
+            found = {"low": low, "mid": mid, "high": high, "source": figure.source, "note": figure.note}
+        if name in limits:
+            limit, most = limits[name]
+            found["limit"], found["answer"] = limit, answer(figure, limit, most)
+        figures[name] = found
     given = [f["answer"] for f in figures.values() if "answer" in f]
     return {"name": c.name, "fits": min(given, key=ORDER.index, default="yes"), "figures": figures}
 
@@ -116,22 +122,15 @@ def judge(c: Candidate, target: str, rates: LazyRates, limits: dict[str, tuple[f
 # --------------------------------------------------------------------------------------------------------------- figures
 
 
-def _section(c: Candidate, target: str) -> dict[str, Any] | None:
-    """What was measured on the target; emulated speeds say nothing and are not looked at."""
-    from llmc.evals.report.store import speeds_of
-
-    found = speeds_of(c.report).get(target) if c.report else None
-    return None if found is None or found["target"]["emulated"] else found
-
-
-def _spread(s: dict[str, Any], section: dict[str, Any], note: str) -> Figure:
+def _spread(s: Spread, section: Speed, note: str) -> Figure:
     values = sorted(s["values"])
     doubt = "; UNSTABLE" if section["unstable"] else ""
     low, high = (values[len(values) // 4], values[-1 - len(values) // 4])
     return Figure((low, s["median"], high), "measured", note + doubt)
 
 
-def _estimated(c: Candidate, rates: LazyRates | None, config: FitConfig, key: str) -> Figure | None:
+def _estimated(c: Candidate, rates: LazyRates | None, config: FitConfig,
+               key: Literal["decode", "first_token"]) -> Figure | None:
     if c.model is None or rates is None:
         return None
     found = estimate(c.model, rates.get(), config.context, config.prompt, config.context)[key]
@@ -140,7 +139,7 @@ def _estimated(c: Candidate, rates: LazyRates | None, config: FitConfig, key: st
 
 def _decode(c: Candidate, target: str, rates: LazyRates | None, config: FitConfig) -> Figure | None:
     """Measured at the greatest depth that does not pass the context."""
-    if (s := _section(c, target)) is None:
+    if (s := speed_on(c.report, target)) is None:
         return _estimated(c, rates, config, "decode")
     curve = s["decode_curve"]
     point = max((p for p in curve if p["depth"] <= config.context), key=lambda p: int(p["depth"]), default=curve[0])
@@ -149,7 +148,7 @@ def _decode(c: Candidate, target: str, rates: LazyRates | None, config: FitConfi
 
 def _first_token(c: Candidate, target: str, rates: LazyRates | None, config: FitConfig) -> Figure | None:
     """Measured with the prompt that was asked for; another length is no measurement of this one."""
-    s = _section(c, target)
+    s = speed_on(c.report, target)
     if s is not None:
         for point in s["prefill_curve"]:
             if point["tokens"] == config.prompt:
@@ -159,11 +158,9 @@ def _first_token(c: Candidate, target: str, rates: LazyRates | None, config: Fit
 
 def _ram(c: Candidate, target: str, rates: LazyRates | None, config: FitConfig) -> Figure | None:
     """The peak of the bench, and what its KV cache lacked to the context; else file, cache and buffers."""
-    s = _section(c, target)
+    s = speed_on(c.report, target)
     if s is not None:
-        longest = [p["tokens"] for p in s["prefill_curve"]] + [p["depth"] for p in s["decode_curve"]]
-        held = max(longest) + s["protocol"]["generate"]
-        more = c.model.kv_bytes(config.context) - c.model.kv_bytes(held) if c.model else 0
+        more = c.model.kv_bytes(config.context) - c.model.kv_bytes(tokens_held(s)) if c.model else 0
         value = float(s["peak_rss"] + max(0, more))
         return Figure((value, value, value), "measured", f"peak, and a KV cache of {config.context}" if more > 0 else "peak")
     if c.model is None or rates is None:
@@ -171,14 +168,15 @@ def _ram(c: Candidate, target: str, rates: LazyRates | None, config: FitConfig) 
     return Figure(memory(c.model, config.context), "estimate")
 
 
-def _quality(key: str, c: Candidate, target: str, rates: LazyRates | None, config: FitConfig) -> Figure | None:
+def _quality(key: Literal["kld", "top1"], c: Candidate, target: str, rates: LazyRates | None,
+             config: FitConfig) -> Figure | None:
     """The worst text's figure, with twice its standard error."""
-    texts = [t for t in (c.report or {}).get("quality", {}).get("texts", []) if t[key] is not None]
-    if not texts:
+    found = [(stat["value"], stat["se"] or 0.0, t["protocol"]["text"])
+             for t in texts_of(c.report) if (stat := t[key]) is not None]
+    if not found:
         return None
-    worst = (max if key == "kld" else min)(texts, key=lambda t: float(t[key]["value"]))
-    value, se = worst[key]["value"], worst[key]["se"] or 0.0
-    return Figure((value - TWO_SIGMA * se, value, value + TWO_SIGMA * se), "measured", worst["protocol"]["text"])
+    value, se, text = (max if key == "kld" else min)(found, key=lambda f: f[0])
+    return Figure((value - TWO_SIGMA * se, value, value + TWO_SIGMA * se), "measured", text)
 
 
 def _size(c: Candidate, target: str, rates: LazyRates | None, config: FitConfig) -> Figure | None:
@@ -191,7 +189,7 @@ def _size(c: Candidate, target: str, rates: LazyRates | None, config: FitConfig)
     return Figure((value, value, value), "measured", "file")
 
 
-_FIGURES: dict[str, Callable[[Candidate, str, LazyRates | None, FitConfig], Figure | None]] = {
+_FIGURES: dict[Name, Callable[[Candidate, str, LazyRates | None, FitConfig], Figure | None]] = {
     "decode": _decode, "first_token": _first_token, "ram": _ram, "size": _size,
     "kld": partial(_quality, "kld"), "top1": partial(_quality, "top1"),
 }
@@ -232,7 +230,7 @@ def rates_for(name: str, candidates: list[Candidate], file: Path | None) -> Rate
     if target.profile:
         return rates_of_profile(read_profile(target.profile), name)
     if "read_bandwidth" in target.facts:
-        return rates_of_facts(name, target.facts)
+        return rates_of_facts(name, cast(Facts, target.facts))
     raise UserError(f"nothing is known of target {name}", f"give it a profile ({', '.join(profile_ids())}), or run "
                     f"`llmc target probe {name}`")
 
@@ -251,8 +249,8 @@ def _this_machine(target: Target) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------------- advice
 
 
-def advice(candidates: list[Candidate], judged: list[dict[str, Any]], target: str, rates: LazyRates,
-           limits: dict[str, tuple[float, bool]], config: FitConfig) -> list[str]:
+def advice(candidates: list[Candidate], judged: list[Judged], target: str, rates: LazyRates,
+           limits: Limits, config: FitConfig) -> list[str]:
     """What to make where nothing fits, with the numbers: from the smallest candidate whose shape is known."""
     from llmc.evals.fit.advice import devices, quality, smaller
 

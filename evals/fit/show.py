@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from llmc.console import size
+from llmc.evals.fit.schema import Fit, FitTarget, JudgedFigure, Name
 from llmc.evals.report.show import table
 
 MARKS = {"yes": "yes", "no": "NO", "maybe": "maybe", "unknown": "not measured"}
-_UNITS: dict[str, tuple[str, Callable[[float], str]]] = {
+_UNITS: dict[Name, tuple[str, Callable[[float], str]]] = {
     "decode": ("decode tok/s", lambda v: f"{v:.3g}"), "first_token": ("first token s", lambda v: f"{v:.3g}"),
     "kld": ("KLD", lambda v: f"{v:.4f}"), "top1": ("top-1", lambda v: f"{v:.1%}"),
     "ram": ("memory", size), "size": ("file", size),
 }
 
 
-def describe(figure: dict[str, Any], name: str) -> str:
+def describe(figure: JudgedFigure, name: Name) -> str:
     """'41.2', '~38 (33 to 45)' of an estimate, '–' where there is none; a limit's answer after it."""
     show = _UNITS[name][1]
     if "mid" not in figure:
@@ -28,7 +28,7 @@ def describe(figure: dict[str, Any], name: str) -> str:
     return f"{text}: {MARKS[figure['answer']]}" if "answer" in figure else text
 
 
-def rows(target: dict[str, Any]) -> list[list[str]]:
+def rows(target: FitTarget) -> list[list[str]]:
     """A row for each candidate of one target of `fit`."""
     names = list(dict.fromkeys(n for c in target["candidates"] for n in c["figures"]))
     head = ["candidate", "fits", *(_UNITS[n][0] for n in names)]
@@ -36,7 +36,7 @@ def rows(target: dict[str, Any]) -> list[list[str]]:
     return [head, *told]
 
 
-def fit_lines(result: dict[str, Any]) -> str:
+def fit_lines(result: Fit) -> str:
     """The whole answer for a terminal."""
     parts = []
     for t in result["targets"]:

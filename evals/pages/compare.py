@@ -7,27 +7,28 @@ from pathlib import Path
 from typing import Any
 
 from llmc.console import size
-from llmc.evals.compare.run import tasks_of
+from llmc.evals.compare.schema import Compared, Comparison
+from llmc.evals.compare.tables import tables
 from llmc.evals.pages import training
 from llmc.evals.pages.figure import Figure
 from llmc.evals.pages.measured import figures
 from llmc.evals.pages.render import render
 from llmc.evals.pages.svg import colour
+from llmc.evals.report.schema import Report
+from llmc.evals.report.sections import budget_of, quality_of, speeds_of, targets_of, tasks_of, texts_of
 from llmc.evals.report.show import pm
-from llmc.evals.report.store import budget_of, speeds_of, targets_of
-from llmc.evals.report.tables import tables
 from llmc.files import staged_file
 
 Facts = Iterable[tuple[str, Any]]
 
 
-def write_page(comparison: dict[str, Any], path: Path) -> None:
+def write_page(comparison: Comparison, path: Path) -> None:
     """Write the page of a result of `compare`."""
     with staged_file(path) as tmp:
         tmp.write_text(page(comparison), encoding="utf-8")
 
 
-def page(comparison: dict[str, Any]) -> str:
+def page(comparison: Comparison) -> str:
     """The whole HTML of a result of `compare`."""
     artifacts = comparison["artifacts"]
     names = [a["name"] for a in artifacts]
@@ -39,14 +40,14 @@ def page(comparison: dict[str, Any]) -> str:
     )
 
 
-def _card(artifact: dict[str, Any], index: int) -> dict[str, Any]:
+def _card(artifact: Compared, index: int) -> dict[str, Any]:
     """What the card of one artifact says: the figures that decide."""
-    report, changes = artifact["report"], artifact["differences"] or {}
+    report, changes = artifact["report"], artifact["differences"]
     weight = report["artifact"]["size"]
     ratio = f" ({changes['size_ratio']:.0%})" if changes else ""
     facts = [("file", f"{size(weight['file_bytes'])}{ratio}"), ("bits per weight", f"{weight['bits_per_weight']:.2f}")]
-    for i, t in enumerate(report.get("quality", {}).get("texts", [])):
-        paired = changes["texts"][i] if changes.get("texts") else None
+    for i, t in enumerate(texts_of(report)):
+        paired = changes["texts"][i] if changes and changes["texts"] else None
         ppl = pm(t["perplexity"], 2) + (f" ({paired['perplexity_ratio']['value'] - 1:+.1%})" if paired else "")
         facts.append((f"perplexity, {t['protocol']['text']}", ppl))
         if t["kld"]:
@@ -54,7 +55,7 @@ def _card(artifact: dict[str, Any], index: int) -> dict[str, Any]:
             facts.append((f"KLD, {t['protocol']['text']}", pm(t["kld"], 4) + note))
             facts.append((f"top-1, {t['protocol']['text']}", f"{pm(t['top1'], 1, 100)} %"))
     for target, s in speeds_of(report).items():
-        speedup = (changes.get("speeds") or {}).get(target)
+        speedup = changes["speeds"].get(target) if changes and changes["speeds"] else None
         times = f" ({speedup['decode_speedup']['value']:.2f}x)" if speedup else ""
         doubt = "; emulated" if s["target"]["emulated"] else "".join(f"; UNSTABLE: {why}" for why in s["unstable"])
         facts.append((f"decode, {target}", f"{s['decode']['median']:.1f} tokens/s{times}{doubt}"))
@@ -63,7 +64,7 @@ def _card(artifact: dict[str, Any], index: int) -> dict[str, Any]:
     return {"name": artifact["name"], "role": role, "colour": colour(index), "facts": facts}
 
 
-def _trainings(artifacts: list[dict[str, Any]]) -> Iterable[Figure]:
+def _trainings(artifacts: list[Compared]) -> Iterable[Figure]:
     """A picture for each kind of training that there was."""
     for kind in training.TRAININGS:
         curves = [(i, a["name"], _curve(a["report"], kind)) for i, a in enumerate(artifacts)]
@@ -71,28 +72,27 @@ def _trainings(artifacts: list[dict[str, Any]]) -> Iterable[Figure]:
             yield training.figure(kind, trained)
 
 
-def _curve(report: dict[str, Any], kind: str) -> dict[str, Any]:
+def _curve(report: Report, kind: str) -> dict[str, Any]:
     """The last pass of that name with a curve; empty where there was none."""
     found: list[dict[str, Any]] = [p for p in report["artifact"]["passes"] if p.get("name") == kind and p.get("curve")]
     return found[-1] if found else {}
 
 
-def _protocols(artifacts: list[dict[str, Any]]) -> Iterable[tuple[str, Facts]]:
+def _protocols(artifacts: list[Compared]) -> Iterable[tuple[str, Facts]]:
     """How it was measured: equal for all (compare has made sure), so shown once."""
-    evaluated = next((a["report"] for a in artifacts if "quality" in a["report"]), None)
-    for t in evaluated["quality"]["texts"] if evaluated else []:
-        yield f"Protocol: {t['protocol']['text']}", t["protocol"].items()
+    for text in texts_of(next((a["report"] for a in artifacts if quality_of(a["report"])), None)):
+        yield f"Protocol: {text['protocol']['text']}", text["protocol"].items()
     seen = {name: t for a in reversed(artifacts) for name, t in tasks_of(a["report"]).items()}
     for name, t in seen.items():
-        yield f"Protocol: {name}", {**t["protocol"], "items from": t["source"]}.items()
+        yield f"Protocol: {name}", [*t["protocol"].items(), ("items from", t["source"])]
     for target in targets_of([a["report"] for a in artifacts]):
         s = next(speeds_of(a["report"])[target] for a in artifacts if target in speeds_of(a["report"]))
-        facts = {"address": s["target"]["address"], **s["target"]["facts"]}
-        facts |= {"memory": size(facts["memory"])} if "memory" in facts else {}
-        yield f"Protocol: speed on {target}", {**s["protocol"], **facts}.items()
+        facts: dict[str, object] = {"address": s["target"]["address"], **s["target"]["facts"]}
+        facts |= {"memory": size(s["target"]["facts"]["memory"])} if "memory" in facts else {}
+        yield f"Protocol: speed on {target}", (dict(s["protocol"]) | facts).items()
 
 
-def _provenance(report: dict[str, Any]) -> Facts:
+def _provenance(report: Report) -> Facts:
     """Where one artifact comes from and what ran it."""
     a = report["artifact"]
     facts: list[tuple[str, Any]] = [("path", a["path"]), ("sha256", a["sha256"]), ("kind", a["kind"])]
@@ -100,8 +100,9 @@ def _provenance(report: dict[str, Any]) -> Facts:
     for p in a["passes"]:
         facts += [(f"{p.get('name')}: {k}", v) for k, v in p.items() if k not in ("name", "curve", "losses")]
     facts += [("event", f"layer {x['layer']}: {event}") for x in a["layers"] for event in x["events"]]
-    sections = {"quality": report["quality"]} if "quality" in report else {}
-    for name, measured in {**sections, **{f"speed, {t}": s for t, s in speeds_of(report).items()}}.items():
-        facts += [(f"run by ({name}), {k}", v) for k, v in measured["runtime"].items()]
-        facts += [(f"unstable ({name})", why) for why in measured.get("unstable", [])]
+    if quality := quality_of(report):
+        facts += [(f"run by (quality), {k}", v) for k, v in quality["runtime"].items()]
+    for t, s in speeds_of(report).items():
+        facts += [(f"run by (speed, {t}), {k}", v) for k, v in s["runtime"].items()]
+        facts += [(f"unstable (speed, {t})", why) for why in s["unstable"]]
     return facts + [(f"version: {k}", v) for k, v in report["versions"].items()]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from markupsafe import Markup
 
 from llmc.console import size
+from llmc.evals.compare.matrix import held
+from llmc.evals.compare.schema import Cell
 from llmc.evals.pages import charts
 from llmc.evals.pages.figure import Figure, boxes, dots
 
@@ -15,7 +16,7 @@ KINDS = ("weights", "KV cache", "the rest")
 KLD = "KL divergence to the base, nats"
 
 
-def figures(cells: list[dict[str, Any]], names: list[str]) -> Iterable[Figure]:
+def figures(cells: list[Cell], names: list[str]) -> Iterable[Figure]:
     """For every device its front, its latency and its memory. names: the page's artifacts, in the order of their colours."""
     for target in dict.fromkeys(c["target"] for c in cells):
         mine = [c for c in cells if c["target"] == target]
@@ -32,34 +33,37 @@ def figures(cells: list[dict[str, Any]], names: list[str]) -> Iterable[Figure]:
         yield Figure(f"Memory on {target}", f"At its peak where it was measured. {how}", boxes(KINDS), _memory(mine))
 
 
-def _front(cells: list[dict[str, Any]], names: list[str]) -> Markup:
+def _front(cells: list[Cell], names: list[str]) -> Markup:
     """A line joins what is best, of measured figures where there are some."""
-    shown = [c for c in cells if c["kld"] and c["source"] != "emulated"]
-    source = "measured" if any(c["source"] == "measured" for c in shown) else "estimate"
-    front = sorted((c["decode"]["mid"], c["kld"]["value"]) for c in shown if c["front"] and c["source"] == source)
-    return charts.scatter([p for c in shown for p in _points(c, names)], "decode, tokens/s", KLD, front)
+    shown = [(c, kld) for c in cells if (kld := c["kld"]) and c["source"] != "emulated"]
+    source = "measured" if any(c["source"] == "measured" for c, _ in shown) else "estimate"
+    front = sorted((c["decode"]["mid"], kld["value"]) for c, kld in shown if c["front"] and c["source"] == source)
+    return charts.scatter([p for c, _ in shown for p in _points(c, names)], "decode, tokens/s", KLD, front)
 
 
-def _latency(cells: list[dict[str, Any]], names: list[str]) -> Markup:
+def _latency(cells: list[Cell], names: list[str]) -> Markup:
     curves = [charts.Line(c["artifact"], names.index(c["artifact"]),
                           [(p["tokens"], p["mid"]) for p in c["first_token"]], dashed=c["source"] != "measured")
               for c in cells if c["first_token"]]
     return charts.lines(curves, "prompt, tokens", "first token, s")
 
 
-def _memory(cells: list[dict[str, Any]]) -> Markup:
-    return charts.bars([charts.Bar(c["artifact"], [c["memory"][k] / 1e6 for k in ("weights", "kv", "rest")],
-                                   "~" * (c["source"] == "estimate") + size(sum(c["memory"].values()))) for c in cells],
-                       KINDS, "MB")
+def _memory(cells: list[Cell]) -> Markup:
+    rows = []
+    for c in cells:
+        m = c["memory"]
+        rows.append(charts.Bar(c["artifact"], [n / 1e6 for n in (m["weights"], m["kv"], m["rest"])],
+                               "~" * (c["source"] == "estimate") + size(held(c))))
+    return charts.bars(rows, KINDS, "MB")
 
 
-def _said(c: dict[str, Any]) -> str:
+def _said(c: Cell) -> str:
     if c["source"] == "emulated":
         return "Emulated: its speed says nothing of the device."
     return f"Broken lines: estimate, {c['basis']}." if c["source"] == "estimate" else f"Measured ({c['basis']})."
 
 
-def _points(c: dict[str, Any], names: list[str]) -> Iterable[charts.Point]:
+def _points(c: Cell, names: list[str]) -> Iterable[charts.Point]:
     """One for each text, the second and further ones as rings."""
     d = c["decode"]
     guess = c["source"] == "estimate"

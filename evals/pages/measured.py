@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from llmc.console import size
+from llmc.evals.compare.schema import Cell, Compared
 from llmc.evals.pages import charts, matrix
 from llmc.evals.pages.figure import Figure, boxes, dots
+from llmc.evals.report.sections import texts_of
 from llmc.families.names import CLASSES
 
-Artifacts = list[dict[str, Any]]
 
-
-def figures(artifacts: Artifacts, cells: list[dict[str, Any]]) -> Iterable[Figure]:
-    """All of them. artifacts: {'name', 'report'} in the order of their colours. cells: see llmc.evals.compare.matrix."""
+def figures(artifacts: list[Compared], cells: list[Cell]) -> Iterable[Figure]:
+    """All of them. artifacts: in the order of their colours."""
     yield _divergence(artifacts)
     if not cells:
         yield Figure("Speed against divergence", "Down and right is better.",
@@ -29,15 +28,15 @@ def figures(artifacts: Artifacts, cells: list[dict[str, Any]]) -> Iterable[Figur
     yield Figure("Bytes by class", "Where the file's bytes are.", boxes(CLASSES), charts.bars(rows, CLASSES, "MB of tensors"))
 
 
-def _divergence(artifacts: Artifacts) -> Figure:
+def _divergence(artifacts: list[Compared]) -> Figure:
     """Size against divergence: a point for each artifact and text, the second and further texts as rings."""
     points, texts = [], []
     for i, a in enumerate(artifacts):
         megabytes = a["report"]["artifact"]["size"]["file_bytes"] / 1e6
-        for n, t in enumerate(a["report"].get("quality", {}).get("texts", [])):
-            if t["kld"]:
+        for n, t in enumerate(texts_of(a["report"])):
+            if kld := t["kld"]:
                 texts.append(t["protocol"]["text"])
-                points.append(charts.Point(megabytes, t["kld"]["value"], a["name"], i, t["kld"]["se"], hollow=n > 0))
+                points.append(charts.Point(megabytes, kld["value"], a["name"], i, kld["se"], hollow=n > 0))
     first, *others = dict.fromkeys(texts) or [""]
     rings = f" Filled: {first}. Rings: {', '.join(others)}." if others else ""
     return Figure("Size against divergence", "Down and left is better." + rings,
@@ -45,12 +44,12 @@ def _divergence(artifacts: Artifacts) -> Figure:
                   "llmc eval ARTIFACT --base BASE -o REPORT")
 
 
-def _layers(artifacts: Artifacts) -> Figure:
+def _layers(artifacts: list[Compared]) -> Figure:
     curves, names = [], []
     for i, a in enumerate(artifacts):
         layers = a["report"]["artifact"]["layers"]
         names += [(i, a["name"])] if layers else []
-        if errors := [(x["layer"], 100 * x["error"]) for x in layers if x["error"] is not None]:
+        if errors := [(n, 100 * e) for x in layers if (n := x["layer"]) is not None and (e := x["error"]) is not None]:
             curves.append(charts.Line(a["name"], i, errors))
     return Figure("Error by layer", "Share of each layer's output energy that was lost, as the pass recorded it.",
                   dots(names), charts.lines(curves, "decoder layer", "output energy lost, %"),

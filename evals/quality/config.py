@@ -37,7 +37,8 @@ class EvalConfig:
     task_items: int = option(
         200, help="Number of items of each task to evaluate, evenly spaced. 0 means all.", low=0, group=ADVANCED)
     no_text: bool = option(False, help="Evaluate tasks only, no text.", group=ADVANCED)
-    kv: str | None = shared.kv(" The base keeps its own type. To measure the effect of --kv alone, give the artifact as --base.")
+    kv: str | None = shared.kv(
+        " The base keeps its own type. To measure the effect of --kv alone, give the artifact as --base.")
     target: str | None = option(
         None, help="Device that runs the artifact (see `llmc target`). The base runs on this machine.", metavar="NAME",
         group=RUN, shown="this machine")

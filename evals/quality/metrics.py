@@ -7,9 +7,9 @@ trust, and None where there is only one chunk.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+
+from llmc.evals.report.schema import TextFigures, TokenStat
 
 ROWS = 32  # rows of logits worked on at once: a few tens of MB whatever the vocabulary
 
@@ -39,8 +39,8 @@ def divergence(base: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndar
     return kld, base.argmax(axis=1) == other.argmax(axis=1)
 
 
-def mean(values: np.ndarray) -> dict[str, Any]:
-    """Mean of [chunks, tokens] and both standard errors: {value, se, se_token}."""
+def mean(values: np.ndarray) -> TokenStat:
+    """Mean of [chunks, tokens] and both standard errors."""
     v = values.astype(np.float64)
     chunks, n = len(v), v.size
     return {
@@ -50,19 +50,20 @@ def mean(values: np.ndarray) -> dict[str, Any]:
     }
 
 
-def scaled(stat: dict[str, Any], value: float, slope: float) -> dict[str, Any]:
+def scaled(stat: TokenStat, value: float, slope: float) -> TokenStat:
     """A statistic after a smooth function: its `value` there, errors times the function's `slope` (delta method)."""
-    return {k: value if k == "value" else None if e is None else e * abs(slope) for k, e in stat.items()}
+    se, se_token = (None if e is None else e * abs(slope) for e in (stat["se"], stat["se_token"]))
+    return {"value": value, "se": se, "se_token": se_token}
 
 
-def perplexity(token_nll: np.ndarray) -> dict[str, Any]:
+def perplexity(token_nll: np.ndarray) -> TokenStat:
     """exp(mean NLL) of [chunks, tokens]."""
     m = mean(token_nll)
     ppl = float(np.exp(m["value"]))
     return scaled(m, ppl, ppl)
 
 
-def perplexity_ratio(token_nll: np.ndarray, reference_nll: np.ndarray) -> dict[str, Any]:
+def perplexity_ratio(token_nll: np.ndarray, reference_nll: np.ndarray) -> TokenStat:
     """PPL / reference PPL from the paired differences of the same tokens, both [chunks, tokens]."""
     m = mean(token_nll.astype(np.float64) - reference_nll)
     ratio = float(np.exp(m["value"]))
@@ -70,11 +71,11 @@ def perplexity_ratio(token_nll: np.ndarray, reference_nll: np.ndarray) -> dict[s
 
 
 def summarise(token_nll: np.ndarray, scored_bytes: int, kld: np.ndarray | None, top1: np.ndarray | None,
-              base_nll: np.ndarray | None) -> dict[str, Any]:
+              base_nll: np.ndarray | None) -> TextFigures:
     """The figures of one text; arrays are [chunks, tokens]. Divergences are None where there is no base."""
     m = mean(token_nll)
     per_byte = token_nll.size / scored_bytes / np.log(2)
-    out: dict[str, Any] = {
+    out: TextFigures = {
         "perplexity": perplexity(token_nll),
         "bits_per_byte": scaled(m, m["value"] * per_byte, per_byte),
         "kld": None, "top1": None, "base_perplexity": None, "perplexity_ratio": None,

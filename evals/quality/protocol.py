@@ -11,11 +11,12 @@ from __future__ import annotations
 import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, cast
 
 import numpy as np
 
 from llmc.errors import UserError
+from llmc.evals.report.schema import TextProtocol
 from llmc.files import sha256
 from llmc.formats.checkpoint import TOKENIZER_FILES
 from llmc.runtimes.base import Runtime
@@ -97,8 +98,9 @@ class EvalProtocol:
     scored_tokens: int
     bytes: int
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    def as_dict(self, vocabulary: int) -> TextProtocol:
+        """What a report holds. vocabulary: tokens that both models know."""
+        return cast(TextProtocol, {**asdict(self), "vocabulary": vocabulary})
 
 
 @dataclass(frozen=True)

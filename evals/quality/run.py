@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from llmc.evals.quality.config import EvalConfig
 from llmc.evals.quality.protocol import Chunks, FolderTokenizer, RuntimeTokenizer, Tokenizer, cut
 from llmc.evals.quality.texts import load_text
 from llmc.evals.report import store as report
+from llmc.evals.report.schema import Quality, Report, RuntimeFacts, Task, Text, Value
 from llmc.formats import kv
 from llmc.formats.artifacts.table import artifact_at
 from llmc.formats.manifest import read_manifest
@@ -36,7 +37,7 @@ SAMPLE = ("Hello  world, it's 2024-11-05;\n\n\tdef f(x):  return x*100000  # naÃ
 SAME_TEXT = 0.02  # a share of common 13-word runs beyond chance and quotation
 
 
-def evaluate(config: EvalConfig) -> dict[str, Any]:
+def evaluate(config: EvalConfig) -> Report:
     """The report of `config.artifact` with its `quality` section; written to `config.output` where that is given.
 
     Raises UserError for bad input, before anything long where that can be known.
@@ -71,19 +72,18 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
             tokenizer = _tokenizer(base or artifact, base_runtime or runtime)
             agrees = _check_tokenizer(runtime, tokenizer, artifact)
             jobs = [cut(name, text, tokenizer, config.context, config.chunks) for name, text in texts]
-            results = [_run(job, runtime, base_runtime, is_base) for job in jobs]
-            for result in results:
-                result["calibration_overlap"] = overlaps[result["protocol"]["text"]]
-            sections = [{**_run_task(task, tokenizer, runtime, base_runtime, is_base),
-                         "calibration_overlap": overlaps[task.name]} for task in asked]
-            quality: dict[str, Any] = {
-                "texts": results, "runtime": runtime.describe(), "tokenizer_agrees": agrees,
+            results = [_run(job, runtime, base_runtime, is_base, overlaps[job.protocol.text]) for job in jobs]
+            sections = [_run_task(task, tokenizer, runtime, base_runtime, is_base, overlaps[task.name]) for task in asked]
+            quality: Quality = {
+                "texts": results, "runtime": _facts(runtime), "tokenizer_agrees": agrees,
                 "kv": kv.section(described["kv"], runtime.kv_type),
-                "base": None if base is None else {
+                "base": None if base is None or base_digest is None else {
                     "name": base.name, "sha256": base_digest, "is_artifact": is_base,
-                    "runtime": (base_runtime or runtime).describe()},
-                "seconds": round(time.monotonic() - start, 1), **({"tasks": sections} if asked else {}),
+                    "runtime": _facts(base_runtime or runtime)},
+                "seconds": round(time.monotonic() - start, 1),
             }
+            if asked:
+                quality["tasks"] = sections
         finally:
             if base_runtime:
                 base_runtime.close()
@@ -106,6 +106,10 @@ def _open(artifact: Path, context: int, threads: int, config: EvalConfig) -> Run
     target = find_target(config.target, config.targets)
     kind = "gpu" if target.address == "local-gpu" else config.device
     return RemoteRuntime(connect(target), artifact, context, config.threads, kind, config.kv)
+
+
+def _facts(runtime: Runtime) -> RuntimeFacts:
+    return cast(RuntimeFacts, runtime.describe())
 
 
 def _overlap(artifact: Path, name: str, text: str) -> float:
@@ -147,7 +151,7 @@ def _check_tokenizer(runtime: Runtime, tokenizer: Tokenizer, artifact: Path) -> 
     return agrees
 
 
-def _run(job: Chunks, runtime: Runtime, base: Runtime | None, is_base: bool) -> dict[str, Any]:
+def _run(job: Chunks, runtime: Runtime, base: Runtime | None, is_base: bool, calibration_overlap: float) -> Text:
     """The figures of one text, with the per-token values that paired comparisons need."""
     n = job.ids.shape[1] - 1 - job.first
     shape = (len(job.ids), n)
@@ -168,13 +172,13 @@ def _run(job: Chunks, runtime: Runtime, base: Runtime | None, is_base: bool) -> 
     known = base is not None or is_base
     figures = metrics.summarise(nll, job.protocol.bytes, kld if known else None, top1 if known else None,
                                 (nll if is_base else base_nll) if known else None)
-    arrays = {"nll": nll, "kld": kld, "top1": top1} if known else {"nll": nll}
-    return {"protocol": {**job.protocol.as_dict(), "vocabulary": vocab}, **figures,
-            "per_token": {k: report.pack(v) for k, v in arrays.items()}}
+    arrays: dict[Value, np.ndarray] = {"nll": nll, "kld": kld, "top1": top1} if known else {"nll": nll}
+    return {"protocol": job.protocol.as_dict(vocab), **figures,
+            "per_token": {k: report.pack(v) for k, v in arrays.items()}, "calibration_overlap": calibration_overlap}
 
 
 def _run_task(task: task_items.Task, tokenizer: Tokenizer, runtime: Runtime, base: Runtime | None,
-              is_base: bool) -> dict[str, Any]:
+              is_base: bool, calibration_overlap: float) -> Task:
     """The figures of one task, with the per-item values that paired comparisons need."""
     both = [runtime, *([base] if base else [])]
     prepared = tasks.prepare(task, tokenizer, min(tasks.WINDOW, *(r.context for r in both)))
@@ -189,8 +193,7 @@ def _run_task(task: task_items.Task, tokenizer: Tokenizer, runtime: Runtime, bas
                 out.append(tasks.judge(item, *tasks.score(requests, partial(_logits, one, vocab=vocab)), measures))
             p.step(" against ".join(f"{np.mean([v['acc'] for v in out]):.1%}" for out in values))
     mine, *others = [tasks.gather(v) for v in values]
-    prepared.protocol["vocabulary"] = vocab
-    return tasks.section(prepared, mine, mine if is_base else others[0] if others else None)
+    return tasks.section(prepared, vocab, mine, mine if is_base else others[0] if others else None, calibration_overlap)
 
 
 def _vocabulary(highest: int, runtime: Runtime, base: Runtime | None) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -19,6 +19,8 @@ from llmc.errors import UserError
 from llmc.evals.quality import metrics
 from llmc.evals.quality.protocol import Tokenizer
 from llmc.evals.quality.task_items import Item, Task
+from llmc.evals.report import schema
+from llmc.evals.report.schema import Accuracy, ItemsProtocol, Packed, PerItem, Stat, TaskFigures, TaskRise, TokenStat
 from llmc.evals.report.store import pack, unpack
 
 WINDOW = 2048  # most tokens put to a model at once; the items of these tasks have some hundred
@@ -35,7 +37,7 @@ class Prepared:
     (n is at most window + 1: the last id is never fed)."""
 
     task: Task
-    protocol: dict[str, Any]
+    protocol: ItemsProtocol
     requests: list[list[tuple[np.ndarray, int]]]
     window: int
     cut: int
@@ -76,9 +78,10 @@ def prepare(task: Task, tokenizer: Tokenizer, window: int) -> Prepared:
         requests.append([(ids[-(window + 1) :], n) for ids, n in encoded])
         for ids, n in requests[-1]:
             digest.update(np.array([len(ids), n, *ids], dtype="<i4").tobytes())
-    protocol = {"task": task.name, "sha256": task.sha256, "items": len(task.items), "of": task.total, "examples": 0,
-                "bos": "in front" if tokenizer.bos is not None else "none", "tokenizer_sha256": tokenizer.sha256,
-                "ids_sha256": digest.hexdigest()}
+    protocol: ItemsProtocol = {
+        "task": task.name, "sha256": task.sha256, "items": len(task.items), "of": task.total, "examples": 0,
+        "bos": "in front" if tokenizer.bos is not None else "none", "tokenizer_sha256": tokenizer.sha256,
+        "ids_sha256": digest.hexdigest()}
     return Prepared(task, protocol, requests, window, cut)
 
 
@@ -120,39 +123,42 @@ def gather(values: Sequence[dict[str, Any]]) -> Values:
 # ----------------------------------------------------------------------------------------------------------- figures
 
 
-def _error(stat: dict[str, Any]) -> dict[str, Any]:
-    """{value, se} without the second error, which is the same: items count as independent."""
+def _error(stat: TokenStat) -> Stat:
+    """Without the second error, which is the same: items count as independent."""
     return {"value": stat["value"], "se": stat["se"]}
 
 
-def figures(values: Values) -> dict[str, Any]:
-    """{acc, acc_norm, perplexity}, each {value, se} or None; se as the harness has it: s / sqrt(n)."""
-    return {
-        **{k: _error(metrics.mean(values[k][:, None])) if k in values else None for k in ("acc", "acc_norm")},
-        "perplexity": _error(metrics.perplexity(values["nll"][:, None])) if "nll" in values else None,
-    }
+def figures(values: Values) -> TaskFigures:
+    """What one model reached; se as the harness has it: s / sqrt(n)."""
+    def share(k: Accuracy) -> Stat | None:
+        return _error(metrics.mean(values[k][:, None])) if k in values else None
+
+    return {"acc": share("acc"), "acc_norm": share("acc_norm"),
+            "perplexity": _error(metrics.perplexity(values["nll"][:, None])) if "nll" in values else None}
 
 
-def differences(values: Values, reference: Values) -> dict[str, Any]:
-    """`values` less `reference`, paired by item: {acc, acc_norm, perplexity_ratio}, each {value, se} or None."""
-    def rise(k: str) -> dict[str, Any]:
-        return _error(metrics.mean(values[k][:, None].astype(np.float64) - reference[k][:, None]))
+def differences(values: Values, reference: Values) -> TaskRise:
+    """`values` less `reference`, paired by item."""
+    def rise(k: Accuracy) -> Stat | None:
+        return _error(metrics.mean(values[k][:, None].astype(np.float64) - reference[k][:, None])) if k in values else None
 
     ratio = metrics.perplexity_ratio(values["nll"][:, None], reference["nll"][:, None]) if "nll" in values else None
-    return {**{k: rise(k) if k in values else None for k in ("acc", "acc_norm")},
-            "perplexity_ratio": _error(ratio) if ratio else None}
+    return {"acc": rise("acc"), "acc_norm": rise("acc_norm"), "perplexity_ratio": _error(ratio) if ratio else None}
 
 
-def section(prepared: Prepared, values: Values, base: Values | None) -> dict[str, Any]:
-    """What the report holds of a task: see `figures` and `differences`; per_item is what later comparisons pair."""
+def section(prepared: Prepared, vocabulary: int, values: Values, base: Values | None, overlap: float) -> schema.Task:
+    """What the report holds of a task; per_item is what later comparisons pair."""
     return {
-        "protocol": prepared.protocol, "source": prepared.task.source, "window": prepared.window, "cut": prepared.cut,
-        **figures(values), "base": figures(base) if base else None,
+        "protocol": {**prepared.protocol, "vocabulary": vocabulary}, "source": prepared.task.source,
+        "window": prepared.window, "cut": prepared.cut, **figures(values), "base": figures(base) if base else None,
         "difference": differences(values, base) if base else None,
-        "per_item": {k: pack(v) if k == "nll" else "".join("01"[int(x)] for x in v) for k, v in values.items()},
+        "per_item": cast(PerItem, {k: pack(v) if k == "nll" else "".join("01"[int(x)] for x in v)
+                                   for k, v in values.items()}),
+        "calibration_overlap": overlap,
     }
 
 
-def values_of(entry: dict[str, Any]) -> Values:
+def values_of(entry: schema.Task) -> Values:
     """The values that `section` stored."""
-    return {k: unpack(v) if k == "nll" else np.array([c == "1" for c in v]) for k, v in entry["per_item"].items()}
+    return {k: np.array([c == "1" for c in v]) if isinstance(v, str) else unpack(cast(Packed, v))
+            for k, v in entry["per_item"].items()}

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
 
-from llmc.evals.report.store import budget_of, speeds_of
+from llmc.evals.report.schema import Accuracy, Ran, Report, RuntimeFacts, Speed, Spread, Stat, Task
+from llmc.evals.report.sections import budget_of, quality_of, speeds_of
+from llmc.formats.artifact import Size
+
+Table = tuple[str, str, list[list[str]]]
+"""Title, note, rows; the first row is the heading."""
+ACCURACIES: tuple[Accuracy, ...] = ("acc", "acc_norm")
+SPEEDS: tuple[Literal["prefill", "decode"], ...] = ("prefill", "decode")
 
 
-def pm(stat: dict[str, Any] | None, digits: int = 3, factor: float = 1.0, unit: str = "", sign: bool = False) -> str:
+def pm(stat: Stat | None, digits: int = 3, factor: float = 1.0, unit: str = "", sign: bool = False) -> str:
     """'28.69 ± 0.41' of {value, se}, times `factor`; '–' where there is none, no ± where no error is known."""
     if stat is None:
         return "–"
     text = f"{stat['value'] * factor:{'+' if sign else ''}.{digits}f}"
-    if stat.get("se") is not None:
-        text += f" ± {stat['se'] * factor:.{digits}f}"
+    if (se := stat["se"]) is not None:
+        text += f" ± {se * factor:.{digits}f}"
     return text + (f" {unit}" if unit else "")
 
 
@@ -41,12 +48,23 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|---" + "|---:" * (len(rows[0]) - 1) + "|", *lines[1:]])
 
 
-def quality_lines(report: dict[str, Any]) -> str:
+def tables_text(tables: Iterable[Table]) -> str:
+    """Tables under each other, each below its title and note."""
+    return "\n\n".join(f"{title}  ({note})\n{table(rows)}" for title, note, rows in tables)
+
+
+def tables_markdown(tables: Iterable[Table], level: int = 2) -> str:
+    """The same as Markdown. level: of the titles, as headings."""
+    return "\n\n".join(f"{'#' * level} {title}\n\n{note}\n\n{markdown(rows)}" for title, note, rows in tables)
+
+
+def quality_lines(report: Report) -> str:
     """What `llmc eval` prints."""
     from llmc.console import size
     from llmc.formats.kv import section_text as kv_words
 
-    artifact, quality = report["artifact"], report["quality"]
+    artifact, quality = report["artifact"], quality_of(report)
+    assert quality is not None
     weight = artifact["size"]
     lines = [f"{artifact['name']}  {size(weight['file_bytes'])}, {weight['bits_per_weight']:.2f} bits per weight "
              f"({weight['decoder_bits_per_weight']:.2f} in attention and MLP), run by {_ran_by(quality['runtime'])}",
@@ -54,7 +72,8 @@ def quality_lines(report: dict[str, Any]) -> str:
     for t in quality["texts"]:
         p = t["protocol"]
         lines.append(f"\n{p['text']}: {p['chunks']} chunks of {p['context']} tokens, {p['scored_tokens']} scored")
-        base = f"  (base {t['base_perplexity']['value']:.3f}; {change(t['perplexity_ratio'])})" if t["kld"] else ""
+        before, ratio = t["base_perplexity"], t["perplexity_ratio"]
+        base = f"  (base {before['value']:.3f}; {change(ratio)})" if before and ratio else ""
         lines.append(f"  perplexity       {pm(t['perplexity'])}{base}")
         lines.append(f"  bits per byte    {pm(t['bits_per_byte'], 4)}")
         if t["kld"]:
@@ -74,23 +93,23 @@ def quality_lines(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def matrices(weight: dict[str, Any]) -> str:
+def matrices(weight: Size) -> str:
     """'24 Q4_K, 6 Q6_K' of what Artifact.weigh says; reports of earlier versions have no counts."""
     counts = weight.get("matrices")
     return ", ".join(f"{n} {kind}" for kind, n in counts.items()) if counts else ", ".join(weight["types"])
 
 
-def _task_rows(tasks: Sequence[dict[str, Any]]) -> list[list[str]]:
+def _task_rows(tasks: Sequence[Task]) -> list[list[str]]:
     """A row for each task; columns that no task fills are left out."""
     rows = [["task", "items", "acc %", "base acc %", "Δ acc", "acc_norm %", "base acc_norm %", "Δ acc_norm", "perplexity",
              "base perplexity", "to base"]]
     for t in tasks:
-        base, rise = t["base"] or {}, t["difference"] or {}
+        base, rise = t["base"], t["difference"]
         row = [t["protocol"]["task"], str(t["protocol"]["items"])]
-        for k in ("acc", "acc_norm"):
-            row += [pm(t[k], 1, 100), pm(base.get(k), 1, 100), pm(rise.get(k), 1, 100, sign=True)]
-        ratio = rise.get("perplexity_ratio")
-        rows.append([*row, pm(t["perplexity"], 2), pm(base.get("perplexity"), 2), change(ratio) if ratio else "–"])
+        for k in ACCURACIES:
+            row += [pm(t[k], 1, 100), pm(base and base[k], 1, 100), pm(rise and rise[k], 1, 100, sign=True)]
+        ratio = rise and rise["perplexity_ratio"]
+        rows.append([*row, pm(t["perplexity"], 2), pm(base and base["perplexity"], 2), change(ratio) if ratio else "–"])
     return filled(rows)
 
 
@@ -100,12 +119,12 @@ def filled(rows: Sequence[Sequence[str]]) -> list[list[str]]:
     return [[r[i] for i in kept] for r in rows]
 
 
-def change(ratio: dict[str, Any]) -> str:
+def change(ratio: Stat) -> str:
     """A ratio as '+22.4 ± 0.8 %'."""
     return pm({"value": ratio["value"] - 1, "se": ratio["se"]}, 1, 100, "%", sign=True)
 
 
-def speed_lines(report: dict[str, Any]) -> str:
+def speed_lines(report: Report) -> str:
     """What `llmc bench` prints of one artifact."""
     from llmc.console import size
 
@@ -120,10 +139,9 @@ def speed_lines(report: dict[str, Any]) -> str:
     return "\n\n".join(found)
 
 
-def _speed(s: dict[str, Any]) -> list[str]:
+def _speed(s: Speed) -> list[str]:
     """One section, line by line."""
     from llmc.console import size
-    from llmc.evals.bench.ran import words
     from llmc.formats.kv import section_text as kv_words
 
     lines = [
@@ -132,38 +150,51 @@ def _speed(s: dict[str, Any]) -> list[str]:
     for p in s["prefill_curve"]:
         lines += [f"  time to first token  {spread(p['first_token'], 3)} s  ({p['tokens']} tokens)",
                   f"  prefill              {spread(p['prefill'])} tokens/s"]
-    n, reads = s["protocol"]["generate"], s["target"]["facts"]["read_bandwidth"]
-    lines += [f"  decode               {spread(p['decode'])} tokens/s  ({n} tokens at depth {p['depth']})"
-              for p in s["decode_curve"]]
+    n, reads = s["protocol"]["generate"], s["target"]["facts"].get("read_bandwidth")
+    share = f", {s['read_bandwidth'] / reads:.0%} of what this machine reads ({reads / 1e9:.1f} GB/s)" if reads else ""
+    lines += [f"  decode               {spread(d['decode'])} tokens/s  ({n} tokens at depth {d['depth']})"
+              for d in s["decode_curve"]]
     lines += [
         f"  peak memory          {size(s['peak_rss'])}",
         f"  KV cache             {kv_words(s['kv'])}",
-        f"  read per token       {size(s['token_bytes'])} of weights: {s['read_bandwidth'] / 1e9:.1f} GB/s, "
-        f"{s['read_bandwidth'] / reads:.0%} of what this machine reads ({reads / 1e9:.1f} GB/s)",
-        f"  ran on               {words(s['ran'])}", *_more(s),
+        f"  read per token       {size(s['token_bytes'])} of weights: {s['read_bandwidth'] / 1e9:.1f} GB/s{share}",
+        f"  ran on               {ran_words(s['ran'])}", *_more(s),
         f"  medians [IQR] of {s['repetitions']} repetitions after {s['warmup']} warm-ups",
     ]
     return [*lines, *(f"  UNSTABLE: {why}" for why in s["unstable"])]
 
 
-def _ran_by(runtime: dict[str, Any]) -> str:
+def _ran_by(runtime: RuntimeFacts) -> str:
     """'onnxruntime at accuracy level 4': figures of different levels are of different arithmetic."""
     levels = runtime.get("accuracy_levels")
     return runtime["runtime"] + (f" at accuracy level {' and '.join(map(str, levels))}" if levels else "")
 
 
-def _more(s: dict[str, Any]) -> list[str]:
+def _more(s: Speed) -> list[str]:
     """What only some benches have."""
     lines = []
     if energy := s["energy"]:
         lines.append(f"  energy               {energy['joules_per_token']:.2f} J per decoded token ({energy['source']})")
     if found := s["thread_sweep"]:
-        for what in ("prefill", "decode"):
+        for what in SPEEDS:
             tried = ", ".join(f"{p['threads']}: {p['median']:.1f}" for p in found[what])
             lines.append(f"  threads              {found['best'][what]} are best for {what}  ({tried} tokens/s)")
     return lines
 
 
-def spread(s: dict[str, Any], digits: int = 1) -> str:
+def spread(s: Spread, digits: int = 1) -> str:
     """'41.2 [0.8]': median and interquartile range."""
     return f"{s['median']:.{digits}f} [{s['iqr']:.{digits}f}]"
+
+
+def ran_words(found: Ran) -> str:
+    """'31 of 31 layers offloaded; AVX2 AVX512', '120 nodes on CPUExecutionProvider'."""
+    if "nodes" in found:
+        return ", ".join(f"{n} nodes on {provider}" for provider, n in found["nodes"].items())
+    parts = []
+    if "offloaded_layers" in found:
+        parts.append(f"{found['offloaded_layers']} of {found['layers']} layers offloaded")
+        parts += [f"{mib:.0f} MiB in {name}" for name, mib in found["buffers"].items()]
+    else:
+        parts.append(str(found["device"]))
+    return "; ".join([*parts, " ".join(found["instruction_sets"])]).rstrip("; ")

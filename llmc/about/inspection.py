@@ -79,7 +79,7 @@ def describe(report: dict[str, Any]) -> str:
     """The report as a page of plain text."""
     if "matrices" in report:
         return "\n".join(_describe_imatrix(report))
-    from llmc.formats.kv import section_text
+    from llmc.formats.kv import KvUse, section_text
 
     w, m, t = report["weights"], report["model"], report["tokenizer"]
     shape = ", ".join(f"{v} {k.replace('_', ' ')}" for k, v in m.items() if v is not None)
@@ -98,7 +98,7 @@ def describe(report: dict[str, Any]) -> str:
             lines.append(f"  {name:<11} {size(c['bytes']):>9}  {share:4.1f} %  {', '.join(c['types'])}")
     if kv := report["kv"]:
         heads = f"{kv['layers']} layers, {kv['kv_heads']} heads of {kv['head_dim']}"
-        section = {"type": "f16", "bytes_per_token": kv["bytes_per_token_f16"], "bytes_at": kv["bytes_at"]}
+        section: KvUse = {"type": "f16", "bytes_per_token": kv["bytes_per_token_f16"], "bytes_at": kv["bytes_at"]}
         lines.append(f"KV cache      {section_text(section)} tokens ({heads})")
     if "operators" in report:
         lines += [f"computed by   {_blocks(b)}" for b in report["matmul_nbits"]]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING
 
 import typer
 
 from llmc.cli.options import Json, add
 from llmc.evals.bench.config import BenchConfig
+
+if TYPE_CHECKING:
+    from llmc.evals.report.schema import Report
 
 
 def register(app: typer.Typer) -> None:
@@ -29,7 +32,7 @@ def bench(config: BenchConfig, as_json: Json = False) -> None:
         raise
 
 
-def _show(reports: list[dict[str, Any]], as_json: bool) -> None:
+def _show(reports: list[Report], as_json: bool) -> None:
     from llmc.evals.report.show import speed_lines
 
     if as_json:

@@ -29,17 +29,16 @@ def compare(
     from llmc.console import say
     from llmc.evals.compare import gates
     from llmc.evals.compare.run import compare, without_arrays
+    from llmc.evals.compare.tables import tables
     from llmc.evals.pages.compare import write_page
-    from llmc.evals.report.show import markdown as to_markdown
-    from llmc.evals.report.show import table
-    from llmc.evals.report.tables import tables
+    from llmc.evals.report.show import tables_markdown, tables_text
     from llmc.files import staged_file
 
     page = config.page
     result = compare(config)
     write_page(result, page)
     report_tables = tables(result)
-    text = "\n\n".join(f"### {title}\n\n{note}\n\n{to_markdown(rows)}" for title, note, rows in report_tables)
+    text = tables_markdown(report_tables, level=3)
     if markdown is not None and markdown != Path("-"):
         with staged_file(markdown) as tmp:
             tmp.write_text(text + "\n", encoding="utf-8")
@@ -48,6 +47,6 @@ def compare(
     elif markdown == Path("-"):
         print(text)
     else:
-        print("\n\n".join(f"{title}  ({note})\n{table(rows)}" for title, note, rows in report_tables))
+        print(tables_text(report_tables))
     say(f"the page is {page}")
     gates.enforce(result["gates"])

@@ -28,7 +28,7 @@ def run_recipe(
     from llmc.recipes.run import run_recipe as run
 
     result = run(recipe, config)
-    if config.dry_run:
+    if "plan" in result:
         from llmc.recipes.plan import lines
 
         print(json.dumps(result, indent=2) if as_json else lines(result["plan"]))

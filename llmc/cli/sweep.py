@@ -33,7 +33,7 @@ def sweep(
 
     config = make(SweepConfig, {**options, "vary": (*options["vary"], *(more or ()))})
     result = run(recipe, config)
-    if config.dry_run:
+    if "plan" in result:
         from llmc.recipes.plan import lines
 
         heading = f"{len(result['variants'])} variants\n"
@@ -51,4 +51,4 @@ def sweep(
                         "the table gives the reasons: fix them and run the sweep again")
     from llmc.evals.compare import gates
 
-    gates.enforce([g for v in result["variants"] for g in v["gates"]])
+    gates.enforce([g for v in result["variants"] for g in v.get("gates", [])])

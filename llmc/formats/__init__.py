@@ -1,1 +1,1 @@
-"""Formats on disk: model folders, GGUF files, ONNX folders, quantization types and their packing, manifests."""
+"""Formats on disk, read and written: models, quantization types and their packing, manifests."""

@@ -9,12 +9,36 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NotRequired, TypedDict
 
 from llmc.errors import UserError
 
 if TYPE_CHECKING:
+    from llmc.formats.kv import KvShape
     from llmc.formats.tensors import Tensor
+
+
+class ClassSize(TypedDict):
+    """The tensors of one class."""
+
+    bytes: int
+    parameters: int  # number of weights
+    types: list[str]  # stored types, sorted
+
+
+class Size(TypedDict):
+    """The sizes of an artifact."""
+
+    file_bytes: int  # of the weight files on disk
+    tensor_bytes: int  # of the tensors only
+    parameters: int  # number of weights of all tensors
+    bits_per_weight: float  # 8 * tensor_bytes / parameters
+    decoder_bits_per_weight: float  # of attention and MLP matrices only
+    token_bytes: int  # that decoding one token reads: all tensors except an untied embedding
+    tied: bool  # the embedding is also the head
+    types: dict[str, int]  # bytes by stored type
+    matrices: NotRequired[dict[str, int]]  # number of matrices by stored type; missing in reports of earlier versions
+    classes: dict[str, ClassSize]  # by each of CLASSES
 
 
 class Artifact(ABC):
@@ -83,21 +107,14 @@ class Artifact(ABC):
     def tensors(self) -> list[Tensor]:
         """Every weight, in the order of the file."""
 
-    def weigh(self) -> dict[str, Any]:
-        """Sizes, read from headers only.
-
-        file_bytes: of the weight file(s) on disk    tensor_bytes: of the tensors only    parameters: number of weights
-        bits_per_weight: 8 * tensor_bytes / parameters    decoder_bits_per_weight: of attention and MLP matrices only
-        token_bytes: bytes that decoding one token reads: all tensors except an untied embedding
-        tied: the embedding is also the head    types: {stored type: bytes}    matrices: {stored type: number of matrices}
-        classes: {class: {bytes, parameters, types}} for each of CLASSES
-        """
+    def weigh(self) -> Size:
+        """Sizes, read from headers only."""
         from llmc.families.names import CLASSES
 
         found = self.tensors()
         if not found:
             raise UserError(f"{self.path} holds no tensors", "make or download it again")
-        classes: dict[str, dict[str, Any]] = {k: {"bytes": 0, "parameters": 0, "types": []} for k in CLASSES}
+        classes: dict[str, ClassSize] = {k: {"bytes": 0, "parameters": 0, "types": []} for k in CLASSES}
         types: dict[str, int] = {}
         matrices: dict[str, int] = {}
         for t in found:
@@ -128,8 +145,8 @@ class Artifact(ABC):
         """{'layers', 'heads' (maximum over the layers), 'vocabulary'}."""
 
     @abstractmethod
-    def kv_shape(self) -> dict[str, Any] | None:
-        """The shape of the KV cache (llmc/formats/kv.py). None if the artifact does not state it."""
+    def kv_shape(self) -> KvShape | None:
+        """The shape of the KV cache. None if the artifact does not state it."""
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:

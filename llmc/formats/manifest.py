@@ -65,6 +65,11 @@ def read_manifest(artifact: Path) -> dict[str, Any] | None:
     return manifest
 
 
+def passes_of(artifact: Path) -> list[dict[str, Any]]:
+    """The passes of llmc that made an artifact, oldest first; [] if it has no manifest."""
+    return list((read_manifest(artifact) or {}).get("passes", []))
+
+
 def new_manifest(kind: str, source: dict[str, Any], passes: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
     """A manifest without its output hashes.
 

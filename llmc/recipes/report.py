@@ -1,10 +1,6 @@
 """The report of a recipe run as JSON, Markdown and HTML, built from the files that the steps wrote.
 
-    {"schema", "kind": "llmc-recipe-report", "recipe": {name, about, text, …}, "model", "steps": […], "artifacts": […],
-     "comparisons": […], "gates": […], "passed", "seconds", "versions"}
-
-A step: {job, command, from, teacher, options, key, artifact, bytes, seconds, curve?}. An artifact: {name, step, kind, path,
-bytes, report?}, the base first. Its `report` merges its newest eval and bench reports, without arrays.
+schema.py describes its content. The figures come from the reports of the steps.
 """
 
 from __future__ import annotations
@@ -13,25 +9,27 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from llmc.evals.compare.schema import Comparison
 from llmc.files import staged_file, write_json
 from llmc.formats.manifest import read_manifest, versions
 from llmc.recipes.chain import Chain, Step
 from llmc.recipes.commands import PAGE, REPORT
 from llmc.recipes.jobs import Job, measuring, weight_bytes
 from llmc.recipes.recipe import BASE
+from llmc.recipes.schema import ComparisonFacts, Provenance, RecipeFacts, RunArtifact, RunReport, StepReport
 
 SCHEMA = 1
 KIND = "llmc-recipe-report"
 
 
-def write(chain: Chain, jobs: Mapping[str, Job], folder: Path, ran: list[str]) -> dict[str, Any]:
+def write(chain: Chain, jobs: Mapping[str, Job], folder: Path, ran: list[str]) -> RunReport:
     """The report of a finished chain, with 'ran', the jobs of this run. It is written only if something changed."""
     place = folder / f"{chain.recipe.name}.json"
     pages = [place.with_suffix(s) for s in (".html", ".md")]
     before = read(place)
-    if not ran and before.get("recipe") == described(chain, jobs) and all(p.is_file() for p in pages):
+    if not ran and before and before["recipe"] == described(chain, jobs) and all(p.is_file() for p in pages):
         return {**before, "ran": []}
     made = build(chain, jobs, folder)
     from llmc.recipes.page import markdown, page
@@ -43,22 +41,23 @@ def write(chain: Chain, jobs: Mapping[str, Job], folder: Path, ran: list[str]) -
     return {**made, "ran": ran}
 
 
-def read(path: Path) -> dict[str, Any]:
-    """The report of an earlier run; {} if there is none or this version cannot read it."""
+def read(path: Path) -> RunReport | None:
+    """The report of an earlier run; None if there is none or this version cannot read it."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found: Any = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
-        return {}
-    return found if isinstance(found, dict) and (found.get("kind"), found.get("schema")) == (KIND, SCHEMA) else {}
+        return None
+    readable = isinstance(found, dict) and (found.get("kind"), found.get("schema")) == (KIND, SCHEMA)
+    return cast(RunReport, found) if readable else None
 
 
-def described(chain: Chain, jobs: Mapping[str, Job]) -> dict[str, Any]:
+def described(chain: Chain, jobs: Mapping[str, Job]) -> RecipeFacts:
     """The recipe and the keys of its jobs: equal for equal runs."""
     r = chain.recipe
     return {"name": r.name, "about": r.about, "text": r.text, "keys": {i: j.key for i, j in jobs.items()}}
 
 
-def build(chain: Chain, jobs: Mapping[str, Job], folder: Path) -> dict[str, Any]:
+def build(chain: Chain, jobs: Mapping[str, Job], folder: Path) -> RunReport:
     """Build the report from the records, manifests and reports in the run folder."""
     steps = [_step(j) for j in jobs.values()]
     comparisons = [_comparison(j) for j in jobs.values() if j.step.kind == PAGE]
@@ -72,15 +71,19 @@ def build(chain: Chain, jobs: Mapping[str, Job], folder: Path) -> dict[str, Any]
     }
 
 
-def _step(job: Job) -> dict[str, Any]:
+def _step(job: Job) -> StepReport:
     """The entry of one job: its inputs, its options without the defaults, its result and its time."""
     record = job.record() or {}
     manifest = (read_manifest(job.artifact) or {}) if job.step.typed.command.makes_model and job.artifact.exists() else {}
     last = (manifest.get("passes") or [{}])[-1]
     curve = {k: last[k] for k in ("curve", "losses", "best_step") if k in last}
-    return {"job": job.id, "command": job.step.command, "from": list(job.inputs), "teacher": job.teacher,
-            "options": changed_options(job.step), "key": job.key, "artifact": str(job.artifact), "bytes": record.get("bytes"),
-            "seconds": record.get("seconds"), "resumed": record.get("resumed", False), **({"curve": curve} if curve else {})}
+    step_report: StepReport = {
+        "job": job.id, "command": job.step.command, "from": list(job.inputs), "teacher": job.teacher,
+        "options": changed_options(job.step), "key": job.key, "artifact": str(job.artifact), "bytes": record.get("bytes"),
+        "seconds": record.get("seconds"), "resumed": record.get("resumed", False)}
+    if curve:
+        step_report["curve"] = curve
+    return step_report
 
 
 def changed_options(step: Step) -> dict[str, Any]:
@@ -98,36 +101,39 @@ def measured(step: Step, jobs: Mapping[str, Job], chain: Chain) -> dict[str, lis
             for target, names in zip(step.inputs, step.reports, strict=True)}
 
 
-def _merged_report(name: str, chain: Chain, jobs: Mapping[str, Job]) -> dict[str, Any]:
-    """{'report': the newest eval and bench reports of an artifact, merged}; {} if there are none."""
+def _with_report(artifact: RunArtifact, chain: Chain, jobs: Mapping[str, Job]) -> RunArtifact:
+    """Add the newest eval and bench reports of an artifact, merged, if there are any."""
     from llmc.evals.report.store import merged, read_report, without_arrays
 
-    joined: dict[str, Any] = {}
+    name, joined = artifact["name"], None
     for step in chain.steps:
         if step.kind == REPORT and name in step.inputs:
             path = jobs[measuring(step, chain, name, step.name)].report(name)
             joined = merged(joined, without_arrays(read_report(path)))
-    return {"report": joined} if joined else {}
+    if joined:
+        artifact["report"] = joined
+    return artifact
 
 
-def _base(chain: Chain, jobs: Mapping[str, Job]) -> dict[str, Any]:
+def _base(chain: Chain, jobs: Mapping[str, Job]) -> RunArtifact:
     path = Path(chain.base)
     if not path.exists():
         from llmc.sources.resolve import resolve_model
 
         path = resolve_model(chain.base)
-    return {"name": BASE, "step": None, "kind": "base", "path": str(path), "bytes": weight_bytes(path), "from": None,
-            **_merged_report(BASE, chain, jobs)}
+    return _with_report({"name": BASE, "step": None, "kind": "base", "path": str(path), "bytes": weight_bytes(path),
+                         "from": None}, chain, jobs)
 
 
-def _artifact(step: Step, chain: Chain, jobs: Mapping[str, Job]) -> dict[str, Any]:
+def _artifact(step: Step, chain: Chain, jobs: Mapping[str, Job]) -> RunArtifact:
     job = jobs[step.name]
     manifest = (read_manifest(job.artifact) or {}) if job.artifact.exists() else {}
-    provenance = {"source": manifest.get("source"), "created": manifest.get("created"), "versions": manifest.get("versions"),
-                  "passes": [_short_pass(p) for p in manifest.get("passes", [])]}
-    return {"name": step.name, "step": step.command, "kind": step.kind, "path": str(job.artifact),
-            "bytes": (job.record() or {}).get("bytes"), "from": step.inputs[0], "provenance": provenance,
-            **_merged_report(step.name, chain, jobs)}
+    provenance: Provenance = {
+        "source": manifest.get("source"), "created": manifest.get("created"), "versions": manifest.get("versions"),
+        "passes": [_short_pass(p) for p in manifest.get("passes", [])]}
+    return _with_report({"name": step.name, "step": step.command, "kind": step.kind, "path": str(job.artifact),
+                         "bytes": (job.record() or {}).get("bytes"), "from": step.inputs[0], "provenance": provenance},
+                        chain, jobs)
 
 
 def _short_pass(pass_entry: dict[str, Any]) -> dict[str, Any]:
@@ -138,7 +144,7 @@ def _short_pass(pass_entry: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _comparison(job: Job) -> dict[str, Any]:
-    result = json.loads(job.artifact.read_text(encoding="utf-8"))
+def _comparison(job: Job) -> ComparisonFacts:
+    result: Comparison = json.loads(job.artifact.read_text(encoding="utf-8"))
     return {"job": job.id, "page": str(job.folder / "compare.html"), "gates": result["gates"], "passed": result["passed"],
             "baseline": result["baseline"], "artifacts": [a["name"] for a in result["artifacts"]]}

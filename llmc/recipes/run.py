@@ -35,10 +35,11 @@ from llmc.recipes.jobs import (
 )
 from llmc.recipes.plan import RESUME, RUN, base_bytes, lines, plan, states
 from llmc.recipes.recipe import BASE, setting
+from llmc.recipes.schema import Plan, RunReport
 
 
-def run_recipe(recipe: str | Path, config: RunConfig) -> dict[str, Any]:
-    """Run the jobs that are not cached, and return the report (report.py); with `dry_run` return {'plan': […]}.
+def run_recipe(recipe: str | Path, config: RunConfig) -> RunReport | Plan:
+    """Run the jobs that are not cached, and return the report; with `dry_run` return the plan.
 
     Raises UserError with all problems at once, before a weight is read. A missed gate raises no error: read 'passed'.
     """

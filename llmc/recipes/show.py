@@ -6,30 +6,29 @@ from pathlib import Path
 from typing import Any
 
 from llmc.console import duration
+from llmc.recipes.schema import RunReport, SweepReport
 
 
-def summary(report: dict[str, Any]) -> str:
+def summary(report: RunReport) -> str:
     """The text that `llmc run` prints: tables, files and the path of the page."""
-    from llmc.evals.report.show import table
+    from llmc.evals.report.show import tables_text
     from llmc.recipes.page import tables
 
     ran = report["ran"]
     done = f"{len(ran)} of {len(report['steps'])} steps were run" if ran else "nothing to do: every step is cached"
-    found = [f"{title}  ({note})\n{table(rows)}" for title, note, rows in tables(report)]
     files = [f"  {a['name']}: {a['path']}" for a in report["artifacts"] if a["kind"] in ("gguf", "onnx")]
     page = Path(report["folder"]) / f"{report['recipe']['name']}.html"
-    return "\n\n".join([*found, "\n".join([f"{done}; {duration(report['seconds'])} of work in all", *files,
-                                           f"the page is {page}"])])
+    totals = "\n".join([f"{done}; {duration(report['seconds'])} of work in all", *files, f"the page is {page}"])
+    return f"{tables_text(tables(report))}\n\n{totals}"
 
 
-def sweep_summary(result: dict[str, Any]) -> str:
+def sweep_summary(result: SweepReport) -> str:
     """The text that `llmc sweep` prints."""
-    from llmc.evals.report.show import table
+    from llmc.evals.report.show import tables_text
     from llmc.recipes.sweep_page import tables
 
     page = Path(result["folder"]) / f"{result['recipe']}-sweep.html"
-    found = [f"{title}  ({note})\n{table(rows)}" for title, note, rows in tables(result)]
-    return "\n\n".join([*found, f"{len(result['ran'])} steps were run\nthe page is {page}"])
+    return f"{tables_text(tables(result))}\n\n{len(result['ran'])} steps were run\nthe page is {page}"
 
 
 def chain_lines(chain: Any) -> str:

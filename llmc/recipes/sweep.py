@@ -7,13 +7,15 @@ at least as good in every figure that was measured for both, and better in one.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from llmc.console import say
 from llmc.errors import UserError
+from llmc.evals.report.sections import speeds_of, texts_of
 from llmc.files import staged_file, write_json
 from llmc.formats.manifest import versions
 from llmc.recipes import report
@@ -25,13 +27,14 @@ from llmc.recipes.jobs import Job, jobs_of, open_folder
 from llmc.recipes.plan import RESUME, RUN, lines, plan, states
 from llmc.recipes.recipe import setting
 from llmc.recipes.run import locked
+from llmc.recipes.schema import Measured, Point, RunArtifact, SweepPlan, SweepReport, Variant
 
 MAX_VARIANTS = 256  # more is probably a mistake
 KIND = "llmc-sweep-report"
 
 
-def sweep(recipe: str | Path, config: SweepConfig) -> dict[str, Any]:
-    """Run the jobs of all variants that are not cached. Returns {'variants', 'artifacts', …}; with `dry_run` {'plan': […]}.
+def sweep(recipe: str | Path, config: SweepConfig) -> SweepReport | SweepPlan:
+    """Run the jobs of all variants that are not cached, and return the report; with `dry_run` return the plan.
 
     Raises UserError with the problems of all variants before a weight is read. If a variant fails while it runs, its
     'failed' has the errors, and the others continue.
@@ -108,57 +111,55 @@ def _unique(jobs: dict[str, dict[str, Job]], chains: dict[str, Chain]) -> tuple[
 
 
 def _publish(name: str, folder: Path, chains: dict[str, Chain], jobs: dict[str, dict[str, Job]],
-             failed: dict[str, str], ran: list[str]) -> dict[str, Any]:
+             failed: dict[str, str], ran: list[str]) -> SweepReport:
     """Write the report and the pages of a sweep. Figures come from the variants without failures."""
-    variants, artifacts = [], []
+    variants: list[Variant] = []
+    artifacts: list[Measured] = []
     for variant, chain in chains.items():
         own = jobs[variant]
         broken = {failed[j.folder.name] for j in own.values() if j.folder.name in failed}
-        steps = [j.folder.name for j in own.values()]
-        row: dict[str, Any] = {"variant": variant, "failed": sorted(broken), "steps": steps}
+        entry: Variant = {"variant": variant, "failed": sorted(broken), "steps": [j.folder.name for j in own.values()]}
         if not broken:
             made = report.build(chain, own, folder)
-            row |= {"gates": made["gates"], "passed": made["passed"], "seconds": made["seconds"]}
-            artifacts += [_point(a, variant) for a in made["artifacts"] if a["kind"] in EXPORTED]
-        variants.append(row)
-    shared: dict[str, dict[str, Any]] = {}
+            entry["gates"], entry["passed"], entry["seconds"] = made["gates"], made["passed"], made["seconds"]
+            artifacts += [_measured(a, variant) for a in made["artifacts"] if a["kind"] in EXPORTED]
+        variants.append(entry)
+    shared: dict[str, Point] = {}
     for a in artifacts:  # a file that several variants share, as the base's export, is one point
-        before = shared.setdefault(a["path"], {**a, "variants": []})
-        before["variants"].append(a["variant"])
-    points = [{**a, "variant": a["variant"] if len(a["variants"]) < len(chains) or len(chains) == 1 else "every variant"}
-              for a in shared.values()]
-    for a in points:
-        a["front"] = on_front(a, points)
-    result = {"schema": report.SCHEMA, "kind": KIND, "recipe": name, "folder": str(folder), "variants": variants,
-              "artifacts": points, "passed": all(v.get("passed", False) for v in variants), "versions": versions()}
+        shared.setdefault(a["path"], {**a, "variants": [], "front": False})["variants"].append(a["variant"])
+    points = list(shared.values())
+    for p in points:
+        p["variant"] = p["variant"] if len(p["variants"]) < len(chains) or len(chains) == 1 else "every variant"
+        p["front"] = on_front(p, points)
+    result: SweepReport = {
+        "schema": report.SCHEMA, "kind": KIND, "recipe": name, "folder": str(folder), "variants": variants,
+        "artifacts": points, "passed": all(v.get("passed", False) for v in variants), "versions": versions()}
     from llmc.recipes.sweep_page import markdown, page
 
     for suffix, text in ((".html", page(result)), (".md", markdown(result))):
         with staged_file(folder / f"{name}-sweep{suffix}") as tmp:
             tmp.write_text(text, encoding="utf-8")
     write_json(folder / f"{name}-sweep.json", result)
-    return {**json.loads(json.dumps(result)), "ran": ran}
+    return cast(SweepReport, {**json.loads(json.dumps(result)), "ran": ran})
 
 
-def _point(artifact: dict[str, Any], variant: str) -> dict[str, Any]:
+def _measured(artifact: RunArtifact, variant: str) -> Measured:
     """A file's bytes, KL divergence on the first text, and decode speed on the first real target (None: unknown)."""
-    from llmc.evals.report.store import speeds_of
-
-    measured = artifact.get("report", {})
-    text = next(iter(measured.get("quality", {}).get("texts", [])), None)
-    speed = next((s for s in speeds_of(measured).values() if not s["target"]["emulated"]), None)
+    report = artifact.get("report")
+    text = next(iter(texts_of(report)), None)
+    speed = next((s for s in speeds_of(report).values() if not s["target"]["emulated"]), None)
     return {"name": artifact["name"], "variant": variant, "kind": artifact["kind"], "path": artifact["path"],
             "from": artifact["from"], "bytes": artifact["bytes"], "text": text and text["protocol"]["text"],
             "perplexity": text and text["perplexity"], "kld": text and text["kld"],
             "decode": speed and speed["decode"]["median"], "unstable": bool(speed and speed["unstable"])}
 
 
-def objectives(point: dict[str, Any]) -> tuple[float | None, float | None, float | None]:
+def objectives(point: Measured) -> tuple[float | None, float | None, float | None]:
     """(bytes, divergence, minus tokens/s): less is better."""
     return (point["bytes"], point["kld"] and point["kld"]["value"], None if point["decode"] is None else -point["decode"])
 
 
-def on_front(point: dict[str, Any], points: list[dict[str, Any]]) -> bool:
+def on_front(point: Measured, points: Sequence[Measured]) -> bool:
     """Whether no other file beats it in the figures measured for both. False if its size or KL divergence is unknown."""
     own = objectives(point)
     if own[0] is None or own[1] is None:

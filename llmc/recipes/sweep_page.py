@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from llmc.console import duration, size
 from llmc.evals.compare import gates
 from llmc.evals.pages import charts
 from llmc.evals.pages.figure import Figure, dots
 from llmc.evals.pages.matrix import KLD
 from llmc.evals.pages.render import render
-from llmc.evals.report.show import filled, pm
-from llmc.evals.report.show import markdown as as_markdown
-from llmc.evals.report.tables import Table
+from llmc.evals.report.schema import Kld
+from llmc.evals.report.show import Table, filled, pm, tables_markdown
+from llmc.recipes.schema import Point, SweepReport
 
 FRONT, BEHIND = 1, 0  # colours
 
 
-def page(result: dict[str, Any]) -> str:
+def page(result: SweepReport) -> str:
     """The HTML page."""
     return render("sweep.html.jinja", heading=result["recipe"],
                   gates=[g for v in result["variants"] for g in v.get("gates", [])],
@@ -25,13 +23,12 @@ def page(result: dict[str, Any]) -> str:
                   folded=[("Versions", result["versions"].items())])
 
 
-def markdown(result: dict[str, Any]) -> str:
+def markdown(result: SweepReport) -> str:
     """The tables as Markdown."""
-    return f"# {result['recipe']}: sweep\n\n" + "\n\n".join(
-        f"## {title}\n\n{note}\n\n{as_markdown(rows)}" for title, note, rows in tables(result)) + "\n"
+    return f"# {result['recipe']}: sweep\n\n{tables_markdown(tables(result))}\n"
 
 
-def tables(result: dict[str, Any]) -> list[Table]:
+def tables(result: SweepReport) -> list[Table]:
     """The files, smallest first, and the variants."""
     rows = [["file", "variant", "front", "size", "perplexity", "KLD, nats", "decode tok/s"]]
     for a in sorted(result["artifacts"], key=lambda a: a["bytes"] or 0):
@@ -51,12 +48,12 @@ def tables(result: dict[str, Any]) -> list[Table]:
     return found
 
 
-def _pictures(artifacts: list[dict[str, Any]]) -> list[Figure]:
+def _pictures(artifacts: list[Point]) -> list[Figure]:
     """Size and speed against divergence. Points on the front have a colour of their own."""
-    drawn = [a for a in artifacts if a["kld"] and a["bytes"]]
+    drawn = [(a, kld, n / 1e6) for a in artifacts if (kld := a["kld"]) and (n := a["bytes"])]
     key = dots([(FRONT, "on the front"), (BEHIND, "beaten by another")])
-    by_size = [_mark(a, a["bytes"] / 1e6) for a in drawn]
-    by_speed = [_mark(a, a["decode"]) for a in drawn if a["decode"]]
+    by_size = [_mark(a, kld, megabytes) for a, kld, megabytes in drawn]
+    by_speed = [_mark(a, kld, decode) for a, kld, _ in drawn if (decode := a["decode"])]
     return [
         Figure("Size against divergence", "Down and left is better.", key, charts.scatter(by_size, "file, MB", KLD),
                "a step `eval` in the recipe"),
@@ -65,6 +62,6 @@ def _pictures(artifacts: list[dict[str, Any]]) -> list[Figure]:
     ]
 
 
-def _mark(artifact: dict[str, Any], x: float) -> charts.Point:
+def _mark(artifact: Point, kld: Kld, x: float) -> charts.Point:
     name = artifact["name"] if artifact["variant"] == "every variant" else f"{artifact['variant']} {artifact['name']}"
-    return charts.Point(x, artifact["kld"]["value"], name, FRONT if artifact["front"] else BEHIND, artifact["kld"]["se"])
+    return charts.Point(x, kld["value"], name, FRONT if artifact["front"] else BEHIND, kld["se"])

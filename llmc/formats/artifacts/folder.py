@@ -13,6 +13,7 @@ from llmc.formats.artifact import Artifact, collected
 
 if TYPE_CHECKING:
     from llmc.formats.checkpoint import Checkpoint
+    from llmc.formats.kv import KvShape
     from llmc.formats.tensors import Tensor
 
 
@@ -79,7 +80,7 @@ class FolderArtifact(Artifact):
                 "heads": int(config.get("num_attention_heads") or config["n_head"]),
                 "vocabulary": int(config["vocab_size"])}
 
-    def kv_shape(self) -> dict[str, Any] | None:
+    def kv_shape(self) -> KvShape | None:
         from llmc.files import read_json
         from llmc.formats.kv import shape_of_config
 

@@ -11,6 +11,7 @@ from llmc.formats.artifact import Artifact
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
+    from llmc.formats.kv import KvShape
     from llmc.formats.tensors import Tensor
 
 
@@ -47,7 +48,7 @@ class GgufArtifact(Artifact):
         return {"layers": int(self._own("block_count")), "vocabulary": int(embedding.shape[1]),
                 "heads": int(max(heads) if isinstance(heads, list) else heads)}  # a list has a value for each layer
 
-    def kv_shape(self) -> dict[str, Any] | None:
+    def kv_shape(self) -> KvShape | None:
         """Sliding layers count as full: most files do not list them, and llama.cpp by default caches every token for them
         too."""
         layers, heads = self._own("block_count"), self._own("attention.head_count")

@@ -11,6 +11,7 @@ from llmc.formats.artifact import Artifact, collected
 from llmc.formats.onnx_folder import GENAI, OnnxFolder, is_onnx_folder, open_onnx
 
 if TYPE_CHECKING:
+    from llmc.formats.kv import KvShape
     from llmc.formats.tensors import Tensor
 
 # {key in genai_config.json: key in a Hugging Face config}
@@ -52,7 +53,7 @@ class OnnxArtifact(Artifact):
                 "heads": int(decoder.get("num_attention_heads") or config["num_attention_heads"]),
                 "vocabulary": int(model.get("vocab_size") or config["vocab_size"])}
 
-    def kv_shape(self) -> dict[str, Any] | None:
+    def kv_shape(self) -> KvShape | None:
         from llmc.files import read_json
         from llmc.formats.kv import shape_of_config
 

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from llmc.console import size
 from llmc.evals.compare.gates import describe
-from llmc.evals.compare.run import tasks_of
-from llmc.evals.report.show import change, filled, matrices, pm, spread
-from llmc.evals.report.store import budget_of, speeds_of, targets_of
+from llmc.evals.compare.matrix import held
+from llmc.evals.compare.schema import Cell, Compared, Comparison, GateResult
+from llmc.evals.report.schema import BudgetText
+from llmc.evals.report.sections import budget_of, quality_of, speeds_of, targets_of, tasks_of, texts_of
+from llmc.evals.report.show import Table, change, filled, matrices, pm, spread
 
-Table = tuple[str, str, list[list[str]]]
-"""Title, note, rows; the first row is the heading."""
 
-
-def tables(comparison: dict[str, Any]) -> list[Table]:
+def tables(comparison: Comparison) -> list[Table]:
     """Size, budgets, then quality on each text and on tasks, then speed, then gates; what nobody measured is left out."""
     artifacts = comparison["artifacts"]
     out = [_sizes(artifacts)]
     if any(budget_of(a["report"]) for a in artifacts):
         out.append(_budgets(artifacts))
-    evaluated = [a for a in artifacts if "quality" in a["report"]]
+    evaluated = [a for a in artifacts if quality_of(a["report"])]
     if evaluated:
-        out += [_quality(evaluated, i) for i in range(len(evaluated[0]["report"]["quality"]["texts"]))]
+        out += [_quality(evaluated, i) for i in range(len(texts_of(evaluated[0]["report"])))]
         if any(tasks_of(a["report"]) for a in evaluated):
             out.append(_tasks(evaluated))
     for target in targets_of([a["report"] for a in artifacts]):
@@ -35,7 +32,7 @@ def tables(comparison: dict[str, Any]) -> list[Table]:
     return out
 
 
-def _sizes(artifacts: list[dict[str, Any]]) -> Table:
+def _sizes(artifacts: list[Compared]) -> Table:
     rows = [["artifact", "file", "of baseline", "bits/weight", "in decoder", "matrices"]]
     for a in artifacts:
         w = a["report"]["artifact"]["size"]
@@ -45,17 +42,16 @@ def _sizes(artifacts: list[dict[str, Any]]) -> Table:
     return "Size", "in decoder: bits per weight of attention and MLP", rows
 
 
-def _quality(artifacts: list[dict[str, Any]], index: int) -> Table:
+def _quality(artifacts: list[Compared], index: int) -> Table:
     """One text. Differences of KLD and top-1 are shown where the baseline has lost something itself."""
-    p = artifacts[0]["report"]["quality"]["texts"][index]["protocol"]
-    baseline = artifacts[0]["report"]["quality"]["texts"][index]["kld"]
+    first = texts_of(artifacts[0]["report"])[index]
+    p, baseline = first["protocol"], first["kld"]
     lossy = baseline is not None and baseline["value"] > 0
     rows = [["artifact", "perplexity", "to baseline", "bits/byte", "KLD, nats", *(["Δ KLD"] if lossy else []), "p99 KLD",
              "top-1 %", *(["Δ top-1"] if lossy else [])]]
     for a in artifacts:
-        t = a["report"]["quality"]["texts"][index]
-        d = (a["differences"] or {}).get("texts")
-        paired = d[index] if d else None
+        t, d = texts_of(a["report"])[index], a["differences"]
+        paired = d["texts"][index] if d and d["texts"] else None
         rows.append([
             a["name"], pm(t["perplexity"], 2), change(paired["perplexity_ratio"]) if paired else "–",
             pm(t["bits_per_byte"], 3), pm(t["kld"], 4),
@@ -67,7 +63,7 @@ def _quality(artifacts: list[dict[str, Any]], index: int) -> Table:
             "differences to the baseline are paired by token", rows)
 
 
-def _budgets(artifacts: list[dict[str, Any]]) -> Table:
+def _budgets(artifacts: list[Compared]) -> Table:
     """Predicted against measured, a row for each artifact that a budget chose the types of and each text."""
     rows = [["artifact", "target", "file planned", "file", "KLD predicted", "text", "KLD measured", "to predicted"]]
     healed = False
@@ -77,7 +73,8 @@ def _budgets(artifacts: list[dict[str, Any]]) -> Table:
         healed = healed or budget["healed"]
         file = "–" if budget["file_bytes"] is None else size(budget["file_bytes"])
         plan = [a["name"], budget["target"], size(budget["planned_bytes"]), file, f"{budget['predicted_kld']:.4f}"]
-        for m in budget["measured"] or [None]:
+        measured: list[BudgetText | None] = [*budget["measured"]]
+        for m in measured or [None]:
             found = ["–", "–", "–"] if m is None else [
                 m["text"], pm({"value": m["kld"], "se": m["se"]}, 4), "–" if m["ratio"] is None else f"{m['ratio']:.2f}x"]
             rows.append([*plan, *found])
@@ -85,32 +82,34 @@ def _budgets(artifacts: list[dict[str, Any]]) -> Table:
             + ("; healing came after the prediction" if healed else ""), rows)
 
 
-def _tasks(artifacts: list[dict[str, Any]]) -> Table:
+def _tasks(artifacts: list[Compared]) -> Table:
     """A row for each task and artifact that has it."""
     rows = [["task", "artifact", "items", "acc %", "Δ acc", "acc_norm %", "Δ acc_norm", "perplexity", "to baseline"]]
     names = dict.fromkeys(name for a in artifacts for name in tasks_of(a["report"]))
     for name, a in ((name, a) for name in names for a in artifacts if name in tasks_of(a["report"])):
         t = tasks_of(a["report"])[name]
-        rise = ((a["differences"] or {}).get("tasks") or {}).get(name) or {}
-        ratio = rise.get("perplexity_ratio")
+        d = a["differences"]
+        rise = d["tasks"].get(name) if d and d["tasks"] else None
+        ratio = rise and rise["perplexity_ratio"]
         rows.append([name, a["name"], f"{t['protocol']['items']} of {t['protocol']['of']}",
-                     pm(t["acc"], 1, 100), pm(rise.get("acc"), 1, 100, sign=True),
-                     pm(t["acc_norm"], 1, 100), pm(rise.get("acc_norm"), 1, 100, sign=True),
+                     pm(t["acc"], 1, 100), pm(rise and rise["acc"], 1, 100, sign=True),
+                     pm(t["acc_norm"], 1, 100), pm(rise and rise["acc_norm"], 1, 100, sign=True),
                      pm(t["perplexity"], 2), change(ratio) if ratio else "–"])
     return ("Tasks", "zero-shot, scored by log-likelihood as lm-evaluation-harness does; acc_norm: by the answer's length; "
             "perplexity: of the last word; ± is one standard error, differences to the baseline are paired by item",
             filled(rows))
 
 
-def _speed(artifacts: list[dict[str, Any]], target: str) -> Table:
+def _speed(artifacts: list[Compared], target: str) -> Table:
     rows = [["artifact", "load s", "first token s", "prefill tok/s", "decode tok/s", "speedup", "peak memory", "GB/s",
              "verdict"]]
     for a in artifacts:
         s = speeds_of(a["report"])[target]
-        speedup = ((a["differences"] or {}).get("speeds") or {}).get(target, {}).get("decode_speedup")
+        d = a["differences"]
+        faster = d["speeds"].get(target) if d and d["speeds"] else None
         rows.append([
             a["name"], f"{s['load_s']:.2f}", spread(s["first_token"], 3), spread(s["prefill"]), spread(s["decode"]),
-            pm(speedup, 2, unit="x") if speedup else "–", size(s["peak_rss"]), f"{s['read_bandwidth'] / 1e9:.1f}",
+            pm(faster and faster["decode_speedup"], 2, unit="x"), size(s["peak_rss"]), f"{s['read_bandwidth'] / 1e9:.1f}",
             "emulated" if s["target"]["emulated"] else "UNSTABLE" if s["unstable"] else "stable",
         ])
     s = speeds_of(artifacts[0]["report"])[target]
@@ -119,9 +118,10 @@ def _speed(artifacts: list[dict[str, Any]], target: str) -> Table:
             f"{p['generate']} decoded at depth {p['depth']}; medians [IQR]; GB/s of weights read", rows)
 
 
-def _devices(cells: list[dict[str, Any]]) -> Table:
+def _devices(cells: list[Cell]) -> Table:
     """Decode speed, first token and memory by artifact and device."""
-    targets, artifacts = (list(dict.fromkeys(c[k] for c in cells)) for k in ("target", "artifact"))
+    targets = list(dict.fromkeys(c["target"] for c in cells))
+    artifacts = list(dict.fromkeys(c["artifact"] for c in cells))
     by = {(c["artifact"], c["target"]): c for c in cells}
     rows = [["artifact", *(f"{t}{what}" for t in targets for what in (": decode tok/s", ": first token s", ": memory"))]]
     for a in artifacts:
@@ -132,25 +132,26 @@ def _devices(cells: list[dict[str, Any]]) -> Table:
     return "Devices", "; ".join(notes), filled(rows)
 
 
-def _cell(c: dict[str, Any] | None) -> list[str]:
+def _cell(c: Cell | None) -> list[str]:
     if c is None:
         return ["–"] * 3
-    ram = size(sum(c["memory"].values()))
+    ram = size(held(c))
     first = min(c["first_token"], key=lambda p: abs(p["tokens"] - 512), default=None)
     if c["source"] == "estimate":
         said = "–" if first is None else f"~{first['mid']:.3g} ({first['tokens']} tokens)"
-        low, mid, high = (f"{c['decode'][k]:.3g}" for k in ("low", "mid", "high"))
+        d = c["decode"]
+        low, mid, high = (f"{v:.3g}" for v in (d["low"], d["mid"], d["high"]))
         return [f"~{mid} ({low} to {high}){_star(c)}", said, f"~{ram}"]
     mark = " emulated" if c["source"] == "emulated" else " UNSTABLE" if c["unstable"] else ""
     said = "–" if first is None else f"{first['mid']:.3g} ({first['tokens']} tokens){mark}"
     return [f"{c['decode']['mid']:.1f}{mark}{_star(c)}", said, ram]
 
 
-def _star(c: dict[str, Any]) -> str:
+def _star(c: Cell) -> str:
     return " ★" if c["front"] else ""
 
 
-def gates_table(results: list[dict[str, Any]]) -> Table:
+def gates_table(results: list[GateResult]) -> Table:
     """A row for each gate of each candidate."""
     rows = [["gate", "verdict"], *([describe(r), "passed" if r["passed"] else "MISSED"] for r in results)]
     return "Gates", "held for every candidate, text and target", rows
