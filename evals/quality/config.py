@@ -13,7 +13,7 @@ from llmc.options import ADVANCED, RUN, Wrong, check, fitting, option
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """The options of `llmc eval`. Defaults are the protocol of `llama-perplexity`, on the first 40 chunks."""
+    """The options of `llmc eval`. The defaults are those of `llama-perplexity`, on the first 40 chunks."""
 
     artifact: str = option(help="A model or ONNX folder, a .gguf file or a hub id.", argument=True, metavar="ARTIFACT")
     _: KW_ONLY
@@ -22,7 +22,7 @@ class EvalConfig:
     text: str = option(
         "python-docs", help="Text to evaluate on: a text file, wikitext (from the hub) or python-docs.", metavar="TEXT")
     second_text: str | None = option(
-        None, help="A second text, unlike the first. A loss on one text alone is a sign of overfitting to the other.",
+        None, help="A second, different text. A loss on only one text is a sign of overfitting to the other.",
         metavar="TEXT")
     context: int = option(512, help="Number of tokens in a chunk. The second half of each chunk is scored.", low=8,
                           group=ADVANCED)
@@ -37,7 +37,8 @@ class EvalConfig:
     task_items: int = option(
         200, help="Number of items of each task to evaluate, evenly spaced. 0 means all.", low=0, group=ADVANCED)
     no_text: bool = option(False, help="Evaluate tasks only, no text.", group=ADVANCED)
-    kv: str | None = shared.kv(" The base keeps its own type. To measure the effect of --kv alone, give the artifact as --base.")
+    kv: str | None = shared.kv(
+        " The base keeps its own type. To measure the effect of --kv alone, give the artifact as --base.")
     target: str | None = option(
         None, help="Device that runs the artifact (see `llmc target`). The base runs on this machine.", metavar="NAME",
         group=RUN, shown="this machine")
