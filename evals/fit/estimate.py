@@ -198,7 +198,7 @@ def rates_of_profile(profile: Profile, target: str | None = None) -> Rates:
     whose = "" if source is profile else f" of {source.name}"
     points = f"{len(source.measured)} published measurements{whose}"
     share = median(r for _, r in source.achieved()) / source.bandwidth.value
-    unknown = "" if flops else "; no prefill is published"
+    unknown = "" if flops else "; no prefill speed is published"
     basis = (f"profile {profile.id} ({profile.name}): {points}; they read {share:.0%} of "
              f"{source.bandwidth.value / 1e9:.1f} GB/s{unknown}; {NO_ATTENTION}")
     return Rates(target or profile.id, basis, int(profile.ram.value), read, flops, (0.7 * cost, cost, 1.3 * cost))

@@ -74,7 +74,7 @@ def _gold(value: Any, labels: Sequence[Any]) -> int:
     for i, label in enumerate(labels):
         if str(value).strip() == str(label).strip():
             return i
-    raise ValueError(f"the right answer {value!r} is not one of {', '.join(map(str, labels))} (a split without answers?)")
+    raise ValueError(f"the right answer {value!r} is none of {', '.join(map(str, labels))} (a split without answers?)")
 
 
 def _choices(context: str, answers: Sequence[str], gold: int) -> Item:
@@ -93,7 +93,7 @@ def _labelled(row: dict[str, Any], context: str) -> Item:
     choices = _field(row, "choices", dict)
     answers, labels = _texts(choices, "text"), _texts(choices, "label")
     if len(answers) != len(labels):
-        raise ValueError("choices has different numbers of labels and texts")
+        raise ValueError("choices does not have as many labels as texts")
     return _choices(context, answers, _gold(_field(row, "answerKey"), labels))
 
 
@@ -210,7 +210,7 @@ def _items(name: str, source: str, rows: Iterable[tuple[str, Any]]) -> list[Item
                 raise ValueError("not a JSON object")
             item = KINDS[name].read(row)
             if not all(context.strip() for context, _ in item.pairs):
-                raise ValueError("the context before the answer is empty")
+                raise ValueError("there is nothing before the answer")
             items.append(item)
         except ValueError as e:
             bad.append(f"{source}, {where}: {e}")
