@@ -2,7 +2,7 @@
 
     reports: [out/base.json, out/small.json]     # made by llmc eval and bench; paths are relative to this file
     artifacts: [out/small.gguf]                  # artifacts that would ship; a report belongs to one by its sha256
-    run: true                                    # measure the values that the gates need and no report has
+    run: true                                    # measure values that no report has (default: false)
     base: models/base                            # base model of the KL divergence, with `run`
     eval: {text: wikitext, chunks: 40}           # options of llmc eval, with `run`
     allow_estimates: false                       # whether an estimate may pass a gate
@@ -84,7 +84,7 @@ def read_gates(path: Path) -> Gates:
     asked = content.get("eval", {})
     problems += ["eval must be a mapping of options"] if not isinstance(asked, dict) else [
         f"eval: unknown option {k!r} (known: {', '.join(EVAL)})" for k in asked if k not in EVAL]
-    problems += [] if content.get("artifacts") else ["artifacts: list the files that would ship"]
+    problems += [] if content.get("artifacts") else ["artifacts: name what would ship"]
     targets = content.get("targets")
     problems += _target_problems(targets) if isinstance(targets, dict) and targets else ["targets: list devices and limits"]
     if problems:
