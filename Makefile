@@ -22,7 +22,7 @@ test: $(VENV)/.dev lint  ## Lint, type-check, check the docs, run the tests
 	$(BIN)/python -m pytest
 
 # what reads models with transformers in each way that llmc has, and every family; a few minutes
-OPTIMUM_TESTS := $(addprefix tests/test_,$(addsuffix .py,export_onnx_optimum runtimes_torch calibration sources gguf_export))
+OPTIMUM_TESTS := $(addprefix tests/test_,$(addsuffix .py,export_onnx_optimum runtimes_torch calibration sources gguf_export gguf_plan gguf_verify gguf_metadata))
 
 test-optimum: $(OLD)/.optimum  ## A selection of the tests on transformers 4.57, and those of --exporter optimum
 	$(OLD)/bin/python -m pytest -m "not real" $(OPTIMUM_TESTS)

@@ -1,10 +1,10 @@
-"""The same base, the same calibration text, the same file formats: llmc against llama.cpp with its importance matrix.
+"""Compare llmc with llama.cpp and its importance matrix, on the same base, calibration text and file formats.
 
-llama-imatrix gets the very text that llmc calibrates on (the sequences it chose, decoded), and llama-quantize writes every
-linear in the one type (`--pure`), as llmc does. All files are then run in llama.cpp as `llmc eval` does it, the base once for
-all of them: KL divergence to the float base on every text given. Prints a table and one JSON line; exit code 1 where llmc
-loses a text at a type. `--heal STEPS` adds a file that `llmc heal` went on with. What is in the folder `--work` already is
-not made again.
+llama-imatrix gets exactly the text that llmc calibrates on (the sequences that llmc chose, decoded). llama-quantize writes
+every linear in one type (`--pure`), as llmc does. Then all files run in llama.cpp as in `llmc eval`, and the base runs once:
+the result is the KL divergence to the float base on every text. The script prints a table and one JSON line. Exit code 1 if
+llmc loses on a text at a type. `--heal STEPS` adds a file that `llmc heal` trained further. Files that are already in the
+folder `--work` are not made again.
 
     python benchmarks/against_llama_cpp.py --bin llama.cpp/build/bin --base MODEL_FOLDER --calibration mixed.txt \
         --text wiki.test.raw --text tinystories.txt --work /some/empty/folder \
@@ -39,7 +39,7 @@ CONTEXT = 512
 
 
 def timed(*command: object) -> dict[str, float]:
-    """Run a command: wall seconds, seconds of all its cores, and its peak resident memory in bytes."""
+    """Run a command. Returns wall seconds, seconds of all its cores, and its peak resident memory in bytes."""
     start = time.monotonic()
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen([str(c) for c in command], stdout=log, stderr=log)
@@ -53,7 +53,7 @@ def timed(*command: object) -> dict[str, float]:
 
 
 def make(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Every candidate: {name: {'file', 'seconds'}}; files that are there already are taken as they are."""
+    """Make every candidate: {name: {'file', 'seconds'}}. Files that are already there are used."""
     work, llmc = args.work, [sys.executable, "-m", "llmc"]
     work.mkdir(parents=True, exist_ok=True)
     made: dict[str, dict[str, Any]] = {}
@@ -92,7 +92,7 @@ def make(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def measure(files: dict[str, Path], args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """Perplexity, KL divergence and top-1 agreement of every file or folder on every text, {name: [a text's]}."""
+    """Perplexity, KL divergence and top-1 agreement of every file or folder: {name: [one result for each text]}."""
     tokenizer, base = FolderTokenizer(Path(args.base)), open_runtime(Path(args.base), CONTEXT, args.threads, "cpu")
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in files}
     runtimes = {name: open_runtime(path, CONTEXT, args.threads, "cpu") for name, path in files.items()}
@@ -121,9 +121,9 @@ def main() -> None:
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--text", action="append", required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--type", action="append", help="GGUF type; may be given again (default: q4_0 and q8_0)")
-    parser.add_argument("--transform", default="none", help="of llmc quantize: rotate+scaling, ...")
-    parser.add_argument("--heal", type=int, default=0, help="steps of llmc heal; 0 for none")
+    parser.add_argument("--type", action="append", help="GGUF type; may be repeated (default: q4_0 and q8_0)")
+    parser.add_argument("--transform", default="none", help="--transform of llmc quantize, as in rotate+scaling")
+    parser.add_argument("--heal", type=int, default=0, help="number of steps of llmc heal; 0 means no healing")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--chunks", type=int, default=40)
     parser.add_argument("--threads", type=int, default=physical_cores())

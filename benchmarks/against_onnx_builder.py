@@ -1,11 +1,11 @@
-"""The same base, the same settings, the same runtime: llmc's 4-bit ONNX against that of onnxruntime-genai's model builder.
+"""Compare llmc's 4-bit ONNX with that of onnxruntime-genai's model builder, on the same base, settings and runtime.
 
-The builder rounds the float base (`-p int4`, blocks of 32, symmetric, embedding and head one 8-bit table where the base ties
-them); llmc's folder carries the codes that `llmc quantize` chose. Both graphs are read and must ask for the same: bits,
-block, symmetry and accuracy level of every MatMulNBits, and sizes within 1 %. A third row is the GGUF of llmc's folder in
-llama.cpp, with the KL divergence between the two exported files. Each text is run once in the float base for all of them.
-Speeds are those of `llmc bench`, the files taking turns in one run; the ratio is the median over the rounds. Prints a table
-and one JSON line; exit code 1 where llmc's divergence is the larger on a text. What is in the folder `--work` already is not
+The builder rounds the float base (`-p int4`, blocks of 32, symmetric; embedding and head are one 8-bit matrix if the base
+ties them). llmc's folder has the codes that `llmc quantize` chose. The script reads both graphs and checks that they agree in
+bits, block, symmetry and accuracy level of every MatMulNBits, and in size within 1 %. A third row is the GGUF of llmc's
+folder in llama.cpp, with the KL divergence between the two exported files. The float base runs once on each text. Speeds are
+those of `llmc bench`, with the files in turns in one run; the ratio is the median over the rounds. The script prints a table
+and one JSON line. Exit code 1 if llmc's divergence is larger on a text. Files that are already in the folder `--work` are not
 made again.
 
     python benchmarks/against_onnx_builder.py --base MODEL_FOLDER --calibration mixed.txt --text wiki.test.raw \
@@ -47,7 +47,7 @@ def command(*words: object) -> None:
 
 
 def make(args: argparse.Namespace) -> dict[str, Path]:
-    """Every candidate's file or folder; those that are there already are taken as they are."""
+    """Make every candidate's file or folder. Those that are already there are used."""
     work, llmc = args.work, [sys.executable, "-m", "llmc"]
     work.mkdir(parents=True, exist_ok=True)
     folder, level = args.quantized or work / "llmc", args.accuracy_level
@@ -73,7 +73,7 @@ def make(args: argparse.Namespace) -> dict[str, Path]:
 
 
 def check_alike(files: dict[str, Path]) -> None:
-    """Stop where the two graphs do not ask for the same."""
+    """Exit if the settings of the two graphs differ."""
     asked = {name: open_onnx(files[name]).matmul_nbits() for name in (OURS, THEIRS)}
     if asked[OURS] != asked[THEIRS]:
         sys.exit("the two files are made differently:\n" + "\n".join(f"{name}: {a}" for name, a in asked.items()))
@@ -83,8 +83,8 @@ def check_alike(files: dict[str, Path]) -> None:
 
 
 def measure(files: dict[str, Path], args: argparse.Namespace) -> tuple[dict[str, list[Any]], list[Any]]:
-    """Perplexity, KL divergence and top-1 agreement of every file on every text, {name: [a text's]}; and for every text the
-    divergence of the GGUF from the ONNX of the same codes."""
+    """Perplexity, KL divergence and top-1 agreement of every file, {name: [one result for each text]}; and for every text the
+    KL divergence between the GGUF and the ONNX of the same codes."""
     tokenizer, base = FolderTokenizer(Path(args.base)), open_runtime(Path(args.base), args.context, args.threads, "cpu")
     runtimes = {name: open_runtime(path, args.context, args.threads, "cpu") for name, path in files.items()}
     found: dict[str, list[Any]] = {name: [] for name in files}
@@ -114,7 +114,7 @@ def measure(files: dict[str, Path], args: argparse.Namespace) -> tuple[dict[str,
 
 
 def speeds(files: dict[str, Path], args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """`llmc bench` of all of them, in turns; 'ratio' is llmc's ONNX over the file, by round."""
+    """Run `llmc bench` on all files, in turns. 'ratio': speed of llmc's ONNX divided by that of the file, by round."""
     reports = bench(BenchConfig(tuple(str(f) for f in files.values()), prompt=args.prompt, generate=args.generate,
                                 repetitions=args.rounds, threads=args.threads))
     found = {name: speeds_of(r)["local-cpu"] for name, r in zip(files, reports, strict=True)}
@@ -127,8 +127,8 @@ def speeds(files: dict[str, Path], args: argparse.Namespace) -> dict[str, dict[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", required=True)
-    parser.add_argument("--calibration", help="of llmc quantize; not needed with --quantized")
-    parser.add_argument("--quantized", type=Path, help="a folder that llmc quantize made of the base: 4 bits, groups of 32")
+    parser.add_argument("--calibration", help="calibration text of llmc quantize; not needed with --quantized")
+    parser.add_argument("--quantized", type=Path, help="a folder that llmc quantize made from the base: 4 bits, groups of 32")
     parser.add_argument("--text", action="append", required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--accuracy-level", choices=("0", "4"), default="4")

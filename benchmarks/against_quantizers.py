@@ -1,9 +1,10 @@
-"""The same base and sequences, 4 bits in symmetric groups of 32: llmc against other quantizers, in turns on one machine.
+"""Compare llmc with other quantizers at 4 bits in symmetric groups of 32, on the same base and sequences, in turns.
 
-GPTQModel and auto-round each run in the Python environment that is given for it (they ask for versions of their own); llmc
-runs once as it is, and once for each `--llmc` with more options of `llmc quantize`. Times and peak memory are those of the
-whole process. All folders are GPTQ checkpoints, and are read by llmc in torch beside the float base: KL divergence on every
-text. Prints a table and one JSON line. What is in the folder `--work` already is not made again, and has no time.
+GPTQModel and auto-round need their own versions of packages, so each runs in the Python environment that is given for it.
+llmc runs once without options, and once for each `--llmc` with more options of `llmc quantize`. Times and peak memory are
+those of the whole process. All folders are GPTQ checkpoints. llmc runs them in torch and computes the KL divergence to the
+float base on every text. The script prints a table and one JSON line. Folders that are already in `--work` are not made
+again, and have no time.
 
     python benchmarks/against_quantizers.py --base MODEL_FOLDER --calibration mixed.txt --text wiki.test.raw \
         --text tinystories.txt --work /some/empty/folder --gptqmodel VENV/bin/python --auto-round VENV/bin/python \
@@ -28,11 +29,11 @@ from llmc.formats.hf import load_tokenizer
 from llmc.machine import physical_cores
 
 PEERS = Path(__file__).parent / "peers"
-ITERATIONS = 50  # auto-round's, of each layer: its default of 200 takes four times as long
+ITERATIONS = 50  # of auto-round, for each layer; its default of 200 takes four times as long
 
 
 def commands(args: argparse.Namespace) -> dict[str, tuple[Path, list[object]]]:
-    """{name: (the folder to be made, the command)}"""
+    """The quantizers to run: {name: (folder to make, command)}."""
     work, sequences = args.work, args.work / "sequences.safetensors"
     chosen = load_calibration(args.calibration, load_tokenizer(Path(args.base)), args.samples, 512).sequences
     save_file({"sequences": chosen.contiguous()}, sequences)
@@ -51,7 +52,7 @@ def commands(args: argparse.Namespace) -> dict[str, tuple[Path, list[object]]]:
 
 
 def checkpoint(folder: Path) -> Path:
-    """The folder with the config: auto-round makes one inside the folder it is given."""
+    """The folder with the config. auto-round makes it inside the folder that it is given."""
     return next(folder.rglob("config.json")).parent
 
 

@@ -1,8 +1,9 @@
-"""Does `llmc eval` agree with llama.cpp's own `llama-perplexity --kl-divergence` on the same file and the same text?
+"""Check that `llmc eval` agrees with llama.cpp's own `llama-perplexity --kl-divergence` on the same file and text.
 
-llama-perplexity tokenizes the text itself and takes its base logits from a GGUF (16 bits each in its logits file); llmc
-feeds both sides the ids of the Hugging Face tokenizer and takes the base's logits from torch in float32. Perplexity has
-to agree within 0.2 %, mean KL divergence within 3 %. Prints a table and one JSON line; exit code 1 where they disagree.
+llama-perplexity tokenizes the text itself and takes its base logits from a GGUF (its logits file has 16 bits for each).
+llmc gives both models the ids of the Hugging Face tokenizer and takes the base's logits from torch in float32. Perplexity
+must agree within 0.2 %, mean KL divergence within 3 %. The script prints a table and one JSON line. Exit code 1 if they
+disagree.
 
     python benchmarks/agree_with_llama_perplexity.py --llama-perplexity build/bin/llama-perplexity \
         --base MODEL_FOLDER --base-gguf base-f16.gguf --candidate small.gguf --text wiki.test.raw --chunks 10
@@ -34,7 +35,7 @@ LINES = {  # what llama-perplexity prints: value ± standard error over tokens
 
 
 def run_theirs(args: argparse.Namespace, logits: Path) -> dict[str, tuple[float, float]]:
-    """Their figures: {name: (value, standard error over tokens)}."""
+    """The figures of llama-perplexity: {name: (value, standard error over tokens)}."""
     common = [args.llama_perplexity, "-f", args.text, "-c", str(args.context), "--chunks", str(args.chunks),
               "-t", str(args.threads), "--kl-divergence-base", str(logits)]
     if not use_extra_buffers():

@@ -1,13 +1,13 @@
-"""Does `llmc bench` measure what llama.cpp's own llama-bench measures, and onnxruntime-genai's own benchmark?
+"""Check that `llmc bench` measures the same speeds as llama.cpp's llama-bench and onnxruntime-genai's benchmark.
 
-The two take turns on the same file with the same number of threads, prompt, depth and tokens: llama-bench's `pp` is our
-prefill, its `tg` our decoding. For an ONNX folder it is onnxruntime-genai's generator, driven as its benchmark does it (its
-package on PyPI has no script): a prompt is `append_tokens` and the first token, decoding `generate_next_token`. A round is a
-bench of each; what counts is the median over the rounds of ours over theirs. Prints a table and one JSON line; exit code 1
-where one is further from 1 than `--within`.
+The two tools take turns on the same file with the same number of threads, prompt, depth and tokens. llama-bench's `pp`
+is llmc's prefill, its `tg` is llmc's decoding. For an ONNX folder the other tool is onnxruntime-genai's generator, used
+as in its benchmark (its package on PyPI has no script): a prompt is `append_tokens` and the first token, decoding is
+`generate_next_token`. A round is one bench of each tool. The result is the median over the rounds of llmc's speed divided
+by the other's. The script prints a table and one JSON line. Exit code 1 if a ratio is further from 1 than `--within`.
 
-llama-bench must have the kernels that llama-cpp-python has. The surest way is to link it against that package's libraries
-(`-L …/llama_cpp/lib -lllama -lggml -lggml-base`, with the llama.cpp sources that it was built from).
+llama-bench must have the same kernels as llama-cpp-python. The surest way is to link it with that package's libraries
+(`-L .../llama_cpp/lib -lllama -lggml -lggml-base`, with the llama.cpp sources that the package was built from).
 
     python benchmarks/bench_against_llama_bench.py --llama-bench BIN/llama-bench small.gguf onnx-folder [--threads 2]
 """
@@ -35,7 +35,7 @@ from llmc.runtimes.amx import use_extra_buffers
 
 
 def ours(artifact: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """`llmc bench`: tokens/s of prefill and of decoding, and whether it calls itself unstable."""
+    """Run `llmc bench`. Returns tokens/s of prefill and of decoding, and whether the bench is marked unstable."""
     config = BenchConfig((str(artifact),), prompt=(args.prompt,), depth=(args.depth,), generate=args.generate,
                          threads=args.threads)
     s = speeds_of(bench(config)[0])["local-cpu"]
@@ -43,7 +43,7 @@ def ours(artifact: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def llama_bench(artifact: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """The medians of llama-bench's own repetitions. Its context is made anew for each test, as ours is filled anew."""
+    """The medians of llama-bench's own repetitions. It makes a new context for each test; llmc fills its context anew."""
     command = [args.llama_bench, "-m", artifact, "-p", args.prompt, "-n", args.generate, "-t", args.threads, "-ngl", 0,
                "-r", args.repetitions, "-o", "json", "--repack", int(args.repack)]
     found = {}
@@ -59,7 +59,7 @@ def llama_bench(artifact: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def genai(artifact: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """onnxruntime-genai's generator, in this process, with its session's threads set as ours are; greedy."""
+    """Run onnxruntime-genai's generator in this process, greedy, with the same threads for its session as llmc."""
     import onnxruntime_genai as og
 
     config = og.Config(str(artifact))
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=128, help="tokens in the cache when decoding begins, at least 1")
     parser.add_argument("--generate", type=int, default=64)
     parser.add_argument("--threads", type=int, default=physical_cores())
-    parser.add_argument("--repetitions", type=int, default=7, help="of theirs")
+    parser.add_argument("--repetitions", type=int, default=7, help="number of repetitions of the other tool")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--within", type=float, default=0.03)
     args = parser.parse_args()

@@ -1,9 +1,9 @@
-"""How much of the log-perplexity that dropping layers costs does `llmc distill` bring back, on text it was not trained on?
+"""Measure how much of the log-perplexity lost by removed layers `llmc distill` recovers, on text it was not trained on.
 
-The student is what `llmc prune --method depth --drop N` makes of the base, or the folder `--student`. All three models are
-judged by `llmc eval` in torch. Prints the held-out curve, a table and one JSON line; exit code 1 where less than `--least`
-comes back on the first text or the distillation takes longer than `--minutes`. What is in the folder `--work` already is not
-made again. Options after `--` go to `llmc distill`.
+The student is the base after `llmc prune --method depth --drop N`, or the folder `--student`. `llmc eval` evaluates all three
+models in torch. The script prints the held-out curve, a table and one JSON line. Exit code 1 if less than `--least` is
+recovered on the first text, or if the distillation takes longer than `--minutes`. Folders that are already in `--work` are
+not made again. Options after `--` are given to `llmc distill`.
 
     python benchmarks/distill.py --base BASE --calibration mixed.txt --text wiki.test.raw --text tinystories.txt \
         --work /some/empty/folder [--drop 3 | --student FOLDER] [-- --steps 300 --lr 1e-4]
@@ -26,7 +26,7 @@ from llmc.machine import physical_cores
 
 
 def distilled(student: Path, args: argparse.Namespace, out: Path) -> dict[str, Any]:
-    """The last pass of the distilled folder, with the seconds it took where it is made now."""
+    """The last pass in the manifest of the distilled folder, and the seconds that it took if it is made now."""
     seconds = None
     if not out.exists():
         start = time.monotonic()
@@ -39,7 +39,7 @@ def distilled(student: Path, args: argparse.Namespace, out: Path) -> dict[str, A
 
 
 def log_perplexities(model: Path, args: argparse.Namespace) -> list[float]:
-    """Of every text, nats a token."""
+    """The log-perplexity on every text, in nats per token."""
     reports = [llmc.evaluate(model, text=text, chunks=args.chunks, threads=args.threads) for text in args.text]
     return [math.log(r["quality"]["texts"][0]["perplexity"]["value"]) for r in reports]
 
@@ -50,13 +50,13 @@ def main() -> None:
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--text", action="append", required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--drop", type=int, default=3, help="how many layers the student lacks")
+    parser.add_argument("--drop", type=int, default=3, help="number of layers to remove for the student")
     parser.add_argument("--student", type=Path, help="a pruned folder instead of --drop")
     parser.add_argument("--chunks", type=int, default=40)
     parser.add_argument("--threads", type=int, default=physical_cores())
-    parser.add_argument("--least", type=float, default=0.5, help="share of the lost log-perplexity that must come back")
-    parser.add_argument("--minutes", type=float, default=20, help="that the distillation may take")
-    parser.add_argument("options", nargs="*", help="of llmc distill, after --")
+    parser.add_argument("--least", type=float, default=0.5, help="share of the lost log-perplexity that must be recovered")
+    parser.add_argument("--minutes", type=float, default=20, help="longest time of the distillation")
+    parser.add_argument("options", nargs="*", help="options of llmc distill, after --")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     student = args.student or args.work / "student"

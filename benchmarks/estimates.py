@@ -1,12 +1,12 @@
-"""Estimates of this machine's own speeds against `llmc bench`, for every type at two model sizes, in one command.
+"""Compare estimates of this machine's own speeds with `llmc bench`, for every type at two model sizes.
 
     python benchmarks/estimates.py --llama-quantize BIN/llama-quantize --base-gguf small-f16.gguf \\
         --base-gguf larger-f16.gguf --work /some/folder [--types q4_0,q4_k,…] [FILE.gguf …]
 
-Of each base every type's file is made (all matrices of that type, the embedding at 8 bits; a width that blocks of 256 do not
-divide takes what llama.cpp falls back to), then all of a base are benched in turns. The kernels that the estimate rests on
-are measured after the first benches, on files of zeros: nothing that is compared was fitted to the models.
-Prints a table and one JSON line; exit code 1 where a decode estimate is further off than --limit.
+The script makes a file of each type from each base: all matrices have that type, the embedding has 8 bits, and widths that
+are not a multiple of 256 get llama.cpp's fallback type. Then it benches all files of a base in turns. The kernels on which
+the estimate rests are measured after the first benches, on files filled with zeros: nothing is fitted to the models.
+It prints a table and one JSON line. Exit code 1 if the error of a decode estimate is larger than --limit.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ KERNELS = Path(".llmc/kernel-rates.json")  # in the working folder, where `llmc 
 
 
 def files_of(base: Path, types: list[str], tool: Path, work: Path) -> list[Path]:
-    """A .gguf file of each type, made where it is not there yet."""
+    """One .gguf file for each type. Missing files are made."""
     out = []
     for qtype in types:
         if qtype == "f16":
@@ -49,7 +49,7 @@ def _lengths(written: str) -> tuple[int, ...]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("files", nargs="*", type=Path, help="further .gguf files to hold against their estimates")
+    parser.add_argument("files", nargs="*", type=Path, help="more .gguf files to compare with their estimates")
     parser.add_argument("--base-gguf", action="append", type=Path, default=[])
     parser.add_argument("--llama-quantize", type=Path)
     parser.add_argument("--types", default=BLOCK_TYPES)

@@ -1,10 +1,11 @@
-"""Peak memory of `llmc quantize` on a synthetic 1.5 B Llama-shaped model: random weights, one shard a layer.
+"""Measure the peak memory of `llmc quantize` on a synthetic 1.5 B Llama-shaped model with random weights.
 
     python benchmarks/memory.py --work /some/empty/folder [--layers 28] [--samples 16] [--limit-gb 3]
 
 The shape is that of a 1.5 B model with a wide feed-forward (hidden 1536, intermediate 8960, 28 layers, vocabulary 151,936,
-tied). Weights say nothing about quality here; shapes decide memory. `--layers` makes a shorter model of the same width,
-whose peak is the same, since one layer is in memory at a time. Prints one JSON line; exit code 1 above the limit.
+tied), with one shard for each layer. Only the shapes decide memory, so the weights may be random. `--layers` makes a shorter
+model of the same width. Its peak is the same, because one layer is in memory at a time. The script prints one JSON line. Exit
+code 1 if the peak is above the limit.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ TEXT = "\n\n".join(topics[k] for k in sorted(topics))
 
 
 def build(folder: Path, layers: int) -> None:
-    """Write the model shard by shard; never more than one tensor in memory."""
+    """Write the model shard by shard, with at most one tensor in memory."""
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
     weight_map: dict[str, str] = {}

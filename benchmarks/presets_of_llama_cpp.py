@@ -1,12 +1,12 @@
-"""Does `--preset` give every tensor the type that llama-quantize gives it? Equality, not a measure.
+"""Check that `--preset` gives every tensor exactly the type that llama-quantize gives it.
 
-Small GGUF files with the hyperparameters that llama.cpp's rules look at (layers, grouped heads, experts, tied or not, rows
-that 256 divides or not) are quantized by llama-quantize, with an importance matrix and without, and the types in its files
-are compared with llmc's table. With --base a real model goes the whole way: llmc's own export, llama-quantize, and the
-assignment that `llmc quantize --preset` makes for that folder. Exit code 1 where one tensor differs.
+llama-quantize quantizes small GGUF files, with and without an importance matrix. The files cover the hyperparameters that
+llama.cpp's rules use: layers, grouped heads, experts, tied or not, rows that 256 divides or not. The types in its files are
+compared with llmc's table. With --base the same is done for a real model: llmc exports it, llama-quantize quantizes it, and
+its types are compared with those of `llmc quantize --preset` for that folder. Exit code 1 if one tensor differs.
 
     python benchmarks/presets_of_llama_cpp.py --llama-quantize BIN/llama-quantize [--base MODEL --base-gguf base-f16.gguf]
-    … --write tests/data/preset_types.json     # the frozen table of the tests, from llama-quantize's own output
+    ... --write tests/data/preset_types.json     # write the table of the tests from llama-quantize's own output
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def write_model(path: Path, layers: int, gqa: int, tied: bool = False, width: int = 256, experts: int = 1,
                 arch: str = "llama", roles: tuple[str, ...] = LLAMA) -> None:
-    """A GGUF file whose tensors are four random rows each: llama-quantize reads hyperparameters, names and row lengths."""
+    """Write a GGUF file with four random rows in each tensor: llama-quantize reads hyperparameters, names and row lengths."""
     w = GGUFWriter(path, arch)
     w.add_block_count(layers)
     w.add_context_length(256)
@@ -62,7 +62,7 @@ def write_model(path: Path, layers: int, gqa: int, tied: bool = False, width: in
 
 
 def write_imatrix(path: Path, model: Path) -> None:
-    """An importance matrix of ones for every tensor of a model."""
+    """Write an importance matrix of ones for every tensor of a model."""
     w = GGUFWriter(path, "")
     w.add_type("imatrix")
     w.add_array("imatrix.datasets", ["none"])
@@ -90,7 +90,7 @@ def run(*command: object) -> str:
 
 
 def types_by_llama_cpp(binary: Path, model: Path, preset: str, imatrix: Path | None) -> dict[str, str]:
-    """The type of every matrix of the file that llama-quantize makes, by name."""
+    """The type of every matrix in the file that llama-quantize makes, by name."""
     out = model.with_suffix(".quantized.gguf")
     run(binary, *(["--imatrix", imatrix] if imatrix else []), model, out, preset.upper(), 1)
     found = {t.name: t.tensor_type.name.lower() for t in GGUFReader(out).tensors if len(t.shape) > 1}
@@ -99,14 +99,14 @@ def types_by_llama_cpp(binary: Path, model: Path, preset: str, imatrix: Path | N
 
 
 def types_it_plans(binary: Path, model: Path, preset: str, imatrix: Path | None) -> dict[str, str]:
-    """The same for a model too large to quantize that often: what `llama-quantize --dry-run` lists."""
+    """Like types_by_llama_cpp, but read from `llama-quantize --dry-run`, for a model too large to quantize often."""
     listed = run(binary, "--dry-run", *(["--imatrix", imatrix] if imatrix else []), model, preset.upper(), 1)
     return {name: kind.lower() for name, kind in re.findall(r"^\[ *\d+/ *\d+\] (\S+) .*-> .*\((\w+)\)$", listed, re.M)}
 
 
 def types_by_llmc(preset: str, imatrix: bool, layers: int, gqa: int, tied: bool = False, width: int = 256,
                   experts: int = 1, arch: str = "llama", roles: tuple[str, ...] = LLAMA) -> dict[str, str]:
-    """The same from llmc's table."""
+    """The type of every matrix from llmc's table, by name."""
     facts = Facts(layers, gqa, experts, imatrix, seventy=layers == 80 and gqa > 1)
     found = {f"blk.{i}.{role}.weight": linear_type(preset, role, i, facts, width)
              for i in range(layers) for role in roles}
@@ -115,7 +115,7 @@ def types_by_llmc(preset: str, imatrix: bool, layers: int, gqa: int, tied: bool 
 
 
 def compact(types: dict[str, str]) -> dict[str, str]:
-    """By role, the types of layers 0, 1, … as runs: '2 q6_k, 5 q4_k'."""
+    """For each role the types of layers 0, 1, ... as counts of equal neighbours: '2 q6_k, 5 q4_k'."""
     roles: dict[str, dict[int, str]] = {}
     for name, kind in types.items():
         layer = re.match(r"blk\.(\d+)\.(\w+)\.weight", name)
@@ -125,7 +125,7 @@ def compact(types: dict[str, str]) -> dict[str, str]:
 
 
 def types_of_folder(folder: Path, preset: str, method: str) -> dict[str, str]:
-    """What `llmc quantize --preset` would make of a model folder, by GGUF's names."""
+    """The types that `llmc quantize --preset` would give a model folder, by GGUF's names."""
     from gguf import MODEL_ARCH, get_tensor_name_map
 
     from llmc.compress.quantize.assignment import assign
@@ -154,8 +154,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llama-quantize", type=Path, required=True)
     parser.add_argument("--base", type=Path, help="a float model folder")
-    parser.add_argument("--base-gguf", type=Path, help="its F16 file, as `llmc export` writes it")
-    parser.add_argument("--write", type=Path, help="where to write llama-quantize's types of the small models")
+    parser.add_argument("--base-gguf", type=Path, help="the F16 file of --base, written by `llmc export`")
+    parser.add_argument("--write", type=Path, help="file for llama-quantize's types of the small models")
     args = parser.parse_args()
     compared = wrong = 0
     frozen: dict[str, Any] = {}

@@ -1,11 +1,11 @@
-"""What `llmc prune` costs before any healing: zeros by three methods, layers dropped by three orders, and a narrower model.
+"""Measure the cost of `llmc prune` before healing: zeros by three methods, layers in three orders, a narrower model.
 
     python benchmarks/prune.py --base BASE --calibration mixed.txt --text wiki.test.raw --work FOLDER
 
-The bars: at 50 % zeros, the rise of log-perplexity by SparseGPT and by Wanda is at most 0.6 of magnitude's, and SparseGPT's
-no more than Wanda's; 3 layers dropped by measured KL lose less than by block influence, and both less than the mean of layers
-drawn at random (the first and the last may be among these). Everything is evaluated by `llmc eval` in float32. Finished
-folders and reports in --work are taken as they are. Prints a table and one JSON line.
+Expected: at 50 % zeros the log-perplexity rises with SparseGPT and with Wanda at most 0.6 times as much as with magnitude,
+and with SparseGPT no more than with Wanda. 3 layers removed by measured KL lose less than 3 removed by block influence, and
+both lose less than the mean of layers drawn at random (the first and the last layer may be drawn). `llmc eval` evaluates
+everything in float32. Finished folders and reports in --work are used again. The script prints a table and one JSON line.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import llmc
-from llmc.compress.prune.folder import write_folder
 from llmc.compress.prune.methods import without
 from llmc.compress.skeleton import Skeleton
+from llmc.formats import model_folder
 from llmc.formats.checkpoint import Checkpoint
 from llmc.machine import physical_cores
 
@@ -29,15 +29,15 @@ PATTERNS = ("2:4", "4:8")
 
 
 def draw(base: Path, folder: Path, drop: int, seed: int) -> None:
-    """The base without `drop` layers drawn at random."""
+    """Write the base without `drop` layers, which are drawn at random."""
     skeleton = Skeleton(Checkpoint.open(base), "cpu")
     dropped = random.Random(seed).sample(range(len(skeleton.layers)), drop)
     made = without(skeleton, dropped, [])
-    write_folder(base, folder, made.pieces, made.config)
+    model_folder.write(folder, base, made.pieces, made.config, model_folder.same_bytes(made.pieces))
 
 
 def measured(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Perplexity and divergence of a folder on the text, from a report that is there or made now."""
+    """Perplexity and divergence of a folder on the text, from a report that exists or is made now."""
     report = folder.with_suffix(".json")
     if not report.is_file():
         llmc.evaluate(folder, base=args.base, text=str(args.text), chunks=args.chunks, threads=args.threads, out=report)
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--chunks", type=int, default=20)
     parser.add_argument("--drop", type=int, default=3)
-    parser.add_argument("--ffn", type=float, default=0.75, help="of the neurons, for the narrower model")
+    parser.add_argument("--ffn", type=float, default=0.75, help="share of the neurons that the narrower model keeps")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=physical_cores())
     parser.add_argument("--only", choices=["masks", "depth"])

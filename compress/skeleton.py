@@ -18,6 +18,7 @@ from torch import nn
 from llmc.errors import UserError
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.hf import load_config
+from llmc.formats.names import Names, missing
 
 
 @dataclass(frozen=True)
@@ -71,15 +72,7 @@ class Skeleton:
                             "llmc needs a causal language model that transformers knows without remote code") from e
         self.model.eval()
         self.layers_name, self.layers = find_layers(self.model)
-        self.known = set(checkpoint.names())
-
-    def stored_name(self, name: str) -> str | None:
-        """The checkpoint's name of a parameter: as it is, or with the base model's prefix left out or added."""
-        prefix = self.model.base_model_prefix + "."
-        for candidate in (name, name.removeprefix(prefix), prefix + name):
-            if candidate in self.known:
-                return candidate
-        return None
+        self.names = Names.of(checkpoint, self.model)
 
     def load(self, module: nn.Module, prefix: str) -> None:
         """Fill a module's parameters and persistent buffers from the checkpoint, in float32.
@@ -91,12 +84,12 @@ class Skeleton:
             table = isinstance(sub, nn.Embedding)
             for name, _ in [*sub.named_parameters(recurse=False), *sub.named_buffers(recurse=False)]:
                 full = f"{here}.{name}"
-                stored = self.stored_name(full)
+                stored = self.names.find(full)
                 if stored is None:
                     if name in sub._buffers:  # computed when the module is built
                         sub._buffers[name] = sub._buffers[name].to(self.device)  # type: ignore[union-attr]
                         continue
-                    raise UserError(f"{self.checkpoint.folder} has no tensor {full}", "the checkpoint is incomplete")
+                    raise missing(self.checkpoint.folder, full)
                 value = self.checkpoint.tensor(stored)
                 if value.is_floating_point() and not table:
                     value = value.to(torch.float32)
@@ -326,3 +319,15 @@ def _states(out: Any) -> torch.Tensor:
     """The hidden states that a layer returns, some in a tuple."""
     states: torch.Tensor = out[0] if isinstance(out, tuple) else out
     return states
+
+
+def linears_of(skeleton: Skeleton) -> Iterator[tuple[int, str, torch.nn.Module]]:
+    """(layer, name in the model, module) of every linear of the decoder layers."""
+    for index in range(len(skeleton.layers)):
+        for name, module in skeleton.linears(index).items():
+            yield index, f"{skeleton.layer_name(index)}.{name}", module
+
+
+def returning(output: Any) -> Callable[..., Any]:
+    """A forward that returns `output`, whatever it is given; for `replaced`."""
+    return lambda *_args, **_kwargs: output

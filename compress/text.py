@@ -33,6 +33,11 @@ class Calibration:
         return self.sequences.numel()
 
 
+def held_out(n: int, count: int) -> list[int]:
+    """The numbers of `count` of n sequences that only judge. They are evenly spaced over the text."""
+    return sorted({i * n // count + n // (2 * count) for i in range(count)})
+
+
 def load_calibration(spec: str, tokenizer: Any, samples: int | None, seq_len: int) -> Calibration:
     """Sequences from a text file, a .jsonl file (`text` or `messages` in each line) or `hf:NAME`.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from llmc.closure import digest, modules
+from llmc.closure import digest
 from llmc.compress.text import Calibration
 from llmc.errors import UserError
 from llmc.files import write_json
@@ -20,13 +20,15 @@ from llmc.precision import matmul_precision
 FILE = "fingerprint.json"
 
 
-def fingerprint(numbers: dict[str, Any], threads: int, files: dict[str, str], text: Calibration | None = None,
-                **more: Any) -> dict[str, Any]:
-    """All that decides the result, as JSON gives it back. numbers: the pass's settings; files: sha256 of the model's; more:
-    what else a pass depends on."""
+def fingerprint(module: str, numbers: dict[str, Any], threads: int, files: dict[str, str],
+                text: Calibration | None = None, **more: Any) -> dict[str, Any]:
+    """Everything that decides the result, as JSON returns it.
+
+    module: the module that makes the result; its source and all that it imports count.  numbers: the pass's settings.
+    files: sha256 of the model's files.  more: what else a pass depends on."""
     deciding = {**numbers, "threads": threads, "source": files, "calibration_text": text.origin["sha256"] if text else None,
                 **more, "matmul": matmul_precision(),
-                "torch": torch.__version__, "code": digest(*modules("llmc.compress"))}
+                "torch": torch.__version__, "code": digest(module)}
     found: dict[str, Any] = json.loads(json.dumps(deciding))
     return found
 

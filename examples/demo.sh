@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The main job on a real model, from end to end: `make demo` runs it. Everything it makes lies in demo/.
-# DEMO_SAMPLES and DEMO_CHUNKS make it longer and its figures surer (the defaults of llmc are 128 and 40).
+# Run the main job on a real model, from end to end. `make demo` runs this script. All its results are in demo/.
+# Larger values of DEMO_SAMPLES and DEMO_CHUNKS take longer and give surer figures (the defaults of llmc are 128 and 40).
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 mkdir -p "$root/demo"
@@ -12,7 +12,7 @@ step() {
     "$@"
 }
 
-# A fair base model: the packaged 4-bit weights as they are would make 4 bits look free (see make_base.py).
+# Make a fair base model. The packaged weights have a 4-bit type already and would make 4 bits look free (see make_base.py).
 if [ ! -f base/model.safetensors ]; then
     step python ../examples/make_base.py base
 fi
@@ -29,6 +29,6 @@ step llmc generate small.gguf "Why is the sky blue?" --chat
 step llmc verify small.gguf
 step llmc compare base.json small.json --page compare.html
 
-# the same kind of chain from one file: 8 bits, with gates (llmc recipe show int8-safe)
+# Run the same kind of chain from one file: 8 bits, with gates (llmc recipe show int8-safe).
 step llmc run int8-safe --model base --set eval.chunks=4 -o int8-safe
-printf '\nthe pages with the pictures: %s\n' "$PWD/compare.html, $PWD/int8-safe/int8-safe.html"
+printf '\nThe pages with the charts: %s\n' "$PWD/compare.html, $PWD/int8-safe/int8-safe.html"

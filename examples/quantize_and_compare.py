@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Which method and which width? Several candidates of one model, made, exported and held side by side from Python.
+"""Make several candidates of one model from Python, export them, and compare methods and numbers of bits on one page.
 
     python examples/quantize_and_compare.py MODEL OUT [--calibration FILE]
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 import llmc
 
-# what is tried, and how it differs from the defaults of `llmc quantize`
+# the name of each candidate, and its differences from the defaults of `llmc quantize`
 CANDIDATES: dict[str, dict[str, Any]] = {
     "gptq-4bit": {},
     "rtn-4bit": {"method": "rtn"},
@@ -21,7 +21,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
 
 
 def compare_candidates(model: Path, out: Path, calibration: str, samples: int, context: int, chunks: int) -> dict[str, Any]:
-    """Make every candidate in `out`, evaluate each exported file against `model`, write the page and return it all."""
+    """Make every candidate in `out`, evaluate each exported file against `model`, and write the page. Returns its data."""
     reports = []
     for name, options in CANDIDATES.items():
         text = {"calibration": calibration, "samples": samples, "seq_len": context}
@@ -38,15 +38,15 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--calibration", default="self", help="a text file (default: text sampled from the model)")
     parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--context", type=int, default=512, help="tokens of a sequence, of calibration and evaluation")
-    parser.add_argument("--chunks", type=int, default=40, help="sequences of the evaluation")
+    parser.add_argument("--context", type=int, default=512, help="tokens in a sequence, for calibration and evaluation")
+    parser.add_argument("--chunks", type=int, default=40, help="number of sequences for the evaluation")
     a = parser.parse_args()
     result = compare_candidates(a.model, a.out, a.calibration, a.samples, a.context, a.chunks)
     for artifact in result["artifacts"]:
         (text,) = artifact["report"]["quality"]["texts"]
         megabytes = artifact["report"]["artifact"]["size"]["file_bytes"] / 1e6
         print(f"{artifact['name']:<16} {megabytes:8.2f} MB   KL divergence {text['kld']['value']:.4f}")
-    print(f"the page with the pictures: {a.out / 'compare.html'}")
+    print(f"the page with the charts: {a.out / 'compare.html'}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Exporters, one sub-package a format. The package itself can be called: `llmc.export("small-4bit", format="gguf")`.
+"""Exporters: one sub-package for each format. The package itself is callable: `llmc.export("small-4bit", format="gguf")`.
 
-A function `llmc.export` and a package `llmc.export` would share one name, and whichever was imported last would hide
-the other. So they are one object: a module whose class has `__call__`.
+A function `llmc.export` and a package `llmc.export` would share one name, and the one imported last would hide the other.
+So they are one object: a module whose class has `__call__`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ class Export(ModuleType):
     """The type of this module."""
 
     def __call__(self, model: str | Path | None = None, format: str = "gguf", **options: Any) -> dict[str, Any]:
-        """Write `model` (None: the newest artifact made in this folder) for a runtime.
+        """Export `model` (None: the newest artifact made in this folder) to a format; return the report.
 
-        Options are the fields of the format's config (llmc/export/formats.py names it). An option of another format is
-        refused.
+        The options are the fields of the format's config (see llmc/export/formats.py). Raises UserError for an option of
+        another format.
         """
         from dataclasses import fields
 

@@ -1,4 +1,4 @@
-"""The formats that llmc writes, a row each: config, function, and what recipes must know of the result."""
+"""The formats that llmc writes, one row for each: config, function, and facts about the result for recipes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from llmc.export.onnx import OnnxExportConfig, export_onnx
 
 @dataclass(frozen=True)
 class Format:
-    """config: the class of its options.  write: the exporter, from a config to its report.  called: an artifact of it, in
-    messages.  suffix: of its name ('' for a folder).  needs: packages to import.  code: the module that writes it."""
+    """config: the class of its options. write: the exporter, from a config to its report. called: an artifact's name in
+    messages. suffix: the end of its file name ('' for a folder). needs: packages to import. code: the exporter's module."""
 
     config: type
     write: Callable[[Any], dict[str, Any]]

@@ -1,4 +1,4 @@
-"""How an exported file is held against its source: the texts, token ids and logits that every exporter compares."""
+"""The comparison of an exported file with its source: texts, token ids and logits, the same for every exporter."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import numpy as np
 
 from llmc.formats.check_text import CHECK_TEXT
 
-REPORT = "please report this with the model's name: the file was not kept"
+PLEASE_REPORT = "please report this with the model's name: the file was not kept"
 PROMPT = "The river's level rose"
 GENERATED = 16
-FEW, MANY = 32, 128  # tokens of the logits check: few when the model has more than BIG weights
+FEW, MANY = 32, 128  # tokens of the logits check: FEW if the model has more than BIG weights
 BIG = 3_000_000_000
 
 
@@ -21,31 +21,34 @@ def check_ids(tokenizer: Any, weights: int, context_length: int) -> np.ndarray:
     return np.array(tokenizer(CHECK_TEXT)["input_ids"][:n])
 
 
-def compare_logits(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float]:
-    """Logits [n, vocab] of torch and of a runtime for the same ids: relative error (root mean square of the difference over
-    that of the logits, both centred for each token), mean KL divergence in nats, share of tokens with the same top."""
-    rows = np.array([_compare_token(a, b) for a, b in zip(ours, theirs, strict=True)])
+def compare_logits(expected: np.ndarray, found: np.ndarray) -> tuple[float, float, float]:
+    """Compare the logits [n, vocab] of torch and of a runtime for the same ids.
+
+    Returns the relative error (RMS of the difference / RMS of the logits, both centred for each token), the mean KL
+    divergence in nats and the top-1 agreement, 0 to 1."""
+    rows = np.array([_compare_token(a, b) for a, b in zip(expected, found, strict=True)])
     kld, top1 = (float(x) for x in rows[:, 2:].mean(axis=0))
     return float(np.sqrt(rows[:, 0].sum() / rows[:, 1].sum())), kld, top1
 
 
-def _compare_token(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float, bool]:
-    """[vocab] each: squared difference, squared size (both centred), divergence in nats, same top."""
-    a, b = (x.astype(np.float64) - x.mean(dtype=np.float64) for x in (ours, theirs))
+def _compare_token(expected: np.ndarray, found: np.ndarray) -> tuple[float, float, float, bool]:
+    """Compare two logits [vocab]: squared difference and squared norm (both centred), KL divergence in nats, same top-1."""
+    a, b = (x.astype(np.float64) - x.mean(dtype=np.float64) for x in (expected, found))
     p, q = (x - x.max() - np.log(np.exp(x - x.max()).sum()) for x in (a, b))
-    return ((a - b) ** 2).sum(), (a**2).sum(), (np.exp(p) * (p - q)).sum(), ours.argmax() == theirs.argmax()
+    return ((a - b) ** 2).sum(), (a**2).sum(), (np.exp(p) * (p - q)).sum(), expected.argmax() == found.argmax()
 
 
 def first_difference(a: list[int], b: list[int]) -> tuple[int] | None:
-    """Index of the first difference in a tuple (so that 0 counts as true), None where there is none."""
+    """The index of the first difference, in a tuple (so that 0 counts as true); None if the lists are equal."""
     if a == b:
         return None
     return (next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))),)
 
 
 def show(at: int, expected: list[int], found: list[int], tokenizer: Any) -> str:
-    def words(ids: list[int]) -> list[str]:
+    """Describe the tokens on both sides at position `at`, with the text before it."""
+    def tokens(ids: list[int]) -> list[str]:
         return [str(t) for t in tokenizer.convert_ids_to_tokens(ids[at : at + 3])]
 
-    return (f"after {tokenizer.decode(expected[max(0, at - 8) : at])!r} come {words(expected)} and not {words(found)} "
-            f"(token {at} of {len(expected)})")
+    return (f"after {tokenizer.decode(expected[max(0, at - 8) : at])!r} it gives {tokens(found)} instead of "
+            f"{tokens(expected)} (token {at} of {len(expected)})")

@@ -1,4 +1,4 @@
-"""Where an export comes from: the folder that is exported, what a manifest says of it, and the name it gives a file."""
+"""The source of an export: its folder, its record in the manifest, and the name of the exported file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llmc.sources.resolve import resolve_model
 
 
 def model_folder(model: str | Path | None) -> Path:
-    """The folder that the user means; None: the newest made in this working folder."""
+    """The model folder of the option `model`; None: the newest model made in this working folder."""
     if model is None:
         model = last_artifact()
         if artifact_at(model).exported:
@@ -25,12 +25,14 @@ def model_folder(model: str | Path | None) -> Path:
 
 
 def source_of(folder: Path) -> dict[str, Any]:
-    """What the manifest of an artifact of llmc says of the model it was made from, else the folder itself."""
+    """The source recorded in the folder's manifest; without a manifest, a description of the folder itself."""
     manifest = read_manifest(folder)
     return dict(manifest["source"]) if manifest else describe_source(folder)
 
 
 def stem(folder: Path, source: dict[str, Any]) -> str:
-    """The folder's name; a snapshot in the hub's cache is called by a commit and takes the model's name."""
+    """The name of the exported file without its ending: the folder's name.
+
+    A snapshot in the hub's cache has a commit as its name; then it is the model's name."""
     name = folder.resolve().name
     return str(source["name"]).rpartition("/")[2] if COMMIT.fullmatch(name) else name

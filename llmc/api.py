@@ -66,8 +66,7 @@ def imatrix(model: str | Path, **options: Any) -> dict[str, Any]:
 
 
 def export(model: str | Path | None = None, format: str = "gguf", **options: Any) -> dict[str, Any]:
-    """Write a model folder (None: the newest artifact made in this folder) for a runtime; options are the fields of the format's
-    config."""
+    """Write a model folder for a runtime; None: the newest artifact made here. Options: the fields of the format's config."""
     from llmc import export as package
 
     return package(model, format=format, **options)

@@ -1,8 +1,7 @@
-"""Which of llmc's modules a module needs, found by following imports in the source; and one digest of all that code.
+"""The closure of a module: all modules of llmc that it needs, found from the imports in the source; a digest of their code.
 
-What decides a result is the code that computes it. `--resume`, notes of measured sensitivities and recipes keep such a digest
-beside a result: where the code changed, the result is made again. The zip that goes to a device holds a closure too.
-No module is imported for it.
+A result depends on the code that computes it. So `--resume`, stored sensitivities and recipes keep such a digest beside a
+result. If the code changes, they compute the result again. The zip for a device also holds a closure. Nothing is imported.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ BESIDE = ("compress", "evals", "export", "runtimes")  # beside llmc/ in the repo
 
 
 def source(module: str) -> Path:
-    """The file of one of llmc's modules, or of a package its `__init__.py`. LookupError where there is none."""
+    """The file of a module of llmc; of a package, its `__init__.py`. Raises LookupError if there is none."""
     found = _file(module)
     if found is None:
         raise LookupError(f"there is no module {module}")
@@ -38,7 +37,7 @@ def _file(module: str) -> Path | None:
 
 
 def modules(package: str = ROOT) -> list[str]:
-    """Every module and package below `package`, itself included, sorted."""
+    """All modules and packages below `package`, and `package` itself, sorted."""
     found = [package]
     for path in source(package).parent.iterdir():
         if path.suffix == ".py" and path.stem != "__init__":
@@ -52,9 +51,9 @@ def modules(package: str = ROOT) -> list[str]:
 
 @cache
 def imports(module: str, nested: bool = True) -> tuple[str, ...]:
-    """The modules of llmc that `module` imports, sorted: anywhere in its source; not `nested`: when it is imported itself.
+    """The modules of llmc that `module` imports, sorted. Imports for type checkers do not count.
 
-    Imports for type checkers alone do not count.
+    nested: also those inside functions; without it, only those that run when `module` is imported.
     """
     tree = ast.parse(source(module).read_text(encoding="utf-8"))
     names: set[str] = set()
@@ -82,7 +81,7 @@ def _statements(body: list[ast.stmt], nested: bool) -> Iterator[ast.stmt]:
 
 
 def closure(entries: Iterable[str], nested: bool = True) -> list[str]:
-    """The modules `entries` and all of llmc that they import, directly or not, sorted."""
+    """The modules `entries` and all modules of llmc that they import, directly or not, sorted."""
     found: set[str] = set()
     todo = list(entries)
     while todo:
@@ -95,7 +94,7 @@ def closure(entries: Iterable[str], nested: bool = True) -> list[str]:
 
 @cache
 def digest(*entries: str) -> str:
-    """sha256 of the source of `entries` and of all of llmc that they import, at their start or later."""
+    """The sha256 of the source of `entries` and of all modules of llmc that they import, nested imports included."""
     h = hashlib.sha256()
     for module in closure(entries):
         h.update(module.encode() + b"\0" + source(module).read_bytes())

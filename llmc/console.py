@@ -1,6 +1,6 @@
-"""Everything llmc says while it works: progress with time left on a terminal, quiet lines in a log.
+"""Messages, warnings and progress: a progress line with the time left on a terminal, a few lines in a log.
 
-Results go to stdout; everything else goes to stderr, so that `--json` output can be piped.
+Results go to stdout. All other output goes to stderr, so that `--json` output can be piped.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ _quiet = False
 
 
 def set_quiet(quiet: bool) -> None:
-    """Silence `say` and progress (not warnings and errors)."""
+    """Turn `say` and progress off or on. Warnings and errors always appear."""
     global _quiet
     _quiet = quiet
 
 
 def say(message: str) -> None:
-    """One line about what is going on."""
+    """Print one line about the current work."""
     if not _quiet:
         print(message, file=sys.stderr, flush=True)
 
 
 def warn(message: str) -> None:
-    """One line that the user must not miss."""
+    """Print one line that the user must not miss."""
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:
-    """'8 s', '2 min 05 s', '1 h 07 min'."""
+    """Seconds as text: '8 s', '2 min 05 s', '1 h 07 min'."""
     s = round(seconds)
     if s < 60:
         return f"{s} s"
@@ -40,7 +40,7 @@ def duration(seconds: float) -> str:
 
 
 def size(n: float) -> str:
-    """Bytes in decimal units, as disks and shops count them: '91.7 MB'."""
+    """Bytes as text in decimal units, as disks are labelled: '91.7 MB'."""
     for unit in ("B", "kB", "MB"):
         if n < 1000:
             return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
@@ -49,7 +49,7 @@ def size(n: float) -> str:
 
 
 def parse_size(text: str) -> int | None:
-    """Bytes of '90MB', '1.2 GB' or '85MiB'; None where it is no size. A unit has to be there: 2 is not meant as 2 bytes."""
+    """The bytes of '90MB', '1.2 GB' or '85MiB'; None if it is not a size. The unit is required: 2 does not mean 2 bytes."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kKMG]?)(i?)B", text.strip())
     if found is None:
         return None
@@ -58,7 +58,7 @@ def parse_size(text: str) -> int | None:
 
 
 class Progress:
-    """Steps of known number. On a terminal one line is redrawn; in a log a line appears at most every `log_every` s."""
+    """Progress over a known number of steps. A terminal shows one line; a log gets a line at most every `log_every` s."""
 
     def __init__(self, what: str, total: int, done: int = 0, log_every: float = 30.0) -> None:
         self.what, self.total, self.done, self.log_every = what, total, done, log_every
@@ -67,7 +67,7 @@ class Progress:
         self.terminal = sys.stderr.isatty() and not _quiet
 
     def step(self, note: str = "", n: int = 1) -> None:
-        """`n` more steps are finished; `note` says something short about the last one."""
+        """Count `n` more finished steps; `note` is a short text about the last one."""
         self.done += n
         now = time.monotonic()
         rate = (now - self.start) / max(1, self.done - self.resumed_at)
@@ -89,7 +89,7 @@ class Progress:
 
 @contextmanager
 def progress(what: str, total: int, done: int = 0) -> Iterator[Progress]:
-    """`with progress("quantizing layer", 30) as p: p.step("error 0.012")`."""
+    """Show progress in a block: `with progress("quantizing layer", 30) as p: p.step("error 0.012")`."""
     p = Progress(what, total, done)
     try:
         yield p

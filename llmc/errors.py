@@ -1,4 +1,4 @@
-"""What a user sees when something is wrong: one line that names it, one line with the next step."""
+"""Errors for the user: one line with the problem, one line with the next step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from __future__ import annotations
 class UserError(Exception):
     """Bad input or a bad environment. The command line prints it without a traceback and exits with 2.
 
-    problem: one sentence naming the thing, the value and what is allowed.  hint: the next step, one sentence.
+    problem: one sentence with the option or file, its value and the allowed values. hint: the next step, one sentence.
     """
 
     exit_code = 2

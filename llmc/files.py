@@ -1,4 +1,4 @@
-"""Files and folders written so that no half of one ever shows, and their hashes."""
+"""Atomic writes of files and folders, so that no incomplete one is ever visible; their hashes; disk space."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llmc.machine import WINDOWS
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file, read in 1 MiB blocks."""
+    """The sha256 of a file, in hex, read in 1 MiB blocks."""
     digest = hashlib.sha256()
     with path.open("rb") as f:
         while block := f.read(1 << 20):
@@ -27,14 +27,14 @@ def sha256(path: Path) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Deterministic JSON (sorted keys), written under a temporary name, fsynced, renamed."""
+    """Write deterministic JSON (sorted keys) under a temporary name, fsync it and rename it."""
     with staged_file(path) as tmp:
         tmp.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8",
                        newline="\n")
 
 
 def fsync(path: Path) -> None:
-    """Flush a file or a folder to the disk. Windows flushes only files that are open for writing, and no folders."""
+    """Flush a file or a folder to the disk. Windows can flush only files that are open for writing, not folders."""
     if WINDOWS and path.is_dir():
         return
     fd = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)
@@ -45,8 +45,7 @@ def fsync(path: Path) -> None:
 
 
 def _rename(old: Path, new: Path) -> None:
-    """os.replace. Windows refuses while a file is open: a mapping that is not collected yet, a virus scanner. There it is
-    tried again for 1.5 seconds."""
+    """os.replace, tried again for 1.5 seconds on Windows: it fails there while a mapping or a virus scanner has a file open."""
     for pause in (0.1, 0.2, 0.4, 0.8) if WINDOWS else ():
         try:
             os.replace(old, new)
@@ -59,7 +58,7 @@ def _rename(old: Path, new: Path) -> None:
 
 @contextmanager
 def staged_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary name beside `path`; when the block ends without an error the file is fsynced and renamed."""
+    """Yield a temporary name beside `path`. If the block ends without an error, fsync the file and rename it."""
     tmp = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +74,7 @@ def staged_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def staged_folder(out: Path) -> Iterator[Path]:
-    """Yields an empty folder beside `out`; when the block ends without an error it is published, else it is gone."""
+    """Yield an empty folder beside `out`. If the block ends without an error, publish it, else delete it."""
     work = out.with_name(f".{out.name}.partial")
     try:
         shutil.rmtree(work, ignore_errors=True)
@@ -105,7 +104,7 @@ def publish_folder(work: Path, out: Path) -> None:
 
 
 def existing(path: Path) -> Path:
-    """`path`, or the nearest folder above it that exists. UserError for a drive of Windows that does not."""
+    """`path`, or the nearest folder above it that exists. Raises UserError for a Windows drive that does not exist."""
     absolute = path.absolute()
     for place in (absolute, *absolute.parents):
         if place.exists():
@@ -114,7 +113,7 @@ def existing(path: Path) -> Path:
 
 
 def check_disk(where: Path, needed: int, what: str) -> None:
-    """Refuse up front when the high-water mark of a job does not fit the disk."""
+    """Raise UserError if the disk has less than `needed` bytes free. needed: the peak use of the job."""
     from llmc.console import size
 
     parent = existing(where)
@@ -125,7 +124,7 @@ def check_disk(where: Path, needed: int, what: str) -> None:
 
 
 def cache_folder() -> Path:
-    """Where llmc keeps what it can make again: $LLMC_CACHE, else ~/.cache/llmc."""
+    """The folder for files that llmc can make again: $LLMC_CACHE, else ~/.cache/llmc."""
     return Path(os.environ.get("LLMC_CACHE") or Path.home() / ".cache" / "llmc")
 
 

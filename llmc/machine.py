@@ -1,4 +1,4 @@
-"""The machine that llmc runs on: the facts without which a measured speed means nothing (on Linux from /proc, /sys)."""
+"""The machine that llmc runs on: facts that are needed to interpret a measured speed (on Linux from /proc and /sys)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 WINDOWS = os.name == "nt"
 CPUS = Path("/sys/devices/system/cpu")
-PI = "/sys/devices/platform/soc/soc:firmware/get_throttled"  # the lowest four bits of the firmware's flags are of this moment
-# What decides which matrix kernels run; everything else in /proc/cpuinfo is noise here.
+PI = "/sys/devices/platform/soc/soc:firmware/get_throttled"  # the lowest four bits of the flags are the present state
+# The CPU features that decide which matrix kernels run. The others in /proc/cpuinfo are not needed.
 FEATURES = {
     "sse4_1", "sse4_2", "ssse3", "avx", "avx2", "f16c", "fma", "bmi2", "avx_vnni",
     "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_vbmi", "avx512_bf16", "avx512_fp16",
@@ -27,13 +27,13 @@ FEATURES = {
 
 
 def physical_cores() -> int:
-    """Cores that this process may use, hyper-threads not counted: the thread count llmc uses when none is given."""
+    """The cores that this process may use, without hyper-threads. It is llmc's default number of threads."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(_cores() or allowed, allowed))
 
 
 def _cores() -> int | None:
-    """The machine's cores, hyper-threads not counted. On Linux without psutil, which a device may not have."""
+    """The machine's cores, without hyper-threads. On Linux it does not need psutil, which a device may lack."""
     siblings = {_read(str(p)) for p in CPUS.glob("cpu[0-9]*/topology/thread_siblings_list")}
     if siblings - {""}:
         return len(siblings - {""})
@@ -45,7 +45,7 @@ def _cores() -> int | None:
 
 
 def memory() -> int:
-    """Bytes of RAM. Without psutil, which a device may not have, where the system has sysconf (Windows has not)."""
+    """The bytes of RAM. Only on Windows, which has no sysconf, it needs psutil, which a device may lack."""
     if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
@@ -56,7 +56,7 @@ def memory() -> int:
 
 
 def cpu_features() -> list[str]:
-    """Instruction sets of interest that the CPU reports, sorted; empty where the system does not tell."""
+    """The CPU's instruction sets that are in FEATURES, sorted; empty if the system does not report them."""
     for line in _read("/proc/cpuinfo").splitlines():
         key, _, value = line.partition(":")
         if key.strip() in ("flags", "Features"):
@@ -65,22 +65,22 @@ def cpu_features() -> list[str]:
 
 
 def cpu_model() -> str:
-    """The CPU's name, e.g. 'Intel(R) Xeon(R) …'."""
+    """The CPU's name, such as 'Intel(R) Xeon(R) CPU @ 2.80GHz'."""
     for line in _read("/proc/cpuinfo").splitlines():
         key, _, value = line.partition(":")
         if key.strip() in ("model name", "Model"):
             return value.strip()
-    board = _read("/proc/device-tree/model").strip("\0\n ")  # ARM names its boards where x86 names its CPUs
+    board = _read("/proc/device-tree/model").strip("\0\n ")  # ARM systems report the board's name instead
     return board or platform.processor() or platform.machine()
 
 
 def governor() -> str | None:
-    """How the kernel chooses the CPU's frequency ('performance', 'powersave', …), None where it does not tell."""
+    """The kernel's policy for the CPU's frequency, such as 'performance'; None if the system does not report it."""
     return _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").strip() or None
 
 
 def temperature() -> float | None:
-    """The hottest that the CPU's sensors say, degrees Celsius; None where there are none (virtual machines)."""
+    """The highest temperature of the CPU's sensors in degrees Celsius; None without sensors (virtual machines)."""
     zones = {z: _read(str(z / "type")).strip().lower() for z in Path("/sys/class/thermal").glob("thermal_zone*")}
     ours = [z for z, kind in zones.items() if any(word in kind for word in ("cpu", "pkg", "soc", "core", "tctl"))] or zones
     files = [z / "temp" for z in ours]
@@ -92,13 +92,13 @@ def temperature() -> float | None:
 
 
 def frequency() -> float | None:
-    """MHz of the CPUs at this moment, their mean."""
+    """The mean of the CPUs' present frequencies in MHz; None if the system does not report them."""
     kilohertz = [int(t) for p in CPUS.glob("cpu[0-9]*/cpufreq/scaling_cur_freq") if (t := _read(str(p)).strip()).isdigit()]
     return round(sum(kilohertz) / len(kilohertz) / 1000, 1) if kilohertz else None
 
 
 def state() -> dict[str, Any]:
-    """{'mhz', 'temperature_c', 'throttle_events' (since it was started), 'throttled_now'}, None where it does not tell."""
+    """{mhz, temperature_c, throttle_events (since the start), throttled_now}; None for values that are not reported."""
     counts = [int(t) for p in CPUS.glob("cpu[0-9]*/thermal_throttle/*_throttle_count")
               if (t := _read(str(p)).strip()).isdigit()]
     flags = _read(PI).strip()
@@ -107,7 +107,7 @@ def state() -> dict[str, Any]:
 
 
 def power() -> str | None:
-    """'ac' or 'battery', None where the system does not tell."""
+    """'ac' or 'battery'; None if the system does not report it."""
     states = {(_read(str(p / "type")).strip(), _read(str(p / "online")).strip(), _read(str(p / "status")).strip())
               for p in Path("/sys/class/power_supply").glob("*")}
     if any(kind in ("Mains", "USB") and online == "1" for kind, online, _ in states):
@@ -123,9 +123,9 @@ def load_average() -> list[float] | None:
 
 
 def peak_rss() -> int:
-    """The most memory this process ever held, bytes.
+    """The peak memory of this process, in bytes.
 
-    On Linux VmHWM, because ru_maxrss of a new process starts at what its parent held when it was forked.
+    On Linux it is VmHWM, because ru_maxrss of a new process starts with its parent's memory at the fork.
     """
     for line in _read("/proc/self/status").splitlines():
         if line.startswith("VmHWM:"):
@@ -141,7 +141,7 @@ def peak_rss() -> int:
 
 
 def describe() -> dict[str, Any]:
-    """The facts that need no measuring. Memory in bytes."""
+    """The facts that need no measurement. Memory is in bytes."""
     return {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}", "machine": platform.machine(),
         "cpu": cpu_model(), "physical_cores": _cores(), "logical_cores": os.cpu_count(), "usable_cores": physical_cores(),
@@ -153,12 +153,12 @@ def describe() -> dict[str, Any]:
 def _read(path: str) -> str:
     try:
         return Path(path).read_text()
-    except (OSError, UnicodeDecodeError):  # not there, not ours to read, or not answering
+    except (OSError, UnicodeDecodeError):  # absent, not readable, or without an answer
         return ""
 
 
 def check_memory(needed: int, what: str, instead: str = "") -> None:
-    """Refuse up front what does not fit the memory that is free. instead: what else can be done, for the error."""
+    """Raise UserError if less than `needed` bytes of memory are free. instead: an alternative, for the hint."""
     import psutil
 
     free = psutil.virtual_memory().available
@@ -168,7 +168,7 @@ def check_memory(needed: int, what: str, instead: str = "") -> None:
 
 
 def torch_device(device: str) -> torch.device:
-    """'cpu', or 'gpu' for whatever accelerator torch sees; a torch device name is taken as it is."""
+    """The torch device for 'cpu', for 'gpu' (the accelerator that torch finds) or for a torch device name."""
     import torch
 
     if device != "gpu":
@@ -177,4 +177,4 @@ def torch_device(device: str) -> torch.device:
         return torch.device("cuda")
     if torch.backends.mps.is_available():
         return torch.device("mps")
-    raise UserError("--device gpu: torch sees no GPU here", "use --device cpu, or install a torch built for your GPU")
+    raise UserError("--device gpu: torch finds no GPU here", "use --device cpu, or install a torch built for your GPU")

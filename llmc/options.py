@@ -23,21 +23,21 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from llmc.errors import UserError
 
 MAIN, CALIBRATION, ADVANCED, RUN = "Options", "Calibration", "Advanced", "Run"  # groups, by their headings in --help
-FEW = 4  # so many choices are read as "a, b or c", more as "one of a, b, c"
+FEW = 4  # up to this number, choices are shown as "a, b or c", more as "one of a, b, c"
 
 Config = TypeVar("Config")
 
 
 @dataclass(frozen=True)
 class Option:
-    """What a field declares beside its name, type and default.
+    """The declaration of an option, beside the field's name, type and default.
 
-    choices: the allowed values  low, high: the smallest and the largest allowed number
-    above, below: bounds that are not allowed themselves  flags: how it is typed, if not as `--field-name`
-    metavar: what stands for the value in --help  shown: the default in words, where the default is None
-    argument: it is typed by position, without a flag  hidden: --help leaves it out
+    choices: the allowed values. low, high: the smallest and the largest allowed number.
+    above, below: exclusive bounds. flags: the flags on the command line, if not `--field-name`.
+    metavar: the placeholder of the value in --help. shown: the default in words, if the default is None.
+    argument: it is a positional argument without a flag. hidden: --help does not show it.
 
-    Bounds hold for each item of a tuple. None is always allowed.
+    Bounds apply to each item of a tuple. None is always allowed.
     """
 
     help: str
@@ -55,7 +55,7 @@ class Option:
 
     @property
     def rule(self) -> str:
-        """The allowed values in words, as they follow "must be"; '' if all are allowed."""
+        """The allowed values in words, to follow "must be"; '' if all are allowed."""
         if self.choices:
             *first, last = map(str, self.choices)
             if len(self.choices) > FEW:
@@ -69,7 +69,7 @@ class Option:
         return " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
 
     def allows(self, value: Any) -> bool:
-        """Whether `value` is one of the choices and within the bounds. NaN is within no bounds."""
+        """True if `value` is one of the choices and within the bounds. NaN is never within bounds."""
         return ((not self.choices or value in self.choices)
                 and (self.low is None or value >= self.low) and (self.above is None or value > self.above)
                 and (self.high is None or value <= self.high) and (self.below is None or value < self.below))
@@ -81,13 +81,13 @@ def option(default: Any = MISSING, *, help: str, **declared: Any) -> Any:
 
 
 def like(config: type, name: str, **changed: Any) -> Any:
-    """A field that declares what the field `name` of another config does, except for what is `changed`."""
+    """A field with the declaration of the field `name` of another config; `changed` replaces parts of it."""
     field, option = declared(config)[name]
     return dataclasses.field(default=field.default, metadata={"option": dataclasses.replace(option, **changed)})
 
 
 def declared(config: Any) -> dict[str, tuple[dataclasses.Field[Any], Option]]:
-    """{name: (field, what it declares)} of a config or its class, in the order of the fields."""
+    """{name: (field, its declaration)} of a config or its class, in the order of the fields."""
     return {f.name: (f, f.metadata["option"]) for f in dataclasses.fields(config)}
 
 
@@ -110,18 +110,18 @@ class Wrong:
     choice: bool
 
     def must_be(self) -> str:
-        """The problem, as commands that make models word it."""
+        """The problem, in the words of commands that make models."""
         return f"{self.flag} {self.value}: must be {self.rule}"
 
     def out_of_range(self) -> str:
-        """The problem, as commands that measure and export word it."""
+        """The problem, in the words of commands that measure and export."""
         if self.choice:
             return f"{self.flag} {self.value!r} is not known: choose {self.rule}"
         return f"{self.flag} {self.value} is out of range: {self.rule}"
 
 
 def wrong(config: Any) -> Iterator[Wrong]:
-    """The values of `config` that its fields do not allow."""
+    """Yield the values of `config` that its fields do not allow."""
     for name, (_, option) in declared(config).items():
         value = getattr(config, name)
         for item in value if isinstance(value, tuple) else () if value is None else (value,):
@@ -130,7 +130,7 @@ def wrong(config: Any) -> Iterator[Wrong]:
 
 
 def check(config: Any, command: str, more: Iterable[str] = (), word: Callable[[Wrong], str] = Wrong.must_be) -> None:
-    """Raise one UserError that names every value that is not allowed, and then the problems in `more`."""
+    """Raise one UserError with all values that are not allowed, followed by the problems in `more`."""
     if problems := [*map(word, wrong(config)), *more]:
         raise UserError("; ".join(problems), f"see `llmc {command} --help`")
 
@@ -144,21 +144,21 @@ def item_type(hint: Any) -> Any:
 
 
 def fitting(hint: Any, value: Any) -> Any:
-    """`value` as the declared type `hint` wants it: text as a path, a path as text, one item or a list as a tuple.
+    """`value` converted to the declared type `hint`: text to a path, a path to text, one item or a list to a tuple.
 
-    All other values stay as they are; the config checks them.
+    Other values do not change; the config checks them.
     """
     if (item := item_type(hint)) is not None:
         one = isinstance(value, str | Path) or not isinstance(value, Iterable)
         return () if value is None else tuple(fitting(item, v) for v in ((value,) if one else value))
-    kinds = get_args(hint) or (hint,)
-    if isinstance(value, str) and Path in kinds and str not in kinds:
+    types = get_args(hint) or (hint,)
+    if isinstance(value, str) and Path in types and str not in types:
         return Path(value)
-    return str(value) if isinstance(value, Path) and str in kinds and Path not in kinds else value
+    return str(value) if isinstance(value, Path) and str in types and Path not in types else value
 
 
 def make(cls: type[Config], options: Mapping[str, Any]) -> Config:
-    """A config from options by name, each brought to its declared type. Raises UserError as the config does."""
+    """A config from options by name, each converted to its declared type. Raises UserError if the config does."""
     hints = get_type_hints(cls)
     return cls(**{name: fitting(hints.get(name), value) for name, value in options.items()})
 

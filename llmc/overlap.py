@@ -1,7 +1,7 @@
-"""Does the calibration text overlap the evaluation text? A small sketch of the one is enough to tell.
+"""The overlap of calibration text and evaluation text, estimated from a small sketch of the calibration text.
 
-A bottom-k sketch (Broder, "On the resemblance and containment of documents", 1997): the k smallest 64-bit hashes of all
-runs of `WORDS` words. The share of them that occur in another text estimates the share of runs that do.
+It is a bottom-k sketch (Broder, "On the resemblance and containment of documents", 1997): the k smallest 64-bit hashes of all
+n-grams of `NGRAM` words. The share of them that occur in another text estimates the share of n-grams that occur there.
 """
 
 from __future__ import annotations
@@ -11,24 +11,24 @@ import heapq
 import re
 from collections.abc import Iterator
 
-WORDS = 13  # GPT-3's contamination study (Brown et al. 2020, appendix C) looks at runs of 13 words
+NGRAM = 13  # words, as in GPT-3's contamination study (Brown et al. 2020, appendix C)
 SIZE = 256
 
 
 def _hashes(text: str) -> Iterator[int]:
     words = re.findall(r"\w+", text.lower())
-    for i in range(len(words) - WORDS + 1):
-        run = " ".join(words[i : i + WORDS]).encode()
-        yield int.from_bytes(hashlib.blake2b(run, digest_size=8).digest(), "big")
+    for i in range(len(words) - NGRAM + 1):
+        ngram = " ".join(words[i : i + NGRAM]).encode()
+        yield int.from_bytes(hashlib.blake2b(ngram, digest_size=8).digest(), "big")
 
 
 def sketch(text: str) -> list[str]:
-    """Up to 256 hashes (hex) that stand for the text in a manifest."""
+    """The sketch of a text for a manifest: up to 256 hashes in hex."""
     return [f"{h:016x}" for h in heapq.nsmallest(SIZE, set(_hashes(text)))]
 
 
 def overlap(calibration_sketch: list[str], text: str) -> float:
-    """Share (0 … 1) of the sketched text's 13-word runs that occur in `text`. The standard error is at most 0.03."""
+    """The estimated share, 0 to 1, of the sketched text's 13-grams that occur in `text`; standard error at most 0.03."""
     if not calibration_sketch:
         return 0.0
     wanted = {int(h, 16) for h in calibration_sketch}

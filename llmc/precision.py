@@ -1,9 +1,9 @@
-"""Where reduced precision is good enough, and only there: running layers over calibration text, and summing products.
+"""Reduced precision for the two steps that allow it: running layers over calibration text, and summing products.
 
-These are sums over tens of thousands of tokens. On processors that multiply bf16 natively (AVX-512 BF16, AMX) layers run
-under autocast (linears and attention in bf16, the residual stream and the norms in float32), and products of activations
-round their factors to bf16 and keep the sum in float32. Both are several times as fast there. The algorithms themselves
-(Cholesky factors, sweeps, least squares) always run in full float32.
+These are sums over tens of thousands of tokens. On processors that multiply bf16 natively (AVX-512 BF16, AMX), layers run
+under autocast: linears and attention in bf16, the residual stream and the norms in float32. Products of activations round
+their factors to bf16 and keep the sum in float32. Both are several times faster there. The algorithms themselves (Cholesky
+factors, sweeps, least squares) always run in float32.
 """
 
 from __future__ import annotations
@@ -20,29 +20,30 @@ import torch
 
 @cache
 def matmul_precision() -> str:
-    """'bf16' where the processor multiplies bf16 natively, else 'ieee' (full float32). Recorded in manifests."""
+    """'bf16' if the processor multiplies bf16 natively, else 'ieee' (full float32). Manifests record it."""
     capability = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return "bf16" if capability.get("avx512_bf16") or capability.get("amx_bf16") else "ieee"
 
 
 def prepare_cpu(threads: int) -> None:
-    """Set torch's thread count, and let its allocator ask for 2 MiB pages: without, a tenth of a layer goes into faults
-    of 4 KiB (Linux; it takes effect where torch has not yet allocated)."""
+    """Set torch's number of threads, and let its allocator request pages of 2 MiB.
+
+    With pages of 4 KiB, page faults take a tenth of a layer's time on Linux. Call it before torch allocates memory."""
     torch.set_num_threads(threads)
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 _switch = Lock()
-_inside = 0  # how many are in `fast_matmul`, over all threads: the setting is one of the process
+_inside = 0  # number of open `fast_matmul` blocks in all threads: the setting belongs to the process
 _outside: str = ""
 
 
 @contextmanager
 def fast_matmul() -> Iterator[None]:
-    """Inside, float32 products on the CPU may round their factors to bf16 (sums stay float32).
+    """In this block, float32 products on the CPU may round their factors to bf16. Sums stay float32.
 
-    The setting is the whole process's: while threads share work, the caller of all of them has to be inside too, else what
-    a product is rounded to would depend on which thread left first."""
+    The setting belongs to the whole process. If threads share work, their caller must be in this block too. Otherwise the
+    precision of a product would depend on which thread leaves first."""
     global _inside, _outside
     backend: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     with _switch:
@@ -61,6 +62,6 @@ def fast_matmul() -> Iterator[None]:
 
 @contextmanager
 def fast_forward(device: torch.device) -> Iterator[None]:
-    """Inside, layers run under autocast to bf16 where that is native; else `fast_matmul` alone."""
+    """In this block, layers run under autocast to bf16 if the processor has it; otherwise only `fast_matmul` applies."""
     with fast_matmul(), torch.autocast(device.type, torch.bfloat16, enabled=matmul_precision() == "bf16"):
         yield

@@ -1,8 +1,8 @@
-"""Whether llama.cpp's AMX kernels work in this build.
+"""A test of llama.cpp's AMX kernels in this build.
 
-Compilers drop the stores that set up the tile configuration (it is only read by an intrinsic without a memory operand
-they know of), and the first quantized matrix product then dies of a signal: ggml-org/llama.cpp#20824, #26954. Only
-running one tells, so a child process does, on a model of a few kilobytes. `python -m llmc.runtimes.amx` is that child.
+Some compilers remove the stores that set up the tile configuration, because only an intrinsic without a visible memory
+operand reads it. The first quantized matrix product then kills the process with a signal: ggml-org/llama.cpp#20824, #26954.
+Only a run shows this. So a child process, `python -m llmc.runtimes.amx`, runs a model of a few kilobytes.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ from pathlib import Path
 from llmc.console import warn
 from llmc.runtimes import llamacpp
 
-WIDTH = 64  # the least that the AMX kernels take: two tiles
+WIDTH = 64  # the smallest width of the AMX kernels: two tiles
 HOW_TO_FIX = ("CMAKE_ARGS='-DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8' "
               "pip install --force-reinstall --no-deps --no-cache-dir llama-cpp-python")
 
 
 @functools.cache
 def broken() -> bool:
-    """True where one quantized product through AMX kills the process. Asked once a process, about a second."""
+    """True if a quantized product through AMX kills the process. It takes about a second, once for each process."""
     child = subprocess.run([sys.executable, "-m", __name__], capture_output=True, check=False)
     return child.returncode != 0
 
 
 @functools.cache
 def use_extra_buffers() -> bool:
-    """Whether llama.cpp may repack weights for AMX and the like. A build that would crash on it is named once."""
+    """True if llama.cpp may repack weights for AMX and similar kernels. If this build would crash, warn once."""
     if llamacpp.build().get("AMX_INT8") != "1" or not broken():
         return True
     warn("llama.cpp's AMX kernels crash in this build (ggml-org/llama.cpp#26954): running without them and without "
-         f"repacked weights, which is slower. To cure it: {HOW_TO_FIX}")
+         f"repacked weights, which is slower. To fix it: {HOW_TO_FIX}")
     return False
 
 
 def _write_model(path: Path) -> None:
-    """One random-free Llama layer in Q8_0, without a vocabulary."""
+    """Write a Llama model of one layer in Q8_0, with fixed weights and no vocabulary."""
     import numpy as np
     from gguf import GGMLQuantizationType, GGUFWriter
     from gguf.quants import quantize
@@ -67,7 +67,7 @@ def _write_model(path: Path) -> None:
 
 
 def main() -> None:
-    """Run eight tokens of the little model through whatever kernels llama.cpp chooses."""
+    """Run eight tokens through the small model, with the kernels that llama.cpp chooses."""
     import numpy as np
 
     with tempfile.TemporaryDirectory() as folder:

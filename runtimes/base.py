@@ -1,6 +1,6 @@
-"""What a runtime is: an artifact opened by the program that will run it on the device.
+"""The interface of a runtime: an artifact opened by the program that runs it on the device.
 
-Every runtime is fed token ids and gives logits, so that figures from different runtimes can be held side by side.
+Every runtime takes token ids and returns logits, so that results of different runtimes can be compared.
 """
 
 from __future__ import annotations
@@ -19,36 +19,36 @@ class Runtime(Protocol):
     """'torch', 'llama.cpp' or 'onnxruntime'."""
     vocab_size: int
     context: int
-    """The most tokens that fit: what was asked for, or fewer where the model was trained for fewer."""
+    """The context length in tokens: the requested one, or the model's own if that is shorter."""
 
     def logits(self, ids: np.ndarray, start: int = 0) -> np.ndarray:
         """ids int [n] from an empty context -> float32 [n - start, vocab]; row i predicts token start + i + 1."""
 
     def prefill(self, ids: np.ndarray) -> np.ndarray:
-        """Empty the KV cache, run ids int [n] through it; float32 [vocab], the logits after the last token."""
+        """Clear the KV cache and run ids int [n]; return the logits after the last token, float32 [vocab]."""
 
     def decode(self, token: int) -> np.ndarray:
-        """One more token on the KV cache; float32 [vocab], the logits after it."""
+        """Add one token to the KV cache; return the logits after it, float32 [vocab]."""
 
     def tokenize(self, text: str, special: bool = True) -> np.ndarray:
-        """The artifact's own tokenizer: int32 [n]; `special` adds BOS where the tokenizer does."""
+        """Token ids int32 [n] from the artifact's own tokenizer; `special` adds BOS if the tokenizer does."""
 
     def detokenize(self, ids: list[int]) -> str:
-        """Text of some tokens, special tokens left out."""
+        """The text of some tokens, without special tokens."""
 
     def chat(self, user: str) -> str:
-        """The prompt that the artifact's chat template makes of one user message, up to the answer's first token."""
+        """One user message in the artifact's chat template, up to the first token of the answer."""
 
     @property
     def kv_type(self) -> str:
-        """Of the KV cache's elements: 'f16', 'f32', 'q8_0', …"""
+        """The type of the KV cache's elements, such as 'f16', 'f32' or 'q8_0'."""
 
     @property
     def end_tokens(self) -> frozenset[int]:
-        """Ids that end a generation."""
+        """The ids that end a generation."""
 
     def describe(self) -> dict[str, Any]:
-        """What really ran: runtime, version, device, threads, dtype, CPU features."""
+        """The facts of this run: runtime, version, device, threads, dtype, CPU features."""
 
     def close(self) -> None:
         """Free the model."""

@@ -16,7 +16,7 @@ class GenerateConfig:
     temperature: float = option(0.0, help="Sampling temperature. 0 takes the most likely token each time.", low=0, high=10)
     seed: int = option(0, help="Seed of sampling, for a temperature above 0.")
     chat: bool = option(
-        False, help="Put the prompt through the model's chat template (--chat), or continue it as it is (--raw).",
+        False, help="Put the prompt into the model's chat template (--chat), or continue it as it is (--raw).",
         flags=("--chat/--raw",))
     threads: int | None = options.threads()
     device: str = option("cpu", help="Device to run on.", choices=("cpu", "gpu"), group=RUN)

@@ -1,4 +1,4 @@
-"""Text from an artifact, token by token, whatever its runtime."""
+"""Text generation with an artifact, token by token, in any runtime."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TEMPLATE_ROOM = 1024  # tokens that a chat template may put around the prompt
 
 def generate(artifact: Path, prompt: str, config: GenerateConfig,
              show: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
-    """Continue `prompt`; `show` gets each piece of text as it comes. The same seed gives the same text.
+    """Continue `prompt`; call `show` with each new piece of text. The same seed gives the same text.
 
     Returns {text, tokens, prompt_tokens, stopped: 'end of text' or 'max tokens', first_token_s, tokens_per_second}.
     """
@@ -36,7 +36,7 @@ def _generate(runtime: Runtime, prompt: str, config: GenerateConfig, show: Calla
     text = _chat(runtime, prompt) if config.chat else prompt
     ids = runtime.tokenize(text, special=not config.chat)  # a template writes its own BOS
     if len(ids) == 0:
-        raise UserError("the prompt is empty and this tokenizer puts nothing in front of it", "give a prompt")
+        raise UserError("the prompt is empty and this tokenizer adds no token before it", "give a prompt")
     end, rng = runtime.end_tokens, np.random.default_rng(config.seed)
     start = perf_counter()
     token = choose(runtime.prefill(ids), config.temperature, rng)
@@ -47,9 +47,9 @@ def _generate(runtime: Runtime, prompt: str, config: GenerateConfig, show: Calla
     shown = 0
     while token not in end:
         out.append(token)
-        # decoded with the prompt in front, since some tokenizers drop the space before a first word
+        # detokenized together with the prompt, since some tokenizers drop the space before the first word
         written = runtime.detokenize(prefix + out)[len(known):]
-        if not written.endswith("\ufffd"):  # half a character: wait for its other bytes
+        if not written.endswith("\ufffd"):  # an incomplete character: wait for its other bytes
             show(written[shown:])
             shown = len(written)
         if len(out) == config.max_tokens:
@@ -68,15 +68,15 @@ def _chat(runtime: Runtime, prompt: str) -> str:
 
     try:
         return runtime.chat(prompt)
-    except TemplateError as e:  # also what the sandbox forbids
+    except TemplateError as e:  # the sandbox's SecurityError too
         raise UserError(f"the artifact's chat template cannot be rendered: {e}",
                         "leave out --chat: the prompt is continued as it is") from e
 
 
 def choose(logits: np.ndarray, temperature: float, rng: np.random.Generator) -> int:
-    """The likeliest token at temperature 0, else one drawn from softmax(logits / temperature); logits [vocab]."""
+    """The most likely token at temperature 0, else a sample from softmax(logits / temperature); logits [vocab]."""
     if temperature == 0:
         return int(logits.argmax())
     scaled = logits.astype(np.float64) / temperature
-    # Gumbel's trick: argmax of logits plus Gumbel noise is a draw from their softmax
+    # Gumbel trick: argmax of logits plus Gumbel noise is a sample from their softmax
     return int((scaled + rng.gumbel(size=len(scaled))).argmax())

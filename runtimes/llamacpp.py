@@ -1,7 +1,7 @@
-"""A .gguf file run by llama.cpp, through the low-level (ctypes) interface of llama-cpp-python.
+"""The runtime of .gguf files: llama.cpp through the low-level (ctypes) interface of llama-cpp-python.
 
-The high-level class of that package keeps the logits of the last token only, or of every token at twice the memory;
-here batches ask for exactly the rows that are wanted.
+The high-level class of that package keeps the logits of the last token only, or of every token at twice the memory. Here a
+batch requests exactly the rows that it needs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from llmc.errors import UserError
 from llmc.runtimes.base import TOO_LONG
 
 BATCH = 512  # tokens run at once, llama.cpp's own default for a micro-batch
-LOGITS_BYTES = 128 << 20  # most memory for the logits of one batch
+LOGITS_BYTES = 128 << 20  # largest memory for the logits of one batch
 INSTALL = "pip install 'llmc-toolkit[gguf]'"
 OFFLOADED = re.compile(r"offloaded (\d+)/(\d+) layers to GPU")
 BUFFERS = re.compile(r"(\S+) model buffer size *= *([\d.]+) MiB")
@@ -26,7 +26,7 @@ ERROR = 4  # GGML_LOG_LEVEL_ERROR in ggml.h
 GPU_TYPES = (1, 2)  # GGML_BACKEND_DEVICE_TYPE_GPU, _IGPU in ggml-backend.h
 
 _log: deque[tuple[int, str]] = deque(maxlen=10_000)  # (level, text), cleared once a model is loaded
-_log_callback: Any = None  # llama.cpp holds a bare pointer to it, so it must live as long as the process
+_log_callback: Any = None  # llama.cpp keeps a raw pointer to it, so it must live as long as the process
 
 
 def _remember(level: int, text: bytes, _: object) -> None:
@@ -34,7 +34,7 @@ def _remember(level: int, text: bytes, _: object) -> None:
 
 
 def _library() -> Any:
-    """llama-cpp-python's ctypes module with its log captured instead of printed."""
+    """llama-cpp-python's ctypes module; its log is captured and not printed."""
     global _log_callback
     try:
         from llama_cpp import llama_cpp as lib
@@ -48,14 +48,14 @@ def _library() -> Any:
 
 
 def build() -> dict[str, str]:
-    """The instruction sets and options that llama.cpp was built with and finds here."""
+    """The instruction sets and options that llama.cpp was built with and that this machine has."""
     return dict(re.findall(r"(\w+) = (\w+)", _library().llama_print_system_info().decode()))
 
 
 def gpu_devices() -> list[dict[str, Any]]:
-    """[{name, driver, backend: 'llama.cpp NAME'}] of the GPUs that this llama.cpp was built for and finds here."""
+    """The GPUs that this build of llama.cpp can use here: [{name, driver, backend: 'llama.cpp NAME'}]."""
     lib = _library()
-    # llama-cpp-python does not bind these; the libraries lie beside the one that it loads
+    # llama-cpp-python does not bind these functions; their libraries are beside the one that it loads
     folder = Path(lib._base_path)
     files = [next(iter(sorted(folder.glob(f"*{name}.*"))), None) for name in ("ggml", "ggml-base")]
     if None in files:
@@ -73,13 +73,13 @@ def gpu_devices() -> list[dict[str, Any]]:
 
 
 def _errors() -> str:
-    """What llama.cpp said last at the level of an error, in one line: the cause, not that loading failed for it."""
+    """The last error in llama.cpp's log, one line: the cause of a failure, without the general "failed to load model"."""
     lines = [text.strip() for level, text in _log if level == ERROR and "failed to load model" not in text]
     return lines[-1] if lines else "no reason given"
 
 
 def tokenize(path: Path, text: str) -> np.ndarray:
-    """Token ids int32 of a .gguf file's own tokenizer; no weight is read."""
+    """Token ids int32 from a .gguf file's own tokenizer, without reading any weight."""
     lib = _library()
     params = lib.llama_model_default_params()
     params.vocab_only = True
@@ -103,11 +103,12 @@ def _tokenize(lib: Any, vocab: Any, path: Path, text: str, special: bool) -> np.
 
 
 class LlamaCpp:
-    """A runtime (see runtimes/base.py) over one llama.cpp context of `context` tokens.
+    """A runtime (see runtimes/base.py) with one llama.cpp context of `context` tokens.
 
-    flash_attention: None leaves the choice to llama.cpp
-    kv_type: 'f16' (llama.cpp's default), 'q8_0' or 'f32'; parity checks against torch use False and 'f32'
-    extra_buffers: let llama.cpp repack weights for this CPU. Faster; some builds crash on it: `amx.use_extra_buffers` tells
+    flash_attention: None lets llama.cpp choose. kv_type: 'f16' (llama.cpp's default), 'q8_0' or 'f32'.
+    Parity checks against torch use False and 'f32'.
+    extra_buffers: let llama.cpp repack weights for this CPU. It is faster, but crashes in some builds: see
+    `amx.use_extra_buffers`.
     """
 
     name = "llama.cpp"
@@ -118,7 +119,7 @@ class LlamaCpp:
         if not path.is_file():
             raise UserError(f"there is no file {path}", "give a .gguf file")
         if device not in ("cpu", "gpu"):
-            raise UserError(f"device {device!r} is not known to llama.cpp's runtime", "choose cpu or gpu")
+            raise UserError(f"the llama.cpp runtime does not know the device {device!r}", "choose cpu or gpu")
         self._lib = lib = _library()
         self.path, self.threads, self.device, self.kv_type = path, threads, device, kv_type
         self._model = self._ctx = None
@@ -152,7 +153,7 @@ class LlamaCpp:
         _log.clear()
 
     def _prepare_batch(self) -> None:
-        """What llama_decode is given, made once: for each token it would cost a small model 1 % of its time."""
+        """Make llama_decode's argument once. Making it for each token would take 1 % of a small model's time."""
         self._given = batch = self._lib.llama_batch_init(self._batch, 0, 1)
         self._token, self._pos, self._wanted = (np.ctypeslib.as_array(p, shape=(self._batch,))
                                                 for p in (batch.token, batch.pos, batch.logits))
@@ -165,7 +166,7 @@ class LlamaCpp:
         params.n_gpu_layers = 0
         params.use_extra_bufts = self.extra_buffers
         if device == "cpu":
-            self._no_devices = (ctypes.c_void_p * 1)(None)  # an empty NULL-terminated list: no GPU takes any part
+            self._no_devices = (ctypes.c_void_p * 1)(None)  # an empty NULL-terminated list: no GPU is used
             params.devices = ctypes.cast(self._no_devices, ctypes.c_void_p)
         else:
             params.n_gpu_layers = 1_000_000
@@ -180,7 +181,7 @@ class LlamaCpp:
         self.offloaded = max((int(m[1]) for _, t in _log if (m := OFFLOADED.search(t))), default=0)
         if device == "gpu" and self.offloaded == 0:
             self.close()
-            raise UserError("--device gpu: llama.cpp found no GPU and put no layer on one",
+            raise UserError("--device gpu: llama.cpp found no GPU, so no layer runs on one",
                             "check the driver with `llmc doctor`, or use --device cpu")
 
     def logits(self, ids: np.ndarray, start: int = 0) -> np.ndarray:
@@ -211,13 +212,13 @@ class LlamaCpp:
         self._used = 0
 
     def _run(self, ids: np.ndarray, out: np.ndarray | None) -> None:
-        """Feed `ids` in batches; with `out` [len(ids), vocab] collect the logits of every one."""
+        """Run `ids` in batches; write the logits of every token into `out` [len(ids), vocab], if given."""
         for i in range(0, len(ids), self._batch):
             part = ids[i : i + self._batch]
             self._decode(part, [int(out is not None)] * len(part), None if out is None else out[i : i + self._batch])
 
     def _decode(self, ids: np.ndarray, wanted: list[int], out: np.ndarray | None) -> None:
-        """One llama_decode; `out` gets the logits of the tokens whose `wanted` is 1, in order."""
+        """Call llama_decode once; write the logits of the tokens whose `wanted` is 1 into `out`, in order."""
         lib, n = self._lib, len(ids)
         if self._used + n > self.context:
             raise UserError(f"{self._used + n} tokens do not fit {self.path}'s context of {self.context}", TOO_LONG)
@@ -235,14 +236,14 @@ class LlamaCpp:
             np.copyto(out, np.frombuffer(logits, np.float32).reshape(out.shape))
 
     def tokenize(self, text: str, special: bool = True) -> np.ndarray:
-        """Token ids int32 as llama.cpp makes them; `special` adds BOS (and EOS) where the file says so."""
+        """Token ids int32 from llama.cpp; `special` adds BOS and EOS if the file's metadata require it."""
         return _tokenize(self._lib, self._vocab, self.path, text, special)
 
     def detokenize(self, ids: list[int]) -> str:
         tokens = (ctypes.c_int32 * len(ids))(*ids)
         size = 64 + 32 * len(ids)
         n = -1
-        while n < 0:  # a negative answer is the size that it would need
+        while n < 0:  # a negative result is minus the size that it needs
             buffer = ctypes.create_string_buffer(size)
             n = self._lib.llama_detokenize(self._vocab, tokens, len(ids), buffer, size, True, False)
             size = max(size, -n)
@@ -264,12 +265,12 @@ class LlamaCpp:
 
     @property
     def end_tokens(self) -> frozenset[int]:
-        """Every id at which generation ends, by the file's own words (EOS, EOT, EOM …)."""
+        """Every id that ends a generation according to the file (EOS, EOT, EOM and others)."""
         return frozenset(i for i in range(self.vocab_size) if self._lib.llama_vocab_is_eog(self._vocab, i))
 
     @property
     def metadata(self) -> dict[str, str]:
-        """The file's key-value pairs as llama.cpp prints them (long arrays are left out by it)."""
+        """The file's key-value pairs as llama.cpp prints them (it leaves out long arrays)."""
         lib, m = self._lib, self._model
 
         def read(call: Any, i: int) -> str:

@@ -1,4 +1,4 @@
-"""The KV cache of an ONNX decoder: buffers that onnxruntime reads and writes in place, so that no token copies the cache."""
+"""The KV cache of an ONNX decoder: buffers that onnxruntime reads and writes in place, so that the cache is never copied."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ class Slot:
     width: int
     dtype: str
     window: int
-    """Rows of a cache that slides by itself (GroupQueryAttention's sliding_window_cache); 0: it holds every token."""
+    """Rows of a sliding cache (GroupQueryAttention's sliding_window_cache); 0 if the cache holds every token."""
 
 
 @dataclass(frozen=True)
 class Signature:
-    """What a decoder takes and gives. feeds: {name: numpy type} of FEEDS; logits: numpy type."""
+    """The inputs and outputs of a decoder. feeds: {name: numpy type} of FEEDS; logits: numpy type."""
 
     feeds: dict[str, str]
     slots: list[Slot]
     logits: str
     vocab: int
     shareable: bool
-    """Whether every cache may be one buffer for past and present: GroupQueryAttention writes all of them."""
+    """True if past and present may share one buffer in every layer: GroupQueryAttention writes all of them."""
 
 
 def read_signature(source: OnnxFolder, session: Any) -> Signature:
-    """The signature of a session, or a UserError that says what makes it no decoder that llmc can run."""
+    """The signature of a session; raises UserError, with the reason, if it is not a decoder that llmc can run."""
     inputs, outputs = ({v.name: v for v in values} for values in (session.get_inputs(), session.get_outputs()))
     feeds = {name: inputs.pop(name) for name in FEEDS if name in inputs}
     past = {n: v for n, v in inputs.items() if re.fullmatch(r"past_key_values\.\d+\.(key|value)", n)}
@@ -50,9 +50,9 @@ def read_signature(source: OnnxFolder, session: Any) -> Signature:
     lacking += [n for n in pairs.values() if n not in outputs] + ([] if past else ["past_key_values.0.key"])
     if lacking or len(inputs) > len(past):
         odd = sorted(inputs.keys() - past.keys())
-        raise UserError(f"{source.model} is no decoder with KV cache that llmc can run: "
+        raise UserError(f"{source.model} is not a decoder with KV cache that llmc can run: "
                         + "; ".join(f"{what} {', '.join(names[:4])}" for what, names in
-                                    (("it lacks", lacking), ("it takes the unknown inputs", odd)) if names), HOW)
+                                    (("it lacks", lacking), ("it has the unknown inputs", odd)) if names), HOW)
     writers = {out: node for node in source.proto.graph.node for out in node.output if out in pairs.values()}
     windows = {out: _window(source, node) for out, node in writers.items()}
     decoder = source.genai.get("model", {}).get("decoder", {})
@@ -67,7 +67,7 @@ def read_signature(source: OnnxFolder, session: Any) -> Signature:
 
 
 def _window(source: OnnxFolder, node: Any) -> int:
-    """Rows that a self-sliding cache is given: the window, and the slack that the folder asks for."""
+    """The rows of a sliding cache: the window plus the slack in genai_config.json; 0 if the cache does not slide."""
     found = attributes(node)
     if not found.get("sliding_window_cache"):
         return 0
@@ -75,11 +75,11 @@ def _window(source: OnnxFolder, node: Any) -> int:
     return int(found["local_window_size"]) + int(slack)
 
 
-def _number(source: OnnxFolder, declared: Any, name: str, told: Any) -> int:
-    """A dimension as the graph declares it, else as genai_config.json tells it."""
-    found = declared if isinstance(declared, int) else told
+def _number(source: OnnxFolder, declared: Any, name: str, configured: Any) -> int:
+    """A dimension from the graph, else from genai_config.json."""
+    found = declared if isinstance(declared, int) else configured
     if not isinstance(found, int):
-        raise UserError(f"neither the graph nor genai_config.json in {source.folder} tells the sizes of {name}", HOW)
+        raise UserError(f"neither the graph nor genai_config.json in {source.folder} has the sizes of {name}", HOW)
     return found
 
 
@@ -90,10 +90,10 @@ def _type(source: OnnxFolder, value: Any) -> str:
 
 
 class KvCache:
-    """Buffers for at most `rows` tokens, on onnxruntime's memory `device` ('cpu', 'cuda').
+    """Buffers for at most `rows` tokens, in onnxruntime's memory `device` ('cpu', 'cuda').
 
-    shared: past and present are one buffer of full length, and the operator writes the new rows into it. Otherwise two
-    buffers take turns, each seen by the graph at the length that it has reached.
+    shared: past and present are one buffer of full length, and the operator writes the new rows into it. Otherwise there are
+    two buffers for each slot: a step reads one and writes the other, and the graph sees only the rows in use.
     """
 
     def __init__(self, ort: Any, slots: list[Slot], rows: int, device: str, shared: bool) -> None:
@@ -107,8 +107,9 @@ class KvCache:
         self._bound: Any = None
 
     def bind(self, binding: Any, past: int, new: int) -> None:
-        """Give a run that adds `new` tokens to `past` its caches; what it writes is the past of the next. Shared buffers stay
-        what they are: bound once (again for every token, 60 of them took 7 % of a 135 M model's time)."""
+        """Bind the caches of a run that adds `new` tokens to `past`. The cache that it writes is the next run's past.
+
+        Shared buffers are bound only once: binding 60 of them for every token took 7 % of a 135 M model's time."""
         if self.shared and binding is self._bound:
             return
         self._bound = binding

@@ -1,4 +1,4 @@
-"""An ONNX folder run by onnxruntime: the graph as it ships, with its own KV cache, through IO binding."""
+"""The runtime of ONNX folders: onnxruntime runs the unchanged graph with its own KV cache, through IO binding."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from llmc.runtimes.onnx_kv import KvCache, read_signature
 from llmc.runtimes.onnx_session import CPU, OPTIONS, first_line
 
 BATCH = 512  # tokens run at once
-# operators in which a decoder's time goes
+# the operators that take most of a decoder's time
 PRODUCTS = ("MatMul", "MatMulNBits", "MatMulInteger", "Gemm", "GroupQueryAttention", "MultiHeadAttention", "Attention")
 NAMES = {"float32": "f32", "float16": "f16"}
-LOGITS_BYTES = 128 << 20  # most memory for the logits of one run: a graph gives those of every token
+LOGITS_BYTES = 128 << 20  # largest memory for the logits of one run: a graph returns those of every token
 
 
 class OnnxModel:
-    """A runtime (see runtimes/base.py) over one onnxruntime session.
+    """A runtime (see runtimes/base.py) with one onnxruntime session.
 
-    folder: or one that was opened, and perhaps edited, before. share: past and present in one buffer; None: wherever the
-    graph's attention allows it. The first use runs one token under onnxruntime's profiler, so that what is said about
-    execution providers is what ran.
+    folder: a path, or a folder that is already open and perhaps edited. share: past and present in one buffer; None: if the
+    graph's attention allows it. The first use runs one token under onnxruntime's profiler. So the reported execution
+    providers are those that ran.
     """
 
     name = "onnxruntime"
@@ -36,7 +36,7 @@ class OnnxModel:
     def __init__(self, folder: Path | OnnxFolder, context: int, threads: int, device: str = "cpu",
                  share: bool | None = None) -> None:
         if device not in ("cpu", "gpu"):
-            raise UserError(f"device {device!r} is not known to onnxruntime's runtime", "choose cpu or gpu")
+            raise UserError(f"the onnxruntime runtime does not know the device {device!r}", "choose cpu or gpu")
         self._ort = ort = onnx_session.library()
         self._source = source = folder if isinstance(folder, OnnxFolder) else open_onnx(folder)
         self.folder, self.threads, self.device = source.folder, threads, device
@@ -47,7 +47,7 @@ class OnnxModel:
         self.signature = s = read_signature(source, self._session)
         self.vocab_size = s.vocab
         memory = onnx_session.GPUS.get(self.provider, "cpu")
-        direct = memory != "cpu" or self.provider == CPU  # the buffers are where the operators work
+        direct = memory != "cpu" or self.provider == CPU  # the buffers are in the memory of the operators' device
         self._cache: Any = KvCache(ort, s.slots, self.context, memory, s.shareable and direct if share is None else share)
         self._batch = max(1, min(BATCH, self.context, LOGITS_BYTES // (s.vocab * np.dtype(s.logits).itemsize)))
         self._rows = np.empty((self._batch, s.vocab), s.logits)
@@ -59,11 +59,11 @@ class OnnxModel:
 
     @property
     def nodes(self) -> dict[str, dict[str, int]]:
-        """{execution provider: {operator: nodes}} of what runs."""
+        """The nodes that run, {execution provider: {operator: number of nodes}}."""
         return self._prove()
 
     def _prove(self) -> dict[str, dict[str, int]]:
-        """`nodes`, by a token run before any other; raises UserError where nothing runs on the device asked for."""
+        """Find `nodes` with one token before all others; raise UserError if too little runs on the requested device."""
         if self._nodes is None:
             self._step(np.zeros(1, np.int64))
             self._used = 0
@@ -105,8 +105,7 @@ class OnnxModel:
         return self._run(np.array([token]))[-1].astype(np.float32)
 
     def values(self, ids: np.ndarray) -> dict[str, np.ndarray]:
-        """int [n] from an empty cache -> float32 [n, ..]: 'logits', and each of the values that the folder was edited to
-        watch."""
+        """ids int [n] from an empty cache -> {name: float32 [n, ..]}: 'logits' and the folder's watched values."""
         self._used = 0
         names = self._source.watched
         parts: dict[str, list[np.ndarray]] = {name: [] for name in ("logits", *names)}
@@ -117,7 +116,7 @@ class OnnxModel:
         return {name: np.concatenate(p) for name, p in parts.items()}
 
     def _run(self, ids: np.ndarray) -> np.ndarray:
-        """Add ids [n] to the cache; their logits [n, vocab], valid until the next run."""
+        """Add ids [n] to the cache; return their logits [n, vocab], valid until the next run."""
         self._prove()
         return self._step(ids)
 
@@ -145,7 +144,7 @@ class OnnxModel:
 
     @property
     def tokenizer(self) -> Any:
-        """The folder's tokenizer.json, read by `tokenizers` itself: no class of transformers comes between."""
+        """The folder's tokenizer.json, read by the `tokenizers` package without transformers."""
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.folder)
         return self._tokenizer
@@ -167,13 +166,13 @@ class OnnxModel:
 
     @property
     def end_tokens(self) -> frozenset[int]:
-        """Every id that the folder's configurations or its tokenizer call the end of a text."""
+        """Every end token in the folder's configurations and its tokenizer."""
         ids: set[int] = set()
         for name in ("generation_config.json", "tokenizer_config.json"):
             path = self.folder / name
-            told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-            ids |= _ids(told.get("eos_token_id"))
-            token = told.get("eos_token")
+            values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            ids |= _ids(values.get("eos_token_id"))
+            token = values.get("eos_token")
             ids |= _ids(self.tokenizer.token_to_id(token["content"] if isinstance(token, dict) else token or ""))
         return frozenset(ids | _ids(self._source.genai.get("model", {}).get("eos_token_id"))
                          | _ids(self._source.config.get("eos_token_id")))
@@ -190,7 +189,7 @@ class OnnxModel:
                 "build": self._ort.get_build_info(), "cpu_features": cpu_features()}
 
     def _accuracy_levels(self) -> list[int]:
-        """Of the graph's MatMulNBits, and of those that onnxruntime made of DequantizeLinear and MatMul when it loaded it."""
+        """The accuracy levels of MatMulNBits: of those in the graph, and of those that onnxruntime fused on loading."""
         written = self._source.matmul_nbits()
         run = sum(operators.get("MatMulNBits", 0) for operators in self.nodes.values())
         fused = {self._source.qdq_level} if run > sum(b["matrices"] for b in written) else set()
@@ -212,7 +211,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def tokenize(folder: Path, text: str) -> np.ndarray:
-    """int [n]: the ids that a folder's tokenizer makes of a text, the model not loaded."""
+    """The ids of a text, int [n], from a folder's tokenizer, without loading the model."""
     return np.array(load_tokenizer(folder).encode(text).ids)
 
 

@@ -1,4 +1,4 @@
-"""A session of onnxruntime: how it is opened, its errors, and what of it really ran."""
+"""Sessions of onnxruntime: opening one, its errors, and the nodes that ran."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from llmc.errors import UserError
 from llmc.formats.onnx_folder import AGAIN, INSTALL, QDQ_LEVEL, OnnxFolder
 
 CPU = "CPUExecutionProvider"
-GPUS = {  # by preference, with the memory that onnxruntime lets Python bind for it
+GPUS = {  # in order of preference, with the memory that onnxruntime lets Python bind
     "CUDAExecutionProvider": "cuda", "MIGraphXExecutionProvider": "cpu", "ROCMExecutionProvider": "cpu",
     "WebGpuExecutionProvider": "cpu", "DmlExecutionProvider": "cpu", "CoreMLExecutionProvider": "cpu",
 }
 OPTIONS = {"graph_optimization_level": "ORT_ENABLE_ALL", "execution_mode": "ORT_SEQUENTIAL", "inter_op_num_threads": 1}
-DATA_FOLDER = "session.model_external_initializers_file_folder_path"  # of a graph that is given as bytes
+DATA_FOLDER = "session.model_external_initializers_file_folder_path"  # needed if the graph is given as bytes
 
 
 def library() -> Any:
@@ -29,19 +29,19 @@ def library() -> Any:
 
 def gpu_provider() -> str:
     """The GPU execution provider of the installed onnxruntime."""
-    there = library().get_available_providers()
+    available = library().get_available_providers()
     for provider in GPUS:
-        if provider in there:
+        if provider in available:
             return provider
-    raise UserError(f"--device gpu: the installed onnxruntime has only {', '.join(there)}",
+    raise UserError(f"--device gpu: the installed onnxruntime has only {', '.join(available)}",
                     "use --device cpu, or install a build for your GPU, such as onnxruntime-gpu")
 
 
 def open_session(source: OnnxFolder, provider: str, threads: int, profile: Path) -> Any:
-    """A session that profiles what it runs into a file whose name begins with `profile`, until end_profiling.
+    """A session that profiles its runs, until end_profiling, into a file whose name begins with `profile`.
 
-    Of the folder's session options only the accuracy level of DequantizeLinear and MatMul is taken: no other decides what is
-    computed."""
+    Of the folder's session options it uses only the accuracy level of DequantizeLinear and MatMul: no other option changes
+    the results."""
     ort = library()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -49,7 +49,7 @@ def open_session(source: OnnxFolder, provider: str, threads: int, profile: Path)
     options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, str(OPTIONS["graph_optimization_level"]))
     options.execution_mode = getattr(ort.ExecutionMode, str(OPTIONS["execution_mode"]))
     options.add_session_config_entry(QDQ_LEVEL, str(source.qdq_level))
-    options.log_severity_level = 3  # errors only: they are raised as well
+    options.log_severity_level = 3  # errors only; they are also raised
     options.enable_profiling, options.profile_file_prefix = True, str(profile)
     graph: str | bytes = str(source.model)
     if source.edited:
@@ -62,7 +62,9 @@ def open_session(source: OnnxFolder, provider: str, threads: int, profile: Path)
 
 
 def ran(profile: Path) -> dict[str, dict[str, int]]:
-    """{execution provider: {operator: nodes}} of what a profile of onnxruntime says was run, after its optimisations."""
+    """The nodes that ran according to an onnxruntime profile, after graph optimization.
+
+    Returns {execution provider: {operator: number of nodes}}."""
     events = [e for e in json.loads(profile.read_text(encoding="utf-8"))
               if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]
     counts = {p: Counter(e["args"]["op_name"] for e in events if e["args"]["provider"] == p)
@@ -71,7 +73,7 @@ def ran(profile: Path) -> dict[str, dict[str, int]]:
 
 
 def errors() -> tuple[type[Exception], ...]:
-    """onnxruntime's exceptions, which share no class of their own."""
+    """onnxruntime's exception classes. They have no common base class of their own."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     return tuple(e for e in vars(state).values() if isinstance(e, type) and issubclass(e, Exception))

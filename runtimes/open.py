@@ -1,4 +1,4 @@
-"""Which runtime opens an artifact: one row for each format."""
+"""The choice of an artifact's runtime: one row for each format."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ def open_runtime(artifact: Path, context: int, threads: int, device: str = "cpu"
     """Open an artifact in its own runtime: a .gguf file in llama.cpp, an ONNX folder in onnxruntime, any other folder
     (float or quantized) in torch.
 
-    context: the most tokens that will be in the KV cache at once (a model trained for fewer takes fewer).
-    kv: type of the KV cache, where the runtime has a choice; None: the runtime's own (llama.cpp: f16)
+    context: the largest number of tokens in the KV cache (the model's own context length if that is shorter).
+    kv: the type of the KV cache, if the runtime offers a choice; None: the runtime's default (llama.cpp: f16).
     """
     kind = _format(artifact)
     return OPENERS[kind.format].open(artifact, context, threads, device, kv or kind.kv_default)
 
 
 def load_library(artifact: Path) -> None:
-    """Import the library of an artifact's runtime: an import is not part of an artifact's load time."""
+    """Import the library of an artifact's runtime: its import is not part of the artifact's load time."""
     OPENERS[_format(artifact).format].load()
 
 
 def token_ids(artifact: Path, text: str) -> np.ndarray:
-    """int [n]: what an artifact's own tokenizer makes of a text. The model is not loaded."""
+    """The ids of a text, int [n], from an artifact's own tokenizer. The model is not loaded."""
     return OPENERS[_format(artifact).format].token_ids(artifact, text)
 
 
@@ -45,10 +45,10 @@ def _format(artifact: Path) -> type[Artifact]:
 
 @dataclass(frozen=True)
 class Opener:
-    """What a format's runtime does. Each function imports what it needs.
+    """The functions of a format's runtime. Each imports the packages that it needs.
 
-    load: import the library    open: (artifact, context, threads, device, kv) -> the runtime
-    token_ids: (artifact, text) -> int [n]
+    load: imports the library. open: (artifact, context, threads, device, kv) -> the runtime.
+    token_ids: (artifact, text) -> int [n].
     """
 
     load: Callable[[], object]
@@ -85,7 +85,7 @@ def _open_onnxruntime(artifact: Path, context: int, threads: int, device: str, k
     from llmc.runtimes.onnx_model import OnnxModel
 
     return _with(kv, OnnxModel(artifact, context=context, threads=threads, device=device),
-                 "the graph decides: it has no other; export it anew for another, or measure its .gguf file")
+                 "the graph has only this type: export the model again for another, or measure its .gguf file")
 
 
 def _ids_of_onnxruntime(artifact: Path, text: str) -> np.ndarray:
@@ -113,7 +113,7 @@ def _ids_of_torch(artifact: Path, text: str) -> np.ndarray:
 
 
 def _with(kv: str | None, runtime: Runtime, hint: str) -> Runtime:
-    """The runtime, if its KV cache is of the type that was asked for."""
+    """The runtime, if its KV cache has the requested type; else raises UserError."""
     if kv in (None, runtime.kv_type):
         return runtime
     runtime.close()

@@ -1,4 +1,4 @@
-"""A runtime on another device, seen from here: token ids go there, logits come back."""
+"""A runtime on another device: it sends token ids to the device and receives logits."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from llmc.runtimes.targets.device import Device, ended
 
 
 class RemoteRuntime:
-    """A runtime (see base.py) over a process on a device, where the artifact is placed first. It closes the device when it is
-    closed itself.
+    """A runtime (see base.py) in a process on a device. It first copies the artifact there. `close` also closes the device.
 
-    A chunk of 512 tokens comes back as (vocabulary x 1 kB): 50 MB at 49152 tokens, where the second half is asked for.
+    The logits of the second half of a chunk of 512 tokens take vocabulary x 1 kB: 50 MB for 49152 tokens.
     """
 
     def __init__(self, device: Device, artifact: Path, context: int, threads: int | None, kind: str = "cpu",
@@ -37,14 +36,14 @@ class RemoteRuntime:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._in, self._out = self._process.stdin.buffer, self._process.stdout.buffer  # type: ignore[attr-defined]
-        told = self._answer()[0]
-        self.name: str = told["name"]
-        self.kv_type: str = told["kv_type"]
-        self.vocab_size: int = told["vocab_size"]
-        self.context: int = told["context"]
-        self._described = {**told["runtime"], "target": {
+        opened = self._answer()[0]
+        self.name: str = opened["name"]
+        self.kv_type: str = opened["kv_type"]
+        self.vocab_size: int = opened["vocab_size"]
+        self.context: int = opened["context"]
+        self._described = {**opened["runtime"], "target": {
             "name": device.target.name, "address": device.target.address, "emulated": device.emulated,
-            "facts": {**device.target.facts, **told["machine"]}}}
+            "facts": {**device.target.facts, **opened["machine"]}}}
 
     def logits(self, ids: np.ndarray, start: int = 0) -> np.ndarray:
         return self._array("logits", ids=ids.tolist(), start=start)
@@ -69,7 +68,7 @@ class RemoteRuntime:
         return frozenset(self._ask("end_tokens")[0]["ids"])
 
     def describe(self) -> dict[str, Any]:
-        """What the runtime there says of itself, and `target`: where that is."""
+        """The description by the runtime on the device, and `target`: the device."""
         return self._described
 
     def close(self) -> None:
@@ -85,21 +84,21 @@ class RemoteRuntime:
         return array
 
     def _ask(self, what: str, **more: Any) -> tuple[dict[str, Any], np.ndarray | None]:
-        with suppress(BrokenPipeError):  # it has died: the answer tells
+        with suppress(BrokenPipeError):  # the process has ended: _answer raises the error
             self._in.write(json.dumps({"do": what, **more}).encode() + b"\n")
             self._in.flush()
         return self._answer()
 
     def _answer(self) -> tuple[dict[str, Any], np.ndarray | None]:
         line = self._out.readline()
-        told = json.loads(line) if line.endswith(b"\n") else {}
-        if "problem" in told:
-            raise UserError(f"{self._device.target.name}: {told['problem']}", told["hint"])
-        if not told or "shape" not in told:
-            return (told, None) if told else self._dead()
-        data = self._out.read(4 * int(np.prod(told["shape"])))
+        reply = json.loads(line) if line.endswith(b"\n") else {}
+        if "problem" in reply:
+            raise UserError(f"{self._device.target.name}: {reply['problem']}", reply["hint"])
+        if not reply or "shape" not in reply:
+            return (reply, None) if reply else self._dead()
+        data = self._out.read(4 * int(np.prod(reply["shape"])))
         array = np.frombuffer(data[: len(data) // 4 * 4], "<f4")
-        return (told, array.reshape(told["shape"])) if array.size == np.prod(told["shape"]) else self._dead()
+        return (reply, array.reshape(reply["shape"])) if array.size == np.prod(reply["shape"]) else self._dead()
 
     def _dead(self) -> Any:
         raise ended(self._process, self._artifact, f" on {self._device.target.name}")

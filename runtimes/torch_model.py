@@ -1,7 +1,6 @@
-"""A Hugging Face folder run by transformers: a float model as it is, a quantized one with its weights dequantized.
+"""The runtime of Hugging Face folders: transformers runs a float model as it is, a quantized one dequantized.
 
-Evaluation runs in float32, so what is measured of a quantized folder is its codes and scales and not some kernel's
-rounding.
+Evaluation runs in float32. So it measures the codes and scales of a quantized folder and not the rounding of a kernel.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from llmc.runtimes.base import TOO_LONG
 
 
 class TorchModel:
-    """A runtime (see runtimes/base.py) over `load_torch_model`."""
+    """A runtime (see runtimes/base.py) with the model of `load_torch_model`."""
 
     name = "torch"
 
@@ -43,7 +42,7 @@ class TorchModel:
     def logits(self, ids: np.ndarray, start: int = 0) -> np.ndarray:
         self._fit(len(ids))
         out = self.model(self._batch(ids), use_cache=False, logits_to_keep=len(ids) - start).logits[0]
-        return out[start - len(ids) :].float().cpu().numpy()  # OPT of transformers 4.57 keeps all of them
+        return out[start - len(ids) :].float().cpu().numpy()  # OPT in transformers 4.57 ignores logits_to_keep
 
     @torch.inference_mode()
     def prefill(self, ids: np.ndarray) -> np.ndarray:
@@ -88,7 +87,7 @@ class TorchModel:
 
     @property
     def end_tokens(self) -> frozenset[int]:
-        """Every id that config, generation config or tokenizer calls the end of a text."""
+        """Every end token in config, generation config and tokenizer."""
         ids: set[int] = set()
         for source in (self.model.config, self.model.generation_config, self.tokenizer):
             found = getattr(source, "eos_token_id", None)
@@ -111,5 +110,5 @@ class TorchModel:
 
 
 def tokenize(folder: Path, text: str) -> np.ndarray:
-    """int [n]: the ids that a folder's tokenizer makes of a text, the model not loaded."""
+    """The ids of a text, int [n], from a folder's tokenizer, without loading the model."""
     return np.array(load_tokenizer(folder)(text)["input_ids"])

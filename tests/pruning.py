@@ -11,8 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import llmc
-from llmc.compress.quantize.assignment import linears_of
-from llmc.compress.skeleton import Skeleton
+from llmc.compress.skeleton import Skeleton, linears_of
 from llmc.formats.checkpoint import Checkpoint
 
 
@@ -40,7 +39,7 @@ def zeros(folder: Path) -> dict[str, torch.Tensor]:
     skeleton = Skeleton(checkpoint, "cpu")
     found = {}
     for _, name, module in linears_of(skeleton):
-        stored = str(skeleton.stored_name(f"{name}.weight"))
+        stored = str(skeleton.names.find(f"{name}.weight"))
         weight = checkpoint.tensor(stored)
         found[stored.removesuffix(".weight")] = (weight if isinstance(module, nn.Linear) else weight.t()) == 0
     return found

@@ -115,8 +115,8 @@ def test_linears_that_were_not_quantized_stay_float(wide_base, tmp_path):
         del tensors[f"{back}.blocks"], stored[back], types[back]
         tensors[f"{back}.weight"] = load_file(wide_base("llama") / "model.safetensors")[f"{back}.weight"]
     edit_config(tmp_path / "q", quantization_config=blocks.config(types))
-    types = export(tmp_path / "q")["tensor_types"]
-    assert types == {"Q5_K": list(types.values()).count("q5_k"), "Q6_K": list(types.values()).count("q6_k"),
+    written = export(tmp_path / "q")["tensor_types"]
+    assert written == {"Q5_K": list(types.values()).count("q5_k"), "Q6_K": list(types.values()).count("q6_k"),
                      "F16": 1, "Q8_0": 1, "F32": 5}
     check_file("llama", tmp_path / "q.gguf", stored, types)
 
@@ -157,7 +157,7 @@ def test_blocks_are_found_in_what_llama_cpps_converter_wrote(wide_base, tmp_path
 
 def test_linears_that_are_fused_must_share_a_type(wide_base, tmp_path):
     blocks_folder(wide_base("llama"), tmp_path / "q", "q4_k", "q5_k", "q6_k")
-    with pytest.raises(UserError, match=r"blk\.0\.attn_qkv\.weight is made of linears on different types \(q"):
+    with pytest.raises(UserError, match=r"blk\.0\.attn_qkv\.weight consists of linears of different types \(q"):
         export(tmp_path / "q", converter=checkout(tmp_path / "llama.cpp"))
 
 

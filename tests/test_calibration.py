@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from llmc.compress.calibration import Loop, LoopSettings, Workspace
 from llmc.compress.layer_run import InputStatistics, add_gram, mirror_upper
+from llmc.compress.passes import LayerPass
 from llmc.compress.skeleton import LinearGroup, Skeleton, get_weight, set_weight, trace_layer
 from llmc.formats.checkpoint import Checkpoint
 
@@ -30,7 +31,7 @@ def coarse(weight: torch.Tensor) -> torch.Tensor:
     return (weight * 8).round() / 8
 
 
-class Recorder:
+class Recorder(LayerPass):
     """A pass that rounds coarsely and keeps what it was shown."""
 
     def __init__(self) -> None:
@@ -152,7 +153,7 @@ def test_workers_change_nothing_but_the_order_of_sums(reference: int, tmp_path: 
         for a, b, c in zip(ours, theirs, twice, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(theirs[0].diagonal().mean()))
             assert torch.equal(a, c)
-    torch.testing.assert_close(many.store.read(0, 5), one.store.read(0, 5))
+    torch.testing.assert_close(many.streams.stores[0].read(0, 5), one.streams.stores[0].read(0, 5))
 
 
 def test_no_linear_runs_twice_on_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,8 @@ def changed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):  # type: ignore[no
 @pytest.mark.parametrize("module", [
     "llmc.compress.quantize.gptq", "llmc.rounding.scales", "llmc.rounding.block_factors", "llmc.rounding.levels",
     "llmc.compress.states", "llmc.compress.quantize.sensitivity", "llmc.formats.packing", "llmc.formats.gptq",
-    "llmc.formats.shards", "llmc.formats.quantized", "llmc.compress.sampling", "llmc.compress.text", "llmc.compress.skeleton"])
+    "llmc.formats.shards", "llmc.formats.quantized", "llmc.compress.sampling", "llmc.compress.text",
+    "llmc.compress.skeleton"])
 def test_what_quantize_calls_decides_its_result(module: str, changed) -> None:  # type: ignore[no-untyped-def]
     assert changed(module, *QUANTIZE) != closure.digest(*QUANTIZE)
 

@@ -35,7 +35,7 @@ def rounding_error(weight: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("strength", [0.25, 1.0])
-def test_regauge_leaves_the_function_and_the_type(tmp_path: Path, strength: float) -> None:
+def test_rescale_leaves_the_function_and_the_type(tmp_path: Path, strength: float) -> None:
     """On double precision the logits are the same; weights that lay on a 4-bit type do not any more."""
     folder = tiny.build("llama", tmp_path / "m")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
@@ -47,18 +47,18 @@ def test_regauge_leaves_the_function_and_the_type(tmp_path: Path, strength: floa
     ids = torch.arange(2, 60).view(1, -1)
     with torch.no_grad():
         before = model(ids).logits
-        load("make_base").regauge(model, strength, seed=0)
+        load("make_base").rescale(model, strength, seed=0)
         after = model(ids).logits
     torch.testing.assert_close(after, before, rtol=1e-9, atol=1e-9)
     assert min(rounding_error(p) for p in decoder.values()) > 0.05, "a matrix still lies on its type"
 
 
-def test_regauge_of_another_seed_is_another_model(tmp_path: Path) -> None:
+def test_rescale_of_another_seed_is_another_model(tmp_path: Path) -> None:
     folder = tiny.build("llama", tmp_path / "m")
     weights = []
     for seed in (0, 0, 1):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        load("make_base").regauge(model, 0.25, seed)
+        load("make_base").rescale(model, 0.25, seed)
         weights.append(model.model.layers[1].mlp.down_proj.weight.detach())
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])

@@ -136,7 +136,7 @@ def test_the_chat_template_can_be_dropped_or_replaced(exported: SimpleNamespace,
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox"])
 def test_unknown_families_are_named_with_the_known_ones(family: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no ONNX graph is known for .*LlamaForCausalLM.*Phi3ForCausalLM"):
+    with pytest.raises(UserError, match=r"llmc does not write .* as ONNX; it writes .*LlamaForCausalLM.*Phi3ForCausalLM"):
         export(build(family, tmp_path / "m"))
     assert not (tmp_path / "m-onnx").exists()
 
@@ -163,7 +163,7 @@ def test_the_command(exported: SimpleNamespace, tmp_path: Path, capsys: pytest.C
 
 
 def test_options_that_contradict_the_model_are_refused(exported: SimpleNamespace, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--dtype int8 has no say"):
+    with pytest.raises(UserError, match="--dtype int8 has no effect"):
         export(exported.q, dtype="int8", out=tmp_path / "x")
     with pytest.raises(UserError, match=r"--accuracy-level '2' .*--head-bits 5"):
         OnnxExportConfig(accuracy_level="2", head_bits=5)

@@ -118,7 +118,7 @@ def test_what_a_trace_would_get_wrong_is_refused(tmp_path: Path) -> None:
         plain.read_back(tmp_path, own, model)
     data = (tmp_path / "model.onnx.data").read_bytes()
     (tmp_path / "model.onnx.data").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    with pytest.raises(UserError, match="differs from what was traced"):
+    with pytest.raises(UserError, match="differs from the traced tensor"):
         plain.read_back(tmp_path, own, model)
 
 

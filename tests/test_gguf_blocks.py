@@ -146,7 +146,7 @@ def test_q6_k_of_zeros_and_of_exact_values():
 
 
 def test_rows_that_no_block_divides_name_the_alternatives():
-    with pytest.raises(UserError, match=r"token_embd.weight has rows of 576 and Q6_K needs a multiple of 256") as e:
+    with pytest.raises(UserError, match=r"token_embd.weight has rows of 576 weights and Q6_K needs a multiple of 256") as e:
         blocks.check_rows("token_embd.weight", (10, 576), Kind.Q6_K)
     assert "q8_0" in e.value.hint
     with pytest.raises(UserError) as e:

@@ -64,7 +64,7 @@ def test_values_that_the_converter_changed_are_an_error(tmp_path):
     with pytest.raises(UserError, match=r"64 rows of 1 quantized linears \(first model\.layers\.1\.mlp\.down_proj\)"):
         export(tmp_path / "q", scaled)
     partly = checkout(tmp_path / "partly", 'weights["model.layers.1.self_attn.v_proj.weight"] *= 2')
-    with pytest.raises(UserError, match=r"32 of the 128 rows of blk\.1\.attn_qkv\.weight are rows of no quantized"):
+    with pytest.raises(UserError, match=r"32 of the 128 rows of blk\.1\.attn_qkv\.weight are in no quantized"):
         export(tmp_path / "q", partly)
     assert not (tmp_path / "q.gguf").exists()
 

@@ -22,7 +22,7 @@ def test_a_tied_model_has_one_matrix_for_both(tmp_path):
     report = export(tmp_path / "q")
     assert "output.weight" not in stored(report["path"])
     assert report["bytes_by_class"]["head"] == 0
-    with pytest.raises(UserError, match="one matrix: it cannot be F16 and Q8_0"):
+    with pytest.raises(UserError, match="one matrix: it cannot be both F16 and Q8_0"):
         export(tmp_path / "q", head="f16")
 
 
@@ -64,7 +64,7 @@ def test_embedding_and_head_have_types_of_their_own(tmp_path):
 
 
 def test_q6_k_of_rows_that_do_not_fit_names_the_alternatives(tmp_path):
-    with pytest.raises(UserError, match=r"token_embd\.weight has rows of 64 and Q6_K needs a multiple of 256") as e:
+    with pytest.raises(UserError, match=r"token_embd\.weight has rows of 64 weights and Q6_K needs a multiple of 256") as e:
         export(build("llama", tmp_path / "m", num_hidden_layers=1), embedding="q6_k")
     assert "q8_0" in e.value.hint
 

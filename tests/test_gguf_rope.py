@@ -55,7 +55,7 @@ def test_the_check_sees_a_missing_scaling(tmp_path):
     export_gguf(GgufExportConfig(model=plain, out=tmp_path / "plain.gguf", float_type="f32", threads=1))
     runtime = LlamaCpp(tmp_path / "plain.gguf", context=128, threads=1, flash_attention=False, kv_type="f32")
     ids = np.arange(100) + 5
-    bound, held = verify.Bound(0.01, 1e-3), verify.tables(tmp_path / "plain.gguf")
+    bound, held = verify.Bound(0.01, 1e-3), verify.end_matrices(tmp_path / "plain.gguf")
     verify.logits(runtime, Checkpoint.open(plain), ids, bound, held)
     with pytest.raises(UserError, match="logits are not torch's"):
         verify.logits(runtime, Checkpoint.open(scaled), ids, bound, held)
@@ -110,7 +110,7 @@ def test_longrope_metadata(tmp_path):
 @pytest.mark.parametrize(("arch", "config", "message"), [
     ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
     ("llama", {"rope_parameters": {"rope_type": "spiral"}}, "rope type 'spiral'"),
-    ("qwen2", {"rope_parameters": LLAMA3}, "no place for the rope type 'llama3'"),
+    ("qwen2", {"rope_parameters": LLAMA3}, "does not support the rope type 'llama3'"),
     ("llama", {"rope_parameters": {**YARN, "beta_fast": 16}}, "beta_fast = 16"),
     ("llama", {"rope_parameters": {**YARN, "truncate": False}}, "truncate = False"),
     ("llama", {"rope_parameters": {"rope_type": "default"}, "partial_rotary_factor": 0.5}, "only 8 of 16"),

@@ -16,9 +16,9 @@ from training import HEAL, flags
 
 import llmc
 from llmc.compress.heal.train import LR_BY_ROOT_KLD, MOST_LR, EndToEnd
-from llmc.compress.teaching import job
 from llmc.errors import UserError
 from llmc.formats import gptq as gptq_format
+from llmc.formats import model_folder
 from llmc.formats import quantized as quantized_folder
 from llmc.formats.checkpoint import Checkpoint
 
@@ -98,7 +98,7 @@ def test_a_run_that_had_stopped_early_does_not_train_on(rounded: tuple[Path, Pat
     base, small, text = rounded
     options = {**HEAL, "lr": 0.3, "check_every": 4, "patience": 1}  # so high a rate only makes it worse
     whole, again = resumed(partial(llmc.heal, small, base, calibration=text, **options), tmp_path,
-                           interrupted(job, "write_checkpoint"))
+                           interrupted(model_folder, "write_checkpoint"))
     assert whole["steps"] < HEAL["steps"]
     assert again["curve"] == whole["curve"]
 

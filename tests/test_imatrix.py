@@ -126,8 +126,10 @@ def lost(weight: torch.Tensor, q: Any, importance: torch.Tensor) -> float:
     return float(((q.dequantize() - weight).square() * importance).sum())
 
 
-@pytest.mark.parametrize("qtype", [*BLOCK_TYPES.values(), IntegerType(4, 32), IntegerType(4, 128), IntegerType(4, 64, False), IntegerType(8, 32)],
-                         ids=lambda g: g.name)
+INTEGER_TYPES = (IntegerType(4, 32), IntegerType(4, 128), IntegerType(4, 64, False), IntegerType(8, 32))
+
+
+@pytest.mark.parametrize("qtype", [*BLOCK_TYPES.values(), *INTEGER_TYPES], ids=lambda t: t.name)
 def test_rounding_by_importance_loses_less_of_what_matters(qtype: Any) -> None:
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(48, 512, generator=generator)

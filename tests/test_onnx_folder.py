@@ -125,7 +125,7 @@ def test_what_is_no_decoder(converted: SimpleNamespace, to_spoil: Path, tmp_path
     proto = onnx.load(str(to_spoil / "model.onnx"), load_external_data=False)
     proto.graph.input.append(helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, [1, 3]))
     (to_spoil / "model.onnx").write_bytes(proto.SerializeToString())
-    with pytest.raises(UserError, match=r"no decoder .*unknown inputs pixel_values"):
+    with pytest.raises(UserError, match=r"is not a decoder .*unknown inputs pixel_values"):
         open_runtime(to_spoil, 64, 1)
     plain = tmp_path / "plain"
     plain_decoder(plain)

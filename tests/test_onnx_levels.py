@@ -86,6 +86,6 @@ def test_the_fastest_that_loses_little_is_taken() -> None:
     found = {m.levels: m for m in (EXACT, head, body, both)}
     taken, reason = choose(list(found), found)
     assert taken == head.levels
-    assert "level 0 with the head at 4 is the fastest that loses little: prefill 100 against 100" in reason
+    assert "level 0 with the head at 4 is the fastest with a small loss: prefill 100 against 100" in reason
     assert "level 4 loses too much: a KL divergence of 0.02" in reason
     assert choose([body.levels, both.levels], found)[0] == body.levels, "both loses against level 0, not against the lowest"

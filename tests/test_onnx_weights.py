@@ -154,7 +154,7 @@ def test_blocks_that_onnx_holds(qtype: str, tmp_path: Path) -> None:
 def test_blocks_that_onnx_does_not_hold_are_refused_with_what_to_do(tmp_path: Path) -> None:
     folder = build("llama", tmp_path / "m", dtype=torch.float16)
     llmc.quantize(folder, type="q5_0", method="rtn", out=tmp_path / "b")
-    with pytest.raises(UserError, match=r"14 linears on q5_0 .*nearest that it has: q8_0") as e:
+    with pytest.raises(UserError, match=r"14 linears in q5_0 .*its nearest types: q8_0") as e:
         export(tmp_path / "b")
     assert "llmc quantize MODEL --bits 8" in e.value.hint
     assert not (tmp_path / "b-onnx").exists()

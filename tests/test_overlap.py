@@ -12,7 +12,7 @@ from llmc.compress.quantize.config import QuantizeConfig
 from llmc.compress.quantize.run import quantize
 from llmc.evals.quality.config import EvalConfig
 from llmc.evals.quality.run import evaluate
-from llmc.overlap import WORDS, overlap, sketch
+from llmc.overlap import NGRAM, overlap, sketch
 
 
 def test_the_estimate_is_near_the_share_of_common_runs() -> None:
@@ -28,7 +28,7 @@ def test_the_estimate_is_near_the_share_of_common_runs() -> None:
 def test_short_or_empty_text_never_overlaps() -> None:
     assert overlap(sketch("a few words"), "a few words") == 0.0
     assert overlap([], corpus()) == 0.0
-    assert len(sketch(" ".join(str(i) for i in range(WORDS)))) == 1
+    assert len(sketch(" ".join(str(i) for i in range(NGRAM)))) == 1
 
 
 def test_eval_warns_of_the_text_that_was_calibrated_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

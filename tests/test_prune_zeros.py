@@ -119,7 +119,7 @@ def test_which_types_have_a_code_for_zero() -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 9999), type=st.sampled_from(KEEPING), share=st.sampled_from([0.3, 0.5, 0.8]),
+@given(seed=st.integers(0, 9999), qtype=st.sampled_from(KEEPING), share=st.sampled_from([0.3, 0.5, 0.8]),
        drifted=st.booleans())
 def test_zeros_stay_and_the_others_make_up_for_it(seed: int, qtype: IntegerType, share: float, drifted: bool) -> None:
     w, h = problem(6, 256, seed)
@@ -138,7 +138,8 @@ def test_zeros_stay_and_the_others_make_up_for_it(seed: int, qtype: IntegerType,
 
 def test_without_a_mask_gptq_makes_the_same_codes_as_with_one_that_keeps_all() -> None:
     w, h = problem(8, 128)
-    plain, all_kept = (gptq(w, h.clone(), IntegerType(4, 32), keep=keep) for keep in (None, torch.ones(8, 128, dtype=torch.bool)))
+    everything = torch.ones(8, 128, dtype=torch.bool)
+    plain, all_kept = (gptq(w, h.clone(), IntegerType(4, 32), keep=keep) for keep in (None, everything))
     assert plain.weight is not None
     assert all_kept.weight is not None
     assert torch.equal(plain.weight.codes, all_kept.weight.codes)

@@ -71,7 +71,8 @@ def quantize_folder(folder: Path, version: str, qtype: IntegerType) -> tuple[Pat
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 @pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
-@pytest.mark.parametrize("qtype", [IntegerType(4, 32), IntegerType(8, 32), IntegerType(4, 64, symmetric=False)], ids=lambda g: g.name)
+@pytest.mark.parametrize("qtype", [IntegerType(4, 32), IntegerType(8, 32), IntegerType(4, 64, symmetric=False)],
+                         ids=lambda t: t.name)
 def test_gptq_folder_runs_its_dequantized_weights(family: str, version: str, qtype: IntegerType, tmp_path: Path) -> None:
     folder, model = quantize_folder(tiny.build(family, tmp_path / "m"), version, qtype)
     with torch.no_grad():

@@ -58,7 +58,7 @@ def test_hub_id_without_network(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="no folder someone/llmc-no-such-model here and the hub cannot be") as e:
         resolve_model("someone/llmc-no-such-model")
     assert "online" in e.value.hint
-    assert "someone/llmc-no-such-model is no path here" in capsys.readouterr().err
+    assert "there is no path someone/llmc-no-such-model here" in capsys.readouterr().err
 
 
 def test_gguf_becomes_a_folder_with_the_same_model(made: SimpleNamespace, tmp_path: Path, cache: Path,
@@ -68,7 +68,7 @@ def test_gguf_becomes_a_folder_with_the_same_model(made: SimpleNamespace, tmp_pa
     llmc.export(made.base, format="gguf", float_type="f32", embedding="f32", out=file)
     folder = resolve_model(file)
     assert cache in folder.parents
-    assert "rounding errors stay" in capsys.readouterr().err
+    assert "they keep its rounding errors" in capsys.readouterr().err
     before = AutoModelForCausalLM.from_pretrained(made.base, dtype=torch.float32)
     after = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     text = "The with statement, 3.14 and naïve {x: 1}"
@@ -158,7 +158,7 @@ def write_gguf(path: Path, **metadata: str) -> Path:
 
 
 def test_gguf_that_would_lose_its_rope_scaling(tmp_path: Path, cache: Path) -> None:
-    with pytest.raises(UserError, match="scales its rotary embedding"):
+    with pytest.raises(UserError, match="has a scaled rotary embedding"):
         resolve_model(write_gguf(tmp_path / "long.gguf", llama__rope__scaling__type="yarn"))
     assert not list(cache.rglob("*.safetensors"))
 

@@ -86,14 +86,16 @@ def test_a_new_file_and_the_facts_of_this_machine(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("text", "why"), [
     ("[targets.pi]\n", "has no address"), ("[targets.pi]\naddress = 3\n", "address of target pi is 3"),
-    ('[targets.pi]\naddress = "ssh://a"\nspeed = 3\n', "unknown keys speed"), ("[pi]\naddress = 1\n", "pi is no table"),
-    ('[targets.pi]\naddress = "ssh://a"\ncache_gb = true\n', "cache_gb of target pi is True"), ("targets = 1\n", "no table"),
+    ('[targets.pi]\naddress = "ssh://a"\nspeed = 3\n', "unknown keys speed"),
+    ("[pi]\naddress = 1\n", "pi is not a table"),
+    ('[targets.pi]\naddress = "ssh://a"\ncache_gb = true\n', "cache_gb of target pi is True"),
+    ("targets = 1\n", "not a table"),
     ('[targets.pi]\naddress = "ssh://a"\ncache_gb = 0\n', "out of range"), ("[targets\n", "is not TOML"),
-    ('[targets.Pi]\naddress = "ssh://a"\n', "cannot name a target"),
+    ('[targets.Pi]\naddress = "ssh://a"\n', "is not a valid target name"),
     ('[targets.local-cpu]\naddress = "ssh://a"\n', "this machine"),
     ('[targets.pi]\naddress = "ssh://a"\njump = "-oProxyCommand=x"\n', "jump"),
     ('[targets.pi]\naddress = "ssh://a"\npython = "-c"\n', "python '-c'"),
-    ('[targets.pi]\naddress = "ssh://a"\ncache = "a\\nb"\n', "is no path"),
+    ('[targets.pi]\naddress = "ssh://a"\ncache = "a\\nb"\n', "is not a path"),
 ])
 def test_what_is_refused(text: str, why: str) -> None:
     Path("targets.toml").write_text(text)

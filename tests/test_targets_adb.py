@@ -72,7 +72,7 @@ def test_artifacts_go_to_the_cache(phone: Server, target: Target, tmp_path: Path
     there = Path(device.place(artifact))
     assert there.is_relative_to(target.cache)
     assert there.read_bytes() == artifact.read_bytes()
-    with pytest.raises(UserError, match=r"is no \.gguf file; llmc runs nothing else on Android"):
+    with pytest.raises(UserError, match=r"is not a \.gguf file; on Android llmc runs only those"):
         device.place(tmp_path)
     device.close()
     assert clean(target) == (pytest.approx(2 << 20, rel=0.1), 0)

@@ -23,7 +23,9 @@ from llmc.runtimes.llamacpp import LlamaCpp
 
 @pytest.mark.parametrize("scaling", ["awq", "equalize"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_scalings_keep_the_logits_and_never_raise_their_own_error(family: str, scaling: str, tmp_path: Path, text: Path) -> None:
+def test_scalings_keep_the_logits_and_never_raise_their_own_error(
+    family: str, scaling: str, tmp_path: Path, text: Path,
+) -> None:
     folder = build(family, tmp_path / "m")
     result = llmc.transform(folder, scaling=scaling, calibration=text, samples=8, seq_len=64, out=tmp_path / "g", threads=1)
     same(logits(tmp_path / "g"), logits(folder), 1e-5)

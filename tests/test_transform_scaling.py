@@ -49,7 +49,8 @@ def test_any_positive_scaling_keeps_the_logits(family: str, tmp_path: Path) -> N
     holds()
 
 
-@pytest.mark.parametrize("qtype", [IntegerType(4, 32), IntegerType(8, 64, False), BLOCK_TYPES["q4_1"], BLOCK_TYPES["iq4_nl"]], ids=lambda g: g.name)
+@pytest.mark.parametrize("qtype", [IntegerType(4, 32), IntegerType(8, 64, False), BLOCK_TYPES["q4_1"], BLOCK_TYPES["iq4_nl"]],
+                         ids=lambda t: t.name)
 def test_the_error_is_that_of_the_rounded_weight_on_the_inputs(qtype: Any) -> None:
     """Against the definition, |Q(W s) X/s - W X|^2 with X in hand; and alpha = 0 is plain rounding."""
     generator = torch.Generator().manual_seed(0)
@@ -150,8 +151,8 @@ def test_smoothing_spares_8_bit_inputs_from_large_channels(family: str, tmp_path
             scaling.apply_scaling(layer, place, s, found.family.offset)
     model.save_pretrained(tmp_path / "m")
     exact = logits(tmp_path / "m")
-    result = llmc.transform(tmp_path / "m", scaling="smoothquant", calibration=text, samples=8, seq_len=64, out=tmp_path / "s",
-                            threads=1)
+    result = llmc.transform(tmp_path / "m", scaling="smoothquant", calibration=text, samples=8, seq_len=64,
+                            out=tmp_path / "s", threads=1)
     same(logits(tmp_path / "s"), exact, 1e-5)
     before, after = (float((int8_logits(tmp_path / n) - exact).square().mean().sqrt()) for n in ("m", "s"))
     assert after < 0.5 * before

@@ -1,4 +1,4 @@
-"""auto-round at 4 bits, symmetric, groups of 32, on given sequences. Runs in an environment of its own.
+"""Run auto-round at 4 bits, symmetric, groups of 32, on given sequences, in its own environment.
 
     PYTHON quantize_with_auto_round.py BASE SEQUENCES.safetensors OUT THREADS ITERATIONS
 """

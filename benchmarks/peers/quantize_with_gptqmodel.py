@@ -1,4 +1,4 @@
-"""GPTQModel's GPTQ at 4 bits, symmetric, groups of 32, on given sequences. Runs in an environment of its own.
+"""Run GPTQModel's GPTQ at 4 bits, symmetric, groups of 32, on given sequences, in its own environment.
 
     PYTHON quantize_with_gptqmodel.py BASE SEQUENCES.safetensors OUT THREADS
 """

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from llmc.compress.distill.config import DistillConfig
+from llmc.compress.ends import is_tied
 from llmc.compress.skeleton import Skeleton, find_layers, get_weight, is_linear
 from llmc.compress.teaching.loss import CHUNK_BYTES
-from llmc.compress.transform.ends import is_tied
 
 RUNTIME = 600_000_000  # of Python, torch and transformers
 SHARE = 0.5  # of a bare product's speed that training reaches: attention, norms, the optimiser take the rest

@@ -1,9 +1,9 @@
 """`llmc distill`: train a smaller float model, a pruned one say, to say what a larger one says.
 
-What is minimised is the divergence of the student's next-token distributions from the teacher's (loss.py), where asked for
-with a share of the text's own next tokens and with the error of hidden states (student.py). The best weights by a held-out part
-of the text are kept, not the last, and what is reported of the result is measured after they were rounded to the type that
-the folder stores.
+The objective is the divergence of the student's next-token distributions from the teacher's (loss.py). On request it also has
+a share of the text's own next tokens and the error of hidden states (student.py). The best weights on a held-out part of the
+text are kept, not the last. The reported figures are measured after the weights were rounded to the type that the folder
+stores.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from llmc.compress.distill.student import Student, map_layers
 from llmc.compress.distill.team import join_team
 from llmc.compress.distill.train import Distilling
 from llmc.compress.preparation import check_weights, open_float
-from llmc.compress.prune.masks import mask_of
 from llmc.compress.skeleton import Skeleton
 from llmc.compress.teaching.job import Job
 from llmc.compress.teaching.loss import Objective
-from llmc.compress.teaching.models import called, checkpoint_layers
+from llmc.compress.teaching.models import checkpoint_layers
 from llmc.compress.teaching.training import Curve
 from llmc.compress.teaching.vocabulary import common_vocabulary
+from llmc.compress.zeros import mask_of
 from llmc.console import warn
 from llmc.errors import UserError
 from llmc.files import check_disk
@@ -133,8 +133,8 @@ class _Job(Job):
             merge_adapters(model)
         changed = {}
         for name, p in model.named_parameters(remove_duplicate=False):
-            stored = self._stored(name, model.base_model_prefix)
-            if stored is None:
+            stored = self.student.names.find(name)
+            if stored is None:  # the second name of a tied table
                 continue
             before = self.checkpoint.tensor(stored)
             after = p.detach().to("cpu", before.dtype).contiguous()
@@ -142,13 +142,6 @@ class _Job(Job):
             if not torch.equal(before, after):
                 changed[stored] = after
         return changed
-
-    def _stored(self, name: str, prefix: str) -> str | None:
-        """A parameter's name in the checkpoint; None for the second name of a tied table."""
-        try:
-            return called(name, self.checkpoint, prefix)
-        except StopIteration:
-            return None
 
     def _result(self, curve: Curve, after: dict[str, float], trained: int, masks: Masks) -> dict[str, Any]:
         first = curve.checks[0]

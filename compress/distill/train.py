@@ -42,7 +42,8 @@ class Distilling(Training):
         trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
         super().__init__(config, config.rate, trained, optimizer_of(list(trained.values()), config, device), work,
                          accelerator.is_main_process)
-        self.c, self.student, self.teacher, self.layers, self.texts, self.masks = config, student, teacher, layers, texts, masks
+        self.c, self.student, self.teacher, self.layers = config, student, teacher, layers
+        self.texts, self.masks = texts, masks
         self.accelerator, self.forward, self.device = accelerator, forward, device
         self.shared = accelerator.prepare_model(student, device_placement=False)
         self.hidden: list[float] = []  # of the steps since the last check

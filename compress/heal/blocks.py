@@ -18,19 +18,19 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from llmc.compress.calibration import Workspace, sequences_at_once
+from llmc.compress.calibration import Streams, Workspace, sequences_at_once, walk
 from llmc.compress.heal.config import HealConfig
 from llmc.compress.heal.student import HealedLinear, moved, norm_weights, stored_tensors
 from llmc.compress.heal.train import MOST_LR, optimizer_of
 from llmc.compress.skeleton import Skeleton
 from llmc.compress.states import StateStore
-from llmc.compress.teaching.models import called
 from llmc.compress.teaching.texts import Texts
 from llmc.compress.teaching.training import Curve, set_rate
-from llmc.console import progress, say
+from llmc.console import say
 from llmc.errors import UserError
 from llmc.formats import quantized
 from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.names import Names
 
 
 class Blocks:
@@ -40,51 +40,31 @@ class Blocks:
                  forward: Callable[[], Any], dtype: torch.dtype) -> None:
         self.config, self.student, self.skeleton, self.texts = config, student, skeleton, texts
         self.forward, self.dtype = forward, dtype
-        prefix = skeleton.model.base_model_prefix
-        modules = {n for n, _ in skeleton.model.named_modules()}
-        self.names = {called(n, modules, prefix): n for n in quantized.linears(student)}  # by module
-        _check_tables(skeleton, student)
+        self.names = Names.of(student, skeleton.model)
+        self.linears = {self.names.own(n): n for n in quantized.linears(student)}  # by module
+        _check_tables(skeleton, student, self.names)
         n, width = texts.sequences.shape
-        batch = sequences_at_once(skeleton, width)
-        hidden = skeleton.config.get_text_config().hidden_size
         self.work = Workspace(work, {}, config.resume)
-        self.theirs, self.ours = (StateStore(work, name, (n, width, hidden), batch) for name in ("teacher", "student"))
-        self.arguments, entering = skeleton.enter((texts.sequences[a:b] for a, b in self.ours.starts()), width)
+        self.streams = Streams(skeleton, texts.sequences, self.work, {"student": n, "teacher": n},
+                               sequences_at_once(skeleton, width))
+        self.ours, self.theirs = self.streams.stores
         if self.work.done:
-            skeleton.leave()
-            state = self.work.state
-            if not all(s.restore(state["side"], c) for s, c in zip(self._stores, state["checksums"], strict=True)):
-                raise UserError(f"the hidden states in {work} are damaged", "run without --resume to start again")
             say(f"resuming after layer {self.work.done} of {len(skeleton.layers)}")
-            return
-        self.ours.replace(entering)  # both streams start from the same states
-        self.ours.advance()
-        self.theirs.replace(self.ours.read(a, b) for a, b in self.ours.starts())
-        self.theirs.advance()
-        self._settle(0)
-
-    @property
-    def _stores(self) -> tuple[StateStore, StateStore]:
-        return self.theirs, self.ours
-
-    def _settle(self, done: int) -> None:
-        self.work.commit(done, self.ours.side, [s.settle(s.side) for s in self._stores])
 
     def run(self) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
         """Heal every layer. Returns (the changed tensors by their names in the checkpoint, a record of each layer)."""
-        layers = len(self.skeleton.layers)
-        with progress("healing, layer", layers, self.work.done) as p:
-            for index in range(self.work.done, layers):
-                with self.skeleton.layer(index) as layer:
-                    tensors, record = self._heal(index, layer)
-                self.ours.advance()
-                self.work.save_layer(index, tensors, record)
-                self._settle(index + 1)
-                p.step(f"error {100 * record['before']:.2f} -> {100 * record['error']:.2f} %")
-        tensors = {}
+        layers, tensors = len(self.skeleton.layers), dict[str, torch.Tensor]()
+        walk(self.skeleton, range(self.work.done, layers), "healing, layer", self._visit, self.work.done)
         for index in range(layers):
             tensors |= load_file(self.work.layer_file(index))
         return tensors, self.work.records()
+
+    def _visit(self, index: int, layer: nn.Module) -> str:
+        tensors, record = self._heal(index, layer)
+        self.ours.advance()  # the teacher's states are there already
+        self.work.save_layer(index, tensors, record)
+        self.streams.settle(index + 1, self.streams.side)
+        return f"error {100 * record['before']:.2f} -> {100 * record['error']:.2f} %"
 
     def _heal(self, index: int, layer: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """One layer; the states that leave the teacher's and the healed one are written."""
@@ -99,7 +79,7 @@ class Blocks:
             self.ours.replace(self._run(ours, index, self.ours))
         tensors = stored_tensors(self.student, linears)
         prefix = self.skeleton.layer_name(index)
-        tensors |= {self._stored(f"{prefix}.{n}"): p.detach().cpu().float() for n, p in norms.items()}
+        tensors |= {self.names.stored(f"{prefix}.{n}"): p.detach().cpu().float() for n, p in norms.items()}
         return tensors, {"layer": index, "error": curve.best["kld"], "before": curve.checks[0]["kld"],
                          "best_step": curve.best["step"], "steps": len(curve.losses), "scales_moved": moved(linears),
                          "trained": {"scales": sum(p.numel() for p in factors.values()),
@@ -109,19 +89,16 @@ class Blocks:
         """The layer as the quantized model has it, and its linears by their names there."""
         ours, linears = copy.deepcopy(layer), {}
         prefix = self.skeleton.layer_name(index)
-        paths = [n for n, _ in ours.named_modules() if f"{prefix}.{n}" in self.names]
+        paths = [n for n, _ in ours.named_modules() if f"{prefix}.{n}" in self.linears]
         for name, parameter in ours.named_parameters():
             if name.removesuffix(".weight") not in paths:  # a transformed model has norms and biases of its own
-                parameter.data.copy_(self.student.tensor(self._stored(f"{prefix}.{name}")))
+                parameter.data.copy_(self.student.tensor(self.names.stored(f"{prefix}.{name}")))
         for path in paths:
-            name = self.names[f"{prefix}.{path}"]
+            name = self.linears[f"{prefix}.{path}"]
             linears[name] = HealedLinear(quantized.read(self.student, name), getattr(ours.get_submodule(path), "bias", None),
                                          self.dtype).to(self.skeleton.device)
             ours.set_submodule(path, linears[name])
         return ours, linears
-
-    def _stored(self, name: str) -> str:
-        return called(name, self.student, self.skeleton.model.base_model_prefix)
 
     def _run(self, layer: nn.Module, index: int, store: StateStore) -> Iterator[torch.Tensor]:
         """What leaves a layer, batch by batch."""
@@ -130,7 +107,7 @@ class Blocks:
 
     def _output(self, layer: nn.Module, index: int, states: torch.Tensor) -> torch.Tensor:
         with self.forward():
-            out = layer(states.to(self.skeleton.device), **self.arguments[index])
+            out = layer(states.to(self.skeleton.device), **self.streams.arguments[index])
         found: torch.Tensor = (out[0] if isinstance(out, tuple) else out).float()
         return found
 
@@ -179,13 +156,13 @@ class Blocks:
         return ((out - aim).square().mean(-1) / aim.square().mean(-1).clamp_min(1e-12)).mean()
 
 
-def _check_tables(skeleton: Skeleton, student: Checkpoint) -> None:
+def _check_tables(skeleton: Skeleton, student: Checkpoint, names: Names) -> None:
     """Both streams must mean the same: a rotated model's states are the teacher's in other axes."""
     for part, name in skeleton.outside():
-        stored = skeleton.stored_name(f"{name}.weight") if isinstance(part, nn.Embedding) else None
+        stored = skeleton.names.find(f"{name}.weight") if isinstance(part, nn.Embedding) else None
         if stored is None:
             continue
         theirs = skeleton.checkpoint.tensor(stored).float()
-        if not torch.equal(theirs, student.tensor(called(stored, student, skeleton.model.base_model_prefix)).float()):
+        if not torch.equal(theirs, student.tensor(names.stored(f"{name}.weight")).float()):
             raise UserError(f"{student.folder} has another {name} than the teacher: its states are not the teacher's",
                             "name the (transformed) float model that was quantized as --teacher, or use --scope end-to-end")

@@ -23,7 +23,6 @@ from llmc.compress.heal.student import load_student, moved, norm_weights, stored
 from llmc.compress.heal.train import EndToEnd
 from llmc.compress.skeleton import Skeleton
 from llmc.compress.teaching.job import Job
-from llmc.compress.teaching.models import called
 from llmc.compress.teaching.texts import Texts
 from llmc.compress.teaching.vocabulary import common_vocabulary
 from llmc.console import warn
@@ -32,6 +31,7 @@ from llmc.files import check_disk
 from llmc.formats import quantized
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.manifest import check_output, note_last
+from llmc.formats.names import Names
 from llmc.machine import physical_cores, torch_device
 from llmc.precision import prepare_cpu
 from llmc.sources.resolve import resolve_model
@@ -100,9 +100,9 @@ class _Job(Job):
         job = EndToEnd(c, student, (factors, norms), teacher, texts, self.vocab, self.forward, self.work)
         curve = job.train()
         changed = stored_tensors(self.checkpoint, linears)
+        names = Names.of(self.checkpoint, student)
         for name, p in norms.items():
-            stored = called(name, self.checkpoint, student.base_model_prefix)
-            changed[stored] = p.detach().to("cpu", torch.float32).contiguous()
+            changed[names.stored(name)] = p.detach().to("cpu", torch.float32).contiguous()
         if curve.best["step"] == 0:
             warn("healing never beat the start on the held-out text: the model is as it was")
         trained = {kind: sum(p.numel() for p in group.values()) for kind, group in (("scales", factors), ("norms", norms))}

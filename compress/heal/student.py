@@ -18,10 +18,11 @@ import torch
 from torch import nn
 
 from llmc.compress.skeleton import get_weight, is_linear
-from llmc.compress.teaching.models import called, cast_head, checkpoint_layers
+from llmc.compress.teaching.models import cast_head, checkpoint_layers
 from llmc.formats import quantized
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.hf import load_torch_model
+from llmc.formats.names import Names
 from llmc.formats.quantized import Quantized
 from llmc.formats.types import BlockTensor
 
@@ -145,15 +146,13 @@ def load_student(folder: Path, dtype: torch.dtype, checkpointing: bool = False) 
     dtype: of the products; norms and the residual stream stay float32.
     """
     stored = Checkpoint.open(folder)
-    names = quantized.linears(stored)
     model = load_torch_model(folder).requires_grad_(False)
     if checkpointing:
         checkpoint_layers(model)
-    modules = dict(model.named_modules())
-    healed = {}
-    for name in names:
-        path = called(name, modules, model.base_model_prefix)
-        linear = modules[path]
+    names, healed = Names.of(stored, model), {}
+    for name in quantized.linears(stored):
+        path = names.own(name)
+        linear = model.get_submodule(path)
         q = quantized.read(stored, name)
         assert get_weight(linear).shape == q.shape
         healed[name] = HealedLinear(q, getattr(linear, "bias", None), dtype)

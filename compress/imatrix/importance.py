@@ -26,7 +26,7 @@ def matrix_names(skeleton: Skeleton) -> dict[str, str]:
         raise UserError("importance matrices need the package `gguf`", "pip install 'llmc-toolkit[gguf]'") from e
     names = {}
     for linear in (f"{skeleton.layer_name(i)}.{name}" for i in layers for name in skeleton.linears(i)):
-        stored = skeleton.stored_name(f"{linear}.weight") or f"{linear}.weight"
+        stored = skeleton.names.find(f"{linear}.weight") or f"{linear}.weight"
         found = table.find(stored)
         if found is None:
             raise UserError(f"{stored} has no place in llama.cpp's {family.gguf.name} architecture",

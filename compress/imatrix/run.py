@@ -17,9 +17,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from llmc.compress.calibration import Loop, LoopSettings, Workspace, sequences_at_once
+from llmc.compress.calibration import Loop, Workspace, settings_for
 from llmc.compress.imatrix.config import ImatrixConfig
 from llmc.compress.imatrix.importance import matrix_names
+from llmc.compress.passes import LayerWatch
 from llmc.compress.preparation import calibration_text, check_weights, open_float, sampled_file
 from llmc.compress.skeleton import LinearGroup, Skeleton
 from llmc.compress.text import Calibration
@@ -35,8 +36,8 @@ from llmc.precision import matmul_precision, prepare_cpu
 from llmc.sources.resolve import resolve_model
 
 
-class SquaresPass:
-    """A `LayerWatch`: the plain sum over tokens of x_j^2 for every linear, and how many tokens there were.
+class SquaresPass(LayerWatch):
+    """The plain sum over tokens of x_j^2 for every linear, and how many tokens there were.
 
     names: llama.cpp's name of each linear, by the model's.  A layer's tensors: {llama.cpp's name: float32 [in]}; its record:
     {'layer', 'tokens'}.
@@ -101,13 +102,12 @@ class _Job:
         source = describe_source(self.source)
         text = calibration_text(self.skeleton, source["files"], self.config, self.threads, sampled_file(self.work))
         say(f"calibration: {text.origin['name']}, {text.tokens:,} tokens")
-        key = fingerprint(self.config.numbers(), self.threads, source["files"], text)
+        key = fingerprint(__name__, self.config.numbers(), self.threads, source["files"], text)
         work = Workspace(self.work, key, self.config.resume)
         if work.done:
             say(f"resuming after layer {work.done} of {len(self.skeleton.layers)}")
-        batch = sequences_at_once(self.skeleton, self.config.seq_len)
-        loop = Loop(self.skeleton, text.sequences, work, LoopSettings(batch, true_sequential=False))
-        loop.run(SquaresPass(self.skeleton, self.names), lambda r: "")
+        settings = settings_for(self.skeleton, text.sequences, workers=1, true_sequential=False)
+        Loop(self.skeleton, text.sequences, work, settings).run(SquaresPass(self.skeleton, self.names))
         matrix = self._join(work, text)
         with staged_file(self.out) as tmp:
             write_imatrix(tmp, matrix)

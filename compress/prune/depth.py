@@ -18,9 +18,10 @@ import torch
 from torch import nn
 
 from llmc.compress.calibration import Workspace
-from llmc.compress.skeleton import LinearGroup, Skeleton, replaced
+from llmc.compress.forward import run
+from llmc.compress.passes import LayerWatch
+from llmc.compress.skeleton import LinearGroup, Skeleton, replaced, returning
 from llmc.compress.teaching.loss import divergence
-from llmc.compress.transform.measure import run
 from llmc.console import progress
 from llmc.errors import UserError
 from llmc.formats.checkpoint import Checkpoint
@@ -32,8 +33,8 @@ STALE = ("sliding_window_pattern", "_sliding_window_pattern")  # rules of a laye
 TOLERANCE = 1e-4  # the same operations on the same weights: 0 is what is seen
 
 
-class InfluenceWatch:
-    """A `LayerWatch`: a layer's record is {'layer', 'influence'}, 1 - the mean cosine over all tokens."""
+class InfluenceWatch(LayerWatch):
+    """A layer's record is {'layer', 'influence'}, 1 - the mean cosine over all tokens."""
 
     def begin(self, index: int, layer: nn.Module, groups: list[LinearGroup]) -> None:
         self.total, self.tokens = 0.0, 0
@@ -90,7 +91,7 @@ def without_each(model: nn.Module, layers: str, ids: torch.Tensor, gone: list[in
             absent = {f"{layers}.{i}": through for i in gone}
             _, outputs = _run(model, layers, row, absent)
             for i in found:
-                known = {f"{layers}.{j}": _returning(outputs[j]) for j in range(i)}
+                known = {f"{layers}.{j}": returning(outputs[j]) for j in range(i)}
                 logits, _ = _run(model, layers, row, {**absent, **known, f"{layers}.{i}": through})
                 found[i] += float(divergence(logits, whole))
     return {i: total / (ids.shape[0] * (ids.shape[1] // 2)) for i, total in found.items()}
@@ -111,10 +112,6 @@ def _run(model: nn.Module, layers: str, row: torch.Tensor,
         for handle in handles:
             handle.remove()
     return logits[0, -half:], outputs  # OPT of transformers 4.57 keeps all of them
-
-
-def _returning(output: Any) -> Callable[..., Any]:
-    return lambda *_args, **_kwargs: output
 
 
 def _handing_through(tuples: bool) -> Callable[..., Any]:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from llmc.compress.layer_run import InputStatistics
+from llmc.compress.passes import LayerPass
 from llmc.compress.prune.config import PruneConfig
 from llmc.compress.prune.masks import magnitude_mask, wanda_mask
 from llmc.compress.prune.sparsegpt import reconstruct, sweep
@@ -18,9 +19,9 @@ from llmc.console import warn
 from llmc.rounding.search import objective
 
 
-class MaskPass:
-    """A `LayerPass`: weights of every linear become zero, by the config's method; each layer's weights in the type that the
-    source stores them in, which is also what the layer goes on with.
+class MaskPass(LayerPass):
+    """Weights of every linear become zero, by the config's method, without data by their size; each layer's weights in the
+    type that the source stores them in, which is also what the layer goes on with.
 
     A layer's record: {'layer', 'error' (share of the output energy lost, all linears; of the squared weights where no text
     was run), 'sparsity', 'events' [in words], 'linears': {name: {'method', 'sparsity', 'error', 'sha256', …}}}.
@@ -36,8 +37,12 @@ class MaskPass:
         self.events: list[str] = []
         self.lost = self.energy = 0.0
 
-    def change(self, layer: nn.Module, group: LinearGroup, statistics: InputStatistics) -> None:
+    def change(self, layer: nn.Module, group: LinearGroup, statistics: InputStatistics | None) -> None:
         """Prune the group's linears one by one (each keeps its own share); they share the Hessian and its factor."""
+        if statistics is None:
+            for name in group.names:
+                self._by_size(name, layer.get_submodule(name))
+            return
         hessian, linears = statistics.hessian, {n: layer.get_submodule(n) for n in group.names}
         squares = hessian.diagonal().clone()  # the Hessian is damped in place
         record = {"dead_columns": int((squares == 0).sum()),
@@ -78,8 +83,8 @@ class MaskPass:
             return targets
         return dict(zip(targets, moved.split([len(w) for w in targets.values()]), strict=True))
 
-    def alone(self, name: str, linear: nn.Module) -> None:
-        """Prune one linear by the size of its weights, without data."""
+    def _by_size(self, name: str, linear: nn.Module) -> None:
+        """Prune one linear by the size of its weights."""
         weight = get_weight(linear).clone()
         self._keep(name, linear, weight * magnitude_mask(weight, self.config.share, self.config.pattern), method="magnitude")
         gone = float((get_weight(linear) - weight).double().square().sum())
@@ -93,8 +98,7 @@ class MaskPass:
 
     def _keep(self, name: str, linear: nn.Module, weight: torch.Tensor, **record: Any) -> None:
         """Round [out, in] to the stored type and let the layer go on with that."""
-        stored = self.skeleton.stored_name(f"{self.prefix}.{name}.weight")
-        assert stored is not None  # the layer was loaded from it
+        stored = self.skeleton.names.stored(f"{self.prefix}.{name}.weight")
         set_weight(linear, weight)
         assert isinstance(linear.weight.data, torch.Tensor)
         tensor = linear.weight.data.to(self.skeleton.checkpoint.tensor(stored).dtype).cpu().contiguous()

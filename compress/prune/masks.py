@@ -9,13 +9,9 @@ A column whose input was always zero (the text says nothing about it) counts lik
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import torch
 
-from llmc.compress.prune.config import MASKS, PATTERNS
-from llmc.formats.manifest import read_manifest
+from llmc.compress.prune.config import PATTERNS
 
 
 def keep_highest(score: torch.Tensor, dropped: int) -> torch.Tensor:
@@ -44,8 +40,3 @@ def wanda_mask(weight: torch.Tensor, squares: torch.Tensor, share: float, patter
     return keep_pattern(score, pattern) if pattern is not None else keep_highest(score, round(share * score.shape[1]))
 
 
-def mask_of(folder: Path) -> dict[str, Any] | None:
-    """The pass that pruned a model folder to a mask, by its manifest; None where no zeros have to be kept."""
-    passes = (read_manifest(folder) or {}).get("passes", [])
-    found = [p for p in passes if p.get("name") == "prune" and p.get("config", {}).get("method") in MASKS]
-    return found[-1] if found else None

@@ -8,24 +8,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from llmc.compress.calibration import (
-    LayerPass,
-    LayerWatch,
-    Loop,
-    LoopSettings,
-    Workspace,
-    sequences_at_once,
-    workers_for,
-)
+from llmc.compress.calibration import REFERENCE_LEAST, REFERENCE_SHARE, Loop, Workspace, settings_for, spread
+from llmc.compress.ends import is_tied
+from llmc.compress.passes import LayerPass, LayerWatch
 from llmc.compress.prune import depth, width
 from llmc.compress.prune.config import MASKS, PruneConfig
 from llmc.compress.prune.mask_pass import MaskPass
-from llmc.compress.quantize.run import REFERENCE_LEAST, REFERENCE_SHARE, spread
 from llmc.compress.skeleton import Skeleton
-from llmc.compress.transform.ends import is_tied
-from llmc.console import progress
 from llmc.formats.hf import load_torch_model
-from llmc.formats.shards import Piece, pieces_of
+from llmc.formats.shards import Piece, pieces_of, rest_of
 
 
 @dataclass
@@ -46,33 +37,15 @@ def make(skeleton: Skeleton, c: PruneConfig, work: Workspace, sequences: torch.T
 
 
 def by_mask(skeleton: Skeleton, c: PruneConfig, work: Workspace, sequences: torch.Tensor) -> Made:
-    pass_ = MaskPass(skeleton, c)
-    if c.method == "magnitude":
-        _alone(skeleton, pass_, work)
-    else:
-        along = along_of(c)
-        run(skeleton, work, spread(sequences, along) if along else sequences, pass_, along)
+    along = along_of(c)
+    seen = None if c.method == "magnitude" else spread(sequences, along) if along else sequences
+    run(skeleton, work, seen, MaskPass(skeleton, c), along)
     pieces = [p for i in range(len(skeleton.layers)) for p in pieces_of(work.layer_file(i))]
-    pruned = {p.name for p in pieces}
-    for shard in skeleton.checkpoint.files:
-        pieces += pieces_of(shard, set(skeleton.checkpoint.headers[shard]) - pruned)
+    pieces += rest_of(skeleton.checkpoint, {p.name for p in pieces})
     records = work.records()
     return Made(pieces, skeleton.checkpoint.config, {
         "error": sum(r["error"] for r in records) / len(records), "events": sum(len(r["events"]) for r in records),
         "fallbacks": sum(any(x["method"] != c.method for x in r["linears"].values()) for r in records)}, {"layers": records})
-
-
-def _alone(skeleton: Skeleton, pass_: MaskPass, work: Workspace) -> None:
-    """No activations are needed: layers are read, pruned and written."""
-    with progress("layer", len(skeleton.layers), work.done) as p:
-        for index in range(work.done, len(skeleton.layers)):
-            with skeleton.layer(index) as layer:
-                pass_.begin(index, layer, [])
-                for name, linear in skeleton.linears(index).items():
-                    pass_.alone(name, linear)
-                work.save_layer(index, *pass_.finish(index, layer))
-            work.commit(index + 1)
-            p.step()
 
 
 def by_depth(skeleton: Skeleton, c: PruneConfig, work: Workspace, sequences: torch.Tensor) -> Made:
@@ -119,10 +92,10 @@ def along_of(c: PruneConfig) -> int:
     return max(min(n, REFERENCE_LEAST), n // REFERENCE_SHARE) if c.method == "sparsegpt" else 0
 
 
-def run(skeleton: Skeleton, work: Workspace, sequences: torch.Tensor, pass_: LayerPass | LayerWatch, along: int = 0) -> None:
-    workers = workers_for(skeleton)
-    settings = LoopSettings(sequences_at_once(skeleton, sequences.shape[1], workers), True, along, workers)
-    Loop(skeleton, sequences, work, settings).run(pass_, _note)
+def run(skeleton: Skeleton, work: Workspace, sequences: torch.Tensor | None, pass_: LayerPass | LayerWatch,
+        along: int = 0) -> None:
+    settings = settings_for(skeleton, sequences, reference=along)
+    Loop(skeleton, sequences, work, settings).run(pass_, _note if sequences is not None else lambda r: "")
 
 
 def _note(record: dict[str, Any]) -> str:

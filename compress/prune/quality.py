@@ -12,9 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmc.compress.transform.measure import Run, head_of, run
+from llmc.compress import text
+from llmc.compress.forward import Run, head_of, run
+from llmc.compress.skeleton import Skeleton, linears_of
 from llmc.evals.quality import metrics
 from llmc.evals.quality.protocol import FolderTokenizer
+from llmc.formats.checkpoint import Checkpoint
 
 LOSES = 1.05  # times the perplexity before: from here on the result is said to need healing
 
@@ -22,12 +25,12 @@ LOSES = 1.05  # times the perplexity before: from here on the result is said to 
 def split(sequences: torch.Tensor, held_out: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(what pruning may look at, what judges it): `held_out` of the sequences [n, seq_len], evenly spaced over all."""
     n = sequences.shape[0]
-    held = [i * n // held_out + n // (2 * held_out) for i in range(held_out)]
+    held = text.held_out(n, held_out)
     return sequences[sorted(set(range(n)) - set(held))], sequences[held]
 
 
 @torch.no_grad()
-def judge(source: Path, pruned: Path, sequences: torch.Tensor, text: str, device: str) -> dict[str, Any]:
+def judge(source: Path, pruned: Path, sequences: torch.Tensor, name: str, device: str) -> dict[str, Any]:
     """The figures of metrics.summarise, each a value with its error, and how they were made.
 
     sequences: int64 [n, seq_len]; the first token becomes BOS where the tokenizer puts one in front of a text.
@@ -48,7 +51,7 @@ def judge(source: Path, pruned: Path, sequences: torch.Tensor, text: str, device
             nll[i], base_nll[i] = metrics.nll(got, aims), metrics.nll(wanted, aims)
             kld[i], top1[i] = metrics.divergence(wanted, got)
     scored = sum(len(tokenizer.decode(row).encode()) for row in targets)
-    return {"text": f"{len(ids)} sequences of {text} that pruning did not look at", "sequences": len(ids),
+    return {"text": f"{len(ids)} sequences of {name} that pruning did not look at", "sequences": len(ids),
             "seq_len": ids.shape[1], "scored": f"tokens {first + 1} to {ids.shape[1] - 1} of each (counted from 0)",
             "scored_tokens": int(targets.size), **metrics.summarise(nll, scored, kld, top1, base_nll)}
 
@@ -67,3 +70,14 @@ def advice(figures: dict[str, Any], source: Path, out: Path) -> str:
     if ratio < LOSES:
         return f"{lost}: small enough to go on; `llmc distill` would still win some of it back"
     return f"{lost}: it needs healing before it is of use: llmc distill {out} --teacher {source}"
+
+
+def zeros_of(checkpoint: Checkpoint) -> tuple[list[int], list[int]]:
+    """(exact zeros, weights) of the linears of each decoder layer, counted in the file."""
+    skeleton = Skeleton(checkpoint, "cpu")
+    zeros, weights = [0] * len(skeleton.layers), [0] * len(skeleton.layers)
+    for layer, name, _ in linears_of(skeleton):
+        tensor = checkpoint.tensor(skeleton.names.stored(f"{name}.weight"))
+        zeros[layer] += int((tensor == 0).sum())
+        weights[layer] += tensor.numel()
+    return zeros, weights

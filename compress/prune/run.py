@@ -16,20 +16,19 @@ from llmc.compress.calibration import BATCH_BYTES, SUMS_BYTES, Workspace
 from llmc.compress.preparation import calibration_text, check_weights, open_float, sampled_file
 from llmc.compress.prune.config import PATTERNS, PruneConfig
 from llmc.compress.prune.depth import prove
-from llmc.compress.prune.folder import publish, write_folder, zeros_of
 from llmc.compress.prune.methods import Made, along_of, make
-from llmc.compress.prune.quality import advice, judge, split
+from llmc.compress.prune.quality import advice, judge, split, zeros_of
 from llmc.compress.prune.width import narrowed
-from llmc.compress.quantize.assignment import linears_of
-from llmc.compress.skeleton import Skeleton, get_weight
+from llmc.compress.skeleton import Skeleton, get_weight, linears_of
 from llmc.compress.text import Calibration
 from llmc.compress.unfinished import fingerprint
 from llmc.console import say
 from llmc.errors import UserError
 from llmc.files import check_disk
+from llmc.formats import model_folder
 from llmc.formats.checkpoint import Checkpoint
-from llmc.formats.manifest import check_output, note_last
-from llmc.formats.source import describe_source
+from llmc.formats.manifest import check_output, note_last, passes_of
+from llmc.formats.source import describe_source, origin_of
 from llmc.machine import check_memory, physical_cores, torch_device
 from llmc.precision import matmul_precision, prepare_cpu
 from llmc.sources.resolve import resolve_model
@@ -119,7 +118,8 @@ class _Job:
         files = self.described["files"]
         sized = replace(self.config, samples=self.config.sequences)
         text = calibration_text(self.skeleton, files, sized, self.threads, sampled_file(self.work))
-        work = Workspace(self.work, fingerprint(self.config.numbers(), self.threads, files, text), self.config.resume)
+        key = fingerprint(__name__, self.config.numbers(), self.threads, files, text)
+        work = Workspace(self.work, key, self.config.resume)
         if work.done:
             say(f"resuming after step {work.done}")
         if self.config.method == "magnitude":
@@ -131,17 +131,17 @@ class _Job:
             say(note)
         made = make(self.skeleton, self.config, work, seen)
         folder = work.folder / "artifact"
-        write_folder(self.source, folder, made.pieces, made.config)
+        written = model_folder.write(folder, self.source, made.pieces, made.config, model_folder.same_bytes(made.pieces))
         if self.config.method == "depth":
             made.summary["proof"] = prove(self.source, folder, made.summary["dropped"], held[:1, :64],
                                           str(self.skeleton.device))
-        return self._publish(work, made, text, held)
+        return self._publish(work, written, made, text, held)
 
-    def _publish(self, work: Workspace, made: Made, text: Calibration, held: torch.Tensor) -> dict[str, Any]:
+    def _publish(self, work: Workspace, written: Checkpoint, made: Made, text: Calibration,
+                 held: torch.Tensor) -> dict[str, Any]:
         """Judge the folder, describe it, and put it in its place."""
-        c, folder = self.config, work.folder / "artifact"
+        c, folder = self.config, written.folder
         quality = judge(self.source, folder, held, text.origin["name"], str(self.skeleton.device))
-        written = Checkpoint.open(folder)
         zeros, weights = zeros_of(written)
         before, after = (sum(math.prod(k.shape(n)) for n in k.names()) for k in (self.checkpoint, written))
         summary = {
@@ -153,8 +153,9 @@ class _Job:
         entry = {"name": "prune", "config": c.numbers(), "threads": self.threads, "device": str(self.skeleton.device),
                  "matmul": matmul_precision(), "calibration": text.origin, "held_out_sequences": len(held),
                  "notes": self.notes, **summary, **made.record}
-        hashes = publish(self.source, folder, self.out, self.described, entry)
+        manifest = model_folder.publish(folder, self.out, "hf", origin_of(self.source, self.described),
+                                        [*passes_of(self.source), entry])
         shutil.rmtree(work.folder)
         sampled_file(self.work).unlink(missing_ok=True)
         return {"out": str(self.out), "source": str(self.source), **summary, "notes": self.notes,
-                "advice": advice(quality, self.source, self.out), "weights_sha256": hashes}
+                "advice": advice(quality, self.source, self.out), "weights_sha256": model_folder.weight_hashes(manifest)}

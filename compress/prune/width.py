@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from llmc.compress.passes import LayerWatch
 from llmc.compress.prune.config import PruneConfig
 from llmc.compress.skeleton import LinearGroup, Skeleton
 from llmc.errors import UserError
@@ -113,8 +114,8 @@ def _rounded(width: int, share: float, name: str, first: int) -> tuple[int, int]
                     f"keep {NARROW / width:.3g} to {(width - 1) // NARROW * NARROW / width:.3g} of it")
 
 
-class ImportanceWatch:
-    """A `LayerWatch`. A layer's tensors: 'ffn' [neurons], 'groups' [key and value heads], 'hidden' [channels], float32: sums
+class ImportanceWatch(LayerWatch):
+    """A layer's tensors: 'ffn' [neurons], 'groups' [key and value heads], 'hidden' [channels], float32: sums
     over tokens (and, of 'hidden', over the norms that linears read)."""
 
     def __init__(self, config: Any) -> None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llmc.compress.prune.masks import mask_of
 from llmc.compress.quantize import presets
 from llmc.compress.quantize.config import INTEGER, QuantizeConfig
-from llmc.compress.skeleton import Skeleton, get_weight
+from llmc.compress.skeleton import Skeleton, get_weight, linears_of
+from llmc.compress.zeros import mask_of
 from llmc.console import warn
 from llmc.errors import UserError
 from llmc.families.names import role_of
@@ -56,13 +55,6 @@ class Assignment:
 def assign(config: QuantizeConfig, skeleton: Skeleton) -> Assignment:
     """What `config` asks for, for the model of `skeleton`. UserError where a type cannot hold a linear's rows."""
     return _preset(config, skeleton) if config.preset else _uniform(config, skeleton)
-
-
-def linears_of(skeleton: Skeleton) -> Iterator[tuple[int, str, torch.nn.Module]]:
-    """(layer, name in the model, module) of every linear of the decoder layers."""
-    for index in range(len(skeleton.layers)):
-        for name, module in skeleton.linears(index).items():
-            yield index, f"{skeleton.layer_name(index)}.{name}", module
 
 
 def type_called(name: str) -> AnyType:
@@ -161,7 +153,7 @@ def table_shape(skeleton: Skeleton) -> tuple[int, int]:
 def has_own_head(skeleton: Skeleton) -> bool:
     """Whether the checkpoint holds a head that differs from the embedding, as the export decides it."""
     names = {id(m): n for n, m in skeleton.model.named_modules()}
-    head, table = (skeleton.stored_name(f"{names[id(m)]}.weight") if id(m) in names else None for m in (
+    head, table = (skeleton.names.find(f"{names[id(m)]}.weight") if id(m) in names else None for m in (
         skeleton.model.get_output_embeddings(), skeleton.model.get_input_embeddings()))
     if head is None or table is None:
         return False

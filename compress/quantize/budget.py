@@ -19,14 +19,14 @@ import torch
 from torch import nn
 
 from llmc import closure
-from llmc.compress.prune.masks import mask_of
 from llmc.compress.quantize import sensitivity
-from llmc.compress.quantize.assignment import Assignment, assign, has_own_head, linears_of, table_shape, type_called
+from llmc.compress.quantize.assignment import Assignment, assign, has_own_head, table_shape, type_called
 from llmc.compress.quantize.config import QuantizeConfig
 from llmc.compress.quantize.knapsack import Frontier, Option
 from llmc.compress.sampling import sample_from_model
-from llmc.compress.skeleton import Skeleton, get_weight
+from llmc.compress.skeleton import Skeleton, get_weight, linears_of
 from llmc.compress.text import SELF, load_calibration
+from llmc.compress.zeros import mask_of
 from llmc.console import parse_size, progress, say, size
 from llmc.errors import UserError
 from llmc.families.names import classify
@@ -69,7 +69,7 @@ def assign_to_budget(config: QuantizeConfig, skeleton: Skeleton, source: dict[st
     """The best types for `config.target`. source: what the manifest says of the model."""
     matrices = matrices_of(skeleton)
     peer = types_of(config.peer, config, skeleton) if config.peer else {}  # what refuses a preset costs no measurement
-    stored = {n: skeleton.stored_name(f"{_module_name(skeleton, n)}.weight") for n in matrices}
+    stored = {n: skeleton.names.find(f"{_module_name(skeleton, n)}.weight") for n in matrices}
     outside = _outside(skeleton, origin_of(skeleton.checkpoint.folder, source), {s for s in stored.values() if s})
     measured = _measured(config, skeleton, source, matrices)
     options = {name: _options(m, measured[name], config.method) for name, m in matrices.items()}

@@ -10,6 +10,7 @@ from torch import nn
 
 from llmc.compress.imatrix.importance import Importance
 from llmc.compress.layer_run import InputStatistics
+from llmc.compress.passes import LayerPass
 from llmc.compress.quantize.assignment import Assignment
 from llmc.compress.quantize.gptq import compensate, gptq
 from llmc.compress.skeleton import LinearGroup, Skeleton, get_weight, set_weight
@@ -20,8 +21,8 @@ from llmc.rounding.rtn import rtn
 from llmc.rounding.search import objective
 
 
-class QuantizePass:
-    """A `LayerPass`: GPTQ on every group of linears, each layer's tensors in the form of the checkpoint.
+class QuantizePass(LayerPass):
+    """GPTQ on every group of linears, without data rounding to nearest; each layer's tensors in the form of the checkpoint.
 
     assignment: the type of every linear.  importance: what columns count where linears are rounded to nearest.
     masked: weights that are zero stay zero. (Rounding to nearest does that by itself on types that have a zero.)
@@ -42,8 +43,12 @@ class QuantizePass:
         self.events: list[str] = []
         self.lost = self.energy = 0.0
 
-    def change(self, layer: nn.Module, group: LinearGroup, statistics: InputStatistics) -> None:
+    def change(self, layer: nn.Module, group: LinearGroup, statistics: InputStatistics | None) -> None:
         """GPTQ on the group's weights, which share the Hessian; those on one type are stacked (rows do not touch)."""
+        if statistics is None:
+            for name in group.names:
+                self._round(name, layer.get_submodule(name))
+            return
         weights = {n: get_weight(layer.get_submodule(n)) for n in group.names}
         target = torch.cat(list(weights.values()))
         if statistics.drift is not None and statistics.drift_hessian is not None:
@@ -83,7 +88,7 @@ class QuantizePass:
             self._keep(name, linear, q, lost, energy, method=method, damp=result.damp, dead_columns=result.dead,
                        tokens_per_column=round(tokens_per_column, 2))
 
-    def round(self, name: str, linear: nn.Module) -> None:
+    def _round(self, name: str, linear: nn.Module) -> None:
         """Round one linear to nearest; its error is the squared one, by importance where that is known, relative to the
         weights."""
         weight = get_weight(linear)
@@ -111,8 +116,7 @@ class QuantizePass:
     def finish(self, index: int, layer: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         tensors = {}
         for name, q in self.quantized.items():
-            stored = self.skeleton.stored_name(f"{self.prefix}.{name}.weight")
-            assert stored is not None  # the layer was loaded from it
+            stored = self.skeleton.names.stored(f"{self.prefix}.{name}.weight")
             for part, tensor in encode(q).items():
                 tensors[f"{stored.removesuffix('.weight')}.{part}"] = tensor
         error = self.lost / self.energy if self.energy else 0.0

@@ -9,50 +9,45 @@ import json
 import re
 import shutil
 import time
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from llmc.compress.calibration import (
     BATCH_BYTES,
+    REFERENCE_LEAST,
+    REFERENCE_SHARE,
     SUMS_BYTES,
     Loop,
     LoopSettings,
     Workspace,
-    sequences_at_once,
-    workers_for,
+    settings_for,
+    spread,
 )
 from llmc.compress.imatrix.importance import Importance
 from llmc.compress.preparation import calibration_text, check_weights, open_float, sampled_file
-from llmc.compress.quantize.assignment import assign, keeps_zeros, linears_of
+from llmc.compress.quantize.assignment import assign, keeps_zeros
 from llmc.compress.quantize.budget import assign_to_budget
 from llmc.compress.quantize.budget import memory_bytes as memory_to_measure
 from llmc.compress.quantize.config import QuantizeConfig, budget_lines
 from llmc.compress.quantize.layer_pass import QuantizePass, digest
-from llmc.compress.skeleton import Skeleton, get_weight
+from llmc.compress.skeleton import Skeleton, get_weight, linears_of
 from llmc.compress.text import Calibration
 from llmc.compress.transform.choose import Choice, choose
 from llmc.compress.unfinished import fingerprint
-from llmc.console import progress, say, warn
-from llmc.errors import UserError
-from llmc.files import check_disk, publish_folder, write_json
+from llmc.console import say, warn
+from llmc.files import check_disk, write_json
 from llmc.formats import blocks as blocks_format
 from llmc.formats import gptq as gptq_format
-from llmc.formats.checkpoint import CARD_FILES, TOKENIZER_FILES, Checkpoint
-from llmc.formats.manifest import MANIFEST, check_output, hash_folder, new_manifest, note_last, read_manifest
+from llmc.formats import model_folder
+from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.manifest import check_output, note_last, passes_of
 from llmc.formats.quantized import read
-from llmc.formats.shards import Piece, pieces_of, write_checkpoint
+from llmc.formats.shards import pieces_of, rest_of
 from llmc.formats.source import describe_source, origin_of
 from llmc.machine import physical_cores, torch_device
 from llmc.precision import matmul_precision, prepare_cpu
 from llmc.sources.resolve import resolve_model
-
-# The unchanged model runs along on an eighth of the sequences, at least 16, for time: it is a second forward pass. Error of
-# the states after 13 layers of SmolLM2-135M (128 sequences): 1.55 and 1.60 % with 32 of them, 1.63 and 1.56 % with 16 (the
-# second figures are with one refinement of GPTQ's instead of two).
-REFERENCE_SHARE, REFERENCE_LEAST = 8, 16
 
 
 def quantize(model: str | Path, config: QuantizeConfig) -> dict[str, Any]:
@@ -186,10 +181,7 @@ class _Job:
 
     def _linear_names(self) -> set[str]:
         """The checkpoint's names of the weights that will be quantized."""
-        stored = {n: self.skeleton.stored_name(f"{n}.weight") for n in self.assignment.types}
-        if missing := sorted(n for n, s in stored.items() if s is None):
-            raise UserError(f"{self.source} has no tensor {missing[0]}.weight", "the checkpoint is incomplete")
-        return {s for s in stored.values() if s is not None}
+        return {self.skeleton.names.stored(f"{n}.weight") for n in self.assignment.types}
 
     def run(self) -> dict[str, Any]:
         source = self.described
@@ -204,22 +196,21 @@ class _Job:
         calibration = text if self.config.method == "gptq" else None
         deciding = {**self.config.numbers(), "imatrix": self.importance and self.importance.origin,
                     "types": {n: self.assignment.stored(n) for n in self.assignment.types}}
-        key = fingerprint(deciding, self.threads, source["files"], calibration)
+        key = fingerprint(__name__, deciding, self.threads, source["files"], calibration)
         work = Workspace(self.work, key, self.config.resume)
         if self.assignment.plan:
             say(budget_lines(self.assignment.plan, self.assignment.counts(), self.assignment.tables))
         if work.done:
             say(f"resuming after layer {work.done} of {len(self.skeleton.layers)}")
         pass_ = QuantizePass(self.skeleton, self.assignment, self.config.damp, self.importance, self.masked)
-        if calibration is not None:
-            self._explain(calibration)
-            workers = workers_for(self.skeleton)
-            batch = sequences_at_once(self.skeleton, self.config.seq_len, workers)
-            settings = LoopSettings(batch, self.config.true_sequential, self._along(), workers)
-            loop = Loop(self.skeleton, spread(calibration.sequences, self._along()), work, settings)
-            loop.run(pass_, lambda r: f"error {100 * r['error']:.2f} %")
+        if calibration is None:
+            Loop(self.skeleton, None, work, LoopSettings()).run(pass_)
         else:
-            self._round_all(pass_, work)
+            self._explain(calibration)
+            sequences = spread(calibration.sequences, self._along())
+            settings = settings_for(self.skeleton, sequences, true_sequential=self.config.true_sequential,
+                                    reference=self._along())
+            Loop(self.skeleton, sequences, work, settings).run(pass_, lambda r: f"error {100 * r['error']:.2f} %")
         return self._publish(work, source, calibration, choice)
 
     def _along(self) -> int:
@@ -241,31 +232,14 @@ class _Job:
             warn(f"fewer than 2 calibration tokens per Hessian column ({min(per_column):.1f}): "
                  "GPTQ can lose to RTN; raise --samples")
 
-    def _round_all(self, pass_: QuantizePass, work: Workspace) -> None:
-        """RTN needs no activations: layers are read, rounded and written."""
-        with progress("layer", len(self.skeleton.layers), work.done) as p:
-            for index in range(work.done, len(self.skeleton.layers)):
-                with self.skeleton.layer(index) as layer:
-                    pass_.begin(index, layer, [])
-                    for name, linear in self.skeleton.linears(index).items():
-                        pass_.round(name, linear)
-                    work.save_layer(index, *pass_.finish(index, layer))
-                work.commit(index + 1)
-                p.step()
-
     def _publish(self, work: Workspace, source: dict[str, Any], calibration: Calibration | None,
                  choice: Choice | None) -> dict[str, Any]:
-        """Join the layers, add what a reader needs, verify by reading back, and put the folder in its place."""
-        folder = work.folder / "artifact"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        write_checkpoint(folder, self._pieces(work))
-        self._write_configs(folder)
-        for name in (*TOKENIZER_FILES, *CARD_FILES, "generation_config.json"):
-            if (self.source / name).is_file():
-                shutil.copyfile(self.source / name, folder / name)
-        records = work.records()
-        self._verify(folder, records)
+        """Join the layers, verify by reading back, and put the folder in its place."""
+        folder, records = work.folder / "artifact", work.records()
+        layers = [p for index in range(len(self.skeleton.layers)) for p in pieces_of(work.layer_file(index))]
+        pieces = layers + rest_of(self.checkpoint, self._linear_names())
+        config = {**self.checkpoint.config, "quantization_config": self._quantization()}
+        model_folder.write(folder, self.source, pieces, config, partial(self._verify, records))
         summary = _summary(records, self.config.method)
         known = calibration.origin if calibration else self.importance and self.importance.calibration
         entry = {"name": "quantize", **self._what(), "config": self.config.numbers(), "threads": self.threads,
@@ -273,60 +247,36 @@ class _Job:
                  "calibration": known, "imatrix": self.importance and self.importance.origin,
                  "reference_sequences": self._along() if calibration else None, "layers": records, **summary,
                  **({"transform": choice.record} if choice else {})}
-        before = [*(read_manifest(self.source) or {}).get("passes", []), *(choice.passes if choice else [])]
-        manifest = new_manifest(self.kind, origin_of(self.source, source), [*before, entry])
-        manifest["outputs"] = hash_folder(folder)
-        write_json(folder / MANIFEST, manifest)
-        publish_folder(folder, self.out)
+        passes = [*passes_of(self.source), *(choice.passes if choice else []), entry]
+        manifest = model_folder.publish(folder, self.out, self.kind, origin_of(self.source, source), passes)
         shutil.rmtree(work.folder)
         sampled_file(self.work).unlink(missing_ok=True)
         shutil.rmtree(self._transformed(), ignore_errors=True)
         total = sum(p.stat().st_size for p in self.out.glob("*.safetensors"))
         return {"out": str(self.out), **self._what(), "bits_per_weight": self._bits() / self._linear_weights(),
                 "bytes": total, "transform": choice.record if choice else None,
-                "weights_sha256": {k: v for k, v in manifest["outputs"].items() if "safetensors" in k},
+                "weights_sha256": model_folder.weight_hashes(manifest),
                 **{k: v for k, v in summary.items() if k != "layers"}}
 
-    def _pieces(self, work: Workspace) -> list[Piece]:
-        """The finished layers, and the bytes of everything else as the source has them."""
-        pieces: list[Piece] = []
-        for index in range(len(self.skeleton.layers)):
-            pieces += pieces_of(work.layer_file(index))
-        replaced = self._linear_names()
-        for shard in self.checkpoint.files:
-            pieces += pieces_of(shard, set(self.checkpoint.headers[shard]) - replaced)
-        return pieces
-
-    def _write_configs(self, folder: Path) -> None:
-        """config.json with `quantization_config`; for the GPTQ form the identical quantize_config.json too."""
+    def _quantization(self) -> dict[str, Any]:
+        """`quantization_config` of config.json."""
         a = self.assignment
-        portable = a.portable
-        if portable:
-            quantization = gptq_format.config(portable, self.config.damp, self.config.true_sequential, None)
+        if a.portable:
+            quantization = gptq_format.config(a.portable, self.config.damp, self.config.true_sequential, None)
         else:
-            stored = {n: str(self.skeleton.stored_name(f"{n}.weight")).removesuffix(".weight") for n in a.types}
+            stored = {n: self.skeleton.names.stored(f"{n}.weight").removesuffix(".weight") for n in a.types}
             quantization = blocks_format.config({stored[n]: a.stored(n) for n in a.types})
         if a.tables:
             quantization["tables"] = a.tables
-        config = {**self.checkpoint.config, "quantization_config": quantization}
-        for name, value in (("config.json", config), ("quantize_config.json", quantization))[: 1 + (portable is not None)]:
-            (folder / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return quantization
 
-    def _verify(self, folder: Path, records: list[dict[str, Any]]) -> None:
-        """Read the written checkpoint back: every linear must decode to the codes and scales that were swept."""
-        written = Checkpoint.open(folder)
+    def _verify(self, records: list[dict[str, Any]], written: Checkpoint) -> None:
+        """Every linear of the written checkpoint must decode to the codes and scales that were swept."""
         for index, record in enumerate(records):
             for name, linear in record["linears"].items():
-                stored = self.skeleton.stored_name(f"{self.skeleton.layer_name(index)}.{name}.weight") or name
+                stored = self.skeleton.names.stored(f"{self.skeleton.layer_name(index)}.{name}.weight")
                 if digest(read(written, stored.removesuffix(".weight"))) != linear["sha256"]:
                     raise RuntimeError(f"{stored} was not written as it was computed")
-
-
-def spread(sequences: torch.Tensor, first: int) -> torch.Tensor:
-    """The sequences reordered so that the first `first` are evenly spaced over all."""
-    n = sequences.shape[0]
-    chosen = [i * n // first for i in range(first)]
-    return sequences[chosen + sorted(set(range(n)) - set(chosen))]
 
 
 def _summary(records: list[dict[str, Any]], method: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ a row, as rounding errors are. t_l^2 of a type is measured on some rows of the m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from llmc.compress.quantize.assignment import type_called
-from llmc.compress.skeleton import get_weight, replaced
+from llmc.compress.skeleton import get_weight, replaced, returning
 from llmc.compress.teaching.loss import divergence
 from llmc.formats.types import BLOCK_TYPES
 from llmc.rounding.rtn import rtn
@@ -52,7 +52,7 @@ class Probe:
         follows the layers, 0: anywhere."""
         total = 0.0
         for row, outputs, before in zip(self.ids, self.outputs, self.logits, strict=True):
-            known = {f"{self.layers}.{i}": _returning(outputs[i]) for i in range(first)}
+            known = {f"{self.layers}.{i}": returning(outputs[i]) for i in range(first)}
             with replaced(self.model, known):
                 total += float(divergence(self._run(row), before))
         return total / self.ids.numel()
@@ -87,10 +87,6 @@ class Probe:
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def _returning(output: Any) -> Callable[..., Any]:
-    return lambda *_args, **_kwargs: output
 
 
 def sizes(weight: torch.Tensor) -> torch.Tensor:

@@ -1,12 +1,13 @@
 """A teaching from two folders to a third: what `llmc heal` and `llmc distill` do around their training.
 
-The student's folder is published again with the tensors that changed; every other byte of it stays. While it runs, a hidden
+The student's model is published again with the tensors that changed; every other byte of it stays. While it runs, a hidden
 folder beside the output keeps what `--resume` needs, under a fingerprint of all that decides the result.
 """
 
 from __future__ import annotations
 
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -23,11 +24,12 @@ from llmc.compress.teaching.texts import Texts, TextSettings, gather
 from llmc.compress.unfinished import fingerprint, open_unfinished
 from llmc.console import say
 from llmc.errors import UserError
-from llmc.files import publish_folder, staged_file, write_json
+from llmc.files import staged_file
+from llmc.formats import model_folder
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.hf import load_tokenizer, load_torch_model
-from llmc.formats.manifest import MANIFEST, hash_folder, new_manifest, read_manifest
-from llmc.formats.shards import pieces_of, write_checkpoint
+from llmc.formats.manifest import passes_of, read_manifest
+from llmc.formats.shards import pieces_of, rest_of
 from llmc.formats.source import describe_source
 from llmc.precision import matmul_precision
 
@@ -44,7 +46,7 @@ class Settings(TextSettings, Protocol):
     def numbers(self) -> dict[str, Any]: ...
 
 
-class Job:
+class Job(ABC):
     """name: the pass in the manifest's chain.  out: the folder to make."""
 
     name: str
@@ -60,6 +62,10 @@ class Job:
         precision = config.precision if config.precision != "auto" else "bf16" if native else "fp32"
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
 
+    @abstractmethod
+    def run(self) -> dict[str, Any]:
+        """Teach, and publish. Returns what the command prints."""
+
     @property
     def leads(self) -> bool:
         """Whether this process writes (it is one of several)."""
@@ -72,8 +78,9 @@ class Job:
     def open_work(self) -> None:
         """The folder of an unfinished run, guarded by a fingerprint."""
         self.source, self.teacher_source = describe_source(self.folder), describe_source(self.teacher_folder)
-        key = fingerprint(self.settings.numbers(), self.threads, self.source["files"], device=str(self.device),
-                          dtype=str(self.dtype), teacher=self.teacher_source["files"], processes=self.processes)
+        key = fingerprint(type(self).__module__, self.settings.numbers(), self.threads, self.source["files"],
+                          device=str(self.device), dtype=str(self.dtype), teacher=self.teacher_source["files"],
+                          processes=self.processes)
         with self.leader_first():
             open_unfinished(self.work, key, self.settings.resume or not self.leads)
 
@@ -123,27 +130,17 @@ class Job:
         return cached
 
     def publish(self, kind: str, changed: dict[str, torch.Tensor], texts: Texts, result: dict[str, Any]) -> dict[str, Any]:
-        """The student's folder with its changed tensors, every other byte as it was. Returns what the command prints."""
-        new = self.work / "changed.safetensors"
-        save_file(changed, new)
-        folder = self.work / "artifact"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        headers = self.checkpoint.headers
-        kept = [piece for f in self.checkpoint.files for piece in pieces_of(f, set(headers[f]) - set(changed))]
-        write_checkpoint(folder, kept + pieces_of(new))
-        for file in self.folder.iterdir():
-            if file.is_file() and file.name != MANIFEST and ".safetensors" not in file.name:
-                shutil.copyfile(file, folder / file.name)
+        """The student's folder with its changed tensors, all else as it was. Returns what the command prints."""
+        file, folder = self.work / "changed.safetensors", self.work / "artifact"
+        save_file(changed, file)
+        new = pieces_of(file)
+        model_folder.write(folder, self.folder, rest_of(self.checkpoint, changed) + new, None, model_folder.same_bytes(new))
         entry = {"name": self.name, "config": self.settings.numbers(), "threads": self.threads, "device": str(self.device),
                  "precision": str(self.dtype).removeprefix("torch."), "teacher": self.teacher_source,
                  "texts": texts.origins, **result}
-        before = read_manifest(self.folder) or {}
-        manifest = new_manifest(kind, before.get("source") or self.source, [*before.get("passes", []), entry])
-        manifest["outputs"] = hash_folder(folder)
-        write_json(folder / MANIFEST, manifest)
-        publish_folder(folder, self.out)
+        origin = (read_manifest(self.folder) or {}).get("source") or self.source
+        manifest = model_folder.publish(folder, self.out, kind, origin, [*passes_of(self.folder), entry])
         shutil.rmtree(self.work)
         return {"out": str(self.out), **{k: v for k, v in result.items() if k not in ("losses", "layers")},
                 "texts": [{"name": o["name"], "share": o["share"]} for o in texts.origins],
-                "weights_sha256": {k: v for k, v in manifest["outputs"].items() if "safetensors" in k}}
+                "weights_sha256": model_folder.weight_hashes(manifest)}

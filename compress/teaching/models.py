@@ -1,4 +1,4 @@
-"""What teaching does with models: load the teacher, take apart body and head, and say what a checkpoint calls a tensor."""
+"""What teaching does with models: load the teacher, and take apart body and head."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,17 +14,6 @@ from torch.utils.checkpoint import checkpoint
 
 from llmc.compress.skeleton import find_layers, is_linear
 from llmc.formats.hf import load_torch_model
-
-
-class Names(Protocol):
-    """A set, a dictionary, a checkpoint."""
-
-    def __contains__(self, name: str, /) -> bool: ...
-
-
-def called(name: str, known: Names, prefix: str) -> str:
-    """What `known` calls something: as it is, or with the base model's prefix left out or added."""
-    return next(n for n in (name, name.removeprefix(prefix + "."), f"{prefix}.{name}") if n in known)
 
 
 def load_teacher(folder: Path, dtype: torch.dtype) -> Any:

@@ -9,20 +9,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from llmc.compress import forward as measure
+from llmc.compress.ends import is_tied
 from llmc.compress.quantize.assignment import type_for
 from llmc.compress.quantize.config import QuantizeConfig
 from llmc.compress.skeleton import Skeleton
-from llmc.compress.text import Calibration
-from llmc.compress.transform import measure
+from llmc.compress.text import Calibration, held_out
 from llmc.compress.transform.config import CALIBRATED, TARGET, TransformConfig
-from llmc.compress.transform.ends import is_tied
 from llmc.compress.transform.roles import family_of
 from llmc.compress.transform.run import make
 from llmc.compress.unfinished import fingerprint
 from llmc.console import say
 from llmc.errors import UserError
 from llmc.files import write_json
-from llmc.formats.manifest import read_manifest
+from llmc.formats.manifest import passes_of
 from llmc.formats.source import hash_source
 from llmc.machine import torch_device
 
@@ -83,7 +83,7 @@ def split(calibration: Calibration) -> tuple[Calibration, Calibration]:
         raise UserError("--transform auto judges by a held-out part of the calibration text, and there is one sequence",
                         "use --samples 16 or more")
     count = min(HELD_MOST, max(1, n // HELD_SHARE))
-    held = sorted({i * n // count + n // (2 * count) for i in range(count)})
+    held = held_out(n, count)
     rest = [i for i in range(n) if i not in held]
 
     def part(rows: list[int]) -> Calibration:
@@ -116,14 +116,13 @@ class _Maker:
 
     def choice(self, name: str, record: dict[str, Any]) -> Choice:
         folder = self.source if name == "none" else self.work / name
-        before = (read_manifest(self.source) or {}).get("passes", [])
-        passes = [] if name == "none" else (read_manifest(folder) or {})["passes"][len(before):]
+        passes = [] if name == "none" else passes_of(folder)[len(passes_of(self.source)):]
         return Choice(folder, passes, record)
 
     def measure(self, learn: Calibration, held: Calibration) -> dict[str, dict[str, Any]]:
         """{candidate: {'kld', 'se' (of the mean, over sequences)}} of the model rounded to nearest on the target type."""
         path = self.work / "figures.json"
-        key = fingerprint(self.config.numbers(), self.threads, hash_source(self.source), held)
+        key = fingerprint(__name__, self.config.numbers(), self.threads, hash_source(self.source), held)
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         measured: dict[str, dict[str, Any]] = found["measured"] if found.get("key") == key else {}
         base: measure.Run | None = None

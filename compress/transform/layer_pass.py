@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from llmc.compress.layer_run import InputStatistics
+from llmc.compress.passes import LayerPass
 from llmc.compress.skeleton import LinearGroup, Skeleton, get_weight
 from llmc.compress.transform.roles import Place, map_layer
 from llmc.compress.transform.rotations import orthogonal, rotate_heads, rotate_stream
@@ -28,8 +29,8 @@ PROOF_TOKENS = 32
 TOLERANCE = 1e-3  # of the largest output; float32 gives about 1e-6
 
 
-class Transform:
-    """One layer at a time: `begin`, changes, `finish`.
+class Transform(LayerPass):
+    """A pass that proves of each layer that it computes what it did.
 
     arguments: what the model hands to each layer for PROOF_TOKENS tokens (Skeleton.enter).
     stream: R1 [hidden, hidden] float64, where the layer's input and output are rotated.
@@ -72,8 +73,7 @@ class Transform:
     def _changed(self, layer: nn.Module) -> dict[str, torch.Tensor]:
         found = {}
         for name, p in layer.named_parameters():
-            stored = self.skeleton.stored_name(f"{self.skeleton.layer_name(self.index)}.{name}")
-            assert stored is not None  # the layer was loaded from it
+            stored = self.skeleton.names.stored(f"{self.skeleton.layer_name(self.index)}.{name}")
             before = self.skeleton.checkpoint.tensor(stored)
             value = p.detach().cpu()
             if not torch.equal(value, before.float()):
@@ -82,21 +82,31 @@ class Transform:
 
 
 class Rotation(Transform):
-    """R2 on every layer, and R1 where `stream` is given. seed: each layer's R2 is drawn from it and the layer's index."""
+    """R2 on every layer, and R1 where `stream` is given. seed: each layer's R2 is drawn from it and the layer's index.
+
+    A rotation is of the layer as a whole, so it is done as the layer begins and no group is left to change.
+    """
 
     def __init__(self, skeleton: Skeleton, arguments: list[dict[str, Any]], seed: int, stream: torch.Tensor | None) -> None:
         super().__init__(skeleton, arguments, stream)
         self.seed = seed
 
-    def change_alone(self, layer: nn.Module) -> None:
+    def begin(self, index: int, layer: nn.Module, groups: list[LinearGroup]) -> None:
+        super().begin(index, layer, groups)
         if self.stream is not None:
             rotate_stream(layer, self.map, self.stream)
         generator = torch.Generator().manual_seed(self.seed * 100_003 + self.index)
         rotate_heads(layer, self.map.value, self.map.heads, orthogonal(self.map.heads.width, generator))
 
+    def groups(self, layer: nn.Module) -> list[LinearGroup]:
+        return []
+
+    def change(self, layer: nn.Module, group: LinearGroup, statistics: InputStatistics | None) -> None:
+        """Nothing: see above."""
+
 
 class Scaling(Transform):
-    """Scalings, searched on the target type: AWQ's where the loop gives statistics, `change_alone` without data; or, with
+    """Scalings, searched on the target type: AWQ's where the loop gives statistics, equalising ones without data; or, with
     `smooth`, SmoothQuant's for that alpha.
 
     A record's 'places': {name: {'alpha', 'before', 'after'}}, the readers' rounding error as a share of their output energy
@@ -109,23 +119,28 @@ class Scaling(Transform):
         super().__init__(skeleton, arguments)
         self.type_of, self.smooth = type_of, smooth
 
-    def change(self, layer: nn.Module, group: LinearGroup, statistics: InputStatistics) -> None:
+    def groups(self, layer: nn.Module) -> list[LinearGroup]:
+        """The readers of each place."""
+        return [LinearGroup(p.readers, len(p.columns)) for p in map_layer(self.skeleton.config, layer).places]
+
+    def change(self, layer: nn.Module, group: LinearGroup, statistics: InputStatistics | None) -> None:
         for place in self.map.places:
             if set(place.readers) != set(group.names):
                 continue
-            if self.smooth is not None:
+            if statistics is None:
+                self._equalise(layer, place)
+            elif self.smooth is not None:
                 assert statistics.peak is not None  # asked of the loop
                 self._migrate(layer, place, statistics.peak, self.smooth)
             else:
                 s = activation_factors(statistics.hessian.diagonal(), place)
                 self._scale(layer, place, s, statistics.hessian)
 
-    def change_alone(self, layer: nn.Module) -> None:
+    def _equalise(self, layer: nn.Module, place: Place) -> None:
         offset = self.map.family.offset
-        for place in self.map.places:
-            s = equalising_factors(layer, place, offset)
-            moments = writer_size(layer, place, offset, "rms").square()[place.columns]
-            self._scale(layer, place, s, moments.float().to(self.skeleton.device).diag())
+        s = equalising_factors(layer, place, offset)
+        moments = writer_size(layer, place, offset, "rms").square()[place.columns]
+        self._scale(layer, place, s, moments.float().to(self.skeleton.device).diag())
 
     def _migrate(self, layer: nn.Module, place: Place, peak: torch.Tensor, alpha: float) -> None:
         s = smoothing_factors(peak, layer, place, alpha)

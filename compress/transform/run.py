@@ -8,15 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from llmc.compress.ends import is_tied
 from llmc.compress.preparation import calibration_text, check_weights, sampled_file
-from llmc.compress.prune.masks import mask_of
 from llmc.compress.quantize.assignment import type_for
 from llmc.compress.skeleton import Skeleton
 from llmc.compress.text import Calibration
 from llmc.compress.transform.config import TransformConfig
-from llmc.compress.transform.ends import is_tied
 from llmc.compress.transform.roles import family_of
 from llmc.compress.transform.stage import RotateStage, ScalingStage, Stage
+from llmc.compress.zeros import mask_of
 from llmc.console import say, size, warn
 from llmc.errors import UserError
 from llmc.files import check_disk

@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from torch import nn
 
-from llmc.compress.calibration import Loop, LoopSettings, Workspace, sequences_at_once, workers_for
+from llmc.compress.calibration import Loop, LoopSettings, Workspace, settings_for
+from llmc.compress.ends import is_tied, name_of, stored_head
 from llmc.compress.skeleton import Skeleton
 from llmc.compress.text import Calibration
-from llmc.compress.transform.ends import is_tied, name_of, stored_head
 from llmc.compress.transform.layer_pass import PROOF_TOKENS, Rotation, Scaling, Transform, as_stored
 from llmc.compress.transform.roles import family_of
 from llmc.compress.transform.rotations import fold, orthogonal, rotate_columns
 from llmc.compress.unfinished import fingerprint
-from llmc.console import progress, say
-from llmc.errors import UserError
-from llmc.files import publish_folder, write_json
-from llmc.formats.checkpoint import CARD_FILES, TOKENIZER_FILES, Checkpoint
-from llmc.formats.manifest import MANIFEST, hash_folder, new_manifest, read_manifest
-from llmc.formats.shards import pieces_of, write_checkpoint
+from llmc.console import say
+from llmc.formats import model_folder
+from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.manifest import passes_of, read_manifest
+from llmc.formats.shards import pieces_of, rest_of
 from llmc.formats.source import hash_source, origin_of
 from llmc.formats.types import AnyType
 from llmc.precision import matmul_precision
 
 
-class Stage:
+class Stage(ABC):
     """name: the pass in the manifest's chain.  settings: what decides its result, beside the calibration text if it needs
     one."""
 
@@ -44,7 +41,8 @@ class Stage:
 
     def run(self) -> dict[str, Any]:
         """Make the folder `out`; one that an interrupted run finished is taken as it is. Returns its manifest."""
-        key = fingerprint({**self.settings, "pass": self.name}, self.threads, hash_source(self.source), self.calibration)
+        key = fingerprint(__name__, {**self.settings, "pass": self.name}, self.threads, hash_source(self.source),
+                          self.calibration)
         found = read_manifest(self.out)
         if self.resume and found and found.get("fingerprint") == key:
             say(f"{self.out} is finished already")
@@ -58,14 +56,14 @@ class Stage:
         self.outside(work)
         return self._publish(work, key)
 
+    @abstractmethod
     def layers(self, work: Workspace, arguments: list[dict[str, Any]]) -> None:
         """Change every decoder layer that is not finished yet. arguments: what the model hands to each, for the proof."""
-        raise NotImplementedError(f"{type(self).__name__} must say how")
 
-    def outside(self, work: Workspace) -> None:
+    def outside(self, work: Workspace) -> None:  # noqa: B027 - most stages have nothing to do there
         """Change what lies outside the decoder layers: kept as layer number len(layers)."""
 
-    def edit_config(self, config: dict[str, Any]) -> None:
+    def edit_config(self, config: dict[str, Any]) -> None:  # noqa: B027 - most stages leave it as it is
         """Change config.json where it must be changed."""
 
     def entry(self) -> dict[str, Any]:
@@ -78,55 +76,27 @@ class Stage:
         self.skeleton.leave()
         return arguments
 
-    def alone(self, work: Workspace, transform: Transform, change: Callable[[nn.Module], None]) -> None:
+    def alone(self, work: Workspace, transform: Transform) -> None:
         """Every layer that is not finished yet, without data."""
-        with progress(f"{self.name}, layer", len(self.skeleton.layers), work.done) as p, torch.no_grad():
-            for index in range(work.done, len(self.skeleton.layers)):
-                with self.skeleton.layer(index) as layer:
-                    transform.begin(index, layer, [])
-                    change(layer)
-                    work.save_layer(index, *transform.finish(index, layer))
-                work.commit(index + 1)
-                p.step()
+        Loop(self.skeleton, None, work, LoopSettings()).run(transform, label=f"{self.name}, layer")
 
     def _publish(self, work: Workspace, key: dict[str, Any]) -> dict[str, Any]:
-        folder = work.folder / "artifact"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        folder, records = work.folder / "artifact", work.records()
         changed = [piece for file in sorted(work.layers.glob("*.safetensors")) for piece in pieces_of(file)]
-        names = {p.name for p in changed}
-        kept = [p for f in self.checkpoint.files for p in pieces_of(f, set(self.checkpoint.headers[f]) - names)]
-        write_checkpoint(folder, changed + kept)
         config = dict(self.checkpoint.config)
         self.edit_config(config)
-        (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        for name in (*TOKENIZER_FILES, *CARD_FILES, "generation_config.json"):
-            if (self.source / name).is_file():
-                shutil.copyfile(self.source / name, folder / name)
-        self._verify(folder, work)
-        records = work.records()
+        model_folder.write(folder, self.source, changed + rest_of(self.checkpoint, {p.name for p in changed}), config,
+                           model_folder.same_bytes(changed))
         widened = [p.name for p in changed if p.dtype == "F32" and p.name in self.checkpoint
                    and self.checkpoint.dtype(p.name) != "F32"]
         sizes = [sum(f.stat().st_size for f in files) for files in (folder.glob("*.safetensors"), self.checkpoint.files)]
         entry = {"name": self.name, "config": self.settings, "threads": self.threads, "device": self.device,
                  "matmul": matmul_precision(), "proof": max(r.get("proof", 0.0) for r in records), "layers": records,
                  "widened": len(widened), "grown_bytes": sizes[0] - sizes[1], **self.entry()}
-        before = read_manifest(self.source) or {}
-        manifest = new_manifest("hf", origin_of(self.source), [*before.get("passes", []), entry],
-                                fingerprint=key, outputs=hash_folder(folder))
-        write_json(folder / MANIFEST, manifest)
-        publish_folder(folder, self.out)
+        manifest = model_folder.publish(folder, self.out, "hf", origin_of(self.source), [*passes_of(self.source), entry],
+                                        fingerprint=key)
         shutil.rmtree(work.folder)
         return manifest
-
-    def _verify(self, folder: Path, work: Workspace) -> None:
-        """Read the folder back: every changed tensor must be what was proved."""
-        written = Checkpoint.open(folder)
-        for file in work.layers.glob("*.safetensors"):
-            for name, tensor in load_file(file).items():
-                found = written.tensor(name)
-                if found.dtype != tensor.dtype or not torch.equal(found, tensor):
-                    raise RuntimeError(f"{name} was not written as it was computed")
 
 
 class ScalingStage(Stage):
@@ -146,13 +116,11 @@ class ScalingStage(Stage):
         smooth = self.settings.get("alpha")
         transform = Scaling(self.skeleton, arguments, self.type_of, smooth)
         if self.calibration is None:
-            self.alone(work, transform, transform.change_alone)
+            self.alone(work, transform)
             return
         sequences = self.calibration.sequences
         # all groups of a layer at once: a scaling of one place does not change what the others see
-        workers = workers_for(self.skeleton)
-        batch = sequences_at_once(self.skeleton, sequences.shape[1], workers)
-        settings = LoopSettings(batch, true_sequential=False, workers=workers, peaks=smooth is not None)
+        settings = settings_for(self.skeleton, sequences, true_sequential=False, peaks=smooth is not None)
         Loop(self.skeleton, sequences, work, settings).run(transform, _note)
 
 
@@ -165,16 +133,15 @@ class RotateStage(Stage):
         hidden, seed = self.skeleton.config.get_text_config().hidden_size, self.settings["seed"]
         whole = self.settings["rotate"] == "r1r2"
         self.stream = orthogonal(hidden, torch.Generator().manual_seed(seed)) if whole else None
-        rotation = Rotation(self.skeleton, arguments, seed, self.stream)
-        self.alone(work, rotation, rotation.change_alone)
+        self.alone(work, Rotation(self.skeleton, arguments, seed, self.stream))
 
     def outside(self, work: Workspace) -> None:
         """R1 on embedding and head, the last norm folded into the head; a tied head gets a matrix of its own."""
         if self.stream is None:
             return
-        model, family = self.skeleton.model, family_of(self.skeleton.config)
-        embedding = self._stored(name_of(self.skeleton, model.get_input_embeddings()))
-        final = self._stored(f"{model.base_model_prefix}.{family.final_norm}.weight")
+        model, family, names = self.skeleton.model, family_of(self.skeleton.config), self.skeleton.names
+        embedding = names.stored(name_of(self.skeleton, model.get_input_embeddings()))
+        final = names.stored(f"{model.base_model_prefix}.{family.final_norm}.weight")
         tied = is_tied(self.skeleton)
         head = name_of(self.skeleton, model.get_output_embeddings()) if tied else stored_head(self.skeleton)
         table, norm = (self.checkpoint.tensor(n).float().clone() for n in (embedding, final))
@@ -186,12 +153,6 @@ class RotateStage(Stage):
         changed = ((embedding, table, embedding), (head, projection, embedding if tied else head), (final, norm, final))
         tensors = {name: as_stored(t, self.checkpoint.tensor(source).dtype) for name, t, source in changed}
         work.save_layer(index, tensors, {"layer": index, "proof": 0.0, "places": {}, "left": []})
-
-    def _stored(self, name: str) -> str:
-        found = self.skeleton.stored_name(name)
-        if found is None:
-            raise UserError(f"{self.source} has no tensor {name}", "the checkpoint is incomplete")
-        return found
 
     def edit_config(self, config: dict[str, Any]) -> None:
         if self.stream is not None:

@@ -80,11 +80,11 @@ class _Axes:
         self.out: list[Markup] = []
         for t in self.ys:
             y = self.y(t)
-            self.out.append(element("line", class_="type", x1=LEFT, x2=right, y1=y, y2=y))
+            self.out.append(element("line", class_="grid", x1=LEFT, x2=right, y1=y, y2=y))
             self.out.append(text(LEFT - 8, y + 4, number(t), "tick", "end"))
         for t in self.xs:
             x = self.x(t)
-            self.out.append(element("line", class_="type", x1=x, x2=x, y1=TOP, y2=bottom))
+            self.out.append(element("line", class_="grid", x1=x, x2=x, y1=TOP, y2=bottom))
             self.out.append(text(x, bottom + 18, number(t), "tick", "middle"))
         self.out.append(element("path", class_="axis", d=f"M{LEFT} {TOP}V{bottom}H{right}"))
         self.out.append(text(centre, HEIGHT - 10, x_label, "label", "middle"))
@@ -198,7 +198,7 @@ def bars(rows: Sequence[Bar], kinds: Sequence[str], x_label: str) -> Markup:
     out = []
     for t in xs:
         x = left + t * scale
-        out.append(element("line", class_="type", x1=x, x2=x, y1=4, y2=height - 40))
+        out.append(element("line", class_="grid", x1=x, x2=x, y1=4, y2=height - 40))
         out.append(text(x, height - 24, number(t), "tick", "middle" if t else "start"))
     out.append(text(left + xs[-1] * scale / 2, height - 5, x_label, "label", "middle"))
     for i, row in enumerate(rows):

@@ -1,5 +1,5 @@
-"""GGUF files for llama.cpp: the codes that a quantizer chose are carried over bit for bit, and a file is proved before it
-is given its name."""
+"""GGUF files for llama.cpp. The codes of a quantized model are copied bit for bit. A file gets its final name only after it
+is verified."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What llama.cpp must be told of a model: names of its tensors, metadata, and the order of rows.
+"""What llama.cpp needs of a model: tensor names, metadata and the order of rows.
 
-What differs from family to family is in the rows of llmc.families; names of tensors come from the gguf package's own table.
-Where a model asks for something that llama.cpp's code for the architecture does not do, that is an error here, or a note on
-the report where only long texts differ.
+The differences between families are in the rows of llmc.families. Tensor names come from the table of the gguf package.
+If a model needs something that llama.cpp's code for the architecture does not compute, this raises UserError. If only long
+texts differ, the report gets a note.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from llmc.families.row import Family, activation_of
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-CONVERTER = "use --converter PATH_TO_A_LLAMA.CPP_CHECKOUT: its own converter knows many more"
+CONVERTER = "use --converter PATH_TO_A_LLAMA.CPP_CHECKOUT: llama.cpp's converter supports many more"
 
 
 class TensorNames:
-    """llama.cpp's names of a checkpoint's tensors, by the gguf package's table."""
+    """llama.cpp's names of a checkpoint's tensors, from the table of the gguf package."""
 
     def __init__(self, family: Family, layers: int) -> None:
         from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
@@ -31,15 +31,16 @@ class TensorNames:
         self.table = get_tensor_name_map(next(k for k in MODEL_ARCH if MODEL_ARCH_NAMES[k] == family.gguf.name), layers)
 
     def find(self, name: str) -> str | None:
-        """None where llama.cpp has no place for it. GPT-2's own checkpoints leave out the prefix that transformers gives
-        its tensors."""
+        """llama.cpp's name of a tensor, None if it has none. The original GPT-2 checkpoints lack transformers' prefix, so the
+        name is also tried with it."""
         found = (self.table.get_name(n, try_suffixes=(".weight", ".bias")) for n in (name, f"transformer.{name}"))
         return next(filter(None, found), None)
 
 
 def find_architecture(config: dict[str, Any], hint: str = CONVERTER) -> Family:
-    """The row for a config.json, by its `architectures`, of a family that llmc writes into GGUF. hint: what else the user can
-    do where there is none."""
+    """The family row for the `architectures` of a config.json.
+
+    Raises UserError, with `hint`, if llmc does not write that family into GGUF."""
     names = config.get("architectures") or []
     for name in names:
         family = by_architecture(name)
@@ -47,14 +48,14 @@ def find_architecture(config: dict[str, Any], hint: str = CONVERTER) -> Family:
             return family
     what = ", ".join(names) or config.get("model_type") or "unnamed"
     known = [f.architecture for f in FAMILIES.values() if f.gguf.name]
-    raise UserError(f"llmc does not write the architecture {what} into GGUF; it writes {', '.join(known)}"
+    raise UserError(f"llmc does not write the architecture {what} as GGUF; it writes {', '.join(known)}"
                     + nearest(what, known), hint)
 
 
 def add_hyperparameters(writer: GGUFWriter, family: Family, c: Any) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Write what llama.cpp must know of the model.
+    """Write the model's hyperparameters as llama.cpp's metadata; return the rope tensors and notes for the report.
 
-    c: the transformers config, complete with defaults.  Returns the rope tensors and notes for the report.
+    c: the transformers config, complete with defaults.
     """
     heads = c.num_attention_heads
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // heads
@@ -81,12 +82,12 @@ def add_hyperparameters(writer: GGUFWriter, family: Family, c: Any) -> tuple[dic
 
 
 def _check_assumptions(family: Family, c: Any, head_dim: int) -> None:
-    """What llama.cpp's code for the architecture has built in must be what config.json says."""
+    """Raise UserError if config.json contradicts what llama.cpp's code for the architecture assumes."""
     g = family.gguf
     if (activation := activation_of(c)) not in g.activations:
         raise _unlike("the activation", activation, g.activations[0])
     for name, value in g.assumed.items():
-        if bool(found := getattr(c, name, value)) != bool(value):  # None, 0 and false all mean: not there
+        if bool(found := getattr(c, name, value)) != bool(value):  # None, 0 and false all mean: absent
             raise _unlike(name, found, value)
     for name, needed in g.softcaps.items():
         if needed and not getattr(c, name):
@@ -99,20 +100,20 @@ def _check_assumptions(family: Family, c: Any, head_dim: int) -> None:
 
 def _unlike(name: str, value: Any, allowed: Any) -> UserError:
     return UserError(f"config.json has {name} = {value!r}, and llama.cpp computes {allowed!r} for this architecture",
-                     "such a model cannot be run by llama.cpp as it is")
+                     "llama.cpp cannot run such a model as it is")
 
 
 def _add_window(writer: GGUFWriter, family: Family, c: Any) -> list[str]:
-    """The sliding window, where the architecture has one; else a note if the model does."""
+    """Write the sliding window if the architecture has one; else return a note if the model has one."""
     if family.gguf.window == "layers":
-        sliding = [kind == "sliding_attention" for kind in c.layer_types]
+        sliding = [layer_type == "sliding_attention" for layer_type in c.layer_types]
         if any(sliding):
             writer.add_sliding_window(c.sliding_window)
             writer.add_array(f"{writer.arch}.attention.sliding_window_pattern", sliding)
         return []
     window = getattr(c, "sliding_window", None)
     if family.gguf.window == "key":
-        writer.add_sliding_window(window or 0)  # 0: there is none
+        writer.add_sliding_window(window or 0)  # 0: none
     if not window or window >= c.max_position_embeddings or not getattr(c, "use_sliding_window", True):
         return []
     return [f"llama.cpp runs this architecture with full attention; the model's sliding window of {window} tokens "
@@ -120,5 +121,5 @@ def _add_window(writer: GGUFWriter, family: Family, c: Any) -> list[str]:
 
 
 def interleave(rows: int, heads: int) -> np.ndarray:
-    """Order in which llama.cpp's llama wants the rows of Q or K: of each head 0, d/2, 1, d/2 + 1, …"""
+    """The row order of Q and K in llama.cpp's `llama` architecture: within each head 0, d/2, 1, d/2 + 1, and so on."""
     return np.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).reshape(-1)

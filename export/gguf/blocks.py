@@ -1,4 +1,4 @@
-"""The bytes of a tensor in a GGUF file: which type holds a quantization type, and float weights rounded to a type."""
+"""The bytes of a tensor in a GGUF file: the GGUF type for a quantization type, and the encoding of float tensors."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ BYTES = np.dtype(np.uint8)
 
 
 def kind_of_type(qtype: IntegerType | BlockType) -> Kind:
-    """The GGUF type that holds the type's codes as they are."""
+    """The GGUF type that holds the codes of a quantization type without change; raises UserError if there is none."""
     if isinstance(qtype, BlockType):
         return Kind[qtype.gguf_type]
     if qtype.group_size % BLOCK == 0 and qtype.bits == 4:
         return Kind.Q4_0 if qtype.symmetric else Kind.Q4_1
     if qtype.group_size % BLOCK == 0 and qtype.bits == 8 and qtype.symmetric:
         return Kind.Q8_0
-    raise UserError(f"no GGUF type holds the type {qtype.name} exactly",
+    raise UserError(f"no GGUF type holds {qtype.name} exactly",
                     "quantize with --sym and a group size of 32, 64 or 128")
 
 
 def nbytes(kind: Kind, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor; its rows (last axis) must be whole blocks."""
+    """The bytes of a tensor. Its rows (last axis) must be whole blocks."""
     block, size = GGML_QUANT_SIZES[kind]
     assert shape[-1] % block == 0
     return int(np.prod(shape, dtype=np.int64)) // block * int(size)
 
 
 def check_rows(name: str, shape: tuple[int, ...], kind: Kind) -> None:
-    """Refuse a type whose blocks do not divide the rows."""
+    """Raise UserError if the blocks of `kind` do not divide the rows."""
     block = int(GGML_QUANT_SIZES[kind][0])
     if shape[-1] % block:
         other = "q8_0, f16 or f32" if shape[-1] % BLOCK == 0 else "f16, bf16 or f32"
-        raise UserError(f"{name} has rows of {shape[-1]} and {kind.name} needs a multiple of {block}",
+        raise UserError(f"{name} has rows of {shape[-1]} weights and {kind.name} needs a multiple of {block}",
                         f"choose {other} for it")
 
 
 def encode_float(name: str, t: torch.Tensor, kind: Kind) -> np.ndarray:
-    """A float tensor as the bytes of `kind`: uint8 [rows, bytes of a row]."""
+    """Encode a float tensor as `kind`: uint8 [rows, bytes per row]."""
     flat = t.reshape(-1, t.shape[-1])
     out = np.empty((flat.shape[0], nbytes(kind, (1, flat.shape[1]))), dtype=np.uint8)
     step = max(1, CHUNK // flat.shape[1])
@@ -72,7 +72,7 @@ def _encode_rows(name: str, t: torch.Tensor, kind: Kind) -> np.ndarray:
                             "choose bf16 or f32 for it (--float-type, --embedding)")
         return half.view(BYTES)
     if kind == Kind.Q8_0:
-        return quantize(x, kind)  # gguf's own, bit for bit what llama-quantize writes
+        return quantize(x, kind)  # the gguf package writes the same bits as llama-quantize
     if kind == Kind.Q6_K:
         return packing.pack(round_q6_k(x))
     q = rtn(torch.from_numpy(x), BLOCK_TYPES[kind.name.lower()])
@@ -81,5 +81,5 @@ def _encode_rows(name: str, t: torch.Tensor, kind: Kind) -> np.ndarray:
 
 
 def encode(name: str, source: Quantized | torch.Tensor, kind: Kind) -> np.ndarray:
-    """The bytes of one tensor of the file, uint8 [rows, bytes of a row]. Codes and factors are carried as they are."""
+    """The bytes of one tensor of the file, uint8 [rows, bytes per row]. Codes and block factors are copied without change."""
     return encode_float(name, source, kind) if isinstance(source, torch.Tensor) else packing.pack(as_blocks(source))

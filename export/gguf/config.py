@@ -11,7 +11,7 @@ from llmc.options import Wrong, check, option
 
 GGUF = "GGUF"  # the options' group in --help
 MATRIX_TYPES = ("f32", "f16", "bf16", "q8_0")
-TABLE_TYPES = ("f32", "f16", "bf16", *BLOCK_TYPES)
+END_TYPES = ("f32", "f16", "bf16", *BLOCK_TYPES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,15 +24,15 @@ class GgufExportConfig:
     out: Path | None = options.out(
         "File (gguf) or folder (onnx) to write.", "MODEL-TYPE.gguf or MODEL-onnx, in the working folder")
     embedding: str | None = option(
-        None, help="Type of the token embedding.", choices=TABLE_TYPES, group=GGUF,
-        shown="the choice of a preset or budget, else q8_0 for a quantized model, else --float-type")
+        None, help="Type of the token embedding.", choices=END_TYPES, group=GGUF,
+        shown="the type of a preset or budget, else q8_0 for a quantized model, else --float-type")
     head: str | None = option(
-        None, help="Type of the output matrix. A tied model has no output matrix of its own.", choices=TABLE_TYPES,
-        group=GGUF, shown="the choice of a preset or budget, else --embedding")
+        None, help="Type of the output matrix. A tied model has no output matrix of its own.", choices=END_TYPES,
+        group=GGUF, shown="the type of a preset or budget, else --embedding")
     float_type: str = option("f16", help="Type of matrices that are not quantized.", choices=MATRIX_TYPES, group=GGUF)
     converter: Path | None = option(
-        None, help="A llama.cpp checkout, for architectures that llmc cannot write. Its own converter lays out the file. The "
-                   "checkout's Python code is run.", group=GGUF)
+        None, help="A llama.cpp checkout, for architectures that llmc cannot write. llama.cpp's converter lays out the file. "
+                   "The Python code of the checkout is executed.", group=GGUF)
     pre: str | None = option(
         None, help="llama.cpp's name of the pre-tokenizer.", group=GGUF, metavar="NAME", shown="found from tokenizer.json")
     chat_template: str = option(

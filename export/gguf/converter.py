@@ -1,9 +1,9 @@
-"""Architectures that llmc does not know: llama.cpp's own converter lays the file out, llmc puts its codes in.
+"""Export of architectures that llmc does not know: llama.cpp's converter lays out the file, llmc inserts the codes.
 
-The converter is run on a float copy of the model, dequantized and so free of rounding, and writes float32. Every row of
-every quantized linear is then looked for, by value, in the matrices of that file: whatever the converter permuted,
-fused, split or stacked, it moved whole rows. A matrix whose rows are found is written from their codes, the rest stays
-float.
+The converter reads a float copy of the model, with quantized matrices dequantized exactly, and writes float32. llmc then
+searches the matrices of that file for every row of every quantized linear, by value. This works because the converter may
+permute, fuse, split or stack matrices, but it moves whole rows. A matrix whose rows are found is written from their codes.
+Other matrices stay float.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from llmc.export.gguf import blocks, tokenizer
 from llmc.export.gguf.blocks import Kind
 from llmc.export.gguf.config import GgufExportConfig
 from llmc.export.gguf.plan import Plan, Types
-from llmc.export.gguf.writer import Entry, Source
+from llmc.export.gguf.writer import GgufTensor, Source
 from llmc.families.names import is_layer_matrix
 from llmc.files import check_disk, write_json
 from llmc.formats import pretokenizers, quantized
@@ -41,12 +41,12 @@ from llmc.formats.gguf import field, open_gguf
 
 SCRIPT = "convert_hf_to_gguf.py"
 SHARD = 1_000_000_000
-NO_WAY = "this architecture cannot carry its codes into GGUF"
+NO_WAY = "llmc cannot write the codes of this architecture into GGUF"
 OURS = ("general.architecture", "general.type", "general.name", "general.size_label", "general.license",
         "general.quantized_by", "general.base_model.", "general.file_type", "general.quantization_version",
         "tokenizer.chat_template", "tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_eos_token", "GGUF.")
-# Runs the converter's script with llmc's finding of the pre-tokenizer, where the checkout lets itself be told: it knows
-# tokenizers by a hash of their output, which one added token changes. llmc proves the choice afterwards.
+# Runs the converter's script with the pre-tokenizer that llmc found, if the checkout allows it. The converter identifies
+# tokenizers by a hash of their output, and one added token changes that hash. llmc verifies the choice afterwards.
 LAUNCHER = """
 import os, runpy, sys
 script, pre, sys.argv = sys.argv[1], sys.argv[2], sys.argv[1:2] + sys.argv[3:]
@@ -64,7 +64,7 @@ runpy.run_path(script, run_name="__main__")
 
 @contextmanager
 def converted(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, types: Types) -> Iterator[Plan]:
-    """The plan of a file whose layout llama.cpp's converter decided; its float file lives as long as the block."""
+    """Yield the plan of a file with the layout of llama.cpp's converter. The converter's float file is deleted at the end."""
     assert config.converter is not None
     script = config.converter.expanduser() / SCRIPT
     if not script.is_file():
@@ -87,7 +87,7 @@ def converted(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, types: Types
 
 
 def _write_skeleton(ckpt: Checkpoint, linears: list[str], folder: Path) -> Path:
-    """The float model as a Hugging Face folder, a shard of about a gigabyte at a time."""
+    """Write the float model as a Hugging Face folder, one shard of about a gigabyte at a time; return the folder."""
     folder.mkdir()
     for name in (*TOKENIZER_FILES, "generation_config.json"):
         if (ckpt.folder / name).is_file():
@@ -119,7 +119,7 @@ def _write_skeleton(ckpt: Checkpoint, linears: list[str], folder: Path) -> Path:
 
 
 def _pre(config: GgufExportConfig, folder: Path, tok: Any) -> str:
-    """llama.cpp's name of the pre-tokenizer, '' where llmc knows none and the converter must."""
+    """llama.cpp's name of the pre-tokenizer; '' if llmc finds none and the converter must find it."""
     if config.pre:
         return config.pre
     spec = tokenizer.tokenizer_spec(folder, tok)
@@ -134,10 +134,10 @@ def _run(script: Path, folder: Path, out: Path, pre: str) -> None:
         env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"},
         capture_output=True, text=True, errors="replace", check=False)
     if child.returncode or not out.is_file():
-        lines = [line for line in child.stderr.splitlines() if line.strip()] or ["it said nothing"]
+        lines = [line for line in child.stderr.splitlines() if line.strip()] or ["it printed nothing"]
         raise UserError(
             f"llama.cpp's converter failed on {folder.name} (code {child.returncode}): {lines[-1].strip()}",
-            f"`python {script} {folder.name}` shows all it says; a newer checkout may know the architecture")
+            f"`python {script} {folder.name}` shows its full output; a newer checkout may support the architecture")
 
 
 # ------------------------------------------------------------------------------------------------------ matching rows
@@ -145,7 +145,7 @@ def _run(script: Path, folder: Path, out: Path, pre: str) -> None:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a quantized linear, by their numbers."""
+    """A row of a quantized linear: the index of the linear and of the row."""
 
     linear: int
     row: int
@@ -161,7 +161,7 @@ class RowIndex:
         self.left: set[Row] = set()
 
     def add(self, linear: int, values: np.ndarray, qtype: str) -> None:
-        """values: float32 [out, in]. type: the name of the linear's."""
+        """Add a linear. values: float32 [out, in]. qtype: the name of its quantization type."""
         self.widths.add(values.shape[1])
         self.types[linear] = qtype
         for i, key in enumerate(_keys(values)):
@@ -170,21 +170,21 @@ class RowIndex:
             self.left.add(row)
 
     def find(self, name: str, values: np.ndarray) -> list[Row] | None:
-        """Where each row of a matrix float32 [rows, in] comes from; None when none of them comes from a linear.
+        """The source of each row of a matrix float32 [rows, in]; None if no row comes from a quantized linear.
 
-        Rows of zeros say nothing and follow the others. Of equal rows one that is not placed yet is taken, beside its
-        neighbour where there is one. All are of one type, as a tensor of the file has one type.
+        Zero rows do not count as evidence. Among equal rows, one that is not placed yet is preferred, then one of the same
+        linear as the row before. All rows have one quantization type, as a tensor of the file has one type.
         """
         if values.shape[1] not in self.widths:
             return None
         keys = _keys(values)
         known = [key in self.rows for key in keys]
-        telling = [bool(k) for k, row in zip(known, values, strict=True) if row.any()]
-        if not any(telling):
+        nonzero_known = [bool(k) for k, row in zip(known, values, strict=True) if row.any()]
+        if not any(nonzero_known):
             return None
         if not all(known):
-            raise UserError(f"{known.count(False)} of the {len(known)} rows of {name} are rows of no quantized linear and "
-                            "the others are: the converter mixed them with float weights, or scaled some",
+            raise UserError(f"{known.count(False)} of the {len(known)} rows of {name} are in no quantized linear, the other "
+                            "rows are: the converter mixed them with float weights, or scaled some",
                             NO_WAY)
         qtype = self._type(name, keys)
         found: list[Row] = []
@@ -197,12 +197,12 @@ class RowIndex:
         return found
 
     def _type(self, name: str, keys: list[bytes]) -> str:
-        """The type that every row of a matrix can be of. Equal rows may be of several."""
+        """The quantization type that all rows of a matrix can have. Equal rows may occur in linears of several types."""
         possible = [{self.types[r.linear] for r in self.rows[key]} for key in keys]
         if common := set.intersection(*possible):
             return min(common)
         names = ", ".join(sorted(set.union(*possible)))
-        raise UserError(f"{name} is made of linears on different types ({names}), and a tensor has one type",
+        raise UserError(f"{name} consists of linears of different types ({names}), and a tensor has one type",
                         "give these linears the same type when you quantize")
 
 
@@ -213,7 +213,7 @@ def _keys(values: np.ndarray) -> list[bytes]:
 
 
 def _plan(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, types: Types, reader: GGUFReader) -> Plan:
-    """The same file with codes in the place of the floats that they stand for."""
+    """The plan of the converter's file, with codes in place of the float values of quantized linears."""
     linears = quantized.linears(ckpt)
     index = RowIndex()
     with progress("indexing linear", len(linears)) as p:
@@ -234,23 +234,23 @@ def _plan(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, types: Types, re
             entries.append(_code_entry(t.name, shape, ckpt, linears, rows))
     if index.left:
         names = sorted({linears[row.linear] for row in index.left})
-        raise UserError(f"{len(index.left)} rows of {len(names)} quantized linears (first {names[0]}) are nowhere in "
-                        "what llama.cpp's converter wrote: it changed their values", NO_WAY)
+        raise UserError(f"{len(index.left)} rows of {len(names)} quantized linears (first {names[0]}) are not in the file "
+                        "of llama.cpp's converter: it changed their values", NO_WAY)
     arch = str(field(reader, "general.architecture"))
     writer = GGUFWriter(None, arch)
     vocabulary = _copy_metadata(config, ckpt.folder, tok, reader, writer)
-    note = (f"llama.cpp's converter laid the file out; {len(linears)} quantized linears were found by value in {placed} "
+    note = (f"llama.cpp's converter laid out the file; {len(linears)} quantized linears were found by value in {placed} "
             f"of its {len(entries)} tensors")
     return Plan(writer, entries, vocabulary, int(field(reader, f"{arch}.context_length") or 512),
                 [note, *vocabulary.notes])
 
 
-def _float_entry(t: ReaderTensor, shape: tuple[int, ...], types: Types) -> Entry:
-    """A tensor that carries no codes: matrices of layers, embedding and head by the policy, all else float32."""
+def _float_entry(t: ReaderTensor, shape: tuple[int, ...], types: Types) -> GgufTensor:
+    """A float tensor: layer matrices, embedding and lm_head get their type from `types`, all others stay float32."""
     if t.tensor_type not in (Kind.F32, Kind.F16, Kind.BF16):
         raise UserError(f"llama.cpp's converter wrote {t.name} as {t.tensor_type.name}", "this model cannot be converted")
-    table = t.name in ("token_embd.weight", "output.weight")
-    kind = types.of(t.name, shape) if table or is_layer_matrix(t.name) else Kind.F32
+    is_end = t.name in ("token_embd.weight", "output.weight")
+    kind = types.of(t.name, shape) if is_end or is_layer_matrix(t.name) else Kind.F32
     blocks.check_rows(t.name, shape, kind)
 
     def source() -> Source:
@@ -259,11 +259,11 @@ def _float_entry(t: ReaderTensor, shape: tuple[int, ...], types: Types) -> Entry
             return torch.from_numpy(data.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(data)
 
-    return Entry(t.name, shape, kind, source)
+    return GgufTensor(t.name, shape, kind, source)
 
 
-def _code_entry(name: str, shape: tuple[int, ...], ckpt: Checkpoint, linears: list[str], rows: list[Row]) -> Entry:
-    """A tensor whose rows are gathered from one or more quantized linears of one type."""
+def _code_entry(name: str, shape: tuple[int, ...], ckpt: Checkpoint, linears: list[str], rows: list[Row]) -> GgufTensor:
+    """A tensor with rows from one or more quantized linears of one type."""
     linear = np.array([r.linear for r in rows])
     row = np.array([r.row for r in rows])
     kind = blocks.kind_of_type(quantized.type_of(ckpt, linears[rows[0].linear]))
@@ -278,12 +278,12 @@ def _code_entry(name: str, shape: tuple[int, ...], ckpt: Checkpoint, linears: li
                 gathered.setdefault(part, t.new_empty(len(rows), t.shape[1]))[here] = t[there]
         return quantized.with_tensors(q, gathered)
 
-    return Entry(name, shape, kind, source, codes=True)
+    return GgufTensor(name, shape, kind, source, codes=True)
 
 
 def _copy_metadata(config: GgufExportConfig, folder: Path, tok: Any, reader: GGUFReader,
                    writer: GGUFWriter) -> tokenizer.Vocabulary:
-    """Copy every key that llmc does not write itself; returns the vocabulary as the converter wrote it."""
+    """Copy every key that llmc does not write itself; return the vocabulary that the converter wrote."""
     for key, f in reader.fields.items():
         if not key.startswith(OURS) and not (f.types[0] == GGUFValueType.ARRAY and len(f.types) == 1):
             writer.add_key_value(key, f.contents(), f.types[0], f.types[-1] if len(f.types) > 1 else None)

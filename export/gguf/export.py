@@ -18,7 +18,7 @@ from llmc.export.gguf.architectures import add_hyperparameters, find_architectur
 from llmc.export.gguf.blocks import Kind
 from llmc.export.gguf.config import GgufExportConfig
 from llmc.export.gguf.plan import Plan, Planner, Types
-from llmc.export.gguf.writer import Entry
+from llmc.export.gguf.writer import GgufTensor
 from llmc.export.source import model_folder, source_of, stem
 from llmc.files import check_disk, sha256, staged_file, write_json
 from llmc.formats import quantized
@@ -30,11 +30,11 @@ from llmc.machine import physical_cores
 
 
 def run(config: GgufExportConfig) -> dict[str, Any]:
-    """See `llmc.export.gguf.export_gguf`. Nothing is left behind when a check fails."""
+    """Run `llmc.export.gguf.export_gguf`. If a check fails, no file is left."""
     _need_packages()
     folder = model_folder(config.model)
     ckpt = Checkpoint.open(folder)
-    # what can be refused is refused before anything that takes time
+    # errors that are cheap to find come before slow work
     quantized.linears(ckpt)
     if config.out is not None:
         check_output(config.out)
@@ -60,7 +60,7 @@ def _need_packages() -> None:
 
 
 def plan_file(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, types: Types) -> Plan:
-    """Decide the whole file for an architecture that llmc knows."""
+    """The plan of the whole file, for an architecture that llmc knows."""
     family = find_architecture(ckpt.config)
     hf = load_config(ckpt.folder)
     w = GGUFWriter(None, family.gguf.name)
@@ -76,14 +76,14 @@ def plan_file(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, types: Types
     return Plan(w, entries, vocabulary, int(hf.max_position_embeddings), notes + planner.notes + vocabulary.notes)
 
 
-def _constant(name: str, values: np.ndarray) -> Entry:
+def _constant(name: str, values: np.ndarray) -> GgufTensor:
     tensor = torch.from_numpy(values)
-    return Entry(name, values.shape, Kind.F32, lambda: tensor)
+    return GgufTensor(name, values.shape, Kind.F32, lambda: tensor)
 
 
 def _finish(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, threads: int, types: Types,
             plan: Plan) -> dict[str, Any]:
-    """Complete the metadata, write, verify, publish; returns the report."""
+    """Complete the metadata, write, verify and publish the file; return the report."""
     source = source_of(ckpt.folder)
     entries, w = plan.entries, plan.writer
     number, type_name = writer.file_type(entries)
@@ -109,7 +109,7 @@ def _finish(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, threads: int, 
     if not checks["token_ids"]["combining_marks_alike"]:
         other = WITHOUT_MARKS[v.pre]
         warn(f"words with combining marks (Hindi, Tamil, Thai …) are tokenized differently by llama.cpp's {v.pre!r}"
-             + (f"; --pre {other} keeps them whole, in versions of llama.cpp that know it" if other else ""))
+             + (f"; --pre {other} keeps them whole, in versions of llama.cpp that have it" if other else ""))
     report = {
         "path": str(out), "source": str(ckpt.folder), "architecture": w.arch, "file_type": type_name,
         "bytes": out.stat().st_size, "bytes_by_class": writer.bytes_by_role(entries), "parameters": parameters,
@@ -122,7 +122,7 @@ def _finish(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, threads: int, 
 
 def _record(out: Path, ckpt: Checkpoint, config: GgufExportConfig, source: dict[str, Any],
             report: dict[str, Any]) -> None:
-    """The manifest beside the file, continuing the chain of passes of the model it was made from."""
+    """Write the manifest beside the file. It continues the passes of the source model."""
     before = read_manifest(ckpt.folder) or {}
     options = {"embedding": config.embedding, "head": config.head, "float_type": config.float_type,
                "pre": config.pre, "chat_template": config.chat_template,

@@ -1,4 +1,4 @@
-"""Where a GGUF file says it comes from, and how its author would sample from it."""
+"""Metadata of a GGUF file: its origin and the author's sampling values."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ SAMPLING = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": 
 
 
 def name_in_file(name: str, v: Vocabulary) -> str:
-    """The model's own name, unless llama.cpp would read something into it.
+    """general.name: the model's name, changed where llama.cpp would change its tokenizer because of the name.
 
-    With `phi-3` or `phi3` in general.name it lets special tokens swallow the spaces after them, and cannot load a
-    vocabulary without PHI3_TOKENS (src/llama-vocab.cpp). The file says so exactly when the tokenizer does that.
+    If general.name contains `phi-3` or `phi3`, llama.cpp lets special tokens remove the spaces after them, and cannot load a
+    vocabulary without PHI3_TOKENS (src/llama-vocab.cpp). So the name contains `phi-3` exactly if the tokenizer does that.
     """
     swallows = v.strips_right and set(v.tokens) >= PHI3_TOKENS
     if swallows and not PHI3.search(name):
@@ -34,9 +34,9 @@ def name_in_file(name: str, v: Vocabulary) -> str:
 
 
 def add_provenance(writer: GGUFWriter, source: dict[str, Any], v: Vocabulary, parameters: int) -> None:
-    """general.*: type, name, size, licence, base model, who quantized.
+    """Write general.*: type, name, size, licence, base model, and llmc as the quantizer.
 
-    The base model is the hub's model that this file was made from; where that has no hub name, the one on its card.
+    The base model is the hub model that this file was made from. If that model has no hub name, it is the one on its card.
     """
     name = str(source["name"])
     writer.add_type("model")
@@ -62,7 +62,7 @@ def add_provenance(writer: GGUFWriter, source: dict[str, Any], v: Vocabulary, pa
 
 
 def size_label(parameters: int) -> str:
-    """'135M', '1.5B': as llama.cpp's naming convention has it."""
+    """The parameter count in llama.cpp's naming convention: '135M', '1.5B'."""
     for unit, divisor in (("B", 1e9), ("M", 1e6)):
         if parameters >= divisor:
             n = parameters / divisor
@@ -72,7 +72,7 @@ def size_label(parameters: int) -> str:
 
 
 def add_sampling(writer: GGUFWriter, folder: Path) -> None:
-    """general.sampling.*: the author's sampling values of generation_config.json, where it has any."""
+    """Write general.sampling.* from the sampling values in generation_config.json, if it has any."""
     path = folder / "generation_config.json"
     if not path.is_file():
         return
@@ -80,11 +80,11 @@ def add_sampling(writer: GGUFWriter, folder: Path) -> None:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as e:
         raise UserError(f"{path} is not valid JSON: {e}", "download it again") from e
-    for ours, theirs in SAMPLING.items():
-        value = values.get(ours)
+    for name, gguf_name in SAMPLING.items():
+        value = values.get(name)
         if isinstance(value, int | float) and not isinstance(value, bool):
-            key = f"general.sampling.{theirs}"
-            if theirs == "top_k":
+            key = f"general.sampling.{gguf_name}"
+            if gguf_name == "top_k":
                 writer.add_int32(key, int(value))
             else:
                 writer.add_float32(key, float(value))

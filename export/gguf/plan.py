@@ -1,4 +1,4 @@
-"""Which tensor of a checkpoint goes where in the file, in which type: all is decided before a byte is written."""
+"""The plan of a GGUF file: the name, the type and the position of every tensor. It is complete before a byte is written."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from llmc.export.gguf.architectures import TensorNames, interleave
 from llmc.export.gguf.blocks import Kind
 from llmc.export.gguf.config import GgufExportConfig
 from llmc.export.gguf.tokenizer import Vocabulary
-from llmc.export.gguf.writer import Entry, Source
+from llmc.export.gguf.writer import GgufTensor, Source
 from llmc.families.row import Family
 from llmc.formats import quantized
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.types import QuantizedTensor
 
 HEAD = "lm_head.weight"
-COMPUTED = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(bias|masked_bias)$")  # buffers that old checkpoints carry along
+COMPUTED = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(bias|masked_bias)$")  # buffers stored in old checkpoints
 
 
 @dataclass(frozen=True)
 class Types:
-    """The type of each float matrix, and why."""
+    """The types of the float matrices, and the reason for the embedding's."""
 
     matrix: Kind
     embedding: Kind
@@ -39,7 +39,8 @@ class Types:
 
     @classmethod
     def choose(cls, config: GgufExportConfig, ckpt: Checkpoint) -> Types:
-        """What is asked for; else what the folder says it was made for (`quantized.tables`); else by the kind of folder."""
+        """The types in `config`; else those recorded in the folder (`quantized.tables`); else q8_0 for the embedding of a
+        quantized model and --float-type for that of a float model."""
         wanted = quantized.tables(ckpt)
         has_codes = quantized.is_quantized(ckpt)
         embedding, reason = config.embedding, "as asked"
@@ -53,7 +54,7 @@ class Types:
                    reason)
 
     def of(self, name: str, shape: tuple[int, ...]) -> Kind:
-        """Vectors and position tables stay F32: llama.cpp adds them to float32 values."""
+        """The type of a tensor. Vectors and position embeddings stay F32: llama.cpp adds them to float32 values."""
         if name == "token_embd.weight":
             return self.embedding
         if name == "output.weight":
@@ -63,23 +64,23 @@ class Types:
 
 @dataclass
 class Plan:
-    """A file that is decided but not written. `writer` holds its metadata."""
+    """A file that is planned but not written. `writer` holds its metadata."""
 
     writer: GGUFWriter
-    entries: list[Entry]
+    entries: list[GgufTensor]
     vocabulary: Vocabulary
     context_length: int
     notes: list[str] = field(default_factory=list)
 
 
 def reorder(source: Source, rows: np.ndarray) -> Source:
-    """The same weights with rows in another order."""
+    """The same weights with their rows in the order `rows`."""
     index = torch.from_numpy(rows)
     return source[index] if isinstance(source, torch.Tensor) else quantized.rows_of(source, index)
 
 
 class Planner:
-    """Makes the entries of a checkpoint of one family."""
+    """Plans the file tensors of a checkpoint of one family."""
 
     def __init__(self, ckpt: Checkpoint, family: Family, hf: Any, types: Types) -> None:
         self.ckpt, self.family, self.hf, self.types = ckpt, family, hf, types
@@ -87,7 +88,7 @@ class Planner:
         self.linears = set(quantized.linears(ckpt))
         self.notes: list[str] = []
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[GgufTensor]:
         found = [self._quantized(linear) for linear in self.linears]
         packed = {name for linear in self.linears for name in quantized.parts(linear)}
         zero_biases = 0
@@ -111,24 +112,24 @@ class Planner:
         if mapped := self.names.find(name):
             return mapped
         raise UserError(f"{name} of {self.ckpt.folder} has no place in llama.cpp's {self.family.gguf.name} architecture",
-                        "the checkpoint holds more than the architecture that its config.json names")
+                        "the checkpoint holds tensors that the architecture in its config.json does not have")
 
     def _is_spare(self, bias: str) -> bool:
-        """AutoGPTQ gives every linear a bias, all zero where the model has none. GPT-2 has one everywhere."""
+        """True for an all-zero bias that AutoGPTQ added to a linear without one. GPT-2 has real biases everywhere."""
         return not self.family.transposed and not bool(self.ckpt.tensor(bias).any())
 
     def _rows(self, module: str, rows: int) -> np.ndarray | None:
-        """The order of the rows in the file, None where it is the checkpoint's own."""
+        """The order of the rows in the file; None if it is that of the checkpoint."""
         role = self.family.role_of(module)
         if self.family.gguf.interleaved and role in ("attn_q", "attn_k"):
             heads = self.hf.num_attention_heads if role == "attn_q" else self.hf.num_key_value_heads
             if rows % (2 * heads):
                 raise UserError(f"{module} has {rows} rows, which {heads} heads do not divide in pairs",
-                                "the checkpoint and its config.json do not belong together")
+                                "the checkpoint and its config.json do not match")
             return interleave(rows, heads)
         return None
 
-    def _quantized(self, linear: str) -> Entry:
+    def _quantized(self, linear: str) -> GgufTensor:
         shape = quantized.shape(self.ckpt, linear)
         kind = blocks.kind_of_type(quantized.type_of(self.ckpt, linear))
         blocks.check_rows(linear, shape, kind)
@@ -138,9 +139,9 @@ class Planner:
             q = quantized.read(self.ckpt, linear)
             return q if rows is None else reorder(q, rows)
 
-        return Entry(self._gguf_name(f"{linear}.weight"), shape, kind, source, codes=True)
+        return GgufTensor(self._gguf_name(f"{linear}.weight"), shape, kind, source, codes=True)
 
-    def _float(self, name: str) -> Entry:
+    def _float(self, name: str) -> GgufTensor:
         module, _, what = name.rpartition(".")
         shape = self.ckpt.shape(name)
         transposed = self.family.transposed and what == "weight" and self.family.role_of(module) is not None
@@ -160,10 +161,12 @@ class Planner:
                 t = t.to(torch.float32) + offset
             return t if rows is None else reorder(t, rows)
 
-        return Entry(mapped, shape, kind, source, stored=name)
+        return GgufTensor(mapped, shape, kind, source, stored=name)
 
-    def _tie(self, found: list[Entry]) -> list[Entry]:
-        """Leave out a head that equals the embedding (llama.cpp then uses it for both); refuse contradictions."""
+    def _tie(self, found: list[GgufTensor]) -> list[GgufTensor]:
+        """Remove a head that equals the embedding: llama.cpp then uses the embedding for both.
+
+        Raises UserError if config.json, the checkpoint, the options and the architecture contradict each other."""
         embedding = next((e for e in found if e.name == "token_embd.weight"), None)
         if embedding is None:
             raise UserError(f"{self.ckpt.folder} has no token embedding", "download the model again")
@@ -174,22 +177,22 @@ class Planner:
             raise UserError(f"config.json of {self.ckpt.folder} says that head and embedding are one matrix, but its "
                             f"{HEAD} differs", "set tie_word_embeddings to false in config.json if the head is right")
         if head is None and not says_tied:
-            raise UserError(f"config.json of {self.ckpt.folder} says that the head is a matrix of its own, and there "
-                            f"is no {HEAD}", "download the model again, or correct tie_word_embeddings")
+            raise UserError(f"config.json of {self.ckpt.folder} says that the head is a separate matrix, but there is no "
+                            f"{HEAD}", "download the model again, or correct tie_word_embeddings")
         if not equal and not self.family.gguf.own_head:
             raise UserError(f"the head differs from the embedding, and llama.cpp's {self.family.gguf.name} has one matrix",
-                            "this model cannot be run by llama.cpp as it is")
+                            "llama.cpp cannot run this model as it is")
         if equal and self.types.head != self.types.embedding:
-            raise UserError(f"head and embedding of {self.ckpt.folder} are one matrix: it cannot be "
+            raise UserError(f"head and embedding of {self.ckpt.folder} are one matrix: it cannot be both "
                             f"{self.types.head.name} and {self.types.embedding.name}",
                             "leave --head out; --embedding sets the type of both")
         if head is not None and head.codes and self.types.head_given:
-            raise UserError(f"the head of {self.ckpt.folder} is quantized: its codes are carried over as "
-                            f"{head.kind.name}", "leave --head out")
+            raise UserError(f"the head of {self.ckpt.folder} is quantized: its codes are copied as {head.kind.name}",
+                            "leave --head out")
         return [e for e in found if not (equal and e is head)]
 
-    def _check_mins(self, entries: list[Entry]) -> None:
-        """GPTQ's asymmetric 4-bit codes fit Q4_1 only where -scale * zero is a float16."""
+    def _check_mins(self, entries: list[GgufTensor]) -> None:
+        """Raise UserError if asymmetric 4-bit GPTQ codes do not fit Q4_1: it stores -scale * zero as a float16."""
         wrong = [e.name for e in entries if e.kind == Kind.Q4_1 and e.codes and _inexact_mins(e.source)]
         if wrong:
             raise UserError(f"{len(wrong)} layers (first {wrong[0]}) have a minimum, -scale * zero, that Q4_1's "

@@ -1,9 +1,8 @@
 """Rotary embeddings: transformers' parameters as llama.cpp's metadata and tensors.
 
-Both spellings are read: `rope_parameters` (transformers 5; Gemma 3 nests one dict for each kind of layer) and
-`rope_scaling` beside `rope_theta` (before). Sources: transformers/modeling_rope_utils.py; src/llama-context.cpp and
-ggml_rope_ext of llama.cpp. A variant that llama.cpp has no place for is an error: ignored, it would spoil long texts
-silently.
+Both forms are read: `rope_parameters` (transformers 5; Gemma 3 nests one dict for each layer type) and `rope_scaling` beside
+`rope_theta` (transformers 4). Sources: transformers/modeling_rope_utils.py; src/llama-context.cpp and ggml_rope_ext of
+llama.cpp. A variant that llama.cpp does not support is an error: if it were ignored, long texts would be silently wrong.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from llmc.families import by_gguf
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-ADVICE = "use --converter with a llama.cpp checkout, if that can convert it"
+ADVICE = "use --converter with a llama.cpp checkout, if its converter supports the model"
 
 
 @dataclass(frozen=True)
 class RopeParameters:
-    """kind: 'default', 'linear', 'yarn', 'llama3' or 'longrope'.  local_theta: of sliding layers, where it differs."""
+    """kind: 'default', 'linear', 'yarn', 'llama3' or 'longrope'. local_theta: the base of sliding layers if it differs."""
 
     kind: str
     theta: float
@@ -34,7 +33,7 @@ class RopeParameters:
 
 
 def rope_parameters(config: dict[str, Any]) -> RopeParameters:
-    """Read config.json (as transformers completes it, or as it is) in either spelling."""
+    """Read the rotary parameters of a config.json, raw or completed by transformers, in either form."""
     found = config.get("rope_parameters") or config.get("rope_scaling") or {}
     local: dict[str, Any] = {}
     if isinstance(found.get("full_attention"), dict):
@@ -43,15 +42,15 @@ def rope_parameters(config: dict[str, Any]) -> RopeParameters:
     elif config.get("rope_local_base_freq") is not None:
         local = {"rope_theta": config["rope_local_base_freq"]}
     if (kind := _kind(local)) != "default":
-        raise UserError(f"the sliding layers use rope type {kind!r}, for which GGUF has no place", ADVICE)
+        raise UserError(f"the sliding layers use rope type {kind!r}, which GGUF cannot store", ADVICE)
     values = {k: v for k, v in found.items() if v is not None}
     if config.get("partial_rotary_factor") is not None:
         values.setdefault("partial_rotary_factor", config["partial_rotary_factor"])
-    if config.get("original_max_position_embeddings") is not None:  # Phi-3 keeps it outside, and that is the one it uses
+    if config.get("original_max_position_embeddings") is not None:  # Phi-3 uses the value outside of rope_scaling
         values["original_max_position_embeddings"] = config["original_max_position_embeddings"]
     theta = float(values.get("rope_theta") or config.get("rope_theta") or 10000.0)
     if "mrope_section" in values:
-        raise UserError("this model rotates by sections (mrope), a multimodal architecture", ADVICE)
+        raise UserError("this model uses mrope (rotation by sections), as multimodal architectures do", ADVICE)
     return RopeParameters(_kind(found), theta, values, float(local["rope_theta"]) if "rope_theta" in local else None)
 
 
@@ -61,14 +60,14 @@ def _kind(values: dict[str, Any]) -> str:
 
 
 def add_rope(writer: GGUFWriter, config: dict[str, Any], head_dim: int, context: int) -> dict[str, np.ndarray]:
-    """Write the metadata; returns the extra tensors (float32 [dims / 2]) by name.
+    """Write the metadata; return the extra tensors (float32 [dims / 2]) by name.
 
     context: max_position_embeddings.
     """
     from gguf import RopeScalingType
 
     rope, family = rope_parameters(config), by_gguf(writer.arch)
-    assert family is not None  # metadata is written for architectures of the table alone
+    assert family is not None  # metadata is only written for architectures of the family table
     dims = int(head_dim * float(rope.values.get("partial_rotary_factor", 1.0)))
     if dims != head_dim and not family.gguf.partial_rotary:
         raise UserError(f"only {dims} of {head_dim} dimensions of a head are rotated, and llama.cpp's {writer.arch} "
@@ -80,7 +79,7 @@ def add_rope(writer: GGUFWriter, config: dict[str, Any], head_dim: int, context:
     if rope.kind == "default":
         return {}
     if rope.kind not in family.gguf.rope:
-        raise UserError(f"llama.cpp's {writer.arch} architecture has no place for the rope type {rope.kind!r}", ADVICE)
+        raise UserError(f"llama.cpp's {writer.arch} architecture does not support the rope type {rope.kind!r}", ADVICE)
     if rope.kind == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(rope.values["factor"]))
@@ -98,7 +97,7 @@ def _add_yarn(writer: GGUFWriter, v: dict[str, Any], context: int) -> None:
 
     for key, only in (("beta_fast", 32), ("beta_slow", 1), ("truncate", True)):
         if v.get(key, only) != only:
-            raise UserError(f"yarn with {key} = {v[key]}: llama.cpp's {writer.arch} architecture knows {only} only",
+            raise UserError(f"yarn with {key} = {v[key]}: llama.cpp's {writer.arch} architecture supports only {only}",
                             ADVICE)
     original = int(v.get("original_max_position_embeddings") or context)
     factor = float(v.get("factor") or context / original)
@@ -113,13 +112,13 @@ def _add_yarn(writer: GGUFWriter, v: dict[str, Any], context: int) -> None:
     if attention is None:
         m, all_dims = v.get("mscale"), v.get("mscale_all_dim")
         attention = growth(m) / growth(all_dims) if m and all_dims else growth(1.0)
-    # llama.cpp multiplies by growth(1) of its own accord
+    # llama.cpp itself multiplies by growth(1)
     if not math.isclose(attention, growth(1.0), rel_tol=1e-6):
         writer.add_rope_scaling_attn_factors(float(attention) / growth(1.0))
 
 
 def _llama3_factors(rope: RopeParameters, dims: int, context: int) -> np.ndarray:
-    """Divisors of the frequencies (Llama 3.1): 1 for short waves, `factor` for long ones, between them a blend."""
+    """Divisors of the frequencies (Llama 3.1): 1 for short waves, `factor` for long waves, a blend in between."""
     v = rope.values
     factor, low, high = float(v["factor"]), float(v["low_freq_factor"]), float(v["high_freq_factor"])
     turns = int(v.get("original_max_position_embeddings") or context)

@@ -1,4 +1,4 @@
-"""How large a .gguf file will be, before there is one."""
+"""The size of a .gguf file before it is written."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from llmc.formats.hf import load_tokenizer
 
 @dataclass(frozen=True)
 class Outside:
-    """What a file holds beside some matrices.
+    """The part of a file outside of some matrices.
 
-    tensors: bytes of all other tensors as `llmc export` writes them by default.  parameters: how many weights those have.
-    rest: bytes of metadata, vocabulary and the table of tensors, and of the gaps after them and after the other tensors.
+    tensors: bytes of all other tensors as `llmc export` writes them by default. parameters: number of weights in them.
+    rest: bytes of metadata, vocabulary, tensor index and alignment padding.
     """
 
     tensors: int
@@ -33,15 +33,15 @@ class Outside:
 
 
 def in_file(nbytes: int) -> int:
-    """What a tensor of `nbytes` takes in a file: each is filled up so that the next one is aligned."""
+    """The bytes that a tensor of `nbytes` takes in a file, with the padding that aligns the next one."""
     return -(-nbytes // GGUF_DEFAULT_ALIGNMENT) * GGUF_DEFAULT_ALIGNMENT
 
 
 def outside(folder: Path, source: dict[str, Any], matrices: set[str]) -> Outside:
-    """Of the file that a float folder becomes, beside its `matrices` (names in the checkpoint): exact for what `llmc export`
-    makes of the quantized folder without further options.
+    """The size of a float folder's future file outside of its `matrices` (names in the checkpoint).
 
-    source: what the quantized folder's manifest will say of its origin.  The metadata are written to a file and measured.
+    It is exact for `llmc export` of the quantized folder without further options. The metadata are written to a temporary
+    file and measured. source: the origin that the quantized folder's manifest will record.
     """
     config = GgufExportConfig(model=folder)
     ckpt = Checkpoint.open(folder)

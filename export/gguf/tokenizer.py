@@ -1,7 +1,7 @@
 """The tokenizer of a model folder as GGUF metadata.
 
-Two kinds fit llama.cpp's model families: byte-level BPE (`gpt2`) and BPE with byte fallback in SentencePiece's manner
-(`llama`). Both are read from tokenizer.json; where a folder has none, transformers builds it from the other files.
+llama.cpp's model families use two kinds: byte-level BPE (`gpt2`) and SentencePiece-like BPE with byte fallback (`llama`).
+Both are read from tokenizer.json. If a folder has none, transformers builds it from the other files.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from llmc.files import read_json
 from llmc.formats import pretokenizers
 from llmc.formats.chat_template import chat_template_of
 
-# Texts that llama.cpp takes for the end of a generation by themselves (src/llama-vocab.cpp, "eog")
+# Texts that llama.cpp recognizes as end tokens without metadata (src/llama-vocab.cpp, "eog")
 ENDS_BY_TEXT = {
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>", "</s>",
     "<|eom_id|>", "<EOT>", "[EOT]", "<|end_of_text|>", "<end_of_utterance>", "<eos>",
 }
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 KEY_NAMES = {"unk": "unknown", "pad": "padding"}
-NO_WAY = "this tokenizer cannot be carried into GGUF"
-NEVER = -1e9  # score of a token that no merge makes
+NO_WAY = "llmc cannot write this tokenizer into GGUF"
+NEVER = -1e9  # score of a token that no merge produces
 
 
 @dataclass
 class Vocabulary:
-    """What is written; `size` tokens, one for each row of the embedding."""
+    """The vocabulary of the file: one token for each row of the embedding."""
 
     model: str
     pre: str
@@ -45,12 +45,12 @@ class Vocabulary:
     merges: list[str] | None = None
     space_prefix: bool | None = None
     strips_right: bool = False
-    """Special tokens swallow the spaces after them."""
+    """Special tokens remove the spaces after them."""
     add_bos: bool = False
     add_eos: bool = False
     special_ids: dict[str, int] = field(default_factory=dict)
     ends: list[int] = field(default_factory=list)
-    """Every id that ends a generation, the tokenizer's own first."""
+    """Every id that ends a generation; that of the tokenizer comes first."""
     template: str | list[dict[str, str]] | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -63,9 +63,9 @@ class Vocabulary:
 
 
 def read_vocabulary(folder: Path, tokenizer: Any, size: int, pre: str | None, chat_template: str) -> Vocabulary:
-    """The tokenizer of `folder` for an embedding of `size` rows.
+    """The vocabulary of `folder` for an embedding of `size` rows.
 
-    tokenizer: the same, opened by transformers.  pre: llama.cpp's name, None to find it.
+    tokenizer: the folder's tokenizer, opened by transformers. pre: llama.cpp's name of the pre-tokenizer, None to find it.
     """
     spec = tokenizer_spec(folder, tokenizer)
     model = spec["model"]
@@ -75,13 +75,13 @@ def read_vocabulary(folder: Path, tokenizer: Any, size: int, pre: str | None, ch
     if _is_byte_level(spec):
         normalizers = pretokenizers.normalizers(spec.get("normalizer"))
         if strange := [kind for kind in normalizers if kind != "NFC"]:
-            raise UserError(f"the tokenizer of {folder} normalises text with {', '.join(strange)}, which llama.cpp "
-                            "does not", NO_WAY)
+            raise UserError(f"the tokenizer of {folder} normalizes text with {', '.join(strange)}, which llama.cpp "
+                            "does not do", NO_WAY)
         merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
         pre = pre or pretokenizers.find_pre(spec.get("pre_tokenizer"), bool(model.get("ignore_merges")))
         v = Vocabulary("gpt2", pre, tokens, types, merges=merges)
-        if normalizers:  # composed text, as nearly all text is, is left alone by NFC
-            notes.append("the tokenizer composes Unicode (NFC) and llama.cpp does not: decomposed text differs")
+        if normalizers:  # nearly all text is composed already, and NFC does not change it
+            notes.append("the tokenizer composes Unicode (NFC) and llama.cpp does not: tokens of decomposed text differ")
     else:
         v = _sentencepiece(folder, spec, tokens, types)
     v.notes = notes
@@ -91,7 +91,7 @@ def read_vocabulary(folder: Path, tokenizer: Any, size: int, pre: str | None, ch
 
 
 def complete(v: Vocabulary, folder: Path, tokenizer: Any, chat_template: str) -> None:
-    """Add to the tokens how the tokenizer uses them."""
+    """Add the special ids, the tokens around a text and the chat template to the vocabulary."""
     added = tokenizer_spec(folder, tokenizer).get("added_tokens", [])
     v.strips_right = any(a["special"] and a.get("rstrip") for a in added)
     _add_affixes(v, tokenizer)
@@ -100,7 +100,7 @@ def complete(v: Vocabulary, folder: Path, tokenizer: Any, chat_template: str) ->
 
 
 def tokenizer_spec(folder: Path, tokenizer: Any) -> dict[str, Any]:
-    """tokenizer.json as it lies in the folder, else what transformers made of the files that are there."""
+    """The contents of the folder's tokenizer.json; if it has none, those that transformers builds from the other files."""
     path = folder / "tokenizer.json"
     try:
         text = path.read_text(encoding="utf-8") if path.is_file() else tokenizer.backend_tokenizer.to_str()
@@ -124,7 +124,7 @@ def _mentions(node: Any, kind: str) -> bool:
 
 
 def _tokens(spec: dict[str, Any], size: int) -> tuple[list[str], list[int], list[str]]:
-    """Text and type of each of `size` ids; ids without a token become unused ones."""
+    """The text and type of each of `size` ids, and notes. Ids without a token become unused tokens."""
     notes = []
     text_of = {i: t for t, i in spec["model"]["vocab"].items()}
     added = {a["id"]: a for a in spec.get("added_tokens", [])}
@@ -132,7 +132,7 @@ def _tokens(spec: dict[str, Any], size: int) -> tuple[list[str], list[int], list
     beyond = sorted(i for i in text_of if i >= size)
     if any(i not in added for i in beyond):
         raise UserError(f"the tokenizer has the id {beyond[-1]} and the embedding only {size} rows",
-                        "tokenizer and weights do not belong together: download both again")
+                        "tokenizer and weights do not match: download both again")
     if beyond:
         notes.append(f"{len(beyond)} added tokens beyond the embedding's {size} rows were left out "
                      f"(first {text_of[beyond[0]]!r})")
@@ -158,19 +158,19 @@ def _tokens(spec: dict[str, Any], size: int) -> tuple[list[str], list[int], list
 
 
 def _sentencepiece(folder: Path, spec: dict[str, Any], tokens: list[str], types: list[int]) -> Vocabulary:
-    """Byte-fallback BPE. llama.cpp merges by a token's score where tokenizers merge by a pair's rank.
+    """The vocabulary of a BPE with byte fallback. llama.cpp merges by a token's score, tokenizers by a pair's rank.
 
-    A piece's score is minus the rank of the first merge that makes it, which orders the merges alike: all pairs that
-    make one piece lie together, because the list was made from the pieces in the order of their scores.
+    A token's score is minus the rank of the first merge that produces it. This gives the same order of merges: all pairs that
+    produce one token are adjacent in the list, because the list was made from the tokens in the order of their scores.
     """
     model = spec["model"]
     if not model.get("byte_fallback"):
-        raise UserError(f"the tokenizer of {folder} is a BPE that is neither byte-level nor falls back to bytes", NO_WAY)
+        raise UserError(f"the tokenizer of {folder} is a BPE that is neither byte-level nor has byte fallback", NO_WAY)
     for i, text in enumerate(tokens):
         if BYTE_TOKEN.fullmatch(text):
             types[i] = int(TokenType.BYTE)
     if (n := sum(t == TokenType.BYTE for t in types)) != 256:
-        raise UserError(f"the tokenizer of {folder} has {n} of the 256 byte tokens <0x00> … <0xFF>, and llama.cpp needs "
+        raise UserError(f"the tokenizer of {folder} has {n} of the 256 byte tokens <0x00> to <0xFF>, and llama.cpp needs "
                         "all", NO_WAY)
     rank: dict[str, int] = {}
     for i, merge in enumerate(model["merges"]):
@@ -181,7 +181,7 @@ def _sentencepiece(folder: Path, spec: dict[str, Any], tokens: list[str], types:
 
 
 def _check_distinct(folder: Path, tokens: list[str]) -> None:
-    """llama.cpp aborts the whole process on a vocabulary with two equal texts."""
+    """Raise UserError if two tokens have the same text: llama.cpp would abort the whole process."""
     text, n = Counter(tokens).most_common(1)[0]
     if n > 1:
         raise UserError(f"{n} tokens of {folder} have the text {text!r}, and llama.cpp needs distinct ones",
@@ -189,14 +189,14 @@ def _check_distinct(folder: Path, tokens: list[str]) -> None:
 
 
 def _add_affixes(v: Vocabulary, tokenizer: Any) -> None:
-    """What the tokenizer really puts before and after a text."""
+    """Find the tokens that the tokenizer puts before and after a text, by running it."""
     bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
     whole = list(tokenizer("a")["input_ids"])
     at = next((i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare), None)
     before, after = (whole[:at], whole[at + len(bare) :]) if at is not None else (whole, [])
     if at is None or len(before) > 1 or len(after) > 1:
-        raise UserError(f"the tokenizer makes {whole} of 'a', whose own ids are {bare}; GGUF can only add one token "
-                        "before and one after", NO_WAY)
+        raise UserError(f"the tokenizer turns 'a' into {whole}, and into {bare} without special tokens; GGUF can only add "
+                        "one token before and one after", NO_WAY)
     v.add_bos, v.add_eos = bool(before), bool(after)
     if before:
         v.special_ids["bos"] = before[0]
@@ -205,7 +205,7 @@ def _add_affixes(v: Vocabulary, tokenizer: Any) -> None:
 
 
 def _add_special_ids(v: Vocabulary, folder: Path, tokenizer: Any) -> None:
-    """BOS, EOS, padding and unknown ids, and every id that ends a generation, from all files that name one."""
+    """Add the BOS, EOS, padding and unknown ids and every id that ends a generation, from all files that name one."""
     files = [read_json(folder / name) for name in ("config.json", "generation_config.json")]
     for name in ("bos", "eos", "unk", "pad"):
         for value in [getattr(tokenizer, f"{name}_token_id", None), *(f.get(f"{name}_token_id") for f in files)]:
@@ -213,25 +213,25 @@ def _add_special_ids(v: Vocabulary, folder: Path, tokenizer: Any) -> None:
                 if i is None:
                     continue
                 if not 0 <= i < len(v.tokens):
-                    v.notes.append(f"{name}_token_id {i} is no token of this vocabulary and was left out")
+                    v.notes.append(f"{name}_token_id {i} is not in this vocabulary and was left out")
                     continue
                 v.special_ids.setdefault(name, i)
                 if name == "eos" and i not in v.ends:
                     v.ends.append(i)
     if "eos" in v.special_ids and v.special_ids["eos"] not in v.ends:
         v.ends.insert(0, v.special_ids["eos"])
-    # llama.cpp ends at EOS, EOT, EOM and at tokens that it knows by their text: the places go to those it does not know
+    # llama.cpp ends at EOS, EOT, EOM and at tokens in ENDS_BY_TEXT: the keys go to the others first
     others = [i for i in v.ends if i != v.special_ids.get("eos")]
     others.sort(key=lambda i: v.tokens[i] in ENDS_BY_TEXT)
     if sum(v.tokens[i] not in ENDS_BY_TEXT for i in others) > 2:
         raise UserError(f"{len(v.ends)} tokens end a generation: {', '.join(repr(v.tokens[i]) for i in v.ends)}; GGUF "
-                        "has places for three beside those that llama.cpp knows by text",
+                        "can store three beside those that llama.cpp knows by text",
                         "leave some out of eos_token_id in generation_config.json")
     v.special_ids.update(zip(("eot", "eom"), others, strict=False))
 
 
 def add_vocabulary(writer: GGUFWriter, v: Vocabulary) -> None:
-    """Write it all as metadata."""
+    """Write the vocabulary as metadata."""
     writer.add_tokenizer_model(v.model)
     writer.add_tokenizer_pre(v.pre)
     writer.add_token_list(v.tokens)
@@ -246,7 +246,7 @@ def add_vocabulary(writer: GGUFWriter, v: Vocabulary) -> None:
 
 
 def add_behaviour(writer: GGUFWriter, v: Vocabulary, present: Collection[str] = ()) -> None:
-    """Special ids, what is put around a text, chat template. present: keys that are in the file already."""
+    """Write the special ids, the tokens around a text and the chat template. present: keys that the file already has."""
     for name, i in v.special_ids.items():
         key = f"tokenizer.ggml.{KEY_NAMES.get(name, name)}_token_id"
         if key not in present:

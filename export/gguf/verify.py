@@ -1,8 +1,8 @@
-"""Proof that the file is what it should be. None of it can be skipped.
+"""Verification of a GGUF file. No part of it can be skipped.
 
-1. Every tensor is read back and held against its source: codes and scales bit for bit, floats in their type.
-2. llama.cpp opens the file and must make the token ids of the model's own tokenizer, know every end token, and give the
-   logits that torch gives. 3. It generates 16 tokens, for a person to look at.
+1. Every tensor is read back and compared with its source: codes and scales bit for bit, floats in their type.
+2. llama.cpp opens the file. It must give the model's token ids, know every end token, and give torch's logits.
+3. It generates 16 tokens for the user to read.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from llmc.errors import UserError
 from llmc.export.gguf import blocks
 from llmc.export.gguf.blocks import Kind
 from llmc.export.gguf.tokenizer import Vocabulary
-from llmc.export.gguf.writer import Entry
-from llmc.export.parity import GENERATED, PROMPT, REPORT, check_ids, compare_logits, first_difference, show
+from llmc.export.gguf.writer import GgufTensor
+from llmc.export.parity import GENERATED, PLEASE_REPORT, PROMPT, check_ids, compare_logits, first_difference, show
 from llmc.export.reference import reference_logits
 from llmc.formats import packing
 from llmc.formats.check_text import CHECK_TEXT, MARKS
@@ -34,14 +34,14 @@ from llmc.runtimes.amx import use_extra_buffers
 from llmc.runtimes.llamacpp import LlamaCpp
 
 FLOATS = {Kind.F32, Kind.F16, Kind.BF16}
-MOST_LOST = 0.25  # of a matrix rounded at the export; Q2_K, the coarsest type, loses about 0.07
+MOST_LOST = 0.25  # relative squared error of a matrix rounded at export; Q2_K, the coarsest type, has about 0.07
 
 
-def tensors(path: Path, entries: list[Entry]) -> dict[str, int]:
-    """Read every tensor back. Returns how many tensors and weights were compared, in all and those carried as codes."""
+def tensors(path: Path, entries: list[GgufTensor]) -> dict[str, int]:
+    """Read every tensor back; return the number of tensors and weights compared, in total and of those copied as codes."""
     stored = {t.name: t for t in GGUFReader(path).tensors}
     if stored.keys() != {e.name for e in entries}:
-        raise _damaged(path, "holds other tensors than were planned")
+        raise _damaged(path, "it does not hold the planned tensors")
     counts = {"tensors": 0, "weights": 0, "code_tensors": 0, "code_weights": 0}
     with progress("reading back tensor", len(entries)) as p:
         for e in entries:
@@ -59,29 +59,29 @@ def tensors(path: Path, entries: list[Entry]) -> dict[str, int]:
 def _damaged(path: Path, what: str) -> UserError:
     name = path.name.removeprefix(".").removesuffix(".partial")
     return UserError(f"{name} does not read back as it was written: {what}",
-                     f"check the disk and export again; if it stays, {REPORT}")
+                     f"check the disk and export again; if the error stays, {PLEASE_REPORT}")
 
 
-def _compare(path: Path, e: Entry, data: np.ndarray) -> None:
-    """data: uint8 [rows, bytes of a row] of the file."""
+def _compare(path: Path, e: GgufTensor, data: np.ndarray) -> None:
+    """Compare a tensor of the file, data uint8 [rows, bytes per row], with its source; raise UserError if they differ."""
     source = e.source()
     if isinstance(source, torch.Tensor):
         if not np.array_equal(data, blocks.encode_float(e.name, source, e.kind)):
             raise _damaged(path, f"{e.name} differs from its source in {e.kind.name}")
         if e.kind not in FLOATS and (lost := _lost(e, data, source)) > MOST_LOST:
-            raise UserError(f"{e.name} lost {lost:.0%} of its energy as {e.kind.name}", REPORT)
+            raise UserError(f"{e.name} has a relative squared error of {lost:.0%} as {e.kind.name}", PLEASE_REPORT)
         return
     if not np.array_equal(data, packing.pack(as_blocks(source))):
         raise _damaged(path, f"{e.name} has other {_differing(data, source)}")
     step = max(1, blocks.CHUNK // e.shape[-1])
-    for i in range(0, len(data), step):  # and gguf's own reading of the blocks gives the source's values
+    for i in range(0, len(data), step):  # the gguf package must decode the blocks to the source's values too
         part = slice(i, i + step)
         if not np.array_equal(dequantize(data[part], e.kind), rows_of(source, part).dequantize().numpy()):
             raise _damaged(path, f"{e.name} has other values")
 
 
-def _lost(e: Entry, data: np.ndarray, source: torch.Tensor) -> float:
-    """Squared error of a float tensor in its type, as gguf reads it, over the tensor's own square."""
+def _lost(e: GgufTensor, data: np.ndarray, source: torch.Tensor) -> float:
+    """The relative squared error of a float tensor in its type: |decoded - source|² / |source|². The gguf package decodes."""
     flat, error, energy = source.reshape(-1, e.shape[-1]), 0.0, 0.0
     step = max(1, blocks.CHUNK // e.shape[-1])
     for i in range(0, len(data), step):
@@ -91,8 +91,8 @@ def _lost(e: Entry, data: np.ndarray, source: torch.Tensor) -> float:
     return error / energy if energy else 0.0
 
 
-def tables(path: Path) -> dict[str, torch.Tensor]:
-    """The values that the file holds as 'embedding' and 'head', float32; a tied file has one matrix for both."""
+def end_matrices(path: Path) -> dict[str, torch.Tensor]:
+    """The values of 'embedding' and 'head' in the file, float32 [vocab, hidden]. A tied file has one matrix for both."""
     stored = {t.name: t for t in GGUFReader(path).tensors if t.name in ("token_embd.weight", "output.weight")}
 
     def values(name: str) -> torch.Tensor:
@@ -106,7 +106,7 @@ def tables(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _differing(data: np.ndarray, source: Quantized) -> str:
-    """What differs from a source: of GPTQ's types the part."""
+    """The part that differs from the source: blocks, or for GPTQ types codes, scales or minima."""
     if isinstance(source, BlockTensor):
         return "blocks"
     wanted = as_blocks(source)
@@ -118,20 +118,22 @@ def _differing(data: np.ndarray, source: Quantized) -> str:
 
 @dataclass(frozen=True)
 class Bound:
-    """How far llama.cpp's logits may lie from torch's.
+    """The largest allowed difference between llama.cpp's logits and torch's.
 
-    relative: root mean square of the difference over that of the logits, both centred for each token.
-    kld: mean Kullback-Leibler divergence from torch's distribution to llama.cpp's, in nats.
+    relative: RMS of the difference / RMS of the logits, both centred for each token.
+    kld: mean KL divergence from torch's distribution to llama.cpp's, in nats.
     """
 
     relative: float
     kld: float
 
     @classmethod
-    def of(cls, entries: list[Entry]) -> Bound:
-        """By the coarsest type in the file. llama.cpp rounds activations to the type that a matrix asks for: 8 bits for
-        quantized ones (relative errors of 0.02 to 0.15 were seen, the most with untrained weights and with experts),
-        bfloat16 for BF16, float16 for F16; its GELU comes from a float16 table. A wrong layout gives about 1."""
+    def of(cls, entries: list[GgufTensor]) -> Bound:
+        """The bound for the coarsest type in the file.
+
+        llama.cpp rounds activations to the type that a matrix needs: 8 bits for quantized matrices, bfloat16 for BF16,
+        float16 for F16. Its GELU comes from a float16 table. With 8 bits, relative errors of 0.02 to 0.15 were measured, the
+        largest with untrained weights and with experts. A wrong layout gives about 1."""
         kinds = {e.kind for e in entries}
         if kinds - FLOATS:
             return cls(0.3, 0.15)
@@ -139,21 +141,22 @@ class Bound:
 
 
 def logits(runtime: LlamaCpp, ckpt: Checkpoint, ids: np.ndarray, bound: Bound,
-           held: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Run the same ids in torch and in llama.cpp; beyond the bound is an error."""
-    theirs = runtime.logits(ids)
-    ours = reference_logits(ckpt, ids, held)[:, : theirs.shape[1]]
-    relative, kld, top1 = compare_logits(ours, theirs)
+           ends: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Compare the logits of torch and llama.cpp for the same ids; return the figures, raise UserError beyond the bound."""
+    found = runtime.logits(ids)
+    expected = reference_logits(ckpt, ids, ends)[:, : found.shape[1]]
+    relative, kld, top1 = compare_logits(expected, found)
     if not (relative <= bound.relative and kld <= bound.kld):  # NaN must fail too
         raise UserError(
             f"llama.cpp's logits are not torch's: relative error {relative:.3g} (at most {bound.relative:g}), mean KL "
-            f"divergence {kld:.3g} (at most {bound.kld:g}), top-1 agreement {top1:.0%}", REPORT)
+            f"divergence {kld:.3g} (at most {bound.kld:g}), top-1 agreement {top1:.0%}", PLEASE_REPORT)
     return {"tokens": len(ids), "relative_error": relative, "max_relative_error": bound.relative, "mean_kld": kld,
             "max_mean_kld": bound.kld, "top1_agreement": top1}
 
 
 def tokens(runtime: LlamaCpp, tokenizer: Any, folder: Path, v: Vocabulary) -> dict[str, Any]:
-    """The same ids from tokenizer.json, from transformers and from llama.cpp; every added token; every end token."""
+    """Check that tokenizer.json, transformers and llama.cpp give the same ids, and that llama.cpp knows every added token and
+    every end token. Returns the counts; raises UserError."""
     ids = list(tokenizer(CHECK_TEXT, add_special_tokens=False)["input_ids"])
     path = folder / "tokenizer.json"
     if path.is_file():
@@ -161,25 +164,25 @@ def tokens(runtime: LlamaCpp, tokenizer: Any, folder: Path, v: Vocabulary) -> di
 
         plain = Tokenizer.from_file(str(path)).encode(CHECK_TEXT, add_special_tokens=False).ids
         if at := first_difference(plain, ids):
-            raise UserError(f"transformers does not tokenize as {path} says: {show(at[0], plain, ids, tokenizer)}",
-                            "every tool that uses transformers sees wrong tokens: try another version of it")
+            raise UserError(f"transformers does not tokenize as {path} does: {show(at[0], plain, ids, tokenizer)}",
+                            "every tool that uses transformers gets wrong tokens: try another version of it")
     for text in (CHECK_TEXT, MARKS):
         expected = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         found = runtime.tokenize(text, special=False).tolist()
         if (at := first_difference(expected, found)) and not (text is MARKS and v.pre in WITHOUT_MARKS):
             raise UserError(f"llama.cpp does not tokenize as the model does (pre-tokenizer {v.pre!r}): "
                             f"{show(at[0], expected, found, tokenizer)}",
-                            "give another with --pre NAME, if you know one")
+                            "give the right pre-tokenizer with --pre NAME, if you know it")
     whole = list(tokenizer(PROMPT)["input_ids"])
     if runtime.tokenize(PROMPT).tolist() != whole:
-        raise UserError(f"llama.cpp begins or ends a text with other tokens than the model: {whole} in transformers, "
-                        f"{runtime.tokenize(PROMPT).tolist()} in llama.cpp", REPORT)
+        raise UserError(f"llama.cpp and the model begin or end a text with different tokens: {whole} in transformers, "
+                        f"{runtime.tokenize(PROMPT).tolist()} in llama.cpp", PLEASE_REPORT)
     added = {i: t for t, i in tokenizer.get_added_vocab().items() if i < len(v.tokens)}
     for i in added:
         text = v.tokens[i]
         if (got := runtime.tokenize(text, special=False).tolist()) != [i]:
-            raise UserError(f"llama.cpp does not see the added token {text!r} (id {i}) in a text: it makes {got}",
-                            REPORT)
+            raise UserError(f"llama.cpp does not find the added token {text!r} (id {i}) in a text: it gives {got}",
+                            PLEASE_REPORT)
     ends = runtime.end_tokens
     if missing := [i for i in v.ends if i not in ends]:
         raise UserError(f"llama.cpp would not stop at {', '.join(repr(v.tokens[i]) for i in missing)}, which ends a "
@@ -191,7 +194,7 @@ def tokens(runtime: LlamaCpp, tokenizer: Any, folder: Path, v: Vocabulary) -> di
 
 
 def generate(runtime: LlamaCpp) -> str:
-    """Greedy continuation of PROMPT, 16 tokens or up to an end token."""
+    """A greedy continuation of PROMPT: 16 tokens, or fewer if an end token comes."""
     token = int(runtime.prefill(runtime.tokenize(PROMPT)).argmax())
     made: list[int] = []
     ends = runtime.end_tokens
@@ -201,9 +204,9 @@ def generate(runtime: LlamaCpp) -> str:
     return PROMPT + runtime.detokenize(made) if made else PROMPT
 
 
-def in_llama_cpp(path: Path, ckpt: Checkpoint, tokenizer: Any, v: Vocabulary, entries: list[Entry],
+def in_llama_cpp(path: Path, ckpt: Checkpoint, tokenizer: Any, v: Vocabulary, entries: list[GgufTensor],
                  context_length: int, threads: int) -> dict[str, Any]:
-    """Open the file and make every check that needs it to run."""
+    """Open the file in llama.cpp and run the checks of tokens, logits and generation; return their figures."""
     weights = sum(int(np.prod(e.shape)) for e in entries)
     ids = check_ids(tokenizer, weights, context_length)
     runtime = LlamaCpp(path, context=max(len(ids), 64), threads=threads, flash_attention=False, kv_type="f32",
@@ -211,7 +214,7 @@ def in_llama_cpp(path: Path, ckpt: Checkpoint, tokenizer: Any, v: Vocabulary, en
     try:
         return {
             "token_ids": tokens(runtime, tokenizer, ckpt.folder, v),
-            "logits": logits(runtime, ckpt, ids, Bound.of(entries), tables(path)),
+            "logits": logits(runtime, ckpt, ids, Bound.of(entries), end_matrices(path)),
             "generated": generate(runtime),
         }
     finally:

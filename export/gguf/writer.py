@@ -1,6 +1,6 @@
-"""The tensors of a GGUF file, each read from its source when its turn comes, and the writing of the file.
+"""The tensors of a GGUF file and its writer. A tensor is read from its source when it is written.
 
-One tensor is in memory at a time, so the peak is bounded by the largest one.
+One tensor is in memory at a time, so the largest one bounds the peak.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ Source = Quantized | torch.Tensor
 
 
 @dataclass(frozen=True)
-class Entry:
+class GgufTensor:
     """One tensor of the file.
 
-    shape: rows first, as numpy and torch have it (the file stores it reversed).
-    source: reads what the tensor must hold, rows already in the file's order: codes on a type, or floats.
-    codes: the source is codes, which are carried over and not rounded again.
-    stored: the checkpoint's name of a float tensor.
+    shape: rows first, as in numpy and torch (the file stores it reversed).
+    source: reads the values, codes or floats, with the rows in the file's order.
+    codes: True if the source has codes: they are copied and not rounded again.
+    stored: the name of a float tensor in the checkpoint.
     """
 
     name: str
@@ -46,22 +46,22 @@ class Entry:
 
     @property
     def role(self) -> str:
-        """Which class of bytes it counts to, one of CLASSES: by its name, vectors apart."""
+        """The class of its bytes in the report, one of CLASSES, found by its name. Vectors are 'other'."""
         return classify(self.name) if len(self.shape) > 1 else "other"
 
     @property
     def order(self) -> tuple[int, str]:
-        """Position in the file: embedding, layers, the rest."""
+        """The sort key of its position in the file: embedding, layers, all others."""
         if self.name.startswith("token_embd."):
             return -1, self.name
         layer = re.match(r"blk\.(\d+)\.", self.name)
         return (int(layer[1]) if layer else 1 << 30), self.name
 
 
-def write(writer: GGUFWriter, path: Path, entries: list[Entry]) -> None:
-    """Write metadata (already collected in `writer`) and tensors to `path`."""
+def write(writer: GGUFWriter, path: Path, entries: list[GgufTensor]) -> None:
+    """Write the metadata in `writer` and the tensors to `path`."""
     for e in entries:
-        # the dtype only matters where gguf derives the type from it; here the type is given
+        # gguf does not use the dtype, because the type is given
         writer.add_tensor_info(e.name, e.shape, np.dtype(np.float32), e.nbytes, raw_dtype=e.kind)
     writer.write_header_to_file(path)
     try:
@@ -75,13 +75,13 @@ def write(writer: GGUFWriter, path: Path, entries: list[Entry]) -> None:
         writer.close()
 
 
-def bytes_by_role(entries: list[Entry]) -> dict[str, int]:
-    """Bytes of the tensors of each class."""
+def bytes_by_role(entries: list[GgufTensor]) -> dict[str, int]:
+    """The bytes of the tensors of each class."""
     return {role: sum(e.nbytes for e in entries if e.role == role) for role in CLASSES}
 
 
-def file_type(entries: list[Entry]) -> tuple[int, str]:
-    """general.file_type and its name: the type that most of the decoder's weights have."""
+def file_type(entries: list[GgufTensor]) -> tuple[int, str]:
+    """general.file_type and its name: the most frequent type of the decoder's weights."""
     from gguf import LlamaFileType
 
     count: dict[Kind, int] = {}
@@ -93,5 +93,5 @@ def file_type(entries: list[Entry]) -> tuple[int, str]:
         return int(LlamaFileType.ALL_F32), kind.name
     names = LlamaFileType.__members__
     plain = f"MOSTLY_{kind.name}"
-    # llama.cpp calls a file whose commonest type is Q3_K, Q4_K or Q5_K the medium one when it has to guess
+    # when llama.cpp has to guess, it labels a file of mostly Q3_K, Q4_K or Q5_K as medium
     return int(names[plain] if plain in names else names[f"{plain}_M"]), kind.name

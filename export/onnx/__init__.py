@@ -1,5 +1,5 @@
-"""ONNX folders for onnxruntime-genai and ONNX Runtime: the codes that a quantizer chose are carried over bit for bit, and a
-folder is proved before it is given its name."""
+"""ONNX folders for onnxruntime-genai and ONNX Runtime. The codes of a quantized model are copied bit for bit. A folder gets
+its final name only after it is verified."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["OnnxExportConfig", "export_onnx"]
 
 
 def export_onnx(config: OnnxExportConfig) -> dict[str, Any]:
-    """Write a model folder as a folder that onnxruntime-genai runs, verify it, and return the report (JSON-able)."""
+    """Write a model folder as an ONNX folder, verify it, and return the report (JSON-able)."""
     from llmc.export.onnx.export import run
 
     return run(config)

@@ -26,24 +26,25 @@ class OnnxExportConfig:
         "builder", help="Exporter. builder writes for ONNX Runtime. optimum writes float32 in ONNX's standard operators, for "
                         "other runtimes, and needs the extra 'optimum'.", choices=EXPORTERS, group=ONNX)
     dequantize: bool = option(
-        False, help="Let --exporter optimum write the values of a quantized model as float32.", group=ONNX)
+        False, help="Write the values of a quantized model as float32. Only with --exporter optimum.", group=ONNX)
     dtype: str | None = option(
         None, help="Type of a float model's matrices. int8 is rounded in blocks of 32. w8a8 has int8 weights with a scale "
-                   "for each row and int8 inputs with a scale for each token; run `llmc transform --scaling smoothquant` first. A "
-                   "quantized model keeps its codes and takes no --dtype.", choices=DTYPES, group=ONNX, shown="fp16")
+                   "for each row and int8 inputs with a scale for each token; run `llmc transform --scaling smoothquant` "
+                   "first. A quantized model keeps its codes and accepts no --dtype.",
+        choices=DTYPES, group=ONNX, shown="fp16")
     accuracy_level: str = option(
         "auto", help="Activations of quantized matrices. 0 keeps them in float32. 4 rounds them to 8 bits in blocks, which "
-                     "is faster. auto takes 4 if a measurement shows that it is faster and loses little.", choices=LEVELS,
-        group=ONNX)
+                     "is faster. auto takes 4 if a measurement shows that it is faster and the KL divergence is small.",
+        choices=LEVELS, group=ONNX)
     head_accuracy_level: str | None = option(
         None, help="--accuracy-level of the output matrix alone, if it has 4 or 8 bits.", choices=LEVELS, group=ONNX,
-        shown="--accuracy-level; with auto the head is measured apart")
+        shown="--accuracy-level; with auto the head is measured separately")
     int4: str = option(
         "nbits", help="Form of quantized matrices. nbits is ONNX Runtime's MatMulNBits. qdq is the standard operators "
                       "DequantizeLinear and MatMul.", choices=INT4_FORMS, group=ONNX)
     head_bits: int | None = option(
         None, help="Number of bits of embedding and output matrix.", choices=HEAD_BITS, group=ONNX,
-        shown="the choice of a preset if ONNX has it, else 8 for a quantized model, else --dtype")
+        shown="the type of a preset if ONNX has it, else 8 for a quantized model, else --dtype")
     chat_template: str = like(GgufExportConfig, "chat_template")
     threads: int | None = like(GgufExportConfig, "threads")
 
@@ -51,10 +52,10 @@ class OnnxExportConfig:
         check(self, "export", self._contradictions(), Wrong.out_of_range)
 
     def _contradictions(self) -> list[str]:
-        """Options that were given and that the exporter or form asked for does not have."""
+        """The given options that the chosen exporter or form does not have."""
         if self.exporter == "builder":
-            given = {"--dequantize with --exporter builder, which carries the codes": self.dequantize,
-                     "--head-accuracy-level with --int4 qdq, whose level is one for all matrices":
+            given = {"--dequantize with --exporter builder, which keeps the codes": self.dequantize,
+                     "--head-accuracy-level with --int4 qdq, which has one level for all matrices":
                          self.int4 == "qdq" and self.head_accuracy_level is not None}
         else:
             names = {"--dtype": self.dtype not in (None, "fp32"), "--accuracy-level": self.accuracy_level != "auto",

@@ -1,4 +1,4 @@
-"""The nodes that hold matrices, and the tensors that go with them. Nothing is read: every tensor says how it will be made."""
+"""The graph nodes of matrices, and their tensors. No data is read here: every tensor has a function that makes its data."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ NBITS = "com.microsoft"
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A tensor of the file. Its bytes are made when they are written."""
+class OnnxTensor:
+    """A tensor of the file. `data` makes its bytes when they are written."""
 
     name: str
     dtype: ir.DataType
@@ -32,7 +32,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Placed:
-    """A matrix in the graph: which rows, in which form, under which tensors."""
+    """A matrix in the graph: its node, its rows, its form and the names of its tensors."""
 
     node: str
     pieces: list[Piece]
@@ -45,20 +45,20 @@ class Placed:
     signed: bool = False
     """Codes stored as two's complement of code - 2**(bits-1)."""
     standard: bool = False
-    """Laid out for DequantizeLinear: integers packed without padding at the end of a row."""
+    """Packed for DequantizeLinear: no padding at the end of a row."""
 
 
 class Emitter:
-    """Collects what the graph needs. qdq: standard operators instead of MatMulNBits."""
+    """Adds the nodes of matrices to the graph and collects their tensors. qdq: standard operators instead of MatMulNBits."""
 
     def __init__(self, weights: Weights, qdq: bool) -> None:
         self.weights, self.qdq = weights, qdq
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, OnnxTensor] = {}
         self.placed: list[Placed] = []
         self.rounded: list[w8a8.Rounded] = []
 
     def matmul(self, b: Any, name: str, root: str, output: str, pieces: list[Piece]) -> None:
-        """Nodes that give `output` = `root` @ W.T, W the rows of `pieces`, [N, K]."""
+        """Add nodes that compute `output` = `root` @ W.T, where W [N, K] has the rows of `pieces`."""
         form = self.weights.form_of(pieces)
         prefix = name[1:].replace("/", ".")
         n, k = sum(p.stop - p.start for p in pieces), self.weights.columns(pieces[0].module)
@@ -83,14 +83,14 @@ class Emitter:
                         name=name, domain=NBITS, K=k, N=n, bits=form.bits, block_size=form.group_size, accuracy_level=0)
 
     def lookup(self, b: Any, basename: str, pieces: list[Piece]) -> str:
-        """Nodes that give the rows of the embedding for `input_ids`; returns the name of their output, float32 [.., K]."""
+        """Add nodes that look up the embedding of `input_ids`; return the name of their output, float32 [.., K]."""
         form = self.weights.form_of(pieces)
         prefix = basename[1:].replace("/", ".")
         n, k = sum(p.stop - p.start for p in pieces), self.weights.columns(pieces[0].module)
         ids = b.input_names["input_ids"]
         if isinstance(form, IntegerType):
             return self._lookup_codes(b, basename, prefix, pieces, form, n, k)
-        if self.weights.tied:  # the head's own tensor, [K, N]: its columns are gathered, so that no copy is held
+        if self.weights.tied:  # gather columns of the head's tensor [K, N]: so the file has no second copy
             b.make_node("Gather", inputs=["lm_head.MatMul.weight", ids], outputs=[f"{basename}/Gather/output_0"],
                         name=f"{basename}/Gather", axis=1)
             dtype = ir.DataType.FLOAT if form == "fp32" else ir.DataType.FLOAT16
@@ -106,9 +106,12 @@ class Emitter:
             b.make_node("Gather", inputs=[weight, ids], outputs=[rows], name=f"{basename}/Gather")
         return self._cast(b, basename, rows, form, ["batch_size", "sequence_length", k])
 
-    def _lookup_codes(self, b: Any, basename: str, prefix: str, pieces: list[Piece], form: IntegerType, n: int, k: int) -> str:
-        """The table in the form of MatMulNBits, a tied one in the head's own tensors; for qdq a table of its own, codes and
-        scales gathered apart and dequantized. Tables are symmetric."""
+    def _lookup_codes(self, b: Any, basename: str, prefix: str, pieces: list[Piece], form: IntegerType, n: int,
+                      k: int) -> str:
+        """Add nodes that look up a quantized embedding, which is always symmetric; return the name of their output.
+
+        The embedding has the layout of MatMulNBits; if it is tied, it uses the head's tensors. With qdq it has its own
+        tensors: codes and scales are gathered separately and then dequantized."""
         node = f"{basename}/GatherBlockQuantized"
         blocks, ids = k // form.group_size, b.input_names["input_ids"]
         if self.qdq:
@@ -143,10 +146,10 @@ class Emitter:
             return (w.t().contiguous() if transposed else w).numpy()
 
         dtype = ir.DataType.FLOAT if form == "fp32" else ir.DataType.FLOAT16
-        return self._tensor(b, Entry(name, dtype, shape, data))
+        return self._tensor(b, OnnxTensor(name, dtype, shape, data))
 
     def _cast(self, b: Any, basename: str, value: str, form: Form, shape: list[Any]) -> str:
-        """float16 values as float32: ONNX Runtime folds the cast of a stored matrix when it loads the file."""
+        """Add a cast of float16 values to float32. ONNX Runtime folds the cast of a stored matrix when it loads the file."""
         if form == "fp32":
             return value
         cast = f"{basename}/Cast/output_0"
@@ -155,22 +158,23 @@ class Emitter:
         return cast
 
     def _rows(self, b: Any, prefix: str, node: str, pieces: list[Piece], n: int, k: int) -> Placed:
-        """Codes [K, N] of a matrix with a scale for each row."""
+        """Add the tensors of a W8A8 matrix: codes [K, N], scales [N]."""
         def codes() -> np.ndarray:
             return np.ascontiguousarray(layout.signed(self.weights.codes(pieces).codes.numpy(), 8).T)
 
         def scales() -> np.ndarray:
             return self.weights.codes(pieces).scales[:, 0].numpy()
 
-        placed = Placed(node, pieces, W8A8, self._tensor(b, Entry(f"{prefix}.weight.codes", ir.DataType.INT8, (k, n), codes)),
-                        self._tensor(b, Entry(f"{prefix}.weight.scales", ir.DataType.FLOAT, (n,), scales)),
+        placed = Placed(node, pieces, W8A8,
+                        self._tensor(b, OnnxTensor(f"{prefix}.weight.codes", ir.DataType.INT8, (k, n), codes)),
+                        self._tensor(b, OnnxTensor(f"{prefix}.weight.scales", ir.DataType.FLOAT, (n,), scales)),
                         transposed=True, signed=True)
         self.placed.append(placed)
         return placed
 
     def _quantized(self, b: Any, prefix: str, node: str, pieces: list[Piece], qtype: IntegerType, n: int, k: int,
                    transposed: bool = False) -> Placed:
-        """Codes, scales and (asymmetric) zero points of a matrix, [K, N] where `transposed` (for DequantizeLinear)."""
+        """Add the codes, the scales and, if asymmetric, the zero points of a matrix; [K, N] if `transposed`."""
         blocks, bits = k // qtype.group_size, qtype.bits
         signed = self.qdq and qtype.symmetric
         dtype, scale_shape = ir.DataType.UINT8, (n, blocks)
@@ -199,7 +203,7 @@ class Emitter:
             return layout.pack(z, bits)
 
         def tensor(part: str, dtype: ir.DataType, shape: tuple[int, ...], data: Callable[[], np.ndarray]) -> str:
-            return self._tensor(b, Entry(f"{prefix}.weight.{part}", dtype, shape, data))
+            return self._tensor(b, OnnxTensor(f"{prefix}.weight.{part}", dtype, shape, data))
 
         placed = Placed(node, pieces, qtype, tensor("codes", dtype, code_shape, codes),
                         tensor("scales", ir.DataType.FLOAT, scale_shape, scales),
@@ -207,8 +211,8 @@ class Emitter:
         self.placed.append(placed)
         return placed
 
-    def _tensor(self, b: Any, entry: Entry) -> str:
-        """Register a tensor whose bytes come later."""
+    def _tensor(self, b: Any, entry: OnnxTensor) -> str:
+        """Register a tensor without its bytes; return its name."""
         self.entries[entry.name] = entry
         value = b.make_value(entry.name, entry.dtype, entry.shape)
         value.const_value = ir.LazyTensor(_not_yet, dtype=entry.dtype, shape=ir.Shape(entry.shape), name=entry.name)
@@ -217,4 +221,4 @@ class Emitter:
 
 
 def _not_yet() -> ir.TensorProtocol:
-    raise AssertionError("the writer puts the place in the data file here")
+    raise AssertionError("the writer replaces this by the tensor's position in the data file")

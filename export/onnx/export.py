@@ -27,7 +27,7 @@ PACKAGES = {"onnx": "onnx", "onnx_ir": "onnx-ir", "onnxruntime": "onnxruntime", 
 
 
 def run(config: OnnxExportConfig) -> dict[str, Any]:
-    """See `llmc.export.onnx.export_onnx`. Nothing is left behind when a check fails."""
+    """Run `llmc.export.onnx.export_onnx`. If a check fails, no folder is left."""
     if missing := [d for module, d in PACKAGES.items() if importlib.util.find_spec(module) is None]:
         raise UserError(f"exporting ONNX needs {', '.join(missing)}: to build the graph, write it and check it",
                         f"pip install 'llmc-toolkit[{'optimum' if config.exporter == 'optimum' else 'onnx'}]'")
@@ -37,7 +37,7 @@ def run(config: OnnxExportConfig) -> dict[str, Any]:
         plain.check_packages()
     folder = model_folder(config.model)
     ckpt = Checkpoint.open(folder)
-    # what can be refused is refused before anything that takes time
+    # errors that are cheap to find come before slow work
     quantized.linears(ckpt)
     if config.exporter == "optimum":
         plain.check_model(config, ckpt)
@@ -58,7 +58,7 @@ def run(config: OnnxExportConfig) -> dict[str, Any]:
 
 
 def _write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> dict[str, Any]:
-    """Plan, write and check the folder `work`; returns the report."""
+    """Plan, write and verify the folder `work`; return the report."""
     from llmc.export.onnx import emit, files, graph, levels, rope, verify, w8a8_proof, writer
     from llmc.export.onnx.weights import Weights, form_name
     from llmc.export.parity import check_ids
@@ -70,8 +70,8 @@ def _write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> 
     threads = config.threads or physical_cores()
     hf = load_config(ckpt.folder)
     context, ends_early = rope.context_of(hf.to_dict())
-    model, rows, tables = graph.skeleton(ckpt, hf)
-    weights = Weights(config, ckpt, tables.embedding, tables.head)
+    model, rows, ends = graph.skeleton(ckpt, hf)
+    weights = Weights(config, ckpt, ends.embedding, ends.head)
     weights.notes += [ends_early] if ends_early else []
     emitter = emit.Emitter(weights, qdq=config.int4 == "qdq")
     made = graph.build(ckpt, hf, weights, model, rows, emitter, work)
@@ -82,7 +82,7 @@ def _write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> 
     for note in weights.notes:
         warn(note)
     say(f"writing {out}: {size(total)} of matrices; embedding and head "
-        f"{form_name(weights.form(tables.embedding))} ({weights.reason})")
+        f"{form_name(weights.form(ends.embedding))} ({weights.reason})")
     own = writer.write(made, emitter.entries, work)
     verified = verify.tensors(work, own, weights, emitter.placed)
     ids = check_ids(tok, verified["weights"], context)
@@ -116,7 +116,7 @@ def _write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> 
 
 
 def _record(config: OnnxExportConfig, ckpt: Checkpoint, source: dict[str, Any], work: Path, report: dict[str, Any]) -> None:
-    """The manifest, continuing the chain of passes of the model it was made from."""
+    """Write the manifest. It continues the passes of the source model."""
     before = read_manifest(ckpt.folder) or {}
     options = {"exporter": config.exporter, "dequantize": config.dequantize, "dtype": config.dtype,
                "accuracy_level": config.accuracy_level, "head_accuracy_level": config.head_accuracy_level,

@@ -1,4 +1,4 @@
-"""What lies beside model.onnx: tokenizer files byte for byte, the chat template as chosen, and genai_config.json."""
+"""The files beside model.onnx: tokenizer files byte for byte, the chosen chat template, and genai_config.json."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ TEMPLATES = ("chat_template.jinja", "chat_template.json")
 
 
 def copy_tokenizer(folder: Path, work: Path, tokenizer: Any, choice: str) -> str | None:
-    """Copy the tokenizer's files and the card; returns the sha256 of the chat template that the folder then has."""
+    """Copy the tokenizer's files and the card; return the sha256 of the folder's chat template, None if it has none."""
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder} has no tokenizer.json, which onnxruntime-genai reads",
-                        "save the tokenizer again with transformers (AutoTokenizer … save_pretrained)")
+                        "save the tokenizer again with transformers (AutoTokenizer.from_pretrained, then save_pretrained)")
     template = chat_template_of(folder, tokenizer, choice)
     for name in (*TOKENIZER_FILES, *CARD_FILES, "generation_config.json"):
         if (folder / name).is_file() and not (choice != "keep" and name in TEMPLATES):
@@ -40,7 +40,7 @@ def copy_tokenizer(folder: Path, work: Path, tokenizer: Any, choice: str) -> str
 
 
 def end_ids(folder: Path, tokenizer: Any) -> list[int]:
-    """Every id that ends a generation, from all files that name one; the tokenizer's own first."""
+    """Every id that ends a generation, from all files that name one; that of the tokenizer comes first."""
     found: list[int] = []
     for value in [tokenizer.eos_token_id, *(read_json(folder / n).get("eos_token_id")
                                             for n in ("config.json", "generation_config.json"))]:
@@ -51,7 +51,7 @@ def end_ids(folder: Path, tokenizer: Any) -> list[int]:
 
 
 def finish_genai(work: Path, ends: list[int], qdq_level: int | None) -> None:
-    """Complete the builder's genai_config.json: every end token, and with --int4 qdq the level, which is the session's."""
+    """Complete the builder's genai_config.json: every end token, and with --int4 qdq the session's accuracy level."""
     path = work / GENAI
     values = read_json(path)
     values["model"]["eos_token_id"] = ends[0] if len(ends) == 1 else ends

@@ -1,9 +1,9 @@
-"""The decoder's graph, made by onnxruntime-genai's model builder (onnxruntime_genai/models/builders, 0.18) from a model
-without weights, with llmc's own nodes where the builder would put a matrix.
+"""The decoder's graph. onnxruntime-genai's model builder (onnxruntime_genai/models/builders, 0.18) makes it from a model
+without weights, and llmc adds its own nodes where the builder would add a matrix.
 
-The builder joins, cuts and transposes matrices as an architecture needs it. Which rows of which matrix a node holds is
-therefore not told from names: the model that it is given has, as every matrix's values, the numbers of its rows (in float64,
-so that they are told from real values), and the node's pieces are read off what the builder hands over.
+The builder joins, cuts and transposes matrices as the architecture needs it, so names do not tell which rows a node holds.
+Therefore llmc gives the builder a model with row numbers as the values of its matrices (in float64, which real weights never
+have). From the numbers in a node, llmc reads its pieces.
 """
 
 from __future__ import annotations
@@ -25,35 +25,35 @@ from torch import nn
 from llmc.errors import UserError
 from llmc.export.onnx import emit, rope
 from llmc.export.onnx.weights import Piece, Weights
-from llmc.export.parity import REPORT
-from llmc.export.reference import locate
+from llmc.export.parity import PLEASE_REPORT
 from llmc.families import FAMILIES, by_architecture, nearest
 from llmc.families.row import Onnx
 from llmc.formats import quantized
 from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.names import Names, missing
 
 
 def find_architecture(config: dict[str, Any]) -> Onnx:
-    """What the builder calls the family of a config.json."""
+    """The builder's names for the family of a config.json; raises UserError if the builder does not support it."""
     name = (config.get("architectures") or [f"model_type {config.get('model_type')}"])[0]
     family = by_architecture(name)
     if family is None or not family.onnx.builder:
         known = [f.architecture for f in FAMILIES.values() if f.onnx.builder]
-        raise UserError(f"no ONNX graph is known for {name}; known are {', '.join(known)}{nearest(name, known)}",
+        raise UserError(f"llmc does not write {name} as ONNX; it writes {', '.join(known)}{nearest(name, known)}",
                         "export it as GGUF (--format gguf), or evaluate the folder itself")
     return family.onnx
 
 
 class Rows:
-    """Numbers for the rows of all matrices, and the pieces that some of them make."""
+    """Gives numbers to the rows of all matrices, and finds the pieces that a node holds."""
 
     def __init__(self) -> None:
         self.modules: list[str] = []
-        self.starts = [0]  # of each matrix, and of the next
+        self.starts = [0]  # the first row number of each matrix, and of the next one
         self.placed: dict[str, list[tuple[int, int]]] = {}
 
     def numbered(self, module: str, shape: torch.Size) -> nn.Parameter:
-        """float64 [N, K] in the memory of a column: row i of the matrix is full of its number."""
+        """A matrix float64 [N, K] whose row i has its row number in every column. It takes the memory of one column."""
         start = self.starts[-1]
         numbers = torch.arange(start, start + shape[0], dtype=torch.float64)
         self.modules.append(module)
@@ -61,15 +61,15 @@ class Rows:
         return nn.Parameter(numbers[:, None].expand(*shape), requires_grad=False)
 
     def pieces(self, w: torch.Tensor) -> list[Piece]:
-        """w: [N, K] of a node. The rows that it holds, in order, each run of one matrix a piece."""
+        """The pieces of a node's matrix w [N, K], in order. A piece is a range of rows of one matrix."""
         if w.dtype != torch.float64 or not torch.equal(w[:, 0], w[:, -1]):
-            raise UserError("the model builder has changed the columns of a matrix", REPORT)
+            raise UserError("the model builder has changed the columns of a matrix", PLEASE_REPORT)
         numbers = w[:, 0].long()
         cuts = [0, *((numbers.diff() != 1).nonzero()[:, 0] + 1).tolist(), len(numbers)]
         found: list[Piece] = []
         for a, b in pairwise(cuts):
             number, end = int(numbers[a]), int(numbers[b - 1]) + 1
-            while number < end:  # a run may go on from one matrix into the next
+            while number < end:  # a range of numbers may cross from one matrix into the next
                 i = bisect_right(self.starts, number) - 1
                 stop = min(end, self.starts[i + 1])
                 found.append(Piece(self.modules[i], number - self.starts[i], stop - self.starts[i]))
@@ -81,17 +81,17 @@ class Rows:
             self.placed.setdefault(p.module, []).append((p.start, p.stop))
 
     def check_complete(self) -> None:
-        """Every row of every matrix must have been put somewhere, once."""
+        """Raise UserError unless every row of every matrix is in the graph exactly once."""
         for module, (start, end) in zip(self.modules, pairwise(self.starts), strict=True):
             at = 0
             for first, stop in sorted(self.placed.get(module, [])):
                 at = stop if first == at else -1
             if at != end - start:
-                raise UserError(f"the model builder does not put {module} into the graph once and whole", REPORT)
+                raise UserError(f"the model builder does not put every row of {module} into the graph once", PLEASE_REPORT)
 
 
 class Builder:
-    """Mixed into a class of the builder: the places where it would put a matrix."""
+    """A mixin for the builder's classes: it overrides the methods that add a matrix."""
 
     llmc_weights: ClassVar[Weights]
     llmc_rows: ClassVar[Rows]
@@ -99,7 +99,7 @@ class Builder:
     llmc_emit: ClassVar[emit.Emitter]
 
     def make_rope_init(self, config: Any) -> None:
-        """Of what depends on the length of the text, transformers' own embedding for a short one."""
+        """If the rotary embedding depends on the text's length, use transformers' one for short texts."""
         if not rope.by_length(config.to_dict()):
             super().make_rope_init(config)  # type: ignore[misc]
             return
@@ -113,7 +113,7 @@ class Builder:
         return self.llmc_model
 
     def make_matmul_float(self, matmul: Any, name: str, root_input: str, **kwargs: Any) -> str:
-        """name: '/model/layers.0/mlp/up_proj/MatMul'; the result is `name`/output_0, or 'logits'."""
+        """Add a product. name: like '/model/layers.0/mlp/up_proj/MatMul'; its output is `name`/output_0 or 'logits'."""
         output = "logits" if kwargs.get("logits") else f"{name}/output_0"
         pieces = self.llmc_rows.pieces(matmul.weight)
         self.llmc_rows.place(pieces)
@@ -125,7 +125,7 @@ class Builder:
 
     def make_embedding_lookup(self, embedding: torch.Tensor, basename: str, _lm_head: Any) -> str:
         pieces = self.llmc_rows.pieces(embedding)
-        if not self.llmc_weights.tied:  # else the head puts the same rows
+        if not self.llmc_weights.tied:  # if tied, the head places the same rows
             self.llmc_rows.place(pieces)
         return self.llmc_emit.lookup(self, basename, pieces)
 
@@ -136,31 +136,32 @@ class Builder:
 
 
 @dataclass(frozen=True)
-class Tables:
-    """Names of the embedding's and the head's modules in the checkpoint, the same where they are one matrix; and a tensor
-    that repeats the embedding as the head."""
+class Ends:
+    """The ends of the model: module names of embedding and head in the checkpoint, the same if they are one matrix.
+
+    spare: a head tensor that is a copy of the embedding."""
 
     embedding: str
     head: str
     spare: str | None = None
 
 
-def skeleton(ckpt: Checkpoint, hf: Any) -> tuple[nn.Module, Rows, Tables]:
-    """The model with numbered rows as matrices and its own norms and biases; the numbers; and embedding and head."""
+def skeleton(ckpt: Checkpoint, hf: Any) -> tuple[nn.Module, Rows, Ends]:
+    """The model with row numbers as matrices and real norms and biases; the row numbers; the names of embedding and head."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(hf, dtype=torch.float32, trust_remote_code=False)
-    linears, prefix = set(quantized.linears(ckpt)), f"{model.base_model_prefix}."
-    tables = _tables(ckpt, hf, model, linears, prefix)
-    rows, numbered, used = Rows(), dict[str, nn.Parameter](), {tables.spare}
+    names = Names.of(ckpt, model, quantized.linears(ckpt))
+    ends = _find_ends(ckpt, hf, model, names)
+    rows, numbered, used = Rows(), dict[str, nn.Parameter](), {ends.spare}
     for name, p in list(model.named_parameters(remove_duplicate=False)):
         owner = model.get_submodule(name.rpartition(".")[0])
         is_head = owner is model.get_output_embeddings() and name.endswith(".weight")
-        found = locate(ckpt, linears, f"{tables.head}.weight" if is_head else name, prefix)
+        found = names.locate(f"{ends.head}.weight" if is_head else name)
         if found is None:
-            raise UserError(f"{ckpt.folder} has no {name}", "the checkpoint and its config.json do not belong together")
+            raise missing(ckpt.folder, name)
         stored, is_codes = found
         used.update(quantized.parts(stored) if is_codes else [stored])
         if p.ndim == 2 and isinstance(owner, nn.Linear | nn.Embedding):
@@ -178,19 +179,19 @@ def skeleton(ckpt: Checkpoint, hf: Any) -> tuple[nn.Module, Rows, Tables]:
             raise UserError(f"{name} has {p.ndim} axes: no ONNX graph is known for such models", "export it as GGUF")
         setattr(owner, name.rpartition(".")[2], value)
     _refuse_leftovers(ckpt, used)
-    return model.eval(), rows, tables
+    return model.eval(), rows, ends
 
 
-def _tables(ckpt: Checkpoint, hf: Any, model: Any, linears: set[str], prefix: str) -> Tables:
-    """Tied or not is decided by the tensors; a config.json that says otherwise is refused."""
-    names = {id(m): n for n, m in model.named_modules()}
-    embedding, head = (locate(ckpt, linears, f"{names[id(m)]}.weight", prefix)
+def _find_ends(ckpt: Checkpoint, hf: Any, model: Any, names: Names) -> Ends:
+    """Find embedding and head. The tensors decide whether they are tied; raises UserError if config.json contradicts them."""
+    modules = {id(m): n for n, m in model.named_modules()}
+    embedding, head = (names.locate(f"{modules[id(m)]}.weight")
                        for m in (model.get_input_embeddings(), model.get_output_embeddings()))
     if embedding is None or embedding[1]:
         raise UserError(f"{ckpt.folder} has no token embedding", "download the model again")
     says_tied = bool(getattr(hf, "tie_word_embeddings", False))
     if head is None and not says_tied:
-        raise UserError(f"config.json of {ckpt.folder} says that the head is a matrix of its own, and there is none",
+        raise UserError(f"config.json of {ckpt.folder} says that the head is a separate matrix, but there is none",
                         "download the model again, or correct tie_word_embeddings")
     equal = head is None or (not head[1] and torch.equal(ckpt.tensor(head[0]), ckpt.tensor(embedding[0])))
     if says_tied and not equal:
@@ -198,34 +199,33 @@ def _tables(ckpt: Checkpoint, hf: Any, model: Any, linears: set[str], prefix: st
                         "set tie_word_embeddings to false in config.json if the head is right")
     one = embedding[0].removesuffix(".weight")
     if head is None:
-        return Tables(one, one)
-    return Tables(one, one, head[0]) if equal else Tables(one, head[0].removesuffix(".weight"))
+        return Ends(one, one)
+    return Ends(one, one, head[0]) if equal else Ends(one, head[0].removesuffix(".weight"))
 
 
 def _refuse_leftovers(ckpt: Checkpoint, used: set[str | None]) -> None:
-    """A tensor that the model does not know: only rotary tables, and the zero biases that AutoGPTQ writes, are spare."""
+    """Raise UserError for a tensor that the model does not use. Rotary tables and AutoGPTQ's zero biases may be left over."""
     for name in ckpt.names():
         if name not in used and "rotary_emb.inv_freq" not in name and not (
                 name.endswith(".bias") and not bool(ckpt.tensor(name).any())):
             raise UserError(f"{name} of {ckpt.folder} has no place in the model that its config.json names",
-                            "the checkpoint holds more than its architecture")
+                            "the checkpoint holds tensors that its architecture does not have")
 
 
 def build(ckpt: Checkpoint, hf: Any, weights: Weights, model: nn.Module, rows: Rows,
           emitter: emit.Emitter, work: Path) -> ir.Model:
-    """The graph with nothing of its matrices read yet; also writes genai_config.json into `work`."""
+    """Build the graph without the data of its matrices; also write genai_config.json into `work`."""
     builders = _builders()
     names = find_architecture(ckpt.config)
     base = getattr(builders, names.builder)
     name = f"Llmc{base.__name__}"
     cls = type(name, (Builder, base), {"llmc_weights": weights, "llmc_rows": rows, "llmc_model": model,
                                        "llmc_emit": emitter})
-    # a cache as long as the context in every layer: any runtime can feed it, and what attends to a window only still does
+    # every layer's cache is as long as the context, so any runtime can feed it; windowed layers still attend to their window
     options = {"hf_token": False, "hf_remote": False, "shared_embeddings": False, "windowed_kv_cache": False}
     hf = _as_the_builder_reads(hf)
-    said = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said), torch.no_grad():
+        with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
             made = cls(hf, ir.DataType.FLOAT, ir.DataType.FLOAT, "cpu", str(work / "cache"), options)
             if names.genai_type:
                 made.model_type = names.genai_type
@@ -241,20 +241,21 @@ def build(ckpt: Checkpoint, hf: Any, weights: Weights, model: nn.Module, rows: R
 
 
 def _as_the_builder_reads(hf: Any) -> Any:
-    """A copy of transformers' config, with the context that a graph may have. Gemma 3's rotary bases by kind of layer, as
-    transformers 5 has them, go where the builder looks for them."""
+    """A copy of transformers' config with the graph's context length.
+
+    transformers 5 has Gemma 3's rotary bases in a dict for each layer type; they move to the keys that the builder reads."""
     hf = copy.deepcopy(hf)
     if rope.by_length(hf.to_dict()):
         hf.max_position_embeddings = hf.original_max_position_embeddings = rope.context_of(hf.to_dict())[0]
-    kinds = getattr(hf, "rope_parameters", None) or {}
-    if "sliding_attention" in kinds and "full_attention" in kinds:
-        hf.rope_local_base_freq = kinds["sliding_attention"]["rope_theta"]
-        hf.rope_parameters = dict(kinds["full_attention"])
+    by_layer_type = getattr(hf, "rope_parameters", None) or {}
+    if "sliding_attention" in by_layer_type and "full_attention" in by_layer_type:
+        hf.rope_local_base_freq = by_layer_type["sliding_attention"]["rope_theta"]
+        hf.rope_parameters = dict(by_layer_type["full_attention"])
     return hf
 
 
 def _builders() -> Any:
-    """The builder's modules import each other by bare names, from a folder that they add to sys.path: taken off again."""
+    """Import the builder's modules. They add their folder to sys.path to import each other; this restores sys.path."""
     before = list(sys.path)
     try:
         from onnxruntime_genai.models import builders

@@ -1,4 +1,4 @@
-"""The bytes of ONNX Runtime's weight-only quantized matrices, and which types they hold.
+"""The bytes of ONNX Runtime's weight-only quantized matrices, and the quantization types that they hold.
 
 MatMulNBits (com.microsoft, docs/ContribOperators.md of ONNX Runtime): value = scale * (code - zero) in blocks of
 `block_size` columns of a row of [N, K].
@@ -19,13 +19,13 @@ import torch
 from llmc.formats.types import BlockTensor, BlockType, IntegerType, QuantizedTensor
 
 BLOCK = 32
-MOST = 128  # larger blocks are slow or wrong in some kernels: their scale is repeated instead
-LEAST = 16  # MatMulNBits takes powers of two from here
-BLOCK_TYPES = {"q4_0": 4, "q4_1": 4, "q8_0": 8}  # q4_1 where its minimums are whole steps
+MOST = 128  # larger blocks are slow or wrong in some kernels, so they are split and their scale is repeated
+LEAST = 16  # MatMulNBits takes powers of two from 16 on
+BLOCK_TYPES = {"q4_0": 4, "q4_1": 4, "q8_0": 8}  # q4_1 only if its minimums are whole steps
 
 
 def held_as(qtype: IntegerType | BlockType) -> IntegerType | None:
-    """The type on which MatMulNBits holds every value of `type`, None where there is none (see `exact` for q4_1)."""
+    """The MatMulNBits type that holds every value of `qtype`, None if there is none (see `exact` for q4_1)."""
     if isinstance(qtype, BlockType):
         bits = BLOCK_TYPES.get(qtype.name)
         return None if bits is None else IntegerType(bits, BLOCK, not qtype.has_min)
@@ -34,8 +34,9 @@ def held_as(qtype: IntegerType | BlockType) -> IntegerType | None:
 
 
 def exact(q: QuantizedTensor | BlockTensor) -> QuantizedTensor | None:
-    """The same values, code for code, on the type that `held_as` names; None where q4_1 has a minimum that is no whole
-    number of steps, from 0 to 15, below zero."""
+    """The same codes and values in the type that `held_as` returns.
+
+    Returns None if a minimum of q4_1 is not -n steps with a whole n from 0 to 15."""
     qtype = held_as(q.type)
     if qtype is None:
         return None
@@ -53,8 +54,10 @@ def exact(q: QuantizedTensor | BlockTensor) -> QuantizedTensor | None:
 
 
 def round_to(w: torch.Tensor, bits: int) -> QuantizedTensor:
-    """float [N, K] rounded to blocks of 32, the very codes of GGUF's Q8_0 and Q4_0 (ggml-quants.c of llama.cpp):
-    8 bits: d = max |w| / 127; 4 bits: d = the weight of largest size / -8. Codes by d as float32, d stored as float16."""
+    """float [N, K] rounded in blocks of 32 to the same codes as GGUF's Q8_0 and Q4_0 (ggml-quants.c of llama.cpp).
+
+    8 bits: d = max |w| / 127. 4 bits: d = the weight of largest magnitude / -8. Codes use d in float32, the file stores
+    float16."""
     assert bits in (4, 8)
     groups = w.to(torch.float32).reshape(w.shape[0], -1, BLOCK)
     if bits == 8:
@@ -71,7 +74,7 @@ def round_to(w: torch.Tensor, bits: int) -> QuantizedTensor:
 
 
 def pack(values: np.ndarray, bits: int) -> np.ndarray:
-    """uint8 [n, m] -> uint8 [n, ceil(m * bits / 8)], the even column in the low nibble; 8 bits stay as they are."""
+    """uint8 [n, m] -> uint8 [n, ceil(m * bits / 8)], the even column in the low nibble. 8 bits do not change."""
     if bits == 8:
         return np.ascontiguousarray(values)
     even = np.pad(values, ((0, 0), (0, values.shape[1] % 2)))
@@ -86,5 +89,5 @@ def unpack(data: np.ndarray, bits: int, width: int) -> np.ndarray:
 
 
 def signed(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Codes as two's complement of code - 2**(bits-1), still in uint8; its own inverse."""
+    """Codes as two's complement of code - 2**(bits-1), in uint8. The function is its own inverse."""
     return codes ^ np.uint8(1 << (bits - 1))

@@ -1,8 +1,8 @@
-"""Which accuracy levels the file asks for: what each costs, measured on the written folder in ONNX Runtime, and the choice.
+"""The choice of the accuracy levels in the file, from speed and KL divergence measured on the written folder in ONNX Runtime.
 
-MatMulNBits' `accuracy_level` says what its inputs are rounded to before the product: 0 nothing, 4 int8 in blocks. The head
-may have a level of its own: ONNX Runtime's CPU provider has a kernel for 8-bit matrices at level 4 only, and the head is the
-one matrix that is often of 8 bits.
+MatMulNBits' `accuracy_level` sets the type of its inputs in the product: 0 is float32, 4 is int8 in blocks. The head may
+have its own level: ONNX Runtime's CPU provider has a kernel for 8-bit matrices at level 4 only, and often only the head has
+8 bits.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from llmc.export.parity import compare_logits
 from llmc.formats.onnx_folder import OnnxFolder, open_onnx
 from llmc.runtimes.onnx_model import OnnxModel
 
-STEPS, REPEATS = 8, 3  # tokens decoded in a measurement, and how often it is made
-ENOUGH = 3.0  # seconds after which no more is measured: at level 0 a token may take seconds (onnx_lint.py)
-# What rounding may do to the text of the check. A 4-bit type itself loses 0.1 or more and keeps 70 to 80 % of the top tokens;
-# llama.cpp rounds activations alike, always. On SmolLM2-135M level 4 cost 0.0045 and kept 94 %; where a kernel goes wrong
-# (onnxruntime#29849) it is far more
+STEPS, REPEATS = 8, 3  # tokens decoded in a measurement, and the number of measurements
+ENOUGH = 3.0  # seconds after which measuring stops: at level 0 ONNX Runtime may take seconds for a token (onnx_lint.py)
+# Limits for the loss from rounded activations on the check text. A 4-bit type itself has a KL divergence of 0.1 or more and a
+# top-1 agreement of 70 to 80 %. llama.cpp always rounds activations in this way. On SmolLM2-135M level 4 gave 0.0045 and
+# 94 %; with a wrong kernel (onnxruntime#29849) the divergence is far larger
 MOST_KLD, LEAST_TOP1 = 0.01, 0.9
-LEAST_GAIN = 1.05  # geometric mean of what prefill and decoding gain
+LEAST_GAIN = 1.05  # geometric mean of the speed-ups of prefill and decoding
 BOTH = (0, 4)
 
 
 @dataclass(frozen=True)
 class Levels:
-    """Of the decoder's matrices, and of the head where it can have one of its own."""
+    """The accuracy level of the decoder's matrices, and of the head if it can differ."""
 
     level: int
     head: int | None = None
@@ -44,8 +44,10 @@ class Levels:
 
 @dataclass(frozen=True)
 class Measured:
-    """Levels on the text of the check, against level 0 in all: mean divergence in nats, share of top tokens kept. Speeds in
-    tokens per second."""
+    """A measurement of levels on the check text.
+
+    kld: mean KL divergence in nats from level 0 everywhere; top1_agreement with it, 0 to 1.
+    prefill, decode: tokens per second."""
 
     levels: Levels
     kld: float
@@ -62,7 +64,7 @@ class Measured:
         return f"a KL divergence of {self.kld:.2g} and {self.top1_agreement:.1%} of the top tokens kept"
 
     def gain(self, other: Measured) -> float:
-        """Geometric mean of the gains over another's speeds."""
+        """The geometric mean of the speed-ups of prefill and decoding over `other`."""
         return (self.prefill / other.prefill * self.decode / other.decode) ** 0.5
 
     def against(self, other: Measured) -> str:
@@ -71,25 +73,25 @@ class Measured:
 
 
 def candidates(folder: OnnxFolder, config: OnnxExportConfig) -> list[Levels]:
-    """What the options leave open, the lowest levels first; empty where no matrix is quantized in blocks."""
+    """The levels that the options allow, lowest first; empty if no matrix is quantized in blocks."""
     head = folder.head()
     own_head = head is not None and head.op_type == "MatMulNBits"
     matrices = sum(b["matrices"] for b in folder.matmul_nbits())
     if config.head_accuracy_level is not None and not own_head:
-        raise UserError(f"--head-accuracy-level {config.head_accuracy_level}: the head is not quantized in blocks, and is "
+        raise UserError(f"--head-accuracy-level {config.head_accuracy_level}: the head is not quantized in blocks, so it is "
                         "computed in float32", "leave it out, or quantize the head with --head-bits 8 or 4")
     if not matrices and "DequantizeLinear" not in folder.operators():
         return []
     asked = config.head_accuracy_level or config.accuracy_level
     heads = (None,) if not own_head else BOTH if asked == "auto" else (int(asked),)
     levels = BOTH if config.accuracy_level == "auto" else (int(config.accuracy_level),)
-    if config.accuracy_level == "auto" and own_head and matrices == 1:  # no matrix but the head has a level
+    if config.accuracy_level == "auto" and own_head and matrices == 1:  # only the head has a level
         levels = BOTH[:1]
     return [Levels(*pair) for pair in itertools.product(levels, heads)]
 
 
 def measure(folder: OnnxFolder, ids: np.ndarray, threads: int, asked: list[Levels]) -> dict[Levels, Measured]:
-    """Each of the levels, and level 0 in all, one session at a time."""
+    """Measure each of the levels, and level 0 everywhere as the reference, one session at a time."""
     exact = Levels(0, None if asked[0].head is None else 0)
     found: dict[Levels, Measured] = {}
     reference = np.empty(0)
@@ -105,7 +107,9 @@ def measure(folder: OnnxFolder, ids: np.ndarray, threads: int, asked: list[Level
 
 
 def seconds(runtime: OnnxModel, ids: np.ndarray) -> tuple[float, float]:
-    """Least time of a prefill of `ids` (or as many as leave room) and of a decoded token after it, over a few repeats."""
+    """The shortest times, in seconds, of a prefill of `ids` and of one decoded token after it, over a few repeats.
+
+    `ids` are cut so that the decoded tokens fit into the context."""
     ids = ids[: max(1, runtime.context - STEPS)]
     prefill, decode = list[float](), list[float]()
     begun = time.perf_counter()
@@ -123,7 +127,7 @@ def seconds(runtime: OnnxModel, ids: np.ndarray) -> tuple[float, float]:
 
 
 def choose(asked: list[Levels], found: dict[Levels, Measured]) -> tuple[Levels, str]:
-    """The fastest of the levels asked for that loses little, and why. The lowest need no reason; others a gain."""
+    """The fastest of the levels `asked` within the loss limits, and the reason. Without a speed-up, the lowest levels."""
     lowest = found[asked[0]]
     if len(asked) == 1:
         exact = next(iter(found.values()))
@@ -131,7 +135,7 @@ def choose(asked: list[Levels], found: dict[Levels, Measured]) -> tuple[Levels, 
     others = [found[levels] for levels in asked[1:]]
     fit = [m for m in others if m.is_close and m.gain(lowest) >= LEAST_GAIN]
     taken = max(fit, key=lambda m: m.gain(lowest), default=lowest)
-    why = [f"{taken.levels} is the fastest that loses little: {taken.against(lowest)}; {taken.lost}"] if fit else []
+    why = [f"{taken.levels} is the fastest with a small loss: {taken.against(lowest)}; {taken.lost}"] if fit else []
     for m in others:
         if not m.is_close:
             why.append(f"{m.levels} loses too much: {m.lost} (at most {MOST_KLD} and at least {LEAST_TOP1:.0%}); "
@@ -142,14 +146,14 @@ def choose(asked: list[Levels], found: dict[Levels, Measured]) -> tuple[Levels, 
 
 
 def write(folder: OnnxFolder, levels: Levels) -> None:
-    """Write the levels into model.onnx. That of --int4 qdq is the session's: files.finish_genai."""
+    """Write the levels into model.onnx. With --int4 qdq the level is a session option: see files.finish_genai."""
     temporary = folder.model.with_name(f".{folder.model.name}.partial")
     temporary.write_bytes(folder.edit(levels.level, levels.head).proto.SerializeToString())
     os.replace(temporary, folder.model)
 
 
 def settle(work: Path, config: OnnxExportConfig, ids: np.ndarray, threads: int) -> tuple[Levels, str, list[Measured]]:
-    """Measure, choose and write; returns the levels, why, and what was measured."""
+    """Measure, choose and write the levels; return them, the reason and the measurements."""
     folder = open_onnx(work)
     asked = candidates(folder, config)
     if not asked:

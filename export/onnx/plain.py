@@ -1,8 +1,8 @@
-"""`--exporter optimum`: a graph of ONNX's standard operators alone, traced by optimum-onnx, for runtimes that know no others.
+"""`--exporter optimum`: a graph of ONNX's standard operators, traced by optimum-onnx, for runtimes that support no others.
 
-All is float32: a quantized model is written with the values of its codes. The folder has config.json instead of
-genai_config.json. What tracing may freeze (a branch on a length, a mask) is what the checks run: a longer text than the
-traced one at once, and token by token on the cache.
+All values are float32; a quantized model is dequantized. The folder has config.json instead of genai_config.json. Tracing may
+freeze a branch on a length or a mask. So the checks run a longer text than the traced one, first at once and then token by
+token with the cache.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from llmc.console import say, size, warn
 from llmc.errors import UserError
 from llmc.export.onnx import files, rope, verify, writer
 from llmc.export.onnx.config import OnnxExportConfig
-from llmc.export.parity import GENERATED, PROMPT, REPORT, check_ids
+from llmc.export.parity import GENERATED, PLEASE_REPORT, PROMPT, check_ids
 from llmc.export.reference import reference_logits
 from llmc.files import check_disk, write_json
 from llmc.formats import quantized
@@ -43,20 +43,20 @@ OTHERS = "export it with --exporter builder or as GGUF (--format gguf)"
 
 
 def check_packages() -> None:
-    """optimum-onnx, and a transformers that it knows."""
-    hint = ("in an environment of its own, pip install 'llmc-toolkit[optimum]': it takes transformers 4.57, which is what "
-            "optimum-onnx knows")
+    """Raise UserError unless optimum-onnx and a transformers that it supports are installed."""
+    hint = ("run pip install 'llmc-toolkit[optimum]' in a separate environment: it installs transformers 4.57, which "
+            "optimum-onnx supports")
     version = metadata.version("transformers")
     try:
         found = metadata.version("optimum-onnx")
     except metadata.PackageNotFoundError as e:
         raise UserError("--exporter optimum needs optimum-onnx, which is not installed", hint) from e
     if int(version.partition(".")[0]) > 4:
-        raise UserError(f"optimum-onnx {found} does not know transformers {version}", hint)
+        raise UserError(f"optimum-onnx {found} does not support transformers {version}", hint)
 
 
 def check_model(config: OnnxExportConfig, ckpt: Checkpoint) -> None:
-    """Refuse what can be refused before anything that takes time."""
+    """Raise UserError for a model that this exporter cannot write, before slow work starts."""
     import optimum.exporters.onnx.model_configs  # noqa: F401 - registers the architectures
     from optimum.exporters.tasks import TasksManager
 
@@ -66,19 +66,19 @@ def check_model(config: OnnxExportConfig, ckpt: Checkpoint) -> None:
     except KeyError:
         tasks = {}
     if TASK not in tasks:
-        raise UserError(f"optimum-onnx {metadata.version('optimum-onnx')} does not know the architecture {model_type!r}",
+        raise UserError(f"optimum-onnx {metadata.version('optimum-onnx')} does not support the architecture {model_type!r}",
                         OTHERS)
     if kind := rope.by_length(ckpt.config):
         raise UserError(f"{ckpt.folder} has a rotary embedding that depends on the length of the text ({kind}), and a traced "
-                        "graph keeps that of a short one", OTHERS)
+                        "graph has only that of short texts", OTHERS)
     if quantized.is_quantized(ckpt) and not config.dequantize:
         raise UserError(f"{ckpt.folder} is quantized, and --exporter optimum writes float32",
-                        "leave --exporter out to keep the codes (--int4 qdq has them in the standard DequantizeLinear), or "
-                        "add --dequantize to write their values")
+                        "leave --exporter out to keep the codes (--int4 qdq stores them for the standard DequantizeLinear), "
+                        "or add --dequantize to write their values")
 
 
 def write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> dict[str, Any]:
-    """Trace, write and check the folder `work`; returns the report."""
+    """Trace, write and verify the folder `work`; return the report."""
     started = time.perf_counter()
     notes = ["the values of the codes are written as float32"] if quantized.is_quantized(ckpt) else []
     for note in notes:
@@ -92,7 +92,7 @@ def write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> d
     say(f"tracing {out}: {size(floats)} of float32 weights, held in memory twice")
     architecture = type(model).__name__
     context = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
-    tables = {"embedding": model.get_input_embeddings().weight.detach(),
+    ends = {"embedding": model.get_input_embeddings().weight.detach(),
               "head": model.get_output_embeddings().weight.detach()}
     traced = work / "traced"
     trace(model, traced)
@@ -103,7 +103,7 @@ def write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> d
     operators = standard_operators(work)
     ids, prompt = check_ids(tok, verified["weights"], context), np.array(tok(PROMPT)["input_ids"])
     runtime = OnnxModel(work, max(len(ids), len(prompt) + GENERATED), config.threads or physical_cores())
-    logits = verify_logits(runtime, ckpt, ids, tables)
+    logits = verify_logits(runtime, ckpt, ids, ends)
     generated, cached = generate(runtime, tok, prompt)
     runtime.close()
     return {
@@ -117,51 +117,53 @@ def write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> d
 
 
 def trace(model: Any, folder: Path) -> None:
-    """optimum's graph of the model, with its weights, as model.onnx in a new `folder`."""
+    """Write optimum's graph of the model, with its weights, as model.onnx into a new `folder`."""
     from optimum.exporters.onnx import export
     from optimum.exporters.tasks import TasksManager
 
     folder.mkdir()
     make = TasksManager.get_exporter_config_constructor("onnx", model=model, task=TASK, library_name="transformers")
-    model.set_attn_implementation("eager")  # computes every variant; sdpa leaves out Gemma 2's soft cap
+    model.set_attn_implementation("eager")  # computes every variant; sdpa ignores Gemma 2's soft cap
     try:
         with quiet_transformers(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")  # of every branch on a shape: the checks run other shapes
+            warnings.simplefilter("ignore")  # torch warns of every branch on a shape; the checks run other shapes
             export(model, make(model.config, use_past_in_inputs=True), folder / MODEL)
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as e:
         raise UserError(f"optimum-onnx cannot trace {type(model).__name__}: {e!r}", OTHERS) from e
 
 
 def read_back(work: Path, own: dict[str, np.ndarray], model: Any) -> dict[str, int]:
-    """Every tensor of the file against optimum's, and every matrix of the model sought among them, transposed or not."""
+    """Compare every tensor of the file with optimum's, and find every matrix of the model among them, transposed or not.
+
+    Returns the counts; raises UserError."""
     stored = verify.stored_tensors(work)
     if stored.keys() != own.keys():
-        raise verify.damaged("model.onnx holds other tensors than were traced")
+        raise verify.damaged("model.onnx does not hold the traced tensors")
     for name, values in own.items():
         if stored[name][1].tobytes() != values.tobytes():
-            raise verify.damaged(f"{name} differs from what was traced")
+            raise verify.damaged(f"{name} differs from the traced tensor")
     present = {sha256(raw.tobytes()).digest() for _, raw in stored.values()}
     matrices = {name: p.detach() for name, p in model.named_parameters() if p.ndim == 2}
     for name, p in matrices.items():
         if not present & {sha256(m.contiguous().numpy().tobytes()).digest() for m in (p, p.t())}:
-            raise UserError(f"the traced graph does not hold {name} as the model does", REPORT)
+            raise UserError(f"the traced graph does not hold the values of {name}", PLEASE_REPORT)
     return {"tensors": len(stored), "matrices": len(matrices), "weights": sum(p.numel() for p in matrices.values()),
             "code_matrices": 0, "code_weights": 0}
 
 
 def standard_operators(work: Path) -> dict[str, Any]:
-    """The opset and how many of each operator the graph holds; one that is not of the standard is an error."""
+    """The opset and the count of each operator in the graph; raises UserError for an operator outside of the standard."""
     onnx.checker.check_model(work / MODEL, full_check=True)
     model = onnx.load(work / MODEL, load_external_data=False)
     nodes = list(all_nodes(model.graph))
     if foreign := sorted({f"{n.domain}.{n.op_type}" for n in nodes if n.domain not in ("", "ai.onnx")}):
-        raise UserError(f"the traced graph holds operators that are not of the standard: {', '.join(foreign)}", REPORT)
+        raise UserError(f"the traced graph holds operators outside of the ONNX standard: {', '.join(foreign)}", PLEASE_REPORT)
     (opset,) = (o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
     return {"opset": opset, "operators": dict(sorted(Counter(n.op_type for n in nodes).items()))}
 
 
 def all_nodes(graph: onnx.GraphProto) -> Any:
-    """The nodes of a graph and of the graphs inside them."""
+    """Yield the nodes of a graph and of the graphs inside them."""
     for node in graph.node:
         yield node
         for attribute in node.attribute:
@@ -169,13 +171,13 @@ def all_nodes(graph: onnx.GraphProto) -> Any:
                 yield from all_nodes(inner)
 
 
-def verify_logits(runtime: OnnxModel, ckpt: Checkpoint, ids: np.ndarray, tables: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """A text at once: ONNX Runtime against torch."""
-    return verify.bounded(reference_logits(ckpt, ids, tables), runtime.logits(ids), "torch's")
+def verify_logits(runtime: OnnxModel, ckpt: Checkpoint, ids: np.ndarray, ends: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Compare the logits of ONNX Runtime and torch for one text, run at once."""
+    return verify.bounded(reference_logits(ckpt, ids, ends), runtime.logits(ids), "torch's")
 
 
 def generate(runtime: OnnxModel, tok: Any, prompt: np.ndarray) -> tuple[str, dict[str, Any]]:
-    """A greedy continuation, token by token on the cache; its logits must be those of the whole text at once."""
+    """A greedy continuation, token by token with the cache, and the comparison of its logits with those of the whole text."""
     rows = [runtime.prefill(prompt)]
     while len(rows) < min(GENERATED, runtime.context - len(prompt)):
         rows.append(runtime.decode(int(rows[-1].argmax())))

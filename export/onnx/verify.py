@@ -1,9 +1,9 @@
-"""Proof that the folder is what it should be. None of it can be skipped.
+"""Verification of an ONNX folder. No part of it can be skipped.
 
-1. Every tensor is read back from the finished files, by onnx alone: codes, scales and zero points bit for bit against the
-   checkpoint, floats in their type, the builder's own tensors as it made them.
-2. ONNX Runtime opens the file and must give the logits that torch gives; W8A8 in steps (w8a8_proof.py).
-3. onnxruntime-genai must make the token ids of the model's own tokenizer, and generates 16 tokens for a person to look at.
+1. Every tensor is read back from the finished files with the onnx package. Codes, scales and zero points must equal the
+   checkpoint's bit for bit, floats in their type, and the builder's own tensors must not change.
+2. ONNX Runtime opens the file and must give torch's logits. W8A8 is verified in steps (w8a8_proof.py).
+3. onnxruntime-genai must give the token ids of the model's tokenizer. It generates 16 tokens for the user to read.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from llmc.export.onnx import layout
 from llmc.export.onnx.emit import Placed
 from llmc.export.onnx.w8a8_proof import Linears
 from llmc.export.onnx.weights import W8A8, Weights
-from llmc.export.parity import GENERATED, PROMPT, REPORT, compare_logits, first_difference, show
+from llmc.export.parity import GENERATED, PLEASE_REPORT, PROMPT, compare_logits, first_difference, show
 from llmc.export.reference import reference_logits
 from llmc.formats import quantized
 from llmc.formats.check_text import CHECK_TEXT, MARKS
@@ -30,8 +30,8 @@ from llmc.formats.onnx_folder import open_onnx
 from llmc.formats.types import IntegerType, QuantizedTensor
 from llmc.runtimes.onnx_model import OnnxModel
 
-# of the logits at accuracy level 0, both sides in float32: 1e-6 was seen with trained and untrained models, and Gemma's
-# builder rounds its embedding's factor to two decimals, which gives up to 1e-3
+# Bounds of the logits at accuracy level 0, both sides in float32. Trained and untrained models have a relative error of 1e-6.
+# Gemma has up to 1e-3: the builder rounds the factor of its embedding to two decimals
 MOST_RELATIVE, MOST_KLD = 2e-3, 1e-4
 
 
@@ -43,16 +43,17 @@ def stored_tensors(folder: Path) -> dict[str, tuple[onnx.TensorProto, np.ndarray
 
 def damaged(what: str) -> UserError:
     return UserError(f"the folder does not read back as it was written: {what}",
-                     f"check the disk and export again; if it stays, {REPORT}")
+                     f"check the disk and export again; if the error stays, {PLEASE_REPORT}")
 
 
 def tensors(folder: Path, own: dict[str, np.ndarray], weights: Weights, placed: list[Placed]) -> dict[str, int]:
-    """Read every tensor back; `own` are those that the builder made. Returns how many matrices and weights were compared, in
-    all and those carried as codes."""
+    """Read every tensor back and compare it; `own` are the builder's own tensors.
+
+    Returns the number of matrices and weights compared, in total and of those copied as codes; raises UserError."""
     stored = stored_tensors(folder)
-    ours = {name for w in placed for name in (w.weight, w.scales, w.zeros) if name}
-    if stored.keys() != ours | own.keys():
-        raise damaged("model.onnx holds other tensors than were planned")
+    planned = {name for w in placed for name in (w.weight, w.scales, w.zeros) if name}
+    if stored.keys() != planned | own.keys():
+        raise damaged("model.onnx does not hold the planned tensors")
     counts = {"tensors": len(stored), "matrices": 0, "weights": 0, "code_matrices": 0, "code_weights": 0}
     with progress("reading back tensor", len(placed)) as p:
         for w in placed:
@@ -65,12 +66,12 @@ def tensors(folder: Path, own: dict[str, np.ndarray], weights: Weights, placed: 
             p.step(w.node)
     for name, values in own.items():
         if stored[name][1].tobytes() != values.tobytes():
-            raise damaged(f"{name} differs from what the model builder made")
+            raise damaged(f"{name} differs from the model builder's tensor")
     return counts
 
 
 def _compare(w: Placed, stored: dict[str, Any], weights: Weights, shape: tuple[int, int]) -> None:
-    """One matrix [N, K] of the file against the checkpoint, not against what the writer was given."""
+    """Compare one matrix [N, K] of the file with the checkpoint, which is read again."""
     raw = stored[w.weight][1]
     if not isinstance(w.form, IntegerType) and w.form != W8A8:
         dtype = np.float32 if w.form == "fp32" else np.float16
@@ -89,14 +90,14 @@ def _compare(w: Placed, stored: dict[str, Any], weights: Weights, shape: tuple[i
             if (a is None) != (b is None) or (a is not None and b is not None
                                               and not torch.equal(a[rows], b[piece.start : piece.stop])):
                 raise damaged(f"{w.node} has other {what} than {piece.module}")
-        if piece.module in weights.linears:  # and the values are those of the checkpoint's own reading of its codes
+        if piece.module in weights.linears:  # the dequantized values must be equal too
             values = quantized.rows_of(quantized.read(weights.ckpt, piece.module), slice(piece.start, piece.stop))
             if not torch.equal(quantized.rows_of(found, rows).dequantize(), values.dequantize()):
                 raise damaged(f"{w.node} has other values than {piece.module}")
 
 
 def decode(w: Placed, stored: dict[str, Any], shape: tuple[int, int]) -> QuantizedTensor:
-    """A quantized matrix from the file's bytes, by the formats that layout.py describes."""
+    """A quantized matrix from the file's bytes, in the formats that layout.py describes."""
     n, k = shape
     qtype = w.form if isinstance(w.form, IntegerType) else IntegerType(8, k)
     assert w.scales is not None
@@ -118,52 +119,53 @@ def decode(w: Placed, stored: dict[str, Any], shape: tuple[int, int]) -> Quantiz
     if w.form != W8A8:
         half = scales.astype(np.float16)
         if not np.array_equal(half.astype(np.float32), scales):
-            raise damaged(f"{w.scales} holds scales that are no float16")
+            raise damaged(f"{w.scales} holds scales that float16 cannot hold")
         scales = half
     zeros = None if w.zeros is None else torch.from_numpy(integers(w.zeros, narrow, qdq).copy())
     return QuantizedTensor(qtype, torch.from_numpy(codes.copy()), torch.from_numpy(scales.copy()), zeros)
 
 
 def logits(runtime: OnnxModel, ckpt: Checkpoint, ids: np.ndarray, weights: Weights, linears: Linears) -> dict[str, Any]:
-    """Run the same ids in torch and in ONNX Runtime at accuracy level 0; beyond the bound is an error. runtime: at that
-    level, watching the W8A8 linears."""
+    """Compare the logits of torch and ONNX Runtime at accuracy level 0 for the same ids; raise UserError beyond the bounds.
+
+    runtime: a session at that level that also outputs the inputs and outputs of W8A8 linears."""
     linears.values = runtime.values(ids)
-    theirs = linears.values.pop("logits")
-    held = {"embedding": weights.as_stored(weights.embedding), "head": weights.as_stored(weights.head)}
-    ours = reference_logits(ckpt, ids, held, weights.as_stored, linears.replace)[:, : theirs.shape[1]]
-    found = bounded(ours, theirs, "torch's")
-    return found | {"products": linears.products()} if linears.watched else found
+    found = linears.values.pop("logits")
+    ends = {"embedding": weights.as_stored(weights.embedding), "head": weights.as_stored(weights.head)}
+    expected = reference_logits(ckpt, ids, ends, weights.as_stored, linears.replace)[:, : found.shape[1]]
+    report = bounded(expected, found, "torch's")
+    return report | {"products": linears.products()} if linears.watched else report
 
 
-def bounded(ours: np.ndarray, theirs: np.ndarray, what: str) -> dict[str, Any]:
-    """Two logits [n, vocab] compared; beyond the bound is an error that says that the second are not `what`."""
-    relative, kld, top1 = compare_logits(ours, theirs)
+def bounded(expected: np.ndarray, found: np.ndarray, what: str) -> dict[str, Any]:
+    """Compare two logits [n, vocab]; return the figures. Beyond the bounds, raise UserError: `found` are not `what`."""
+    relative, kld, top1 = compare_logits(expected, found)
     if not (relative <= MOST_RELATIVE and kld <= MOST_KLD):  # NaN must fail too
         raise UserError(
             f"ONNX Runtime's logits are not {what}: relative error {relative:.3g} (at most {MOST_RELATIVE:g}), mean KL "
-            f"divergence {kld:.3g} (at most {MOST_KLD:g}), top-1 agreement {top1:.0%}", REPORT)
-    return {"tokens": len(theirs), "relative_error": relative, "max_relative_error": MOST_RELATIVE, "mean_kld": kld,
+            f"divergence {kld:.3g} (at most {MOST_KLD:g}), top-1 agreement {top1:.0%}", PLEASE_REPORT)
+    return {"tokens": len(found), "relative_error": relative, "max_relative_error": MOST_RELATIVE, "mean_kld": kld,
             "max_mean_kld": MOST_KLD, "top1_agreement": top1}
 
 
 def in_genai(folder: Path, tokenizer: Any, context_length: int) -> dict[str, Any]:
-    """Open the folder as its users will: the same token ids, and a greedy continuation of PROMPT."""
+    """Open the folder in onnxruntime-genai, compare the token ids and continue PROMPT greedily; return the results."""
     import onnxruntime_genai as og
 
     try:
         model = og.Model(str(folder))
-        theirs = og.Tokenizer(model)
+        genai_tokenizer = og.Tokenizer(model)
     except RuntimeError as e:
-        raise UserError(f"onnxruntime-genai does not open the folder: {e}", REPORT) from e
+        raise UserError(f"onnxruntime-genai does not open the folder: {e}", PLEASE_REPORT) from e
     alike = {}
     for text in (CHECK_TEXT, MARKS, " a"):
-        expected, found = list(tokenizer(text)["input_ids"]), theirs.encode(text).tolist()
+        expected, found = list(tokenizer(text)["input_ids"]), genai_tokenizer.encode(text).tolist()
         at = first_difference(expected, found)
         alike[text] = at is None
         if text is CHECK_TEXT and at is not None:
             raise UserError("onnxruntime-genai does not tokenize as the model does: "
                             f"{show(at[0], expected, found, tokenizer)}",
-                            "its tokenizer does not know this kind; export it as GGUF (--format gguf)")
+                            "its tokenizer does not support this kind; export it as GGUF (--format gguf)")
     params = og.GeneratorParams(model)
     prompt = list(tokenizer(PROMPT)["input_ids"])
     params.set_search_options(max_length=min(len(prompt) + GENERATED, context_length), do_sample=False)

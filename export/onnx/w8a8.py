@@ -1,16 +1,17 @@
-"""W8A8: linears with weights and inputs in 8 bits, in operators of the ONNX standard alone (opset 18).
+"""W8A8: linears with weights and inputs in 8 bits, in standard ONNX operators only (opset 18).
 
-Weights are symmetric, with a scale for each row (output channel). Inputs are rounded as they come, with a scale for each
-token: SmoothQuant's dynamic per-token activations (Xiao et al., arXiv:2211.10438, section 4, O1), after its migration
+Weights are symmetric, with a scale for each row (output channel). Inputs are rounded at run time, with a scale for each
+token: SmoothQuant's dynamic per-token activations (Xiao et al., arXiv:2211.10438, section 4, O1), after its channel scaling
 (`llmc transform --scaling smoothquant`). For x [.., K] and W [K, N]:
 
     s = max(max |x| * (1 / 127), TINY)       float32 [.., 1]
-    q = Round(x / s) + 128                    uint8 [.., K], 1 … 255; once for all linears that read x
+    q = Round(x / s) + 128                    uint8 [.., K], 1 to 255; once for all linears that read x
     y = float32(MatMulInteger(q, W, 128)) * s * scales
 
-One scale for all tokens (DynamicQuantizeLinear, quantize_dynamic) is not offered: the largest value of one token is then the
-step of all, and accuracy collapses (onnxruntime#18430, #21635). q is unsigned because ONNX Runtime has fast x86 kernels for
-unsigned times signed only; those of CPUs without VNNI add pairs of products in 16 bits, which saturate (onnxruntime#6004).
+One scale for all tokens (DynamicQuantizeLinear, quantize_dynamic) is not offered: the largest value of one token then sets
+the step of all, and accuracy collapses (onnxruntime#18430, #21635). q is unsigned because ONNX Runtime has fast x86 kernels
+only for unsigned times signed. On CPUs without VNNI they add pairs of products in 16 bits, which saturate
+(onnxruntime#6004).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 from llmc.formats.types import IntegerType, QuantizedTensor
 
 INVERSE = float(np.float32(1 / 127))
-TINY = float(np.float32(1e-30))  # of the scale of a token of zeros
+TINY = float(np.float32(1e-30))  # the scale of an all-zero token
 ZERO = 128
 
 
@@ -39,10 +40,10 @@ class Rounded:
 
 
 def round_rows(w: torch.Tensor) -> QuantizedTensor:
-    """float [N, K] rounded to nearest, codes 1 … 255 about 128, with a float32 scale for each row: max |w| / 127.
+    """float [N, K] rounded to nearest: codes 1 to 255 around 128, with a float32 scale for each row, max |w| / 127.
 
-    The scale is not searched for: on SmolLM2-135M the best of ten smaller ones lowers the squared error by 0.2 %, smoothed
-    or not, since 93 % of the rows are best with their whole range."""
+    There is no search for the scale. On SmolLM2-135M the best of ten smaller scales lowers the squared error by only 0.2 %,
+    with or without SmoothQuant: for 93 % of the rows the full range is best."""
     w = w.to(torch.float32)
     scales = w.abs().amax(1, keepdim=True) / 127
     inverse = torch.where(scales == 0, torch.zeros_like(scales), 1 / scales)
@@ -51,26 +52,27 @@ def round_rows(w: torch.Tensor) -> QuantizedTensor:
 
 
 def round_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x float32 [.., K] -> codes about zero, float32 of whole numbers [.., K], and scales [.., 1]: the graph's arithmetic."""
+    """x float32 [.., K] -> codes around zero (whole numbers, float32 [.., K]) and scales [.., 1], as the graph computes."""
     scale = (x.abs().amax(-1, keepdim=True) * INVERSE).clamp_min(TINY)
     return (x / scale).round(), scale
 
 
 def as_rounded(x: torch.Tensor) -> torch.Tensor:
-    """x as its codes give it back."""
+    """x rounded: its codes times their scales."""
     codes, scale = round_tokens(x)
     return codes * scale
 
 
 def linear(x: torch.Tensor, w: QuantizedTensor) -> torch.Tensor:
-    """x float32 [.., K], w [N, K] -> float32 [.., N], with every rounding that the graph makes."""
+    """x float32 [.., K], w [N, K] -> float32 [.., N], with every rounding of the graph."""
     codes, scale = round_tokens(x)
     sums = codes.double() @ (w.codes.double() - ZERO).T  # whole numbers, exact
     return sums.to(torch.float32) * scale * w.scales[:, 0]
 
 
 def nodes(b: Any, linear: Rounded, weight: str, scales: str, k: int, n: int) -> None:
-    """Nodes of a linear. Those that round its input are named for the input: the builder adds them once."""
+    """Add the nodes of a linear. Nodes that round its input have the input's name, so the builder adds them once for all
+    linears that share it."""
     float_, uint8, int32 = ir.DataType.FLOAT, ir.DataType.UINT8, ir.DataType.INT32
 
     def node(kind: str, inputs: list[str], name: str, dtype: ir.DataType, last: int, **attributes: Any) -> str:

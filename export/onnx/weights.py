@@ -1,4 +1,4 @@
-"""What every matrix of a checkpoint becomes in the ONNX file, and its values: decided before a byte is written."""
+"""The form and the values of every matrix of a checkpoint in the ONNX file. Forms are decided before a byte is written."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from llmc.formats.types import BlockType, IntegerType, QuantizedTensor
 
 Form = IntegerType | str  # the type of the codes, or 'fp32', 'fp16' or W8A8
 W8A8 = "w8a8"
-TABLE_BITS = {"q8_0": 8, "q4_0": 4, "f16": 16}
+END_BITS = {"q8_0": 8, "q4_0": 4, "f16": 16}
 
 
 def form_name(form: Form) -> str:
-    """'int4-sym-g32', 'fp16', …"""
+    """The name of a form: 'int4-sym-g32', 'fp16'."""
     return form.name if isinstance(form, IntegerType) else form
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows start … stop of one of the checkpoint's matrices."""
+    """Rows start:stop of one of the checkpoint's matrices."""
 
     module: str
     start: int
@@ -40,40 +40,40 @@ class Weights:
     """The matrices of a model by module name. Reads one at a time."""
 
     def __init__(self, config: OnnxExportConfig, ckpt: Checkpoint, embedding: str, head: str) -> None:
-        """embedding, head: module names in the checkpoint, the same where they are one matrix."""
+        """embedding, head: module names in the checkpoint; one name if they are one matrix."""
         self.ckpt, self.embedding, self.head = ckpt, embedding, head
         self.linears = set(quantized.linears(ckpt))
         self.notes: list[str] = []
         if self.linears and config.dtype is not None:
-            raise UserError(f"{ckpt.folder} is quantized: its codes are carried over, so --dtype {config.dtype} has no say",
+            raise UserError(f"{ckpt.folder} is quantized: its codes are copied, so --dtype {config.dtype} has no effect",
                             "leave --dtype out, or export the float model")
         self.dtype = "fp16" if self.linears else config.dtype or "fp16"
         if self.dtype == W8A8 and not _smoothed(ckpt):
-            self.notes.append(f"{ckpt.folder} was not smoothed: its inputs' largest channels set the steps of all others; "
-                              "`llmc transform MODEL --scaling smoothquant` first makes a folder that loses less")
-        self.table_bits, self.reason = self._table_bits(config)
+            self.notes.append(f"{ckpt.folder} has no SmoothQuant scaling: the largest input channels set the step of all "
+                              "others; run `llmc transform MODEL --scaling smoothquant` first, which lowers the loss")
+        self.end_bits, self.reason = self._end_bits(config)
         if config.head_bits is not None and head in self.linears:
-            raise UserError(f"the head of {ckpt.folder} is quantized: its codes are carried over", "leave --head-bits out")
+            raise UserError(f"the head of {ckpt.folder} is quantized: its codes are copied", "leave --head-bits out")
         self._refuse_types()
         self.read = lru_cache(maxsize=4)(self._read)
 
-    def _table_bits(self, config: OnnxExportConfig) -> tuple[int | None, str]:
-        """Bits of embedding and head, None for those of the dtype; and why."""
+    def _end_bits(self, config: OnnxExportConfig) -> tuple[int | None, str]:
+        """The bits of embedding and head, None for the type in --dtype; and the reason."""
         if config.head_bits is not None:
             return config.head_bits, "as asked"
         wanted = quantized.tables(self.ckpt)
         types = sorted(set(wanted.values()))
-        if len(types) == 1 and types[0] in TABLE_BITS:
-            return TABLE_BITS[types[0]], "as the folder was made for"
+        if len(types) == 1 and types[0] in END_BITS:
+            return END_BITS[types[0]], "as the folder was made for"
         if types:
-            self.notes.append(f"the folder was made for the tables {' and '.join(types)}, which ONNX Runtime has no "
-                              "type for: 8 bits in blocks of 32 instead; --head-bits 4 is the smaller choice")
+            self.notes.append(f"the folder was made for embedding and lm_head in {' and '.join(types)}, which ONNX Runtime "
+                              "does not have: 8 bits in blocks of 32 are used instead; --head-bits 4 is smaller")
         if self.linears or self.dtype in ("int8", W8A8):
             return 8, "8 bits beside a quantized decoder"
         return None, "as --dtype"
 
     def _refuse_types(self) -> None:
-        """One error for all linears whose type no ONNX type holds."""
+        """Raise one UserError for all linears with a type that no ONNX type holds."""
         lost: Counter[str] = Counter()
         first: dict[str, str] = {}
         for linear in sorted(self.linears):
@@ -85,12 +85,12 @@ class Weights:
                 lost[qtype.name] += 1
                 first.setdefault(qtype.name, linear)
         if lost:
-            what = ", ".join(f"{n} linears on {name} (first {first[name]})" for name, n in sorted(lost.items()))
+            what = ", ".join(f"{n} linears in {name} (first {first[name]})" for name, n in sorted(lost.items()))
             bits = {name: 8 if name.startswith(("q5", "q6")) else 4 for name in lost}
             most = max(bits.values())
             nearest = " and ".join(sorted({"q4_0" if b == 4 else "q8_0" for b in bits.values()}))
             raise UserError(
-                f"ONNX Runtime has no weight type that holds {what} exactly; the nearest that it has: {nearest}",
+                f"ONNX Runtime has no weight type that holds {what} exactly; its nearest types: {nearest}",
                 f"quantize the float model again with `llmc quantize MODEL --bits {most} --group-size 32`")
 
     @property
@@ -102,31 +102,31 @@ class Weights:
                    else self.ckpt.shape(f"{module}.weight")[1])
 
     def form(self, module: str) -> Form:
-        """How the matrix of a module is stored."""
+        """The form in which the matrix of a module is stored."""
         if module in self.linears:
             qtype = layout.held_as(quantized.type_of(self.ckpt, module))
             assert qtype is not None
             return qtype
-        is_table = module in (self.embedding, self.head)
-        bits = self.table_bits if is_table else 8 if self.dtype == "int8" else None
+        is_end = module in (self.embedding, self.head)
+        bits = self.end_bits if is_end else 8 if self.dtype == "int8" else None
         if bits in (4, 8):
             columns = self.columns(module)
             if columns % layout.BLOCK:
-                raise UserError(f"{module} has rows of {columns}, which blocks of {layout.BLOCK} do not divide",
-                                "--head-bits 16 keeps it in float16" if is_table else "use --dtype fp16")
+                raise UserError(f"{module} has rows of {columns} weights, which blocks of {layout.BLOCK} do not divide",
+                                "--head-bits 16 keeps it in float16" if is_end else "use --dtype fp16")
             return IntegerType(bits, layout.BLOCK)
-        if self.dtype == W8A8 and not is_table:
+        if self.dtype == W8A8 and not is_end:
             return W8A8
         return "fp16" if bits == 16 or self.dtype != "fp32" else "fp32"
 
     def form_of(self, pieces: list[Piece]) -> Form:
-        """The one form of matrices that are joined in a node."""
+        """The form of all pieces of a node."""
         forms = {self.form(p.module) for p in pieces}
         assert len(forms) == 1, "the graph joins only matrices of one form"
         return forms.pop()
 
     def _read(self, module: str) -> torch.Tensor | QuantizedTensor:
-        """All of a matrix: codes where its form is a type, else float32 or float16 [N, K]."""
+        """A whole matrix [N, K]: codes if its form is a quantization type or W8A8, else float32 or float16."""
         form = self.form(module)
         if module in self.linears:
             q = layout.exact(quantized.read(self.ckpt, module))
@@ -139,16 +139,16 @@ class Weights:
             return _finite(module, w8a8.round_rows(w))
         stored = w.to(torch.float32 if form == "fp32" else torch.float16)
         if not bool(torch.isfinite(stored).all()):
-            raise UserError(f"{module} holds values beyond float16's {torch.finfo(torch.float16).max:g}",
+            raise UserError(f"{module} holds values beyond float16's maximum, {torch.finfo(torch.float16).max:g}",
                             "use --dtype fp32 or int8")
         return stored
 
     def values(self, pieces: list[Piece]) -> torch.Tensor:
-        """Joined rows of float matrices, [N, K]."""
+        """The rows of float pieces, joined, [N, K]."""
         return torch.cat([self.read(p.module)[p.start : p.stop] for p in pieces])  # type: ignore[index]
 
     def codes(self, pieces: list[Piece]) -> QuantizedTensor:
-        """Joined rows of matrices on one type."""
+        """The rows of quantized pieces of one type, joined, [N, K]."""
         whole: list[Any] = [self.read(p.module) for p in pieces]
         parts: list[Any] = [quantized.rows_of(q, slice(p.start, p.stop)) for q, p in zip(whole, pieces, strict=True)]
         zeros = None if parts[0].zeros is None else torch.cat([q.zeros for q in parts])
@@ -156,25 +156,25 @@ class Weights:
                                zeros)
 
     def source(self, module: str) -> QuantizedTensor:
-        """The codes that the file must hold for a matrix, made anew from the checkpoint."""
+        """The codes that the file must hold for a matrix, read or rounded again from the checkpoint."""
         q = self._read(module)
         assert isinstance(q, QuantizedTensor)
         return q
 
     def as_stored(self, module: str) -> torch.Tensor:
-        """float32 [N, K]: what the file says the matrix is."""
+        """The values of a matrix in the file, float32 [N, K]."""
         w = self.read(module)
         return w.dequantize() if isinstance(w, QuantizedTensor) else w.to(torch.float32)
 
 
 def _smoothed(ckpt: Checkpoint) -> bool:
-    """Whether SmoothQuant's migration is one of the passes that made a folder."""
+    """True if SmoothQuant is one of the passes that made the folder."""
     passes = (read_manifest(ckpt.folder) or {}).get("passes", [])
     return any(p.get("config", {}).get("scaling") == "smoothquant" for p in passes)
 
 
 def _finite(module: str, q: QuantizedTensor) -> QuantizedTensor:
     if not bool(torch.isfinite(q.scales).all()):
-        raise UserError(f"{module} has weights that are not finite or too large for a scale",
+        raise UserError(f"{module} has weights that are not finite, or too large for the scale's type",
                         "use --dtype fp32, or --head-bits 16")
     return q

@@ -1,4 +1,4 @@
-"""model.onnx and its data file: one tensor in memory at a time."""
+"""The writer of model.onnx and its data file. It holds one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from llmc.console import progress
-from llmc.export.onnx.emit import Entry
+from llmc.export.onnx.emit import OnnxTensor
 from llmc.formats.onnx_folder import MODEL
 
 DATA = "model.onnx.data"
@@ -18,9 +18,9 @@ ALIGN = 4096  # a page, so that a tensor can be mapped; smaller ones need less
 SMALL = 1 << 16
 
 
-def write(model: ir.Model, entries: dict[str, Entry], folder: Path) -> dict[str, np.ndarray]:
-    """Write both files. The builder's own tensors (norms, biases, rotary tables) are written as they are; returned by name,
-    so that what is read back can be held against them."""
+def write(model: ir.Model, entries: dict[str, OnnxTensor], folder: Path) -> dict[str, np.ndarray]:
+    """Write both files. Returns the builder's own tensors (norms, biases, rotary tables) by name, so that the written ones
+    can be compared with them."""
     values: dict[str, Any] = dict(model.graph.initializers)
     own = {name: value.const_value.numpy() for name, value in values.items() if name not in entries}
     places: dict[str, tuple[int, int]] = {}
@@ -41,7 +41,7 @@ def write(model: ir.Model, entries: dict[str, Entry], folder: Path) -> dict[str,
 
 
 def _append(f: BinaryIO, data: np.ndarray) -> tuple[int, int]:
-    """Offset and length of an array's bytes at the end of the file."""
+    """Append an array's bytes to the file; return their offset and length."""
     align = ALIGN if data.nbytes >= SMALL else 64
     f.write(b"\0" * (-f.tell() % align))
     at = f.tell()

@@ -1,6 +1,7 @@
-"""Model families: a row for each (`table.py`), what a row says (`row.py`), and what names alone tell (`names.py`).
+"""Model families: one row for each (`table.py`), the fields of a row (`row.py`), and facts from tensor names (`names.py`).
 
-Commands find their row here, by whichever key they have, and keep the algorithms to themselves. Nothing heavy is imported.
+Commands find their row here, by model_type, architecture or GGUF name. The algorithms stay in the commands. This imports no
+large package.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ def by_architecture(name: str) -> Family | None:
 
 
 def by_gguf(name: str) -> Family | None:
-    """The row for `general.architecture` of a GGUF file: the first of those that are written so (Llama, for Mistral too)."""
+    """The first row with this `general.architecture` of a GGUF file ('llama' gives Llama, although Mistral has it too)."""
     return next((f for f in FAMILIES.values() if f.gguf.name == name), None)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """'; nearest to it: …', the most alike of the known names, for an error that names an unknown one; empty where none is
-    alike. What all class names end in does not count."""
+    """The most similar known names, as the end of an error message: '; nearest to it: A, B'; '' if none is similar.
+
+    The common endings of class names do not count."""
     stems = {_stem(k): k for k in known}
     found = get_close_matches(_stem(name), stems, n=3)
     return f"; nearest to it: {', '.join(stems[s] for s in found)}" if found else ""

@@ -1,13 +1,13 @@
-"""What a tensor is for, told from its name alone: of any model, with a row in the table or without, in a checkpoint or GGUF.
+"""The role and class of a tensor, found from its name, in a checkpoint or GGUF file of any model, even without a table row.
 
-The roles of linears have llama.cpp's words; tests/test_families.py holds them against the rows and the gguf package.
+The roles of linears are llama.cpp's names. tests/test_families.py compares them with the rows and the gguf package.
 """
 
 from __future__ import annotations
 
 import re
 
-# role: how the linear's name ends in transformers; the first match wins
+# role: the end of the linear's name in transformers; the first match counts
 ROLES = {
     "attn_qkv": r"qkv_proj|c_attn|query_key_value|Wqkv",
     "attn_v": r"v_proj", "attn_k": r"k_proj", "attn_q": r"q_proj",
@@ -19,7 +19,7 @@ ROLES = {
 _GGUF_MATRIX = re.compile(rf"blk\.\d+\.({'|'.join(ROLES)})(_exps)?\.weight")
 
 CLASSES = ("embedding", "head", "attention", "mlp", "other")
-# The first match wins; `other` is what is left: norms and what no rule knows. Hugging Face names, then GGUF names.
+# The first match counts. `other` is for norms and for names without a rule. Hugging Face names come before GGUF names.
 _RULES = (
     ("other", r"norm|\bln_|rope_freqs|rotary"),
     ("embedding", r"\bembed_tokens\b|\bembed_positions\b|\bembed_in\b|\bwte\b|\bwpe\b|token_embd|position_embd"),
@@ -30,15 +30,15 @@ _RULES = (
 
 
 def role_of(linear: str) -> str:
-    """One of ROLES for a linear by its name in transformers; 'other' where the name is not known."""
+    """The role of a linear, one of ROLES, from its name in transformers; 'other' if the name is not known."""
     return next((role for role, ends in ROLES.items() if re.search(rf"(?:^|[._])(?:{ends})$", linear)), "other")
 
 
 def classify(name: str) -> str:
-    """One of CLASSES for a tensor by its name, in Hugging Face's or llama.cpp's spelling."""
+    """The class of a tensor, one of CLASSES, from its Hugging Face or llama.cpp name."""
     return next((kind for kind, pattern in _RULES if re.search(pattern, name)), "other")
 
 
 def is_layer_matrix(name: str) -> bool:
-    """Whether a tensor of a GGUF file, by its name, is a matrix of a decoder layer that has a role, experts included."""
+    """True if the name is that of a GGUF tensor with a role in a decoder layer, experts included."""
     return _GGUF_MATRIX.fullmatch(name) is not None

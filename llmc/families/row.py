@@ -1,4 +1,4 @@
-"""What a row of the table says: what llmc must know of a family beyond what config.json and the modules tell."""
+"""The fields of a row of the table: the facts about a family that config.json and the modules do not contain."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ _MLP_INPUTS = ("ffn_gate", "ffn_up")
 
 @dataclass(frozen=True)
 class Gguf:
-    """What llama.cpp's code for the architecture expects and computes (src/models/*.cpp and conversion/*.py of llama.cpp).
+    """llama.cpp's implementation of the architecture (src/models/*.cpp and conversion/*.py of llama.cpp): "it" below.
 
-    name: llama.cpp's, empty where llmc cannot write the family.  activations: values of hidden_act that it computes.
-    interleaved: it rotates neighbouring rows of Q and K, where transformers rotates row i with i + head_dim / 2.
-    own_head: the head may be another matrix than the embedding.
-    rope: kinds of rotary scaling that it has a place for.  partial_rotary: it can rotate a part of each head.
-    window: 'ignored': it has no sliding windows; 'key': it has none either, but assumes one where the file says nothing;
+    name: llama.cpp's name, empty if llmc cannot write the family. activations: the values of hidden_act that it computes.
+    interleaved: it rotates neighbouring rows of Q and K; transformers rotates row i with row i + head_dim / 2.
+    own_head: the head may differ from the embedding.
+    rope: the types of rotary scaling that it supports. partial_rotary: it can rotate a part of each head.
+    window: 'ignored': it has no sliding windows; 'key': it has none, but assumes one if the file lacks the key;
     'layers': some layers have one.
-    assumed: values of config.json that it takes for granted; a key that config.json lacks has them.
-    softcaps: caps of logits that it reads, and whether it needs them.
-    wide_scale_layers: a model of so many layers has attention scaled by hidden_size / heads, any other by head_dim.
-    seventy_from: it counts 80 layers as "70B", and mixes types otherwise, from so many query heads for each head of keys on;
-    0: never.
+    assumed: values of config.json that it assumes; a key that config.json lacks has the assumed value.
+    softcaps: the soft caps of logits that it reads, and whether it requires them.
+    wide_scale_layers: a model with this number of layers scales attention by hidden_size / heads, all others by head_dim.
+    seventy_from: with at least this number of query heads for each key head, llama-quantize treats 80 layers as "70B" and
+    uses another mix of types; 0: never.
     """
 
     name: str = ""
@@ -44,8 +44,8 @@ class Gguf:
 
 @dataclass(frozen=True)
 class Onnx:
-    """builder: class of onnxruntime-genai's model builder, empty where llmc has no graph.  genai_type: what the class must be
-    told to call the model, where it does not find that out."""
+    """builder: the class of onnxruntime-genai's model builder, empty if llmc cannot write the family as ONNX.
+    genai_type: the model type in genai_config.json, if the class does not set the right one."""
 
     builder: str = ""
     genai_type: str = ""
@@ -53,19 +53,19 @@ class Onnx:
 
 @dataclass(frozen=True)
 class Family:
-    """One family. Names of modules are those in a decoder layer, where nothing else is said.
+    """One family. Module names are names in a decoder layer, except final_norm.
 
-    model_type: of config.json (of its text part).  architecture: the class in transformers.
-    linears: the linear of each role (`names.ROLES`).  Fused: `attn_qkv` alone; `ffn_up` alone with the gate's rows first.
-    attention_norm, mlp_norm: read by the first linears of attention and MLP, and by nothing else.
-    post_norms: norms of what attention and MLP add to the stream.  head_norms: of single query and key heads.
-    final_norm: before the head, by its name in the base model.
-    offset: what norms add to their weight before they multiply by it.  centred: they subtract the mean (LayerNorm).
-    gated: the MLP has a gate, and only the gate passes the activation.
-    qkv_by_head: `attn_qkv` has q, k, v of head 0, then of head 1, …; else all of q, all of k, all of v.
-    grouped: query heads may share a value head, num_key_value_heads of them.  rotary: positions are rotations.
-    transposed: float weights of linears are stored [in, out] (Conv1D).
-    scaled_embedding: the embedding is multiplied by the root of the number of channels.
+    model_type: of config.json (of its text part). architecture: the class in transformers.
+    linears: the linear of each role (`names.ROLES`). Fused: only `attn_qkv`; only `ffn_up`, with the gate's rows first.
+    attention_norm, mlp_norm: only the first linears of attention and MLP read their outputs.
+    post_norms: norms of the outputs of attention and MLP. head_norms: norms of single query and key heads.
+    final_norm: the norm before the head; its name in the base model.
+    offset: the number that norms add to their weight. centred: norms subtract the mean (LayerNorm).
+    gated: the MLP has a gate, and the activation is applied to the gate only.
+    qkv_by_head: `attn_qkv` has q, k, v of head 0, then of head 1, and so on; else all of q, all of k, all of v.
+    grouped: query heads share num_key_value_heads key and value heads. rotary: positions are rotary embeddings.
+    transposed: float weights of linears are stored as [in, out] (Conv1D).
+    scaled_embedding: the embedding is multiplied by the square root of the number of channels.
     """
 
     model_type: str
@@ -88,18 +88,18 @@ class Family:
     onnx: Onnx = Onnx()
 
     def role_of(self, module: str) -> str | None:
-        """The role of a module by its full name; None where it is no linear of a layer."""
+        """The role of a module, from its full name; None if it is not a linear of a layer."""
         return next((role for role, linear in self.linears.items() if module.endswith(f".{linear}")), None)
 
     @property
     def norms(self) -> dict[str, tuple[str, ...]]:
-        """Each norm with the linears that are all that reads it."""
+        """{norm: the linears that read its output}. Nothing else reads it."""
         return {norm: tuple(self.linears[role] for role in roles if role in self.linears)
                 for norm, roles in ((self.attention_norm, _ATTENTION_INPUTS), (self.mlp_norm, _MLP_INPUTS))}
 
     @property
     def value(self) -> str:
-        """The linear that makes the values."""
+        """The linear that computes the values."""
         return self.linears.get("attn_v") or self.linears["attn_qkv"]
 
     @property
@@ -116,22 +116,22 @@ class Family:
 
     @property
     def unrotatable(self) -> str:
-        """Why the residual stream cannot be rotated, empty where it can."""
+        """The reason why the residual stream cannot be rotated; '' if it can."""
         if self.centred:
             return "its LayerNorm subtracts the mean, which a rotation does not keep"
         if self.post_norms:
-            return "its norms after attention and MLP scale channels of what is added to the stream"
+            return "its norms after attention and MLP scale single channels of their outputs"
         return ""
 
     @property
     def unnarrowable(self) -> str:
-        """Why layers cannot be made narrower, empty where they can."""
+        """The reason why layers cannot be made narrower; '' if they can."""
         if self.centred:
             return "its LayerNorm subtracts the mean of all channels"
         return "" if self.gated else "its MLP has no gate"
 
 
 def activation_of(config: Any) -> str:
-    """The MLP's activation by its name in a transformers config."""
+    """The name of the MLP's activation in a transformers config."""
     found = getattr(config, "hidden_activation", None) or getattr(config, "activation_function", None) or config.hidden_act
     return str(found)

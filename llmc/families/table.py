@@ -1,7 +1,7 @@
-"""The table: one row for each model family. A new one is most often a base row with what differs.
+"""The table: one row for each model family. A new row is usually a base row with some changes.
 
-That a row is right is shown by the tests that run every family of tests/tiny.py against torch: what a command must not do
-with a family stays empty in its row (`gguf`, `onnx`), or is said by what the row has (`unrotatable`, `unnarrowable`).
+Tests run every family of tests/tiny.py against torch and so verify its row. If a command does not support a family, the field
+of the row is empty (`gguf`, `onnx`), or a property gives the reason (`unrotatable`, `unnarrowable`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PHI3 = replace(
     LLAMA, model_type="phi3", architecture="Phi3ForCausalLM",
     linears={"attn_qkv": "self_attn.qkv_proj", "attn_output": "self_attn.o_proj", "ffn_up": "mlp.gate_up_proj",
              "ffn_down": "mlp.down_proj"},
-    # without the key older versions of llama.cpp assume Phi-3-mini's window
+    # without the key, older versions of llama.cpp assume Phi-3-mini's window
     gguf=Gguf("phi3", window="key", rope=("linear", "yarn", "longrope"), partial_rotary=True),
     onnx=Onnx("Phi3MiniModel"))
 GPT2 = Family(

@@ -1,1 +1,1 @@
-"""What lies on a disk: model folders, GGUF files, ONNX folders, types and their packing, manifests."""
+"""What lies on a disk: formats of models, read and written."""

@@ -14,6 +14,7 @@ from llmc.errors import UserError
 from llmc.files import read_json
 from llmc.formats import quantized
 from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.names import Names, missing
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -93,9 +94,8 @@ def load_torch_model(folder: Path, device: str = "cpu", dtype: torch.dtype = tor
     except (ValueError, KeyError, OSError) as e:
         raise UserError(f"transformers cannot load {folder}: {str(e).splitlines()[0]}",
                         "llmc runs causal language models whose code is part of transformers") from e
-    if missing := sorted(info["missing_keys"]):
-        raise UserError(f"{folder} lacks {len(missing)} tensors of its architecture, first {missing[0]}",
-                        "download or make it again")
+    if lacking := sorted(info["missing_keys"]):
+        raise missing(folder, *lacking)
     return model.eval().to(device)
 
 
@@ -106,14 +106,14 @@ def _dequantized(ckpt: Checkpoint, skeleton: nn.Module, dtype: torch.dtype) -> d
     """
     from transformers.pytorch_utils import Conv1D
 
-    modules = dict(skeleton.named_modules())
-    prefix = getattr(skeleton, "base_model_prefix", "") + "."
     linears = quantized.linears(ckpt)
+    names = Names.of(ckpt, skeleton)
     packed = {name for linear in linears for name in quantized.parts(linear)}
     weights = {name: ckpt.tensor(name).to(dtype) for name in ckpt.names() if name not in packed}
     for linear in linears:
         w = quantized.read(ckpt, linear).dequantize()
-        module = modules.get(linear) or modules.get(prefix + linear)
+        path = names.find_own(linear)
+        module = skeleton.get_submodule(path) if path else None
         if isinstance(module, Conv1D):
             w = w.t().contiguous()
         expected = getattr(module, "weight", w)  # transformers may stack or rename what it loads

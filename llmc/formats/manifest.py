@@ -65,6 +65,11 @@ def read_manifest(artifact: Path) -> dict[str, Any] | None:
     return manifest
 
 
+def passes_of(artifact: Path) -> list[dict[str, Any]]:
+    """What llmc did to make an artifact, oldest first; nothing where llmc did not make it."""
+    return list((read_manifest(artifact) or {}).get("passes", []))
+
+
 def new_manifest(kind: str, source: dict[str, Any], passes: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
     """A manifest without its output hashes.
 

@@ -1,7 +1,7 @@
-"""What an .onnx file holds that a class of devices will not like, each with the place where that was seen.
+"""Rules that find what is slow, wrong or unsupported on some devices in an .onnx file. Each rule cites its source.
 
-It reads any decoder's model.onnx, whoever made it, and nothing of its weights. A finding is a note and not an error: the file
-is right where it is meant to run.
+It reads any decoder's model.onnx, from any exporter, without its weights. A finding is a note and not an error: the file is
+correct on the devices that it is made for.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ DIRECTML_OWN = {  # contrib operators with a kernel in DirectML (docs/OperatorKe
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing, once for a file. device: who minds; count: nodes or tensors; first: the name of one."""
+    """A rule that a file breaks.
+
+    device: the devices, or the execution provider, that it affects. count: number of nodes or tensors. first: one's name."""
 
     rule: str
     device: str
@@ -35,7 +37,7 @@ class Finding:
 
 
 def lint(path: Path) -> list[Finding]:
-    """path: of model.onnx."""
+    """The findings in the model.onnx at `path`."""
     model = read_graph(path)
     found: list[Finding] = []
     for rule, device, what, names in _rules():
@@ -46,7 +48,7 @@ def lint(path: Path) -> list[Finding]:
 
 
 def as_notes(findings: list[Finding]) -> list[str]:
-    """A line each, for people."""
+    """The findings as text, one line each."""
     return [f"{f.device}: {f.what} ({f.count}, first {f.first})" for f in findings]
 
 
@@ -54,39 +56,39 @@ Names = Callable[[Any], Iterator[str]]
 
 
 def _rules() -> Iterator[tuple[str, str, str, Names]]:
-    """(rule, who minds, what there is, the names of what there is)."""
+    """Yield (rule, device, description, function that yields the names of nodes or tensors that break the rule)."""
     nbits = "MatMulNBits"
-    yield ("block-size", "ARM", "KleidiAI's int4 kernels and tract want blocks of 32 (onnxruntime#27751)",
+    yield ("block-size", "ARM", "KleidiAI's int4 kernels and tract need blocks of 32 (onnxruntime#27751)",
            lambda m: (name for name, a in _matrices(m) if a["block_size"] != 32))
     yield ("large-blocks", "all", "blocks of 256 and more are slow or wrong in some versions (onnxruntime#23004, #28551)",
            lambda m: (name for name, a in _matrices(m) if a["block_size"] >= 256))
-    yield ("ragged-rows", "ARM", "KleidiAI wants rows of whole blocks (onnxruntime#27751)",
+    yield ("ragged-rows", "ARM", "KleidiAI needs rows of whole blocks (onnxruntime#27751)",
            lambda m: (name for name, a in _matrices(m) if a["K"] % max(1, a["block_size"])))
-    yield ("asymmetric", "ARM", "KleidiAI took zero points only from March 2026 on, and tract takes none (onnxruntime#27751)",
+    yield ("asymmetric", "ARM", "KleidiAI supports zero points only since March 2026, tract does not (onnxruntime#27751)",
            lambda m: (n.name for n in _nodes(m, nbits) if _input(n, 3)))
-    yield ("g-idx", "GPU", "g_idx is skipped by WebGPU's kernels and to be dropped (onnxruntime#24509)",
+    yield ("g-idx", "GPU", "WebGPU's kernels ignore g_idx, and it will be removed (onnxruntime#24509)",
            lambda m: (n.name for n in _nodes(m, nbits) if _input(n, 4)))
     yield ("few-bits", "all", "2 bits with float zero points are about 20 times slower (onnxruntime#28552)",
            lambda m: (name for name, a in _matrices(m) if a["bits"] < 4))
     yield ("unpacked-8-bit", "CPU", "8-bit matrices have a kernel at accuracy_level 4 only (MatMulNBits' ComputeBUnpacked): "
-           "below it each is unpacked to float32 for every token, and decoding is many times slower; "
+           "at lower levels they are unpacked to float32 for every token, and decoding is many times slower; "
            "--head-accuracy-level 4, or --head-bits 16 or 4, avoids it for the head",
            lambda m: (name for name, a in _matrices(m) if a["bits"] == 8 and a[LEVEL] != 4))
     yield ("level-4", "all", "int8 activations (accuracy_level 4) change the top token of some models (onnxruntime#29849)",
            lambda m: (name for name, a in _matrices(m) if a[LEVEL] == 4))
-    yield ("saturation", "CPU", "x86 without VNNI adds pairs of uint8 times int8 in 16 bits, which saturate: "
-           "wrong without a message (onnxruntime#6004)", lambda m: (n.name for n in _signed_products(m)))
-    yield ("contrib-qnn", "NPU", "QNN and other NPUs take standard operators only (Olive#1403)",
+    yield ("saturation", "CPU", "x86 without VNNI adds pairs of uint8 times int8 products in 16 bits, which saturate: "
+           "results are wrong without a message (onnxruntime#6004)", lambda m: (n.name for n in _signed_products(m)))
+    yield ("contrib-qnn", "NPU", "QNN and other NPUs support standard operators only (Olive#1403)",
            lambda m: (f"{n.domain}.{n.op_type}" for n in m.graph.node if n.domain not in STANDARD))
-    yield ("contrib-directml", "DirectML", "operators that it has no kernel for run on the CPU",
+    yield ("contrib-directml", "DirectML", "operators without a DirectML kernel run on the CPU",
            lambda m: (n.op_type for n in m.graph.node if n.domain not in STANDARD and n.op_type not in DIRECTML_OWN))
     yield ("fp16-compute", "CPU", "float16 inputs are computed in float32 between casts, or not at all",
            lambda m: (i.name for i in m.graph.input if i.type.tensor_type.elem_type == FLOAT16))
-    yield ("fp16-weights", "CPU", "float16 weights are widened when the file is loaded: half the file, but all the memory",
+    yield ("fp16-weights", "CPU", "float16 weights become float32 when the file is loaded: they save disk but no memory",
            lambda m: _cast_weights(m))
     yield ("dequantized-at-load", "all", "DequantizeLinear is fused with MatMul when the file is loaded, which takes time "
            "and memory (onnxruntime#21362)", lambda m: (n.name for n in _nodes(m, "DequantizeLinear")))
-    yield ("absolute-data", "all", "external data lies at a path that only this machine has",
+    yield ("absolute-data", "all", "external data lies outside of the model's folder",
            lambda m: (t.name for t in m.graph.initializer if leaves(external(t).get("location", ""))))
     yield ("one-protobuf", "all", "weights of 2 GB and more must lie outside of the .onnx file (onnxruntime#4707)",
            lambda m: ("weights" for _ in range(sum(t.ByteSize() for t in m.graph.initializer) >= 2**31 - 1)))

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmc.formats.checkpoint import INDEX, SINGLE, read_header
+from llmc.formats.checkpoint import INDEX, SINGLE, Checkpoint, read_header
 
 MAX_SHARD = 4_000_000_000
 COPY = 1 << 22
@@ -29,6 +29,18 @@ class Piece:
     offset: int
     nbytes: int
 
+    def blocks(self) -> Iterator[bytes]:
+        """Its bytes, COPY at a time."""
+        with self.file.open("rb") as f:
+            f.seek(self.offset)
+            left = self.nbytes
+            while left:
+                block = f.read(min(COPY, left))
+                if not block:
+                    raise EOFError(f"{self.file} ends inside {self.name}")
+                yield block
+                left -= len(block)
+
 
 def pieces_of(file: Path, names: Iterable[str] | None = None) -> list[Piece]:
     """The tensors of a safetensors file (all, or those named), in the order of their bytes."""
@@ -42,6 +54,11 @@ def pieces_of(file: Path, names: Iterable[str] | None = None) -> list[Piece]:
             first, last = t["data_offsets"]
             found.append(Piece(name, t["dtype"], t["shape"], file, start + first, last - first))
     return sorted(found, key=lambda p: p.offset)
+
+
+def rest_of(checkpoint: Checkpoint, replaced: Container[str]) -> list[Piece]:
+    """The tensors of a checkpoint but those replaced, as they are."""
+    return [p for file in checkpoint.files for p in pieces_of(file) if p.name not in replaced]
 
 
 def write_checkpoint(folder: Path, pieces: list[Piece], max_shard: int = MAX_SHARD) -> None:
@@ -79,13 +96,7 @@ def _write(path: Path, pieces: list[Piece]) -> None:
     with path.open("wb") as out:
         out.write(struct.pack("<Q", len(raw)) + raw)
         for p in pieces:
-            with p.file.open("rb") as source:
-                source.seek(p.offset)
-                left = p.nbytes
-                while left:
-                    block = source.read(min(COPY, left))
-                    out.write(block)
-                    left -= len(block)
+            out.writelines(p.blocks())
 
 
 def _width(dtype: str) -> int:

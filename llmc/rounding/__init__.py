@@ -1,1 +1,1 @@
-"""Rounding a matrix to a type: the search for scales, and rounding to nearest. Tensors in, tensors out."""
+"""Rounding of a matrix to a quantization type: the search for scales, and round-to-nearest. Functions of tensors only."""

@@ -1,12 +1,14 @@
-"""The factors of GGUF's block types, always already in the precision they are stored in.
+"""The factors of GGUF's block types, always in the precision in which they are stored.
 
 A weight is  s * level + a  with s and a of its group of 16 or 32 columns. In blocks of 32, s and a are fp16. In blocks of 256
-they are products of a small integer of the group and an fp16 factor of the block: s = d * scale, a = -dmin * minimum. So the
-search goes in three steps: the best real s and a for each group; the d and dmin of each block whose multiples come nearest,
-judged by the error of the weights rounded anew; each group's integers, one step up or down. All of it under the metric of
-scales.py, where every other group compensates.
+each is the product of a small integer of the group and an fp16 factor of the block: s = d * scale, a = -dmin * minimum. So
+the search has three steps:
 
-All matrices are [in, out] as in gptq.py.
+1. Find the best real s and a for each group.
+2. Find the d and dmin of each block with the smallest error, with the weights rounded again for each candidate.
+3. Move each group's integers by one step up or down.
+
+The error is that of the metric in scales.py, where all other groups compensate. All matrices are [in, out], as in gptq.py.
 """
 
 from __future__ import annotations
@@ -20,15 +22,15 @@ from llmc.formats.types import BlockTensor, BlockType
 from llmc.rounding.levels import levels_of
 from llmc.rounding.scales import ROWS, Columns, column_groups, least_squares, metric, stored
 
-SHRINKS = 14  # candidates: the full range times SMALLEST … 1.1
+SHRINKS = 14  # number of candidates: the full range times SMALLEST to 1.1
 SMALLEST = {2: 0.5, 3: 0.55, 4: 0.7, 5: 0.8, 6: 0.88, 8: 0.96}  # by bits: fewer levels clip more
 POLISH = 2  # least-squares steps from the best candidate
-BLOCK_STEPS = (0.90, 0.94, 0.97, 1.03, 1.06)  # of d and dmin, beside 1: what puts the largest group at its last integer
+BLOCK_STEPS = (0.90, 0.94, 0.97, 1.03, 1.06)  # candidates of d and dmin, relative to the one that uses the full range
 
 
 @dataclass
 class BlockFactors:
-    """d, m: float32 [blocks, out], values of fp16; scales, mins: float32 [groups, out], integers. None: see BlockTensor."""
+    """d, m: float32 [blocks, out], fp16 values. scales, mins: float32 [groups, out], integers. None: see BlockTensor."""
 
     type: BlockType
     d: torch.Tensor
@@ -37,11 +39,11 @@ class BlockFactors:
     mins: torch.Tensor | None
 
     def group_scales(self) -> torch.Tensor:
-        """[groups, out]: what a level is multiplied with."""
+        """The factors of the levels, [groups, out]."""
         return self.d if self.scales is None else self._wide(self.d) * self.scales
 
     def group_lows(self) -> torch.Tensor:
-        """[groups, out]: what is added."""
+        """The numbers that are added after scaling, [groups, out]."""
         if self.m is None:
             return torch.zeros_like(self.group_scales())
         return self.m if self.mins is None else -(self._wide(self.m) * self.mins)
@@ -63,32 +65,33 @@ class BlockFactors:
         return (grouped * self.group_scales()[:, None] + self.group_lows()[:, None]).view(codes.shape)
 
     def refit(self, hessian: torch.Tensor, codes: torch.Tensor, gradient: torch.Tensor) -> BlockFactors:
-        """d (and m) of every block by least squares, the integers fixed."""
+        """Fit d and m of every block by least squares, with fixed integers."""
         steps = least_squares(hessian, self._units(codes), gradient, self.type.block)
         m = None if self.m is None else stored(self.m + steps[1])
         return replace(self, d=stored(self.d + steps[0]), m=m)
 
     def where(self, rows: torch.Tensor, other: BlockFactors) -> BlockFactors:
-        def pick(theirs: torch.Tensor | None, ours: torch.Tensor | None) -> torch.Tensor | None:
-            return ours if theirs is None or ours is None else torch.where(rows, theirs, ours)
+        def pick(new: torch.Tensor | None, old: torch.Tensor | None) -> torch.Tensor | None:
+            return old if new is None or old is None else torch.where(rows, new, old)
 
         return BlockFactors(self.type, torch.where(rows, other.d, self.d), pick(other.m, self.m),
                             pick(other.scales, self.scales), pick(other.mins, self.mins))
 
     def descend(self, hessian: torch.Tensor, codes: torch.Tensor, values: torch.Tensor,
                 gradient: torch.Tensor) -> BlockFactors:
-        """Coordinate descent on the integers of the groups: an integer's best step is -(u g) / (u H_gg u), rounded, where
-        one step of it adds u to the group's weights."""
+        """Coordinate descent on the integers of the groups.
+
+        If one step of an integer adds u to the group's weights, its best change is -(u g) / (u H_gg u), rounded."""
         if self.scales is None or self.type.scale_range is None:
             return self
         size, levels = self.type.group, self._levels(codes)[codes.long()]
-        kinds = [(self.scales.clone(), self._wide(self.d), self.type.scale_range, levels)]
+        parts = [(self.scales.clone(), self._wide(self.d), self.type.scale_range, levels)]
         if self.mins is not None and self.m is not None and self.type.min_range is not None:
-            kinds.append((self.mins.clone(), -self._wide(self.m), self.type.min_range, torch.ones_like(levels)))
+            parts.append((self.mins.clone(), -self._wide(self.m), self.type.min_range, torch.ones_like(levels)))
         for group in range(self.scales.shape[0]):
             columns = slice(group * size, (group + 1) * size)
             moved = torch.zeros_like(values[columns])
-            for integers, factor, (low, high), unit in kinds:
+            for integers, factor, (low, high), unit in parts:
                 u = unit[columns] * factor[group]
                 inside = hessian[columns, columns]
                 slope = (u * (gradient[columns] + inside @ moved)).sum(0)
@@ -98,7 +101,7 @@ class BlockFactors:
                 integers[group] = best
             values[columns] += moved
             gradient.addmm_(hessian[:, columns], moved)
-        return replace(self, scales=kinds[0][0], mins=kinds[1][0] if len(kinds) > 1 else self.mins)
+        return replace(self, scales=parts[0][0], mins=parts[1][0] if len(parts) > 1 else self.mins)
 
     def tensor(self, codes: torch.Tensor) -> BlockTensor:
         def half(x: torch.Tensor | None) -> torch.Tensor | None:
@@ -113,7 +116,7 @@ class BlockFactors:
                            integers(self.mins))
 
     def _units(self, codes: torch.Tensor) -> list[torch.Tensor]:
-        """What one step of d, and of m, adds to the weights: [in, out] each."""
+        """The change of the weights for one step of d, and of m if there is one: [in, out] each."""
         grouped = self._levels(codes)[codes.long()].view(-1, self.type.group, codes.shape[1])
         units = [grouped if self.scales is None else grouped * self.scales[:, None]]
         if self.m is not None:
@@ -130,7 +133,9 @@ class BlockFactors:
 
 def codes_of(w: torch.Tensor, scale: torch.Tensor, low: torch.Tensor, qtype: BlockType,
              rounded: bool = True) -> torch.Tensor:
-    """Codes (as floats) of the values nearest to w, shapes broadcast; not `rounded`: where on an even type w lies."""
+    """The codes (as floats) of the values nearest to w; shapes broadcast.
+
+    rounded: if False, a uniform type gives the unrounded position of w among its levels."""
     position = torch.where(scale == 0, 0.0, (w - low) / scale)
     if qtype.uniform:
         position -= qtype.levels[0]
@@ -140,7 +145,7 @@ def codes_of(w: torch.Tensor, scale: torch.Tensor, low: torch.Tensor, qtype: Blo
 
 
 def search_blocks(w: torch.Tensor, hessian: torch.Tensor, factor: torch.Tensor | None, qtype: BlockType) -> BlockFactors:
-    """The best factors of every block of w [in, out]; hessian and factor as in scales.search."""
+    """The best factors of every block of w [in, out]. hessian and factor: see scales.search."""
     blocks = metric(w, hessian, factor, qtype.group)
     parts = [_Search(rows.contiguous(), blocks, qtype).run() for rows in w.split(ROWS // 2, dim=1)]
 
@@ -154,7 +159,7 @@ def search_blocks(w: torch.Tensor, hessian: torch.Tensor, factor: torch.Tensor |
 
 
 class _Search:
-    """`search_blocks` for some rows of the weight: w [in, rows], metric [groups, g, g]."""
+    """Runs `search_blocks` for some rows of the weight: w [in, rows], metric [groups, g, g]."""
 
     def __init__(self, w: torch.Tensor, blocks: torch.Tensor, qtype: BlockType) -> None:
         self.w, self.metric, self.type = w.view(blocks.shape[0], qtype.group, -1), blocks, qtype
@@ -168,7 +173,7 @@ class _Search:
         return self._integers(scale, low)
 
     def _cost(self, scale: torch.Tensor, low: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """([groups, rows] error, [groups, g, rows] levels) of the weights rounded under scale and low [groups, rows]."""
+        """Round the weights with scale and low [groups, rows]; return the error [groups, rows], levels [groups, g, rows]."""
         levels = self.levels[codes_of(self.w, scale[:, None], low[:, None], self.type).long()]
         delta = levels * scale[:, None] + low[:, None] - self.w
         return torch.bmm(self.metric, delta).mul_(delta).sum(1), levels
@@ -199,12 +204,12 @@ class _Search:
             return
         extreme = self.w.gather(1, self.w.abs().argmax(1, keepdim=True))[:, 0]
         ends = (self.levels[0], self.levels[-1]) if bits <= 3 or not self.type.uniform else (self.levels[0],)
-        for end in ends:  # a negative scale turns the type round
+        for end in ends:  # a negative scale mirrors the type
             for shrink in shrinks:
                 yield extreme * (shrink / float(end)), torch.zeros_like(extreme)
 
     def _fit(self, levels: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The real scale and low that are best for fixed levels."""
+        """The best real scale and low for fixed levels."""
         weighted = torch.bmm(self.metric, levels)
         ll, lw = (weighted * levels).sum(1), (weighted * self.w).sum(1)
         if not self.type.has_min:
@@ -217,25 +222,25 @@ class _Search:
         low = torch.where(sound, (ll * w1 - l1 * lw) / det, (w1 - scale * l1) / n)
         if self.type.min_range is None:
             return fitted, low
-        alone = torch.where(ll > 0, lw / ll, scale)  # where the best low would add: none
-        return torch.where(low > 0, alone, fitted).clamp(min=0), low.clamp(max=0)
+        without_low = torch.where(ll > 0, lw / ll, scale)  # if the best low is positive, low is 0
+        return torch.where(low > 0, without_low, fitted).clamp(min=0), low.clamp(max=0)
 
     def _integers(self, scale: torch.Tensor, low: torch.Tensor) -> BlockFactors:
-        """Scale and low of every group as integer multiples of fp16 factors of its block."""
+        """The best factors whose scale and low are integer multiples of fp16 factors of the block."""
         qtype, rows = self.type, scale.shape[1]
         assert qtype.scale_range is not None
         by_block = scale.view(-1, qtype.groups, rows)
-        # signed ranges reach one further below zero: the largest scale goes there
+        # a signed range has one more integer below zero: the largest scale gets that one
         end = qtype.scale_range[0] if qtype.scale_range[0] < 0 else qtype.scale_range[1]
         full = by_block.gather(1, by_block.abs().argmax(1, keepdim=True))[:, 0] / end
         full_low = (-low).view(-1, qtype.groups, rows).amax(1) / qtype.min_range[1] if qtype.min_range else None
         found = self._rounded(stored(full), None if full_low is None else stored(full_low), scale, low)
         error = self._of_blocks(found)
-        for kind in ("d", "m")[: 1 + qtype.has_min]:
+        for part in ("d", "m")[: 1 + qtype.has_min]:
             middle_d, middle_m = found.d, found.m
             for step in BLOCK_STEPS:
-                d = stored(middle_d * step) if kind == "d" else middle_d
-                m = stored(middle_m * step) if kind == "m" and middle_m is not None else middle_m
+                d = stored(middle_d * step) if part == "d" else middle_d
+                m = stored(middle_m * step) if part == "m" and middle_m is not None else middle_m
                 tried = self._rounded(d, m, scale, low)
                 new = self._of_blocks(tried)
                 better = new < error
@@ -244,7 +249,7 @@ class _Search:
         return self._neighbours(found)
 
     def _rounded(self, d: torch.Tensor, m: torch.Tensor | None, scale: torch.Tensor, low: torch.Tensor) -> BlockFactors:
-        """The integers that come nearest to scale and low, given d and m."""
+        """The integers nearest to scale and low for given d and m."""
         def nearest(value: torch.Tensor, factor: torch.Tensor, bounds: tuple[int, int]) -> torch.Tensor:
             wide = factor.repeat_interleave(self.type.groups, 0)
             return torch.where(wide == 0, 0.0, value / wide).round_().clamp_(*bounds)
@@ -257,12 +262,12 @@ class _Search:
         return self._cost(f.group_scales(), f.group_lows())[0]
 
     def _of_blocks(self, f: BlockFactors) -> torch.Tensor:
-        """[blocks, rows]"""
+        """The error of each block, [blocks, rows]."""
         error = self._of_groups(f)
         return error.view(-1, self.type.groups, error.shape[1]).sum(1)
 
     def _pick(self, blocks: torch.Tensor, new: BlockFactors, old: BlockFactors) -> BlockFactors:
-        """The factors of `new` in the blocks that are true [blocks, rows]."""
+        """The factors of `new` where `blocks` [blocks, rows] is true, else those of `old`."""
         groups = blocks.repeat_interleave(self.type.groups, 0)
 
         def choose(where: torch.Tensor, a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
@@ -272,7 +277,7 @@ class _Search:
                             choose(groups, new.scales, old.scales), choose(groups, new.mins, old.mins))
 
     def _neighbours(self, f: BlockFactors) -> BlockFactors:
-        """Each group's integers, moved by at most one where that lowers its error."""
+        """Change each group's integers by at most one, if that lowers the error."""
         assert f.scales is not None
         assert self.type.scale_range is not None
         best_scales, best_mins, error = f.scales, f.mins, self._of_groups(f)

@@ -1,4 +1,4 @@
-"""The nearest of levels that are not evenly spaced, by a look-up instead of a search."""
+"""Rounding to levels that are not evenly spaced, by a look-up instead of a search."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import torch
 
 
 class Levels:
-    """Whole numbers that codes stand for, ascending and not evenly spaced, with the nearest of them by a look-up.
+    """The levels of a type: whole numbers, ascending and not evenly spaced, one for each code.
 
-    The borders between levels are whole or half numbers, so which level is nearest is the same for all x in (k - 1) / 2 <
-    x <= k / 2: a table over k = ceil(2 x) decides exactly. On a border the lower level is taken, as torch.bucketize would.
+    The borders between levels are whole or half numbers. So the nearest level is the same for all x in
+    (k - 1) / 2 < x <= k / 2, and a table indexed by k = ceil(2 x) is exact. On a border it gives the lower level, like
+    torch.bucketize.
     """
 
     def __init__(self, levels: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
@@ -19,11 +20,13 @@ class Levels:
         borders = values[1:] + values[:-1]  # twice the borders
         self.lowest, self.highest = min(0, int(borders[0])), max(0, int(borders[-1]) + 1)
         codes = torch.bucketize(torch.arange(self.lowest, self.highest + 1, dtype=dtype, device=device), borders)
-        codes = codes.roll(self.lowest)  # entry 0 first: those of negative k are counted from the end
+        codes = codes.roll(self.lowest)  # entry 0 comes first; a negative k counts from the end
         self.codes, self.values = codes.to(dtype), values[codes]
 
     def entries(self, doubled: torch.Tensor) -> torch.Tensor:
-        """Where in `codes` and `values` the level nearest to half of `doubled` is, for torch.take; changes `doubled`."""
+        """The indices, in `codes` and `values`, of the levels nearest to `doubled` / 2, for torch.take.
+
+        It changes `doubled` in place."""
         return doubled.ceil_().clamp_(self.lowest, self.highest).long()
 
 

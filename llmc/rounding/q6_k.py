@@ -1,6 +1,6 @@
-"""Float weights rounded to Q6_K, as good as ggml's own rounding and fast enough for an embedding.
+"""Rounding of float weights to Q6_K, with the same accuracy as ggml's own rounding and fast enough for an embedding.
 
-A weight is d * scale * (q - 32) with q of 6 bits, an int8 `scale` for every 16 weights and a float16 d for 256.
+A weight is d * scale * (q - 32) with q of 6 bits, an int8 `scale` for every 16 weights and a float16 d for every 256.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ from llmc.formats.types import BLOCK_TYPES, BlockTensor
 
 
 def round_q6_k(x: np.ndarray) -> BlockTensor:
-    """float32 [rows, n], n a multiple of 256.
+    """Round float32 [rows, n] to Q6_K; n must be a multiple of 256.
 
-    The scale of each 16 is the best (least squared error weighted with x², as ggml weights it) of those that put its
-    largest weight at 28 … 36 steps; d then puts the largest scale at 127, and q is rounded once more on what is stored.
+    For each 16 weights, the candidates are the scales that put the largest weight at 28 to 36 steps. The best one has the
+    smallest squared error, weighted with x² as in ggml. Then d puts the largest scale at 127, and q is rounded again with the
+    stored d and scale.
     """
     blocks = x.reshape(-1, 16, 16)
     ideal = _best_scales(blocks)
     largest = np.abs(ideal).max(axis=1, keepdims=True)
     d = (largest / 127).astype(np.float16)
-    d = np.where(127.5 * d.astype(np.float32) < largest, np.nextafter(d, np.float16(np.inf)), d)  # where d is subnormal
+    d = np.where(127.5 * d.astype(np.float32) < largest, np.nextafter(d, np.float16(np.inf)), d)  # if d is subnormal
     step = d.astype(np.float32)
     with np.errstate(divide="ignore", invalid="ignore"):
         scales = np.where(step > 0, np.clip(np.rint(ideal / step), -127, 127), 0).astype(np.int8)
@@ -33,14 +34,14 @@ def round_q6_k(x: np.ndarray) -> BlockTensor:
 
 
 def _best_scales(blocks: np.ndarray) -> np.ndarray:
-    """float32 [n, 16, 16] -> [n, 16]: for each run of 16 weights the scale s with the least error of s * (-32 … 31)."""
+    """float32 [n, 16, 16] -> [n, 16]: for each 16 weights the scale s with the smallest error of s * q, -32 <= q <= 31."""
     weight = blocks * blocks
     index = np.abs(blocks).argmax(axis=2)[..., None]
     extreme = np.take_along_axis(blocks, index, axis=2)
-    extreme[extreme == 0] = 1  # a run of zeros: every q is 0 below, and so is the scale
+    extreme[extreme == 0] = 1  # an all-zero block: every q is 0 below, and so is the scale
     best = np.zeros(blocks.shape[:2], dtype=np.float32)
     gain = np.zeros_like(best)
-    for steps in range(28, 37):  # the extreme lands on -steps, clipped to -32
+    for steps in range(28, 37):  # the largest weight gets q = -steps, clipped to -32
         q = np.clip(np.rint(blocks * (np.float32(-steps) / extreme)), -32, 31)
         weighted = weight * q
         cross, power = (weighted * blocks).sum(axis=2), (weighted * q).sum(axis=2)

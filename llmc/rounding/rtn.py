@@ -1,5 +1,7 @@
-"""Round to nearest: each group's scale by least squared error, no data. The yardstick that GPTQ must beat, and the named
-fallback where a Hessian cannot be factored. With an importance matrix each column's error counts by its mean square."""
+"""Round to nearest, without calibration: each group gets the scale with the smallest squared error.
+
+It is the baseline for GPTQ, and the reported fallback if a Hessian cannot be factored. With an importance matrix, the mean
+square of each input column weights its error."""
 
 from __future__ import annotations
 
@@ -10,9 +12,9 @@ from llmc.rounding.search import search_factors
 
 
 def rtn(weight: torch.Tensor, qtype: AnyType, importance: torch.Tensor | None = None) -> QuantizedTensor | BlockTensor:
-    """Quantize `weight` float32 [out, in]; the factors of a group minimise the squared error over its columns.
+    """Quantize `weight` float32 [out, in]; the factors of a group minimize the squared error over its columns.
 
-    importance: float32 [in], positive; what an error in each column counts (a diagonal Hessian). None: all alike.
+    importance: float32 [in], positive; the weight of each column's error (a diagonal Hessian). None: equal weights.
     """
     w = weight.t().contiguous()
     diagonal = torch.ones(w.shape[0]) if importance is None else importance

@@ -1,12 +1,12 @@
-"""Scales and zero points for the groups of a weight matrix, always already rounded to the precision they are stored in.
+"""Scales and zero points for the groups of a weight matrix, always in the precision in which they are stored.
 
-Which scale is best for a group depends on what the other columns can do about its error. When they may all compensate, an
-error d inside group g costs  d [(H^-1)_gg]^-1 d^T : the Schur complement of H (Boyd and Vandenberghe, "Convex
-Optimization", A.5.5; the same step that gives optimal brain surgery its 1 / (H^-1)_jj). GPTQ's sweep is that compensation,
-so scales are searched under these blocks. Measured on layer 12 of SmolLM2-135M, the sweep then leaves 1 to 9 % less
-error than under plain squared error, diag(H) or H_gg.
+The best scale for a group depends on how the other columns compensate its error. If they all compensate, an error d inside
+group g costs  d [(H^-1)_gg]^-1 d^T : the Schur complement of H (Boyd and Vandenberghe, "Convex Optimization", A.5.5; the same
+step gives 1 / (H^-1)_jj in optimal brain surgery). GPTQ's sweep does this compensation, so the search for scales uses these
+blocks as its metric. On layer 12 of SmolLM2-135M, the error after the sweep is 1 to 9 % smaller than with plain squared
+error, diag(H) or H_gg as the metric.
 
-All matrices are [in, out] as in gptq.py.
+All matrices are [in, out], as in gptq.py.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import torch
 from llmc.formats.types import BlockTensor, IntegerType, QuantizedTensor
 from llmc.rounding.levels import Levels
 
-SHRINKS = 12  # candidates: the full range times 0.72 … 1.10
+SHRINKS = 12  # number of candidates: the full range times 0.72 to 1.10
 POLISH = 2  # least-squares steps from the best candidate
 ROWS = 1024  # rows of the weight searched at once, to bound memory
 
 
 def nearest(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, max_code: int) -> torch.Tensor:
-    """Codes (as floats) of the type values nearest to `w`; a scale of 0 gives the code of zero. Shapes broadcast."""
+    """The codes (as floats) of the values nearest to `w`; a scale of 0 gives the code of zero. Shapes broadcast."""
     return torch.addcmul(zero, w, reciprocal(scale)).round_().clamp_(0, max_code)
 
 
@@ -35,27 +35,27 @@ def reciprocal(scale: torch.Tensor) -> torch.Tensor:
 
 
 def stored(scale: torch.Tensor) -> torch.Tensor:
-    """float32 after rounding to fp16, kept finite."""
+    """scale rounded to fp16 and kept finite, as float32."""
     return scale.clamp(-65504, 65504).to(torch.float16).to(torch.float32)
 
 
 class Columns:
-    """The type of every input column, ready to round one column after the other: value = low + scale * code, or
-    scale * level where levels are not evenly spaced.
+    """The factors of every input column, for rounding one column after the other.
 
-    scale, low: float32 [groups, out].  start: the code (not rounded) of the value 0, [groups, out].
+    A value is low + scale * code, or scale * level if the levels are not evenly spaced.
+    scale, low: float32 [groups, out]. start: the unrounded code of the value 0, [groups, out].
     group_of: the group of each column [in].
     """
 
     def __init__(self, scale: torch.Tensor, low: torch.Tensor, start: torch.Tensor, group_of: torch.Tensor, max_code: int,
                  levels: Levels | None = None) -> None:
-        inverse = reciprocal(scale) if levels is None else reciprocal(scale) * 2  # exact: a target is doubled on the way
+        inverse = reciprocal(scale) if levels is None else reciprocal(scale) * 2  # Levels needs the doubled target; exact
         groups = list(zip(scale.unbind(), low.unbind(), inverse.unbind(), start.unbind(), strict=True))
         self.rows = [groups[g] for g in group_of.tolist()]
         self.max_code, self.levels = max_code, levels
 
     def round(self, column: int, target: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
-        """Put the codes nearest to `target` [out] into `code`; returns their values."""
+        """Write the codes nearest to `target` [out] into `code`; return their values."""
         scale, low, inverse, start = self.rows[column]
         if self.levels is None:
             torch.addcmul(start, target, inverse, out=code).round_().clamp_(0, self.max_code)
@@ -66,33 +66,33 @@ class Columns:
 
 
 class Factors(Protocol):
-    """What codes are multiplied with: all that GPTQ needs to know about a type."""
+    """The scales and offsets of a quantized matrix: the interface of a quantization type for GPTQ."""
 
     def columns(self, order: torch.Tensor | None = None) -> Columns:
-        """The type of every input column, in the given order of columns."""
+        """The factors of every input column, in the given order of columns."""
 
     def nearest(self, w: torch.Tensor) -> torch.Tensor:
-        """Codes (as floats) of the values nearest to w [in, out]."""
+        """The codes (as floats) of the values nearest to w [in, out]."""
 
     def values(self, codes: torch.Tensor) -> torch.Tensor:
-        """The weights [in, out] that codes [in, out] stand for."""
+        """The dequantized weights [in, out] of codes [in, out]."""
 
     def refit(self, hessian: torch.Tensor, codes: torch.Tensor, gradient: torch.Tensor) -> Self:
-        """Better factors for these codes, in the precision they are stored in. gradient: H (q - w)^T [in, out]."""
+        """Better factors for fixed codes, in the precision in which they are stored. gradient: H (q - w)^T [in, out]."""
 
     def where(self, rows: torch.Tensor, other: Self) -> Self:
         """The factors of `other` for the rows of the weight where `rows` [out] is true, else these."""
 
     def descend(self, hessian: torch.Tensor, codes: torch.Tensor, values: torch.Tensor, gradient: torch.Tensor) -> Self:
-        """Factors that are integers, one group after the other to the best given all else; values and gradient follow."""
+        """Improve integer factors, one group after the other, all others fixed. It updates values and gradient in place."""
 
     def tensor(self, codes: torch.Tensor) -> QuantizedTensor | BlockTensor:
-        """What is stored."""
+        """The tensor to store, from codes [in, out]."""
 
 
 @dataclass
 class Scales:
-    """The factors of an integer type. scale, zero: float32 [groups, out]; values are scale * (code - zero)."""
+    """The factors of an integer type. scale, zero: float32 [groups, out]. A value is scale * (code - zero)."""
 
     type: IntegerType
     scale: torch.Tensor
@@ -128,13 +128,13 @@ class Scales:
 
 
 def column_groups(groups: int, size: int, order: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-    """int64 [in]: the group of each column, in the given order of columns."""
+    """The group of each column, int64 [in], in the given order of columns."""
     found = torch.arange(groups, device=device).repeat_interleave(size)
     return found if order is None else found[order]
 
 
 def metric(w: torch.Tensor, hessian: torch.Tensor, factor: torch.Tensor | None, g: int) -> torch.Tensor:
-    """[groups, g, g]: what an error inside a group costs, see above. Without `factor` it is H_gg."""
+    """The metric of errors inside each group, [groups, g, g] (see the module). Without `factor` it is H_gg."""
     if factor is None:
         return torch.stack([hessian[i : i + g, i : i + g] for i in range(0, w.shape[0], g)])
     blocks = torch.stack([f.t() @ f for f in factor.split(g, dim=1)])
@@ -142,9 +142,9 @@ def metric(w: torch.Tensor, hessian: torch.Tensor, factor: torch.Tensor | None, 
 
 
 def search(w: torch.Tensor, hessian: torch.Tensor, factor: torch.Tensor | None, qtype: IntegerType) -> Scales:
-    """The best scale (and zero point) of every group of w [in, out].
+    """The best scale and zero point of every group of w [in, out].
 
-    hessian: [in, in]; factor: U with U^T U = hessian^-1, its columns in the order of w; without it, H_gg is used.
+    hessian: [in, in]. factor: U with U^T U = hessian^-1, with its columns in the order of w; None: the metric is H_gg.
     """
     blocks = metric(w, hessian, factor, qtype.group_size)
     parts = [_search_rows(rows.contiguous(), blocks, qtype) for rows in w.split(ROWS, dim=1)]
@@ -184,7 +184,7 @@ def _candidates(wg: torch.Tensor, qtype: IntegerType):  # type: ignore[no-untype
     """(scale, zero) pairs [groups, rows] to try for wg [groups, g, rows]."""
     shrinks = torch.linspace(0.72, 1.10, SHRINKS).tolist()
     if qtype.symmetric:
-        # the type reaches one step further below zero than above: the sign of the scale says which end that is
+        # the type has one more step below zero than above: the sign of the scale decides which end has it
         extreme = wg.gather(1, wg.abs().argmax(1, keepdim=True))[:, 0]
         full, zero = extreme / -qtype.zero, torch.full_like(extreme, float(qtype.zero))
         for shrink in shrinks:
@@ -195,16 +195,17 @@ def _candidates(wg: torch.Tensor, qtype: IntegerType):  # type: ignore[no-untype
         scale = stored((high - low) * (shrink / qtype.max_code))
         zero = torch.where(scale == 0, float(qtype.zero), -low * shrink / scale).round().clamp(1, qtype.max_code)
         for shift in (0, 1, -1):
-            yield scale, (zero + shift).clamp(1, qtype.max_code)  # 0 has no place in a version-1 checkpoint
+            yield scale, (zero + shift).clamp(1, qtype.max_code)  # a version-1 checkpoint cannot store 0
 
 
 def least_squares(hessian: torch.Tensor, units: list[torch.Tensor], gradient: torch.Tensor,
                   block: int) -> list[torch.Tensor]:
-    """How far the factors of fixed codes are from the best ones, for weights that are sums of factor * unit.
+    """The steps from the present factors to the best ones for fixed codes. Weights are sums of factor * unit.
 
-    units: for each kind of factor [in, out], what one step of it adds to the weights; a factor belongs to `block` columns.
-    gradient: H (q - w)^T [in, out] at the present factors.  Returns a step [blocks, out] for each kind: for each row of the
-    weight the solution of  A s = b,  A_gh = u_g H_gh u_h^T,  b_g = -u_g gradient_g;  0 where A cannot be factored.
+    units: for each factor (scale, minimum), the change of the weights for one step of it, [in, out]. A factor belongs to
+    `block` columns. gradient: H (q - w)^T [in, out] at the present factors.
+    Returns a step [blocks, out] for each of them: for each row of the weight the solution of  A s = b  with
+    A_gh = u_g H_gh u_h^T  and  b_g = -u_g gradient_g;  0 if A cannot be factored.
     """
     parts = [_least_squares(hessian, [u[:, i : i + ROWS] for u in units], gradient[:, i : i + ROWS], block)
              for i in range(0, gradient.shape[1], ROWS)]

@@ -1,4 +1,4 @@
-"""The factors of a type before any code is chosen, and the error that all searches measure."""
+"""The search for the factors of any quantization type, and the error that all searches minimize."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from llmc.rounding.scales import Factors, search
 
 
 def search_factors(w: torch.Tensor, hessian: torch.Tensor, factor: torch.Tensor | None, qtype: AnyType) -> Factors:
-    """The factors of `type` for w [in, out] before any code is chosen."""
+    """The best factors of `qtype` for w [in, out], found before GPTQ chooses codes."""
     return search(w, hessian, factor, qtype) if isinstance(qtype, IntegerType) else search_blocks(w, hessian, factor, qtype)
 
 
 def objective(delta: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
-    """float32 [out]: d H d^T for each column d of delta [in, out]."""
+    """The error of each output, float32 [out]: d H d^T for each column d of delta [in, out]."""
     return (hessian @ delta).mul_(delta).sum(0)

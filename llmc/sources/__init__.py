@@ -1,1 +1,1 @@
-"""Where a model comes from: a folder, a .gguf file or the hub, as a Hugging Face folder on this disk."""
+"""Sources of models: a folder, a .gguf file or a hub id becomes a Hugging Face folder on this disk."""

@@ -1,7 +1,8 @@
-"""A .gguf file as a model to start from: dequantized into a Hugging Face folder, its tokenizer proved against llama.cpp's."""
+"""A .gguf file as a source: it is dequantized into a Hugging Face folder, and its tokenizer is compared with llama.cpp's."""
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from llmc.console import say, warn
 from llmc.errors import UserError
-from llmc.files import cache_folder, check_disk, publish_folder, sha256, write_json
+from llmc.files import cache_folder, check_disk, sha256
+from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.gguf import field, open_gguf
-from llmc.formats.manifest import MANIFEST, hash_folder, new_manifest
+from llmc.formats.manifest import MANIFEST
+from llmc.formats.model_folder import publish
+from llmc.formats.names import Names
 from llmc.machine import check_memory
 
 if TYPE_CHECKING:
@@ -25,22 +29,20 @@ GO_BACK = "start from the Hugging Face folder it was made from"
 
 
 def dequantized_folder(file: Path) -> Path:
-    """A .gguf as a float16 Hugging Face folder in the cache, made once for each content."""
+    """The float16 Hugging Face folder of a .gguf file, in the cache. It is made once for each content."""
     digest = sha256(file)
     out = cache_folder() / "dequantized" / digest[:16] / f"{file.stem}-f16"
     if not (out / MANIFEST).is_file():
         with _work_folder(out) as work:
             source = {**_dequantize(file, work), "files": {file.name: digest}}
-            manifest = new_manifest("hf", source, [{"name": "dequantize", "config": {"dtype": "float16"}}])
-            write_json(work / MANIFEST, {**manifest, "outputs": hash_folder(work)})
-            publish_folder(work, out)
-    warn(f"the weights are dequantized from {file.name}: its rounding errors stay in them")
+            publish(work, out, "hf", source, [{"name": "dequantize", "config": {"dtype": "float16"}}])
+    warn(f"the weights are dequantized from {file.name}: they keep its rounding errors")
     return out
 
 
 @contextmanager
 def _work_folder(out: Path) -> Iterator[Path]:
-    """An empty folder beside `out` that is gone afterwards unless it was published."""
+    """Yield an empty folder beside `out`. Afterwards it is deleted unless it was published."""
     work = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         work.mkdir(parents=True)
@@ -52,7 +54,7 @@ def _work_folder(out: Path) -> Iterator[Path]:
 
 
 def _dequantize(file: Path, work: Path) -> dict[str, Any]:
-    """Write model and tokenizer of a .gguf into `work` as float16; returns a manifest's `source` without hashes."""
+    """Write model and tokenizer of a .gguf file into `work` as float16; return the manifest's `source` without hashes."""
     import torch
 
     from llmc.formats.hf import quiet_transformers
@@ -66,14 +68,31 @@ def _dequantize(file: Path, work: Path) -> dict[str, Any]:
     with quiet_transformers():
         model.save_pretrained(work)
         tokenizer.save_pretrained(work)
+    _check_saved(Checkpoint.open(work), model)
     return {"name": file.name, "licence": field(reader, "general.license") or "unknown",
             "base_model": field(reader, "general.base_model.0.repo_url"), "revision": None}
 
 
-def load_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
-    """The model in a .gguf file, dequantized, and its tokenizer as transformers makes it of the file's vocabulary.
+def _check_saved(written: Checkpoint, model: PreTrainedModel) -> None:
+    """Check that transformers wrote the model: equal tensors under the model's names, and the same total number of weights.
 
-    transformers undoes llama.cpp's row permutations. What it would drop or leave at random is refused here.
+    transformers may rename or split tensors when it writes them, and leaves out the second name of a tied tensor."""
+    import torch
+
+    names, values = Names.of(written, model), model.state_dict()
+    for stored in written.names():
+        value, found = values.get(names.find_own(stored) or ""), written.tensor(stored)
+        if value is not None and not (found.dtype == value.dtype and torch.equal(found, value)):
+            raise RuntimeError(f"the written {stored} differs from the model's")
+    weights = sum(v.numel() for v in {v.data_ptr(): v for v in values.values()}.values())
+    if sum(math.prod(written.shape(n)) for n in written.names()) != weights:
+        raise RuntimeError(f"{written.folder} does not hold the {weights} weights of the model")
+
+
+def load_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
+    """The dequantized model in a .gguf file, and the tokenizer that transformers makes from the file's vocabulary.
+
+    transformers undoes llama.cpp's row permutations. Raises UserError for anything that it would drop or leave at random.
     """
     import torch
     import transformers
@@ -85,10 +104,10 @@ def load_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
     if field(reader, f"{arch}.rope.scaling.type") not in (None, "none") or any(
         t.name.startswith("rope_f") for t in reader.tensors
     ):
-        raise UserError(f"{file} scales its rotary embedding, which is lost when a GGUF is read back", GO_BACK)
-    # float32 as decoded, then dtype
+        raise UserError(f"{file} has a scaled rotary embedding, which transformers cannot read from a GGUF file", GO_BACK)
+    # first float32, then dtype
     check_memory((4 + dtype.itemsize) * _count(reader), f"dequantizing {file.name}", GO_BACK)
-    # newer versions may keep blocks packed unless told otherwise; older ones always unpack and have no such config
+    # newer versions may keep blocks packed by default; older ones always unpack them and have no GgufConfig
     config = getattr(transformers, "GgufConfig", None)
     unpack = {"quantization_config": config(dequantize=True)} if config else {}
     with quiet_transformers(), _reading_back(file):
@@ -99,7 +118,7 @@ def load_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
         raise UserError(f"{file} lacks {len(missing)} tensors, first {missing[0]}", "download it again")
     for name, t in model.state_dict().items():
         if t.is_floating_point() and not bool(torch.isfinite(t).all()):
-            raise UserError(f"{name} of {file} holds values that {dtype} cannot", GO_BACK)
+            raise UserError(f"{name} of {file} holds values that {dtype} cannot hold", GO_BACK)
     with quiet_transformers(), _reading_back(file):
         tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     restore_bos(tokenizer, field(reader, "tokenizer.ggml.add_bos_token"))
@@ -108,7 +127,7 @@ def load_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
 
 @contextmanager
 def _reading_back(file: Path) -> Iterator[None]:
-    """transformers says in many ways that it does not know an architecture or a tokenizer, or misses a key."""
+    """Turn the errors of transformers (unknown architecture or tokenizer, missing key) into a UserError."""
     try:
         yield
     except (ValueError, KeyError, TypeError, RuntimeError) as e:
@@ -116,10 +135,10 @@ def _reading_back(file: Path) -> Iterator[None]:
 
 
 def restore_pre_tokenizer(tokenizer: Any, name: str | None) -> None:
-    """Give a byte-level tokenizer, in place, the splitting that llama.cpp knows by `name`.
+    """Set the pre-tokenizer of a byte-level tokenizer, in place, to the one that llama.cpp calls `name`.
 
-    transformers restores it for some names (5.23, `gguf_tokenizer_mapping.py`) and gives the others GPT-2's; numbers,
-    spaces and newlines then become other tokens than the model was trained on.
+    transformers restores it for some names (5.23, `gguf_tokenizer_mapping.py`) and uses GPT-2's for the others. Then numbers,
+    spaces and newlines become other tokens than in training.
     """
     from tokenizers import Regex, pre_tokenizers
 
@@ -142,13 +161,13 @@ def restore_pre_tokenizer(tokenizer: Any, name: str | None) -> None:
 
 
 def restore_bos(tokenizer: Any, wanted: bool | None) -> None:
-    """Texts begin with the start token where the file says so. transformers 4.57 puts it before all text of a Llama."""
+    """Set whether texts begin with BOS, as the file requires. transformers 4.57 always adds BOS for a Llama."""
     if wanted is not None and wanted != (tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]):
         tokenizer.add_bos_token = wanted
 
 
 def check_tokenizer(tokenizer: Any, file: Path) -> None:
-    """The tokenizer must make the ids that llama.cpp makes of the same text from the file itself."""
+    """Raise UserError unless the tokenizer and llama.cpp, from the file, give the same ids for the check text."""
     from llmc.formats.check_text import CHECK_TEXT
     from llmc.runtimes.llamacpp import LlamaCpp
 
@@ -161,8 +180,8 @@ def check_tokenizer(tokenizer: Any, file: Path) -> None:
     if got != expected:
         at = next((i for i, (a, b) in enumerate(zip(got, expected, strict=False)) if a != b), min(len(got), len(expected)))
         raise UserError(
-            f"the tokenizer in {file} cannot be rebuilt: after {tokenizer.decode(expected[max(0, at - 8):at])!r} it makes "
-            f"{tokenizer.convert_ids_to_tokens(got[at:at + 3])}, llama.cpp "
+            f"the tokenizer in {file} cannot be rebuilt: after {tokenizer.decode(expected[max(0, at - 8):at])!r} it gives "
+            f"{tokenizer.convert_ids_to_tokens(got[at:at + 3])}, llama.cpp gives "
             f"{tokenizer.convert_ids_to_tokens(expected[at:at + 3])}", GO_BACK)
 
 

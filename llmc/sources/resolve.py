@@ -1,18 +1,14 @@
-"""What the user names (a folder, a .gguf file, a hub id) becomes a Hugging Face folder on this disk."""
+"""A model given by the user (a folder, a .gguf file or a hub id) becomes a Hugging Face folder on this disk."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from llmc.console import say
 from llmc.errors import UserError
 from llmc.formats.artifacts.table import format_of
 from llmc.formats.checkpoint import CARD_FILES, TOKENIZER_FILES
-
-if TYPE_CHECKING:
-    pass
 
 HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
 WHAT_TO_GIVE = "give a Hugging Face folder, a .gguf file or a hub id (org/name)"
@@ -21,8 +17,8 @@ WHAT_TO_GIVE = "give a Hugging Face folder, a .gguf file or a hub id (org/name)"
 def resolve_model(model: str | Path) -> Path:
     """The Hugging Face folder of `model`.
 
-    A folder is itself. A .gguf file is dequantized into the cache. `org/name` or `org/name@revision`, where no such
-    path exists, is fetched from the hub: safetensors, JSON, tokenizer and card, nothing else.
+    A folder is returned as it is. A .gguf file is dequantized into the cache. `org/name` or `org/name@revision`, if no such
+    path exists, is downloaded from the hub: only safetensors, JSON, tokenizer and card.
     """
     path = Path(model).expanduser()
     if path.is_dir():
@@ -43,10 +39,10 @@ def resolve_model(model: str | Path) -> Path:
 
 
 def _download(repo: str, revision: str | None) -> Path:
-    """A snapshot of the hub's `repo` in huggingface_hub's own cache; offline, a snapshot that is already there."""
+    """Download a snapshot of the hub's `repo` into huggingface_hub's cache. Offline, use a snapshot that is in the cache."""
     from huggingface_hub import errors, snapshot_download
 
-    say(f"{repo} is no path here: looking for it on the Hugging Face hub")
+    say(f"there is no path {repo} here: looking for it on the Hugging Face hub")
     try:
         return Path(snapshot_download(
             repo, revision=revision,
@@ -54,7 +50,7 @@ def _download(repo: str, revision: str | None) -> Path:
             ignore_patterns=["*/*", "consolidated*"],  # other formats' folders; Mistral's second copy of the weights
         ))
     except errors.GatedRepoError as e:
-        raise UserError(f"{repo} asks for its licence to be accepted first",
+        raise UserError(f"{repo} requires that you accept its licence first",
                         f"accept it on the hub's page of {repo}, then run `hf auth login`") from e
     except errors.RepositoryNotFoundError as e:
         raise UserError(f"there is no folder {repo} here and no such model on the hub (or it is private)",
@@ -62,7 +58,7 @@ def _download(repo: str, revision: str | None) -> Path:
     except errors.RevisionNotFoundError as e:
         raise UserError(f"{repo} has no revision {revision!r}", "give a branch, tag or commit of it") from e
     except errors.HFValidationError as e:
-        raise UserError(f"there is no folder {repo} here and it is no hub id: {e}", WHAT_TO_GIVE) from e
+        raise UserError(f"there is no folder {repo} here and it is not a hub id: {e}", WHAT_TO_GIVE) from e
     except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, ConnectionError, TimeoutError) as e:
         raise UserError(f"there is no folder {repo} here and the hub cannot be reached",
                         "give a folder or a .gguf file, or try again online") from e
@@ -72,6 +68,6 @@ def _download(repo: str, revision: str | None) -> Path:
 
 
 def locate(artifact: str) -> Path:
-    """The file or folder that the user means: an artifact stays what it is, a hub id becomes its folder."""
+    """The file or folder of the user's artifact: an artifact does not change, a hub id becomes its folder."""
     path = Path(artifact).expanduser()
     return path if path.exists() and format_of(path) else resolve_model(artifact)

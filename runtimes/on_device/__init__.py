@@ -1,1 +1,1 @@
-"""What runs on the device that is measured, also on this machine: bench, logits, facts of the machine."""
+"""The modules that run on the measured device (it may be this machine): bench, logits, facts of the machine."""

@@ -1,4 +1,4 @@
-"""Standard output kept for a process's answers: what a library prints goes to standard error."""
+"""Answers of a process on standard output, as JSON lines. The output of libraries goes to standard error."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 @contextmanager
 def answers() -> Iterator[BinaryIO]:
-    """Inside, whatever prints to standard output prints to standard error; the file yielded is the real one."""
+    """Redirect standard output to standard error; yield a file that writes to the real standard output."""
     kept = os.dup(1)
     os.dup2(2, 1)
     with os.fdopen(kept, "wb") as out:
@@ -19,6 +19,6 @@ def answers() -> Iterator[BinaryIO]:
 
 
 def say(out: BinaryIO, value: dict[str, Any]) -> None:
-    """One JSON object in a line of its own, sent at once."""
+    """Write one JSON object as one line, and flush."""
     out.write(json.dumps(value).encode() + b"\n")
     out.flush()

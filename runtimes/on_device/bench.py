@@ -1,9 +1,9 @@
-"""The process in which one artifact is benched: fresh, so that load time and peak memory are the artifact's own.
+"""The process that benches one artifact. It is a new process, so that load time and peak memory are those of the artifact.
 
-It runs on the device, so it needs the artifact's runtime and numpy, and no tokenizer. Its argument is the job, a JSON object
-{artifact, context, threads (null: the physical cores), device, kv (null: the runtime's own)}. After loading, and to each
-line of stdin, it answers with one JSON object a line; a line is {"do": "ids", "ids": […]} (the tokens to feed),
-{"do": "run", "prompts": […], "depths": […], "generate": n} (one repetition), or {"do": "end"}.
+It runs on the device: it needs numpy and the artifact's runtime, but no tokenizer. Its argument is the job, a JSON object
+{artifact, context, threads (null: the physical cores), device, kv (null: the runtime's own)}. Its answers are JSON lines: one
+after loading, then one for each line of stdin. A line of stdin is {"do": "ids", "ids": [..]} (the tokens to feed),
+{"do": "run", "prompts": [..], "depths": [..], "generate": n} (one repetition), or {"do": "end"}.
 """
 
 from __future__ import annotations
@@ -64,23 +64,27 @@ def _serve(job: dict[str, Any], answer: Any) -> None:
 
 
 def read_anew(artifact: Path) -> None:
-    """Put the artifact's files into the page cache again, in one go: how they got there decides how fast a runtime that maps
-    them reads. The bench of a Q8_0 file of SmolLM2-135M that had been there for long said 53 tokens/s, and 72 after this."""
-    if not hasattr(os, "posix_fadvise") or not artifact.exists():  # what is wrong then, its runtime says
+    """Drop the artifact's files from the page cache and read them again in order.
+
+    The way they got into the cache changes the speed of a runtime that maps them. A Q8_0 file of SmolLM2-135M that was in the
+    cache for a long time gave 53 tokens/s, and 72 after this."""
+    if not hasattr(os, "posix_fadvise") or not artifact.exists():  # the runtime raises the error
         return
     for path in [artifact] if artifact.is_file() else sorted(p for p in artifact.iterdir() if p.is_file()):
         with path.open("rb", buffering=0) as file:
             with suppress(OSError):
-                os.fsync(file.fileno())  # only what is on the disk can be let go
+                os.fsync(file.fileno())  # the cache can only drop pages that are on the disk
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             while file.read(READ_BYTES):
                 pass
 
 
 def repetition(runtime: Runtime, ids: np.ndarray, prompts: list[int], depths: list[int], generate: int) -> dict[str, Any]:
-    """{'first_token_s': {prompt: seconds to the first token}, 'decode_s': {depth: seconds of `generate` tokens, chosen
-    greedily, when that many are in the cache}, 'joules', 'energy_source' (of decoding at the first depth), 'state' (of the
-    machine, at its end)}, lengths as text."""
+    """Run one repetition. Keys that are lengths are text. Returns:
+
+    first_token_s {prompt length: seconds to the first token};
+    decode_s {depth: seconds to decode `generate` tokens greedily with `depth` tokens in the cache};
+    joules, energy_source: of decoding at the first depth; state: of the machine at the end."""
     first, decode = {}, {}
     meters = [Meter() for _ in depths]
     cached, token = 0, 0

@@ -1,5 +1,5 @@
-"""What a piece of work costs in joules, where the machine can tell: Intel's and AMD's RAPL counters, current sensors (INA219,
-INA3221 and kin, as on Jetson boards), or the battery that is being discharged."""
+"""The energy of a piece of work in joules, if the machine measures it: RAPL counters of Intel and AMD, power sensors (INA219,
+INA3221 and similar, as on Jetson boards), or a discharging battery."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ from time import monotonic
 from types import TracebackType
 
 SYS = Path("/sys")
-TOTALS = ("VDD_IN", "POM_5V_IN", "VIN_SYS_5V0")  # what Jetson boards call the input of the whole board
-EVERY = 0.05  # seconds between two looks at a sensor of power
+TOTALS = ("VDD_IN", "POM_5V_IN", "VIN_SYS_5V0")  # names of the whole board's input on Jetson boards
+EVERY = 0.05  # seconds between two readings of a power sensor
 
 
 def _number(path: Path) -> int | None:
     try:
         return int(path.read_text())
-    except (OSError, ValueError):  # not there, readable by root only, or not answering
+    except (OSError, ValueError):  # absent, readable by root only, or without an answer
         return None
 
 
 def _rapl() -> list[Path]:
-    """Energy counters in microjoules, one a CPU package (docs: admin-guide/pm, powercap/powercap.rst of Linux)."""
+    """The energy counters, in microjoules, one for each CPU package (Linux docs: power/powercap/powercap.rst)."""
     zones = [z for z in sorted((SYS / "class/powercap").glob("intel-rapl:*")) if z.name.count(":") == 1]
     return [z / "energy_uj" for z in zones if _number(z / "energy_uj") is not None
             and (z / "name").read_text().startswith("package")]
 
 
 def _watts() -> tuple[float, str] | None:
-    """Power at this moment and the sensor that says so. Rails of one board are added up only where it names a total."""
+    """The power now, in watts, and the name of its sensor; None if there is none. Of an INA3221 only a total rail counts."""
     for sensor in sorted((SYS / "class/hwmon").glob("hwmon*")):
-        kind = (sensor / "name").read_text().strip() if (sensor / "name").is_file() else ""
-        if not kind.startswith("ina"):
+        chip = (sensor / "name").read_text().strip() if (sensor / "name").is_file() else ""
+        if not chip.startswith("ina"):
             continue
         for volts in sorted(sensor.glob("in*_input")):
             n = volts.name.removeprefix("in").removesuffix("_input")
             label = (sensor / f"in{n}_label").read_text().strip() if (sensor / f"in{n}_label").is_file() else ""
             millivolts, milliamperes = _number(volts), _number(sensor / f"curr{n}_input")
-            if millivolts and milliamperes is not None and (kind != "ina3221" or label in TOTALS):
-                return millivolts * milliamperes / 1e6, f"{kind} {label}".strip()
+            if millivolts and milliamperes is not None and (chip != "ina3221" or label in TOTALS):
+                return millivolts * milliamperes / 1e6, f"{chip} {label}".strip()
     for battery in sorted((SYS / "class/power_supply").glob("*")):
         if not (battery / "status").is_file() or (battery / "status").read_text().strip() != "Discharging":
             continue
@@ -52,8 +52,9 @@ def _watts() -> tuple[float, str] | None:
 
 
 class Meter:
-    """`with Meter() as m: work()`; then m.joules and m.source, None where the machine does not tell. RAPL is of the CPU
-    packages, a battery or a board's input of everything that is switched on: nothing that idling costs is taken off."""
+    """Measures the energy of a block: `with Meter() as m: work()`, then m.joules and m.source; None if nothing measures it.
+
+    RAPL covers the CPU packages; a battery or a board's input covers the whole device. The idle energy is not subtracted."""
 
     joules: float | None = None
     source: str | None = None

@@ -1,6 +1,6 @@
-"""`python -m llmc.runtimes.on_device.facts '{}'`: the facts of the machine that it runs on, as one JSON line.
+"""`python -m llmc.runtimes.on_device.facts '{}'`: print the facts of this machine as one JSON line.
 
-A process of its own, because a BLAS library reads its number of threads when numpy loads it.
+It is a separate process because a BLAS library reads its number of threads when numpy loads it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ ONE_THREAD = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VEC
 
 
 def facts() -> dict[str, Any]:
-    """machine.describe(), and what was measured: {…, 'read_bandwidth', 'matmul_flops', 'probed'}."""
+    """machine.describe() and measurements: read_bandwidth (bytes/s), matmul_flops (per second), probed (time, UTC); gpus."""
     from llmc import machine
     from llmc.runtimes.on_device import gpus, probe
 

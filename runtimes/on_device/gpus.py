@@ -9,7 +9,7 @@ from llmc.machine import _read
 
 
 def gpus() -> list[dict[str, Any]]:
-    """[{name, driver, backend}] that the installed runtimes can use."""
+    """The GPUs that the installed runtimes can use: [{name, driver, backend}]."""
     found = []
     try:
         from llmc.runtimes.llamacpp import gpu_devices

@@ -1,8 +1,8 @@
-"""A runtime for another machine (runtimes/remote.py): `python -m llmc.runtimes.on_device.logits JOB`.
+"""The device's side of a remote runtime (runtimes/remote.py): `python -m llmc.runtimes.on_device.logits JOB`.
 
-JOB is {artifact, context, threads (null: the physical cores), device, kv (null: the runtime's own)}. First it tells what it
-opened. Then each line of stdin is {"do": NAME, …} and is answered by one line of JSON; where that has "shape", float32
-numbers of that shape follow it, little-endian.
+JOB is {artifact, context, threads (null: the physical cores), device, kv (null: the runtime's own)}. The first line of output
+describes the opened runtime. Then each line of stdin is {"do": NAME, ..arguments} and gets one line of JSON as the reply. If
+the reply has "shape", little-endian float32 numbers of that shape follow it.
 """
 
 from __future__ import annotations
@@ -37,28 +37,28 @@ def main() -> None:
             _say(out, {"problem": e.problem, "hint": e.hint})
 
 
-def _do(runtime: Runtime, asked: dict[str, Any]) -> tuple[Any, ...]:
-    """The answer to one line: JSON, and perhaps an array."""
-    match asked["do"]:
+def _do(runtime: Runtime, request: dict[str, Any]) -> tuple[Any, ...]:
+    """The reply to one request: (JSON,) or (JSON, array)."""
+    match request["do"]:
         case "logits":
-            return {}, runtime.logits(np.array(asked["ids"], np.int32), asked["start"])
+            return {}, runtime.logits(np.array(request["ids"], np.int32), request["start"])
         case "prefill":
-            return {}, runtime.prefill(np.array(asked["ids"], np.int32))
+            return {}, runtime.prefill(np.array(request["ids"], np.int32))
         case "decode":
-            return {}, runtime.decode(asked["token"])
+            return {}, runtime.decode(request["token"])
         case "tokenize":
-            return ({"ids": runtime.tokenize(asked["text"], asked["special"]).tolist()},)
+            return ({"ids": runtime.tokenize(request["text"], request["special"]).tolist()},)
         case "detokenize":
-            return ({"text": runtime.detokenize(asked["ids"])},)
+            return ({"text": runtime.detokenize(request["ids"])},)
         case "chat":
-            return ({"text": runtime.chat(asked["user"])},)
+            return ({"text": runtime.chat(request["user"])},)
         case "end_tokens":
             return ({"ids": sorted(runtime.end_tokens)},)
-    raise UserError(f"{asked['do']!r} is nothing that a runtime does", "both sides must be of the same llmc")
+    raise UserError(f"a runtime has no operation {request['do']!r}", "use the same version of llmc on both sides")
 
 
-def _say(out: BinaryIO, told: dict[str, Any], array: np.ndarray | None = None) -> None:
-    say(out, told if array is None else {**told, "shape": array.shape})
+def _say(out: BinaryIO, reply: dict[str, Any], array: np.ndarray | None = None) -> None:
+    say(out, reply if array is None else {**reply, "shape": array.shape})
     if array is not None:
         out.write(np.ascontiguousarray(array, "<f4").data)
         out.flush()

@@ -1,7 +1,7 @@
-"""The `__main__.py` of the zip that runs on a device: the first line of stdin says which module to run, with which job.
+"""The `__main__.py` of the zip that runs on a device. The first line of stdin names the module to run and its job.
 
-The job comes by stdin because a command line has an end (128 KiB an argument on Linux), and token ids can be many. What
-follows that line is the module's.
+The job comes through stdin because an argument of a command line is limited (128 KiB on Linux), and token ids can be many.
+The module reads the following lines.
 """
 
 import json
@@ -15,7 +15,7 @@ def main() -> None:
     if sys.version_info < OLDEST:
         here = ".".join(map(str, sys.version_info[:3]))
         print(json.dumps({"problem": "the device's Python is %s, llmc needs 3.11 or newer there" % here,  # noqa: UP031
-                          "hint": "install a newer one there and name it: python = \"/path/to/python3\" in targets.toml"}))
+                          "hint": "install a newer Python there and set python = \"/path/to/python3\" in targets.toml"}))
         sys.exit(2)
     order = json.loads(sys.stdin.buffer.readline())
     sys.argv = [order["module"], json.dumps(order["job"])]

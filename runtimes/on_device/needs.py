@@ -1,5 +1,4 @@
-"""Which packages a device has: `python -m llmc.runtimes.on_device.needs {}` prints one JSON line. No package is needed
-for it."""
+"""The packages of a device: `python -m llmc.runtimes.on_device.needs {}` prints one JSON line. Standard library only."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ MODULES = {package: module for kind in FORMATS for package, module in kind.packa
 
 
 def examine() -> dict[str, str | None]:
-    """{package: its version, or None where it is absent or does not load}."""
+    """{package: its version, or None if it is absent or does not load}."""
     found: dict[str, str | None] = {}
     for package, module in MODULES.items():
         try:

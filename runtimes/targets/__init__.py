@@ -1,2 +1,1 @@
-"""Where an artifact runs and is measured: this machine, a device over ssh or adb, or ARM emulated
-here. Profiles describe devices that are not at hand, for estimates."""
+"""The devices on which artifacts run and are measured: this machine, ssh, Android over adb, emulated ARM; device profiles."""

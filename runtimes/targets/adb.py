@@ -1,7 +1,7 @@
-"""An Android device over adb, which has a shell and no Python: `llama-bench` of llama.cpp measures there.
+"""An Android device over adb. It has a shell but no Python, so llama.cpp's `llama-bench` measures there.
 
-Copies go through the same cache as over ssh (transfer.py): `adb shell -T` passes bytes and exit codes as they are, from
-Android 7 on. The dialogue of runtimes/on_device/bench.py is held by adb_bench.py, a process of this machine.
+Files are copied into the same cache as over ssh (transfer.py): from Android 7 on, `adb shell -T` does not change bytes and
+exit codes. adb_bench.py, a process on this machine, speaks the protocol of runtimes/on_device/bench.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from llmc.runtimes.targets.shell import run
 from llmc.runtimes.targets.target import Target
 from llmc.runtimes.targets.transfer import Cache
 
-CACHE = "/data/local/tmp/llmc"  # where Android lets adb run programs; for targets that name no other
+CACHE = "/data/local/tmp/llmc"  # the default cache: Android lets adb run programs there
 ENGINE = "llama-bench"
 FIND = """
 for f in "$1/bin/llama-bench" /data/local/tmp/llama-bench "$(command -v llama-bench)"; do
@@ -41,26 +41,26 @@ class AdbDevice:
     def __init__(self, target: Target) -> None:
         self.target = target
         self._shell = connected(target)
-        cache = CACHE if target.cache.startswith("~") else target.cache  # Android's shell has no home of its own
+        cache = CACHE if target.cache.startswith("~") else target.cache  # Android's shell has no home folder
         self.cache = Cache(self._shell, cache, int(target.cache_gb * 1e9))
 
     def place(self, artifact: Path) -> str:
         kind = format_of(artifact)
         if kind is None or kind.format != "gguf":
-            raise UserError(f"{artifact} is no .gguf file; llmc runs nothing else on Android",
+            raise UserError(f"{artifact} is not a .gguf file; on Android llmc runs only those",
                             "write one with `llmc export --format gguf`")
         return self.cache.place(artifact)
 
     def engine(self) -> str | None:
-        """Where llama-bench is on the device."""
+        """The path of llama-bench on the device, None if there is none."""
         return run(self._shell, FIND, self.cache.root)[1].strip() or None
 
     def put_engine(self, program: Path) -> None:
-        """Copy a llama-bench that was built for the device to where `engine` looks first."""
+        """Copy a llama-bench that was built for the device to the path where `engine` looks first."""
         run(self._shell, PUT, self.cache.root, self.cache.place(program))
 
     def has(self) -> dict[str, Any]:
-        """{python, executable, packages}, as of a device with Python."""
+        """{python, executable, packages}, like those of a device with Python."""
         found = self.engine()
         return {"python": "no Python is needed", "executable": self.serial, "packages": {ENGINE: found}}
 
@@ -69,7 +69,7 @@ class AdbDevice:
         return self._shell.serial
 
     def start(self, module: str, job: dict[str, Any]) -> subprocess.Popen[str]:
-        """adb_bench.py answers as on_device/bench.py and facts.py do; nothing else can be run without Python."""
+        """Start adb_bench.py in place of on_device/bench.py or facts.py. Other modules need Python on the device."""
         given = {"module": module, "target": self.target.name, "serial": self.serial, **job}
         if module == bench.__name__:
             given["engine"] = self.engine()
@@ -77,7 +77,7 @@ class AdbDevice:
                 raise UserError(f"{self.target.name} has no {ENGINE}", "build llama.cpp for Android, then: "
                                 f"llmc target setup {self.target.name} --llama-bench PATH (see docs/devices.md)")
         elif module != facts.__name__:
-            raise UserError(f"{self.target.name} is an Android device without Python: it can be benched and probed, no more",
+            raise UserError(f"{self.target.name} is an Android device without Python: llmc can only bench and probe it",
                             "evaluate the file here, or on emulated-arm64 for ARM's arithmetic")
         return subprocess.Popen([sys.executable, "-m", adb_bench.__name__, json.dumps(given)],
                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -1,7 +1,7 @@
-"""on_device/bench.py and facts.py for a device without Python: a process of this machine lets llama-bench measure there.
+"""on_device/bench.py and facts.py for a device without Python: a process on this machine runs llama-bench on the device.
 
-llama-bench takes random tokens where on_device/bench.py takes a text's. For its time this makes no difference. Each
-repetition starts it anew, with a warm-up of its own.
+llama-bench uses random tokens; on_device/bench.py uses those of a text. This does not change the time. Each repetition starts
+llama-bench again, with its own warm-up.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from llmc.runtimes.on_device import facts as there
 from llmc.runtimes.targets.adb_shell import AdbShell, facts
 from llmc.runtimes.targets.shell import run
 
-# Runs "$@"; VmHWM, the most memory that a process held so far, is read until it ends: its last value follows the JSON.
+# Runs "$@" and reads VmHWM, the process's peak memory, until it ends. The last value follows the JSON.
 BENCH = """
 "$@" & pid=$!
 peak=0
@@ -30,7 +30,7 @@ echo "peak_kb=$peak"
 
 
 class Bench:
-    """llama-bench on one file. job: {artifact, context, threads, device, engine} of the device."""
+    """Runs llama-bench on one file. job: {artifact, context, threads, device, engine}, with paths on the device."""
 
     def __init__(self, shell: AdbShell, job: dict[str, Any]) -> None:
         self.shell, self.job = shell, job
@@ -38,21 +38,22 @@ class Bench:
         self.peak = 0
 
     def run(self, *args: str) -> list[dict[str, Any]]:
-        """What llama-bench tells of each test."""
+        """llama-bench's result of each test."""
         layers = "99" if self.job["device"] == "gpu" else "0"
         kv = ["-ctk", self.job["kv"], "-ctv", self.job["kv"]] if self.job.get("kv") else []
         out = run(self.shell, BENCH, self.job["engine"], "-m", self.job["artifact"], "-o", "json", "-r", "1", "-t",
                   str(self.threads), "-ngl", layers, *kv, *args)[1]
-        told, _, peak = out.rpartition("peak_kb=")
+        printed, _, peak = out.rpartition("peak_kb=")
         self.peak = max(self.peak, int(peak) * 1024)
         try:
-            tests: list[dict[str, Any]] = json.loads(told[told.index("[") :])
+            tests: list[dict[str, Any]] = json.loads(printed[printed.index("[") :])
         except ValueError as e:
-            raise UserError(f"{self.shell.name}: llama-bench said {told.strip()[:200]!r}", "see its messages above") from e
+            raise UserError(f"{self.shell.name}: llama-bench printed {printed.strip()[:200]!r}",
+                            "see its messages above") from e
         return tests
 
     def load(self) -> tuple[float, dict[str, Any]]:
-        """Seconds from its start to its end but for one token, and what ran."""
+        """The load time in seconds (from start to end, without the one token), and a description of the runtime."""
         start = time.perf_counter()
         test = self.run("-p", "1", "-n", "0", "--no-warmup")[0]
         seconds = time.perf_counter() - start - test["avg_ns"] / 1e9
@@ -63,7 +64,7 @@ class Bench:
             "kv_type": test.get("type_k", "f16"), "cpu_features": facts(self.shell)["cpu_features"]}
 
     def repetition(self, prompts: list[int], depths: list[int], generate: int) -> dict[str, Any]:
-        """As on_device/bench.py's."""
+        """One repetition, in the form of on_device/bench.py."""
         many = self.run("-p", ",".join(map(str, prompts)), "-n", "0")
         deep = self.run("-p", "0", "-n", str(generate), "-d", ",".join(map(str, depths)))
         return {"first_token_s": {str(t["n_prompt"]): t["avg_ns"] / 1e9 for t in many},
@@ -73,7 +74,7 @@ class Bench:
 
 
 def main() -> None:
-    """argv: one JSON object {module, target, serial, …the module's job}."""
+    """Run one job. argv: one JSON object {module, target, serial, ..the keys of the module's job}."""
     job = json.loads(sys.argv[1])
     try:
         shell = AdbShell(job["target"], job["serial"])
@@ -86,7 +87,7 @@ def main() -> None:
 
 
 def _serve(bench: Bench) -> None:
-    """The dialogue of runtimes/on_device/bench.py."""
+    """Answer the lines of stdin in the protocol of runtimes/on_device/bench.py."""
     seconds, runtime = bench.load()
     _answer(load_s=seconds, runtime=runtime, load_average=None)
     for line in sys.stdin:

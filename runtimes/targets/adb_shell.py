@@ -1,4 +1,4 @@
-"""The shell of an Android device over adb: how it is reached, and the facts that a shell can tell."""
+"""The shell of an Android device over adb, and the facts that it can read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llmc.runtimes.targets.shell import command_line, run
 from llmc.runtimes.targets.target import ADB, Target
 
 INSTALL = "sudo apt-get install adb, or Android's platform-tools"
-# What there is of a machine's facts without a program of llmc's: key=value lines, then /proc/cpuinfo.
+# Prints the machine's facts that a shell can read: key=value lines, then /proc/cpuinfo.
 FACTS = """
 echo "system=$(uname -s -r -m)"; echo "machine=$(uname -m)"
 echo "model=$(getprop ro.product.manufacturer 2>/dev/null) $(getprop ro.product.model 2>/dev/null)"
@@ -31,36 +31,36 @@ class AdbShell:
     def __init__(self, name: str, serial: str) -> None:
         self.name, self.serial = name, serial
         if shutil.which("adb") is None:
-            raise UserError(f"{name}: there is no adb here", INSTALL)
+            raise UserError(f"{name}: adb is not installed here", INSTALL)
 
     def popen(self, script: str, *args: str, **how: Any) -> subprocess.Popen[Any]:
         return subprocess.Popen(["adb", "-s", self.serial, "shell", "-T", command_line(script, *args)], **how)
 
 
 def connected(target: Target) -> AdbShell:
-    """The shell of a target that answers, or a UserError that says what adb says."""
+    """The shell of a target; raises UserError, with adb's message, if the target does not answer."""
     found = ADB.fullmatch(target.address)
     assert found is not None, target.address
     shell = AdbShell(target.name, found["serial"])
     done = subprocess.run(["adb", "-s", shell.serial, "get-state"], capture_output=True, text=True,
                           errors="replace", check=False)
     if done.returncode or done.stdout.strip() != "device":
-        said = (done.stderr or done.stdout).strip().splitlines()
-        raise UserError(f"{target.name}: {said[-1] if said else 'adb does not answer'}",
-                        "allow USB debugging on the device, and see that `adb devices` calls it `device`")
+        lines = (done.stderr or done.stdout).strip().splitlines()
+        raise UserError(f"{target.name}: {lines[-1] if lines else 'adb does not answer'}",
+                        "allow USB debugging on the device, and check that `adb devices` lists it as `device`")
     return shell
 
 
 def facts(shell: AdbShell) -> dict[str, Any]:
-    """The facts of this_machine.describe(), as far as a shell can tell them."""
+    """The facts of llmc.machine.describe() that a shell can read."""
     text = run(shell, FACTS)[1]
-    told = dict(re.findall(r"^(\w+)=(.*)$", text, re.M))
+    found = dict(re.findall(r"^(\w+)=(.*)$", text, re.M))
     features = re.search(r"^(?:Features|flags)\s*: (.*)$", text, re.M)
-    cores = int(told["cores"])
-    battery = {"Discharging": "battery", "": None}.get(told["battery"].strip(), "ac")
-    return {"system": told["system"], "machine": told["machine"],
-            "cpu": told["soc"].strip() or told["model"].strip() or told["machine"], "physical_cores": cores,
+    cores = int(found["cores"])
+    battery = {"Discharging": "battery", "": None}.get(found["battery"].strip(), "ac")
+    return {"system": found["system"], "machine": found["machine"],
+            "cpu": found["soc"].strip() or found["model"].strip() or found["machine"], "physical_cores": cores,
             "logical_cores": cores, "usable_cores": cores,
             "cpu_features": sorted(FEATURES & set(features[1].split())) if features else [],
-            "memory": int(told["kilobytes"]) * 1024, "governor": told["governor"].strip() or None, "temperature_c": None,
+            "memory": int(found["kilobytes"]) * 1024, "governor": found["governor"].strip() or None, "temperature_c": None,
             "power": battery, "gpus": []}

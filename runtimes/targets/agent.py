@@ -1,6 +1,6 @@
-"""What of llmc runs on a device: a zip of the few modules that measure there, which Python runs as it is.
+"""The agent: a zip of the few modules of llmc that measure on a device. Python runs the zip directly.
 
-They need numpy and the runtime of the artifact (llama-cpp-python, or onnxruntime and onnx), none of llmc's other packages.
+They need numpy and the artifact's runtime (llama-cpp-python, or onnxruntime and onnx), but none of llmc's other packages.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ NOT_THERE = ("llmc.runtimes.torch_model",)  # a device has no torch
 
 
 def modules() -> list[str]:
-    """What `Device.start` may run there, the runtimes that it opens, and what these import at their start; sorted."""
+    """The names of the agent's modules, sorted: those that `Device.start` runs, the runtimes, and their imports."""
     runtimes = set(closure.imports(open.__name__)) - set(NOT_THERE)
     return closure.closure([*closure.modules(on_device.__name__)[1:], *runtimes], nested=False)
 
 
 def build() -> bytes:
-    """The zip, the same bytes for the same sources: names sorted, no times, nothing compressed."""
+    """The bytes of the zip. They are the same for the same sources: sorted names, no times, no compression."""
     wanted = modules()
     packages = {name.rsplit(".", n)[0] for name in wanted for n in range(1, name.count(".") + 1)}
     files = {f"{p.replace('.', '/')}/__init__.py": b"" for p in packages}
@@ -34,12 +34,12 @@ def build() -> bytes:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as z:
         for name, data in sorted(files.items()):
-            z.writestr(zipfile.ZipInfo(name), data)  # ZipInfo's own time is the first of 1980
+            z.writestr(zipfile.ZipInfo(name), data)  # ZipInfo's default time is always 1 January 1980
     return out.getvalue()
 
 
 def write(folder: Path | None = None) -> Path:
-    """The zip as a file named by its sha256, in `folder` or a fresh temporary one."""
+    """Write the zip, named by its sha256, into `folder` or a new temporary folder; return its path."""
     data = build()
     path = (folder or Path(tempfile.mkdtemp(prefix="llmc-agent-"))) / f"{hashlib.sha256(data).hexdigest()[:16]}.zip"
     path.write_bytes(data)

@@ -1,4 +1,4 @@
-"""A target that can be used: artifacts are placed there, and llmc's own modules run there."""
+"""A device: a connected target. Artifacts are placed there, and llmc's own modules run there."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from llmc.runtimes.targets.target import ADB, LOCAL, SSH, Target
 
 
 class Device(Protocol):
-    """What `connect` gives."""
+    """The interface of a device; `connect` returns one."""
 
     target: Target
     emulated: bool
-    """Its speeds are labelled as emulated, and never compared."""
+    """True if its speeds are labelled as emulated and never compared."""
 
     def place(self, artifact: Path) -> str:
-        """The artifact's path on the device, copied into the device's cache first where it is not there."""
+        """The artifact's path on the device. It is copied into the device's cache first if it is not there."""
 
     def start(self, module: str, job: dict[str, Any]) -> subprocess.Popen[str]:
-        """`python -m MODULE JOB` on the device, JOB as JSON, with pipes of text: what runs is this llmc's module."""
+        """Run `python -m MODULE JOB` on the device, JOB as JSON, with text pipes. The module is this llmc's own."""
 
     def close(self) -> None:
         """End the connection."""
@@ -42,7 +42,7 @@ class LocalDevice:
         return str(artifact)
 
     def start(self, module: str, job: dict[str, Any]) -> subprocess.Popen[str]:
-        # -P: a folder called llmc in the working folder is not meant
+        # -P: do not import a folder called llmc in the working folder
         return subprocess.Popen([sys.executable, "-P", "-m", module, json.dumps(job)], stdin=subprocess.PIPE,
                                 stdout=subprocess.PIPE, text=True)
 
@@ -51,7 +51,7 @@ class LocalDevice:
 
 
 def ended(process: subprocess.Popen[Any], artifact: Path, where: str) -> UserError:
-    """What to say of a process that ran an artifact and answers no more. where: ' on pi', '' for here."""
+    """The error for a process that ran an artifact and no longer answers. where: ' on pi', or '' for this machine."""
     code = process.wait()
     return UserError(f"the process that ran {artifact.name}{where} ended with "
                      + (f"signal {-code}" if code < 0 else f"exit code {code}"),
@@ -59,7 +59,7 @@ def ended(process: subprocess.Popen[Any], artifact: Path, where: str) -> UserErr
 
 
 def probed(device: Device) -> dict[str, Any]:
-    """The facts of a device (see probe_child), measured now."""
+    """The facts of a device (see on_device/facts.py), measured now."""
     with device.start(there.__name__, {}) as child:
         out, _ = child.communicate()
     try:
@@ -71,7 +71,7 @@ def probed(device: Device) -> dict[str, Any]:
 
 
 def connect(target: Target) -> Device:
-    """The device at a target's address; UserError where it cannot be reached."""
+    """The device at a target's address; raises UserError if it cannot be reached."""
     if target.address in LOCAL:
         return LocalDevice(target)
     if SSH.fullmatch(target.address):

@@ -1,9 +1,9 @@
-"""How fast this machine computes with each GGUF weight type: measured in llama.cpp itself, on files of zeros.
+"""The speed of this machine with each GGUF weight type, measured in llama.cpp on files of zeros.
 
-Decoding with a small model, or with a type that takes work to unpack, is bound by the cores and not by the memory; how
-much work a type takes differs with the instruction sets and with what llama.cpp has for them, so it is measured. So is
-attention: after some hundred tokens a small model spends most of its time on it, far more than reading the cache takes. The
-files are Llama layers of one type without a vocabulary, as large as the models in question; nothing in them is fitted to any.
+Decoding is limited by the cores and not by the memory if the model is small or the type is slow to unpack. The work for a
+type depends on the instruction sets and on llama.cpp's kernels, so it is measured. Attention is measured too: after some
+hundred tokens a small model spends most of its time on it, far more than on reading the cache. The files are Llama layers of
+one type without a vocabulary. Their size is that of typical models; they are not fitted to a model.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from llmc.console import progress, say
 if TYPE_CHECKING:
     import numpy as np
 
-LAYERS, WIDTH, FFN, VOCABULARY = 8, 1024, 4096, 256  # 134 M weights: past the caches that a core has to itself
-TINY = 64  # width at which the weights cost nothing: what is left is the layers' own cost
+LAYERS, WIDTH, FFN, VOCABULARY = 8, 1024, 4096, 256  # 134 M weights: larger than the private caches of a core
+TINY = 64  # at this width the weights take no time: the rest is the overhead of the layers
 TINY_LAYERS = 30
 TOKENS, PROMPT = 24, 256
 HEAD = 64  # dimensions of a head
-SHARED = (1, 4)  # query heads to a key head: where several share one, its keys are unpacked once
-DEPTHS = (128, 256, 512, 1024, 2048)  # tokens in the cache where attention is timed: its cost is not linear at the start
+SHARED = (1, 4)  # query heads for each key head: if several share one, its keys are unpacked once
+DEPTHS = (128, 256, 512, 1024, 2048)  # tokens in the cache for the timing of attention: it is not linear at the start
 TYPES = ("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 
 
 def kernel_rates(types: set[str], threads: int, cache: Path | None = None) -> dict[str, Any]:
-    """{'threads', 'cpu', 'version', 'layer_seconds', 'attention', 'types': {type: {'decode': bytes/s, 'prefill': flop/s}}}
-    with [low, mid, high] each: quartiles of tokens. Types that llama.cpp has no name for here are left out.
+    """Measure, and return {threads, cpu, version, layer_seconds, attention, types}. Measured values are quartiles
+    [low, mid, high] over tokens. Types outside of TYPES are left out.
 
-    layer_seconds: of a layer without weights to speak of.  attention: {query heads to a key head: {'decode': [[tokens in the
-    cache, seconds of a decoded token], …], 'prefill': seconds of each pair of tokens}}, for each layer and dimension of its
-    query heads together.
-    cache: a JSON file of earlier measurements of this machine; what it has is not measured again.
+    types: {type: {'decode': bytes/s, 'prefill': flop/s}}. layer_seconds: the overhead of a layer for a token, in seconds.
+    attention: {query heads for each key head: {'decode': [[tokens in the cache, seconds for a decoded token], ..],
+    'prefill': seconds for each pair of tokens}}, for one layer, divided by the dimensions of all its query heads.
+    cache: a JSON file with earlier measurements of this machine, which are not repeated.
     """
     known = _cached(cache, threads)
     wanted = sorted((types & set(TYPES)) - set(known["types"]))
@@ -69,7 +69,7 @@ def kernel_rates(types: set[str], threads: int, cache: Path | None = None) -> di
 
 
 def _cached(cache: Path | None, threads: int) -> dict[str, Any]:
-    """What was measured before, if it was on this CPU, with this llama.cpp and as many threads."""
+    """The earlier measurements, if they are of the same CPU, llama.cpp version and number of threads."""
     from importlib.metadata import version
 
     from llmc.machine import cpu_model
@@ -83,8 +83,10 @@ def _cached(cache: Path | None, threads: int) -> dict[str, Any]:
 
 
 def _attention(path: Path, threads: int, shared: int) -> dict[str, Any]:
-    """From how much longer a token takes after others: nothing else differs. Of the weights of a long prompt and a short one
-    every token costs the same, and attention grows with the pairs of tokens."""
+    """The cost of attention (see kernel_rates). In decoding it is the extra time of a token with more tokens in the cache.
+
+    In prefill it is the extra time for each token of a long prompt over a short one: the cost of the weights is the same for
+    each token, that of attention grows with the pairs of tokens."""
     write_layers(path, "Q8_0", LAYERS, WIDTH, TINY, shared)
     base = _quartiles(_decodes(path, threads, TOKENS))[1]
     deep = [(n, _quartiles(_decodes(path, threads, TOKENS, n))) for n in DEPTHS]
@@ -97,7 +99,7 @@ def _attention(path: Path, threads: int, shared: int) -> dict[str, Any]:
 
 
 def _decodes(path: Path, threads: int, tokens: int, depth: int = 4) -> np.ndarray:
-    """Seconds of each token decoded after `depth` others; after the few of the default, attention costs next to nothing."""
+    """The seconds of each token decoded after `depth` others. With the default depth, attention takes almost no time."""
     import numpy as np
 
     from llmc.runtimes.amx import use_extra_buffers
@@ -111,7 +113,7 @@ def _decodes(path: Path, threads: int, tokens: int, depth: int = 4) -> np.ndarra
 
 
 def _prefills(path: Path, threads: int, tokens: int) -> np.ndarray:
-    """Seconds of each prefill of so many tokens."""
+    """The seconds of each prefill of `tokens` tokens."""
     import numpy as np
 
     from llmc.runtimes.amx import use_extra_buffers
@@ -137,9 +139,10 @@ def _quartiles(values: np.ndarray) -> list[float]:
 
 
 def write_layers(path: Path, kind: str, layers: int, width: int, ffn: int, shared: int = 1) -> int:
-    """Write a model of one type whose weights are zeros, with `shared` query heads to a key head; their bytes.
+    """Write a model of the GGUF type `kind` with zeros as weights and `shared` query heads for each key head.
 
-    No kernel looks at values, but random ones become infinite or denormal on the way, and those are slow to compute with.
+    Returns the bytes of its weights. The speed of a kernel does not depend on values, except that random weights lead to
+    infinite or denormal numbers, which are slow.
     """
     import numpy as np
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter

@@ -1,7 +1,7 @@
-"""Device profiles: what is known of a device that is not at hand, each figure with its public source.
+"""Device profiles: facts about a device that is not available here. Each figure has its public source.
 
-One TOML file a device, in `profiles/`. A figure is `{value, url, says}`; a `[[measured]]` table is a speed that somebody
-measured on the device and published. Rates are not written down: they are what those points achieved (`achieved`).
+There is one TOML file for each device, in `profiles/`. A figure is `{value, url, says}`. A `[[measured]]` table is a
+published measurement of speed on the device. The files have no rates: `achieved` computes them from those measurements.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FIGURES = ("cores", "ram", "bandwidth", "layer_seconds")
 
 @dataclass(frozen=True)
 class Figure:
-    """A number, where it stands, and what is said there."""
+    """A number, the address of its source, and the statement of the source."""
 
     value: float
     url: str
@@ -29,7 +29,7 @@ class Figure:
 class Measured:
     """A published measurement. decode, prefill: tokens/s. token_bytes: weights that a decoded token reads.
 
-    type: the file's prevailing weight type, as GGUF names it.  prefill_parameters: weights that every prompt token meets
+    type: GGUF's name of the most frequent weight type in the file. prefill_parameters: weights used by every prompt token
     (without embedding and head).
     """
 
@@ -47,15 +47,15 @@ class Measured:
 
 @dataclass(frozen=True)
 class Profile:
-    """A device. ram in bytes, bandwidth in bytes/s, layer_seconds: what a layer costs a decoded token beyond its bytes.
+    """A device. ram in bytes, bandwidth in bytes/s, layer_seconds: a layer's overhead for a decoded token.
 
-    like: the id of the device whose achieved rates stand in, scaled by the bandwidths, where none of its own are known.
+    like: the id of a device whose rates, scaled by the bandwidths, are used if this device has no measurements.
     """
 
     id: str
     name: str
     unit: str
-    """'cpu' or 'gpu': what computes."""
+    """'cpu' or 'gpu': the unit that computes."""
     cores: Figure
     ram: Figure
     bandwidth: Figure
@@ -66,31 +66,31 @@ class Profile:
     like: str | None = None
 
     def achieved(self) -> list[tuple[Measured, float]]:
-        """Bytes of weights read per second in each measured decoding, the layers' own cost taken off."""
+        """The bytes of weights read per second in each decoding measurement, without the overhead of the layers."""
         cost = self.layer_seconds.value if self.layer_seconds else 0.0
         return [(m, m.token_bytes / (1 / m.decode - m.layers * cost)) for m in self.measured if m.decode and m.token_bytes]
 
     def matmul(self) -> list[tuple[Measured, float]]:
-        """Floating point operations per second in each measured prefill (attention, 1-2 % at these lengths, left out)."""
+        """The flop per second in each prefill measurement, without attention (1-2 % at these lengths)."""
         return [(m, 2.0 * m.prefill_parameters * m.prefill) for m in self.measured if m.prefill and m.prefill_parameters]
 
 
 def profile_ids() -> list[str]:
-    """The profiles that are shipped."""
+    """The ids of the shipped profiles."""
     folder = resources.files("llmc.runtimes.targets").joinpath("profiles")
     return sorted(p.name.removesuffix(".toml") for p in folder.iterdir() if p.name.endswith(".toml"))
 
 
 def read_profile(id: str) -> Profile:
-    """The shipped profile of that id."""
+    """The shipped profile with that id."""
     if id not in profile_ids():
-        raise UserError(f"no device profile is named {id!r}", f"choose one of {', '.join(profile_ids())}")
+        raise UserError(f"there is no device profile {id!r}", f"choose one of {', '.join(profile_ids())}")
     path = resources.files("llmc.runtimes.targets").joinpath("profiles", f"{id}.toml")
     return parse(id, tomllib.loads(path.read_text(encoding="utf-8")))
 
 
 def parse(id: str, content: dict[str, Any]) -> Profile:
-    """A profile of a TOML file's content; every figure must have its source."""
+    """The profile in a TOML file's content; raises UserError for a figure without a source."""
     figures = {name: _figure(id, name, content[name]) for name in FIGURES if name in content}
     known = {f.name for f in fields(Profile)} - {"id"}
     if unknown := set(content) - known:
@@ -108,5 +108,5 @@ def parse(id: str, content: dict[str, Any]) -> Profile:
 def _figure(id: str, name: str, given: Any) -> Figure:
     if not isinstance(given, dict) or set(given) != {"value", "url", "says"} or not given["url"].startswith("https://"):
         raise UserError(f"profile {id}: {name} has no source",
-                        f"write {name} = {{ value = …, url = \"https://…\", says = \"…\" }}")
+                        f"write {name} = {{ value = NUMBER, url = \"https://ADDRESS\", says = \"TEXT\" }}")
     return Figure(float(given["value"]), given["url"], given["says"])

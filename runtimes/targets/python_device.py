@@ -1,4 +1,4 @@
-"""A device with a Python that runs llmc's agent (agent.py): what ssh and the emulation have in common."""
+"""A device with a Python that runs llmc's agent (agent.py): the common part of ssh and emulated devices."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from llmc.runtimes.targets.target import Target
 
 
 class PythonDevice(ABC):
-    """A device (see device.py). Before an artifact is run there, it is made sure that the device has its runtime."""
+    """A device (see device.py). Before it runs an artifact, it checks that the device has the artifact's runtime."""
 
     emulated = False
 
     def __init__(self, target: Target) -> None:
         self.target = target
         self._has: dict[str, Any] | None = None
-        self._packages: dict[str, list[str]] = {}  # what the runtime of a placed artifact needs
+        self._packages: dict[str, list[str]] = {}  # packages for each placed artifact
 
     def place(self, artifact: Path) -> str:
-        """The artifact's path on the device, which `start` knows again."""
+        """The artifact's path on the device. It stores the packages that `start` checks for this path."""
         kind = format_of(artifact)
         if kind is not None and not kind.packages:
             runs = " and ".join(k.plural for k in FORMATS if k.packages)
@@ -38,7 +38,7 @@ class PythonDevice(ABC):
 
     @abstractmethod
     def _copy(self, artifact: Path) -> str:
-        """The artifact's path on the device, copied there where it must be."""
+        """The artifact's path on the device. It is copied there first if needed."""
 
     @abstractmethod
     def close(self) -> None:
@@ -46,15 +46,16 @@ class PythonDevice(ABC):
 
     @abstractmethod
     def _agent(self) -> subprocess.Popen[str]:
-        """The agent, started on the device, with pipes as its stdin and stdout."""
+        """Start the agent on the device, with pipes as its stdin and stdout."""
 
     @abstractmethod
     def _install_hint(self, executable: str, absent: list[str]) -> str:
-        """What to do about packages that are not there."""
+        """The hint for missing packages."""
 
     def start(self, module: str, job: dict[str, Any]) -> subprocess.Popen[str]:
-        if "artifact" in job:
-            self._check(self._packages[job["artifact"]])
+        if artifact := job.get("artifact"):
+            kind = format_of(Path(artifact))  # by its name: what was not placed here is of that format too
+            self._check(self._packages.get(artifact, list(kind.packages) if kind else []))
         return self._start(module, job)
 
     def _start(self, module: str, job: dict[str, Any]) -> subprocess.Popen[str]:
@@ -64,7 +65,7 @@ class PythonDevice(ABC):
             process.stdin.write(json.dumps({"module": module, "job": job}) + "\n")
             process.stdin.flush()
         except BrokenPipeError:
-            pass  # it has died: its exit code and its lack of an answer tell
+            pass  # it has ended: the caller sees its exit code and that there is no answer
         return process
 
     def has(self) -> dict[str, Any]:

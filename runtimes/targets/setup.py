@@ -1,4 +1,4 @@
-"""`llmc target setup` and `clean`: what a device needs before artifacts run there, and what they leave behind."""
+"""`llmc target setup` and `clean`: install the packages that artifacts need on a device, and clean its cache."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from llmc.runtimes.targets.target import ADB, EMULATED, LOCAL, SSH, Target
 
 
 def wanted(runtimes: tuple[str, ...]) -> list[str]:
-    """Packages of the runtimes ('gguf', 'onnx'), in the versions that this machine has: equal ones can be compared."""
+    """The packages of the runtimes ('gguf', 'onnx'), in this machine's versions, so that results can be compared."""
     packages = {kind.format: kind.packages for kind in FORMATS if kind.packages}
     if unknown := set(runtimes) - packages.keys():
-        raise UserError(f"--runtime {','.join(sorted(unknown))} is not known", f"choose of {', '.join(packages)}")
+        raise UserError(f"--runtime {','.join(sorted(unknown))} is not known", f"choose from {', '.join(packages)}")
     names = dict.fromkeys(name for r in runtimes for name in packages[r])
     return [_pinned(name) for name in names]
 
 
 def _pinned(package: str) -> str:
-    if package == "numpy":  # any does: no figure depends on it
+    if package == "numpy":  # any version: no result depends on it
         return package
     try:
         return f"{package}=={metadata.version(package)}"
@@ -31,9 +31,9 @@ def _pinned(package: str) -> str:
 
 
 def setup(target: Target, install: bool, runtimes: tuple[str, ...], llama_bench: Path | None = None) -> dict[str, Any]:
-    """{target, python, executable, packages} of a device, after installing what is lacking where that was asked for.
+    """Install the missing packages if `install`; return {target, python, executable, packages} of the device.
 
-    llama_bench: a program for an Android device, copied there."""
+    llama_bench: a program for an Android device, which is copied there."""
     packages = wanted(runtimes)
     if target.address in LOCAL:
         raise UserError(f"{target.name} is this machine", "llmc doctor shows what it has and how to install the rest")
@@ -62,13 +62,13 @@ def setup(target: Target, install: bool, runtimes: tuple[str, ...], llama_bench:
 
 
 def clean(target: Target) -> tuple[int, int]:
-    """Remove from a device's cache every artifact that is not in use: bytes (removed, left)."""
+    """Remove every artifact that is not in use from a device's cache; return the bytes (removed, left)."""
     if not (SSH.fullmatch(target.address) or ADB.fullmatch(target.address)):
-        raise UserError(f"{target.name} runs artifacts where they lie and has no cache of copies", "nothing to do")
+        raise UserError(f"{target.name} runs artifacts in place and has no cache of copies", "nothing to do")
     from llmc.runtimes.targets.device import connect
 
     with closing(connect(target)) as device:
         cache: Any = getattr(device, "cache", None)
-        cache.close()  # of the agent that this connection brought
+        cache.close()  # release the agent that this connection copied
         removed, left = cache.clean()
     return removed, left

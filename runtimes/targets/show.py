@@ -1,4 +1,4 @@
-"""Targets as people read them."""
+"""Targets as text, for `llmc target ls` and `llmc target show`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def row(target: Target) -> list[str]:
 
 
 def lines(target: Target) -> str:
-    """What `llmc target show` prints."""
+    """The text of `llmc target show`."""
     f = target.facts
-    told = {k: v for k, v in target.as_dict().items() if k not in ("name", "facts") and v is not None}
-    found = [target.name, *(f"  {k:<13} {v}" for k, v in told.items())]
+    settings = {k: v for k, v in target.as_dict().items() if k not in ("name", "facts") and v is not None}
+    found = [target.name, *(f"  {k:<13} {v}" for k, v in settings.items())]
     if not f:
-        return "\n".join([*found, f"  not probed: `llmc target probe {target.name}` finds out what it is"])
+        return "\n".join([*found, f"  not probed: `llmc target probe {target.name}` measures it"])
     gpus = [f"{g['name']} ({g['backend']})" for g in f.get("gpus", [])]
     power = f"power {f['power']}" if f.get("power") else ""
     heat = f"{f['temperature_c']:.0f} °C" if f.get("temperature_c") is not None else ""
@@ -29,11 +29,11 @@ def lines(target: Target) -> str:
         "system": f["system"], "CPU": f["cpu"],
         "cores": f"{f['physical_cores']}, {f['logical_cores']} logical, {f['usable_cores']} used by default",
         "features": " ".join(f["cpu_features"]), "memory": size(f["memory"]),
-        "GPU": ", ".join(gpus) or "none that a runtime sees",
+        "GPU": ", ".join(gpus) or "none that a runtime can use",
         "state": ", ".join(filter(None, (governor, heat, power))),
         "reads": "", "multiplies": "", "probed": f["probed"],
     }
-    if "read_bandwidth" in f:  # not known of Android
+    if "read_bandwidth" in f:  # not measured on Android
         facts["reads"] = f"{size(f['read_bandwidth'])}/s of weights with {f['usable_cores']} threads"
         facts["multiplies"] = f"{f['matmul_flops'] / 1e9:.0f} Gflop/s in float32"
     return "\n".join([*found, *(f"  {k:<13} {v}" for k, v in facts.items() if v)])

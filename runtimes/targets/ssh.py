@@ -1,4 +1,4 @@
-"""A device over ssh, by the system's own client: aliases, jump hosts, agents and known_hosts are its business."""
+"""A device over ssh. The system's ssh client handles aliases, jump hosts, agents and known_hosts."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from llmc.runtimes.targets.shell import command_line
 from llmc.runtimes.targets.target import SSH, Target
 from llmc.runtimes.targets.transfer import Cache
 
-CLIENT = "LLMC_SSH"  # environment variable: the ssh client, and options for it such as -F FILE
+CLIENT = "LLMC_SSH"  # environment variable: the ssh client and its options, such as -F FILE
 READY = "llmc-ready"
 GRACE = 5  # seconds that a connection may take to end
-# Nothing is asked (BatchMode), a host key that is unknown or has changed ends it, and nothing is forwarded or run besides,
-# whatever the user's config says.
+# These options override the user's config: no questions (BatchMode), no unknown or changed host key, no forwarding, no other
+# commands.
 OPTIONS = {
     "BatchMode": "yes", "StrictHostKeyChecking": "yes", "ConnectTimeout": "15", "ServerAliveInterval": "15",
     "ServerAliveCountMax": "4", "ControlPersist": "no", "ClearAllForwardings": "yes", "ForwardAgent": "no",
     "ForwardX11": "no", "PermitLocalCommand": "no", "RemoteCommand": "none", "RequestTTY": "no",
 }
-# "$1" the target's Python: where it names none of its own, that of the environment in the cache "$2", which `llmc target
-# setup` makes, comes first. "$3" the agent.
+# "$1" is the target's Python, "$2" the cache, "$3" the agent. If the target has the default Python, the environment in the
+# cache, which `llmc target setup` makes, comes first.
 PYTHON = """
 python=$1
 case $python in
@@ -38,7 +38,7 @@ case $python in
 esac
 """
 START = PYTHON + 'export PYTHONDONTWRITEBYTECODE=1; exec "$python" "$3"'
-# The packages come after "$2". A Python that the target names itself is used as it is, else the cache gets an environment.
+# The packages follow "$2". If the target names its own Python, that one gets the packages, else an environment in the cache.
 INSTALL = PYTHON + """
 if [ "$1" = python3 ] && [ "$python" = python3 ]; then
   python3 -m venv "$2/venv" || exit; python=$2/venv/bin/python
@@ -56,10 +56,11 @@ class Connection:
         assert parts is not None, target.address
         client = shlex.split(os.environ.get(CLIENT, "ssh"))
         if WINDOWS and CLIENT not in os.environ:
-            raise UserError("OpenSSH for Windows cannot share one connection among commands (ControlMaster), as ssh targets "
-                            "need it", "run llmc in WSL")
+            raise UserError("OpenSSH for Windows cannot share one connection among commands (ControlMaster), which ssh "
+                            "targets need", "run llmc in WSL")
         if not client or shutil.which(client[0]) is None:
-            raise UserError(f"there is no {client[0] if client else 'ssh'} here", "install OpenSSH's client: openssh-client")
+            raise UserError(f"{client[0] if client else 'ssh'} is not installed here",
+                            "install OpenSSH's client: openssh-client")
         self._folder = tempfile.mkdtemp(prefix="llmc-")  # mode 700
         options = {**OPTIONS, "ControlPath": f"{self._folder}/s".replace("%", "%%")}
         more = (("J", target.jump), ("p", parts["port"]), ("l", parts["user"]))
@@ -69,7 +70,7 @@ class Connection:
         self._master = self._connect()
 
     def _connect(self) -> subprocess.Popen[bytes]:
-        """The process that owns the connection: it ends, and with it the connection, when its stdin does."""
+        """Start the process that owns the connection. When its stdin ends, the process and the connection end."""
         with tempfile.TemporaryFile() as errors:
             master = subprocess.Popen(
                 [*self._command, "-oControlMaster=yes", "--", self._host, command_line(f"echo {READY}; cat >/dev/null")],
@@ -81,24 +82,25 @@ class Connection:
             master.kill()
             master.communicate()
             errors.seek(0)
-            said = errors.read().decode(errors="replace").strip()
+            message = errors.read().decode(errors="replace").strip()
         shutil.rmtree(self._folder)
-        raise self._refused(line, said)
+        raise self._refused(line, message)
 
-    def _refused(self, line: str, said: str) -> UserError:
+    def _refused(self, line: str, message: str) -> UserError:
+        """The error for a failed connection. line: the first line of stdout; message: stderr."""
         if line:
             return UserError(f"the login shell of {self.name} prints {line!r} before it runs a command",
-                             "make its startup files silent where the shell is not interactive")
-        last = said.splitlines()[-1] if said else "the connection was closed"
+                             "make its startup files silent if the shell is not interactive")
+        last = message.splitlines()[-1] if message else "the connection was closed"
         by_hand = self.address.removeprefix("ssh://")
-        if "Host key verification failed" in said:
-            what = "has changed" if "HAS CHANGED" in said else "is not known"
+        if "Host key verification failed" in message:
+            what = "has changed" if "HAS CHANGED" in message else "is not known"
             return UserError(f"{self.name}: the host key of {by_hand} {what}",
                              f"connect by hand once, compare the fingerprint, and accept it: ssh {self.address}")
-        if "Permission denied" in said:
-            return UserError(f"{self.name}: {last}", f"llmc asks for no password: set up a key, until this works: "
+        if "Permission denied" in message:
+            return UserError(f"{self.name}: {last}", f"llmc cannot enter a password: set up a key until this works: "
                              f"ssh -o BatchMode=yes {self.address} true")
-        return UserError(f"{self.name}: {last}", f"see that this works: ssh -o BatchMode=yes {self.address} true")
+        return UserError(f"{self.name}: {last}", f"check that this works: ssh -o BatchMode=yes {self.address} true")
 
     def popen(self, script: str, *args: str, **how: Any) -> subprocess.Popen[Any]:
         return subprocess.Popen([*self._command, "-oControlMaster=no", "--", self._host, command_line(script, *args)], **how)
@@ -106,14 +108,14 @@ class Connection:
     def close(self) -> None:
         try:
             self._master.communicate(timeout=GRACE)
-        except subprocess.TimeoutExpired:  # it waits for commands that still run there
+        except subprocess.TimeoutExpired:  # commands still run there
             self._master.kill()
             self._master.communicate()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
 class SshDevice(PythonDevice):
-    """A device that llmc reaches over ssh, and that has a Python."""
+    """A device with a Python that llmc reaches over ssh."""
 
     def __init__(self, target: Target) -> None:
         super().__init__(target)
@@ -130,7 +132,7 @@ class SshDevice(PythonDevice):
         return self.cache.place(artifact)
 
     def install(self, packages: list[str]) -> None:
-        """`pip install` there, by the device's own network. What it says goes to stderr."""
+        """Run `pip install` on the device, with the device's network. Its output goes to stderr."""
         code = self._shell.popen(INSTALL, self.target.python, self.cache.root, *packages, stdin=subprocess.DEVNULL).wait()
         self._has = None
         if code:

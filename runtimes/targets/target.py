@@ -1,9 +1,9 @@
-"""A device by its name: `targets.toml`, which people write and `llmc target` edits.
+"""Targets: devices with a name, in `targets.toml`. The user writes this file, or `llmc target` edits it.
 
     [targets.pi]
     address = "ssh://user@host:22"
 
-`local-cpu` and `local-gpu` are there without a file.
+`local-cpu` and `local-gpu` exist without a file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FILE = "targets.toml"
 LOCAL = ("local-cpu", "local-gpu")
 EMULATED = "emulated-arm64"
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
-# Names go to ssh and adb as arguments of their own, and none may look like an option.
+# Names are separate arguments of ssh and adb, and none may look like an option.
 _PART = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
 SSH = re.compile(rf"ssh://((?P<user>{_PART})@)?(?P<host>{_PART}|\[[0-9A-Fa-f:.]+\])(:(?P<port>[0-9]{{1,5}}))?")
 ADB = re.compile(r"adb:(?P<serial>[A-Za-z0-9][A-Za-z0-9._:-]*)")
@@ -32,9 +32,9 @@ KINDS = f"{', '.join(LOCAL)}, ssh://user@host, adb:SERIAL or {EMULATED}"
 
 @dataclass(frozen=True)
 class Target:
-    """python: the device's Python  cache, cache_gb: its folder for artifacts, and the most that may lie there
-    jump: the host to go through (`ssh -J`)  profile: of a device profile, for estimates
-    facts: what `llmc target probe` found (runtimes/on_device/probe.py), {} before."""
+    """A named device. python: its Python. cache, cache_gb: its folder for artifacts, and the largest size of that, in GB.
+    jump: the host to go through (`ssh -J`). profile: the id of a device profile, for estimates.
+    facts: the results of `llmc target probe` (runtimes/on_device/facts.py), {} before."""
 
     name: str
     address: str
@@ -47,30 +47,31 @@ class Target:
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
-            raise UserError(f"{self.name!r} cannot name a target", "use a-z, 0-9, '.', '_' and '-', such as pi5")
+            raise UserError(f"{self.name!r} is not a valid target name", "use a-z, 0-9, '.', '_' and '-', such as pi5")
         if self.address not in (*LOCAL, EMULATED) and not SSH.fullmatch(self.address) and not ADB.fullmatch(self.address):
             raise UserError(f"target {self.name}: the address {self.address!r} is not known", f"give {KINDS}")
         if self.jump is not None and not JUMP.fullmatch(self.jump):
-            raise UserError(f"target {self.name}: jump {self.jump!r} is no [user@]host[:port]", "give user@bastion")
+            raise UserError(f"target {self.name}: jump {self.jump!r} is not [user@]host[:port]", "give user@bastion")
         if self.profile is not None and not NAME.fullmatch(self.profile):
-            raise UserError(f"target {self.name}: {self.profile!r} cannot name a profile", "write it like profile = \"pi5\"")
+            raise UserError(f"target {self.name}: {self.profile!r} is not a valid profile id",
+                            "write it like profile = \"pi5\"")
         for key in ("python", "cache"):
             value = getattr(self, key)
             if not value or value.startswith("-") or not value.isprintable():
-                raise UserError(f"target {self.name}: {key} {value!r} is no path", f"write the path of its {key}")
+                raise UserError(f"target {self.name}: {key} {value!r} is not a path", f"write the path of its {key}")
         if not self.cache_gb > 0:
             raise UserError(f"target {self.name}: cache_gb {self.cache_gb} is out of range: more than 0", "try 20")
 
     @property
     def emulated(self) -> bool:
-        """Whether it runs on other hardware than it stands for: its speeds say nothing."""
+        """True if the target is emulated on other hardware, so that its speeds are not those of a device."""
         return self.address == EMULATED
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def label(self) -> str:
-        """'pi (ssh://pi5)', or the name alone where the address says no more."""
+        """'pi (ssh://pi5)', or only the name if the address is the same."""
         return self.name if self.name == self.address else f"{self.name} ({self.address})"
 
 
@@ -78,7 +79,7 @@ OPTIONS = {f.name: str(f.type) for f in fields(Target) if f.name not in ("name",
 
 
 def targets_file(given: Path | None = None) -> Path:
-    """The file that is read and written: the one given, ./targets.toml where it is there, else the user's own."""
+    """The file to read and write: `given`, else ./targets.toml if it exists, else the one in the user's config folder."""
     if given is not None:
         return given
     here = Path(FILE)
@@ -88,7 +89,7 @@ def targets_file(given: Path | None = None) -> Path:
 
 
 def load_targets(given: Path | None = None) -> dict[str, Target]:
-    """Every target by name, the local ones first. A file that was named must be there."""
+    """All targets by name, local ones first. Raises UserError if `given` does not exist or a file is not valid."""
     path = targets_file(given)
     try:
         found = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -97,44 +98,45 @@ def load_targets(given: Path | None = None) -> dict[str, Target]:
             raise UserError(f"there is no file {given}", "make it with `llmc target add NAME ADDRESS --targets FILE`") from e
         found = {}
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as e:
-        raise UserError(f"{path} is not TOML: {e}", "mend it, or name another file with --targets") from e
+        raise UserError(f"{path} is not TOML: {e}", "correct it, or name another file with --targets") from e
     tables = found.get("targets", {})
     if not isinstance(tables, dict) or (odd := sorted(found.keys() - {"targets"})):
-        raise UserError(f"{path}: {', '.join(odd) if isinstance(tables, dict) else 'targets'} is no table of targets",
-                        "write [targets.NAME] over the lines of each target")
+        raise UserError(f"{path}: {', '.join(odd) if isinstance(tables, dict) else 'targets'} is not a table of targets",
+                        "write [targets.NAME] above the lines of each target")
     local = {name: Target(name, name) for name in LOCAL}
     return local | {name: _read(path, name, table) for name, table in tables.items()}
 
 
 def _read(path: Path, name: str, table: Any) -> Target:
-    """One table of the file, every key and type checked."""
+    """The target in one table of the file; raises UserError for an unknown key or a wrong type."""
     if not isinstance(table, dict) or ("address" not in table and name not in LOCAL):
         raise UserError(f"{path}: target {name} has no address", f"give one: {KINDS}")
     if unknown := sorted(table.keys() - OPTIONS.keys() - {"facts"}):
         raise UserError(f"{path}: target {name} has the unknown keys {', '.join(unknown)}",
-                        f"known are {', '.join(OPTIONS)}; facts are written by `llmc target probe`")
+                        f"known keys: {', '.join(OPTIONS)}; `llmc target probe` writes facts")
     for key, value in table.items():
         kind = dict if key == "facts" else int | float if key == "cache_gb" else str
         if not isinstance(value, kind) or isinstance(value, bool):
             wanted = "a number" if key == "cache_gb" else "text"
             raise UserError(f"{path}: {key} of target {name} is {value!r}", f"write {wanted}")
     if name in LOCAL and table.get("address", name) != name:
-        raise UserError(f"{path}: {name} is this machine, its address cannot be {table['address']!r}", "choose another name")
+        raise UserError(f"{path}: {name} is this machine, so its address cannot be {table['address']!r}",
+                        "choose another name")
     return Target(name, **{"address": name, **table})
 
 
 def find_target(name: str, given: Path | None = None) -> Target:
-    """The target of that name; an address alone (`ssh://pi5`) is no name: what is measured is kept by name."""
+    """The target with that name. An address alone (`ssh://pi5`) is not enough, because results are stored by name."""
     known = load_targets(given)
     if name not in known:
-        raise UserError(f"there is no target {name!r}; known are {', '.join(known)}",
+        raise UserError(f"there is no target {name!r}; known targets: {', '.join(known)}",
                         f"`llmc target add {name if NAME.fullmatch(name) else 'NAME'} ADDRESS` writes one into "
                         f"{targets_file(given)}")
     return known[name]
 
 
 def write_target(target: Target, given: Path | None = None) -> Path:
-    """Put a target into the file, new or in place of what it said; comments and other targets stay as they are."""
+    """Add or replace a target in the file; return the file's path. Comments and other targets do not change."""
     defaults = {f.name: f.default for f in fields(Target)}
 
     def change(tables: Any) -> None:
@@ -151,7 +153,7 @@ def write_target(target: Target, given: Path | None = None) -> Path:
 
 
 def remove_target(name: str, given: Path | None = None) -> Path:
-    """Take a target out of the file."""
+    """Remove a target from the file; return the file's path."""
     def change(tables: Any) -> None:
         if name not in tables:
             raise UserError(f"{targets_file(given)} has no target {name!r}", f"it has {', '.join(tables) or 'none'}")
@@ -161,7 +163,7 @@ def remove_target(name: str, given: Path | None = None) -> Path:
 
 
 def _plain(value: Any) -> Any:
-    """Facts for TOML, which knows no null: what is not known is left out."""
+    """Facts without None: TOML has no null."""
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items() if v is not None}
     return [_plain(v) for v in value] if isinstance(value, list) else value
@@ -174,7 +176,7 @@ def _edit(change: Callable[[Any], None], given: Path | None) -> Path:
 
     path = targets_file(given)
     if path.is_file():
-        load_targets(path)  # what cannot be read is not written over
+        load_targets(path)  # do not overwrite a file that is not valid
     document = tomlkit.parse(path.read_text(encoding="utf-8") if path.is_file() else "")
     change(document.setdefault("targets", tomlkit.table(is_super_table=True)))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""Artifacts on a device: copied so that an interrupted copy goes on, checked there, kept in a cache with a cap.
+"""Copies of artifacts on a device. An interrupted copy can resume. Copies are verified and kept in a cache of limited size.
 
-The cache folder: `artifacts/KEY/…` is whole and was checked; `partial/KEY/` is on its way (SHA256 is a finished file,
-SHA256.part grows); `locks/`. KEY is the sha256 of the names and sha256s of an artifact's files. Nothing is run but what lies
-below `artifacts`, and there a folder appears by one rename. All scripts begin in the cache folder, "$1".
+The cache folder has `artifacts/KEY/`, complete and verified; `partial/KEY/`, incomplete (SHA256 is a finished file,
+SHA256.part an unfinished one); and `locks/`. KEY is the sha256 of the names and sha256s of an artifact's files. Only files
+below `artifacts` are run, and a folder appears there by one rename. All scripts start in the cache folder, "$1".
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ ROOT = """
 case $1 in "~") d=$HOME;; "~/"*) d=$HOME/${1#"~/"};; /*) d=$1;; *) d=$HOME/$1;; esac
 umask 077; mkdir -p "$d/artifacts" "$d/partial" "$d/locks" && cd "$d" && pwd -P
 """
-# Of two llmc that copy the same artifact one waits, at most 20 s: the other may be the end of a copy that was killed.
-# Not every system has flock (macOS has not); the checks of length and sha256 hold without it.
+# If two llmc copy the same artifact, one waits, at most 20 s: the other may be the rest of a copy that was killed.
+# Not every system has flock (macOS has not); length and sha256 are verified without it too.
 LOCKED = """
 cd "$1" || exit; umask 077
 sum() { if command -v sha256sum >/dev/null; then sha256sum <"$1"; else shasum -a 256 <"$1"; fi | cut -c1-64; }
@@ -63,7 +63,7 @@ cat >>"$part" || exit
 if [ "$(sum "$part")" != "$3" ]; then rm -f "$part"; exit 77; fi
 { sync "$part" 2>/dev/null || sync; } && mv "$part" "$work/$3"
 """)
-# Gives the finished files their names ("$3" a sha256, "$4" its name, …) in a folder that then appears as a whole.
+# Gives the finished files their names ("$3" a sha256, "$4" its name, and so on) in a folder that is then renamed as a whole.
 PUBLISH = LOCKED.replace("BODY", """
 if [ -e "artifacts/$2" ]; then exit; fi
 key=$2; shift 2; rm -rf "$work/files"
@@ -73,7 +73,7 @@ done
 mv "$work/files" "artifacts/$key" && rm -rf "$work"
 """)
 USE = 'cd "$1" && [ -d "artifacts/$2" ] && touch "artifacts/$2"'
-# Keeps a shared lock on every key that is read from stdin until stdin ends; each level of the recursion holds one.
+# Reads keys from stdin and holds a shared lock on each until stdin ends; each level of the recursion holds one.
 HOLD = """
 cd "$1" || exit; umask 077
 hold() {
@@ -89,7 +89,7 @@ for d in $(ls -td artifacts/* partial/* 2>/dev/null); do
 done
 df -kP . | tail -n 1
 """
-# Where there is no flock nobody can tell whether it is in use: then nothing leaves that was used within a day.
+# Without flock the script cannot know whether an entry is in use: then it removes nothing that was used within a day.
 REMOVE = """
 cd "$1" || exit; umask 077
 {
@@ -102,7 +102,7 @@ mv "$2/$3" "trash-$3" && rm -rf "trash-$3" "locks/$3"
 
 @dataclass(frozen=True)
 class File:
-    """One file of an artifact: its path there (POSIX, relative) and here."""
+    """One file of an artifact. name: its relative POSIX path on the device; path: its path on this machine."""
 
     name: str
     path: Path
@@ -111,7 +111,7 @@ class File:
 
 
 def files_of(artifact: Path) -> list[File]:
-    """The files of a file or folder artifact, sorted by name; what changes while it is read is found at the end."""
+    """The files of an artifact (a file or a folder), sorted by name. A later change is found when the copy is verified."""
     paths = [artifact] if artifact.is_file() else sorted(p for p in artifact.rglob("*") if p.is_file())
     if not paths:
         raise UserError(f"{artifact} is neither a file nor a folder with files",
@@ -125,7 +125,7 @@ def key_of(files: list[File]) -> str:
 
 
 class Cache:
-    """The cache folder of a device. root: as the target names it ('~/…' is the device's home); cap: bytes."""
+    """The cache folder of a device. root: the path in the target ('~/' is the device's home); cap: its limit in bytes."""
 
     def __init__(self, shell: Shell, root: str, cap: int) -> None:
         self.shell, self.cap = shell, cap
@@ -133,7 +133,7 @@ class Cache:
         self._holder: subprocess.Popen[bytes] | None = None
 
     def place(self, artifact: Path) -> str:
-        """The artifact's path on the device, copied there where it is not yet. It stays until `close`."""
+        """The artifact's path on the device. It is copied there first if needed, and is not removed before `close`."""
         files = files_of(artifact)
         key = key_of(files)
         self._hold(key)
@@ -144,7 +144,7 @@ class Cache:
         return f"{self.root}/artifacts/{key}" + (f"/{files[0].name}" if artifact.is_file() else "")
 
     def _send(self, key: str, files: list[File]) -> None:
-        """What of the files is not there yet. Raises UserError when one arrives damaged twice."""
+        """Send the files, or parts of files, that are missing there. Raises UserError if a file arrives damaged twice."""
         code, out = run(self.shell, STATE, self.root, key, expect=(BUSY,))
         self._check(code, b"", files[0])
         there = {name: what for name, *what in (line.split() for line in out.splitlines())}
@@ -159,7 +159,7 @@ class Cache:
                                     "check the device's disk and memory; was the file being written here meanwhile?")
 
     def _verified(self, file: File, length: int, digest: str) -> int:
-        """How much of a part may stay: all of it where it is the beginning of the file, else nothing."""
+        """The bytes of a part that can stay: all of them if it is the beginning of the file, else 0."""
         if length == 0:
             return 0
         if length <= file.size and _sha256_of_first(file.path, length) == digest:
@@ -169,7 +169,7 @@ class Cache:
         return 0
 
     def _append(self, key: str, file: File, offset: int) -> bool:
-        """The rest of a file; False where the whole of it is not what it is here."""
+        """Send the rest of a file; return False if the complete file on the device differs from this machine's."""
         process = self.shell.popen(APPEND, self.root, key, file.sha256, str(offset), str(file.size),
                                    stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         assert process.stdin is not None
@@ -182,7 +182,7 @@ class Cache:
                         p.step(n=n // 1_000_000 - (p.done - offset // 1_000_000))
                 process.stdin.close()
             except BrokenPipeError:
-                pass  # the exit code and stderr tell why
+                pass  # the exit code and stderr have the reason
             finally:
                 process.stdin = None  # communicate() would flush it
                 err = process.communicate()[1]
@@ -198,12 +198,12 @@ class Cache:
             raise failure(self.shell, code, err)
 
     def _hold(self, key: str) -> None:
-        """Lock an artifact against removal by others, as long as this connection lasts."""
+        """Lock an artifact, so that no other process removes it while this connection exists."""
         if self._holder is None:
             self._holder = self.shell.popen(HOLD, self.root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
         assert self._holder.stdin is not None
         assert self._holder.stdout is not None
-        with suppress(BrokenPipeError):  # the answer tells
+        with suppress(BrokenPipeError):  # the missing answer raises the error below
             self._holder.stdin.write(key.encode() + b"\n")
         if self._holder.stdout.readline().strip() != key.encode():
             raise failure(self.shell, self._holder.wait(), b"")
@@ -221,7 +221,7 @@ class Cache:
         return found, int(free[1]) * 1024
 
     def make_room(self, needed: int, key: str, name: str) -> None:
-        """Remove what was not used for longest until `needed` more bytes fit the cap; never what is in use."""
+        """Remove the least recently used entries that are not in use, until `needed` more bytes fit the cap and the disk."""
         entries, free = self.entries()
         there = sum(n for _, k, n in entries if k == key)
         used = sum(n for _, k, n in entries if k != key)
@@ -239,7 +239,7 @@ class Cache:
                             "free some space there, or give the target another cache folder")
 
     def remove(self, kind: str, key: str) -> bool:
-        """Remove one entry; False where it is in use."""
+        """Remove one entry; return False if it is in use."""
         return run(self.shell, REMOVE, self.root, kind, key, expect=(BUSY,))[0] == 0
 
     def clean(self) -> tuple[int, int]:
@@ -253,14 +253,14 @@ class Cache:
         return removed, left
 
     def close(self) -> None:
-        """Let go of what this connection uses."""
+        """Release the locks of this connection."""
         if self._holder is not None:
             self._holder.communicate()
             self._holder = None
 
 
 def _pump(source: IO[bytes], sink: IO[bytes]) -> Iterator[int]:
-    """Copy the rest of `source`, giving the bytes copied so far after each block."""
+    """Copy the rest of `source`; yield the number of copied bytes after each block."""
     total = 0
     while block := source.read(BLOCK):
         sink.write(block)

@@ -12,12 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmc.compress.calibration import sequences_at_once
+from llmc.compress.calibration import sequences_at_once, walk
+from llmc.compress.ends import is_tied, name_of, stored_head
 from llmc.compress.skeleton import Skeleton, get_weight, set_weight
 from llmc.compress.teaching.loss import CHUNK_BYTES, divergence
-from llmc.compress.transform.ends import is_tied, name_of, stored_head
-from llmc.console import progress
-from llmc.errors import UserError
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.types import AnyType
 from llmc.rounding.rtn import rtn
@@ -43,22 +41,21 @@ def run(folder: Path, sequences: torch.Tensor, device: str, type_of: Callable[[i
     skeleton = Skeleton(Checkpoint.open(folder), device)
     batch = sequences_at_once(skeleton, sequences.shape[1])
     arguments, entering = skeleton.enter(iter(sequences.split(batch)), sequences.shape[1])
-    states = torch.cat(list(entering))
-    tuples = False
-    wanted = range(len(skeleton.layers)) if layers is None else layers
-    with progress(f"measuring {what}, layer", len(wanted)) as p:
-        for index in wanted:
-            with skeleton.layer(index) as layer:
-                if type_of is not None:
-                    for linear in skeleton.linears(index).values():
-                        weight = get_weight(linear)
-                        set_weight(linear, rtn(weight, type_of(weight.shape[1])).dequantize())
-                for part in states.split(batch):  # views: each batch is replaced by what leaves the layer
-                    out = layer(part, **arguments[index])
-                    tuples = isinstance(out, tuple)
-                    part.copy_(out[0] if isinstance(out, tuple) else out)
-            p.step()
-    return Run(skeleton, states, tuples)
+    ran = Run(skeleton, torch.cat(list(entering)), False)
+
+    def visit(index: int, layer: nn.Module) -> str:
+        if type_of is not None:
+            for linear in skeleton.linears(index).values():
+                weight = get_weight(linear)
+                set_weight(linear, rtn(weight, type_of(weight.shape[1])).dequantize())
+        for part in ran.states.split(batch):  # views: each batch is replaced by what leaves the layer
+            out = layer(part, **arguments[index])
+            ran.tuples = isinstance(out, tuple)
+            part.copy_(out[0] if ran.tuples else out)
+        return ""
+
+    walk(skeleton, range(len(skeleton.layers)) if layers is None else layers, f"measuring {what}, layer", visit)
+    return ran
 
 
 @contextmanager
@@ -74,10 +71,7 @@ def head_of(ran: Run) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
              else skeleton.checkpoint.tensor(stored_head(skeleton)).to(skeleton.device))
     head._parameters["weight"] = nn.Parameter(table.float(), requires_grad=False)
     if getattr(head, "bias", None) is not None:
-        bias = skeleton.stored_name(name_of(skeleton, head).removesuffix("weight") + "bias")
-        if bias is None:
-            raise UserError(f"{skeleton.checkpoint.folder} has no tensor for the bias of its head",
-                            "the checkpoint is incomplete")
+        bias = skeleton.names.stored(name_of(skeleton, head).removesuffix("weight") + "bias")
         head._parameters["bias"] = nn.Parameter(skeleton.checkpoint.tensor(bias).to(skeleton.device).float(), False)
 
     def through(*_args: Any, **_kwargs: Any) -> Any:

@@ -24,9 +24,9 @@ def stored_head(skeleton: Skeleton) -> str:
     """
     model, checkpoint = skeleton.model, skeleton.checkpoint
     head = model.get_output_embeddings()
-    if found := skeleton.stored_name(name_of(skeleton, head)):
+    if found := skeleton.names.find(name_of(skeleton, head)):
         return found
-    shape, embedding = tuple(head.weight.shape), skeleton.stored_name(name_of(skeleton, model.get_input_embeddings()))
+    shape, embedding = tuple(head.weight.shape), skeleton.names.find(name_of(skeleton, model.get_input_embeddings()))
     alike = [n for n in checkpoint.names() if checkpoint.shape(n) == shape and n != embedding]
     if len(alike) != 1:
         raise UserError(f"config.json of {checkpoint.folder} says that the head is a matrix of its own, and {len(alike)} "
