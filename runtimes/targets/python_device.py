@@ -53,8 +53,9 @@ class PythonDevice(ABC):
         """The hint for missing packages."""
 
     def start(self, module: str, job: dict[str, Any]) -> subprocess.Popen[str]:
-        if "artifact" in job:
-            self._check(self._packages[job["artifact"]])
+        if artifact := job.get("artifact"):
+            kind = format_of(Path(artifact))  # by its name: what was not placed here is of that format too
+            self._check(self._packages.get(artifact, list(kind.packages) if kind else []))
         return self._start(module, job)
 
     def _start(self, module: str, job: dict[str, Any]) -> subprocess.Popen[str]:
