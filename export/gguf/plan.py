@@ -39,8 +39,8 @@ class Types:
 
     @classmethod
     def choose(cls, config: GgufExportConfig, ckpt: Checkpoint) -> Types:
-        """What is asked for; else what the folder says it was made for (`quantized.tables`); else by the kind of folder."""
-        wanted = quantized.tables(ckpt)
+        """What is asked for; else what the folder says it was made for (`quantized.end_types`); else by the kind of folder."""
+        wanted = quantized.end_types(ckpt)
         has_codes = quantized.is_quantized(ckpt)
         embedding, reason = config.embedding, "as asked"
         if embedding is None and "embedding" in wanted:

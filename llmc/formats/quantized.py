@@ -32,12 +32,13 @@ def linears(ckpt: Checkpoint) -> list[str]:
     return found
 
 
-def tables(ckpt: Checkpoint) -> dict[str, str]:
-    """The types that a folder was made to be exported with: {'embedding': …, 'head': …}, either or both left out."""
-    found = (ckpt.quantization or {}).get("tables", {})
+def end_types(ckpt: Checkpoint) -> dict[str, str]:
+    """The types of embedding and lm_head that the folder asks the export for: {'embedding': …, 'head': …}. A key can be
+    missing. UserError if a type is unknown."""
+    found = (ckpt.quantization or {}).get("end_types", {})
     if not isinstance(found, dict) or not all(name in BLOCK_TYPES for name in found.values()):
-        raise UserError(f"quantization_config of {ckpt.folder} has the tables {found!r}; this llmc knows the types "
-                        f"{', '.join(BLOCK_TYPES)}", "name others with --embedding and --head, or use a newer llmc")
+        raise UserError(f"quantization_config of {ckpt.folder} has the end_types {found!r}; this llmc knows the types "
+                        f"{', '.join(BLOCK_TYPES)}", "set the types with --embedding and --head, or use a newer llmc")
     return found
 
 
