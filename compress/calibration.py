@@ -31,9 +31,9 @@ from llmc.console import progress
 from llmc.errors import UserError
 from llmc.files import fsync, staged_file, write_json
 
-# The unchanged model also runs, on an eighth of the sequences and on at least 16. It does not run on all of them, because this
-# second forward pass takes time. Error of the states after 13 layers of SmolLM2-135M (128 sequences): 1.55 % with 32 sequences
-# and 1.63 % with 16; with one GPTQ refinement instead of two, 1.60 % and 1.56 %.
+# The unchanged model also runs, on an eighth of the sequences and on at least 16. It does not run on all of them, because
+# this second forward pass takes time. Error of the states after 13 layers of SmolLM2-135M (128 sequences): 1.55 % with 32
+# sequences and 1.63 % with 16; with one GPTQ refinement instead of two, 1.60 % and 1.56 %.
 REFERENCE_SHARE, REFERENCE_LEAST = 8, 16
 BATCH_BYTES = 32 << 20  # activations of one batch of sequences (hidden states and the widest linear), float32
 SUMS_BYTES = 512 << 20  # three matrices [in, in] for the widest linear, over all workers
@@ -75,7 +75,7 @@ def settings_for(skeleton: Skeleton, sequences: torch.Tensor | None, workers: in
 
 
 class Workspace:
-    """The folder of an unfinished run: `state.json`, `layers/` and the hidden states. unfinished.py checks its fingerprint."""
+    """The folder of an unfinished run: `state.json`, `layers/`, the hidden states. unfinished.py checks its fingerprint."""
 
     def __init__(self, folder: Path, fingerprint: dict[str, Any], resume: bool) -> None:
         open_unfinished(folder, fingerprint, resume)
@@ -171,8 +171,8 @@ def walk(skeleton: Skeleton, layers: Sequence[int], label: str, visit: Callable[
 
 
 class Loop:
-    """Runs a pass over every decoder layer of a skeleton. sequences: int64 [n, seq_len]; None for a pass without text: then no
-    layer is run and no statistics are gathered."""
+    """Runs a pass over every decoder layer of a skeleton. sequences: int64 [n, seq_len]; None for a pass without text: then
+    no layer is run and no statistics are gathered."""
 
     def __init__(self, skeleton: Skeleton, sequences: torch.Tensor | None, work: Workspace, settings: LoopSettings) -> None:
         self.skeleton, self.work, self.settings = skeleton, work, settings
@@ -183,8 +183,8 @@ class Loop:
 
     def run(self, pass_: LayerPass | LayerWatch, note: Callable[[dict[str, Any]], str] = lambda record: "",
             label: str = "layer") -> None:
-        """Run the pass over every layer that is not finished yet. note: from a layer's record to a short note for the progress
-        line.
+        """Run the pass over every layer that is not finished yet. note: from a layer's record to a short note for the
+        progress line.
 
         A layer's states are written to the disk while the next layer runs. The layer after that waits until they are there.
         """

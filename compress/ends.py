@@ -19,8 +19,8 @@ def name_of(skeleton: Skeleton, module: object) -> str:
 def stored_head(skeleton: Skeleton) -> str:
     """The checkpoint's name of an untied head. UserError if it cannot be found.
 
-    transformers renames some heads as it loads them (GPT-NeoX's embed_out becomes lm_head). Then the head is the one matrix of
-    its shape that is not the embedding.
+    transformers renames some heads as it loads them (GPT-NeoX's embed_out becomes lm_head). Then the head is the one matrix
+    of its shape that is not the embedding.
     """
     model, checkpoint = skeleton.model, skeleton.checkpoint
     head = model.get_output_embeddings()

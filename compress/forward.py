@@ -24,8 +24,8 @@ from llmc.rounding.rtn import rtn
 
 @dataclass
 class Run:
-    """A model that has been run. states: float32 [n, seq_len, hidden], the output of its last layer.  tuples: its layers return
-    tuples."""
+    """A model that has been run. states: float32 [n, seq_len, hidden], the output of its last layer.  tuples: its layers
+    return tuples."""
 
     skeleton: Skeleton
     states: torch.Tensor
@@ -63,8 +63,8 @@ def run(folder: Path, sequences: torch.Tensor, device: str, type_of: Callable[[i
 
 @contextmanager
 def head_of(ran: Run) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
-    """Inside, a function from output states of the last layer [n, width, hidden] to logits [n, width, vocab]. It runs the model
-    itself (last norm, head, soft caps) with layers that return the given states."""
+    """Inside, a function from output states of the last layer [n, width, hidden] to logits [n, width, vocab]. It runs the
+    model itself (last norm, head, soft caps) with layers that return the given states."""
     skeleton, model = ran.skeleton, ran.skeleton.model
     head, forwards = model.get_output_embeddings(), [layer.forward for layer in skeleton.layers]
     given: list[torch.Tensor] = []

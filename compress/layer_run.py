@@ -1,4 +1,4 @@
-"""One decoder layer of the calibration loop: run over every sequence, once for each group of linears and once for its output."""
+"""One decoder layer of the calibration loop: it runs over all sequences for each group of linears and for its output."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ class InputStatistics:
     hessian: float32 [in, in], the sum of x x^T over tokens. It has no factor 2 as in the GPTQ paper, because it cancels.
     tokens: number of inputs x.
     drift, drift_hessian: float32 [in, in], the sums of (x' - x) x^T and of x x^T over the sequences that also ran through the
-    unchanged model. x' is the input of the same linear in the unchanged model. None if no sequence ran there. Both sums must be
-    over the same tokens: with the Hessian of other tokens the correction is too large or too small where a few tokens dominate.
+    unchanged model. x' is the input of the same linear in the unchanged model. None if no sequence ran there. Both sums are
+    over the same tokens, because with the Hessian of other tokens the correction is too large or too small where a few tokens
+    dominate.
     peak: float32 [in], the largest |x| of each column, before the division below; None if it was not requested.
 
     A linear that ends a child module of the layer writes to the residual stream. Its inputs are divided by the root mean
@@ -47,9 +48,9 @@ class LayerRun:
 
     scratch: a folder for inputs of linears.  workers: number of batches that run in parallel; each worker has its own sums.
     peaks: store each column's largest |x| too.
-    sequential: groups are changed one after another. Then no linear runs twice: when the input of the linear that ends a child
-    module is known, the module is replaced by that linear on that input (in a Llama layer the attention runs once, not four
-    times). This is correct only if everything before the linear is final.
+    sequential: groups are changed one after another. Then no linear runs twice: when the input of the linear that ends a
+    child module is known, the module is replaced by that linear on that input (in a Llama layer the attention runs once, not
+    four times). This is correct only if everything before the linear is final.
     """
 
     def __init__(self, layer: nn.Module, arguments: dict[str, Any], trace: LayerTrace, store: StateStore, scratch: Path,
@@ -199,8 +200,8 @@ def relative(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
 
 
 def total(parts: list[InputStatistics]) -> InputStatistics:
-    """Add the statistics of all workers into those of the first, and fill the lower triangles (`add_gram` fills only the upper
-    ones)."""
+    """Add the statistics of all workers into those of the first, and fill the lower triangles (`add_gram` fills only the
+    upper ones)."""
     first = parts[0]
     for other in parts[1:]:
         first.hessian += other.hessian
@@ -219,7 +220,7 @@ def total(parts: list[InputStatistics]) -> InputStatistics:
 
 
 def add_gram(hessian: torch.Tensor, x: torch.Tensor) -> None:
-    """Add x^T x, for x [tokens, in], to the upper triangle of `hessian` [in, in]. Bands of rows save about half of the work."""
+    """Add x^T x, for x [tokens, in], to the upper triangle of `hessian` [in, in]. Bands of rows halve the work."""
     n, step = x.shape[1], 256
     with fast_matmul():
         for i in range(0, n, step):

@@ -1,4 +1,4 @@
-"""The interface of passes in the calibration loop. A pass changes the weights of decoder layers, or only reads their inputs."""
+"""The interface of passes in the calibration loop. A pass changes the weights of decoder layers, or only reads inputs."""
 
 from __future__ import annotations
 

@@ -131,7 +131,8 @@ def test_rows_that_256_does_not_divide_are_named(tmp_path: Path, text: Path, cap
     base = build("llama", tmp_path / "base", hidden_size=64, intermediate_size=256)
     result = quantize(base, settings(text, tmp_path / "q", preset="q2_k", method="rtn"))
     err = capsys.readouterr().err
-    assert "12 of 14 linears have rows that are not a multiple of 256 and get q4_0 instead of what q2_k would give them" in err
+    assert ("12 of 14 linears have rows that are not a multiple of 256 and get q4_0 instead of what q2_k would give them"
+            in err)
     assert result["types"] == {"q4_0": 12, "q3_k": 2}
     assert result["end_types"] == {"embedding": "q8_0"}
 

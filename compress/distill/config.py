@@ -76,8 +76,8 @@ class DistillConfig:
         if self.layer_map != AUTO and not self.hidden_weight:
             problems.append("--layer-map goes with --hidden-weight: without --hidden-weight no states are compared")
         if self.hidden_weight and self.teacher_top_k is not None:
-            problems.append("--hidden-weight and --teacher-top-k exclude each other: --teacher-top-k stores the teacher's most "
-                            "likely tokens, not its hidden states")
+            problems.append("--hidden-weight and --teacher-top-k exclude each other: --teacher-top-k stores the teacher's "
+                            "most likely tokens, not its hidden states")
         check(self, "distill", problems)
 
     @property

@@ -13,7 +13,7 @@ from llmc.compress.skeleton import Skeleton, find_layers, get_weight, is_linear
 from llmc.compress.teaching.loss import CHUNK_BYTES
 
 RUNTIME = 600_000_000  # bytes of memory for Python, torch and transformers
-SHARE = 0.5  # training reaches this share of the speed of a plain matrix product; attention, norms and optimizer take the rest
+SHARE = 0.5  # of a matrix product's speed that training reaches; attention, norms and optimizer take the rest
 PROBE = (1024, 1024, 2048)  # shape of the measured product: rows, inner size, columns
 
 
@@ -36,7 +36,8 @@ def plan_of(student: Skeleton, teacher: Skeleton, c: DistillConfig, dtype: torch
         work = 2 * ((tokens * runs + held * checks) * _active(student) + (tokens + held) * _active(teacher))
         seconds = round(work / (SHARE * product_rate(dtype)))
     return {"layers": [len(student.layers), len(teacher.layers)], "parameters": student_size,
-            "teacher_parameters": teacher_size, "trained": trained, "tokens": tokens, "memory_bytes": memory, "seconds": seconds,
+            "teacher_parameters": teacher_size, "trained": trained, "tokens": tokens, "memory_bytes": memory,
+            "seconds": seconds,
             "disk_bytes": 3 * folder + 2 * 16 * trained + cached, "device": str(device), "threads": threads,
             "precision": str(dtype).removeprefix("torch."), "steps": c.steps, "loss": c.loss}
 
@@ -69,8 +70,8 @@ def _activations(m: Skeleton, c: DistillConfig, dtype: torch.dtype) -> int:
 
 
 def product_rate(dtype: torch.dtype, seconds: float = 0.2) -> float:
-    """Floating-point operations per second (a multiply-add counts as two) of a matrix product in `dtype`, measured now on this
-    machine for about `seconds` seconds."""
+    """Floating-point operations per second (a multiply-add counts as two) of a matrix product in `dtype`, measured now on
+    this machine for about `seconds` seconds."""
     rows, inner, out = PROBE
     a, b = torch.ones(rows, inner, dtype=dtype), torch.ones(inner, out, dtype=dtype)
     a @ b

@@ -66,8 +66,8 @@ def distill(student: str | Path, config: DistillConfig) -> dict[str, Any]:
 
 
 class _Job(Job):
-    """One distillation: the checks before it starts, and its steps. student, taught: the student and the teacher, both without
-    weights."""
+    """One distillation: the checks before it starts, and its steps. student, taught: the student and the teacher, both
+    without weights."""
 
     name = "distill"
 

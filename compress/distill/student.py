@@ -1,9 +1,9 @@
 """The student in training: one module from token ids to the loss, so that several processes can train it.
 
 Hidden states are compared layer by layer. A learned matrix maps the states of a student's layer to those of a teacher's layer
-(Romero et al., "FitNets", 2015, arXiv:1412.6550; for transformers Jiao et al., "TinyBERT", 2020, arXiv:1909.10351, section 3).
-The error of a token is divided by the energy of its teacher state, because a few tokens have very large states. The learned
-matrices are not part of the result.
+(Romero et al., "FitNets", 2015, arXiv:1412.6550; for transformers Jiao et al., "TinyBERT", 2020, arXiv:1909.10351, section
+3). The error of a token is divided by the energy of its teacher state, because a few tokens have very large states. The
+learned matrices are not part of the result.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Student(nn.Module):
 
     def forward(self, ids: torch.Tensor, targets: torch.Tensor, soft_targets: SoftTargetsOf,
                 teacher_states: Sequence[torch.Tensor] = ()) -> Any:
-        """Returns (the total loss, the objective on the logits, mean negative log-likelihood, error of the hidden states), all
-        scalars.
+        """Returns (the total loss, the objective on the logits, mean negative log-likelihood, error of the hidden states),
+        all scalars.
 
         ids: int64 [n, seq_len].  targets: int64 [n * seq_len], the next tokens, -1 at positions that do not count.
         teacher_states: the outputs of the teacher's mapped layers, each [n, seq_len, width].
@@ -67,8 +67,8 @@ def relative_error(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor
 
 
 def projection(student: int, teacher: int, seed: int) -> nn.Linear:
-    """A linear from states of width `student` to states of width `teacher`. It starts as the identity if the widths are equal,
-    else as a random isometry."""
+    """A linear from states of width `student` to states of width `teacher`. It starts as the identity if the widths are
+    equal, else as a random isometry."""
     linear = nn.Linear(student, teacher, bias=False)
     with torch.no_grad():
         if student == teacher:

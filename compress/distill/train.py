@@ -28,8 +28,8 @@ def optimizer_of(parameters: Sequence[torch.nn.Parameter], c: DistillConfig, dev
 
 
 class Distilling(Training):
-    """A step has `accumulate` batches in each process. Its sequences depend only on the total number of batches: two processes
-    learn from the same sequences as one process with twice the batches.
+    """A step has `accumulate` batches in each process. Its sequences depend only on the total number of batches: two
+    processes learn from the same sequences as one process with twice the batches.
 
     layers: the teacher's layers whose states are compared.  forward: a context in which models run in the right precision.
     """
@@ -73,8 +73,8 @@ class Distilling(Training):
 
     @torch.no_grad()
     def judge(self) -> dict[str, float]:
-        """Returns {'loss', 'perplexity'} over the held-out sequences, and 'hidden', the mean error of the hidden states in the
-        steps since the last check."""
+        """Returns {'loss', 'perplexity'} over the held-out sequences, and 'hidden', the mean error of the hidden states in
+        the steps since the last check."""
         a, held = self.accelerator, self.texts.held_out
         sums = torch.zeros(3)  # loss and nll, weighted by the number of tokens that count, and that number
         for row in range(a.process_index, held, a.num_processes):
@@ -101,7 +101,7 @@ class Distilling(Training):
             return module(ids.to(self.device), self._targets(rows).to(self.device), soft_targets, [s.clone() for s in states])
 
     def _targets(self, rows: list[int]) -> torch.Tensor:
-        """int64 [n * seq_len]: the next token of each position; -1 at the end of a sequence and at tokens that do not count."""
+        """int64 [n * seq_len]: the next token of each position; -1 at the end of a sequence and where it does not count."""
         ids, counted = self.texts.sequences[rows], self.texts.counted
         following = ids[:, 1:] if counted is None else torch.where(counted[rows][:, 1:], ids[:, 1:], -1)
         return torch.cat([following, ids.new_full((len(rows), 1), -1)], 1).flatten()

@@ -1,10 +1,10 @@
 """Healing block by block: train one decoder layer at a time against the output of the teacher's layer.
 
 It is for models that are too large for end-to-end training: the memory holds one layer and its activations for one batch, and
-no head. The hidden states of the teacher and of the healed model are in files, as in the calibration loop. A layer thus learns
-to compensate the errors of the layers before it (Li et al., "BRECQ", ICLR 2021, section 3.2, without its Fisher weights). The
-error of a token is divided by the energy of its teacher state, because the next layer normalizes the stream and a few tokens
-have very large states.
+no head. The hidden states of the teacher and of the healed model are in files, as in the calibration loop. A layer thus
+learns to compensate the errors of the layers before it (Li et al., "BRECQ", ICLR 2021, section 3.2, without its Fisher
+weights). The error of a token is divided by the energy of its teacher state, because the next layer normalizes the stream and
+a few tokens have very large states.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """`llmc heal`: train the scales of a quantized model against the model that was quantized, or against a larger one.
 
-The codes do not change by a bit and the scales are fp16 as before, so size, format and speed do not change. End-to-end healing
-minimizes the forward KL divergence from teacher to student over every position (Hinton et al., "Distilling the Knowledge in a
-Neural Network", 2015, arXiv:1503.02531, at temperature 1). blocks.py describes the loss of --scope block. The result has the
-scales that are best on a held-out part of the text, not the last ones. If training improves nothing, the model does not change
-and a warning reports it.
+The codes do not change by a bit and the scales are fp16 as before, so size, format and speed do not change. End-to-end
+healing minimizes the forward KL divergence from teacher to student over every position (Hinton et al., "Distilling the
+Knowledge in a Neural Network", 2015, arXiv:1503.02531, at temperature 1). blocks.py describes the loss of --scope block. The
+result has the scales that are best on a held-out part of the text, not the last ones. If training improves nothing, the model
+does not change and a warning reports it.
 
 Embedding and head are not trained: a quantized folder holds them in float, and the export quantizes them.
 """
@@ -74,8 +74,8 @@ class _Job(Job):
         check_disk(self.out, self._disk_bytes(), "healing")
 
     def _disk_bytes(self) -> int:
-        """Bytes for the folder, the changed tensors and the state of a resumed run, and for the teacher's most likely tokens or
-        (--scope block) the hidden states of both models."""
+        """Bytes for the folder, the changed tensors and the state of a resumed run, and for the teacher's most likely tokens
+        or (--scope block) the hidden states of both models."""
         c, text = self.config, self.checkpoint.config
         tokens = (c.steps * c.batch * c.accumulate + c.held_out) * c.seq_len
         if c.scope == "block":
@@ -134,5 +134,5 @@ def _check_layers(student: Checkpoint, teacher: Checkpoint) -> None:
         of_student, of_teacher = (c.config.get("text_config", c.config).get(field) for c in (student, teacher))
         if of_student != of_teacher:
             raise UserError(f"{student.folder} has {field} {of_student} and the teacher {of_teacher}",
-                            "give the model that was quantized as --teacher; --scope end-to-end takes any model with the same "
-                            "tokenizer")
+                            "give the model that was quantized as --teacher; --scope end-to-end takes any model with the "
+                            "same tokenizer")

@@ -6,9 +6,9 @@ Codes, levels and integers do not change.
 
 Each factor is f0 * exp(p), and p is trained. The factor is rounded to fp16, as in the file, with a straight-through gradient
 (Bengio et al., 2013, arXiv:1308.3432). A step of p is thus a relative step of the same size for every block, and its gradient
-needs only the block's weights. With a minimum there are two p: one scales both factors together, so that the weights grow; the
-other scales the minimum alone, in steps of about one level. Two independent p for d and m would work against each other, and
-the mean of a block would jump.
+needs only the block's weights. With a minimum there are two p: one scales both factors together, so that the weights grow;
+the other scales the minimum alone, in steps of about one level. Two independent p for d and m would work against each other,
+and the mean of a block would jump.
 """
 
 from __future__ import annotations
@@ -145,8 +145,8 @@ def _stored(factor: torch.Tensor) -> torch.Tensor:
 
 
 def load_student(folder: Path, dtype: torch.dtype, checkpointing: bool = False) -> tuple[Any, dict[str, HealedLinear]]:
-    """Returns (the model of a quantized folder, its healed linears by their names in the checkpoint). All parameters except the
-    factors are frozen.
+    """Returns (the model of a quantized folder, its healed linears by their names in the checkpoint). All parameters except
+    the factors are frozen.
 
     dtype: of the products; norms and the residual stream are float32.
     """

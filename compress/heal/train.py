@@ -31,8 +31,8 @@ def optimizer_of(factors: dict[str, torch.nn.Parameter], norms: dict[str, torch.
 
 
 class EndToEnd(Training):
-    """The steps of one healing. vocab: number of logits that are compared (the first ones).  forward: a context in which models
-    run in the right precision."""
+    """The steps of one healing. vocab: number of logits that are compared (the first ones).  forward: a context in which
+    models run in the right precision."""
 
     what = "healing"
 

@@ -38,8 +38,8 @@ def matrix_names(skeleton: Skeleton) -> dict[str, str]:
 class Importance:
     """The mean square of every input column of every linear of a model.
 
-    origin: describes the file, for manifests.  calibration: describes the text, from the file's manifest; None if llmc did not
-    make the file.
+    origin: describes the file, for manifests.  calibration: describes the text, from the file's manifest; None if llmc did
+    not make the file.
     """
 
     def __init__(self, file: Path, skeleton: Skeleton) -> None:

@@ -99,7 +99,7 @@ class PruneConfig:
 
     @property
     def what(self) -> str:
-        """The pruning in short, for folder names and plans: 'sparsegpt-50', 'wanda-2of4', 'depth-4', 'width-ffn75-heads50'."""
+        """A name for folders and plans: 'sparsegpt-50', 'wanda-2of4', 'depth-4', 'width-ffn75-heads50'."""
         if self.method == "depth":
             return f"depth-{self.drop}"
         if self.method == "width":

@@ -1,10 +1,10 @@
 """Remove whole decoder layers: choose them, and make a plain model of the others.
 
 * influence: Men et al., "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect", 2024
-  (arXiv:2403.03853), eq. 1: 1 - the mean cosine similarity of a layer's input and output. It removes the layers with the lowest
-  influence, all at once.
-* kl: it removes the layer whose removal adds the least KL divergence from the whole model, then measures again and removes the
-  next one. This takes the interaction of layers into account, which influence does not. The whole model is in memory.
+  (arXiv:2403.03853), eq. 1: 1 - the mean cosine similarity of a layer's input and output. It removes the layers with the
+  lowest influence, all at once.
+* kl: it removes the layer whose removal adds the least KL divergence from the whole model, then measures again and removes
+  the next one. This takes the interaction of layers into account, which influence does not. The whole model is in memory.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ def without_each(model: nn.Module, layers: str, ids: torch.Tensor, dropped: list
 
 def _run(model: nn.Module, layers: str, row: torch.Tensor,
          forwards: dict[str, Callable[..., Any]]) -> tuple[torch.Tensor, list[Any]]:
-    """Returns (the logits [length / 2, vocab] of the second half of a sequence, every layer's output). forwards: functions that
-    replace the forward of some layers, by the layer's name."""
+    """Returns (the logits [length / 2, vocab] of the second half of a sequence, every layer's output). forwards: functions
+    that replace the forward of some layers, by the layer's name."""
     outputs: list[Any] = []
     handles = [layer.register_forward_hook(lambda _m, _args, out: outputs.append(out))
                for layer in model.get_submodule(layers).children()]

@@ -23,8 +23,8 @@ class MaskPass(LayerPass):
     """Sets weights of every linear to zero by the config's method; if no text is run, by magnitude. The weights that stay are
     rounded to the type that the source stores, and the layer runs with the rounded ones.
 
-    A layer's record: {'layer', 'error' (lost share of the output energy of all linears; without text, of the squared weights),
-    'sparsity', 'events' [sentences], 'linears': {name: {'method', 'sparsity', 'error', 'sha256', …}}}.
+    A layer's record: {'layer', 'error' (lost share of the output energy of all linears; without text, of the squared
+    weights), 'sparsity', 'events' [sentences], 'linears': {name: {'method', 'sparsity', 'error', 'sha256', …}}}.
     """
 
     def __init__(self, skeleton: Skeleton, config: PruneConfig) -> None:

@@ -21,8 +21,8 @@ from llmc.formats.shards import Piece, pieces_of, rest_of
 
 @dataclass
 class Made:
-    """A pruned model. pieces, config: its tensors and config.json.  summary: for result and manifest.  record: for the manifest
-    alone."""
+    """A pruned model. pieces, config: its tensors and config.json.  summary: for result and manifest.  record: for the
+    manifest alone."""
 
     pieces: list[Piece]
     config: dict[str, Any]

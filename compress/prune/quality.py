@@ -1,7 +1,7 @@
 """The loss of quality by pruning: perplexity, and KL divergence from the source, on held-out calibration sequences.
 
-The metrics are those of `llmc eval` (evals/quality/metrics.py), over the second half of every sequence as in its protocol. Both
-models run layer by layer in float32: the memory holds one layer, the states and a part of the logits.
+The metrics are those of `llmc eval` (evals/quality/metrics.py), over the second half of every sequence as in its protocol.
+Both models run layer by layer in float32. The memory holds one layer, the states and a part of the logits.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ LOSES = 1.05  # from this ratio of perplexities on, the advice is to train the m
 
 
 def split(sequences: torch.Tensor, held_out: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns (the sequences for pruning, the held-out sequences). held_out: number of the latter; they are evenly spaced over
-    all sequences [n, seq_len]."""
+    """Returns (the sequences for pruning, the held-out sequences). held_out: number of the latter; they are evenly spaced
+    over all sequences [n, seq_len]."""
     n = sequences.shape[0]
     held = text.held_out(n, held_out)
     return sequences[sorted(set(range(n)) - set(held))], sequences[held]
@@ -70,7 +70,7 @@ def advice(figures: dict[str, Any], source: Path, out: Path) -> str:
     lost = f"perplexity is {ratio:.3g} times that of the source and the KL divergence is {kld:.3g} on {figures['text']}"
     if ratio < LOSES:
         return f"{lost}: the loss is small; `llmc distill` can recover a part of it"
-    return f"{lost}: train the model before use: llmc distill {out} --teacher {source}"
+    return f"{lost}: the loss is large, train the model before use: llmc distill {out} --teacher {source}"
 
 
 def zeros_of(checkpoint: Checkpoint) -> tuple[list[int], list[int]]:

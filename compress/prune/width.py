@@ -4,11 +4,12 @@ Muralidharan et al., "Compact Language Models via Pruning and Knowledge Distilla
 section 2.2. One pass over calibration text measures the importance:
 
 * of a feed-forward neuron: the mean |x_j| at the input of the down projection;
-* of an attention head: the mean L2 norm of its output, at the input of the output projection. Query heads that share a key and
-  value head form a group. The importance of a group is the sum over its heads, and only whole groups are removed;
+* of an attention head: the mean L2 norm of its output, at the input of the output projection. Query heads that share a key
+  and value head form a group. The importance of a group is the sum over its heads, and only whole groups are removed;
 * of a channel of the residual stream: the mean |x_j| of the norms' outputs, over all layers.
 
-Every layer keeps the same number of neurons and groups, but each layer chooses its own. The channels are the same in all layers.
+Every layer keeps the same number of neurons and groups, but each layer chooses its own. The channels are the same in all
+layers.
 """
 
 from __future__ import annotations
@@ -105,8 +106,8 @@ def _loads(config: Any, hidden: int, heads: int) -> bool:
 def _rounded(width: int, share: float, name: str, first: int) -> tuple[int, int]:
     """Returns (the new width, the step that it is a multiple of).
 
-    The new width is the multiple of `first` nearest to share * width. If that is not below `width`, or differs by more than an
-    eighth from share * width, it is the nearest multiple of NARROW. UserError if none fits."""
+    The new width is the multiple of `first` nearest to share * width. If that is not below `width`, or differs by more than
+    an eighth from share * width, it is the nearest multiple of NARROW. UserError if none fits."""
     if share == 1:
         return width, 1
     for step in sorted({first, NARROW}, reverse=True):

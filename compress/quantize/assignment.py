@@ -1,4 +1,4 @@
-"""The quantization type of every linear of a model, and of embedding and head in the exported file, chosen before any work."""
+"""The quantization types of a model: of every linear, and of embedding and head in the exported file."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Assignment:
 
     @property
     def portable(self) -> IntegerType | None:
-        """The integer type of all linears if it is one type, which a GPTQ checkpoint can hold; else None, and the folder holds
-        GGUF blocks."""
+        """The integer type of all linears if it is one type, which a GPTQ checkpoint can hold; else None, and the folder
+        holds GGUF blocks."""
         first = next(iter(self.types.values()))
         return first if isinstance(first, IntegerType) and all(qtype == first for qtype in self.types.values()) else None
 
@@ -64,8 +64,7 @@ def type_called(name: str) -> AnyType:
 
 
 def type_for(c: QuantizeConfig, width: int) -> AnyType:
-    """The type that --bits or --type gives a linear with rows of `width` weights; --fallback if its blocks do not divide the
-    rows."""
+    """The type that --bits or --type gives a linear with rows of `width` weights; --fallback if its blocks do not fit."""
     wanted = IntegerType(c.bits, c.group_size, c.sym) if c.type is None else type_called(c.type)
     other = c.fallback or FALLBACK.get(str(c.type))  # None if --type has blocks of 32
     return type_called(other) if other and width % block_size(wanted) else wanted

@@ -44,9 +44,9 @@ if TYPE_CHECKING:
     from llmc.export.gguf.size import Outside  # needs the gguf package
 
 SEQUENCES, LENGTH = 4, 256  # number and length of the sequences for the sensitivities
-# KL divergence with GPTQ as a share of that with rounding to nearest. SmolLM2-135M in Q4_0: on WikiText-2 valid 0.101 with GPTQ
-# and 0.359 with rounding, on a technical text 0.117 and 0.364. It scales the prediction for linears. GPTQ does not
-# quantize embedding and head.
+# KL divergence with GPTQ as a share of that with rounding to nearest. SmolLM2-135M in Q4_0: on WikiText-2 valid 0.101 with
+# GPTQ and 0.359 with rounding, on a technical text 0.117 and 0.364. It scales the prediction for linears alone, because GPTQ
+# does not quantize embedding and head.
 GPTQ_GAIN = 0.3
 ENDS = ("embedding", "head")
 

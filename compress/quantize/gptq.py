@@ -19,8 +19,8 @@ Differences from the GPTQ paper
 * After the sweep, scales (least squares with fixed codes) and codes (coordinate descent with fixed scales) are improved in
   turns. New scales are taken, row by row, where they lower the error. A step of descent cannot raise the error.
 
-Matrices are [in, out] here, the transpose of a linear's weight. The sweep works on one input column at a time, and this column
-is then one contiguous row (several times as fast on a CPU).
+Matrices are [in, out] here, the transpose of a linear's weight. The sweep works on one input column at a time, and this
+column is then one contiguous row (several times as fast on a CPU).
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from llmc.rounding.search import objective, search_factors
 
 BLOCK = 64  # columns swept before the rest of the matrix is updated
 MAX_DAMP = 1.0
-# Error of the states after 12 layers of SmolLM2-135M on WikiText-2 valid (128 x 512 calibration tokens): 1.75 % at 0.01, 1.61 %
-# at 0.1, 1.48 % at 0.3, 1.46 % at 1 and at 3. GPTQ's own damp was 0.01, 0.1, 0.03, 0.03 and 0.03; it had little effect.
+# Error of the states after 12 layers of SmolLM2-135M on WikiText-2 valid (128 x 512 calibration tokens): 1.75 % at 0.01,
+# 1.61 % at 0.1, 1.48 % at 0.3, 1.46 % at 1 and at 3. GPTQ's own damp was 0.01, 0.1, 0.03, 0.03, 0.03, with little effect.
 DRIFT_DAMP = 1.0
 REFINEMENTS = 2  # turns of least squares and coordinate descent after the sweep
 
@@ -56,8 +56,8 @@ class GPTQResult:
 
 
 def inverse_factor(h: torch.Tensor, order: torch.Tensor | None = None) -> torch.Tensor | None:
-    """Upper triangular U with U^T U = h[order, order]^-1, for a symmetric positive definite h [n, n]; None if h is not positive
-    definite.
+    """Upper triangular U with U^T U = h[order, order]^-1, for a symmetric positive definite h [n, n]; None if h is not
+    positive definite.
 
     Let J reverse rows and columns, and J h J = L L^T. Then R = J L J is upper triangular and h = R R^T, so U = R^-1.
     At most two matrices besides h are in memory at a time.
@@ -96,9 +96,9 @@ def compensate(weight: torch.Tensor, hessian: torch.Tensor, drift: torch.Tensor)
 class Damped:
     """The factor of a damped Hessian.
 
-    factor: U with U^T U = H^-1 in `order`; None if no damping helped.  order: of the columns, int64 [in]; None for the natural
-    order.  damp: the damping that was used.  dead: number of columns that the calibration text never used.  events:
-    sentences."""
+    factor: U with U^T U = H^-1 in `order`; None if no damping helped.  order: of the columns, int64 [in]; None for the
+    natural order.  damp: the damping that was used.  dead: number of columns that the calibration text never used.
+    events: sentences."""
 
     factor: torch.Tensor | None
     order: torch.Tensor | None

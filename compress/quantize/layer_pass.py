@@ -101,8 +101,8 @@ class QuantizePass(LayerPass):
         self._keep(name, linear, q, lost, energy, method="rtn", **record)
 
     def _importance(self, name: str) -> tuple[torch.Tensor | None, dict[str, Any]]:
-        """Returns (the importance of the columns of a linear, entries for its record). A column whose input was always zero gets
-        the mean, as in GPTQ: the text never used it."""
+        """Returns (the importance of the columns of a linear, entries for its record). As in GPTQ, a column whose input was
+        always zero gets the mean: the text never used it."""
         if self.importance is None:
             return None, {}
         counts = self.importance.of(f"{self.prefix}.{name}")

@@ -63,8 +63,7 @@ def linear_type(preset: str, role: str, layer: int, facts: Facts, width: int) ->
 
 
 def end_type(preset: str, head: bool, width: int) -> str:
-    """The type of embedding or head, with rows of `width` weights. head: it is the head, or an embedding that is also the
-    head."""
+    """The type of embedding or head, with rows of `width` weights. head: it is the head, or an embedding tied to it."""
     plain = PRESETS[preset]
     if not head:
         return fitting(plain, width)

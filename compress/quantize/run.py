@@ -281,8 +281,8 @@ class _Job:
 
 
 def _summary(records: list[dict[str, Any]], method: str) -> dict[str, Any]:
-    """Totals over all layers: the mean error; the numbers of layers with another method than `method` ('fallbacks'), of events,
-    and of dead columns."""
+    """Totals over all layers: the mean error; the numbers of layers with another method than `method` ('fallbacks'), of
+    events, and of dead columns."""
     linears = [x for r in records for x in r["linears"].values()]
     return {
         "error": sum(r["error"] for r in records) / len(records),

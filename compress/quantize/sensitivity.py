@@ -5,9 +5,9 @@ Malinovskii et al., "Pushing the Limits of Large Language Model Quantization via
 
     KL divergence  ~  sum_l  a_l t_l^2,      t_l^2 = |Q(W_l) - W_l|^2 / |W_l|^2
 
-a_l is measured as in section 4.1: add Gaussian noise of a known t_l^2 to one matrix, and take the KL divergence of the model's
-next-token distributions from those of the unchanged model. As in rounding errors, the size of the noise follows the size of
-each 32 weights of a row. t_l^2 of a type is measured on some rows of the matrix, rounded to nearest.
+a_l is measured as in section 4.1: add Gaussian noise of a known t_l^2 to one matrix, and take the KL divergence of the
+model's next-token distributions from those of the unchanged model. As in rounding errors, the size of the noise follows the
+size of each 32 weights of a row. t_l^2 of a type is measured on some rows of the matrix, rounded to nearest.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ class Probe:
 
 
 def sizes(weight: torch.Tensor) -> torch.Tensor:
-    """In the shape of `weight`: the root mean square of the RUN weights of a row to which each weight belongs (of the whole row
-    if RUN does not divide it)."""
+    """In the shape of `weight`: the root mean square of the RUN weights of a row to which each weight belongs (of the whole
+    row if RUN does not divide it)."""
     run = RUN if weight.shape[1] % RUN == 0 else weight.shape[1]
     by_run = weight.float().unflatten(1, (-1, run)).square().mean(-1).sqrt()
     return by_run.repeat_interleave(run, 1)
