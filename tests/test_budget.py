@@ -133,13 +133,13 @@ def test_the_planned_size_is_the_files_to_the_byte(family: str, tmp_path: Path, 
 def test_embedding_and_head_are_chosen_too_among_the_types_that_fit(tmp_path: Path, text: Path) -> None:
     assert set(sensitivity.candidates(576)) == {"q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl"}
     base = build("llama", tmp_path / "base", tie_word_embeddings=False)  # rows of 64 and 128
-    types: dict[str, set[str]] = {"embedding": set(), "head": set()}
+    chosen: dict[str, set[str]] = {"embedding": set(), "head": set()}
     for bpw in (4.6, 5.0, 5.5, 6.0, 7.0, 9.0):
         types = {t["name"]: t["type"] for t in plan(base, text, target_bpw=bpw)["tensors"]}
         assert set(types.values()) <= set(sensitivity.candidates(64))
-        for table, seen in types.items():
-            seen.add(types[table])
-    assert all("q8_0" in seen and len(seen) > 1 for seen in types.values())
+        for end, seen in chosen.items():
+            seen.add(types[end])
+    assert all("q8_0" in seen and len(seen) > 1 for seen in chosen.values())
 
 
 @pytest.mark.parametrize(("preset", "tied"), [("q4_k_m", True), ("q3_k_m", False), ("q4_0", True)])
