@@ -1,7 +1,7 @@
 """The one layer-by-layer loop of every pass over the decoder layers.
 
     for each decoder layer:  read its weights → find the linears that share an input → gather what the pass needs about each
-    input → let the pass change the weights → run the layer as it will ship → keep its output for the next layer
+    input → let the pass change the weights → run the changed layer → store its output for the next layer
 
 The loop knows no algorithm. A pass is a `LayerPass`, or a `LayerWatch` if it only reads: then every layer runs once and does
 not change. A pass without text gathers no statistics: layers are read, changed and stored, and no layer is run.
@@ -239,11 +239,11 @@ class Loop:
     def _change(self, pass_: LayerPass, layer: nn.Module, run: LayerRun) -> None:
         """Let the pass change every group, then run the changed layer."""
         for reference in self.streams.stores[1:]:
-            run.refer(reference)
+            run.keep_unchanged_inputs(reference)
         for stage in [[g] for g in run.groups] if self.settings.true_sequential else [run.groups]:
             for group, statistics in zip(stage, run.gather(stage), strict=True):
                 pass_.change(layer, group, statistics)
-        run.send()
+        run.write_outputs()
 
 
 def spread(sequences: torch.Tensor, first: int) -> torch.Tensor:

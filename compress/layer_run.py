@@ -56,7 +56,7 @@ class LayerRun:
     def __init__(self, layer: nn.Module, arguments: dict[str, Any], trace: LayerTrace, store: StateStore, scratch: Path,
                  sequential: bool, workers: int = 1, peaks: bool = False) -> None:
         self.layer, self.arguments, self.store, self.workers, self.peaks = layer, arguments, store, workers, peaks
-        self.groups, self.here = trace.groups, Here()
+        self.groups, self.current = trace.groups, Current()
         self.device = next(layer.parameters()).device
         dtype = torch.bfloat16 if matmul_precision() == "bf16" else torch.float32
         self.writers = trace.writers
@@ -64,22 +64,22 @@ class LayerRun:
         self.inputs = {e.linear: Scratch(scratch / f"input-{part}", dtype) for part, e in self.endings.items()}
         self.unchanged = {g.names[0]: Scratch(scratch / f"unchanged-{i}", dtype) for i, g in enumerate(trace.groups)}
 
-    def refer(self, store: StateStore) -> None:
+    def keep_unchanged_inputs(self, store: StateStore) -> None:
         """Run the unchanged layer over the reference states and store the input of every group."""
-        self._watched(store, lambda group, x: self.unchanged[group.names[0]].put(self.here.batch, x), self.workers)
+        self._watched(store, lambda group, x: self.unchanged[group.names[0]].put(self.current.batch, x), self.workers)
 
     def watch(self, see: Callable[[LinearGroup, torch.Tensor], None]) -> None:
         """Run the unchanged layer and call `see` with the input of every group, in the order of the batches."""
         self._watched(self.store, see, workers=1)
 
-    def send(self) -> None:
+    def write_outputs(self) -> None:
         """Run the changed layer. Its output is written to the store as the next states."""
         self.store.clear()
         self._forward(self.store, self.workers)
 
     def gather(self, groups: list[LinearGroup]) -> list[InputStatistics]:
         """Run every sequence up to the last of `groups`. Returns the statistics of each group's input."""
-        found = [[self._nothing_yet(g) for g in groups] for _ in range(self.workers)]
+        found = [[self._empty(g) for g in groups] for _ in range(self.workers)]
 
         def hook(position: int) -> Any:
             name = groups[position].names[0]
@@ -87,9 +87,9 @@ class LayerRun:
 
             def accumulate(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
                 with torch.autocast(self.device.type, enabled=False):
-                    self._add(found[self.here.worker][position], name, args[0])
+                    self._add(found[self.current.worker][position], name, args[0])
                 if kept is not None:
-                    kept.put(self.here.batch, args[0])
+                    kept.put(self.current.batch, args[0])
                 if position == len(groups) - 1:
                     raise StopForward
             return accumulate
@@ -112,7 +112,7 @@ class LayerRun:
             for handle in handles:
                 handle.remove()
 
-    def _nothing_yet(self, group: LinearGroup) -> InputStatistics:
+    def _empty(self, group: LinearGroup) -> InputStatistics:
         n = group.in_features
         found = InputStatistics(torch.zeros(n, n, device=self.device))
         if self.unchanged[group.names[0]].places:
@@ -123,7 +123,7 @@ class LayerRun:
 
     def _add(self, statistics: InputStatistics, name: str, x: torch.Tensor) -> None:
         """Add one input batch x [n, seq_len, in] of linear `name` to the statistics."""
-        batch, unchanged = self.here.batch, self.unchanged[name]
+        batch, unchanged = self.current.batch, self.unchanged[name]
         weight = self._relative(name, x) if name in self.writers else None
         rows = relative(x, weight)
         add_gram(statistics.hessian, rows)
@@ -141,7 +141,7 @@ class LayerRun:
     def _relative(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """1 / (root mean square of the residual stream) at each token, [tokens, 1] (see InputStatistics)."""
         linear: Any = self.layer.get_submodule(name)
-        hidden = self.here.hidden
+        hidden = self.current.hidden
         with fast_forward(self.device):
             added = nn.functional.linear(x, get_weight(linear), linear.bias)
         norm = torch.maximum(torch.linalg.vector_norm(hidden, dim=-1), torch.linalg.vector_norm(hidden + added, dim=-1))
@@ -154,7 +154,7 @@ class LayerRun:
         def job(worker: int) -> Iterator[None]:
             for batch, (first, last) in batches[worker::workers]:
                 hidden = store.read(first, last).to(self.device)
-                self.here.worker, self.here.batch, self.here.hidden = worker, batch, hidden
+                self.current.worker, self.current.batch, self.current.hidden = worker, batch, hidden
                 with suppress(StopForward), fast_forward(self.device):
                     out = self.layer(hidden, **self.arguments)
                     store.write(first, out[0] if isinstance(out, tuple) else out)
@@ -174,7 +174,7 @@ class LayerRun:
 
     def _ending(self, ending: Ending) -> Callable[..., Any]:
         def run(*_args: Any, **_kwargs: Any) -> Any:
-            known = self.inputs[ending.linear].get(self.here.batch)
+            known = self.inputs[ending.linear].get(self.current.batch)
             return ending.wrap(self.layer.get_submodule(ending.linear)(known.to(self.device)))
         return run
 
@@ -183,7 +183,7 @@ class LayerRun:
             scratch.close()
 
 
-class Here(threading.local):
+class Current(threading.local):
     """The worker of this thread: its number, its batch, and the layer's input states [n, seq_len, hidden] in that batch."""
 
     worker: int

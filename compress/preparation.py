@@ -67,7 +67,7 @@ def calibration_text(skeleton: Skeleton, files: dict[str, str], c: Settings, thr
     if c.calibration != SELF:
         return load_calibration(c.calibration, tokenizer, c.samples, c.seq_len)
     say("no calibration text was given: sampling text from the model "
-        "(text from the model's later use is better: --calibration FILE)")
+        "(text like the model's later input is better: --calibration FILE)")
     origin = {"seed": c.seed, "temperature": 1.0, "samples": c.samples, "seq_len": c.seq_len}
     key = {**origin, "source": files, "threads": threads}
     ids = _sampled_before(kept, key) if c.resume else None

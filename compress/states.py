@@ -87,7 +87,7 @@ def checksum(path: Path) -> int:
 
 
 class Scratch:
-    """The input of one linear for every batch, in a file, as long as its layer is in work.
+    """The input of one linear for every batch, in a file that exists while its layer is processed.
 
     dtype: bf16 if matrix products round their factors to bf16 (then nothing is lost), else float32.
     """

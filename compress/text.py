@@ -51,7 +51,7 @@ def load_calibration(spec: str, tokenizer: Any, samples: int | None, seq_len: in
         documents = _read(Path(spec), tokenizer)
     text = "\n\n".join(documents)
     if not text.strip():
-        raise UserError(f"the calibration text {spec} is empty", "give a file with text from the model's later use")
+        raise UserError(f"the calibration text {spec} is empty", "give a file with text like the model's later input")
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     available = len(ids) // seq_len
     samples = samples or max(1, available)

@@ -32,7 +32,7 @@ def join_team(device: str) -> tuple[Any, torch.device]:
                         "use `accelerate launch --multi_gpu` or torchrun: then each process has a whole copy")
     own = accelerator.device
     if device != "gpu" and torch.device(device).type != own.type:
-        raise UserError(f"--device {device}: accelerate gave this process {own}", "use --device gpu")
+        raise UserError(f"--device {device}: accelerate assigned {own} to this process", "use --device gpu")
     if not accelerator.is_main_process:
         set_quiet(True)
     return accelerator, own

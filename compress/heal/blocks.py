@@ -169,4 +169,4 @@ def _check_embeddings(skeleton: Skeleton, student: Checkpoint, names: Names) -> 
         embedding = skeleton.checkpoint.tensor(stored).float()
         if not torch.equal(embedding, student.tensor(names.stored(f"{name}.weight")).float()):
             raise UserError(f"{student.folder} has another {name} than the teacher: its states are not the teacher's",
-                            "name the (transformed) float model that was quantized as --teacher, or use --scope end-to-end")
+                            "give the (transformed) float model that was quantized as --teacher, or use --scope end-to-end")

@@ -135,7 +135,7 @@ class Training:
         self._save(curve)
         return f"held-out {self.by} {found[self.by]:.4f} (start {curve.checks[0][self.by]:.4f})"
 
-    # ---------------------------------------------------------------------------------------------------- what is kept
+    # ---------------------------------------------------------------------------------------------------- stored state
 
     def _keep_best(self) -> None:
         if self.writes:

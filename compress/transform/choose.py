@@ -54,7 +54,7 @@ def choose(source: Path, skeleton: Skeleton, config: QuantizeConfig, calibration
         name, why = config.transform, "as asked" if config.transform == "scaling" else f"as asked; {rotation}: {reason}"
         maker.make(name, calibration)
         return maker.choice(name, {**record, "taken": name, "why": why, "measured": None})
-    say(f"rotations are {rotation}: {reason}")
+    say(f"rotation {rotation}: {reason}")
     learn, held = split(calibration)
     measured = maker.measure(learn, held)
     taken = min(measured, key=lambda n: measured[n]["kld"])

@@ -58,7 +58,7 @@ class Transform(LayerPass):
             states, expected = (states.double() @ r).float(), (expected.double() @ r).float()
         difference = float((self._run(layer, states) - expected).abs().max() / expected.abs().max())
         if not difference < TOLERANCE:
-            raise RuntimeError(f"the output of {self.skeleton.layer_name(index)} changed by its transform: "
+            raise RuntimeError(f"the transform changed the output of {self.skeleton.layer_name(index)}: "
                                f"relative difference {difference:.2g}")
         return self._changed(layer), {"layer": index, "proof": difference, "places": self.places, "left": self.left()}
 

@@ -63,7 +63,7 @@ class Stage(ABC):
     def outside(self, work: Workspace) -> None:  # noqa: B027 - most stages have nothing to do there
         """Change the tensors outside the decoder layers. They are stored as layer number len(layers)."""
 
-    def edit_config(self, config: dict[str, Any]) -> None:  # noqa: B027 - most stages leave it as it is
+    def edit_config(self, config: dict[str, Any]) -> None:  # noqa: B027 - most stages do not change it
         """Change the content of config.json if the stage needs it."""
 
     def entry(self) -> dict[str, Any]:
