@@ -116,7 +116,7 @@ def test_a_run_is_not_put_into_the_model(folder: Path, capsys: pytest.CaptureFix
     (folder / "chain.yaml").write_text("model: models/base\nsteps: [quantize: {method: rtn}]\n")
     for command in (["run", "chain.yaml"], ["sweep", "chain.yaml", "--vary", "quantize.bits=4,8"]):
         refused(folder, [*command, "-o", "models/base/run"], "a model does not hold another", capsys)
-        refused(folder, [*command, "-o", "models/base"], "holds no run", capsys)
+        refused(folder, [*command, "-o", "models/base"], "is not the folder of a recipe run", capsys)
 
 
 def test_what_configs_read(tmp_path: Path) -> None:

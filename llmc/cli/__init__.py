@@ -1,4 +1,4 @@
-"""The command line, `llmc COMMAND …`. One module a command; here is what all share: errors, exit codes, verbosity.
+"""The command line, `llmc COMMAND …`. Each command has a module. This one handles errors, exit codes and verbosity.
 
 Exit codes: 0 done, 1 a gate of `llmc compare` or `llmc ship` failed or nothing fits (`llmc fit`), 2 bad input or environment,
 70 a bug in llmc, 130 Ctrl-C (129 SIGHUP, 143 SIGTERM).
@@ -21,7 +21,7 @@ from llmc.cli.group import Llmc
 from llmc.console import set_quiet, tell, terminal
 from llmc.errors import UserError
 
-BUG = 70  # EX_SOFTWARE of sysexits.h; Python's own 1 would read as a failed gate
+BUG = 70  # EX_SOFTWARE of sysexits.h; Python's own 1 would look like a failed gate
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 
 app = typer.Typer(
@@ -54,7 +54,7 @@ def _options(
       llmc compare base.json small.json
     """
     set_quiet(quiet)
-    if quiet or not (verbose or terminal()):  # libraries' progress bars have no place in a log
+    if quiet or not (verbose or terminal()):  # no progress bars of libraries in a log
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if not verbose:
@@ -66,11 +66,11 @@ def _options(
 
 
 def _explain(error: BaseException) -> UserError | None:
-    """The user's side of an error that Python or a library raised; None for a bug."""
+    """The UserError for an error of Python or a library that the user can fix; None for a bug."""
     if isinstance(error, UserError):
         return error
     text = str(error)
-    # torch and safetensors wrap both conditions in errors of their own: the text is all they share
+    # torch and safetensors raise errors of their own for both conditions: only the text tells them
     if isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text:
         return UserError("out of memory", "close other programs, or lower --samples or --seq-len")
     if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left on device" in text:
@@ -84,7 +84,7 @@ def _explain(error: BaseException) -> UserError | None:
 
 
 class _Boundary:
-    """Turns whatever leaves a command into lines on stderr and an exit code; a bug keeps its traceback."""
+    """Turns every exception of a command into lines on stderr and an exit code. A bug keeps its traceback."""
 
     code = 0
 
@@ -100,7 +100,7 @@ class _Boundary:
             return False
         if isinstance(error, KeyboardInterrupt):
             self.code = INTERRUPTED
-        elif show := getattr(error, "show", None):  # a usage error, of click's or of the click inside newer typers
+        elif show := getattr(error, "show", None):  # a usage error of click, or of the click inside newer typers
             with suppress(OSError):
                 show()
             self.code = 2

@@ -1,4 +1,4 @@
-"""What `llmc inspect` tells of a tokenizer."""
+"""The facts about a tokenizer that `llmc inspect` shows."""
 
 from __future__ import annotations
 
@@ -37,4 +37,4 @@ def _template(folder: Path) -> str | None:
         template = json.loads(path.read_text(encoding="utf-8")).get("chat_template")
     except ValueError as e:
         raise UserError(f"{path} is not valid JSON: {e}", "download the model again") from e
-    return json.dumps(template) if isinstance(template, list) else template  # a list: several templates by name
+    return json.dumps(template) if isinstance(template, list) else template  # a list holds several named templates
