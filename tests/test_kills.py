@@ -22,16 +22,15 @@ import llmc
 from llmc import files, temporary
 from llmc.formats import manifest
 
-SAMPLE = 2  # calls of a slow command
 SETTINGS: dict[str, Any] = {"samples": 8, "seq_len": 32, "threads": 2}
 
 
-def sample(count: int, wanted: int = SAMPLE) -> list[int]:
-    """Numbers of calls, half of them among the last quarter: there an artifact takes its place."""
+def sample(count: int, wanted: int, seed: object = 0) -> list[int]:
+    """Numbers of calls; at least half of them among the last quarter, where an artifact takes its place."""
     if os.environ.get("LLMC_ALL_KILLS") or count <= wanted:
         return list(range(1, count + 1))
-    chance, late = random.Random(count), count - count // 4
-    return sorted({*chance.sample(range(1, late), wanted - wanted // 2), *chance.sample(range(late, count + 1), wanted // 2)})
+    chance, late = random.Random(f"{count} {seed}"), count - count // 4
+    return sorted({*chance.sample(range(1, late), wanted // 2), *chance.sample(range(late, count + 1), wanted - wanted // 2)})
 
 
 def remains(folder: Path) -> set[str]:
@@ -39,29 +38,30 @@ def remains(folder: Path) -> set[str]:
     return {name for name in listing(folder) if temporary.NAME.fullmatch(Path(name).name)}
 
 
-def survives(make: Callable[[Path], Any], again: Callable[[Path], Any], folder: Path, wanted: int = SAMPLE) -> None:
+def survives(make: Callable[[Path], Any], again: Callable[[Path], Any], folder: Path, wanted: int = 1,
+             name: str = "out") -> None:
     """`make` the artifact it is given; die in it; `again` must give the same bytes and leave nothing else."""
-    def made(name: str) -> Path:
-        (folder / name).mkdir()
-        os.chdir(folder / name)
-        return folder / name / "out"
+    def made(place: str) -> Path:
+        (folder / place).mkdir()
+        os.chdir(folder / place)
+        return folder / place / name
 
     whole = made("whole")
     calls = number_of_calls(lambda: make(whole), folder / "whole")
     assert calls > 2
     for at_once in (True, False):
-        for at in sample(calls, wanted):
-            name = f"{'killed' if at_once else 'interrupted'}-{at}"
-            out = made(name)
-            died(lambda out=out: make(out), folder / name, at, at_once)  # type: ignore[misc]
+        for at in sample(calls, wanted, at_once):
+            place = f"{'killed' if at_once else 'interrupted'}-{at}"
+            out = made(place)
+            died(lambda out=out: make(out), folder / place, at, at_once)  # type: ignore[misc]
             if not at_once:
                 left = {n for n in remains(out.parent) if ".unfinished" not in n.partition("/")[0]}
                 assert left == set(), f"interrupted before call {at}"
             if out.exists() and manifest.read_manifest(out):
-                assert llmc.verify(out)["problems"] == [], f"{name}: a wrong artifact"
+                assert llmc.verify(out)["problems"] == [], f"{place}: a wrong artifact"
             again(out)
-            assert contents(out) == contents(whole), name
-            assert listing(out.parent) == listing(whole.parent), name
+            assert contents(out) == contents(whole), place
+            assert listing(out.parent) == listing(whole.parent), place
 
 
 @pytest.fixture(params=["killed", "interrupted"])
@@ -184,7 +184,7 @@ def test_export(tmp_path: Path, made: SimpleNamespace, format: str) -> None:
     def make(out: Path) -> None:
         llmc.export(made.gptq, format=format, out=out, threads=2)
 
-    survives(make, make, tmp_path)
+    survives(make, make, tmp_path, 2, "out.gguf" if format == "gguf" else "out")
 
 
 def test_an_older_artifact_is_there_whenever_its_replacement_dies(tmp_path: Path, made: SimpleNamespace) -> None:
@@ -212,7 +212,7 @@ def test_a_run_of_a_recipe(tmp_path: Path, made: SimpleNamespace) -> None:
                       encoding="utf-8")
 
     def make(out: Path) -> Any:
-        return llmc.run(recipe, out=out)
+        return llmc.run_recipe(recipe, out=out)
 
     def figures(out: Path) -> dict[str, Any]:
         return {p.relative_to(out).as_posix(): contents(p) for p in out.rglob("*.gguf")}

@@ -134,6 +134,7 @@ def test_signals_clean_up(tmp_path: Path, text: Path, number: int) -> None:
 def test_nohup_goes_on(made: SimpleNamespace, tmp_path: Path) -> None:
     process = subprocess.Popen(["bash", "-c", f"trap '' HUP; exec {shlex.join(LLMC)} quantize {made.base} --method rtn -o q"],
                                cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    time.sleep(1)  # bash has set its trap
     while process.poll() is None:
         process.send_signal(signal.SIGHUP)
         time.sleep(0.2)

@@ -61,7 +61,7 @@ class Job:
 
 
 def open_folder(folder: Path, base: str | None = None) -> Hashes:
-    """The hashes of a run folder, which may be new. Raises UserError if the folder has other contents or is the model `base`."""
+    """The hashes of a run folder, which may be new. Raises UserError if it has other contents or is in the model `base`."""
     if not (folder / MARK).is_file():
         if any(folder.iterdir()) if folder.is_dir() else folder.exists():
             raise UserError(f"{folder} exists and is not the folder of a recipe run", "choose another folder with -o")
