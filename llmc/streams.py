@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import os
+import select
 import signal
 import sys
 from types import FrameType
@@ -65,13 +66,19 @@ def reader_left(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in gone and error.filename is None
 
 
-def output_closed() -> bool:
-    """Whether stdout or stderr has lost its reader."""
-    try:
-        for stream in _outputs():
+def output_failed() -> bool:
+    """Whether stdout or stderr cannot be written any more."""
+    for stream in _outputs():
+        try:
             stream.flush()
-    except OSError as e:
-        return reader_left(e)
+        except OSError:
+            return True
+        with contextlib.suppress(OSError, ValueError):  # a stream without a file, in tests
+            if hasattr(select, "poll"):  # what could not be written is no longer held back: ask the pipe itself
+                asked = select.poll()
+                asked.register(stream.fileno(), 0)
+                if any(event & select.POLLERR for _, event in asked.poll(0)):
+                    return True
     return False
 
 

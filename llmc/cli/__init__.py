@@ -94,8 +94,8 @@ class _Boundary:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> bool:
         # click turns a broken pipe, whosever it is, into an exit with 1
         cause = error.__context__ if isinstance(error, SystemExit) else error
-        if cause is not None and streams.reader_left(cause) and streams.output_closed():
-            return True  # `llmc … | head`: nobody wants the rest
+        if isinstance(cause, OSError) and cause.filename is None and streams.output_failed():
+            return True  # `streams.finish` says what there is to say: nothing, if nobody wants the rest
         if error is None or isinstance(error, SystemExit):
             return False
         if isinstance(error, KeyboardInterrupt):
