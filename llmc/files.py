@@ -48,7 +48,7 @@ def fsync(path: Path) -> None:
 
 
 def _rename(old: Path, new: Path) -> None:
-    """os.replace, tried again for 1.5 seconds on Windows: it fails there while a mapping or a virus scanner has a file open."""
+    """os.replace, tried again for 1.5 seconds on Windows, where it fails while a mapping or a scanner has a file open."""
     for pause in (0.1, 0.2, 0.4, 0.8) if WINDOWS else ():
         try:
             os.replace(old, new)
