@@ -32,6 +32,7 @@ from llmc.formats.quantized import Quantized, as_blocks, rows_of
 from llmc.formats.types import BlockTensor
 from llmc.runtimes.amx import use_extra_buffers
 from llmc.runtimes.llamacpp import LlamaCpp
+from llmc.temporary import final_name
 
 FLOATS = {Kind.F32, Kind.F16, Kind.BF16}
 MOST_LOST = 0.25  # relative squared error of a matrix rounded at export; Q2_K, the coarsest type, has about 0.07
@@ -57,8 +58,7 @@ def tensors(path: Path, entries: list[GgufTensor]) -> dict[str, int]:
 
 
 def _damaged(path: Path, what: str) -> UserError:
-    name = path.name.removeprefix(".").removesuffix(".partial")
-    return UserError(f"{name} does not read back as it was written: {what}",
+    return UserError(f"{final_name(path)} does not read back as it was written: {what}",
                      f"check the disk and export again; if the error stays, {PLEASE_REPORT}")
 
 

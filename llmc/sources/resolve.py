@@ -9,6 +9,7 @@ from llmc.console import say
 from llmc.errors import UserError
 from llmc.formats.artifacts.table import format_of
 from llmc.formats.checkpoint import CARD_FILES, TOKENIZER_FILES
+from llmc.temporary import restore
 
 HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
 WHAT_TO_GIVE = "give a Hugging Face folder, a .gguf file or a hub id (org/name)"
@@ -21,6 +22,7 @@ def resolve_model(model: str | Path) -> Path:
     path exists, is downloaded from the hub: only safetensors, JSON, tokenizer and card.
     """
     path = Path(model).expanduser()
+    restore(path)
     if path.is_dir():
         return path
     if path.is_file():
@@ -70,4 +72,5 @@ def _download(repo: str, revision: str | None) -> Path:
 def locate(artifact: str) -> Path:
     """The file or folder of the user's artifact: an artifact does not change, a hub id becomes its folder."""
     path = Path(artifact).expanduser()
+    restore(path)
     return path if path.exists() and format_of(path) else resolve_model(artifact)
