@@ -13,6 +13,7 @@ import torch
 
 from llmc.errors import UserError
 from llmc.overlap import sketch
+from llmc.sources.data_sets import datasets_library
 
 SELF = "self"
 HUB = "hf:"
@@ -181,12 +182,9 @@ def _render(messages: list[Any], tokenizer: Any, where: str, **more: bool) -> st
 
 def _from_hub(name: str, tokenizer: Any, tokens: int) -> list[str]:
     """Rows of a data set's train split, streamed until they hold about twice the tokens that are needed."""
+    datasets = datasets_library("--calibration hf:NAME", "give a text or .jsonl file")
     try:
-        from datasets import load_dataset
-    except ImportError as e:
-        raise UserError("--calibration hf:NAME needs the package datasets", "pip install datasets") from e
-    try:
-        rows = load_dataset(name, split="train", streaming=True)
+        rows = datasets.load_dataset(name, split="train", streaming=True)
         documents, characters = [], 0
         for number, row in enumerate(rows, 1):
             documents.append(_document(row, tokenizer, f"{name}, row {number}"))

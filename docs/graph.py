@@ -32,7 +32,7 @@ ROOMS = {
     "llmc.formats": "what lies on a disk",
     "core": "errors, console, files, machine, precision, options, closure, families",
 }
-CORE = ("closure", "console", "errors", "families", "files", "machine", "options", "overlap", "precision")
+CORE = ("closure", "console", "errors", "families", "files", "machine", "options", "overlap", "precision", "privacy")
 
 
 def room_of(module: str) -> str | None:

@@ -77,7 +77,10 @@ def _ids_of_llama_cpp(artifact: Path, text: str) -> np.ndarray:
 
 
 def _load_onnxruntime() -> None:
-    for module in ("llmc.runtimes.onnx_model", "onnx", "onnxruntime"):
+    from llmc.runtimes.onnx_session import library
+
+    library()
+    for module in ("llmc.runtimes.onnx_model", "onnx"):
         importlib.import_module(module)
 
 

@@ -112,7 +112,7 @@ def load_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
     unpack = {"quantization_config": config(dequantize=True)} if config else {}
     with quiet_transformers(), _reading_back(file):
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=dtype, output_loading_info=True, **unpack)
+            file.parent, gguf_file=file.name, dtype=dtype, output_loading_info=True, local_files_only=True, **unpack)
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{file} lacks {len(missing)} tensors, first {missing[0]}", "download it again")
@@ -120,7 +120,7 @@ def load_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
         if t.is_floating_point() and not bool(torch.isfinite(t).all()):
             raise UserError(f"{name} of {file} holds values that {dtype} cannot hold", GO_BACK)
     with quiet_transformers(), _reading_back(file):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
     restore_bos(tokenizer, field(reader, "tokenizer.ggml.add_bos_token"))
     return model.eval(), tokenizer
 
