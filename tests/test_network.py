@@ -45,18 +45,18 @@ TRAIN = ["--steps", "1", "--batch", "1", "--held-out", "2", "--sampled", "0"]
 CHUNK = ["--context", "32", "--chunks", "1", *SMALL]
 SPEED = ["--prompt", "8", "--generate", "2", "--warmup", "0", *SMALL]
 COMMANDS = [
-    ["doctor"], ["inspect", "base"], ["verify", "q"], ["recipe", "ls"], ["target", "ls"], ["fit", "--profiles"],
+    ["doctor"], ["inspect", "base"], ["recipe", "ls"], ["target", "ls"], ["fit", "--profiles"],
     ["quantize", "base", "--method", "rtn", "-o", "q", *SMALL], ["quantize", "base", *TEXT, "-o", "g", *SMALL],
     ["prune", "base", "--method", "wanda", "--sparsity", "0.5", *TEXT, "-o", "p", *SMALL],
     ["transform", "base", "--scaling", "none", "--rotate", "r2", "-o", "t", *SMALL],
-    ["distill", "base", "--teacher", "base", *TEXT, *TRAIN, "-o", "d", *SMALL],
-    ["heal", "q", "--teacher", "base", *TEXT, *TRAIN, "-o", "h", *SMALL],
+    ["distill", "base", "--teacher", "base", *TEXT[:2], *TEXT[4:], *TRAIN, "-o", "d", *SMALL],
+    ["heal", "q", "--teacher", "base", *TEXT[:2], *TEXT[4:], *TRAIN, "-o", "h", *SMALL],
     ["imatrix", "base", *TEXT, "-o", "i.gguf", *SMALL],
     ["export", "q", "--format", "gguf", "-o", "q.gguf", *SMALL], ["export", "q", "--format", "onnx", "-o", "q-onnx", *SMALL],
     *(["eval", a, "--base", "base", *CHUNK, "-o", f"{a}.json"] for a in ("base", "q.gguf", "q-onnx")),
     *(["generate", a, "a", "--max-tokens", "2", *SMALL] for a in ("base", "q.gguf", "q-onnx")),
     *(["bench", a, *SPEED, "-o", f"{a}.json"] for a in ("base", "q.gguf", "q-onnx")),
-    ["inspect", "q.gguf"], ["inspect", "q-onnx"], ["verify", "q.gguf"], ["verify", "q-onnx"],
+    ["inspect", "q.gguf"], ["inspect", "q-onnx"], ["verify", "q"], ["verify", "q.gguf"], ["verify", "q-onnx"],
     ["fit", "q.gguf", "--target", "pi5", "--min-decode", "0.1"], ["compare", "base.json", "q.gguf.json", "--page", "c.html"],
     ["target", "probe", "local-cpu"],
     # asked for by nothing in them: names that are plainly paths
@@ -105,8 +105,7 @@ def test_no_command_looks_anything_up(lookups: SimpleNamespace) -> None:
 
 def test_the_commands_did_their_work(lookups: SimpleNamespace) -> None:
     """Otherwise the test above would say nothing."""
-    bad = [" ".join(c) for c in lookups.codes if c[0] != "0" and not {"nowhere/model.gguf", "here/model", "./no-base"} & {*c}
-           and c[1] != "verify"]
+    bad = [" ".join(c) for c in lookups.codes if c[0] != "0" and not {"nowhere/model.gguf", "here/model", "./no-base"} & {*c}]
     assert bad == [], lookups.output[-6000:]
 
 
