@@ -100,7 +100,7 @@ def _finish(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, threads: int, 
     say(f"writing {out}: {size(total)} of tensors, mostly {type_name}; embedding "
         f"{types.embedding.name} ({types.reason})")
     with staged_file(out) as tmp:
-        writer.write(w, tmp, entries)
+        writer.write(w, tmp, entries, lambda: verify.header(tmp, ckpt, w.arch))
         verified = verify.tensors(tmp, entries)
         checks = verify.in_llama_cpp(tmp, ckpt, tok, plan.vocabulary, entries, plan.context_length, threads)
     v = plan.vocabulary

@@ -15,6 +15,7 @@ from llmc.errors import UserError
 from llmc.files import cache_folder, check_disk, sha256
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.gguf import field, open_gguf
+from llmc.formats.gguf_check import MERGE, check_runnable, parts
 from llmc.formats.manifest import MANIFEST
 from llmc.formats.model_folder import publish
 from llmc.formats.names import Names
@@ -30,6 +31,9 @@ GO_BACK = "start from the Hugging Face folder it was made from"
 
 def dequantized_folder(file: Path) -> Path:
     """The float16 Hugging Face folder of a .gguf file, in the cache. It is made once for each content."""
+    if (found := len(parts(file))) > 1:
+        raise UserError(f"{file} is the first of {found} parts, which transformers cannot read", MERGE)
+    check_runnable(file)
     digest = sha256(file)
     out = cache_folder() / "dequantized" / digest[:16] / f"{file.stem}-f16"
     if not (out / MANIFEST).is_file():
