@@ -32,7 +32,8 @@ ROOMS = {
     "llmc.formats": "what lies on a disk",
     "core": "errors, console, files, machine, precision, options, closure, families",
 }
-CORE = ("closure", "console", "errors", "families", "files", "machine", "options", "overlap", "precision", "privacy")
+CORE = ("closure", "console", "errors", "families", "files", "machine", "options", "overlap", "precision", "privacy",
+        "small_files")
 
 
 def room_of(module: str) -> str | None:

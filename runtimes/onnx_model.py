@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from llmc.errors import UserError
+from llmc.files import read_json
 from llmc.formats.onnx_folder import QDQ_LEVEL, OnnxFolder, open_onnx
 from llmc.runtimes import onnx_session
 from llmc.runtimes.base import TOO_LONG
@@ -169,8 +169,7 @@ class OnnxModel:
         """Every end token in the folder's configurations and its tokenizer."""
         ids: set[int] = set()
         for name in ("generation_config.json", "tokenizer_config.json"):
-            path = self.folder / name
-            values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            values = read_json(self.folder / name)
             ids |= _ids(values.get("eos_token_id"))
             token = values.get("eos_token")
             ids |= _ids(self.tokenizer.token_to_id(token["content"] if isinstance(token, dict) else token or ""))

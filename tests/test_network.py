@@ -85,7 +85,8 @@ def lookups(made: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> 
     (work / "base").symlink_to(made.base)
     tiny.write_text(work / "text.txt", 20_000)
     log.touch()
-    off = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "XDG_CACHE_HOME", "HF_HOME", "CI", "GITHUB_ACTIONS", "ORT_DISABLE_TELEMETRY")
+    off = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "XDG_CACHE_HOME", "HF_HOME", "CI", "GITHUB_ACTIONS",
+           "ORT_DISABLE_TELEMETRY")
     env = {k: v for k, v in os.environ.items() if k not in off} | {
         "HOME": str(home), "LLMC_TEST_LOG": str(log), "LLMC_CACHE": str(folder / "cache"),
         "PYTHONPATH": os.pathsep.join([str(folder / "python"), *filter(None, [os.environ.get("PYTHONPATH")])])}

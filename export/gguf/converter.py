@@ -131,7 +131,8 @@ def _pre(config: GgufExportConfig, folder: Path, tok: Any) -> str:
 
 
 def _run(script: Path, folder: Path, out: Path, pre: str) -> None:
-    """Run the converter as a child: it may abort, hang or print without end. Raises UserError unless it wrote a whole file."""
+    """Run the converter as a child: it may abort, hang or print without end. Raises UserError unless it wrote a
+    whole file."""
     say(f"running {script}")
     limit = PATIENCE + sum(p.stat().st_size for p in folder.glob("*.safetensors")) / SLOWEST
     with tempfile.TemporaryFile() as printed:

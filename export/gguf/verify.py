@@ -67,8 +67,8 @@ def header(path: Path, ckpt: Checkpoint, arch: str) -> None:
         layers = ckpt.config.get("num_hidden_layers") or ckpt.config.get("n_layer")
         raise UserError(
             f"{ckpt.folder} does not fit llama.cpp's architecture {arch!r}: {reason}",
-            f"check that config.json ({layers} layers) belongs to the weights; if the model has tensors that llama.cpp's {arch} "
-            "does not have, such as biases of attention, export it with --format onnx") from e
+            f"check that config.json ({layers} layers) belongs to the weights; if the model has tensors that llama.cpp's "
+            f"{arch} does not have, such as biases of attention, export it with --format onnx") from e
 
 
 def _damaged(path: Path, what: str) -> UserError:

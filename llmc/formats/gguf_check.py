@@ -1,4 +1,5 @@
-"""What llama.cpp takes for granted in a .gguf file, and what makes it abort if it is not so. Also the parts of a split file."""
+"""What llama.cpp takes for granted in a .gguf file, and what makes it abort if it is not so. Also the parts of a split
+file."""
 
 from __future__ import annotations
 

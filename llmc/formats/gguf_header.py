@@ -75,16 +75,16 @@ def _read(file: Path, modified: int, length: int) -> Header:
     try:
         with file.open("rb") as f:
             if f.read(4) != MAGIC:
-                raise _Damage("it does not begin with GGUF")
+                raise DamageError("it does not begin with GGUF")
             with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _Reader(data, length).header()
     except OSError as e:
         raise UserError(f"{file} cannot be read: {e.strerror}", "give a .gguf file") from e
-    except _Damage as e:
+    except DamageError as e:
         raise UserError(f"{file} is not a complete GGUF file: {e}", "download or export it again") from e
 
 
-class _Damage(Exception):
+class DamageError(Exception):
     """What is wrong with a file."""
 
 
@@ -95,29 +95,29 @@ class _Reader:
     def header(self) -> Header:
         version = self.number("I")
         if version not in VERSIONS:
-            raise _Damage(f"it has version {version}; llmc reads {' and '.join(map(str, VERSIONS))}")
+            raise DamageError(f"it has version {version}; llmc reads {' and '.join(map(str, VERSIONS))}")
         n_tensors, n_fields = self.number("Q"), self.number("Q")
         if max(n_tensors, n_fields) * 16 > self.length:  # an entry of either kind takes more bytes
-            raise _Damage(f"its {self.length:,} bytes cannot hold {n_tensors:,} tensors and {n_fields:,} metadata values")
+            raise DamageError(f"its {self.length:,} bytes cannot hold {n_tensors:,} tensors and {n_fields:,} metadata values")
         fields: dict[str, Any] = {}
         for _ in range(n_fields):
             key = self.name("metadata")
             if key in fields:
-                raise _Damage(f"it has the metadata value {key} twice")
+                raise DamageError(f"it has the metadata value {key} twice")
             fields[key] = self.value(key, self.number("I"))
         table = [self.tensor() for _ in range(n_tensors)]
         if len({t[0] for t in table}) != len(table):
-            raise _Damage("it has two tensors of the same name")
+            raise DamageError("it has two tensors of the same name")
         alignment = fields.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment <= 0 or alignment % 8 or alignment > 1 << 20:
-            raise _Damage(f"general.alignment is {alignment!r}")
+            raise DamageError(f"general.alignment is {alignment!r}")
         start = -(-self.at // alignment) * alignment
         return Header(version, fields, tuple(self.placed(start, alignment, *t) for t in table))
 
     def number(self, code: str) -> Any:
         size = struct.calcsize(f"<{code}")
         if self.at + size > self.length:
-            raise _Damage("it ends in its header: half a download")
+            raise DamageError("it ends in its header: half a download")
         found = struct.unpack_from(f"<{code}", self.data, self.at)[0]
         self.at += size
         return found
@@ -125,7 +125,7 @@ class _Reader:
     def raw(self) -> bytes:
         n = self.number("Q")
         if n > self.length - self.at:
-            raise _Damage(f"a text at byte {self.at:,} should have {n:,} bytes")
+            raise DamageError(f"a text at byte {self.at:,} should have {n:,} bytes")
         self.at += n
         return self.data[self.at - n : self.at]
 
@@ -136,7 +136,7 @@ class _Reader:
                 return raw.decode()
         except UnicodeDecodeError:
             pass
-        raise _Damage(f"a name of {what} at byte {self.at - len(raw):,} is no name: {raw[:40]!r}")
+        raise DamageError(f"a name of {what} at byte {self.at - len(raw):,} is no name: {raw[:40]!r}")
 
     def value(self, key: str, kind: int) -> Any:
         if kind == STRING:
@@ -144,19 +144,19 @@ class _Reader:
         if kind in SCALARS:
             return self.number(SCALARS[kind])
         if kind != ARRAY:
-            raise _Damage(f"the metadata value {key} has the type {kind}, which GGUF does not have")
+            raise DamageError(f"the metadata value {key} has the type {kind}, which GGUF does not have")
         inner, count = self.number("I"), self.number("Q")
         if inner == STRING:
             if count * 8 > self.length - self.at:
-                raise _Damage(f"the list {key} should have {count:,} texts")
+                raise DamageError(f"the list {key} should have {count:,} texts")
             for _ in range(count):
                 self.raw()
             return Array(inner, count)
         if inner not in SCALARS:
-            raise _Damage(f"the list {key} has elements of the type {inner}")
+            raise DamageError(f"the list {key} has elements of the type {inner}")
         size = count * struct.calcsize(f"<{SCALARS[inner]}")
         if size > self.length - self.at:
-            raise _Damage(f"the list {key} should have {count:,} numbers")
+            raise DamageError(f"the list {key} should have {count:,} numbers")
         values = struct.unpack_from(f"<{count}{SCALARS[inner]}", self.data, self.at) if count <= KEPT else ()
         self.at += size
         return Array(inner, count, values)
@@ -166,17 +166,17 @@ class _Reader:
         name = self.name("a tensor")
         dims = self.number("I")
         if not 1 <= dims <= MOST_DIMS:
-            raise _Damage(f"the tensor {name} has {dims} dimensions")
+            raise DamageError(f"the tensor {name} has {dims} dimensions")
         return name, tuple(self.number("Q") for _ in range(dims)), self.number("I"), self.number("Q")
 
     def placed(self, start: int, alignment: int, name: str, shape: tuple[int, ...], kind: int, offset: int) -> Entry:
         if kind not in TYPES:
-            raise _Damage(f"the tensor {name} has the type {kind}, which llmc does not know")
+            raise DamageError(f"the tensor {name} has the type {kind}, which llmc does not know")
         block, size = TYPES[kind]
         if 0 in shape or shape[0] % block:
-            raise _Damage(f"the tensor {name} has the shape {list(shape)}, and its type has blocks of {block} weights")
+            raise DamageError(f"the tensor {name} has the shape {list(shape)}, and its type has blocks of {block} weights")
         nbytes = math.prod(shape) // block * size
         if offset % alignment or start + offset + nbytes > self.length:
-            raise _Damage(f"the tensor {name} should end at byte {start + offset + nbytes:,}, and the file has "
+            raise DamageError(f"the tensor {name} should end at byte {start + offset + nbytes:,}, and the file has "
                           f"{self.length:,}")
         return Entry(name, shape, kind, start + offset, nbytes)

@@ -15,9 +15,11 @@ from typing import Any
 
 from llmc.errors import UserError
 from llmc.files import existing, sha256, write_json
+from llmc.small_files import LARGE, OBJECT, TEXT, Kind, expect, read_json_object
 
 MANIFEST = "llmc.json"
 SCHEMA = 1
+DAMAGED = "the artifact is damaged: make it again"
 NOTES = ".llmc"  # folder in the working directory that remembers the newest artifacts
 
 
@@ -58,10 +60,9 @@ def read_manifest(artifact: Path) -> dict[str, Any] | None:
     path = manifest_path(artifact)
     if not path.is_file():
         return None
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise UserError(f"{path} is not valid JSON: {e}", "the artifact is damaged: make it again") from e
+    manifest = read_json_object(path, LARGE, DAMAGED)
+    expect(path, manifest, {"passes": Kind("a list of objects", (dict,), listed=True), "source": OBJECT, "outputs": OBJECT,
+                            "kind": TEXT}, DAMAGED)
     return manifest
 
 

@@ -11,8 +11,8 @@ from llmc.formats.artifacts.table import format_of
 from llmc.formats.checkpoint import CARD_FILES, TOKENIZER_FILES
 
 # Endings of files and folders that llmc reads or writes. A hub id with one of them is most likely a path with a mistake.
-ENDINGS = (".gguf", ".onnx", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json", ".jsonl", ".yaml", ".yml", ".toml", ".txt",
-           ".md", ".npz", ".zip", ".tar", ".gz")
+ENDINGS = (".gguf", ".onnx", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json", ".jsonl", ".yaml", ".yml", ".toml",
+           ".txt", ".md", ".npz", ".zip", ".tar", ".gz")
 HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
 WHAT_TO_GIVE = "give a Hugging Face folder, a .gguf file or a hub id (org/name)"
 
@@ -21,8 +21,8 @@ def resolve_model(model: str | Path) -> Path:
     """The Hugging Face folder of `model`.
 
     A folder is returned as it is. A .gguf file is dequantized into the cache. `org/name` or `org/name@revision`, if no such
-    path exists, is downloaded from the hub: only safetensors, JSON, tokenizer and card. A name that is plainly meant as a path
-    is never looked for on the hub.
+    path exists, is downloaded from the hub: only safetensors, JSON, tokenizer and card. A name that is plainly meant as a
+    path is never looked for on the hub.
     """
     path = given_path(model)
     if path.is_dir():

@@ -77,7 +77,8 @@ class GgufArtifact(Artifact):
         if any(n not in (0, most) for n in per_layer):
             return None
         head_dim = self._own("attention.key_length") or int(self._own("embedding_length")) // int(heads)
-        return {"layers": sum(n > 0 for n in per_layer) if isinstance(kv_heads, list) else int(layers), "kv_heads": most, "head_dim": int(head_dim), "window": None,
+        cached = sum(n > 0 for n in per_layer) if isinstance(kv_heads, list) else int(layers)
+        return {"layers": cached, "kv_heads": most, "head_dim": int(head_dim), "window": None,
                 "sliding_layers": 0}
 
     def facts(self) -> dict[str, Any]:
