@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from llmc.errors import UserError
+from llmc.formats.template_limits import render_within_limits
 from llmc.overlap import sketch
 from llmc.sources.data_sets import datasets_library
 
@@ -175,7 +176,8 @@ def _render(messages: list[Any], tokenizer: Any, where: str, **more: bool) -> st
     from jinja2 import TemplateError
 
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **more))
+        return render_within_limits(lambda: str(tokenizer.apply_chat_template(messages, tokenize=False, **more)),
+                                    len(str(messages)), where)
     except (TemplateError, TypeError, KeyError, IndexError, ValueError) as e:
         raise UserError(f"{where}: the model's chat template refused the messages: {e}", "check roles and contents") from e
 

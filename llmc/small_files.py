@@ -58,7 +58,7 @@ def read_json_object(path: Path, limit: int = SMALL, hint: str = AGAIN) -> dict[
     """The object in a JSON file."""
     found = read_json(path, limit, hint)
     if not isinstance(found, dict):
-        raise UserError(f"{path} holds {_named(found)}, not a JSON object", hint)
+        raise UserError(f"{path} holds no JSON object, but {_named(found)}", hint)
     return found
 
 

@@ -70,7 +70,8 @@ def _chat(runtime: Runtime, prompt: str) -> str:
 
     try:
         return runtime.chat(prompt)
-    except TemplateError as e:  # the sandbox's SecurityError too
+    except (TemplateError, TypeError, KeyError, IndexError, ValueError, AttributeError, ArithmeticError) as e:
+        # TemplateError: the sandbox's SecurityError too
         raise UserError(f"the artifact's chat template cannot be rendered: {e}",
                         "leave out --chat: the prompt is continued as it is") from e
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from llmc.errors import UserError
+from llmc.formats.template_limits import render_within_limits
 from llmc.runtimes.base import TOO_LONG, NoTokenizerError
 
 BATCH = 512  # tokens run at once, llama.cpp's own default for a micro-batch
@@ -279,8 +280,8 @@ class LlamaCpp:
         special = {name: (lib.llama_vocab_get_text(v, i) or b"").decode() if i >= 0 else "" for name, i in
                    (("bos_token", lib.llama_vocab_bos(v)), ("eos_token", lib.llama_vocab_eos(v)))}
         messages = [{"role": "user", "content": user}]
-        rendered, _ = render([messages], chat_template=template, add_generation_prompt=True, **special)
-        return str(rendered[0])
+        return render_within_limits(lambda: str(render(
+            [messages], chat_template=template, add_generation_prompt=True, **special)[0][0]), len(user), str(self.path))
 
     @property
     def end_tokens(self) -> frozenset[int]:

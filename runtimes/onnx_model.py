@@ -11,6 +11,7 @@ import numpy as np
 from llmc.errors import UserError
 from llmc.files import read_json
 from llmc.formats.onnx_folder import QDQ_LEVEL, OnnxFolder, open_onnx
+from llmc.formats.template_limits import render_within_limits
 from llmc.runtimes import onnx_session
 from llmc.runtimes.base import TOO_LONG
 from llmc.runtimes.onnx_kv import KvCache, read_signature
@@ -162,7 +163,9 @@ class OnnxModel:
         if not tokenizer.chat_template:
             raise UserError(f"{self.folder} has no chat template", "leave out --chat: the prompt is continued as it is")
         messages = [{"role": "user", "content": user}]
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return render_within_limits(
+            lambda: str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)), len(user),
+            str(self.folder))
 
     @property
     def end_tokens(self) -> frozenset[int]:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import tiny
 from gguf.constants import GGML_QUANT_SIZES
-from gguf_files import checkout
+from gguf_files import checkout, copy
 
 import llmc
 from llmc.errors import UserError
@@ -27,26 +27,6 @@ from llmc.formats.gguf_header import TYPES, Array, read_header
 from llmc.runtimes import trial
 from llmc.runtimes.base import NoTokenizerError
 from llmc.runtimes.open import open_runtime
-
-
-def copy(source: Path, out: Path, change: dict[str, Any], split: int = 0, **tensors: np.ndarray) -> Path:
-    """A copy of a file with other metadata: {key: value, None leaves it out}. A value may be (value, type, element type)."""
-    reader = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(str(out), "llama", split_max_tensors=split)
-    values = {k: (f.contents(), f.types[0], f.types[-1] if f.types[0] == gguf.GGUFValueType.ARRAY else None)
-              for k, f in reader.fields.items() if not k.startswith("GGUF.") and k != "general.architecture"}
-    for key, value in change.items():
-        values[key] = value if isinstance(value, tuple) or value is None else (value, *values[key][1:])
-    for key, found in values.items():
-        if found is not None:
-            writer.add_key_value(key, found[0], found[1], sub_type=found[2])
-    for t in reader.tensors:
-        writer.add_tensor(t.name, tensors.get(t.name.replace(".", "_"), np.array(t.data)), raw_dtype=t.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return out
 
 
 def test_the_header_is_what_the_gguf_package_reads(made: SimpleNamespace) -> None:

@@ -27,8 +27,8 @@ BOMB = "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n"
 
 
 @pytest.mark.parametrize(("content", "problem"), [
-    (b"", "not valid JSON"), (b"{", "not valid JSON"), (b"\xff\xfe{}", "not UTF-8"), (b"[1]", "a list, not a JSON object"),
-    (b'"a"', "a text, not"), (b"null", "null, not"), (b"[" * 5000, "not valid JSON|nested too deeply"),
+    (b"", "not valid JSON"), (b"{", "not valid JSON"), (b"\xff\xfe{}", "not UTF-8"), (b"[1]", "holds no JSON object, but a list"),
+    (b'"a"', "but a text"), (b"null", "but null"), (b"[" * 5000, "not valid JSON|nested too deeply"),
     (b'{"a":' * 100 + b"1" + b"}" * 100, "nested more than 64 levels"), (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON"),
     (b'{"a": "' + b"x" * 8 * MEGABYTE + b'"}', "larger than 8 MB"),
 ])
@@ -109,7 +109,7 @@ def test_a_damaged_file_of_a_model_folder(made: SimpleNamespace, tmp_path: Path,
 def test_manifests_and_reports(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     manifest = tmp_path / "a" / "llmc.json"
-    for content, problem in (("[]", "not a JSON object"), ('{"passes": 3}', "passes is 3"), ('{"source": []}', "source is"),
+    for content, problem in (("[]", "holds no JSON object"), ('{"passes": 3}', "passes is 3"), ('{"source": []}', "source is"),
                              ('{"outputs": [1]}', "outputs is")):
         manifest.write_text(content)
         with pytest.raises(UserError, match=problem):
