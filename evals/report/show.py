@@ -61,7 +61,7 @@ def tables_markdown(tables: Iterable[Table], level: int = 2) -> str:
 def quality_lines(report: Report) -> str:
     """The text that `llmc eval` prints."""
     from llmc.console import size
-    from llmc.formats.kv import words as kv_text
+    from llmc.formats.kv import section_text as kv_text
 
     artifact, quality = report["artifact"], quality_of(report)
     assert quality is not None
@@ -142,7 +142,7 @@ def speed_lines(report: Report) -> str:
 def _speed(s: Speed) -> list[str]:
     """The lines of one speed section."""
     from llmc.console import size
-    from llmc.formats.kv import words as kv_text
+    from llmc.formats.kv import section_text as kv_text
 
     lines = [
         f"  load                 {s['load_s']:.2f} s  (file in the page cache)",

@@ -1,4 +1,4 @@
-"""The chat template of a model folder, which exporters carry."""
+"""The chat template that an export copies from a model folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ SUSPICIOUS = re.compile(r"__\w+__|\|\s*attr\b|\b(import|eval|exec|popen|subproce
 
 
 def chat_template_of(folder: Path, tokenizer: Any, choice: str) -> str | list[dict[str, str]] | None:
-    """'keep' the model's, 'drop' it, or read another from a file. It is carried as text and not run."""
+    """The chat template to export, or None. It is copied as text and never run.
+
+    choice: 'keep' the model's template, 'drop' it, or the path of a file with another.
+    """
     if choice == "drop":
         return None
     template: Any = getattr(tokenizer, "chat_template", None)
@@ -29,6 +32,6 @@ def chat_template_of(folder: Path, tokenizer: Any, choice: str) -> str | list[di
     if isinstance(template, dict):
         template = [{"name": k, "template": t} for k, t in sorted(template.items())]
     if found := SUSPICIOUS.search(json.dumps(template)):
-        warn(f"the chat template of {folder} holds {found[0]!r}, which templates have no need of: look at it before you "
+        warn(f"the chat template of {folder} holds {found[0]!r}, which a template does not need: read it before you "
              "run it (--chat-template drop leaves it out)")
     return template  # type: ignore[no-any-return]

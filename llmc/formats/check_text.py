@@ -1,4 +1,4 @@
-"""The text on which tokenizers are compared: what they split in different ways."""
+"""The text on which tokenizers are compared. It contains what tokenizers split differently."""
 
 from __future__ import annotations
 

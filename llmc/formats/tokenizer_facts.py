@@ -1,4 +1,4 @@
-"""What `llmc inspect` tells of a tokenizer."""
+"""The facts about a tokenizer that `llmc inspect` shows."""
 
 from __future__ import annotations
 
@@ -30,4 +30,4 @@ def _template(folder: Path) -> str | None:
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     template = read_json(folder / "tokenizer_config.json").get("chat_template")
-    return json.dumps(template) if isinstance(template, list) else template  # a list: several templates by name
+    return json.dumps(template) if isinstance(template, list) else template  # a list holds several named templates

@@ -63,11 +63,11 @@ class GgufArtifact(Artifact):
             raise UserError(f"{self.path} is not a language model: it has no token_embd.weight, block_count or head_count",
                             "give the .gguf file of the model itself")
         return {"layers": int(layers), "vocabulary": int(embedding.shape[1]),
-                "heads": int(max(heads) if isinstance(heads, list) else heads)}  # by layer: the largest bounds it
+                "heads": int(max(heads) if isinstance(heads, list) else heads)}  # a list has a value for each layer
 
     def kv_shape(self) -> KvShape | None:
-        """Which layers slide is for most architectures not written in the file, and llama.cpp's cache holds every token of
-        those too unless it is told otherwise: they count as full."""
+        """Sliding layers count as full: most files do not list them, and llama.cpp by default caches every token for them
+        too."""
         layers, heads = self._own("block_count"), self._own("attention.head_count")
         kv_heads = self._own("attention.head_count_kv") or heads
         if not layers or not heads or self._own("attention.kv_lora_rank") is not None:
@@ -82,7 +82,7 @@ class GgufArtifact(Artifact):
                 "sliding_layers": 0}
 
     def facts(self) -> dict[str, Any]:
-        """And 'metadata', without its lists."""
+        """Adds 'metadata': all values that are not lists."""
         from llmc.formats.tokenizer_facts import hash_text
 
         reader = self._reader()
@@ -110,7 +110,7 @@ class GgufArtifact(Artifact):
         }
 
     def problems(self) -> Iterator[str]:
-        """Opening maps each tensor, so an incomplete file is refused there."""
+        """A file without tensors, and what llama.cpp could not run. A truncated file raises UserError when it is opened."""
         from llmc.formats.gguf_check import faults
         from llmc.formats.gguf_header import read_header
 
@@ -130,7 +130,7 @@ class GgufArtifact(Artifact):
         return field(self._reader(), key)
 
     def _own(self, key: str) -> Any:
-        """A value that is stored under the architecture's name."""
+        """A metadata value whose key starts with the architecture's name."""
         return self._field(f"{self._field('general.architecture')}.{key}")
 
     def _end_ids(self) -> list[int]:
