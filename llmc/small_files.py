@@ -20,6 +20,7 @@ SMALL = 8 * MEGABYTE  # config files and such
 LARGE = 256 * MEGABYTE  # tokenizer.json, indexes, reports with a value for each token
 DEEPEST = 64  # levels of nesting
 AGAIN = "correct it, or download it again"
+DELETE = "delete it: llmc makes it again"  # the hint for a note of llmc's own
 
 
 def read_text(path: Path, limit: int = SMALL, hint: str = AGAIN) -> str:

@@ -17,7 +17,7 @@ from llmc.errors import UserError
 from llmc.evals.compare.ship import read_gates
 from llmc.evals.report.store import read_report
 from llmc.files import read_json
-from llmc.formats.manifest import read_manifest
+from llmc.formats.manifest import last_artifact, read_manifest
 from llmc.formats.source import front_matter
 from llmc.recipes.recipe import parse, scalar
 from llmc.runtimes.targets.target import load_targets
@@ -27,7 +27,8 @@ BOMB = "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n"
 
 
 @pytest.mark.parametrize(("content", "problem"), [
-    (b"", "not valid JSON"), (b"{", "not valid JSON"), (b"\xff\xfe{}", "not UTF-8"), (b"[1]", "holds no JSON object, but a list"),
+    (b"", "not valid JSON"), (b"{", "not valid JSON"), (b"\xff\xfe{}", "not UTF-8"),
+    (b"[1]", "holds no JSON object, but a list"),
     (b'"a"', "but a text"), (b"null", "but null"), (b"[" * 5000, "not valid JSON|nested too deeply"),
     (b'{"a":' * 100 + b"1" + b"}" * 100, "nested more than 64 levels"), (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON"),
     (b'{"a": "' + b"x" * 8 * MEGABYTE + b'"}', "larger than 8 MB"),
@@ -109,8 +110,8 @@ def test_a_damaged_file_of_a_model_folder(made: SimpleNamespace, tmp_path: Path,
 def test_manifests_and_reports(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     manifest = tmp_path / "a" / "llmc.json"
-    for content, problem in (("[]", "holds no JSON object"), ('{"passes": 3}', "passes is 3"), ('{"source": []}', "source is"),
-                             ('{"outputs": [1]}', "outputs is")):
+    for content, problem in (("[]", "holds no JSON object"), ('{"passes": 3}', "passes is 3"),
+                             ('{"source": []}', "source is"), ('{"outputs": [1]}', "outputs is")):
         manifest.write_text(content)
         with pytest.raises(UserError, match=problem):
             read_manifest(tmp_path / "a")
@@ -143,3 +144,12 @@ def test_toml(tmp_path: Path) -> None:
         for read in (read_toml, load_targets):
             with pytest.raises(UserError, match=r"targets\.toml is not (TOML|UTF-8)"):
                 read(file)
+
+
+def test_a_damaged_note_of_the_newest_artifact(tmp_path: Path) -> None:
+    Path(".llmc").mkdir()
+    for content in ("", "[]", "{}", "\0"):
+        Path(".llmc/last.json").write_text(content)
+        with pytest.raises(UserError) as e:
+            last_artifact()
+        assert "last.json" in e.value.problem or "no longer exists" in e.value.problem

@@ -5,7 +5,6 @@ A folder artifact carries `llmc.json` inside; a single-file artifact (`small.ggu
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from datetime import UTC, datetime
@@ -15,7 +14,7 @@ from typing import Any
 
 from llmc.errors import UserError
 from llmc.files import existing, sha256, write_json
-from llmc.small_files import LARGE, OBJECT, TEXT, Kind, expect, read_json_object
+from llmc.small_files import DELETE, LARGE, OBJECT, TEXT, Kind, expect, read_json_object
 
 MANIFEST = "llmc.json"
 SCHEMA = 1
@@ -94,7 +93,7 @@ def last_artifact() -> Path:
     if not note.is_file():
         raise UserError("no MODEL given and no artifact was made in this folder yet",
                         "name a model folder, or run `llmc quantize MODEL` first")
-    path = Path(json.loads(note.read_text(encoding="utf-8"))["path"])
+    path = Path(str(read_json_object(note, hint=DELETE).get("path")))
     if not path.exists():
         raise UserError(f"the newest artifact made here, {path}, no longer exists", "name a model folder")
     return path

@@ -5,7 +5,6 @@ Without an earlier step of the same kind there is no estimate of the time.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,6 +14,7 @@ from llmc.errors import UserError
 from llmc.files import write_json
 from llmc.formats.manifest import NOTES
 from llmc.recipes.jobs import Job
+from llmc.small_files import DELETE, LARGE, read_json_object
 
 KEPT = 8  # earlier steps to keep of each kind
 
@@ -49,7 +49,7 @@ class Times:
     def __init__(self) -> None:
         self.path = Path(NOTES) / "step-times.json"
         self.known: dict[str, list[list[float]]] = (
-            json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {})
+            read_json_object(self.path, LARGE, DELETE) if self.path.is_file() else {})
 
     def seconds(self, job: Job, base_bytes: int) -> float | None:
         """The expected time: the median of earlier steps of the kind, scaled by `work`. None if there are none."""

@@ -16,6 +16,7 @@ from llmc.files import sha256, write_json
 from llmc.formats.artifacts.table import artifact_at
 from llmc.recipes.chain import Step
 from llmc.recipes.commands import REPORT
+from llmc.small_files import DELETE, LARGE, read_json_object
 from llmc.sources.resolve import WHAT_TO_GIVE
 
 RECENT = 2.0  # seconds: a file as new as this could change again and keep its modification time
@@ -27,7 +28,7 @@ class Hashes:
 
     def __init__(self, memo: Path) -> None:
         self.memo = memo
-        self.known: dict[str, list[Any]] = json.loads(memo.read_text(encoding="utf-8")) if memo.is_file() else {}
+        self.known: dict[str, list[Any]] = read_json_object(memo, LARGE, DELETE) if memo.is_file() else {}
         self.changed = False
 
     def of(self, path: Path) -> str:

@@ -8,13 +8,13 @@ one type without a vocabulary. Their size is that of typical models; they are no
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc.console import progress, say
+from llmc.small_files import DELETE, read_json_object
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,7 +76,7 @@ def _cached(cache: Path | None, threads: int) -> dict[str, Any]:
 
     head = {"threads": threads, "cpu": cpu_model(), "version": version("llama-cpp-python")}
     if cache is not None and cache.is_file():
-        found: dict[str, Any] = json.loads(cache.read_text(encoding="utf-8"))
+        found = read_json_object(cache, hint=DELETE)
         if {k: found.get(k) for k in head} == head and "attention" in found:
             return found
     return {**head, "layer_seconds": None, "attention": None, "types": {}}
