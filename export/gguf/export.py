@@ -100,7 +100,7 @@ def _finish(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, threads: int, 
         f"{types.embedding.name} ({types.reason})")
     v = plan.vocabulary
     with staged_artifact(out) as (tmp, manifest):
-        writer.write(w, tmp, entries)
+        writer.write(w, tmp, entries, lambda: verify.header(tmp, ckpt, w.arch))
         verified = verify.tensors(tmp, entries)
         checks = verify.in_llama_cpp(tmp, ckpt, tok, plan.vocabulary, entries, plan.context_length, threads)
         report = {

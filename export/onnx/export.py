@@ -20,6 +20,7 @@ from llmc.formats import quantized
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.hf import load_config, load_tokenizer
 from llmc.formats.manifest import check_output, hash_folder, new_manifest, note_last, read_manifest
+from llmc.formats.no_code import remove_code
 from llmc.formats.onnx_folder import MODEL
 from llmc.machine import physical_cores
 
@@ -51,6 +52,7 @@ def run(config: OnnxExportConfig) -> dict[str, Any]:
     with staged_folder(out) as work:
         write = plain.write if config.exporter == "optimum" else _write
         report = write(config, ckpt, work, str(out))
+        remove_code(work, str(out))
         _record(config, ckpt, source, work, report)
     note_last(out, "onnx")
     return report

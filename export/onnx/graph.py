@@ -31,6 +31,7 @@ from llmc.families.row import Onnx
 from llmc.formats import quantized
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.names import Names, missing
+from llmc.runtimes.onnx_session import genai_library
 
 
 def find_architecture(config: dict[str, Any]) -> Onnx:
@@ -258,6 +259,7 @@ def _builders() -> Any:
     """Import the builder's modules. They add their folder to sys.path to import each other; this restores sys.path."""
     before = list(sys.path)
     try:
+        genai_library()
         from onnxruntime_genai.models import builders
 
         return builders
