@@ -36,8 +36,9 @@ from llmc.export.gguf.writer import GgufTensor, Source
 from llmc.families.names import is_layer_matrix
 from llmc.files import check_disk, write_json
 from llmc.formats import pretokenizers, quantized
-from llmc.formats.checkpoint import INDEX, TOKENIZER_FILES, Checkpoint
+from llmc.formats.checkpoint import INDEX, Checkpoint
 from llmc.formats.gguf import field, open_gguf
+from llmc.formats.tokenizer_files import copy_tokenizer_files
 
 SCRIPT = "convert_hf_to_gguf.py"
 SHARD = 1_000_000_000
@@ -89,9 +90,9 @@ def converted(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, types: Types
 def _write_skeleton(ckpt: Checkpoint, linears: list[str], folder: Path) -> Path:
     """Write the float model as a Hugging Face folder, one shard of about a gigabyte at a time; return the folder."""
     folder.mkdir()
-    for name in (*TOKENIZER_FILES, "generation_config.json"):
-        if (ckpt.folder / name).is_file():
-            shutil.copy(ckpt.folder / name, folder)
+    copy_tokenizer_files(ckpt.folder, folder)
+    if (ckpt.folder / "generation_config.json").is_file():
+        shutil.copy(ckpt.folder / "generation_config.json", folder)
     write_json(folder / "config.json", {k: v for k, v in ckpt.config.items() if k != "quantization_config"})
     packed = {name for linear in linears for name in quantized.parts(linear)}
     weight_map: dict[str, str] = {}

@@ -22,6 +22,7 @@ from llmc.export.gguf.writer import GgufTensor
 from llmc.export.source import model_folder, source_of, stem
 from llmc.files import check_disk, sha256, staged_file, write_json
 from llmc.formats import quantized
+from llmc.formats.chat_template import hash_template
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.hf import load_config, load_tokenizer
 from llmc.formats.manifest import check_output, manifest_path, new_manifest, note_last, read_manifest
@@ -114,7 +115,7 @@ def _finish(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, threads: int, 
         "path": str(out), "source": str(ckpt.folder), "architecture": w.arch, "file_type": type_name,
         "bytes": out.stat().st_size, "bytes_by_class": writer.bytes_by_role(entries), "parameters": parameters,
         "tensor_types": dict(Counter(e.kind.name for e in entries)), "verified": verified,
-        "pre_tokenizer": v.pre, "chat_template_sha256": v.template_sha256, "notes": plan.notes, **checks,
+        "pre_tokenizer": v.pre, "chat_template_sha256": hash_template(v.template), "notes": plan.notes, **checks,
     }
     _record(out, ckpt, config, source, report)
     return report

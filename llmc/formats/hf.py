@@ -13,6 +13,7 @@ from torch import nn
 from llmc.errors import UserError
 from llmc.files import read_json
 from llmc.formats import quantized
+from llmc.formats.chat_template import DEFAULT, by_name, in_one_form, of_processor
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.names import Names, missing
 
@@ -31,10 +32,14 @@ def load_tokenizer(folder: Path) -> Any:
             more = {"extra_special_tokens": {}, "additional_special_tokens": extra}
     try:
         with quiet_transformers():
-            return auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **more)
+            tokenizer = auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **more)
     except (OSError, ValueError, KeyError) as e:
         raise UserError(f"{folder} has no tokenizer that transformers can read: {str(e).splitlines()[0]}",
                         "copy the base model's tokenizer files into it") from e
+    if not tokenizer.chat_template and (template := in_one_form(of_processor(folder), folder)):
+        named = by_name(template)
+        tokenizer.chat_template = named if set(named) != {DEFAULT} else named[DEFAULT]
+    return tokenizer
 
 
 def load_config(folder: Path) -> Any:
