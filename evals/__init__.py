@@ -1,1 +1,2 @@
-"""What artifacts are worth. Each room imports those below it alone: pages, compare, fit, bench, quality, report."""
+"""Measure artifacts: quality, speed, memory. A folder imports only folders after it in this list: pages, compare, fit,
+bench, quality, report."""

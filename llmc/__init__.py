@@ -5,9 +5,9 @@
     llmc.export("small-4bit", format="gguf", out="small.gguf")
     llmc.evaluate("small.gguf", base="base", out="small.json")
 
-Each function is the command of that name: the same options by the same names (`--group-size` is `group_size`), the same
-defaults, and as its result the object that the command prints with `--json`. Bad input raises llmc.errors.UserError.
-Importing llmc imports nothing heavy; each function imports what it needs.
+Each function does what the command of that name does, with the same options (`--group-size` is `group_size`) and the same
+defaults. It returns the object that the command prints with `--json`. Bad input raises llmc.errors.UserError. Importing llmc
+is fast: each function imports the modules that it needs.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ __all__ = ["__version__", "bench", "compare", "distill", "evaluate", "export", "
 def run_recipe(recipe: str | Path, set: Mapping[str, Any] | Sequence[str] = (), **options: Any) -> RunReport | Plan:
     """Run a chain of commands (`llmc run`): a YAML file or a shipped recipe; options are the fields of RunConfig.
 
-    set: {'quantize.type': 'q4_1'}, or as typed ['quantize.type=q4_1']. A missed gate raises nothing: look at 'passed'.
+    set: {'quantize.type': 'q4_1'}, or as on the command line ['quantize.type=q4_1'].
+
+    A missed gate raises no error: read 'passed' of the result.
     """
     from llmc.recipes.config import RunConfig
     from llmc.recipes.run import run_recipe as run
@@ -57,9 +59,9 @@ def run_recipe(recipe: str | Path, set: Mapping[str, Any] | Sequence[str] = (), 
 
 def sweep(recipe: str | Path, vary: Mapping[str, Sequence[Any]] | Sequence[str] = (),
           set: Mapping[str, Any] | Sequence[str] = (), **options: Any) -> SweepReport | SweepPlan:
-    """Run a recipe in every combination of some options (`llmc sweep`); options are the fields of SweepConfig.
+    """Run a recipe with every combination of option values (`llmc sweep`); options are the fields of SweepConfig.
 
-    vary: {'quantize.type': ['q4_0', 'q4_k']}, or as typed ['quantize.type=q4_0,q4_k'].
+    vary: {'quantize.type': ['q4_0', 'q4_k']}, or as on the command line ['quantize.type=q4_0,q4_k'].
     """
     from llmc.recipes.config import SweepConfig
     from llmc.recipes.sweep import sweep as run
@@ -70,7 +72,7 @@ def sweep(recipe: str | Path, vary: Mapping[str, Sequence[Any]] | Sequence[str] 
 
 
 def _typed(settings: Mapping[str, Any] | Sequence[str]) -> tuple[str, ...]:
-    """Settings as they are typed on the command line; values as JSON, which YAML reads."""
+    """Settings as on the command line. Values become JSON, which YAML can read."""
     import json
 
     if not isinstance(settings, Mapping):
@@ -83,7 +85,7 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("llmc-toolkit")
-    if name == "export":  # the sub-package, which can be called
+    if name == "export":  # the sub-package, which is callable
         from importlib import import_module
 
         return import_module("llmc.export")

@@ -1,6 +1,6 @@
-"""One function for each command that works on one model or on its reports. `llmc` offers them; recipes call them.
+"""One function per command that works on a model or on reports. The package `llmc` exports them, and recipes call them.
 
-Options are given by name and become the command's config. Each function imports what it needs.
+Options are passed by name and become the command's config. Each function imports the modules that it needs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def prune(model: str | Path, **options: Any) -> dict[str, Any]:
 
 
 def transform(model: str | Path, **options: Any) -> dict[str, Any]:
-    """Scale or rotate a float model's channels so that quantizing loses less; options are the fields of TransformConfig."""
+    """Scale or rotate a float model's channels so that quantization loses less; options are the fields of TransformConfig."""
     from llmc.compress.transform.config import TransformConfig
     from llmc.compress.transform.run import transform as run
 
@@ -50,7 +50,7 @@ def heal(model: str | Path, teacher: str | Path, **options: Any) -> dict[str, An
 
 
 def distill(student: str | Path, teacher: str | Path, **options: Any) -> dict[str, Any]:
-    """Train a smaller float model to say what `teacher` says; options are the fields of DistillConfig."""
+    """Train a smaller float model to predict what `teacher` predicts; options are the fields of DistillConfig."""
     from llmc.compress.distill.config import DistillConfig
     from llmc.compress.distill.run import distill as run
 
@@ -66,14 +66,17 @@ def imatrix(model: str | Path, **options: Any) -> dict[str, Any]:
 
 
 def export(model: str | Path | None = None, format: str = "gguf", **options: Any) -> dict[str, Any]:
-    """Write a model folder for a runtime; None: the newest artifact made here. Options: the fields of the format's config."""
+    """Export a model for a runtime; options are the fields of the format's config.
+
+    model: None is the newest artifact made in this working folder.
+    """
     from llmc import export as package
 
     return package(model, format=format, **options)
 
 
 def evaluate(artifact: str | Path, out: str | Path | None = None, **options: Any) -> Report:
-    """Perplexity, and divergence from `base`, of a model folder or .gguf file; options are the fields of EvalConfig."""
+    """Measure perplexity, and KL divergence from `base`, of an artifact; options are the fields of EvalConfig."""
     from llmc.evals.quality.config import EvalConfig
     from llmc.evals.quality.run import evaluate as run
 
@@ -81,7 +84,7 @@ def evaluate(artifact: str | Path, out: str | Path | None = None, **options: Any
 
 
 def bench(*artifacts: str | Path, out: Sequence[str | Path] = (), **options: Any) -> list[Report]:
-    """Speed and memory on this machine or others, one report an artifact; options are the fields of BenchConfig."""
+    """Measure speed and memory on this machine or others, one report per artifact; options are the fields of BenchConfig."""
     from llmc.evals.bench.config import BenchConfig
     from llmc.evals.bench.run import bench as run
 
@@ -89,9 +92,9 @@ def bench(*artifacts: str | Path, out: Sequence[str | Path] = (), **options: Any
 
 
 def compare(*reports: str | Path, **options: Any) -> Comparison:
-    """Hold report files side by side and write the page; options are the fields of CompareConfig.
+    """Compare report files and write the page; options are the fields of CompareConfig.
 
-    A missed gate raises nothing here: look at 'passed' and 'gates' of the result.
+    A missed gate raises no error: read 'passed' and 'gates' of the result.
     """
     from llmc.evals.compare.config import CompareConfig
     from llmc.evals.compare.run import compare as run
@@ -105,7 +108,10 @@ def compare(*reports: str | Path, **options: Any) -> Comparison:
 
 
 def fit(*items: str | Path, **options: Any) -> Fit:
-    """Which artifacts or reports keep limits on which devices; options are the fields of FitConfig. Look at 'fits'."""
+    """List the artifacts or reports that meet limits on devices; options are the fields of FitConfig.
+
+    'fits' of the result: whether every device has an artifact that certainly fits.
+    """
     from llmc.evals.fit.config import FitConfig
     from llmc.evals.fit.run import fit as run
 
@@ -113,7 +119,7 @@ def fit(*items: str | Path, **options: Any) -> Fit:
 
 
 def ship(gates: str | Path) -> Shipping:
-    """Whether the artifacts of a gates file may ship; a missed gate raises nothing here: look at 'passed'."""
+    """Decide whether the artifacts of a gates file may ship. A missed gate raises no error: read 'passed' of the result."""
     from llmc.evals.compare.ship import read_gates
     from llmc.evals.compare.ship import ship as run
 
@@ -121,7 +127,7 @@ def ship(gates: str | Path) -> Shipping:
 
 
 def generate(artifact: str | Path, prompt: str, **options: Any) -> dict[str, Any]:
-    """Text from an artifact in its own runtime; options are the fields of GenerateConfig."""
+    """Generate text from an artifact in its own runtime; options are the fields of GenerateConfig."""
     from llmc.runtimes.config import GenerateConfig
     from llmc.runtimes.generation import generate as run
     from llmc.sources.resolve import locate
@@ -130,14 +136,14 @@ def generate(artifact: str | Path, prompt: str, **options: Any) -> dict[str, Any
 
 
 def inspect(artifact: str | Path, tensors: bool = False) -> dict[str, Any]:
-    """What is inside a model folder, .gguf file or importance matrix."""
+    """The contents of a model folder, .gguf file or importance matrix."""
     from llmc.about.inspection import inspect as run
 
     return run(artifact, tensors=tensors)
 
 
 def verify(artifact: str | Path) -> dict[str, Any]:
-    """Check an artifact against its manifest; 'problems' is empty when all is well."""
+    """Check an artifact against its manifest; 'problems' of the result lists the differences."""
     from llmc.about.verification import verify as run
 
     return run(artifact)

@@ -112,7 +112,7 @@ def test_last_artifact_is_the_newest_made_here(tmp_path: Path) -> None:
         manifest.note_last(tmp_path / name, "gptq")
     assert manifest.last_artifact() == Path("second")
     (tmp_path / "second").rmdir()
-    with pytest.raises(UserError, match="is gone"):
+    with pytest.raises(UserError, match="no longer exists"):
         manifest.last_artifact()
 
 

@@ -136,7 +136,7 @@ def test_every_runtime_makes_the_same_ids_of_a_text(paths: dict[str, Path]) -> N
 
 
 def test_an_exported_folder_is_no_start(paths: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is an ONNX folder, which is made by export and cannot be the start"):
+    with pytest.raises(UserError, match="is an ONNX folder, which is made by export and cannot be the base"):
         model_digest(str(paths["onnx"]), Hashes(tmp_path / "memo"))
 
 

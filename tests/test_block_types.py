@@ -194,10 +194,10 @@ def test_scales_may_be_int16():
 def test_numbers_outside_their_range_do_not_spill():
     t = random_tensor(BLOCK_TYPES["q3_k"])
     t.codes[0, 0] = 8
-    with pytest.raises(ValueError, match=r"0 … 8 where the format holds 0 … 7"):
+    with pytest.raises(ValueError, match=r"0 … 8 are outside the range of the format, 0 … 7"):
         pack(t)
     t.codes[0, 0] = 7
     assert t.scales is not None
     t.scales[0, 0] = 32
-    with pytest.raises(ValueError, match=r"-32 … 32 where the format holds -32 … 31"):
+    with pytest.raises(ValueError, match=r"-32 … 32 are outside the range of the format, -32 … 31"):
         pack(t)

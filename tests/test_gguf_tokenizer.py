@@ -221,7 +221,7 @@ def test_the_chat_template_can_be_dropped_or_replaced(chatty, tmp_path):
 def test_a_suspicious_chat_template_is_pointed_out(chatty, capsys):
     (chatty / "chat_template.jinja").write_text("{{ ''.__class__.__mro__ }}")
     export(chatty)
-    assert "'__class__', which templates have no need of" in capsys.readouterr().err
+    assert "'__class__', which a template does not need" in capsys.readouterr().err
 
 
 def test_the_config_may_name_one_end_token_or_several(tmp_path):

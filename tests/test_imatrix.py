@@ -28,7 +28,7 @@ from llmc.export.gguf.config import GgufExportConfig
 from llmc.export.gguf.plan import Planner, Types
 from llmc.formats import quantized
 from llmc.formats.checkpoint import Checkpoint
-from llmc.formats.imatrix import Entry, Imatrix, read_imatrix, write_imatrix
+from llmc.formats.imatrix import Imatrix, InputSums, read_imatrix, write_imatrix
 from llmc.formats.types import BLOCK_TYPES, IntegerType
 from llmc.rounding.rtn import rtn
 
@@ -167,7 +167,7 @@ def test_round_trip_with_our_own_file(qtype: str | None, tmp_path: Path, text: P
         assert llmc.verify(tmp_path / artifact)["problems"] == []
 
 
-def changed(file: Path, out: Path, **entries: Entry | None) -> Path:
+def changed(file: Path, out: Path, **entries: InputSums | None) -> Path:
     """The matrix of a file with some entries replaced or left out; `__` in their names stands for a dot."""
     matrix = read_imatrix(file)
     new = matrix.entries | {name.replace("__", "."): e for name, e in entries.items()}
@@ -189,8 +189,8 @@ def test_what_no_token_reached_is_rounded_plainly_counted_and_named(
     base, file = matrix
     sums = read_imatrix(file).entries["blk.1.ffn_up.weight"].sums.copy()
     sums[0, :5] = 0
-    odd = changed(file, tmp_path / "odd.gguf", blk__0__attn_q__weight=Entry(np.zeros((1, 64), "f4"), np.zeros(1, "f4")),
-                  blk__1__ffn_up__weight=Entry(sums, np.array([288], "f4")))
+    odd = changed(file, tmp_path / "odd.gguf", blk__0__attn_q__weight=InputSums(np.zeros((1, 64), "f4"), np.zeros(1, "f4")),
+                  blk__1__ffn_up__weight=InputSums(sums, np.array([288], "f4")))
     result = llmc.quantize(base, method="rtn", imatrix=odd, out=tmp_path / "q", threads=1)
     assert (result["events"], result["dead_columns"], result["fallbacks"]) == (1, 5, 0)
     assert "model.layers.0.self_attn.q_proj: the importance matrix saw no input but zero" in capsys.readouterr().err
@@ -202,19 +202,19 @@ def test_what_no_token_reached_is_rounded_plainly_counted_and_named(
     assert llmc.inspect(odd)["unseen"] == ["blk.0.attn_q.weight"]
 
 
-def entry(width: int, experts: int = 1, value: float = 1.0) -> Entry:
-    return Entry(np.full((experts, width), value, "f4"), np.ones(experts, "f4"))
+def entry(width: int, experts: int = 1, value: float = 1.0) -> InputSums:
+    return InputSums(np.full((experts, width), value, "f4"), np.ones(experts, "f4"))
 
 
 @pytest.mark.parametrize(("entries", "words"), [
     ({"blk__1__attn_k__weight": None}, r"says nothing of 1 of 14 linears \(first blk.1.attn_k.weight\)"),
     ({"blk__0__ffn_down__weight": entry(96)}, "has width 96, and model.layers.0.mlp.down_proj has 128 input columns"),
     ({"blk__0__ffn_up__weight": entry(64, experts=4)}, "has 4 experts of width 64"),
-    ({"blk__0__ffn_up__weight": entry(64, value=float("nan"))}, "holds values that are no sums of squares"),
-    ({"blk__0__ffn_up__weight": entry(64, value=-1.0)}, "holds values that are no sums of squares"),
+    ({"blk__0__ffn_up__weight": entry(64, value=float("nan"))}, "holds values that are not sums of squares"),
+    ({"blk__0__ffn_up__weight": entry(64, value=-1.0)}, "holds values that are not sums of squares"),
 ])
 def test_a_matrix_of_another_model_is_refused(
-    entries: dict[str, Entry | None], words: str, matrix: tuple[Path, Path], tmp_path: Path,
+    entries: dict[str, InputSums | None], words: str, matrix: tuple[Path, Path], tmp_path: Path,
 ) -> None:
     wrong = changed(matrix[1], tmp_path / "wrong.gguf", **entries)
     with pytest.raises(UserError, match=words):
@@ -225,7 +225,7 @@ def test_files_that_are_no_matrix_are_refused_with_the_next_step(
     made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "old.dat").write_bytes((14).to_bytes(4, "little") + b"legacy")
-    for file, words in ((tmp_path / "old.dat", "--output-format gguf"), (made.gguf, "no importance matrix"),
+    for file, words in ((tmp_path / "old.dat", "--output-format gguf"), (made.gguf, "not an importance matrix"),
                         (tmp_path / "none.gguf", "cannot be read")):
         assert run(["quantize", str(made.base), "--method", "rtn", "--imatrix", str(file)]) == 2
         assert words in capsys.readouterr().err

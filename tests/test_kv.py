@@ -67,7 +67,7 @@ def test_what_is_not_told_is_not_guessed(tmp_path: Path) -> None:
                                                       "kv_lora_rank": 512}))
     assert kv.described(artifact_at(tmp_path).kv_shape()) is None
     assert kv.section(None, "f16") == {"type": "f16", "bytes_per_token": None, "bytes_at": None}
-    assert "unknown" in kv.words(kv.section(None, "f16"))
+    assert "unknown" in kv.section_text(kv.section(None, "f16"))
 
 
 @pytest.fixture(scope="module")

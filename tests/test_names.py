@@ -73,7 +73,7 @@ def test_what_is_missing_is_named() -> None:
     names = Names(FOLDER, ["a.weight"], "model", ["a.weight"])
     with pytest.raises(UserError, match=r"^folder has no tensor b\.weight"):
         names.stored("b.weight")
-    with pytest.raises(UserError, match=r"b\.weight of folder has no place in the model"):
+    with pytest.raises(UserError, match=r"b\.weight of folder is not part of the model"):
         names.own("b.weight")
     assert names.find("b.weight") is names.find_own("b.weight") is None
     assert str(missing(FOLDER, "x", "y", "z")).startswith("folder has no tensor x and 2 more")

@@ -97,7 +97,7 @@ def test_the_command_line_says_what_was_lost_and_what_to_do(tmp_path: Path, text
                "--samples", "8", "--seq-len", "64"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0
-    assert "went, in this order" in done.stdout
+    assert "removed, in this order" in done.stdout
     assert "KL divergence" in done.stdout
     assert Path("base-depth-2/llmc.json").is_file()
     bad = subprocess.run([*command, "--sparsity", "0.5"], capture_output=True, text=True)

@@ -162,7 +162,7 @@ def truncate(folder: Path) -> None:
 
 BAD_MODELS = {
     "NaN": (lambda f: poison(f, "model.layers.1.mlp.up_proj.weight"), "model.layers.1.mlp.up_proj.weight .* NaN"),
-    "half a download": (truncate, "half a download"),
+    "half a download": (truncate, "the download is incomplete"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
     "pickle": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pickle"),
     "unknown architecture": (lambda f: edit_config(f, model_type="wonder"), "wonder"),

@@ -14,7 +14,7 @@ from llmc.cli import run as command
 from llmc.errors import UserError
 from llmc.recipes.chain import Chain, load
 from llmc.recipes.commands import COMMANDS, options
-from llmc.recipes.recipe import LARGEST, shipped
+from llmc.recipes.recipe import MAX_BYTES, shipped
 
 
 def recipe(text: str, name: str = "r.yaml") -> str:
@@ -49,7 +49,7 @@ steps:
     expected = ["line 1: 'abuot' is not known", "line 3, quantize: quantize has no option 'typee' (did you mean type?)",
                 "line 3, quantize: samples 'many': must be a valid integer", "line 3, quantize: --bits 5: must be 4 or 8",
                 "line 5, heal-2: --steps 0: must be at least 1", "line 6, export: format 'papyrus': must be gguf or onnx",
-                "line 7: 'frobnicate' is no step", "line 8: the name '../../etc/passwd' is not possible",
+                "line 7: 'frobnicate' is not a step", "line 8: the name '../../etc/passwd' is not allowed",
                 "line 9, bench: --repetitions 2 is out of range", "line 10, compare: --max-kld '5%' is not a number",
                 "line 11: a step is one command"]
     assert [any(f.startswith(e) for f in found) for e in expected] == [True] * len(expected), found
@@ -57,33 +57,33 @@ steps:
 
 
 @pytest.mark.parametrize(("steps", "problem"), [
-    (["heal"], "line 2, heal: heal takes a quantized model, and base is a float model: put a quantize step before it"),
-    (["quantize", "prune"], "line 3, prune: prune takes a float model, and quantize is a quantized model: prune comes before "
+    (["heal"], "line 2, heal: heal takes a quantized model, but base is a float model: put a quantize step before it"),
+    (["quantize", "prune"], "line 3, prune: prune takes a float model, but quantize is a quantized model: prune comes before "
                             "quantize"),
     (["quantize", "quantize"], "line 3, quantize-2: quantize takes a float model"),
-    (["export", "quantize: {of: export}"], "line 3, quantize: quantize takes a float model, and export is a .gguf file"),
-    (["quantize: {type: q4_k}", "export: onnx"], "line 3, export: ONNX Runtime has no weight types for what quantize makes "
+    (["export", "quantize: {of: export}"], "line 3, quantize: quantize takes a float model, but export is a .gguf file"),
+    (["quantize: {type: q4_k}", "export: onnx"], "line 3, export: ONNX Runtime cannot hold the type of quantize "
                                                  "(q4_k)"),
-    (["quantize: {target_size: 90MB}", "export: onnx"], "line 3, export: ONNX Runtime has no weight types"),
-    (["quantize", "export: {format: onnx, dtype: fp16}"], "line 3, export: quantize is quantized, and its codes are carried "
-                                                          "over: leave dtype out"),
+    (["quantize: {target_size: 90MB}", "export: onnx"], "line 3, export: ONNX Runtime cannot hold the type of quantize"),
+    (["quantize", "export: {format: onnx, dtype: fp16}"], "line 3, export: quantize is quantized, and its codes are copied: "
+                                                          "leave dtype out"),
     (["export: {dtype: w8a8}"], "line 2, export: export has no option 'dtype'"),
     (["prune: wanda", "transform: {rotate: r2}"], "line 3, transform: a rotation fills the zeros of prune"),
     (["prune: wanda", "quantize: q4_1"], "line 3, quantize: q4_1 has no code for the zeros of prune"),
     (["prune: {method: depth, drop: 1}", "quantize", "heal: {teacher: base, scope: block}"],
-     "line 4, heal: base has another shape than what is healed"),
+     "line 4, heal: base has another shape than the student"),
     (["quantize", "heal: {teacher: quantize}"], "line 3, heal: the teacher must be a float model"),
     (["quantize: {teacher: base}"], "line 2, quantize: quantize takes no teacher"),
     (["compare"], "line 2, compare: there is nothing to compare"),
     (["eval", "compare: {min_decode_speedup: 2x}"], "line 3, compare: min_decode_speedup needs bench of base"),
     (["bench", "compare: {max_kld: 1}"], "line 3, compare: max_kld needs eval of base"),
     (["eval: {of: quantize}", "quantize"], "line 2, eval: there is no earlier step 'quantize'"),
-    (["eval: {name: base}"], "line 2: the name 'base' is not possible"),
+    (["eval: {name: base}"], "line 2: the name 'base' is not allowed"),
     (["quantize: {name: a}", "export: {name: a}"], "line 3: a is the name of an earlier step"),
-    (["quantize: {bits: 4, bits: 8}"], "line 2, quantize: bits stands there twice"),
+    (["quantize: {bits: 4, bits: 8}"], "line 2, quantize: bits is given twice"),
     (["quantize: {calibration: nowhere.txt}"], "line 2, quantize: calibration: there is no file nowhere.txt"),
     (["quantize: {imatrix: nowhere.gguf, method: rtn}"], "line 2, quantize: imatrix: there is no file nowhere.gguf"),
-    (["quantize: {samples: true}"], "line 2, quantize: samples true: it is no switch"),
+    (["quantize: {samples: true}"], "line 2, quantize: samples true: it is not a true/false option"),
     (["quantize: {out: elsewhere}"], "line 2, quantize: quantize has no option 'out'"),
     (["eval: python-docs"], "line 2: write eval's options by name"),
     (["quantize: {bits: !!python/object:os.system 4}"], "line 2"),
@@ -95,7 +95,7 @@ def test_illegal(steps: list[str], problem: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "- quantize", "steps: 4", "steps: []", "just words", "steps:\n  - [quantize]"])
 def test_what_is_no_recipe(text: str) -> None:
-    with pytest.raises(UserError, match=r"no recipe|there are none|a step is one command"):
+    with pytest.raises(UserError, match=r"not a recipe|there are none|a step is one command"):
         chain(text)
 
 
@@ -105,8 +105,8 @@ def test_not_yaml_names_the_line() -> None:
 
 
 def test_a_huge_file_is_not_read() -> None:
-    Path("big.yaml").write_bytes(b"#" * (LARGEST + 1))
-    with pytest.raises(UserError, match="is no recipe"):
+    Path("big.yaml").write_bytes(b"#" * (MAX_BYTES + 1))
+    with pytest.raises(UserError, match="is not a recipe"):
         load("big.yaml")
 
 
@@ -191,7 +191,7 @@ def test_the_model_is_checked_with_the_rest(made: SimpleNamespace) -> None:
     assert "--bits 3" in e.value.problem
     with pytest.raises(UserError, match="there is no folder or file nowhere-at-all"):
         load(recipe("model: nowhere-at-all\nsteps: [quantize]"))
-    with pytest.raises(UserError, match="quantize takes a float model, and base is a quantized model"):
+    with pytest.raises(UserError, match="quantize takes a float model, but base is a quantized model"):
         load(recipe("steps: [quantize]"), made.gptq)
     assert load(recipe("steps: [export]"), made.gptq).step("export").inputs == ("base",)
     with pytest.raises(UserError, match="the base is quantized itself: name a float teacher"):

@@ -261,7 +261,7 @@ def test_a_step_that_fails_is_named_and_keeps_what_was_made(base: Path) -> None:
 def test_folders_of_others_and_names_that_would_leave(base: Path) -> None:
     Path("mine").mkdir()
     Path("mine/notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="holds no run of a recipe"):
+    with pytest.raises(UserError, match="is not the folder of a recipe run"):
         llmc.run_recipe(write(SHORT), model=base, out="mine")
     result = llmc.run_recipe(write("steps: [quantize: {method: rtn}]", ".. a b.yaml"), model=base)
     assert result["folder"] == "a-b"

@@ -129,12 +129,12 @@ def test_wrong_version_label(folder: Path) -> None:
     edit_json(folder / MANIFEST, outputs=hash_folder(folder))
     found = problems(folder)
     assert len(found) == 14  # each quantized linear of two layers
-    assert all("says sym, v2, but its zero points are 7…7, not 8" in p for p in found)
+    assert all("is labelled sym, v2, but its zero points are 7…7, not 8" in p for p in found)
 
 
 def test_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["verify", str(folder)]) == 0
-    assert "every file is as made" in capsys.readouterr().out
+    assert "every file is unchanged" in capsys.readouterr().out
     (folder / "tokenizer.json").unlink()
     assert run(["verify", str(folder)]) == 2
     assert "tokenizer.json is missing" in capsys.readouterr().out

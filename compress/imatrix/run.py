@@ -28,7 +28,7 @@ from llmc.compress.unfinished import fingerprint
 from llmc.console import say
 from llmc.errors import UserError
 from llmc.files import check_disk, sha256, staged_file, write_json
-from llmc.formats.imatrix import Entry, Imatrix, write_imatrix
+from llmc.formats.imatrix import Imatrix, InputSums, write_imatrix
 from llmc.formats.manifest import check_output, manifest_path, new_manifest
 from llmc.formats.source import describe_source
 from llmc.machine import physical_cores, torch_device
@@ -127,6 +127,6 @@ class _Job:
         for index, record in enumerate(work.records()):
             counts = np.array([record["tokens"]], dtype=np.float32)
             for name, sums in load_file(work.layer_file(index)).items():
-                entries[name] = Entry(sums.numpy()[None], counts)
+                entries[name] = InputSums(sums.numpy()[None], counts)
         samples, seq_len = text.sequences.shape
         return Imatrix(entries, [text.origin["name"]], samples, seq_len)

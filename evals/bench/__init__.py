@@ -1,1 +1,1 @@
-"""`llmc bench`: speed and memory of artifacts, in their own runtimes, on one device or several."""
+"""`llmc bench`: speed and memory of artifacts in their own runtimes, on one or more devices."""

@@ -1,4 +1,4 @@
-"""The host's end of the dialogue with a process that runs one artifact on a device (runtimes/on_device/bench.py)."""
+"""The host's side of the protocol with a process that runs one artifact on a device (runtimes/on_device/bench.py)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from llmc.runtimes.targets.device import Device, ended
 
 
 class Child:
-    """One artifact in its own process; `loaded` is its first answer. placed: its path on the device; job: see
-    runtimes/on_device/bench.py, without the artifact."""
+    """One artifact in its own process. `loaded` is the first answer of the process.
+
+    placed: path of the artifact on the device. job: the other settings, see runtimes/on_device/bench.py.
+    """
 
     def __init__(self, device: Device, artifact: Path, placed: str, job: dict[str, Any]) -> None:
         self.artifact = artifact
@@ -35,9 +37,9 @@ class Child:
         self.process.communicate()
 
     def ask(self, command: str, **values: Any) -> dict[str, Any]:
-        """Send a command, wait for its answer."""
+        """Send a command and return its answer. Raises UserError if the process ended or reports a problem."""
         assert self.process.stdin is not None
-        with suppress(BrokenPipeError):  # it has died: the answer tells
+        with suppress(BrokenPipeError):  # the process has ended: _answer raises the error
             self.process.stdin.write(json.dumps({"do": command, **values}) + "\n")
             self.process.stdin.flush()
         return self._answer()
@@ -50,7 +52,8 @@ class Child:
         try:
             answer: dict[str, Any] = json.loads(line)
         except ValueError as e:
-            raise UserError(f"the process that ran {self.artifact.name}{self.where} said {line.strip()[:200]!r}",
+            raise UserError(f"the process that ran {self.artifact.name}{self.where} sent an answer that is not JSON: "
+                            f"{line.strip()[:200]!r}",
                             "see its message above") from e
         if "problem" in answer:
             raise UserError(answer["problem"], answer["hint"])

@@ -1,4 +1,4 @@
-"""The token ids that a bench feeds an artifact: text of its own tokenizer's, made here, so that a device needs none."""
+"""The token ids that a bench feeds to an artifact. They are made on the host, so a device needs no tokenizer."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ from llmc.runtimes.open import token_ids
 
 
 def prompt_ids(artifact: Path, tokens: int) -> list[int]:
-    """The first `tokens` ids of CPython's help text, repeated where it is too short."""
+    """The first `tokens` ids of CPython's help text in the artifact's own tokenizer. A text that is too short is repeated."""
     text = load_text(PYTHON_DOCS)[1][: 8 * tokens + 64]
     return [int(i) for i in np.resize(token_ids(artifact, text), tokens)]

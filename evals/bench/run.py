@@ -1,4 +1,4 @@
-"""`llmc bench`: artifacts in turns, on one target after another."""
+"""`llmc bench`: measure artifacts in turns, on one target after the other."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from llmc.sources.resolve import locate
 
 
 class TargetsError(UserError):
-    """Some targets could not be used; `reports` are of those that could."""
+    """Some targets failed. `reports` has the results of the others."""
 
     def __init__(self, failed: dict[str, UserError], reports: list[Report]) -> None:
         problems = [f"target {name}: {e.problem}" + (f" (next: {e.hint})" if e.hint else "") for name, e in failed.items()]
@@ -36,9 +36,10 @@ class TargetsError(UserError):
 
 
 def bench(config: BenchConfig) -> list[Report]:
-    """One report for each artifact, with a speed section for each target; written to `config.outputs` as each target is done.
+    """Return one report for each artifact, with a speed section for each target. After each target, write `config.outputs`.
 
-    Raises TargetsError at the end where a target could not be used and another could."""
+    Raises TargetsError at the end if a target failed and there is more than one.
+    """
     targets = [find_target(name, config.targets) for name in config.target]
     artifacts = [locate(a) for a in config.artifacts]
     described = [report.describe_artifact(a) for a in artifacts]
@@ -52,7 +53,7 @@ def bench(config: BenchConfig) -> list[Report]:
             say(f"on {target.label()}")
         try:
             with closing(connect(target)) as device:
-                sections = measure(device, artifacts, described, ids, config)
+                sections = measure_device(device, artifacts, described, ids, config)
         except UserError as e:
             failed[target.name] = e
             if len(targets) > 1:
@@ -70,9 +71,9 @@ def bench(config: BenchConfig) -> list[Report]:
     return [r for r in reports if r]
 
 
-def measure(device: Device, artifacts: list[Path], described: list[Described], ids: list[list[int]],
-            config: BenchConfig) -> list[Speed]:
-    """The speed sections of all artifacts on one device, measured in turns."""
+def measure_device(device: Device, artifacts: list[Path], described: list[Described], ids: list[list[int]],
+                   config: BenchConfig) -> list[Speed]:
+    """Measure all artifacts in turns on one device. Returns their speed sections. ids: prompt token ids of each artifact."""
     job = {"context": max(config.prompt + config.depth) + config.generate, "threads": config.threads, "kv": config.kv,
            "device": "gpu" if device.target.address == "local-gpu" else config.device}
     say(f"measuring the memory bandwidth of {device.target.name}")
@@ -94,12 +95,13 @@ def measure(device: Device, artifacts: list[Path], described: list[Described], i
 
 
 def _command(config: BenchConfig) -> dict[str, Any]:
-    """What the process on the device is told to repeat."""
+    """The arguments of one repetition, for the process on the device."""
     return {"prompts": list(config.prompt), "depths": list(config.depth), "generate": config.generate}
 
 
 def _repeat(children: list[Child], config: BenchConfig) -> list[list[dict[str, Any]]]:
-    """The repetitions of each child after its warm-ups: until all medians are known well, at most `max_repetitions`."""
+    """The measured repetitions of each child, after its warm-ups. Stops when all medians are known well enough, or after
+    `max_repetitions`."""
     runs: list[list[dict[str, Any]]] = [[] for _ in children]
     with progress("repetition", config.warmup + config.max_repetitions) as p:
         for i in range(config.warmup + config.max_repetitions):
@@ -116,7 +118,7 @@ def _repeat(children: list[Child], config: BenchConfig) -> list[list[dict[str, A
 
 def _section(target: Target, facts: Facts, loaded: dict[str, Any], end: dict[str, Any], runs: list[dict[str, Any]],
              described: Described, others: list[str], job: dict[str, Any], config: BenchConfig) -> Speed:
-    """One artifact's speed section. others: what it was measured in turns with."""
+    """One artifact's speed section. others: names of the artifacts that were measured in turns with it."""
     runtime: RuntimeFacts = loaded["runtime"]
     measured = summary.curves(runs, config.generate)
     first, deep = measured["prefill_curve"][0], measured["decode_curve"][0]
@@ -141,7 +143,7 @@ def _section(target: Target, facts: Facts, loaded: dict[str, Any], end: dict[str
 def token_bytes(size: Size, runtime: RuntimeFacts) -> int:
     """Bytes of weights that one decoded token reads, in the type in which the runtime holds them.
 
-    The KV cache, small at these lengths, is not counted.
+    The KV cache is not counted: it is small at these lengths.
     """
     if runtime["runtime"] != "torch":
         return int(size["token_bytes"])

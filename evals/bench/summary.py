@@ -1,4 +1,4 @@
-"""Repetitions as figures: median and spread, and why they are not to be trusted where they are not."""
+"""Statistics of repetitions: median, interquartile range, and the reasons why a result is unstable."""
 
 from __future__ import annotations
 
@@ -9,32 +9,36 @@ import numpy as np
 from llmc.evals.report.schema import Conditions, Curves, DecodePoint, Energy, PrefillPoint, Spread
 
 TIGHT = 0.015
-"""Half-width of a median's interval / median that is asked for: two such medians of one thing differ by less than 3 %."""
-SLOWED = 0.9  # share of its early frequency below which a CPU was throttled
-DRIFT = 0.05  # least-squares line, first to last repetition / median, past which a speed is no figure
+"""Largest half-width of a median's confidence interval, as a share of the median, at which no more repetitions are run. Two
+such medians of the same quantity differ by less than 3 %."""
+SLOWED = 0.9  # a CPU was throttled if its frequency fell below this share of its early frequency
+DRIFT = 0.05  # largest `drift` of a stable speed
 
 
 def spread(values: np.ndarray) -> Spread:
-    """The figures of repetitions."""
+    """Median and interquartile range of `values` [repetitions]."""
     low, median, high = (float(x) for x in np.percentile(values, (25, 50, 75)))
     return {"median": median, "iqr": high - low, "values": [float(v) for v in values]}
 
 
 def half_width(s: Spread) -> float:
-    """Of the median's interval, over the median: the notch of McGill, Tukey and Larsen (1978), 1.57 IQR / sqrt(n), widened
-    for few repetitions about as Student's t is. Those of two medians of one thing overlap 95 times in 100."""
+    """Half-width of the median's 95 % confidence interval, as a share of the median.
+
+    It is the notch of McGill, Tukey and Larsen (1978), 1.57 IQR / sqrt(n), wider for few repetitions, about as Student's t.
+    The intervals of two medians of the same quantity overlap in 95 of 100 cases.
+    """
     n = len(s["values"])
     return float(1.57 * (1 + 1.6 / (n - 1)) * s["iqr"] / np.sqrt(n) / s["median"])
 
 
 def drift(s: Spread) -> float:
-    """Change from the first to the last repetition by a least-squares line, over the median."""
+    """Change from the first to the last repetition along a least-squares line, as a share of the median."""
     n = len(s["values"])
     return float(np.polyfit(np.arange(n), s["values"], 1)[0]) * (n - 1) / float(s["median"])
 
 
 def curves(runs: list[dict[str, Any]], generate: int) -> Curves:
-    """Speed by length, of the answers of runtimes/on_device/bench.py."""
+    """Speed by length. runs: answers of runtimes/on_device/bench.py. generate: decoded tokens."""
     prefill: list[PrefillPoint] = []
     decode: list[DecodePoint] = []
     for n in runs[0]["first_token_s"]:
@@ -46,19 +50,19 @@ def curves(runs: list[dict[str, Any]], generate: int) -> Curves:
 
 
 def series(measured: Curves) -> list[tuple[str, Spread]]:
-    """Every speed of `curves` by a name that tells its length where there are several."""
+    """Every speed of `curves` with a name. The name includes the length if there are several."""
     prefill, decode = measured["prefill_curve"], measured["decode_curve"]
     return [*(("prefill" + (f" of {p['tokens']} tokens" if len(prefill) > 1 else ""), p["prefill"]) for p in prefill),
             *(("decode" + (f" at depth {d['depth']}" if len(decode) > 1 else ""), d["decode"]) for d in decode)]
 
 
 def is_tight(measured: Curves) -> bool:
-    """Whether more repetitions would say nothing new."""
+    """Whether all medians are known well enough, so that no more repetitions are needed."""
     return all(half_width(s) <= TIGHT for _, s in series(measured))
 
 
 def unstable(measured: Curves) -> list[str]:
-    """Why speeds should not be trusted: a median is known too badly, or they drift."""
+    """The reasons why speeds are unstable: the median is too uncertain, or the speed drifts."""
     reasons = []
     for name, s in series(measured):
         width, change = half_width(s), drift(s)
@@ -70,14 +74,15 @@ def unstable(measured: Curves) -> list[str]:
 
 
 def throttled(runs: list[dict[str, Any]]) -> list[str]:
-    """Why the machine was not at its full speed: what it counted, said or showed from the first repetition to the last."""
+    """The reasons why the machine was not at full speed: throttle events, throttling reported by the firmware, or a lower
+    CPU frequency."""
     states = [r["state"] for r in runs]
     reasons = []
     counts = [s["throttle_events"] for s in states if s["throttle_events"] is not None]
     if counts and counts[-1] > counts[0]:
-        reasons.append(f"the hardware slowed the CPU down {counts[-1] - counts[0]} times")
+        reasons.append(f"the hardware throttled the CPU {counts[-1] - counts[0]} times")
     if any(s["throttled_now"] for s in states):
-        reasons.append("the firmware says that the CPU is held back (heat or power)")
+        reasons.append("the firmware reports that the CPU is throttled (heat or power)")
     mhz = [s["mhz"] for s in states if s["mhz"] is not None]
     third = len(mhz) // 3
     if third and (late := float(np.median(mhz[-third:]))) < SLOWED * (early := float(np.median(mhz[:third]))):
@@ -92,7 +97,7 @@ def conditions(runs: list[dict[str, Any]]) -> Conditions:
 
 
 def energy(runs: list[dict[str, Any]], generate: int) -> Energy | None:
-    """Of decoding, or None where the machine does not tell."""
+    """Energy of decoding; None if the machine has no energy counter."""
     joules = [r["joules"] for r in runs if r["joules"] is not None]
     if not joules:
         return None

@@ -1,4 +1,4 @@
-"""How many threads an artifact wants on a device: by trying."""
+"""Find the fastest number of threads for an artifact on a device, by measurement."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ REPETITIONS = 3
 
 
 def candidates(cores: int, logical: int) -> list[int]:
-    """1, 2, … 8, then every 4, 8, 16, … up to the logical cores, the physical ones among them."""
+    """Numbers of threads to try: 1 to 8, then in steps of 4, 8, 16, … up to `logical`; always `cores` and `logical`."""
     steps = [n for n in range(1, logical + 1) if n <= 8 or n % (1 << (n.bit_length() - 2)) == 0]
     return sorted({*steps, cores, logical})
 
 
 def sweep(device: Device, artifact: Path, placed: str, ids: list[int], job: dict[str, Any], run: dict[str, Any],
           facts: Facts) -> ThreadSweep:
-    """Speed by the number of threads, at the first prompt and depth. Each number has a process of its own, as the runtimes
-    fix it when they load."""
+    """Speed by the number of threads, at the first prompt and depth. Each number runs in a new process, because a runtime
+    fixes its threads when it loads."""
     prompt, depth = run["prompts"][0], run["depths"][0]
     command = {**run, "prompts": [prompt], "depths": [depth]}
     prefill: list[ThreadPoint] = []

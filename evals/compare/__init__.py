@@ -1,1 +1,1 @@
-"""Reports side by side: differences, gates, the decision to ship."""
+"""Compare reports: differences, gates, and the decision whether an artifact may ship."""

@@ -11,7 +11,7 @@ from llmc.options import ADVANCED, Wrong, check, fitting, option
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """The options of `llmc compare`. Gates are as typed: '5%', '0.1', '80%', '2x'."""
+    """The options of `llmc compare`. Gates are texts with a unit: '5%', '0.1', '80%', '2x'."""
 
     reports: tuple[Path, ...] = option(
         help="Reports of `llmc eval` and `llmc bench`. The first is the baseline.", argument=True, metavar="REPORT")
@@ -27,7 +27,7 @@ class CompareConfig:
         (), help="Target or device profile. Speeds that were not measured on it are estimated. The option may be repeated.",
         metavar="NAME", group=ADVANCED)
     targets: Path | None = options.targets()
-    context: int = option(2048, help="Number of tokens in the KV cache of estimates.", low=8, group=ADVANCED)
+    context: int = option(2048, help="Number of tokens in the KV cache, for estimates.", low=8, group=ADVANCED)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "target", fitting(tuple[str, ...], self.target))

@@ -1,4 +1,4 @@
-"""Ship or do not ship: limits that a candidate must keep, on every text and target that it was measured on."""
+"""Gates: limits that a candidate must meet on every text and target on which it was measured."""
 
 from __future__ import annotations
 
@@ -14,8 +14,12 @@ from llmc.evals.shared_options import parse_number
 
 @dataclass(frozen=True)
 class Gate:
-    """option: as on the command line  attribute: of CompareConfig  unit: as written  factor: from the written number
-    most: an upper limit, otherwise a lower one  measure: how to get the figure, for the error where there is none."""
+    """A limit on one metric.
+
+    option: name on the command line. attribute: name in CompareConfig. unit: unit of the option's text. factor: converts the
+    option's number to the limit. most: an upper limit, otherwise a lower one. measure: how to measure the metric, for the
+    error message.
+    """
 
     option: str
     attribute: str
@@ -35,7 +39,7 @@ EXAMPLES = {"--max-ppl-increase": "5%", "--max-kld": "0.1", "--min-top1": "80%",
 
 
 def parse(config: CompareConfig) -> list[tuple[Gate, float]]:
-    """The gates that were asked for, with their limits as fractions, nats and factors."""
+    """The gates that the options set, each with its limit as a fraction, in nats, or as a factor."""
     limits = []
     for gate in GATES:
         written = getattr(config, gate.attribute)
@@ -47,22 +51,22 @@ def parse(config: CompareConfig) -> list[tuple[Gate, float]]:
 
 
 def apply(limits: list[tuple[Gate, float]], candidates: list[Compared]) -> list[GateResult]:
-    """Every candidate of `compare` against every limit."""
+    """Check every candidate against every limit. Raises UserError if a candidate has no value for a gate."""
     results: list[GateResult] = []
     for gate, limit in limits:
         for candidate in candidates:
-            figures = _figures(gate, candidate)
-            if not figures:
+            values = _values(gate, candidate)
+            if not values:
                 raise UserError(f"{gate.option}: the reports hold no such figure for {candidate['name']}",
                                 f"measure it first: {gate.measure}")
-            for text, value in figures:
+            for text, value in values:
                 results.append({"gate": gate.option, "artifact": candidate["name"], "text": text, "limit": limit,
                                 "value": value, "passed": value <= limit if gate.most else value >= limit})
     return results
 
 
-def _figures(gate: Gate, candidate: Compared) -> list[tuple[str | None, float]]:
-    """(text or target, value) of each figure that a gate looks at; empty where it was not measured."""
+def _values(gate: Gate, candidate: Compared) -> list[tuple[str | None, float]]:
+    """Return [(text or target, value)] for a gate. It is empty if the metric was not measured."""
     changes, texts = candidate["differences"], texts_of(candidate["report"])
     if gate.attribute == "min_decode_speedup":
         speeds = (changes and changes["speeds"]) or {}
@@ -74,7 +78,7 @@ def _figures(gate: Gate, candidate: Compared) -> list[tuple[str | None, float]]:
 
 
 def describe(result: GateResult) -> str:
-    """'small.gguf on wiki: --max-kld 0.1, measured 0.271'."""
+    """A result as text, as in 'small.gguf on wiki: --max-kld 0.1, measured 0.271'."""
     gate = next(g for g in GATES if g.option == result["gate"])
     limit, value = (f"{v / gate.factor:.4g}{gate.unit}" for v in (result["limit"], result["value"]))
     where = f" on {result['text']}" if result["text"] else ""
@@ -82,7 +86,7 @@ def describe(result: GateResult) -> str:
 
 
 def enforce(results: list[GateResult]) -> None:
-    """Raise GateFailedError naming every gate that was missed."""
+    """Raise GateFailedError that lists every missed gate. Returns nothing if all gates passed."""
     if missed := [describe(r) for r in results if not r["passed"]]:
         raise GateFailedError(f"{len(missed)} of {len(results)} gates missed:\n  " + "\n  ".join(missed),
                               "do not ship it, or change the gate on purpose")

@@ -1,6 +1,6 @@
-"""Artifacts by targets: what each does on each device, measured where it was, else estimated where that was asked for.
+"""The matrix of artifacts and targets: speed and memory of each artifact on each device, measured or, on request, estimated.
 
-Emulated speeds are shown as such and stand in no front; measured and estimated figures are never set against each other.
+Emulated speeds are marked and are never on the Pareto front. Measured values are never compared with estimates.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from llmc.evals.fit.schema import Bounds
 from llmc.evals.report.schema import Kld, Report, Speed, Spread
 from llmc.evals.report.sections import speeds_of, targets_of, texts_of, tokens_held
 
-PROMPTS = (128, 256, 512, 1024, 2048)  # lengths at which an estimated time to first token is drawn
+PROMPTS = (128, 256, 512, 1024, 2048)  # prompt lengths for estimated times to first token
 
 
 def matrix(artifacts: list[Compared], config: CompareConfig | None = None) -> list[Cell]:
-    """One cell for each artifact and target with a figure, targets in order of appearance; without a config no estimates."""
+    """Return one cell for each artifact and target with a result. Targets are in order of appearance.
+
+    config: None means that nothing is estimated.
+    """
     asked = config.target if config else ()
     targets = list(dict.fromkeys([*targets_of([a["report"] for a in artifacts]), *asked]))
     cells: list[Cell] = []
@@ -33,26 +36,26 @@ def matrix(artifacts: list[Compared], config: CompareConfig | None = None) -> li
                 cells.append(estimated[a["name"]])
     for cell in cells:
         cell["front"] = cell["source"] != "emulated" and cell["kld"] is not None and not any(
-            _beats(other, cell) for other in cells)
+            _dominates(other, cell) for other in cells)
     return cells
 
 
-def _beats(a: Cell, b: Cell) -> bool:
-    """Whether `a` is as fast and as near the base as `b`, and not its equal: on one device, by one kind of figure."""
+def _dominates(a: Cell, b: Cell) -> bool:
+    """Whether `a` has the target and source of `b`, is not slower and not farther from the base, and is better in one."""
     if (a["target"], a["source"]) != (b["target"], b["source"]) or a["kld"] is None or b["kld"] is None:
         return False
-    mine, theirs = (a["decode"]["mid"], -a["kld"]["value"]), (b["decode"]["mid"], -b["kld"]["value"])
-    return mine != theirs and all(x >= y for x, y in zip(mine, theirs, strict=True))
+    of_a, of_b = (a["decode"]["mid"], -a["kld"]["value"]), (b["decode"]["mid"], -b["kld"]["value"])
+    return of_a != of_b and all(x >= y for x, y in zip(of_a, of_b, strict=True))
 
 
 def held(cell: Cell) -> int:
-    """Bytes of memory in all."""
+    """The total memory of a cell, in bytes."""
     m = cell["memory"]
     return m["weights"] + m["kv"] + m["rest"]
 
 
 def _klds(report: Report) -> list[Kld]:
-    """The divergence on each text."""
+    """The KL divergence on each text."""
     return [k for t in texts_of(report) if (k := t["kld"])]
 
 
@@ -71,13 +74,13 @@ def _measured(a: Compared, s: Speed, target: str) -> Cell:
 
 
 def _quartiles(spread: Spread) -> Bounds:
-    """low and high: the median less and plus half the interquartile range."""
+    """Bounds: the median, minus and plus half of the interquartile range."""
     mid, half = spread["median"], spread["iqr"] / 2
     return bounds(mid - half, mid, mid + half)
 
 
 def _estimates(artifacts: list[Compared], target: str, config: CompareConfig) -> dict[str, Cell]:
-    """By the artifact's name, of those whose file is there to tell its shape."""
+    """Estimated cells by the artifact's name. Artifacts without a file are left out, because their shape is unknown."""
     models = {a["name"]: model_of(path) for a in artifacts if is_exported(path := Path(a["report"]["artifact"]["path"]))}
     if not models:
         return {}

@@ -1,7 +1,7 @@
-"""`llmc compare`: reports side by side, with paired differences to the first, and ship/no-ship gates.
+"""`llmc compare`: compare reports by paired differences from the first one, and check gates.
 
-A difference between two artifacts on the same tokens is far better known than either figure, so differences and their
-standard errors are computed from the per-token values that the reports carry.
+The difference of two artifacts on the same tokens has a much smaller error than each value. So differences and their standard
+errors are computed from the per-token values in the reports.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from llmc.errors import UserError
 from llmc.evals.compare import gates
 from llmc.evals.compare.config import CompareConfig
 from llmc.evals.compare.matrix import matrix
-from llmc.evals.compare.schema import Compared, Comparison, Differences, SpeedChange, TextRise
+from llmc.evals.compare.schema import Compared, Comparison, Differences, SpeedChange, TextDifference
 from llmc.evals.quality import metrics, tasks
 from llmc.evals.report.schema import Report, Speed, Spread, Stat, Text
 from llmc.evals.report.sections import base_of, kv_type, quality_of, speed_on, speeds_of, targets_of, tasks_of, texts_of
 from llmc.evals.report.store import merged, read_report, unpack
 from llmc.evals.report.store import without_arrays as report_without_arrays
 
-FLOATS = (None, "f32", "f16", "bf16")  # types of a KV cache that no name needs to tell
+FLOATS = (None, "f32", "f16", "bf16")  # types of a KV cache that are not added to the artifact's name
 
 
 def compare(config: CompareConfig) -> Comparison:
-    """The first artifact is the baseline. Emulated speeds are not compared.
+    """Compare reports with the first, the baseline. Emulated speeds are not compared.
 
-    Raises UserError where figures are not comparable or a gate has no figure to look at.
+    Raises UserError if the reports are not comparable, or if a gate's metric was not measured.
     """
     limits = gates.parse(config)
     reports = join([read_report(p) for p in config.reports], config.reports)
@@ -42,8 +42,11 @@ def compare(config: CompareConfig) -> Comparison:
 
 
 def join(reports: list[Report], paths: tuple[Path, ...]) -> list[Report]:
-    """One report for each artifact (by sha256) and type of its KV cache, in order of appearance; equal names are told apart
-    by their path. A type of the cache is a candidate of its own: compared with any other, never joined to it."""
+    """Merge reports of the same artifact (by sha256) and the same type of KV cache. Returns them in order of appearance.
+
+    Another type of KV cache is another candidate. Artifacts with equal names are renamed to their paths. Raises UserError if
+    two reports have the same section.
+    """
     joined: dict[tuple[str, str | None], Report] = {}
     for report, path in zip(reports, paths, strict=True):
         key = (report["artifact"]["sha256"], kv_type(report))
@@ -66,7 +69,7 @@ def _named(report: Report, name: str) -> Report:
 
 
 def check_comparable(reports: list[Report]) -> None:
-    """Every pair of figures must have been measured in the same way; the first field that differs is named."""
+    """Check that all reports were measured in the same way. Raises UserError that names the first different field."""
     evaluated = [r for r in reports if quality_of(r)]
     for other in evaluated[1:]:
         _check_equal(evaluated[0], other, _quality_fields(evaluated[0]), _quality_fields(other), "eval")
@@ -74,7 +77,7 @@ def check_comparable(reports: list[Report]) -> None:
         benched = [r for r in reports if target in speeds_of(r)]
         for other in benched[1:]:
             _check_equal(benched[0], other, _speed_fields(benched[0], target), _speed_fields(other, target), "bench")
-    # a task that one report lacks is a gap in the table; one that both hold must have the same items
+    # a report may lack a task, but two reports with the same task must have the same items
     first_with: dict[str, Report] = {}
     for report in reports:
         for name in tasks_of(report):
@@ -88,7 +91,7 @@ def check_comparable(reports: list[Report]) -> None:
 
 
 def _check_equal(one: Report, two: Report, a: dict[str, Any], b: dict[str, Any], command: str) -> None:
-    """Raise UserError at the first field of two reports' protocols `a` and `b` that differs."""
+    """Raise UserError for the first field that differs. a: protocol of report `one`. b: protocol of report `two`."""
     for field in [*a, *(f for f in b if f not in a)]:
         x, y = a.get(field), b.get(field)
         if x != y:
@@ -109,7 +112,7 @@ def _quality_fields(report: Report) -> dict[str, Any]:
 
 
 def _task_fields(report: Report, name: str) -> dict[str, Any]:
-    """The ids' hash comes last: it differs for every other reason too, which then is the one to name."""
+    """The fields of a task's protocol. ids_sha256 comes last: any other difference changes it too and explains more."""
     protocol = sorted(tasks_of(report)[name]["protocol"].items(), key=lambda field: field[0] == "ids_sha256")
     return {f"{k} (of the task {name})": v for k, v in protocol}
 
@@ -119,16 +122,16 @@ def _speed_fields(report: Report, target: str) -> dict[str, Any]:
 
 
 def differences(baseline: Report, other: Report) -> Differences:
-    """`other` against `baseline`, both measured alike."""
+    """The differences of `other` from `baseline`. Both must be comparable, see check_comparable."""
     out: Differences = {
         "size_ratio": other["artifact"]["size"]["file_bytes"] / baseline["artifact"]["size"]["file_bytes"],
         "texts": None, "tasks": None, "speeds": None,
     }
     if quality_of(baseline) and quality_of(other):
         out["texts"] = [_paired(a, b) for a, b in zip(texts_of(baseline), texts_of(other), strict=True)]
-        mine, theirs = tasks_of(other), tasks_of(baseline)
-        out["tasks"] = {name: tasks.differences(tasks.values_of(mine[name]), tasks.values_of(theirs[name]))
-                        for name in theirs if name in mine} or None
+        new, old = tasks_of(other), tasks_of(baseline)
+        out["tasks"] = {name: tasks.differences(tasks.values_of(new[name]), tasks.values_of(old[name]))
+                        for name in old if name in new} or None
     after = speeds_of(other)
     out["speeds"] = {t: _speedup(before, after[t]) for t in speeds_of(baseline)
                      if t in after and (before := speed_on(baseline, t))} or None
@@ -136,17 +139,17 @@ def differences(baseline: Report, other: Report) -> Differences:
 
 
 def _speedup(baseline: Speed, other: Speed) -> SpeedChange:
-    """One target's speed section against the baseline's."""
+    """The changes of speed and memory on one target, relative to the baseline."""
     return {"decode_speedup": _ratio(other["decode"], baseline["decode"]),
             "first_token_ratio": _ratio(other["first_token"], baseline["first_token"]),
             "peak_rss_ratio": other["peak_rss"] / baseline["peak_rss"]}
 
 
-def _paired(baseline: Text, other: Text) -> TextRise:
-    """Differences on one text, token by token: the perplexities' ratio, the rises of KLD and of top-1 agreement."""
+def _paired(baseline: Text, other: Text) -> TextDifference:
+    """Paired differences on one text: the ratio of perplexities, the differences of KL divergence and of top-1 agreement."""
     a, b = ({k: unpack(v) for k, v in t["per_token"].items()} for t in (baseline, other))
     ratio = metrics.perplexity_ratio(b["nll"], a["nll"])
-    out: TextRise = {"text": other["protocol"]["text"], "perplexity_ratio": ratio, "kld": None, "top1": None}
+    out: TextDifference = {"text": other["protocol"]["text"], "perplexity_ratio": ratio, "kld": None, "top1": None}
     if "kld" in a and "kld" in b:
         out["kld"] = metrics.mean(b["kld"].astype(np.float64) - a["kld"])
         out["top1"] = metrics.mean(b["top1"].astype(np.float64) - a["top1"])
@@ -154,7 +157,7 @@ def _paired(baseline: Text, other: Text) -> TextRise:
 
 
 def _ratio(other: Spread, baseline: Spread) -> Stat:
-    """Ratio of two medians; its error from the spread of the repetitions' logarithms."""
+    """Ratio of two medians. Its standard error comes from the variance of the logarithms of the repetitions."""
     value = other["median"] / baseline["median"]
     logs = [np.log(s["values"]) for s in (other, baseline)]
     return {"value": value, "se": value * float(np.sqrt(sum(x.var(ddof=1) / len(x) for x in logs)))}

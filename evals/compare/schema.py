@@ -1,26 +1,26 @@
-"""What compare and ship answer: `Comparison` and `Shipping`, as JSON."""
+"""Types of the results of `llmc compare` (`Comparison`) and `llmc ship` (`Shipping`). They are printed as JSON."""
 
 from __future__ import annotations
 
 from typing import Literal, TypedDict
 
 from llmc.evals.fit.schema import Bounds
-from llmc.evals.report.schema import Kld, Report, Stat, TaskRise, TokenStat
+from llmc.evals.report.schema import Kld, Report, Stat, TaskDifference, TokenStat
 
 # --------------------------------------------------------------------------------------------------------------- compare
 
 
-class TextRise(TypedDict):
-    """One text, paired by token."""
+class TextDifference(TypedDict):
+    """Differences from the baseline on one text, paired by token."""
 
     text: str  # name
-    perplexity_ratio: TokenStat  # to the baseline's
-    kld: TokenStat | None  # less the baseline's, nats; None: not measured of both
-    top1: TokenStat | None  # less the baseline's, share; None: not measured of both
+    perplexity_ratio: TokenStat  # perplexity / baseline's perplexity
+    kld: TokenStat | None  # minus the baseline's, nats; None: not measured for both
+    top1: TokenStat | None  # minus the baseline's, share; None: not measured for both
 
 
 class SpeedChange(TypedDict):
-    """One target, over the baseline's figures."""
+    """Speed and memory on one target, divided by those of the baseline."""
 
     decode_speedup: Stat  # ratio
     first_token_ratio: Stat
@@ -28,30 +28,30 @@ class SpeedChange(TypedDict):
 
 
 class Differences(TypedDict):
-    """An artifact against the baseline. None: not measured of both."""
+    """Differences of an artifact from the baseline. None: not measured for both."""
 
-    size_ratio: float  # of the files
-    texts: list[TextRise] | None
-    tasks: dict[str, TaskRise] | None  # by name
+    size_ratio: float  # of the file sizes
+    texts: list[TextDifference] | None
+    tasks: dict[str, TaskDifference] | None  # by name
     speeds: dict[str, SpeedChange] | None  # by target, without emulated ones
 
 
 class Compared(TypedDict):
-    """One artifact."""
+    """One compared artifact."""
 
-    name: str  # unlike all others
+    name: str  # unique
     report: Report
-    differences: Differences | None  # None: it is the baseline
+    differences: Differences | None  # None: this is the baseline
 
 
 class FirstToken(Bounds):
     """Seconds to the first token."""
 
-    tokens: int  # of the prompt
+    tokens: int  # in the prompt
 
 
 class Memory(TypedDict):
-    """Bytes at the peak."""
+    """Peak memory in bytes."""
 
     weights: int
     kv: int
@@ -59,7 +59,7 @@ class Memory(TypedDict):
 
 
 class Cell(TypedDict):
-    """An artifact on a target. Bounds of what was measured: the median, less and plus half the interquartile range."""
+    """An artifact on a target. Measured bounds are the median, minus and plus half of the interquartile range."""
 
     artifact: str
     target: str
@@ -71,68 +71,68 @@ class Cell(TypedDict):
     texts: list[Kld]  # on each text
     first_token: list[FirstToken]  # by prompt
     memory: Memory
-    basis: str  # the CPU; of an estimate, where its rates come from
-    front: bool  # no other of the same source and target is as fast and as near the base
+    basis: str  # the CPU; for an estimate, the source of the rates
+    front: bool  # on the Pareto front of decode speed and KL divergence of its target and source
 
 
 class GateResult(TypedDict):
-    """A gate of compare, of one candidate on one text or target."""
+    """The result of a gate of `llmc compare`, for one candidate on one text or target."""
 
-    gate: str  # the option
+    gate: str  # name of the option
     artifact: str
-    text: str | None  # or the target
+    text: str | None  # name of the text or of the target
     limit: float  # share, nats or factor
-    value: float  # likewise
+    value: float  # in the unit of `limit`
     passed: bool
 
 
 class Comparison(TypedDict):
-    """The answer of `llmc compare`."""
+    """The result of `llmc compare`."""
 
     baseline: str  # name of the first artifact
     artifacts: list[Compared]
     matrix: list[Cell]
     gates: list[GateResult]
-    passed: bool  # all gates
+    passed: bool  # all gates passed
 
 
 # ------------------------------------------------------------------------------------------------------------------ ship
 
 
 class ShipFigure(TypedDict, total=False):
-    """A figure with its interval, in the unit of its gate."""
+    """A value with its interval, in the unit of its gate."""
 
     low: float
     mid: float
     high: float
-    note: str  # what a reader must know of it
+    note: str  # how it was measured
 
 
 class Verdict(TypedDict):
-    """One gate on one target."""
+    """The result of one gate on one target."""
 
     target: str
-    gate: str  # a figure of fit, ppl_increase or stable
-    limit: float | bool  # in the unit of its gate; of ppl_increase a share, of stable True
-    figure: ShipFigure | None  # None: not known
-    source: str | None  # measured or estimate; None: not known
+    gate: str  # a metric of fit (see fit.schema.Name), ppl_increase or stable
+    limit: float | bool  # in the unit of its gate; a share for ppl_increase, True for stable
+    figure: ShipFigure | None  # None: unknown
+    source: str | None  # measured or estimate; None: unknown
     passed: bool
-    why: str  # it was missed; empty: it was passed
+    why: str  # reason why the gate was missed; empty: it passed
 
 
 class Shipped(TypedDict):
-    """One artifact that would ship."""
+    """One artifact that the gates file lists."""
 
     name: str
     path: str
     sha256: str
     bytes: int  # of all its files
-    ships: bool  # every gate was passed
+    ships: bool  # it passed every gate
     results: list[Verdict]
 
 
 class Signed(TypedDict):
-    """Who asked."""
+    """Who ran the command, where, when, and with which versions. Nothing is signed."""
 
     by: str  # name of the user
     host: str
@@ -141,10 +141,10 @@ class Signed(TypedDict):
 
 
 class Shipping(TypedDict):
-    """The answer of `llmc ship`."""
+    """The result of `llmc ship`."""
 
     gates: str  # path of the gates file
-    passed: bool  # all artifacts ship
+    passed: bool  # all artifacts may ship
     artifacts: list[Shipped]
     allow_estimates: bool
     context: int  # tokens

@@ -1,9 +1,9 @@
-"""`llmc ship GATES.yaml`: may these files go to these devices? One answer, and a summary that says on what it rests.
+"""`llmc ship GATES.yaml`: decide whether artifacts may ship to devices, and write a summary with the evidence.
 
-    reports: [out/base.json, out/small.json]     # made by llmc eval and bench; found beside this file
-    artifacts: [out/small.gguf]                  # what would ship; each must be in a report, by its sha256
-    run: true                                    # measure what the gates need and no report has (default: refuse)
-    base: models/base                            # for the divergence, with `run`
+    reports: [out/base.json, out/small.json]     # made by llmc eval and bench; paths are relative to this file
+    artifacts: [out/small.gguf]                  # artifacts that would ship; a report belongs to one by its sha256
+    run: true                                    # measure values that no report has (default: false)
+    base: models/base                            # base model of the KL divergence, with `run`
     eval: {text: wikitext, chunks: 40}           # options of llmc eval, with `run`
     allow_estimates: false                       # whether an estimate may pass a gate
     context: 2048
@@ -12,8 +12,8 @@
       pi5:      {min_decode: 10, max_first_token: 3, max_ram: 2GB, max_kld: 0.1, min_top1: 80%, max_size: 1GB, stable: true}
       laptop:   {min_decode: 30, max_ppl_increase: 5%}
 
-A gate is passed by a measured figure that keeps its limit. An estimate passes none unless the file says so, and then by the
-bad end of its interval; emulated speed never does. Every artifact is hashed again before anything is said of it.
+A measured value that meets the limit passes a gate. An estimate passes only with `allow_estimates`, and only if the
+pessimistic end of its interval meets the limit. An emulated speed never passes. Every artifact is hashed again first.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ NUMBERS = ("min_decode", "max_first_token", "max_kld")
 
 @dataclass(frozen=True)
 class Gates:
-    """A gates file. targets: {name: {limit: value}}, the limits as FitConfig has them, max_ppl_increase ('5%') and stable."""
+    """A gates file. targets: {name: {limit: value}}. Limits: those of FitConfig, max_ppl_increase ('5%') and stable."""
 
     artifacts: tuple[Path, ...]
     reports: tuple[Path, ...]
@@ -63,17 +63,17 @@ class Gates:
 
 
 def read_gates(path: Path) -> Gates:
-    """The file, all its problems told at once."""
+    """Read a gates file. Raises UserError that lists all its problems at once."""
     import yaml
 
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as e:
-        raise UserError(f"there is no gates file {path}", "see `llmc ship --help` for what one looks like") from e
+        raise UserError(f"there is no gates file {path}", "see `llmc ship --help` for an example") from e
     except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as e:
-        raise UserError(f"{path} is not YAML: {e}", "mend the line that it names") from e
+        raise UserError(f"{path} is not YAML: {e}", "correct the line that the error names") from e
     if not isinstance(content, dict):
-        raise UserError(f"{path} is no gates file", "see `llmc ship --help` for what one looks like")
+        raise UserError(f"{path} is no gates file", "see `llmc ship --help` for an example")
     known = {f.name for f in fields(Gates)} - {"file"}
     problems = [f"unknown key {k!r} (known: {', '.join(sorted(known))})" for k in content if k not in known]
     problems += [f"{k} must be a list of files" for k in ("artifacts", "reports")
@@ -82,16 +82,16 @@ def read_gates(path: Path) -> Gates:
                  if not isinstance(content.get(k, False), bool)]
     problems += [f"{k} must be a whole number" for k in ("context", "prompt") if type(content.get(k, 1)) is not int]
     asked = content.get("eval", {})
-    problems += ["eval must be a table of options"] if not isinstance(asked, dict) else [
+    problems += ["eval must be a mapping of options"] if not isinstance(asked, dict) else [
         f"eval: unknown option {k!r} (known: {', '.join(EVAL)})" for k in asked if k not in EVAL]
     problems += [] if content.get("artifacts") else ["artifacts: name what would ship"]
     targets = content.get("targets")
-    problems += _target_problems(targets) if isinstance(targets, dict) and targets else ["targets: name devices and limits"]
+    problems += _target_problems(targets) if isinstance(targets, dict) and targets else ["targets: list devices and limits"]
     if problems:
         raise UserError(f"{path}: " + "; ".join(problems), "see `llmc ship --help`")
-    beside = {k: tuple(path.parent / p for p in content.get(k, [])) for k in ("artifacts", "reports")}
+    paths = {k: tuple(path.parent / p for p in content.get(k, [])) for k in ("artifacts", "reports")}
     file = content.pop("targets_file", None)
-    return Gates(**{**content, **beside, "targets_file": path.parent / file if file else None, "file": path})
+    return Gates(**{**content, **paths, "targets_file": path.parent / file if file else None, "file": path})
 
 
 def _target_problems(targets: dict[Any, Any]) -> list[str]:
@@ -102,7 +102,7 @@ def _target_problems(targets: dict[Any, Any]) -> list[str]:
             continue
         known = (*LIMITS, "max_ppl_increase", "stable")
         problems += [f"target {name}: unknown limit {k!r} (known: {', '.join(known)})" for k in limits if k not in known]
-        problems += [f"target {name}: {k} {limits[k]!r} is no number" for k in NUMBERS
+        problems += [f"target {name}: {k} {limits[k]!r} is not a number" for k in NUMBERS
                      if k in limits and (isinstance(limits[k], bool) or not isinstance(limits[k], int | float))]
         if not isinstance(limits.get("stable", True), bool):
             problems.append(f"target {name}: stable must be true or false")
@@ -110,13 +110,13 @@ def _target_problems(targets: dict[Any, Any]) -> list[str]:
 
 
 def ship(gates: Gates) -> Shipping:
-    """Every artifact against every gate.
+    """Check every artifact against every gate. With `run`, first measure the values that are missing.
 
-    Raises UserError where an artifact is not the one that was measured, or a figure is missing and nothing may be run.
+    Raises UserError if an artifact changed since it was measured, or if a file is missing.
     """
     missing = [str(a) for a in gates.artifacts if not a.exists()]
     if missing:
-        raise UserError(f"there is no {', '.join(missing)}", f"mend `artifacts` of {gates.file}")
+        raise UserError(f"there is no {', '.join(missing)}", f"correct `artifacts` in {gates.file}")
     hashes = {a: hash_artifact(a) for a in gates.artifacts}
     read = [read_report(p) for p in gates.reports]
     reports: dict[str, Report] = {}
@@ -129,7 +129,7 @@ def ship(gates: Gates) -> Shipping:
         report = reports.get(digest)
         _check_identity(path, digest, reports)
         if gates.run:
-            report = measure(gates, path, digest, report)
+            report = measure_missing(gates, path, digest, report)
         results = [r for target, limits in gates.targets.items()
                    for r in _on_target(gates, path, report, baseline, target, limits)]
         artifacts.append({"name": path.name, "path": str(path), "sha256": digest,
@@ -142,16 +142,18 @@ def ship(gates: Gates) -> Shipping:
 
 
 def _check_identity(path: Path, digest: str, reports: dict[str, Report]) -> None:
-    """A report of the same name and other bytes is of another file: nothing of it may be said of this one."""
+    """Raise UserError if the file changed since it was measured: the report with its name has another sha256."""
     for known, r in reports.items():
         if r["artifact"]["name"] == path.name and known != digest and digest not in reports:
-            raise UserError(f"{path} has sha256 {digest[:12]}…, and the report of {path.name} is of {known[:12]}…",
+            raise UserError(f"{path} has sha256 {digest[:12]}…, but the report of {path.name} has {known[:12]}…",
                             "the file changed since it was measured: measure it again")
 
 
-def measure(gates: Gates, path: Path, digest: str, report: Report | None) -> Report | None:
-    """The report with what the gates need and nobody measured: the divergence to `base`, the speed on each target. What is
-    measured is kept in NAME.report.json beside the gates file, and is not measured again."""
+def measure_missing(gates: Gates, path: Path, digest: str, report: Report | None) -> Report | None:
+    """Measure what the gates need and `report` lacks: KL divergence from `base`, and speed on each target.
+
+    Returns the merged report. It is saved in NAME.report.json beside the gates file and is not measured again.
+    """
     from llmc.evals.bench.run import bench
     from llmc.evals.quality.run import evaluate
     from llmc.runtimes.targets.target import load_targets
@@ -159,27 +161,27 @@ def measure(gates: Gates, path: Path, digest: str, report: Report | None) -> Rep
     wanted = {limit for limits in gates.targets.values() for limit in limits}
     kept = gates.file.with_name(f"{path.name}.report.json")
     earlier = read_report(kept) if kept.is_file() else None
-    have = report
+    current = report
     if earlier and earlier["artifact"]["sha256"] == digest:
-        have = merged(earlier, report) if report else earlier
-    if wanted & {"max_kld", "min_top1"} and not quality_of(have):
+        current = merged(earlier, report) if report else earlier
+    if wanted & {"max_kld", "min_top1"} and not quality_of(current):
         if gates.base is None:
-            raise UserError(f"{path.name} was not evaluated and {gates.file} names no base", "add `base: MODEL`, or a report")
-        have = merged(have, evaluate(EvalConfig(str(path), base=gates.base, **gates.eval)))
-        save(kept, have)
+            raise UserError(f"{path.name} was not evaluated and {gates.file} has no base", "add `base: MODEL`, or a report")
+        current = merged(current, evaluate(EvalConfig(str(path), base=gates.base, **gates.eval)))
+        save(kept, current)
     known = load_targets(gates.targets_file)
     for target, limits in gates.targets.items():
         speed = {"min_decode", "max_first_token", "stable"} & set(limits)
-        if speed and target not in speeds_of(have) and target in known and not known[target].emulated:
-            have = merged(have, bench(BenchConfig((str(path),), prompt=(gates.prompt,), target=(target,),
-                                                  targets=gates.targets_file))[0])
-            save(kept, have)
-    return have
+        if speed and target not in speeds_of(current) and target in known and not known[target].emulated:
+            current = merged(current, bench(BenchConfig((str(path),), prompt=(gates.prompt,), target=(target,),
+                                                        targets=gates.targets_file))[0])
+            save(kept, current)
+    return current
 
 
 def _on_target(gates: Gates, path: Path, report: Report | None, baseline: Report | None, target: str,
                limits: dict[str, Any]) -> list[Verdict]:
-    """One result for each limit."""
+    """The results of one artifact on one target, one for each limit."""
     given: dict[str, Any] = {k: float(v) if k in NUMBERS else str(v) for k, v in limits.items() if k in LIMITS}
     config = FitConfig((path,), (target,), context=gates.context, prompt=gates.prompt, targets=gates.targets_file, **given)
     alone = fits.candidate(path)
@@ -196,12 +198,12 @@ def _on_target(gates: Gates, path: Path, report: Report | None, baseline: Report
 
 
 def _result(target: str, name: Name, figure: JudgedFigure, gates: Gates) -> Verdict:
-    """A gate's verdict; only `yes` passes, and of estimates only where the file allows them."""
+    """The result of a gate. Only the answer `yes` passes. An estimate passes only if the gates file allows estimates."""
     source = figure.get("source")
     passed = figure["answer"] == "yes" and (source == "measured" or gates.allow_estimates)
-    why = {"yes": "", "no": "the limit is broken", "unknown": "not measured", "maybe": "not certain"}[figure["answer"]]
+    why = {"yes": "", "no": "the limit is missed", "unknown": "not measured", "maybe": "not certain"}[figure["answer"]]
     if figure["answer"] == "yes" and not passed:
-        why = "only an estimate, and the gates file does not allow one"
+        why = "only an estimate, and the gates file does not allow estimates"
     if figure["answer"] == "unknown" and name in ("decode", "first_token"):
         why = f"not measured on {target}" + ("" if gates.allow_estimates else " (an estimate is not allowed)")
     return {"target": target, "gate": name, "limit": figure["limit"], "source": source, "passed": passed, "why": why,
@@ -210,7 +212,7 @@ def _result(target: str, name: Name, figure: JudgedFigure, gates: Gates) -> Verd
 
 
 def _perplexity(target: str, limit: str, report: Report | None, baseline: Report | None) -> Verdict:
-    """The rise over the first report's artifact, on the worst text, paired by token."""
+    """The result of max_ppl_increase: the increase over the first report's artifact on the worst text, paired by token."""
     most = parse_number("max_ppl_increase", limit.replace(" %", "%"), "%", "max_ppl_increase: 5%") / 100
     found = None
     if report and baseline and quality_of(report) and quality_of(baseline):
@@ -218,13 +220,13 @@ def _perplexity(target: str, limit: str, report: Report | None, baseline: Report
         found = differences(baseline, report)["texts"]
     if found is None:
         return {"target": target, "gate": "ppl_increase", "limit": most, "source": None, "figure": None, "passed": False,
-                "why": "not measured of it and of the first report"}
+                "why": "not measured for both this artifact and the first report's"}
     worst = max((t["perplexity_ratio"] for t in found), key=lambda r: r["value"])
     value, se = worst["value"] - 1, worst["se"] or 0.0
     low, high = value - fits.TWO_SIGMA * se, value + fits.TWO_SIGMA * se
     return {"target": target, "gate": "ppl_increase", "limit": most, "source": "measured",
             "figure": {"low": low, "mid": value, "high": high, "note": ""}, "passed": high <= most,
-            "why": "" if high <= most else "not certain" if low <= most else "the limit is broken"}
+            "why": "" if high <= most else "not certain" if low <= most else "the limit is missed"}
 
 
 def _stable(target: str, report: Report | None) -> Verdict:
@@ -236,7 +238,7 @@ def _stable(target: str, report: Report | None) -> Verdict:
 
 
 def _user() -> str:
-    """Who ran it; containers have users without a name."""
+    """Name of the user, or 'unknown': in a container a user may have no name."""
     try:
         return getpass.getuser()
     except (ImportError, KeyError, OSError):  # ImportError: Windows without USERNAME

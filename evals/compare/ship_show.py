@@ -15,7 +15,7 @@ NAMES = {"decode": "decode tok/s", "first_token": "first token s", "kld": "KLD",
 
 
 def tables(result: Shipping) -> list[Table]:
-    """What would ship, then every gate."""
+    """Two tables: the artifacts, and the results of every gate."""
     files = [["artifact", "ships", "size", "sha256"],
              *([a["name"], "yes" if a["ships"] else "NO", size(a["bytes"]), a["sha256"]] for a in result["artifacts"])]
     rows = [["artifact", "target", "gate", "limit", "figure", "source", "verdict"]]
@@ -24,9 +24,10 @@ def tables(result: Shipping) -> list[Table]:
             verdict = "passed" if r["passed"] else f"MISSED: {r['why']}"
             rows.append([a["name"], r["target"], NAMES[r["gate"]], _shown(r["gate"], r["limit"]), _figure(r),
                          r["source"] or "–", verdict])
-    how = "estimates may pass gates" if result["allow_estimates"] else "estimates pass no gate"
-    note = f"{result['context']} tokens of context, prompts of {result['prompt']}; {how}; emulated speed never does"
-    return [("What may ship", "hashed when this was written", files), ("Gates", note, rows)]
+    how = "an estimate may pass a gate" if result["allow_estimates"] else "an estimate never passes"
+    note = (f"{result['context']} tokens of context, prompts of {result['prompt']} tokens; {how}; an emulated speed never "
+            "passes")
+    return [("Artifacts", "sha256: computed when this summary was written", files), ("Gates", note, rows)]
 
 
 def _figure(r: Verdict) -> str:
@@ -46,7 +47,7 @@ def _shown(gate: str, limit: float) -> str:
 
 
 def summary(result: Shipping) -> str:
-    """The whole as Markdown: verdict, tables, then who ran it, where, when and with which versions. Nothing is signed."""
+    """The summary as Markdown: verdict, tables, then the user, the host, the time and the versions. Nothing is signed."""
     verdict = "**May ship.**" if result["passed"] else "**Must not ship.**"
     s = result["signed"]
     used = ", ".join(f"{k} {v}" for k, v in s["versions"].items())
@@ -55,8 +56,8 @@ def summary(result: Shipping) -> str:
 
 
 def lines(result: Shipping) -> str:
-    """The same for a terminal, hashes short."""
+    """The tables and the verdict as text for a terminal. Hashes are shortened."""
     files, gates = tables(result)
     short = [[*row[:3], row[3][:16] + ("…" if len(row[3]) > 16 else "")] for row in files[2]]
-    told = "may ship" if result["passed"] else "must not ship"
-    return f"{table(short)}\n\n{gates[1]}\n{table(gates[2])}\n\n{told}"
+    verdict = "may ship" if result["passed"] else "must not ship"
+    return f"{table(short)}\n\n{gates[1]}\n{table(gates[2])}\n\n{verdict}"

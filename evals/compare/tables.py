@@ -1,4 +1,4 @@
-"""A comparison as tables, for the terminal, for Markdown and for the page alike."""
+"""A comparison as tables. The terminal, the Markdown output and the page show the same tables."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from llmc.evals.compare.matrix import held
 from llmc.evals.compare.schema import Cell, Compared, Comparison, GateResult
 from llmc.evals.report.schema import BudgetText
 from llmc.evals.report.sections import budget_of, quality_of, speeds_of, targets_of, tasks_of, texts_of
-from llmc.evals.report.show import Table, change, filled, matrices, pm, spread
+from llmc.evals.report.show import Table, change, filled, matrices, median_iqr, pm
 
 
 def tables(comparison: Comparison) -> list[Table]:
-    """Size, budgets, then quality on each text and on tasks, then speed, then gates; what nobody measured is left out."""
+    """The tables of a comparison: size, budgets, quality on each text, tasks, speed, devices, gates; without empty tables."""
     artifacts = comparison["artifacts"]
     out = [_sizes(artifacts)]
     if any(budget_of(a["report"]) for a in artifacts):
@@ -26,7 +26,7 @@ def tables(comparison: Comparison) -> list[Table]:
         out.append(_speed([a for a in artifacts if target in speeds_of(a["report"])], target))
     cells = comparison["matrix"]
     if not all((c["target"], c["source"]) == (cells[0]["target"], "measured") for c in cells):
-        out.append(_devices(cells))  # else the table of the one device says it all
+        out.append(_devices(cells))  # otherwise the speed table of the one device has the same values
     if comparison["gates"]:
         out.append(gates_table(comparison["gates"]))
     return out
@@ -43,7 +43,7 @@ def _sizes(artifacts: list[Compared]) -> Table:
 
 
 def _quality(artifacts: list[Compared], index: int) -> Table:
-    """One text. Differences of KLD and top-1 are shown where the baseline has lost something itself."""
+    """The table of one text. Differences of KLD and top-1 are shown only if the baseline itself differs from the base."""
     first = texts_of(artifacts[0]["report"])[index]
     p, baseline = first["protocol"], first["kld"]
     lossy = baseline is not None and baseline["value"] > 0
@@ -60,11 +60,11 @@ def _quality(artifacts: list[Compared], index: int) -> Table:
             *([pm(paired["top1"] if paired else None, 1, 100, sign=True)] if lossy else []),
         ])
     return (f"Quality on {p['text']}", f"{p['chunks']} chunks of {p['context']} tokens; ± is one standard error, "
-            "differences to the baseline are paired by token", rows)
+            "differences from the baseline are paired by token", rows)
 
 
 def _budgets(artifacts: list[Compared]) -> Table:
-    """Predicted against measured, a row for each artifact that a budget chose the types of and each text."""
+    """Predicted and measured KL divergence. It has a row for each text and each artifact whose types a budget chose."""
     rows = [["artifact", "target", "file planned", "file", "KLD predicted", "text", "KLD measured", "to predicted"]]
     healed = False
     for a in artifacts:
@@ -78,25 +78,25 @@ def _budgets(artifacts: list[Compared]) -> Table:
             found = ["–", "–", "–"] if m is None else [
                 m["text"], pm({"value": m["kld"], "se": m["se"]}, 4), "–" if m["ratio"] is None else f"{m['ratio']:.2f}x"]
             rows.append([*plan, *found])
-    return ("Budget", "what was predicted, on calibration text, when the types were chosen; file: of the exported .gguf"
-            + ("; healing came after the prediction" if healed else ""), rows)
+    return ("Budget", "predicted on calibration text when the types were chosen; file: of the exported .gguf"
+            + ("; the artifact was healed after the prediction" if healed else ""), rows)
 
 
 def _tasks(artifacts: list[Compared]) -> Table:
-    """A row for each task and artifact that has it."""
+    """A row for each task and each artifact with results on it."""
     rows = [["task", "artifact", "items", "acc %", "Δ acc", "acc_norm %", "Δ acc_norm", "perplexity", "to baseline"]]
     names = dict.fromkeys(name for a in artifacts for name in tasks_of(a["report"]))
     for name, a in ((name, a) for name in names for a in artifacts if name in tasks_of(a["report"])):
         t = tasks_of(a["report"])[name]
         d = a["differences"]
-        rise = d["tasks"].get(name) if d and d["tasks"] else None
-        ratio = rise and rise["perplexity_ratio"]
+        difference = d["tasks"].get(name) if d and d["tasks"] else None
+        ratio = difference and difference["perplexity_ratio"]
         rows.append([name, a["name"], f"{t['protocol']['items']} of {t['protocol']['of']}",
-                     pm(t["acc"], 1, 100), pm(rise and rise["acc"], 1, 100, sign=True),
-                     pm(t["acc_norm"], 1, 100), pm(rise and rise["acc_norm"], 1, 100, sign=True),
+                     pm(t["acc"], 1, 100), pm(difference and difference["acc"], 1, 100, sign=True),
+                     pm(t["acc_norm"], 1, 100), pm(difference and difference["acc_norm"], 1, 100, sign=True),
                      pm(t["perplexity"], 2), change(ratio) if ratio else "–"])
-    return ("Tasks", "zero-shot, scored by log-likelihood as lm-evaluation-harness does; acc_norm: by the answer's length; "
-            "perplexity: of the last word; ± is one standard error, differences to the baseline are paired by item",
+    return ("Tasks", "zero-shot, scored by log-likelihood as lm-evaluation-harness does; acc_norm: divided by the answer's "
+            "length; perplexity: of the last word; ± is one standard error, differences from the baseline are paired by item",
             filled(rows))
 
 
@@ -106,29 +106,30 @@ def _speed(artifacts: list[Compared], target: str) -> Table:
     for a in artifacts:
         s = speeds_of(a["report"])[target]
         d = a["differences"]
-        faster = d["speeds"].get(target) if d and d["speeds"] else None
+        changes = d["speeds"].get(target) if d and d["speeds"] else None
         rows.append([
-            a["name"], f"{s['load_s']:.2f}", spread(s["first_token"], 3), spread(s["prefill"]), spread(s["decode"]),
-            pm(faster and faster["decode_speedup"], 2, unit="x"), size(s["peak_rss"]), f"{s['read_bandwidth'] / 1e9:.1f}",
+            a["name"], f"{s['load_s']:.2f}",
+            median_iqr(s["first_token"], 3), median_iqr(s["prefill"]), median_iqr(s["decode"]),
+            pm(changes and changes["decode_speedup"], 2, unit="x"), size(s["peak_rss"]), f"{s['read_bandwidth'] / 1e9:.1f}",
             "emulated" if s["target"]["emulated"] else "UNSTABLE" if s["unstable"] else "stable",
         ])
     s = speeds_of(artifacts[0]["report"])[target]
     p = s["protocol"]
     return (f"Speed on {target}", f"{p['cpu']}, threads {p['threads']}, {p['device']}; prompt of {p['prompt']} tokens; "
-            f"{p['generate']} decoded at depth {p['depth']}; medians [IQR]; GB/s of weights read", rows)
+            f"{p['generate']} tokens decoded at depth {p['depth']}; medians [IQR]; GB/s: weights read while decoding", rows)
 
 
 def _devices(cells: list[Cell]) -> Table:
-    """Decode speed, first token and memory by artifact and device."""
+    """Decode speed, time to first token and memory by artifact and device."""
     targets = list(dict.fromkeys(c["target"] for c in cells))
     artifacts = list(dict.fromkeys(c["artifact"] for c in cells))
     by = {(c["artifact"], c["target"]): c for c in cells}
     rows = [["artifact", *(f"{t}{what}" for t in targets for what in (": decode tok/s", ": first token s", ": memory"))]]
     for a in artifacts:
         rows.append([a, *(text for t in targets for text in _cell(by.get((a, t))))])
-    notes = ["★: no other is as fast and as near the base there"]
-    notes += ["~: an estimate, low to high"] if any(c["source"] == "estimate" for c in cells) else []
-    notes += ["emulated: says nothing of the device, never compared"] if any(c["source"] == "emulated" for c in cells) else []
+    notes = ["★: on the Pareto front of decode speed and KLD of its device"]
+    notes += ["~: an estimate (low to high)"] if any(c["source"] == "estimate" for c in cells) else []
+    notes += ["emulated: not the device's speed, never compared"] if any(c["source"] == "emulated" for c in cells) else []
     return "Devices", "; ".join(notes), filled(rows)
 
 
@@ -138,13 +139,13 @@ def _cell(c: Cell | None) -> list[str]:
     ram = size(held(c))
     first = min(c["first_token"], key=lambda p: abs(p["tokens"] - 512), default=None)
     if c["source"] == "estimate":
-        said = "–" if first is None else f"~{first['mid']:.3g} ({first['tokens']} tokens)"
+        first_token = "–" if first is None else f"~{first['mid']:.3g} ({first['tokens']} tokens)"
         d = c["decode"]
         low, mid, high = (f"{v:.3g}" for v in (d["low"], d["mid"], d["high"]))
-        return [f"~{mid} ({low} to {high}){_star(c)}", said, f"~{ram}"]
+        return [f"~{mid} ({low} to {high}){_star(c)}", first_token, f"~{ram}"]
     mark = " emulated" if c["source"] == "emulated" else " UNSTABLE" if c["unstable"] else ""
-    said = "–" if first is None else f"{first['mid']:.3g} ({first['tokens']} tokens){mark}"
-    return [f"{c['decode']['mid']:.1f}{mark}{_star(c)}", said, ram]
+    first_token = "–" if first is None else f"{first['mid']:.3g} ({first['tokens']} tokens){mark}"
+    return [f"{c['decode']['mid']:.1f}{mark}{_star(c)}", first_token, ram]
 
 
 def _star(c: Cell) -> str:
@@ -154,4 +155,4 @@ def _star(c: Cell) -> str:
 def gates_table(results: list[GateResult]) -> Table:
     """A row for each gate of each candidate."""
     rows = [["gate", "verdict"], *([describe(r), "passed" if r["passed"] else "MISSED"] for r in results)]
-    return "Gates", "held for every candidate, text and target", rows
+    return "Gates", "each gate is checked for every candidate, text and target", rows

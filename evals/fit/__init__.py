@@ -1,1 +1,1 @@
-"""Which artifacts keep a device's limits: estimates, profiles, advice."""
+"""Find the artifacts that meet latency, memory and quality limits on a device: estimates, profiles, advice."""

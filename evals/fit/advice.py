@@ -1,4 +1,4 @@
-"""What to make where no candidate fits a device: sizes worked out backwards from the roofline."""
+"""Suggest what to build if no candidate fits a device. The roofline estimate is solved for the size of the file."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from llmc.evals.fit.estimate import OTHER, Model, Rates, estimate, memory
 from llmc.evals.fit.schema import Judged, Limits, Name
 from llmc.formats.types import BLOCK_TYPES
 
-# nothing is said of what the limits leave less than this of
-LEAST_CONTEXT = 128
+LEAST_CONTEXT = 128  # a shorter context, in tokens, is not suggested
 
 
 def smaller(model: Model, rates: Rates, limits: Limits, context: int) -> Iterator[str]:
-    """The file size that decode, memory and size limits leave, the types of that size, and the context that fits."""
-    room = {what: bytes for what, bytes in (
+    """Suggest the file size that the decode, memory and size limits allow, a type of this size, and a context that fits."""
+    allowed = {what: bytes for what, bytes in (
         ("decode", _by_decode(model, rates, limits, context)), ("ram", _by_ram(model, limits, context)),
         ("size", limits["size"][0] if "size" in limits else None)) if bytes is not None and bytes < model.file_bytes}
-    if room:
-        what = min(room, key=lambda k: room[k])
-        yield from _types(model, room[what], what)
+    if allowed:
+        what = min(allowed, key=lambda k: allowed[k])
+        yield from _types(model, allowed[what], what)
     if "ram" in limits and memory(model, context)[2] > limits["ram"][0]:
         each = model.kv_bytes(context) / context
         left = limits["ram"][0] - (memory(model, context)[2] - model.kv_bytes(context))
@@ -31,7 +30,7 @@ def smaller(model: Model, rates: Rates, limits: Limits, context: int) -> Iterato
 
 
 def _by_decode(model: Model, rates: Rates, limits: Limits, context: int) -> float | None:
-    """File bytes whose low estimate still decodes fast enough; 0 where even an empty file would not."""
+    """Largest file, in bytes, whose low estimate meets the decode limit; 0 if even an empty file is too slow."""
     if "decode" not in limits:
         return None
     low = [rates.read.get(kind, rates.read[OTHER])[0] for kind in model.token_bytes]
@@ -42,7 +41,7 @@ def _by_decode(model: Model, rates: Rates, limits: Limits, context: int) -> floa
 
 
 def _by_ram(model: Model, limits: Limits, context: int) -> float | None:
-    """By the high estimate: every byte of the file may be held twice."""
+    """Largest file, in bytes, that fits into the memory if every weight is held twice (repacked)."""
     if "ram" not in limits:
         return None
     high = memory(model, context)[2]
@@ -50,37 +49,42 @@ def _by_ram(model: Model, limits: Limits, context: int) -> float | None:
 
 
 def _types(model: Model, file_bytes: float, what: str) -> Iterator[str]:
-    """The largest type of the decoder that the size leaves."""
-    why = {"decode": "to decode so fast", "ram": "to fit the memory", "size": "to be so small"}[what]
-    # embedding and head are kept at 8 bits, or below where they are
+    """Suggest the largest quantization type of the decoder that fits into `file_bytes`."""
+    why = {"decode": "to meet the decode limit", "ram": "to meet the memory limit", "size": "to meet the size limit"}[what]
+    # embedding and lm_head get 8 bits, or keep their types if these are smaller
     eight = 34 / 32 * model.vocabulary * model.heads * (model.cache["head_dim"] if model.cache else 128)
     rest = min(model.file_bytes - model.decoder_bytes, eight)
     bits = 8 * (file_bytes - rest) / max(1, model.prefill_weights)
-    fitting = [g for g in BLOCK_TYPES.values() if g.bits_per_weight <= bits]
+    fitting = [t for t in BLOCK_TYPES.values() if t.bits_per_weight <= bits]
     if not fitting:
-        yield (f"{why}, a file may have {size(max(0.0, file_bytes))}, which leaves {max(0.0, bits):.2f} bits a weight: less "
-               "than any type has; prune or distil the model first (`llmc prune`, `llmc distill`), or take a smaller base")
+        yield (f"{why}, the file may have at most {size(max(0.0, file_bytes))}. This leaves {max(0.0, bits):.2f} bits per "
+               "weight, less than any type has. Prune or distill the model first (`llmc prune`, `llmc distill`), or use a "
+               "smaller base")
         return
-    best = max(fitting, key=lambda g: (g.bits_per_weight, g.name))
-    yield (f"{why}, a file may have {size(file_bytes)}: `llmc quantize MODEL --target-size {int(file_bytes / 1e6)}MB`, or "
-           f"--type {best.name} ({best.bits_per_weight:.2f} bits a weight of the {bits:.2f} that it leaves)")
+    best = max(fitting, key=lambda t: (t.bits_per_weight, t.name))
+    yield (f"{why}, the file may have at most {size(file_bytes)}: "
+           f"`llmc quantize MODEL --target-size {int(file_bytes / 1e6)}MB`, or --type {best.name} "
+           f"({best.bits_per_weight:.2f} bits per weight; the limit leaves {bits:.2f})")
 
 
 def quality(judged: list[Judged], limits: Limits) -> Iterator[str]:
-    """What to do about divergence: measured where it was not, bought with bits or healing where it is too large."""
+    """Suggest how to meet the quality limits: evaluate candidates without results, else use more bits and heal."""
     names: dict[Name, str] = {"kld": "KL divergence", "top1": "top-1 agreement"}
     for name, what in names.items():
         answers = {c["name"]: c["figures"][name]["answer"] for c in judged if name in limits}
         if unknown := [n for n, a in answers.items() if a == "unknown"]:
-            yield f"{what} was not measured of {', '.join(unknown)}: `llmc eval ARTIFACT --base BASE -o REPORT`"
+            yield f"{what} was not measured for {', '.join(unknown)}: `llmc eval ARTIFACT --base BASE -o REPORT`"
         elif answers and "yes" not in answers.values():
             target = f"--target-kld {limits['kld'][0]:g}" if name == "kld" else "--target-size with more bytes"
-            yield f"{what} is too far off for all of them: `llmc quantize … {target}`, then `llmc heal`"
+            yield f"no candidate certainly meets the limit of {what}: `llmc quantize … {target}`, then `llmc heal`"
 
 
 def devices(candidates: list[Any], judged: list[Judged], target: str, limits: Limits,
             config: FitConfig) -> Iterator[str]:
-    """The slowest of the profiled devices on which a candidate that is good enough would fit by its low estimate."""
+    """Suggest the slowest device with a profile on which a candidate fits, by the pessimistic end of each estimate.
+
+    Candidates that miss a quality or size limit are left out.
+    """
     from llmc.evals.fit.estimate import rates_of_profile
     from llmc.runtimes.targets.profile import profile_ids, read_profile
 

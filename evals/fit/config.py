@@ -12,7 +12,7 @@ from llmc.options import ADVANCED, Wrong, check, fitting, option
 
 @dataclass(frozen=True)
 class FitConfig:
-    """The options of `llmc fit`. Sizes and shares are as typed: '2GB', '90MB', '80%'. None: no such limit."""
+    """The options of `llmc fit`. Sizes and shares are texts: '2GB', '90MB', '80%'. A limit of None is not checked."""
 
     items: tuple[Path, ...] = option(
         (), help=".gguf files, ONNX folders, and reports of `llmc eval` and `llmc bench`.", argument=True,
@@ -39,4 +39,4 @@ class FitConfig:
         object.__setattr__(self, "target", fitting(tuple[str, ...], self.target))
         check(self, "fit", word=Wrong.out_of_range)
         if not self.items:
-            raise UserError("no artifact to judge", "name .gguf files, ONNX folders or reports")
+            raise UserError("no artifact to check", "give .gguf files, ONNX folders or reports")

@@ -1,18 +1,18 @@
-"""What an artifact will do on a device that it was not measured on: a roofline, with an interval.
+"""Estimate speed and memory of an artifact on a device without a measurement: a roofline, with an interval.
 
-A decoded token reads every weight once, in the type it is stored in, and the KV cache up to its place; it can be no faster
-than the device reads and unpacks these bytes (Williams, Waterman, Patterson: Roofline, CACM 52(4), 2009). A prompt costs
-two floating point operations a weight and token, and attention's share, which grows with the square of its length. Where it
-was measured what attention costs to compute, that counts, and not the cache's bytes and the flop rate:
+Decoding one token reads every weight once, in its stored type, and the KV cache up to the token. It cannot be faster than
+the device reads and unpacks these bytes (Williams, Waterman, Patterson: Roofline, CACM 52(4), 2009). A prompt needs two
+floating point operations per weight and token. Its attention grows with the square of its length. If the compute time of
+attention was measured, it replaces the estimate from the flop rate, and the estimate from the cache's bytes if it is larger:
 
-    decode   1 / (sum over types of bytes / rate(type)  +  attention  +  layers * a layer's own cost)   tokens/s
-             attention: KV bytes / rate, or layers heads head_dim * measured(depth) where that is more
+    decode   1 / (sum over types of bytes / rate(type)  +  attention  +  layers * overhead of a layer)  tokens/s
+             attention: KV bytes / rate, or layers heads head_dim * measured(depth) if this is larger
     prefill  n / (2 n weights / flop rate  +  attention)                                                tokens/s
-             attention: n^2 layers heads head_dim * 2 / flop rate, or / 2 * measured for a pair of tokens
-    ram      file  +  weights that the CPU has repacked  +  KV cache at the context  +  buffers  +  process       bytes
+             attention: n^2 layers heads head_dim * 2 / flop rate, or n^2 / 2 layers heads head_dim * measured
+    ram      file  +  weights that the CPU repacks  +  KV cache at the context  +  buffers  +  process       bytes
 
-Rates of this machine are measured in llama.cpp (runtimes/targets/kernels.py); of a device profile they are what published
-measurements achieved (runtimes/targets/profile.py). An estimate is never a measurement: it is labelled wherever it goes.
+The rates of this machine are measured with llama.cpp (runtimes/targets/kernels.py). The rates of a device profile are those
+that published measurements achieved (runtimes/targets/profile.py). An estimate is always labelled as an estimate.
 """
 
 from __future__ import annotations
@@ -35,28 +35,29 @@ if TYPE_CHECKING:
 Interval = tuple[float, float, float]
 """Low, middle, high."""
 
-# A published point is one board, cooling and build of many: what is asked of another is given this much room.
+# Margin for a device profile: boards, cooling and builds differ from those of the published measurements.
 BELOW, ABOVE = 0.85, 1.15
-# Rates taken over from another device of the kind.
+# Margin for rates of another, similar device.
 LIKE_BELOW, LIKE_ABOVE = 0.75, 1.25
-# Measured here, by other shapes than the artifact's.
+# Margin for rates measured here, because the measured shapes differ from the artifact's.
 HERE_BELOW, HERE_ABOVE = 0.85, 1.15
-MICRO_BATCH = 512  # tokens that llama.cpp runs at once
-PROCESS = 60_000_000  # bytes of Python, numpy and llama.cpp's libraries, as llmc's own benches hold them
-# Types that llama.cpp copies into another order for the CPU, the mapped file staying in memory too: on x86 and ARM alike, and
-# on one of them (ggml/src/ggml-cpu/repack.cpp, ggml_repack_get_optimal_repack_type)
+MICRO_BATCH = 512  # tokens that llama.cpp processes at once
+PROCESS = 60_000_000  # bytes of Python, numpy and llama.cpp's libraries in a process of `llmc bench`
+# Types that llama.cpp repacks (copies in another order) for the CPU. The mapped file stays in memory too. REPACKED: on x86
+# and on ARM. REPACKED_SOMEWHERE: on at least one of them (ggml/src/ggml-cpu/repack.cpp, ggml_repack_get_optimal_repack_type).
 REPACKED = {"Q4_0", "Q4_K", "IQ4_NL"}
 REPACKED_SOMEWHERE = {*REPACKED, "Q2_K", "Q5_K", "Q6_K", "Q8_0"}
-NO_ATTENTION = "of attention only the cache's bytes are counted: a long context is slower"
-OTHER = ""  # the rate of a type that has none of its own
+NO_ATTENTION = "for attention only the bytes of the KV cache are counted: a long context is slower"
+OTHER = ""  # key of the rate for all types without a rate of their own
 
 
 @dataclass(frozen=True)
 class Model:
-    """What an artifact's speed depends on.
+    """The properties of an artifact that decide its speed.
 
-    token_bytes: by stored type, of the weights that a decoded token reads   prefill_weights: that a prompt token meets
-    decoder_bytes: of these weights   cache: of the KV cache, Artifact.kv_shape; None where the file does not tell
+    token_bytes: bytes by stored type of the weights that a decoded token reads. prefill_weights: number of weights that a
+    prompt token uses (attention and MLP). decoder_bytes: bytes of these weights. cache: shape of the KV cache
+    (Artifact.kv_shape), None if the file lacks it.
     """
 
     name: str
@@ -70,11 +71,11 @@ class Model:
     decoder_bytes: int = 0
 
     def kv_bytes(self, tokens: int, type: str = "f16") -> int:
-        """K and V of all layers with `tokens` tokens in the cache."""
+        """Bytes of K and V of all layers with `tokens` tokens in the cache."""
         return kv.bytes_at(self.cache, tokens, type) if self.cache else 0
 
     def spans(self, n: int) -> list[tuple[int, int]]:
-        """[(layers, tokens that they look back on)] where n came before: all of them, and of sliding layers the window."""
+        """Return [(number of layers, tokens in their KV cache)] after n tokens: full layers, then sliding-window layers."""
         if self.cache is None:
             return []
         sliding = self.cache["sliding_layers"]
@@ -82,20 +83,22 @@ class Model:
 
     @property
     def query_width(self) -> float:
-        """Dimensions of a layer's query heads together."""
+        """Number of dimensions of all query heads of a layer."""
         return self.heads * float(self.cache["head_dim"]) if self.cache else 0.0
 
 
 @dataclass(frozen=True)
 class Attention:
-    """Seconds for each layer and dimension of its query heads together.  decode: [(tokens in the cache, of a decoded token)],
-    by depth.  prefill: of a pair of tokens."""
+    """Compute time of attention, in seconds per layer and query dimension (see Model.query_width).
+
+    decode: [(tokens in the cache, seconds per decoded token)], sorted by depth. prefill: seconds per pair of tokens.
+    """
 
     decode: list[tuple[int, Interval]]
     prefill: Interval
 
     def at(self, depth: int, i: int) -> float:
-        """A decoded token's, with the i-th figure of the intervals: straight lines between what was measured, and on."""
+        """Seconds per decoded token at `depth`, by linear interpolation and extrapolation. i: 0 low, 1 middle, 2 high."""
         points = [(0, 0.0), *((n, t[i]) for n, t in self.decode)]
         after = next((k for k, (n, _) in enumerate(points) if n >= depth and k), len(points) - 1)
         (n0, t0), (n1, t1) = points[after - 1], points[after]
@@ -104,10 +107,11 @@ class Attention:
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device does. read: bytes of weights a second, by type (OTHER: the rest).  flops: likewise; empty: unknown.
+    """The speed of a device. ram: bytes. read: bytes of weights per second, by type (OTHER: all other types).
 
-    layer_seconds: what a layer costs a decoded token beyond its bytes.  attention: what it costs to compute, by how many
-    query heads share a key head; empty where that is not known.  basis: where the figures come from.
+    flops: floating point operations per second, by type; empty: unknown. layer_seconds: overhead of a layer per decoded
+    token, beyond its bytes. attention: compute time by the number of query heads per key head; empty: unknown. basis:
+    source of the rates.
     """
 
     target: str
@@ -119,7 +123,7 @@ class Rates:
     attention: dict[int, Attention] = field(default_factory=dict)
 
     def attention_of(self, model: Model) -> Attention | None:
-        """That of the nearest number of query heads to a key head."""
+        """The entry of `attention` with the nearest number of query heads per key head; None if unknown."""
         if not self.attention or model.cache is None:
             return None
         shared = model.heads / model.cache["kv_heads"]
@@ -127,7 +131,7 @@ class Rates:
 
 
 def estimate(model: Model, rates: Rates, depth: int = 0, prompt: int = 512, context: int | None = None) -> Estimate:
-    """Decoding after `depth` tokens, prefill of `prompt` tokens, memory at `context` (default: the longer of both)."""
+    """Estimate decoding after `depth` tokens, prefill of `prompt` tokens and memory at `context` (default: the longer)."""
     context = context or max(depth, prompt)
     held = memory(model, context)
     speed = bounds(*(_decode(model, rates, depth, i) for i in range(3)))
@@ -139,7 +143,7 @@ def estimate(model: Model, rates: Rates, depth: int = 0, prompt: int = 512, cont
 
 
 def _decode(model: Model, rates: Rates, depth: int, i: int) -> float:
-    """Tokens/s with the i-th figure of every interval (costs in the opposite order)."""
+    """Tokens/s from the i-th value of every rate (0 low, 1 middle, 2 high) and the opposite value of every cost."""
     weights = sum(n / rates.read.get(kind, rates.read[OTHER])[i] for kind, n in model.token_bytes.items())
     attention = model.kv_bytes(depth) / rates.read[OTHER][i]
     if computed := rates.attention_of(model):
@@ -149,19 +153,21 @@ def _decode(model: Model, rates: Rates, depth: int, i: int) -> float:
 
 
 def _prefill(model: Model, rates: Rates, n: int, i: int) -> float:
-    """Tokens/s. The flop rate of a file of several types is that of its types, weighted by the bytes they have."""
+    """Tokens/s, with i as in `_decode`. With several types, the time of an operation is their mean, weighted by bytes."""
     total = sum(model.token_bytes.values())
     per_flop = sum(b / total / rates.flops.get(kind, rates.flops[OTHER])[i] for kind, b in model.token_bytes.items())
     seen = sum(layers * span for layers, span in model.spans(n)) * model.query_width
     computed = rates.attention_of(model)
-    per_pair = computed.prefill[2 - i] if computed else 4.0 * per_flop  # two products; each token sees half of the others
+    # two products of 2 flops each for a pair of tokens; on average a token attends to half of the tokens
+    per_pair = computed.prefill[2 - i] if computed else 4.0 * per_flop
     return n / (2.0 * n * model.prefill_weights * per_flop + n * seen / 2 * per_pair)
 
 
 def memory(model: Model, context: int) -> Interval:
     """Bytes that llama.cpp holds: the file, the KV cache, the logits of a micro-batch (its largest buffer), the process.
 
-    Low: nothing is repacked, as on a GPU, and no Python runs it. High: all is that llama.cpp repacks on any CPU.
+    Low: no weights are repacked (as on a GPU) and there is no Python process. High: all types are repacked that llama.cpp
+    repacks on some CPU.
     """
     least = float(model.file_bytes + model.kv_bytes(context) + 4 * min(MICRO_BATCH, context) * model.vocabulary)
     some, more = (sum(n for kind, n in model.token_bytes.items() if kind in kinds)
@@ -177,7 +183,7 @@ def bounds(low: float, mid: float, high: float) -> Bounds:
 
 
 def rates_of_profile(profile: Profile, target: str | None = None) -> Rates:
-    """The rates that the published points of a device achieved, or those of the device it is like."""
+    """The rates that the published points of a device achieved. Without points: the scaled rates of the device in `like`."""
     from llmc.runtimes.targets.profile import read_profile
 
     source, scale, below, above = profile, 1.0, BELOW, ABOVE
@@ -192,17 +198,17 @@ def rates_of_profile(profile: Profile, target: str | None = None) -> Rates:
     whose = "" if source is profile else f" of {source.name}"
     points = f"{len(source.measured)} published measurements{whose}"
     share = median(r for _, r in source.achieved()) / source.bandwidth.value
-    unknown = "" if flops else "; no prefill is published"
+    unknown = "" if flops else "; no prefill speed is published"
     basis = (f"profile {profile.id} ({profile.name}): {points}; they read {share:.0%} of "
              f"{source.bandwidth.value / 1e9:.1f} GB/s{unknown}; {NO_ATTENTION}")
     return Rates(target or profile.id, basis, int(profile.ram.value), read, flops, (0.7 * cost, cost, 1.3 * cost))
 
 
 def left_out(profile: Profile) -> list[LeftOut]:
-    """Every published decoding estimated from the other points alone.
+    """Estimate every published decode speed from the other points of the profile (leave-one-out).
 
-    A profile with a single point has nothing to say. The layers' own cost stays as it is, though for some devices a small
-    model's point was what told it.
+    A profile with a single point gives an empty list. `layer_seconds` is not changed, although for some devices it comes from
+    the point of a small model.
     """
     out: list[LeftOut] = []
     for m, _ in profile.achieved():
@@ -218,7 +224,7 @@ def left_out(profile: Profile) -> list[LeftOut]:
 
 
 def _by_type(points: list[tuple[str, float]], below: float, above: float) -> dict[str, Interval]:
-    """The interval of every type that has points of its own, and of all points together for the rest."""
+    """The interval of every type from its own points; OTHER from all points. below, above: margins (factors)."""
     if not points:
         return {}
     kinds: dict[str, list[float]] = {OTHER: [r for _, r in points]}
@@ -229,7 +235,10 @@ def _by_type(points: list[tuple[str, float]], below: float, above: float) -> dic
 
 def rates_here(types: set[str], threads: int, read_bandwidth: float, target: str = "local-cpu",
                cache: Path | None = None) -> Rates:
-    """This machine's own, measured: llama.cpp's kernels for the types, and how fast memory is read (bytes/s)."""
+    """The rates of this machine, measured with llama.cpp's kernels for `types`. read_bandwidth: of the memory, bytes/s.
+
+    cache: file for the measured rates. Raises UserError if none of the types can be measured.
+    """
     from llmc.machine import memory as memory_of_machine
     from llmc.runtimes.targets.kernels import kernel_rates
 
@@ -237,27 +246,28 @@ def rates_here(types: set[str], threads: int, read_bandwidth: float, target: str
     if not measured["types"]:
         raise UserError("none of the artifact's weight types can be measured here", "estimates are for .gguf files")
 
-    def roomy(values: list[float], cap: float | None = None) -> Interval:
+    def with_margin(values: list[float], cap: float | None = None) -> Interval:
         low, mid, high = (min(v, cap) if cap else v for v in values)
         return HERE_BELOW * low, mid, HERE_ABOVE * high
 
-    read = {kind: roomy(m["decode"], read_bandwidth) for kind, m in measured["types"].items()}
-    flops = {kind: roomy(m["prefill"]) for kind, m in measured["types"].items()}
+    read = {kind: with_margin(m["decode"], read_bandwidth) for kind, m in measured["types"].items()}
+    flops = {kind: with_margin(m["prefill"]) for kind, m in measured["types"].items()}
     lows, mids, highs = zip(*flops.values(), strict=True)
     flops[OTHER] = (min(lows), median(mids), max(highs))
     read[OTHER] = (HERE_BELOW * read_bandwidth, read_bandwidth, HERE_ABOVE * read_bandwidth)
     low, mid, high = measured["layer_seconds"]
     basis = (f"measured here: llama.cpp {measured['version']}'s kernels for {', '.join(sorted(measured['types']))} and "
              f"attention with {threads} threads, memory read at {read_bandwidth / 1e9:.1f} GB/s")
-    attention = {int(n): Attention([(depth, roomy(t)) for depth, t in a["decode"]], roomy(a["prefill"]))
+    attention = {int(n): Attention([(depth, with_margin(t)) for depth, t in a["decode"]], with_margin(a["prefill"]))
                  for n, a in measured["attention"].items()}
     return Rates(target, basis, memory_of_machine(), read, flops, (HERE_BELOW * low, mid, HERE_ABOVE * high), attention)
 
 
 def rates_of_facts(target: str, facts: Facts) -> Rates:
-    """Of a device that was probed and has no profile: what it reads from memory, and its f32 matmul rate.
+    """The rates of a probed device without a profile, from its memory bandwidth and its float32 matmul rate.
 
-    Kernels that unpack weights keep below the first and, with integer dot products, often above the second.
+    Kernels that unpack weights read more slowly than the bandwidth. With integer dot products they often compute faster than
+    the float32 rate.
     """
     read, flops = float(facts["read_bandwidth"]), facts.get("matmul_flops")
     return Rates(target, f"probed {facts.get('probed', 'there')}: reads {read / 1e9:.1f} GB/s; kernels were not measured; "
@@ -270,23 +280,23 @@ def rates_of_facts(target: str, facts: Facts) -> Rates:
 
 
 def is_exported(path: Path) -> bool:
-    """Whether a path holds an artifact that can be estimated: a .gguf file or an ONNX folder."""
+    """Whether a path is an artifact that can be estimated: a .gguf file or an ONNX folder."""
     kind = format_of(path)
     return path.exists() and kind is not None and kind.exported
 
 
 def model_of(artifact: Path) -> Model:
-    """The model of a .gguf file or an ONNX folder, from headers alone."""
+    """The model of a .gguf file or an ONNX folder, read from headers only. Raises UserError for a checkpoint folder."""
     opened = artifact_at(artifact)
     if not opened.exported:
-        raise UserError(f"{artifact} is no file that ships: a folder of weights is unpacked by torch when it is run",
+        raise UserError(f"{artifact} is a checkpoint folder, not an exported file: torch unpacks its weights when it runs",
                         "export it first, and estimate the .gguf file or the ONNX folder")
     weight, found = opened.weigh(), opened.tensors()
     read: dict[str, int] = {}
     for t in found:
         if weight["tied"] or t.kind != "embedding":
             read[t.type] = read.get(t.type, 0) + t.nbytes
-    met = [t for t in found if t.kind in ("attention", "mlp")]
+    decoder = [t for t in found if t.kind in ("attention", "mlp")]
     return Model(name=artifact.name, file_bytes=weight["file_bytes"], token_bytes=read, **opened.shape(),
-                 prefill_weights=sum(t.parameters for t in met), cache=opened.kv_shape(),
-                 decoder_bytes=sum(t.nbytes for t in met))
+                 prefill_weights=sum(t.parameters for t in decoder), cache=opened.kv_shape(),
+                 decoder_bytes=sum(t.nbytes for t in decoder))

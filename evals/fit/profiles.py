@@ -1,4 +1,4 @@
-"""`llmc fit --profiles`: every device profile, with where its figures come from."""
+"""`llmc fit --profiles`: every device profile, with the sources of its values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llmc.runtimes.targets.profile import FIGURES, profile_ids, read_profile
 
 
 def profiles_json() -> dict[str, Any]:
-    """{id: the profile as it is written, and the rates that follow}."""
+    """Return {id: the profile, and the rates computed from it}. Rates are [low, mid, high], in bytes/s and flop/s."""
     out = {}
     for id in profile_ids():
         profile = read_profile(id)
@@ -20,7 +20,7 @@ def profiles_json() -> dict[str, Any]:
 
 
 def profile_lines() -> str:
-    """The same for a terminal."""
+    """The profiles as text for a terminal."""
     lines = []
     for id in profile_ids():
         p = read_profile(id)

@@ -1,7 +1,7 @@
-"""`llmc fit`: which candidates keep the limits on which devices, by measurement where there is one, else by estimate.
+"""`llmc fit`: find the candidates that meet the limits on each device, by measurement if there is one, else by estimate.
 
-A figure is `measured`, with its spread, or an `estimate`, with its interval. It keeps a limit (`yes`), breaks it (`no`), or
-its interval holds the limit (`maybe`); what nobody measured and nothing estimates is `unknown`.
+A value is `measured`, with the interval of its repetitions, or an `estimate`, with its interval. It meets a limit (`yes`),
+misses it (`no`), or the limit lies inside its interval (`maybe`). Without a measurement and an estimate it is `unknown`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from llmc.evals.shared_options import parse_bytes, parse_number
 if TYPE_CHECKING:
     from llmc.runtimes.targets.target import Target
 
-ORDER: tuple[Answer, ...] = ("no", "unknown", "maybe", "yes")  # the worst of a candidate's answers is its own
+ORDER: tuple[Answer, ...] = ("no", "unknown", "maybe", "yes")  # from worst to best; a candidate gets its worst answer
 TWO_SIGMA = 2.0
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure with its interval. source: 'measured' or 'estimate'; note: what a reader must know of it."""
+    """A value with its interval. source: 'measured' or 'estimate'. note: how it was measured, and UNSTABLE if it is."""
 
     interval: Interval
     source: str
@@ -38,7 +38,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Candidate:
-    """model: None where only a report without the artifact's file is there."""
+    """An artifact to check. model: None if there is only a report and not the artifact's file."""
 
     name: str
     report: Report | None
@@ -46,7 +46,7 @@ class Candidate:
 
 
 def fit(config: FitConfig) -> Fit:
-    """Every candidate on every target."""
+    """Check every candidate on every target. Raises UserError for bad limits, unknown targets and unreadable files."""
     limits = limits_of(config)
     candidates = [candidate(item) for item in config.items]
     targets: list[FitTarget] = []
@@ -54,15 +54,15 @@ def fit(config: FitConfig) -> Fit:
         rates = LazyRates(partial(rates_for, name, candidates, config.targets))
         judged = [judge(c, name, rates, limits, config) for c in candidates]
         fits = any(c["fits"] == "yes" for c in judged)
-        told = [] if fits else advice(candidates, judged, name, rates, limits, config)
+        suggestions = [] if fits else advice(candidates, judged, name, rates, limits, config)
         basis = rates.known.basis if rates.known else None
-        targets.append({"target": name, "basis": basis, "candidates": judged, "fits": fits, "advice": told})
+        targets.append({"target": name, "basis": basis, "candidates": judged, "fits": fits, "advice": suggestions})
     return {"context": config.context, "prompt": config.prompt, "limits": {k: v[0] for k, v in limits.items()},
             "targets": targets, "fits": all(t["fits"] for t in targets)}
 
 
 class LazyRates:
-    """Rates that are looked up (or measured, for half a minute) when the first figure needs them; `known` until then None."""
+    """Rates that are read, or measured for half a minute, when they are first needed. Until then `known` is None."""
 
     def __init__(self, make: Callable[[], Rates]) -> None:
         self.make = make
@@ -77,7 +77,7 @@ class LazyRates:
 
 
 def limits_of(config: FitConfig) -> Limits:
-    """The limits that were asked for."""
+    """The limits that the options set. Raises UserError for a size or a share that cannot be parsed."""
     share = parse_number("--min-top1", config.min_top1, "%", "--min-top1 80%") if config.min_top1 else None
     limits: dict[Name, tuple[float | None, bool]] = {
         "decode": (config.min_decode, False), "first_token": (config.max_first_token, True), "kld": (config.max_kld, True),
@@ -85,24 +85,24 @@ def limits_of(config: FitConfig) -> Limits:
         "ram": (parse_bytes("--max-ram", config.max_ram) if config.max_ram else None, True),
         "size": (parse_bytes("--max-size", config.max_size) if config.max_size else None, True),
     }
-    return {k: (v, most) for k, (v, most) in limits.items() if v is not None}
+    return {k: (v, upper) for k, (v, upper) in limits.items() if v is not None}
 
 
 def answer(figure: Figure | None, limit: float, most: bool) -> Answer:
-    """An unstable measurement proves nothing."""
+    """Whether the value meets the limit. most: the limit is an upper one. An unstable measurement gives `maybe`."""
     if figure is None:
         return "unknown"
     low, _, high = figure.interval
     best, worst = (low, high) if most else (high, low)
-    keeps: Callable[[float], bool] = (lambda v: v <= limit) if most else (lambda v: v >= limit)
+    meets: Callable[[float], bool] = (lambda v: v <= limit) if most else (lambda v: v >= limit)
     if "UNSTABLE" in figure.note:
         return "maybe"
-    return "yes" if keeps(worst) else "maybe" if keeps(best) else "no"
+    return "yes" if meets(worst) else "maybe" if meets(best) else "no"
 
 
 def judge(c: Candidate, target: str, rates: LazyRates, limits: Limits, config: FitConfig,
           estimates: bool = True) -> Judged:
-    """One candidate on one target: every figure that has a limit, and with `estimates` decode and ram always."""
+    """Check one candidate on one target: every metric with a limit. With `estimates`, decode and ram are always included."""
     figures: dict[Name, JudgedFigure] = {}
     always: tuple[Name, ...] = ("decode", "ram") if estimates else ()
     for name in dict.fromkeys([*limits, *always]):
@@ -122,7 +122,7 @@ def judge(c: Candidate, target: str, rates: LazyRates, limits: Limits, config: F
 # --------------------------------------------------------------------------------------------------------------- figures
 
 
-def _spread(s: Spread, section: Speed, note: str) -> Figure:
+def _measured(s: Spread, section: Speed, note: str) -> Figure:
     values = sorted(s["values"])
     doubt = "; UNSTABLE" if section["unstable"] else ""
     low, high = (values[len(values) // 4], values[-1 - len(values) // 4])
@@ -138,31 +138,32 @@ def _estimated(c: Candidate, rates: LazyRates | None, config: FitConfig,
 
 
 def _decode(c: Candidate, target: str, rates: LazyRates | None, config: FitConfig) -> Figure | None:
-    """Measured at the greatest depth that does not pass the context."""
+    """Decode speed in tokens/s, measured at the largest depth that is not more than the context; else an estimate."""
     if (s := speed_on(c.report, target)) is None:
         return _estimated(c, rates, config, "decode")
     curve = s["decode_curve"]
     point = max((p for p in curve if p["depth"] <= config.context), key=lambda p: int(p["depth"]), default=curve[0])
-    return _spread(point["decode"], s, f"at depth {point['depth']}")
+    return _measured(point["decode"], s, f"at depth {point['depth']}")
 
 
 def _first_token(c: Candidate, target: str, rates: LazyRates | None, config: FitConfig) -> Figure | None:
-    """Measured with the prompt that was asked for; another length is no measurement of this one."""
+    """Seconds to the first token, measured with a prompt of exactly `config.prompt` tokens; else an estimate."""
     s = speed_on(c.report, target)
     if s is not None:
         for point in s["prefill_curve"]:
             if point["tokens"] == config.prompt:
-                return _spread(point["first_token"], s, f"{config.prompt} tokens")
+                return _measured(point["first_token"], s, f"{config.prompt} tokens")
     return _estimated(c, rates, config, "first_token")
 
 
 def _ram(c: Candidate, target: str, rates: LazyRates | None, config: FitConfig) -> Figure | None:
-    """The peak of the bench, and what its KV cache lacked to the context; else file, cache and buffers."""
+    """Bytes of memory: the peak of the bench, plus the rest of the KV cache up to the context; else an estimate."""
     s = speed_on(c.report, target)
     if s is not None:
         more = c.model.kv_bytes(config.context) - c.model.kv_bytes(tokens_held(s)) if c.model else 0
         value = float(s["peak_rss"] + max(0, more))
-        return Figure((value, value, value), "measured", f"peak, and a KV cache of {config.context}" if more > 0 else "peak")
+        note = f"peak, with a KV cache of {config.context} tokens" if more > 0 else "peak"
+        return Figure((value, value, value), "measured", note)
     if c.model is None or rates is None:
         return None
     return Figure(memory(c.model, config.context), "estimate")
@@ -170,7 +171,7 @@ def _ram(c: Candidate, target: str, rates: LazyRates | None, config: FitConfig) 
 
 def _quality(key: Literal["kld", "top1"], c: Candidate, target: str, rates: LazyRates | None,
              config: FitConfig) -> Figure | None:
-    """The worst text's figure, with twice its standard error."""
+    """The value of the worst text, plus and minus two standard errors."""
     found = [(stat["value"], stat["se"] or 0.0, t["protocol"]["text"])
              for t in texts_of(c.report) if (stat := t[key]) is not None]
     if not found:
@@ -198,7 +199,10 @@ _FIGURES: dict[Name, Callable[[Candidate, str, LazyRates | None, FitConfig], Fig
 
 
 def candidate(item: Path) -> Candidate:
-    """A report (its artifact's file, where it still lies there, tells the shape), or an artifact alone."""
+    """The candidate of a report or of an artifact. The model of a report's artifact is read from its file, if that exists.
+
+    Raises UserError if there is no such file.
+    """
     from llmc.evals.report.store import read_report
 
     if item.suffix == ".json":
@@ -207,12 +211,16 @@ def candidate(item: Path) -> Candidate:
         there = path if path.exists() else item.parent / path.name
         return Candidate(report["artifact"]["name"], report, model_of(there) if is_exported(there) else None)
     if not item.exists():
-        raise UserError(f"there is no {item}", "name .gguf files, ONNX folders or reports")
+        raise UserError(f"there is no {item}", "give .gguf files, ONNX folders or reports")
     return Candidate(item.name, None, model_of(item))
 
 
 def rates_for(name: str, candidates: list[Candidate], file: Path | None) -> Rates:
-    """Of a target: this machine's are measured, another's are its profile's or what was probed; else of a profile's id."""
+    """The rates of a target or of a device profile. name: of a target in `file`, or the id of a profile.
+
+    The rates of this machine are measured. Those of another target come from its profile, or from its probe. Raises UserError
+    if there is neither.
+    """
     from llmc.evals.fit.estimate import rates_here, rates_of_facts, rates_of_profile
     from llmc.runtimes.targets.profile import profile_ids, read_profile
     from llmc.runtimes.targets.target import load_targets
@@ -221,7 +229,7 @@ def rates_for(name: str, candidates: list[Candidate], file: Path | None) -> Rate
     if name not in targets and name in profile_ids():
         return rates_of_profile(read_profile(name))
     if name not in targets:
-        raise UserError(f"{name!r} is no target and no device profile",
+        raise UserError(f"there is no target or device profile {name!r}",
                         f"targets: {', '.join(targets)}; profiles: {', '.join(profile_ids())}")
     target = targets[name]
     if target.address == "local-cpu":
@@ -231,12 +239,12 @@ def rates_for(name: str, candidates: list[Candidate], file: Path | None) -> Rate
         return rates_of_profile(read_profile(target.profile), name)
     if "read_bandwidth" in target.facts:
         return rates_of_facts(name, cast(Facts, target.facts))
-    raise UserError(f"nothing is known of target {name}", f"give it a profile ({', '.join(profile_ids())}), or run "
-                    f"`llmc target probe {name}`")
+    raise UserError(f"target {name} has no profile and was not probed",
+                    f"give it a profile ({', '.join(profile_ids())}), or run `llmc target probe {name}`")
 
 
 def _this_machine(target: Target) -> dict[str, Any]:
-    """threads, read_bandwidth and cache of `rates_here`."""
+    """The arguments threads, read_bandwidth and cache of `rates_here`."""
     from llmc.formats.manifest import NOTES
     from llmc.machine import physical_cores
     from llmc.runtimes.targets.device import connect, probed
@@ -251,12 +259,12 @@ def _this_machine(target: Target) -> dict[str, Any]:
 
 def advice(candidates: list[Candidate], judged: list[Judged], target: str, rates: LazyRates,
            limits: Limits, config: FitConfig) -> list[str]:
-    """What to make where nothing fits, with the numbers: from the smallest candidate whose shape is known."""
+    """Suggest what to build if no candidate fits, computed from the smallest candidate with a file."""
     from llmc.evals.fit.advice import devices, quality, smaller
 
     known = [c.model for c in candidates if c.model]
     if not known:
-        return ["nothing can be computed from reports alone: give the .gguf files beside them"]
+        return ["without a file nothing can be computed: give the .gguf files too, not only reports"]
     model = min(known, key=lambda m: m.file_bytes)
     return [*smaller(model, rates.get(), limits, config.context), *quality(judged, limits),
             *devices(candidates, judged, target, limits, config)]

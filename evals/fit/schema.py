@@ -1,19 +1,19 @@
-"""What estimates and `llmc fit` answer. The result of fit is `Fit` as JSON."""
+"""Types of the results of estimates and of `llmc fit`. `llmc fit --json` prints `Fit`."""
 
 from __future__ import annotations
 
 from typing import Literal, TypedDict
 
 Name = Literal["decode", "first_token", "kld", "top1", "ram", "size"]
-"""A figure that may have a limit, in tokens/s, seconds, nats, share, bytes and bytes."""
+"""A metric that may have a limit. The units are, in this order: tokens/s, s, nats, share, bytes, bytes."""
 Limits = dict[Name, tuple[float, bool]]
-"""The limit of a figure, in its unit, and whether it is the most."""
+"""The limit of each metric, in its unit, and whether it is an upper limit (otherwise it is a lower one)."""
 Answer = Literal["no", "unknown", "maybe", "yes"]
-"""Whether a limit is kept. maybe: it lies in the figure's interval; unknown: neither measured nor estimated."""
+"""Whether a limit is met. maybe: the limit lies inside the metric's interval. unknown: neither measured nor estimated."""
 
 
 class Bounds(TypedDict):
-    """An interval, in the unit of what it is of."""
+    """An interval, in the unit of its metric."""
 
     low: float
     mid: float
@@ -21,50 +21,50 @@ class Bounds(TypedDict):
 
 
 class Estimate(TypedDict):
-    """What an artifact will do on a device."""
+    """Estimated speed and memory of an artifact on a device."""
 
     target: str
     decode: Bounds  # tokens/s after `depth` tokens
     prefill: Bounds | None  # tokens/s of `prompt` tokens; None: no matmul rate is known
-    first_token: Bounds | None  # s for `prompt` tokens; None likewise
-    ram: int  # bytes at `context`
-    memory: Bounds  # its interval
-    fits: bool  # in the device's memory
-    basis: str  # where the rates come from
+    first_token: Bounds | None  # s for `prompt` tokens; None: no matmul rate is known
+    ram: int  # bytes with `context` tokens in the KV cache; the middle of `memory`
+    memory: Bounds  # bytes
+    fits: bool  # `ram` is not more than the device's memory
+    basis: str  # source of the rates
     depth: int  # tokens
     prompt: int  # tokens
     context: int  # tokens
 
 
 class Point(Bounds):
-    """An estimate held against a measurement, both in the unit of `measured`."""
+    """An estimate and a measurement of the same quantity, both in the unit of `measured`."""
 
-    target: str  # or id of a profile
-    point: str  # the artifact, or what was published
-    what: str  # decode at …, prefill of …, peak memory
-    measured: float  # tokens/s; of memory bytes
-    error: float  # of mid, relative to what was measured
-    inside: bool  # of the interval
+    target: str  # name of a target, or id of a profile
+    point: str  # name of the artifact, or model and type of the published measurement
+    what: str  # 'decode at 512', 'prefill of 128', 'peak memory' or 'decode, published'
+    measured: float  # tokens/s; bytes for memory
+    error: float  # mid / measured - 1
+    inside: bool  # `measured` lies inside the interval
 
 
 class LeftOut(TypedDict):
-    """A published decoding estimated from the other points of its profile."""
+    """A published decode speed and its estimate from the other points of its profile."""
 
     point: str  # model and type
     measured: float  # tokens/s
     decode: Bounds  # tokens/s
-    error: float  # of mid, relative to what was measured
-    inside: bool  # of the interval
+    error: float  # mid / measured - 1
+    inside: bool  # `measured` lies inside the interval
 
 
 class JudgedFigure(TypedDict, total=False):
-    """A figure of a candidate: the first five are missing where nothing is known, the last two where it has no limit."""
+    """A metric of a candidate. The first five keys are missing if nothing is known, the last two if there is no limit."""
 
     low: float
     mid: float
     high: float
     source: str  # measured or estimate
-    note: str  # what a reader must know of it
+    note: str  # how it was measured, and UNSTABLE for an unstable measurement
     limit: float
     answer: Answer
 
@@ -73,7 +73,7 @@ class Judged(TypedDict):
     """A candidate on one target."""
 
     name: str
-    fits: Answer  # the worst of its answers
+    fits: Answer  # the worst answer of its metrics
     figures: dict[Name, JudgedFigure]
 
 
@@ -81,17 +81,17 @@ class FitTarget(TypedDict):
     """All candidates on one target."""
 
     target: str
-    basis: str | None  # where rates come from; None: none were needed
+    basis: str | None  # source of the rates; None: no rates were needed
     candidates: list[Judged]
-    fits: bool  # a candidate certainly keeps all limits
-    advice: list[str]  # what to make; empty where one fits
+    fits: bool  # a candidate meets all limits with certainty (yes)
+    advice: list[str]  # what to build; empty if a candidate fits
 
 
 class Fit(TypedDict):
-    """The answer of `llmc fit`."""
+    """The result of `llmc fit`."""
 
     context: int  # tokens
     prompt: int  # tokens
     limits: dict[Name, float]
     targets: list[FitTarget]
-    fits: bool  # every target has a candidate
+    fits: bool  # every target has a candidate that fits

@@ -1,4 +1,4 @@
-"""What `llmc fit` says, as tables; estimates are marked with ~ and their interval."""
+"""The result of `llmc fit` as tables. An estimate is marked with ~ and shown with its interval."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _UNITS: dict[Name, tuple[str, Callable[[float], str]]] = {
 
 
 def describe(figure: JudgedFigure, name: Name) -> str:
-    """'41.2', '~38 (33 to 45)' of an estimate, '–' where there is none; a limit's answer after it."""
+    """A metric as text: '41.2' if measured, '~38 (33 to 45)' if estimated, '–' if unknown; then the answer to its limit."""
     show = _UNITS[name][1]
     if "mid" not in figure:
         text = "–"
@@ -29,15 +29,15 @@ def describe(figure: JudgedFigure, name: Name) -> str:
 
 
 def rows(target: FitTarget) -> list[list[str]]:
-    """A row for each candidate of one target of `fit`."""
+    """The table of one target: a heading, then a row for each candidate."""
     names = list(dict.fromkeys(n for c in target["candidates"] for n in c["figures"]))
     head = ["candidate", "fits", *(_UNITS[n][0] for n in names)]
-    told = ([c["name"], MARKS[c["fits"]], *(describe(c["figures"][n], n) for n in names)] for c in target["candidates"])
-    return [head, *told]
+    body = ([c["name"], MARKS[c["fits"]], *(describe(c["figures"][n], n) for n in names)] for c in target["candidates"])
+    return [head, *body]
 
 
 def fit_lines(result: Fit) -> str:
-    """The whole answer for a terminal."""
+    """The result of `llmc fit` as text for a terminal."""
     parts = []
     for t in result["targets"]:
         lines = [f"{t['target']}, {result['context']} tokens of context", table(rows(t))]

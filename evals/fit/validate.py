@@ -1,4 +1,4 @@
-"""Estimates held against what was measured: published points, each foretold by the others, and reports of `llmc bench`."""
+"""Compare estimates with measurements: those of `llmc bench`, and published points, each estimated from the others."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from llmc.evals.report.sections import speed_on, speeds_of
 
 
 def validate(reports: tuple[Path, ...], targets: Path | None = None, profiles: bool = True) -> list[Point]:
-    """Every estimate for which there is a measurement.
+    """Return every estimate for which there is a measurement.
 
-    Of a report, every measured decoding, prefill and peak memory on targets of which rates are known; emulated ones say
-    nothing. With `profiles`, the published points of every shipped profile.
+    From a report: every decode speed, prefill speed and peak memory on each target that is not emulated. With `profiles`: the
+    published points of every profile in llmc.
     """
     from llmc.runtimes.targets.profile import profile_ids, read_profile
 
@@ -42,7 +42,7 @@ def _of_section(c: Candidate, target: str, section: Speed, rates: Rates) -> list
     generate = section["protocol"]["generate"]
     out: list[Point] = []
     for p in section["decode_curve"]:
-        # the depth grows while tokens are decoded: the middle of them stands for all
+        # the depth grows while tokens are decoded, so the estimate is for the middle of them
         e = estimate(c.model, rates, depth=p["depth"] + generate // 2)["decode"]
         out.append(_point(c, target, f"decode at {p['depth']}", p["decode"]["median"], e))
     for f in section["prefill_curve"]:
@@ -59,7 +59,7 @@ def _point(c: Candidate, target: str, what: str, measured: float, e: Bounds) -> 
 
 
 def rows(points: list[Point]) -> list[list[str]]:
-    """The table: what was measured, what is estimated, and how far off."""
+    """A table of points: the measurement, the estimate with its interval, and the error."""
     def show(p: Point, v: float) -> str:
         return size(v) if p["what"] == "peak memory" else f"{v:.4g}"
 

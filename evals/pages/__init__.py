@@ -1,1 +1,1 @@
-"""HTML pages: Python computes numbers and words, jinja2 templates make the markup and escape what is put in."""
+"""HTML pages. Python computes the data. jinja2 templates write the markup and escape all data."""

@@ -1,4 +1,4 @@
-"""Small SVG charts, drawn by hand so that the page needs nothing from anywhere; empty where there is nothing to draw."""
+"""Small SVG charts without external files or libraries. A chart without data is empty."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from llmc.evals.pages.svg import colour, element, text
 
 WIDTH, HEIGHT = 560, 360
 LEFT, RIGHT, TOP, BOTTOM = 64, 20, 18, 52
-LETTER = 6.6  # width of a letter at 12 px, about
+LETTER = 6.6  # approximate width of a letter at 12 px
 
 
 @dataclass(frozen=True)
 class Point:
-    """A mark of a scatter chart. error: half-length of the vertical bar. hollow: drawn as a ring (a second text).
-    doubtful: its x is no figure to rely on; drawn with a broken outline and named UNSTABLE. guess: its x is an estimate,
-    within `span`; drawn with a broken outline and a horizontal bar."""
+    """A point of a scatter chart.
+
+    error: half-length of the vertical error bar. hollow: draw a ring (a second text). doubtful: x is unstable; draw a broken
+    outline and add UNSTABLE to the label. guess: x is an estimate; draw a broken outline and a horizontal bar over `span`.
+    """
 
     x: float
     y: float
@@ -34,8 +36,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Line:
-    """A series over whole numbers. thin: no dots, for many noisy points.  ring: the x of a point that stands out.
-    dashed: no measurement."""
+    """A series. thin: draw no dots, for many noisy points. ring: x of the point that gets a ring. dashed: not measured."""
 
     label: str
     colour: int
@@ -47,7 +48,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Bar:
-    """A stacked horizontal bar: parts in the order of the legend."""
+    """A stacked horizontal bar. parts: lengths, in the order of the legend. note: text after the bar."""
 
     label: str
     parts: Sequence[float]
@@ -65,7 +66,7 @@ def ticks(top: float, about: int = 5) -> list[float]:
 
 
 def number(value: float) -> str:
-    """A tick's label, without noise from binary fractions: 0.3, 150."""
+    """The label of a tick, rounded to six digits: 0.3, 150."""
     return f"{value:.6g}"
 
 
@@ -109,14 +110,14 @@ def _svg(height: int, name: str, content: Iterable[Markup]) -> Markup:
 
 
 def scatter(points: Sequence[Point], x_label: str, y_label: str, front: Sequence[tuple[float, float]] = ()) -> Markup:
-    """Points with error bars, each labelled beside it where there is room. front: the points that a line joins."""
+    """A scatter chart with error bars and labels. front: points (x, y) that a line connects."""
     if not points:
         return Markup("")
     axes = _Axes(max(p.span[1] if p.span else p.x for p in points) * 1.02, max(p.y + (p.error or 0) for p in points) or 1,
                  x_label, y_label)
     if len(front) > 1:
         axes.out.append(element("path", class_="front", d=axes.path(front)))
-    # boxes (left, top, right, bottom) that a label must not touch: the marks, then the labels already set
+    # boxes (left, top, right, bottom) that a label must not touch: the marks and the labels already placed
     taken = [(axes.x(p.x) - 9, axes.y(p.y) - 9, axes.x(p.x) + 9, axes.y(p.y) + 9) for p in points]
     taken += [(axes.x(p.span[0]), axes.y(p.y) - 2, axes.x(p.span[1]), axes.y(p.y) + 2) for p in points if p.span]
     for p in points:
@@ -129,7 +130,7 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str, front: Sequence
 
 
 def _mark(axes: _Axes, p: Point) -> Iterable[Markup]:
-    """A point's bars and its circle."""
+    """The bars and the circle of a point."""
     x, y, paint = axes.x(p.x), axes.y(p.y), colour(p.colour)
     if p.error:
         low, high = axes.y(max(0.0, p.y - p.error)), axes.y(p.y + p.error)
@@ -147,7 +148,7 @@ def _shorten(label: str, most: int) -> str:
 
 
 def _label(x: float, y: float, label: str, taken: list[tuple[float, float, float, float]]) -> Markup:
-    """Set `label` at the first of some places around (x, y) that is inside the frame and free, else above the mark."""
+    """Place `label` near (x, y): at the first place that is free and inside the frame, else above the mark."""
     width = LETTER * len(label)
     places = [(x + 13, y + 4, "start"), (x - 13 - width, y + 4, "end"), (x - width / 2, y - 14, "middle"),
               (x - width / 2, y + 22, "middle"), (x + 9, y - 13, "start"), (x - 9 - width, y - 13, "end"),
@@ -167,7 +168,7 @@ def _label(x: float, y: float, label: str, taken: list[tuple[float, float, float
 
 
 def lines(series: Sequence[Line], x_label: str, y_label: str) -> Markup:
-    """Lines with a dot at every point, if they are not thin; the page's legend names them."""
+    """A line chart. Lines that are not thin have a dot at every point. The legend is part of the page."""
     every = [p for s in series for p in s.points]
     if not every:
         return Markup("")
@@ -186,7 +187,7 @@ def lines(series: Sequence[Line], x_label: str, y_label: str) -> Markup:
 
 
 def bars(rows: Sequence[Bar], kinds: Sequence[str], x_label: str) -> Markup:
-    """Stacked horizontal bars, one above the other, each with its name over it and its note behind it."""
+    """Stacked horizontal bars. Each has its label above it and its note after it. kinds: names of the parts."""
     if not rows:
         return Markup("")
     left, bar = 8, 22

@@ -1,4 +1,4 @@
-"""The page of `llmc compare`: pictures, tables, protocol and provenance."""
+"""The page of `llmc compare`: charts, tables, protocols and origin of the artifacts."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Facts = Iterable[tuple[str, Any]]
 
 
 def write_page(comparison: Comparison, path: Path) -> None:
-    """Write the page of a result of `compare`."""
+    """Write the HTML page of a comparison to `path`."""
     with staged_file(path) as tmp:
         tmp.write_text(page(comparison), encoding="utf-8")
 
 
 def page(comparison: Comparison) -> str:
-    """The whole HTML of a result of `compare`."""
+    """The HTML page of a comparison."""
     artifacts = comparison["artifacts"]
     names = [a["name"] for a in artifacts]
     return render(
@@ -41,7 +41,7 @@ def page(comparison: Comparison) -> str:
 
 
 def _card(artifact: Compared, index: int) -> dict[str, Any]:
-    """What the card of one artifact says: the figures that decide."""
+    """The card of one artifact with its main results."""
     report, changes = artifact["report"], artifact["differences"]
     weight = report["artifact"]["size"]
     ratio = f" ({changes['size_ratio']:.0%})" if changes else ""
@@ -65,7 +65,7 @@ def _card(artifact: Compared, index: int) -> dict[str, Any]:
 
 
 def _trainings(artifacts: list[Compared]) -> Iterable[Figure]:
-    """A picture for each kind of training that there was."""
+    """A chart for each kind of training that an artifact has."""
     for kind in training.TRAININGS:
         curves = [(i, a["name"], _curve(a["report"], kind)) for i, a in enumerate(artifacts)]
         if trained := [c for c in curves if c[2]]:
@@ -73,13 +73,13 @@ def _trainings(artifacts: list[Compared]) -> Iterable[Figure]:
 
 
 def _curve(report: Report, kind: str) -> dict[str, Any]:
-    """The last pass of that name with a curve; empty where there was none."""
+    """The last pass with the name `kind` and a curve; empty if there is none."""
     found: list[dict[str, Any]] = [p for p in report["artifact"]["passes"] if p.get("name") == kind and p.get("curve")]
     return found[-1] if found else {}
 
 
 def _protocols(artifacts: list[Compared]) -> Iterable[tuple[str, Facts]]:
-    """How it was measured: equal for all (compare has made sure), so shown once."""
+    """The protocols. Each is shown once, because compare checks that they are equal for all artifacts."""
     for text in texts_of(next((a["report"] for a in artifacts if quality_of(a["report"])), None)):
         yield f"Protocol: {text['protocol']['text']}", text["protocol"].items()
     seen = {name: t for a in reversed(artifacts) for name, t in tasks_of(a["report"]).items()}
@@ -93,7 +93,7 @@ def _protocols(artifacts: list[Compared]) -> Iterable[tuple[str, Facts]]:
 
 
 def _provenance(report: Report) -> Facts:
-    """Where one artifact comes from and what ran it."""
+    """The origin of one artifact, and the runtimes that ran it."""
     a = report["artifact"]
     facts: list[tuple[str, Any]] = [("path", a["path"]), ("sha256", a["sha256"]), ("kind", a["kind"])]
     facts += [(f"source: {k}", v) for k, v in (a.get("source") or {}).items()]

@@ -1,4 +1,4 @@
-"""A picture of a page with its heading and legend."""
+"""A figure of a page: a chart with title, caption and legend."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Key = tuple[str, str, str]
 
 
 class Figure(NamedTuple):
-    """svg: a chart; empty where nothing was measured. how: the command that fills an empty one."""
+    """svg: the chart; empty if nothing was measured. how: the command that measures the data of an empty chart."""
 
     title: str
     caption: str
@@ -22,10 +22,10 @@ class Figure(NamedTuple):
 
 
 def dots(names: Iterable[tuple[int, str]]) -> list[Key]:
-    """The legend of marks and lines: each name by the number of its colour."""
+    """The legend of marks and lines. names: (number of the colour, name)."""
     return [("dot", colour(i), name) for i, name in names]
 
 
 def boxes(names: Iterable[str]) -> list[Key]:
-    """The legend of the parts of bars."""
+    """The legend of the parts of stacked bars."""
     return [("box", f"var(--k{i})", name) for i, name in enumerate(names)]

@@ -1,4 +1,4 @@
-"""The matrix of artifacts and targets as pictures: of each device a Pareto front, latency and memory."""
+"""The matrix of artifacts and targets as figures. Each device has three: the Pareto front, latency and memory."""
 
 from __future__ import annotations
 
@@ -12,29 +12,31 @@ from llmc.evals.compare.schema import Cell
 from llmc.evals.pages import charts
 from llmc.evals.pages.figure import Figure, boxes, dots
 
-KINDS = ("weights", "KV cache", "the rest")
+KINDS = ("weights", "KV cache", "rest")
 KLD = "KL divergence to the base, nats"
 
 
 def figures(cells: list[Cell], names: list[str]) -> Iterable[Figure]:
-    """For every device its front, its latency and its memory. names: the page's artifacts, in the order of their colours."""
+    """The figures of every device. names: artifacts of the page, in the order of their colours."""
     for target in dict.fromkeys(c["target"] for c in cells):
-        mine = [c for c in cells if c["target"] == target]
-        how = " ".join(dict.fromkeys(_said(c) for c in mine))
-        rings = " Rings: further texts." if any(len(c["texts"]) > 1 for c in mine) else ""
-        rings += " Broken outline: the repetitions of its bench disagree." if any(c["unstable"] for c in mine) else ""
-        if any(c["source"] != "emulated" for c in mine):
-            key = dots((names.index(c["artifact"]), c["artifact"]) for c in mine)
+        shown = [c for c in cells if c["target"] == target]
+        sources = " ".join(dict.fromkeys(_source(c) for c in shown))
+        rings = " Rings: further texts." if any(len(c["texts"]) > 1 for c in shown) else ""
+        rings += " Broken outline: the speed is unstable." if any(c["unstable"] for c in shown) else ""
+        if any(c["source"] != "emulated" for c in shown):
+            key = dots((names.index(c["artifact"]), c["artifact"]) for c in shown)
             yield Figure(f"Speed on {target} against divergence",
-                         f"Down and right is better; the line is the front.{rings} {how}", key, _front(mine, names),
-                         "llmc eval ARTIFACT --base BASE and llmc bench ARTIFACT --target T, into one report")
-            yield Figure(f"Time to the first token on {target}", f"By the prompt's length. {how}", key, _latency(mine, names),
+                         f"Down and right is better. The line is the Pareto front.{rings} {sources}", key,
+                         _front(shown, names),
+                         "llmc eval ARTIFACT --base BASE and llmc bench ARTIFACT --target T, with the same -o REPORT")
+            yield Figure(f"Time to the first token on {target}", f"By the length of the prompt. {sources}", key,
+                         _latency(shown, names),
                          f"llmc bench ARTIFACT --target {target} --prompt 128,512,2048")
-        yield Figure(f"Memory on {target}", f"At its peak where it was measured. {how}", boxes(KINDS), _memory(mine))
+        yield Figure(f"Memory on {target}", f"Measured memory is the peak. {sources}", boxes(KINDS), _memory(shown))
 
 
 def _front(cells: list[Cell], names: list[str]) -> Markup:
-    """A line joins what is best, of measured figures where there are some."""
+    """The scatter chart with the Pareto front of measured values, or of estimates if nothing was measured."""
     shown = [(c, kld) for c in cells if (kld := c["kld"]) and c["source"] != "emulated"]
     source = "measured" if any(c["source"] == "measured" for c, _ in shown) else "estimate"
     front = sorted((c["decode"]["mid"], kld["value"]) for c, kld in shown if c["front"] and c["source"] == source)
@@ -57,14 +59,15 @@ def _memory(cells: list[Cell]) -> Markup:
     return charts.bars(rows, KINDS, "MB")
 
 
-def _said(c: Cell) -> str:
+def _source(c: Cell) -> str:
+    """A sentence about the source of a cell's values."""
     if c["source"] == "emulated":
         return "Emulated: its speed says nothing of the device."
     return f"Broken lines: estimate, {c['basis']}." if c["source"] == "estimate" else f"Measured ({c['basis']})."
 
 
 def _points(c: Cell, names: list[str]) -> Iterable[charts.Point]:
-    """One for each text, the second and further ones as rings."""
+    """A point for each text. All texts except the first are rings."""
     d = c["decode"]
     guess = c["source"] == "estimate"
     for n, kld in enumerate(c["texts"]):

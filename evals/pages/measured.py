@@ -1,4 +1,4 @@
-"""The pictures of what eval and bench measured; one that has nothing to show says which command fills it."""
+"""The figures of the results of eval and bench. An empty figure shows the command that measures its data."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from llmc.families.names import CLASSES
 
 
 def figures(artifacts: list[Compared], cells: list[Cell]) -> Iterable[Figure]:
-    """All of them. artifacts: in the order of their colours."""
+    """All figures. artifacts: in the order of their colours."""
     yield _divergence(artifacts)
     if not cells:
         yield Figure("Speed against divergence", "Down and right is better.",
-                     how="llmc bench ARTIFACT -o REPORT (into the report of llmc eval)")
+                     how="llmc bench ARTIFACT -o REPORT (the report of llmc eval)")
     yield from matrix.figures(cells, [a["name"] for a in artifacts])
     yield _layers(artifacts)
     rows = []
@@ -25,11 +25,12 @@ def figures(artifacts: list[Compared], cells: list[Cell]) -> Iterable[Figure]:
         weight = a["report"]["artifact"]["size"]
         rows.append(charts.Bar(a["name"], [weight["classes"][k]["bytes"] / 1e6 for k in CLASSES],
                                size(weight["tensor_bytes"])))
-    yield Figure("Bytes by class", "Where the file's bytes are.", boxes(CLASSES), charts.bars(rows, CLASSES, "MB of tensors"))
+    yield Figure("Bytes by class", "Size of the tensors by class.", boxes(CLASSES),
+                 charts.bars(rows, CLASSES, "MB of tensors"))
 
 
 def _divergence(artifacts: list[Compared]) -> Figure:
-    """Size against divergence: a point for each artifact and text, the second and further texts as rings."""
+    """Size against KL divergence. It has a point for each artifact and text. All texts except the first are rings."""
     points, texts = [], []
     for i, a in enumerate(artifacts):
         megabytes = a["report"]["artifact"]["size"]["file_bytes"] / 1e6
@@ -51,6 +52,6 @@ def _layers(artifacts: list[Compared]) -> Figure:
         names += [(i, a["name"])] if layers else []
         if errors := [(n, 100 * e) for x in layers if (n := x["layer"]) is not None and (e := x["error"]) is not None]:
             curves.append(charts.Line(a["name"], i, errors))
-    return Figure("Error by layer", "Share of each layer's output energy that was lost, as the pass recorded it.",
+    return Figure("Error by layer", "Lost share of each layer's output energy, as recorded by the last pass.",
                   dots(names), charts.lines(curves, "decoder layer", "output energy lost, %"),
-                  "llmc quantize (the manifest beside the artifact records it)")
+                  "llmc quantize (the artifact's manifest records it)")

@@ -1,4 +1,4 @@
-"""From a template and plain data to the text of a page."""
+"""Make a page from a template and plain data."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ if TYPE_CHECKING:
 
 
 def render(template: str, **data: object) -> str:
-    """The whole HTML. template: a file of templates/. Text is escaped; only markupsafe.Markup is taken as it is."""
+    """The HTML page. template: name of a file in templates/. All text except markupsafe.Markup is escaped."""
     return _environment().get_template(template).render(data)
 
 
 @cache
 def _environment() -> Environment:
-    # imported here: a command that writes no page does not wait for jinja2
+    # imported here so that only commands that write a page load jinja2
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    made = Environment(loader=PackageLoader("llmc.evals.pages"), autoescape=True, undefined=StrictUndefined,
-                       trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    made.filters["plain"] = plain
-    return made
+    environment = Environment(loader=PackageLoader("llmc.evals.pages"), autoescape=True, undefined=StrictUndefined,
+                              trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    environment.filters["plain"] = plain
+    return environment

@@ -1,4 +1,4 @@
-"""SVG elements. Attributes and content are escaped: names in them are other people's."""
+"""SVG elements. Attributes and content are escaped, because names in them come from users."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ COLOURS = 8  # --c0 … --c7 of page.css
 
 
 def element(tag: str, *content: str, **attributes: float | str) -> Markup:
-    """<tag key="value">content</tag>. A float gets one decimal; class_ becomes class and text_anchor text-anchor."""
+    """Return <tag key="value">content</tag>. Floats get one decimal. class_ becomes class, text_anchor text-anchor."""
     given = Markup("").join(
         Markup(' {}="{}"').format(key.rstrip("_").replace("_", "-"), f"{value:.1f}" if isinstance(value, float) else value)
         for key, value in attributes.items())
@@ -22,5 +22,5 @@ def text(x: float, y: float, content: str, style: str, anchor: str = "start") ->
 
 
 def colour(index: int) -> str:
-    """The CSS colour of a page's item: the same ones again after COLOURS items."""
+    """The CSS colour of item `index`. Colours repeat after COLOURS items."""
     return f"var(--c{index % COLOURS})"

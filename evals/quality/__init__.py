@@ -1,1 +1,1 @@
-"""Quality: perplexity, KL divergence and tasks of an artifact in its own runtime."""
+"""Quality of an artifact in its own runtime: perplexity, KL divergence and zero-shot tasks."""

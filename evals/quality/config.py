@@ -13,7 +13,7 @@ from llmc.options import ADVANCED, RUN, Wrong, check, fitting, option
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """The options of `llmc eval`. Defaults are the protocol of `llama-perplexity`, on the first 40 chunks."""
+    """The options of `llmc eval`. The defaults are those of `llama-perplexity`, on the first 40 chunks."""
 
     artifact: str = option(help="A model or ONNX folder, a .gguf file or a hub id.", argument=True, metavar="ARTIFACT")
     _: KW_ONLY
@@ -22,7 +22,7 @@ class EvalConfig:
     text: str = option(
         "python-docs", help="Text to evaluate on: a text file, wikitext (from the hub) or python-docs.", metavar="TEXT")
     second_text: str | None = option(
-        None, help="A second text, unlike the first. A loss on one text alone is a sign of overfitting to the other.",
+        None, help="A second, different text. A loss on only one text is a sign of overfitting to the other.",
         metavar="TEXT")
     context: int = option(512, help="Number of tokens in a chunk. The second half of each chunk is scored.", low=8,
                           group=ADVANCED)

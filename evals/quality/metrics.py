@@ -1,28 +1,28 @@
-"""Perplexity, KL divergence and agreement from logits, and their standard errors. Pure numpy.
+"""Perplexity, KL divergence and top-1 agreement from logits, with standard errors. Pure numpy.
 
-Standard errors are given twice. `se_token` takes the tokens for independent, as llama-perplexity does. Tokens of one
-chunk are not, so `se` is computed from the spread of the chunks' means (clusters of equal size): it is the one to
-trust, and None where there is only one chunk.
+Each mean has two standard errors. `se_token` assumes that tokens are independent, as llama-perplexity does. The tokens of one
+chunk are correlated, so `se` is computed from the means of the chunks (clusters of equal size). Trust `se`. It is None if
+there is only one chunk.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from llmc.evals.report.schema import TextFigures, TokenStat
+from llmc.evals.report.schema import TextMetrics, TokenStat
 
-ROWS = 32  # rows of logits worked on at once: a few tens of MB whatever the vocabulary
+ROWS = 32  # rows of logits processed at once: a few tens of MB for any vocabulary
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """float32 [n, vocab] -> float32 [n, vocab]; the maximum is subtracted first, sums are float64."""
+    """Log-softmax of each row, float32 [n, vocab]. The maximum of the row is subtracted first. Sums are float64."""
     shifted = logits - logits.max(axis=1, keepdims=True)
     total = np.exp(shifted).sum(axis=1, dtype=np.float64, keepdims=True)
     return np.asarray(shifted - np.log(total).astype(np.float32), dtype=np.float32)
 
 
 def nll(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Negative log likelihood of each target, nats: logits [n, vocab], targets int [n] -> float32 [n]."""
+    """Negative log-likelihood of each target in nats: logits [n, vocab], targets int [n] -> float32 [n]."""
     out = np.empty(len(targets), dtype=np.float32)
     for i in range(0, len(targets), ROWS):
         part = log_softmax(logits[i : i + ROWS])
@@ -31,7 +31,10 @@ def nll(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def divergence(base: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """KL(base || other) of each row in nats, float32 [n], and whether both rank the same token first, bool [n]."""
+    """KL(base || other) of each row in nats, float32 [n]; whether both give the same token the highest logit, bool [n].
+
+    base, other: logits [n, vocab].
+    """
     kld = np.empty(len(base), dtype=np.float32)
     for i in range(0, len(base), ROWS):
         p, q = log_softmax(base[i : i + ROWS]), log_softmax(other[i : i + ROWS])
@@ -40,7 +43,7 @@ def divergence(base: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def mean(values: np.ndarray) -> TokenStat:
-    """Mean of [chunks, tokens] and both standard errors."""
+    """Mean of `values` [chunks, tokens] and both standard errors."""
     v = values.astype(np.float64)
     chunks, n = len(v), v.size
     return {
@@ -51,31 +54,35 @@ def mean(values: np.ndarray) -> TokenStat:
 
 
 def scaled(stat: TokenStat, value: float, slope: float) -> TokenStat:
-    """A statistic after a smooth function: its `value` there, errors times the function's `slope` (delta method)."""
+    """`stat` after a smooth function, by the delta method. value: the function's value. slope: its derivative, which scales
+    the standard errors."""
     se, se_token = (None if e is None else e * abs(slope) for e in (stat["se"], stat["se_token"]))
     return {"value": value, "se": se, "se_token": se_token}
 
 
 def perplexity(token_nll: np.ndarray) -> TokenStat:
-    """exp(mean NLL) of [chunks, tokens]."""
+    """exp(mean NLL) of `token_nll` [chunks, tokens], nats."""
     m = mean(token_nll)
     ppl = float(np.exp(m["value"]))
     return scaled(m, ppl, ppl)
 
 
 def perplexity_ratio(token_nll: np.ndarray, reference_nll: np.ndarray) -> TokenStat:
-    """PPL / reference PPL from the paired differences of the same tokens, both [chunks, tokens]."""
+    """Perplexity / reference perplexity, from paired differences token by token. Both arrays are [chunks, tokens], nats."""
     m = mean(token_nll.astype(np.float64) - reference_nll)
     ratio = float(np.exp(m["value"]))
     return scaled(m, ratio, ratio)
 
 
 def summarise(token_nll: np.ndarray, scored_bytes: int, kld: np.ndarray | None, top1: np.ndarray | None,
-              base_nll: np.ndarray | None) -> TextFigures:
-    """The figures of one text; arrays are [chunks, tokens]. Divergences are None where there is no base."""
+              base_nll: np.ndarray | None) -> TextMetrics:
+    """All metrics of one text. Arrays are [chunks, tokens]; the last three are None if there is no base.
+
+    scored_bytes: length of the scored text in UTF-8.
+    """
     m = mean(token_nll)
     per_byte = token_nll.size / scored_bytes / np.log(2)
-    out: TextFigures = {
+    out: TextMetrics = {
         "perplexity": perplexity(token_nll),
         "bits_per_byte": scaled(m, m["value"] * per_byte, per_byte),
         "kld": None, "top1": None, "base_perplexity": None, "perplexity_ratio": None,

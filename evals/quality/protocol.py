@@ -1,9 +1,12 @@
-"""How a text is put to a model. Two figures may be compared only where this is equal, so it is stored beside each.
+"""The evaluation protocol: how a text is fed to a model. It is stored with the results, because two results are comparable
+only if their protocols are equal.
 
-The protocol is that of llama.cpp's tools/perplexity/perplexity.cpp: the text is tokenized once, with BOS in front where
-the tokenizer adds one; it is cut into chunks of `context` tokens that do not overlap; the first token of each chunk is
-replaced by BOS (again only where the tokenizer adds one); of each chunk the tokens after number context/2 are scored,
-that is context - context/2 - 1 of them, so that every scored token has at least half a context before it.
+The protocol is that of llama.cpp's tools/perplexity/perplexity.cpp:
+1. Tokenize the whole text once. Add BOS in front if the tokenizer adds one.
+2. Cut it into chunks of `context` tokens that do not overlap.
+3. Replace the first token of each chunk by BOS, if the tokenizer adds one.
+4. Score the tokens after index context/2 of each chunk: context - context/2 - 1 tokens. So every scored token has at least
+   half a context before it.
 """
 
 from __future__ import annotations
@@ -23,17 +26,17 @@ from llmc.runtimes.base import Runtime
 
 
 class Tokenizer(Protocol):
-    """What makes the token ids of an evaluation."""
+    """Converts text to token ids for an evaluation."""
 
     sha256: str
     bos: int | None
-    """The id that the tokenizer puts in front of a text, or None where it puts none."""
+    """The id that the tokenizer adds in front of a text; None if it adds none."""
 
     def encode(self, text: str) -> np.ndarray:
-        """int32 [n], nothing added."""
+        """Token ids of `text`, int32 [n], without special tokens."""
 
     def decode(self, ids: np.ndarray) -> str:
-        """The text of some ids."""
+        """The text of `ids`, int [n]."""
 
 
 class FolderTokenizer:
@@ -43,7 +46,7 @@ class FolderTokenizer:
         from llmc.formats.hf import load_tokenizer
 
         self._tokenizer = load_tokenizer(folder)
-        self._tokenizer.model_max_length = 1 << 40  # whole texts are tokenized; the length is our business
+        self._tokenizer.model_max_length = 1 << 40  # no limit: the whole text is tokenized, and `cut` makes the chunks
         self.sha256 = hash_tokenizer(folder)
         ids = self._tokenizer("a")["input_ids"]
         bos = self._tokenizer.bos_token_id
@@ -57,7 +60,7 @@ class FolderTokenizer:
 
 
 class RuntimeTokenizer:
-    """The tokenizer inside an artifact, where there is no Hugging Face folder to take it from."""
+    """The tokenizer inside an artifact. It is used if there is no Hugging Face folder with a tokenizer."""
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
@@ -75,7 +78,7 @@ class RuntimeTokenizer:
 
 
 def hash_tokenizer(folder: Path) -> str:
-    """sha256 of the file that holds the vocabulary: the first of tokenizer.json, tokenizer.model, vocab.json, …"""
+    """sha256 of the vocabulary file: the first that exists of tokenizer.json, tokenizer.model, vocab.json, …"""
     for name in TOKENIZER_FILES:
         if name not in ("tokenizer_config.json", "special_tokens_map.json") and (folder / name).is_file():
             return sha256(folder / name)
@@ -84,7 +87,7 @@ def hash_tokenizer(folder: Path) -> str:
 
 @dataclass(frozen=True)
 class EvalProtocol:
-    """The stored form. `bytes` is the length of the scored text in UTF-8."""
+    """The protocol as a report stores it. The fields are explained at `TextProtocol`."""
 
     text: str
     text_sha256: str
@@ -99,14 +102,14 @@ class EvalProtocol:
     bytes: int
 
     def as_dict(self, vocabulary: int) -> TextProtocol:
-        """What a report holds. vocabulary: tokens that both models know."""
+        """The section of a report. vocabulary: number of tokens that both models have."""
         return cast(TextProtocol, {**asdict(self), "vocabulary": vocabulary})
 
 
 @dataclass(frozen=True)
 class Chunks:
-    """A text ready to be evaluated. ids int32 [chunks, context], BOS in place; logits of rows first … context-2 predict
-    the scored tokens, ids[:, first + 1:]."""
+    """A text, ready to be evaluated. ids: int32 [chunks, context], with BOS. The logits at positions first to context - 2
+    predict the scored tokens ids[:, first + 1:]."""
 
     protocol: EvalProtocol
     ids: np.ndarray
@@ -114,7 +117,10 @@ class Chunks:
 
 
 def cut(name: str, text: str, tokenizer: Tokenizer, context: int, chunks: int) -> Chunks:
-    """Tokenize `text` and cut it. chunks: the most to take, 0 for all."""
+    """Tokenize `text` and cut it into chunks of `context` tokens. chunks: the largest number of chunks, 0 for all.
+
+    Raises UserError if the text is shorter than one chunk.
+    """
     ids = tokenizer.encode(text)
     if tokenizer.bos is not None:
         ids = np.concatenate([np.array([tokenizer.bos], dtype=np.int32), ids])

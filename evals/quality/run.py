@@ -1,6 +1,6 @@
-"""`llmc eval`: an artifact in its own runtime against its base, on the same token ids, chunk by chunk.
+"""`llmc eval`: compare an artifact in its own runtime with its base, on the same token ids, chunk by chunk.
 
-Both models stay loaded and the base's logits live for one chunk only, so nothing of the size text x vocabulary is ever
+Both models stay loaded. The logits of only one chunk are in memory at a time, so no array of the size text x vocabulary is
 held or written.
 """
 
@@ -30,17 +30,17 @@ from llmc.runtimes.base import Runtime
 from llmc.runtimes.open import open_runtime
 from llmc.sources.resolve import locate
 
-# What tokenizers get wrong first: runs of spaces, digits, case, accents, scripts, code, emoji, special-looking text.
+# Text on which tokenizers often differ: repeated spaces, digits, case, accents, scripts, code, emoji, a text like a token.
 SAMPLE = ("Hello  world, it's 2024-11-05;\n\n\tdef f(x):  return x*100000  # naïve Ünïcode"
           " 日本語 Привет العربية 🙂👍🏽 <|x|>\r\n")
 
-SAME_TEXT = 0.02  # a share of common 13-word runs beyond chance and quotation
+SAME_TEXT = 0.02  # a share of common 13-word sequences above this is not chance or quotation
 
 
 def evaluate(config: EvalConfig) -> Report:
-    """The report of `config.artifact` with its `quality` section; written to `config.output` where that is given.
+    """Return the report of `config.artifact` with its `quality` section. Write it to `config.output` if that is given.
 
-    Raises UserError for bad input, before anything long where that can be known.
+    Raises UserError for bad input, before the long work if possible.
     """
     artifact = locate(config.artifact)
     base = locate(config.base) if config.base is not None else None
@@ -52,12 +52,12 @@ def evaluate(config: EvalConfig) -> Report:
     kv_type = config.kv or artifact_at(artifact).kv_default
     report.check_output(config.output, described["sha256"], kv_type)
     base_digest = None if base is None else report.hash_artifact(base)
-    # the same file elsewhere, or with another cache, is measured
+    # the same file on another device or with another KV cache type is not its own base: it must be measured
     is_base = base_digest == described["sha256"] and kv_type == artifact_at(artifact).kv_default and config.target is None
     if config.second_text is None and texts:
-        say("hint: --second-text FILE, unlike the first, shows whether the calibration text was learned by heart")
+        say("hint: --second-text FILE with a different text shows whether the model overfits to the calibration text")
     if base is None and texts:
-        say("hint: without --base there is a perplexity but no divergence from the base model")
+        say("hint: without --base only perplexity is measured, not the KL divergence from the base model")
 
     threads = config.threads or physical_cores()
     start = time.monotonic()
@@ -96,7 +96,8 @@ def evaluate(config: EvalConfig) -> Report:
 
 
 def _open(artifact: Path, context: int, threads: int, config: EvalConfig) -> Runtime:
-    """The artifact in its runtime, here or on the target, which has cores of its own."""
+    """Open the artifact in its runtime, on this machine or on the target. threads: for this machine. The target chooses its
+    own number of threads if --threads is not given."""
     if config.target is None:
         return open_runtime(artifact, context, threads, config.device, config.kv)
     from llmc.runtimes.remote import RemoteRuntime
@@ -113,12 +114,13 @@ def _facts(runtime: Runtime) -> RuntimeFacts:
 
 
 def _overlap(artifact: Path, name: str, text: str) -> float:
-    """Share of the artifact's calibration text that occurs in the evaluation text, by its manifest's sketch; warned about."""
+    """Share of the artifact's calibration text that occurs in the evaluation text, from the sketch in the manifest. Warns if
+    it is large."""
     sketches = [p["calibration"]["sketch"] for p in (read_manifest(artifact) or {}).get("passes", [])
                 if (p.get("calibration") or {}).get("sketch")]
     share = max((overlap(sketch, text) for sketch in sketches), default=0.0)
     if share > SAME_TEXT:
-        warn(f"about {share:.0%} of the calibration text occurs in {name}: its figures flatter the artifact; "
+        warn(f"about {share:.0%} of the calibration text occurs in {name}: the results on it are too good; "
              "use another text")
     return share
 
@@ -131,14 +133,14 @@ def _check_context(wanted: int, *runtimes: Runtime) -> None:
 
 
 def _tokenizer(source: Path, runtime: Runtime) -> Tokenizer:
-    """The tokenizer of the base (or of the artifact, where no base is given)."""
+    """The tokenizer of the base, or of the artifact if no base is given."""
     folder = artifact_at(source).tokenizer_folder
     return FolderTokenizer(folder) if folder else RuntimeTokenizer(runtime)
 
 
 def _check_tokenizer(runtime: Runtime, tokenizer: Tokenizer, artifact: Path) -> bool:
-    """Whether the artifact's own tokenizer gives the ids that it will be fed. A difference is the user's to know: the
-    figures here would not show it, and whoever runs the file would suffer from it."""
+    """Whether the artifact's own tokenizer gives the same ids as `tokenizer` on SAMPLE. Warns if it does not: the results
+    here do not show this error, but users of the artifact get other ids."""
     ours = tokenizer.encode(SAMPLE)
     if tokenizer.bos is not None:
         ours = np.concatenate([[tokenizer.bos], ours])
@@ -146,13 +148,13 @@ def _check_tokenizer(runtime: Runtime, tokenizer: Tokenizer, artifact: Path) -> 
     if agrees:
         say(f"the tokenizer in {artifact.name} gives the same ids as the base's")
     else:
-        warn(f"the tokenizer in {artifact.name} gives other ids than the base's: the figures are for the base's ids, "
-             "but whoever runs this artifact feeds it others")
+        warn(f"the tokenizer in {artifact.name} gives other ids than the base's: the results are for the base's ids, "
+             "but users of this artifact feed it other ids")
     return agrees
 
 
 def _run(job: Chunks, runtime: Runtime, base: Runtime | None, is_base: bool, calibration_overlap: float) -> Text:
-    """The figures of one text, with the per-token values that paired comparisons need."""
+    """The metrics of one text, with the per-token values that paired comparisons need."""
     n = job.ids.shape[1] - 1 - job.first
     shape = (len(job.ids), n)
     vocab = _vocabulary(int(job.ids.max()), runtime, base)
@@ -170,45 +172,49 @@ def _run(job: Chunks, runtime: Runtime, base: Runtime | None, is_base: bool, cal
             p.step(f"perplexity {np.exp(nll[: i + 1].mean(dtype=np.float64)):.3f}"
                    + (f"  KLD {kld[: i + 1].mean():.4f}" if base else ""))
     known = base is not None or is_base
-    figures = metrics.summarise(nll, job.protocol.bytes, kld if known else None, top1 if known else None,
-                                (nll if is_base else base_nll) if known else None)
+    found = metrics.summarise(nll, job.protocol.bytes, kld if known else None, top1 if known else None,
+                              (nll if is_base else base_nll) if known else None)
     arrays: dict[Value, np.ndarray] = {"nll": nll, "kld": kld, "top1": top1} if known else {"nll": nll}
-    return {"protocol": job.protocol.as_dict(vocab), **figures,
+    return {"protocol": job.protocol.as_dict(vocab), **found,
             "per_token": {k: report.pack(v) for k, v in arrays.items()}, "calibration_overlap": calibration_overlap}
 
 
 def _run_task(task: task_items.Task, tokenizer: Tokenizer, runtime: Runtime, base: Runtime | None,
               is_base: bool, calibration_overlap: float) -> Task:
-    """The figures of one task, with the per-item values that paired comparisons need."""
-    both = [runtime, *([base] if base else [])]
-    prepared = tasks.prepare(task, tokenizer, min(tasks.WINDOW, *(r.context for r in both)))
+    """The metrics of one task, with the per-item values that paired comparisons need."""
+    runtimes = [runtime, *([base] if base else [])]
+    prepared = tasks.prepare(task, tokenizer, min(tasks.WINDOW, *(r.context for r in runtimes)))
     if prepared.cut:
-        warn(f"{prepared.cut} items of {task.name} do not fit {prepared.window} tokens and lose their beginning")
+        warn(f"{prepared.cut} items of {task.name} do not fit {prepared.window} tokens: their beginning is cut off")
     vocab = _vocabulary(prepared.highest, runtime, base)
     measures = task_items.KINDS[task.name].measures
-    values: list[list[dict[str, Any]]] = [[] for _ in both]
+    values: list[list[dict[str, Any]]] = [[] for _ in runtimes]
     with progress(f"evaluating {task.name}, item", len(task.items)) as p:
         for item, requests in zip(task.items, prepared.requests, strict=True):
-            for one, out in zip(both, values, strict=True):
+            for one, out in zip(runtimes, values, strict=True):
                 out.append(tasks.judge(item, *tasks.score(requests, partial(_logits, one, vocab=vocab)), measures))
             p.step(" against ".join(f"{np.mean([v['acc'] for v in out]):.1%}" for out in values))
-    mine, *others = [tasks.gather(v) for v in values]
-    return tasks.section(prepared, vocab, mine, mine if is_base else others[0] if others else None, calibration_overlap)
+    artifact_values, *base_values = [tasks.gather(v) for v in values]
+    reference = artifact_values if is_base else base_values[0] if base_values else None
+    return tasks.section(prepared, vocab, artifact_values, reference, calibration_overlap)
 
 
 def _vocabulary(highest: int, runtime: Runtime, base: Runtime | None) -> int:
-    """Tokens that both models know; `highest` is the highest id that they will be fed."""
+    """Number of tokens that both models have. Raises UserError if one of them lacks the id `highest`."""
     vocab = min(runtime.vocab_size, base.vocab_size if base else runtime.vocab_size)
     if highest >= vocab:
-        raise UserError(f"the text has token {highest} and the smaller model knows {vocab} tokens",
+        raise UserError(f"the text has the token id {highest}, but the smaller model has only {vocab} tokens",
                         "check that the artifact was made from this base")
     return vocab
 
 
 def _logits(runtime: Runtime, ids: np.ndarray, first: int, vocab: int) -> np.ndarray:
-    """Logits float32 [scored, vocab] of one chunk; what follows its last token is not asked."""
+    """Logits float32 [scored, vocab] of one chunk, from position `first`. The last token is not fed: no token follows it.
+
+    Raises UserError for NaN or infinite logits.
+    """
     logits = runtime.logits(ids[:-1], first)[:, :vocab]
     if not np.isfinite(logits).all():
         raise UserError(f"the {runtime.name} runtime gave NaN or infinite logits",
-                        "the artifact is damaged, or its type overflows: make it again")
+                        "the artifact is damaged, or its float type overflows: make it again")
     return logits

@@ -1,4 +1,4 @@
-"""The items of zero-shot tasks: read from a file or the hub, in the words that lm-evaluation-harness 0.4 asks them in."""
+"""The items of zero-shot tasks, read from a file or the hub. The prompts are those of lm-evaluation-harness 0.4."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ ALIASES = {"lambada_openai": "lambada", "openbook_qa": "openbookqa"}
 
 @dataclass(frozen=True)
 class Item:
-    """pairs: (context, continuation) of each answer    lengths: of each answer in characters, for acc_norm"""
+    """One question. pairs: (context, continuation) of each answer. gold: index of the right answer. lengths: characters of
+    each answer, for acc_norm."""
 
     pairs: tuple[tuple[str, str], ...]
     gold: int
@@ -25,8 +26,9 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Kind:
-    """measures: beside acc    hub: dataset, configuration and split that the harness takes"""
+class TaskKind:
+    """How a task is read and scored. measures: metrics in addition to acc. hub: the dataset, configuration and split that
+    the harness uses."""
 
     read: Callable[[dict[str, Any]], Item]
     measures: tuple[str, ...]
@@ -35,7 +37,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Task:
-    """The items that are used of `total`; `source` is the file's name or the hub's."""
+    """A task with its selected items. source: name of the file, or of the dataset on the hub. total: items in the source."""
 
     name: str
     source: str
@@ -45,7 +47,7 @@ class Task:
 
     @property
     def text(self) -> str:
-        """All that is asked, for the search for calibration text in it."""
+        """The first context and answer of every item, in which to search for calibration text."""
         return "\n".join(context + continuation for item in self.items for context, continuation in item.pairs[:1])
 
 
@@ -68,7 +70,7 @@ def _texts(row: dict[str, Any], name: str) -> list[str]:
 
 
 def _gold(value: Any, labels: Sequence[Any]) -> int:
-    """The place of the right answer's label; a set without answers (label '' or -1) is told."""
+    """The index of the right answer's label. Raises ValueError if there is none, as in a split without answers ('' or -1)."""
     for i, label in enumerate(labels):
         if str(value).strip() == str(label).strip():
             return i
@@ -80,28 +82,28 @@ def _choices(context: str, answers: Sequence[str], gold: int) -> Item:
 
 
 def _flat(row: dict[str, Any], prefix: str, context: str) -> Item:
-    """{query, choices, gold} as in mosaicml/llm-foundry's task files; `context` is the harness's form of the query."""
+    """An item {query, choices, gold} of mosaicml/llm-foundry's task files. context: the query's format in the harness."""
     query, answers = _field(row, "query"), _texts(row, "choices")
     return _choices(context.format(query.removeprefix(prefix).removesuffix("\n")), answers,
                     _gold(_field(row, "gold", int), range(len(answers))))
 
 
 def _labelled(row: dict[str, Any], context: str) -> Item:
-    """The answers of ARC and OpenBookQA: choices {text, label} and answerKey."""
+    """An item of ARC or OpenBookQA: choices {text, label} and answerKey."""
     choices = _field(row, "choices", dict)
     answers, labels = _texts(choices, "text"), _texts(choices, "label")
     if len(answers) != len(labels):
-        raise ValueError("choices has not as many labels as texts")
+        raise ValueError("choices does not have as many labels as texts")
     return _choices(context, answers, _gold(_field(row, "answerKey"), labels))
 
 
-ASKED = "Question: {}\nAnswer:"
+QUESTION = "Question: {}\nAnswer:"
 
 
 def _arc(row: dict[str, Any]) -> Item:
     if "query" in row:
-        return _flat(row, "Question: ", ASKED)
-    return _labelled(row, ASKED.format(_field(row, "question")))
+        return _flat(row, "Question: ", QUESTION)
+    return _labelled(row, QUESTION.format(_field(row, "question")))
 
 
 def _openbookqa(row: dict[str, Any]) -> Item:
@@ -110,9 +112,9 @@ def _openbookqa(row: dict[str, Any]) -> Item:
 
 def _piqa(row: dict[str, Any]) -> Item:
     if "query" in row:
-        return _flat(row, "Question: ", ASKED)
+        return _flat(row, "Question: ", QUESTION)
     answers = [_field(row, "sol1"), _field(row, "sol2")]
-    return _choices(ASKED.format(_field(row, "goal")), answers, _gold(_field(row, "label", object), (0, 1)))
+    return _choices(QUESTION.format(_field(row, "goal")), answers, _gold(_field(row, "label", object), (0, 1)))
 
 
 def _boolq(row: dict[str, Any]) -> Item:
@@ -130,12 +132,12 @@ def _hellaswag(row: dict[str, Any]) -> Item:
 
 
 def _without_brackets(text: str) -> str:
-    """WikiHow's [header], [title] and [step] taken out, one pass over double spaces, as in the harness."""
+    """Remove [header], [title] and [step] of WikiHow, then replace double spaces once, as the harness does."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
 def _winogrande(row: dict[str, Any]) -> Item:
-    """The answers are put before the rest of the sentence, and it is the rest that is scored."""
+    """Each answer fills the blank. The text after the blank is scored, because it is equal for all answers."""
     if "context_options" in row:
         contexts, rest = _texts(row, "context_options"), _field(row, "continuation").strip()
         gold = _gold(_field(row, "gold", int), range(len(contexts)))
@@ -156,14 +158,14 @@ def _lambada(row: dict[str, Any]) -> Item:
 
 
 KINDS = {
-    "lambada": Kind(_lambada, ("perplexity",), ("EleutherAI/lambada_openai", "default", "test")),
-    "arc_easy": Kind(_arc, ("acc_norm",), ("allenai/ai2_arc", "ARC-Easy", "test")),
-    "arc_challenge": Kind(_arc, ("acc_norm",), ("allenai/ai2_arc", "ARC-Challenge", "test")),
-    "piqa": Kind(_piqa, ("acc_norm",), ("baber/piqa", "default", "validation")),
-    "hellaswag": Kind(_hellaswag, ("acc_norm",), ("Rowan/hellaswag", "default", "validation")),
-    "winogrande": Kind(_winogrande, (), ("allenai/winogrande", "winogrande_xl", "validation")),
-    "boolq": Kind(_boolq, (), ("aps/super_glue", "boolq", "validation")),
-    "openbookqa": Kind(_openbookqa, ("acc_norm",), ("allenai/openbookqa", "main", "test")),
+    "lambada": TaskKind(_lambada, ("perplexity",), ("EleutherAI/lambada_openai", "default", "test")),
+    "arc_easy": TaskKind(_arc, ("acc_norm",), ("allenai/ai2_arc", "ARC-Easy", "test")),
+    "arc_challenge": TaskKind(_arc, ("acc_norm",), ("allenai/ai2_arc", "ARC-Challenge", "test")),
+    "piqa": TaskKind(_piqa, ("acc_norm",), ("baber/piqa", "default", "validation")),
+    "hellaswag": TaskKind(_hellaswag, ("acc_norm",), ("Rowan/hellaswag", "default", "validation")),
+    "winogrande": TaskKind(_winogrande, (), ("allenai/winogrande", "winogrande_xl", "validation")),
+    "boolq": TaskKind(_boolq, (), ("aps/super_glue", "boolq", "validation")),
+    "openbookqa": TaskKind(_openbookqa, ("acc_norm",), ("allenai/openbookqa", "main", "test")),
 }
 
 
@@ -171,7 +173,7 @@ KINDS = {
 
 
 def parse(written: Sequence[str]) -> dict[str, str | None]:
-    """{task: file or None} of 'arc_easy=arc.jsonl,piqa' and the like; a comma inside a file's name may stay."""
+    """Return {task: file or None} for texts like 'arc_easy=arc.jsonl,piqa'. A file name may contain a comma."""
     found: dict[str, str | None] = {}
     for part in (p for w in written for p in re.split(r",(?=[\w-]+(?:=|,|$))", w)):
         label, equals, path = part.strip().partition("=")
@@ -188,7 +190,7 @@ def parse(written: Sequence[str]) -> dict[str, str | None]:
 
 
 def load(written: Sequence[str], limit: int) -> list[Task]:
-    """The tasks of --tasks. limit: the most items of each, evenly spaced over its file; 0 for all."""
+    """Load the tasks of --tasks. limit: largest number of items of each task, evenly spaced over its file; 0 for all."""
     tasks = []
     for name, path in parse(written).items():
         source, digest, rows = _from_hub(name) if path is None else _from_file(name, Path(path).expanduser())
@@ -214,14 +216,14 @@ def _items(name: str, source: str, rows: Iterable[tuple[str, Any]]) -> list[Item
             bad.append(f"{source}, {where}: {e}")
     if bad:
         more = f" (and {len(bad) - 1} more bad items)" if len(bad) > 1 else ""
-        raise UserError(f"{bad[0]}{more}", f"give items of {name} in the fields of its dataset {KINDS[name].hub[0]}")
+        raise UserError(f"{bad[0]}{more}", f"give items of {name} with the fields of its dataset {KINDS[name].hub[0]}")
     if not items:
         raise UserError(f"{source} holds no items", f"give a JSONL file with items of {name}")
     return items
 
 
 def _from_file(name: str, path: Path) -> tuple[str, str, list[tuple[str, Any]]]:
-    """Name, sha256 and (place, row)s of a JSONL file, or of a JSON file that is one list."""
+    """Return the name, the sha256 and the (place, row) pairs of a JSONL file, or of a JSON file that is one list."""
     try:
         raw = path.read_bytes()
         text = raw.decode("utf-8-sig")
@@ -240,7 +242,7 @@ def _from_file(name: str, path: Path) -> tuple[str, str, list[tuple[str, Any]]]:
 
 
 def _parsed(line: str) -> Any:
-    """The value of one line, or the ValueError that it is no JSON: `_items` tells of it with the others."""
+    """The value of one line. For invalid JSON, return a ValueError: `_items` reports it with the other bad items."""
     try:
         return json.loads(line)
     except ValueError as e:
@@ -248,13 +250,14 @@ def _parsed(line: str) -> Any:
 
 
 def _from_hub(name: str) -> tuple[str, str, list[tuple[str, Any]]]:
-    """The split that the harness takes; its sha256 is that of the rows as JSON lines. No code from the hub is run."""
+    """Like `_from_file`, for the split that the harness uses. The sha256 is that of the rows as JSON lines. No code from the
+    hub is run."""
     repo, config, split = KINDS[name].hub
     advice = f"give its items: --tasks {name}=FILE"
     try:
         import datasets
 
-        if int(datasets.__version__.split(".")[0]) < 4:  # older ones may run a dataset's own script
+        if int(datasets.__version__.split(".")[0]) < 4:  # older versions may run a script of the dataset
             raise ImportError(f"{datasets.__version__} is too old")
     except ImportError as e:
         raise UserError(f"the task {name} without a file needs the package `datasets` ({e})",
@@ -262,7 +265,7 @@ def _from_hub(name: str) -> tuple[str, str, list[tuple[str, Any]]]:
     try:
         rows = [dict(row) for row in datasets.load_dataset(repo, config, split=split)]
     except (OSError, ValueError, RuntimeError) as e:
-        raise UserError(f"{repo} is not in the cache and cannot be had from the Hugging Face hub: "
+        raise UserError(f"{repo} is not in the cache and cannot be loaded from the Hugging Face hub: "
                         f"{(str(e).splitlines() or [type(e).__name__])[0]}", advice) from e
     text = "\n".join(json.dumps(row, sort_keys=True) for row in rows)
     return (f"{repo} {config} {split}", hashlib.sha256(text.encode()).hexdigest(),

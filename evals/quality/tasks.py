@@ -1,9 +1,10 @@
 """Zero-shot tasks scored by log-likelihood, as EleutherAI's lm-evaluation-harness 0.4 scores them.
 
-Of each item every answer is put after its context, and the sum of the answer's token log-probabilities is its score. `acc`:
-the right answer has the highest score; `acc_norm`: it has after division by the answer's length in characters. LAMBADA has
-one answer, the text's last word: `acc` says that greedy decoding gives it, `perplexity` is exp of its mean negative
-log-likelihood. Deviations: BOS is put in front exactly where the tokenizer does so, and the window has WINDOW tokens at most.
+The score of an answer is the sum of its token log-probabilities after its context. `acc`: the share of items whose right
+answer has the highest score. `acc_norm`: the same after each score is divided by the answer's length in characters. LAMBADA
+has one answer, the last word of the text: `acc` is the share of items for which greedy decoding gives it, `perplexity` is exp
+of its mean negative log-likelihood. Deviations: BOS is added only if the tokenizer adds it. The window has at most WINDOW
+tokens.
 """
 
 from __future__ import annotations
@@ -20,28 +21,37 @@ from llmc.evals.quality import metrics
 from llmc.evals.quality.protocol import Tokenizer
 from llmc.evals.quality.task_items import Item, Task
 from llmc.evals.report import schema
-from llmc.evals.report.schema import Accuracy, ItemsProtocol, Packed, PerItem, Stat, TaskFigures, TaskRise, TokenStat
+from llmc.evals.report.schema import (
+    Accuracy,
+    ItemsProtocol,
+    Packed,
+    PerItem,
+    Stat,
+    TaskDifference,
+    TaskMetrics,
+    TokenStat,
+)
 from llmc.evals.report.store import pack, unpack
 
-WINDOW = 2048  # most tokens put to a model at once; the items of these tasks have some hundred
+WINDOW = 2048  # largest number of tokens fed to a model at once; items of these tasks have a few hundred
 
 Values = dict[str, np.ndarray]
-"""Of each item: acc bool [n], and where the task has them acc_norm bool [n] and nll float32 [n], nats."""
+"""Values of each item: acc bool [n]; if the task has them, acc_norm bool [n] and nll float32 [n], nats."""
 Ask = Callable[[np.ndarray, int], np.ndarray]
 """(ids int [n], first) -> logits float32 [n - 1 - first, vocab] that predict ids[first + 1:]."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A task as token ids. requests: of each item, for each answer its ids int32 [n] and how many at the end are scored
-    (n is at most window + 1: the last id is never fed)."""
+    """A task as token ids. requests: for each answer of each item, its ids int32 [n] and how many of the last ids are scored.
+    n is at most window + 1, because the last id is not fed."""
 
     task: Task
     protocol: ItemsProtocol
     requests: list[list[tuple[np.ndarray, int]]]
     window: int
     cut: int
-    """Items that lost tokens on the left."""
+    """Number of items that lost tokens on the left."""
 
     @property
     def highest(self) -> int:
@@ -52,10 +62,11 @@ class Prepared:
 
 
 def encode(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[np.ndarray, int]:
-    """ids int32 [n] of both together, with BOS where the tokenizer adds it, and how many of them are the continuation's.
+    """Return ids int32 [n] of context + continuation, with BOS if the tokenizer adds it, and the number of ids of the
+    continuation.
 
-    White space at the end of the context goes to the continuation, as a word's token has its space in front; the whole
-    is encoded at once and split at the length that the context has alone.
+    White space at the end of the context belongs to the continuation, because the token of a word includes the space before
+    it. The whole is encoded at once and split at the length of the encoded context.
     """
     stripped = context.rstrip()
     whole, head = tokenizer.encode(context + continuation), tokenizer.encode(stripped)
@@ -66,7 +77,10 @@ def encode(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[np.nd
 
 
 def prepare(task: Task, tokenizer: Tokenizer, window: int) -> Prepared:
-    """Tokenize a task. window: the most tokens that both models take; of longer items the left is cut off."""
+    """Tokenize a task. window: largest number of tokens that both models accept. Longer items are cut on the left.
+
+    Raises UserError for an answer without tokens, or with more tokens than the window.
+    """
     digest, cut, requests = hashlib.sha256(), 0, []
     for item in task.items:
         encoded = [encode(tokenizer, *pair) for pair in item.pairs]
@@ -86,9 +100,10 @@ def prepare(task: Task, tokenizer: Tokenizer, window: int) -> Prepared:
 
 
 def score(requests: Sequence[tuple[np.ndarray, int]], ask: Ask) -> tuple[np.ndarray, bool]:
-    """Log-likelihoods float64 [answers], nats, and whether greedy decoding gives the first answer.
+    """Return log-likelihoods float64 [answers], nats, and whether greedy decoding gives the first answer.
 
-    Answers that are fed the same ids (one-token answers: only the last, unfed id differs) share one run.
+    Answers with the same fed ids share one run. This is so for one-token answers: they differ only in the last id, which is
+    not fed.
     """
     runs: dict[tuple[bytes, int], np.ndarray] = {}
     likelihoods, greedy = np.empty(len(requests)), False
@@ -110,26 +125,26 @@ def judge(item: Item, likelihoods: np.ndarray, greedy: bool, measures: tuple[str
         return {"acc": greedy, "nll": -likelihoods[0]}
     out = {"acc": int(likelihoods.argmax()) == item.gold}
     if "acc_norm" in measures:
-        with np.errstate(divide="ignore"):  # an empty answer: minus infinity, never chosen
+        with np.errstate(divide="ignore"):  # an empty answer has the score minus infinity and is never chosen
             out["acc_norm"] = int((likelihoods / np.array(item.lengths)).argmax()) == item.gold
     return out
 
 
 def gather(values: Sequence[dict[str, Any]]) -> Values:
-    """Values of items, one after the other, as arrays."""
+    """Stack the values of single items into arrays."""
     return {k: np.array([v[k] for v in values], dtype=np.float32 if k == "nll" else bool) for k in values[0]}
 
 
-# ----------------------------------------------------------------------------------------------------------- figures
+# ----------------------------------------------------------------------------------------------------------- metrics
 
 
 def _error(stat: TokenStat) -> Stat:
-    """Without the second error, which is the same: items count as independent."""
+    """Drop se_token. It equals se, because items are independent."""
     return {"value": stat["value"], "se": stat["se"]}
 
 
-def figures(values: Values) -> TaskFigures:
-    """What one model reached; se as the harness has it: s / sqrt(n)."""
+def task_metrics(values: Values) -> TaskMetrics:
+    """The metrics of one model. se is s / sqrt(n), as in the harness."""
     def share(k: Accuracy) -> Stat | None:
         return _error(metrics.mean(values[k][:, None])) if k in values else None
 
@@ -137,20 +152,20 @@ def figures(values: Values) -> TaskFigures:
             "perplexity": _error(metrics.perplexity(values["nll"][:, None])) if "nll" in values else None}
 
 
-def differences(values: Values, reference: Values) -> TaskRise:
-    """`values` less `reference`, paired by item."""
-    def rise(k: Accuracy) -> Stat | None:
+def differences(values: Values, reference: Values) -> TaskDifference:
+    """`values` minus `reference`, paired by item."""
+    def paired(k: Accuracy) -> Stat | None:
         return _error(metrics.mean(values[k][:, None].astype(np.float64) - reference[k][:, None])) if k in values else None
 
     ratio = metrics.perplexity_ratio(values["nll"][:, None], reference["nll"][:, None]) if "nll" in values else None
-    return {"acc": rise("acc"), "acc_norm": rise("acc_norm"), "perplexity_ratio": _error(ratio) if ratio else None}
+    return {"acc": paired("acc"), "acc_norm": paired("acc_norm"), "perplexity_ratio": _error(ratio) if ratio else None}
 
 
 def section(prepared: Prepared, vocabulary: int, values: Values, base: Values | None, overlap: float) -> schema.Task:
-    """What the report holds of a task; per_item is what later comparisons pair."""
+    """The report section of a task. Later comparisons pair the values of per_item."""
     return {
         "protocol": {**prepared.protocol, "vocabulary": vocabulary}, "source": prepared.task.source,
-        "window": prepared.window, "cut": prepared.cut, **figures(values), "base": figures(base) if base else None,
+        "window": prepared.window, "cut": prepared.cut, **task_metrics(values), "base": task_metrics(base) if base else None,
         "difference": differences(values, base) if base else None,
         "per_item": cast(PerItem, {k: pack(v) if k == "nll" else "".join("01"[int(x)] for x in v)
                                    for k, v in values.items()}),

@@ -1,4 +1,4 @@
-"""The texts that models are evaluated on: a file of the user's, CPython's own help, or WikiText-2 from the hub."""
+"""Evaluation texts: a file of the user, the help text of CPython, or WikiText-2 from the hub."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ WIKITEXT = "wikitext"
 
 
 def load_text(spec: str) -> tuple[str, str]:
-    """(name, text) of a file path, 'python-docs' or 'wikitext'."""
+    """Return (name, text). spec: a file path, 'python-docs' or 'wikitext'. Raises UserError if the text cannot be read."""
     if spec == PYTHON_DOCS:
         return spec, _python_docs()
     if spec == WIKITEXT:
@@ -25,19 +25,19 @@ def load_text(spec: str) -> tuple[str, str]:
     except UnicodeDecodeError as e:
         raise UserError(f"{spec} is not UTF-8 text (byte {e.start})", "convert it to UTF-8") from e
     if not text.strip():
-        raise UserError(f"{spec} is empty", "give a text of some thousand words")
+        raise UserError(f"{spec} is empty", "give a text of a few thousand words")
     return path.name, text
 
 
 def _python_docs() -> str:
-    """The topics that `help()` shows, by name. They change with Python's version: the protocol's hash tells."""
+    """The topics of `help()`, sorted by name. They change with the version of Python, and so does text_sha256."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
 def _wikitext() -> str:
-    """wiki.test.raw of WikiText-2, from the archive that llama.cpp's own figures are made with."""
+    """wiki.test.raw of WikiText-2, from the archive that llama.cpp uses for its own perplexity results."""
     from huggingface_hub import errors, hf_hub_download
 
     try:

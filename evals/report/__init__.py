@@ -1,1 +1,1 @@
-"""The report of an artifact: what is in it, how it is stored, and how it is shown in a terminal."""
+"""The report of an artifact: its types, its file, and its text for a terminal."""

@@ -1,8 +1,8 @@
-"""What is in a report. The file is this `Report` as JSON; nothing else is written into it. What an artifact weighs, and what
-its KV cache takes, is said where they are found: llmc/formats/artifact.py and kv.py.
+"""The types of a report. The file is `Report` as JSON and contains nothing else. The types of sizes and of KV caches are in
+llmc/formats/artifact.py and kv.py.
 
-A key that is NotRequired is missing where its comment says so. The values of `dict[str, Any]` come from other files as they
-are: manifests, whose passes have keys of their own, and the settings of runtimes.
+The comment of a NotRequired key explains when it is missing. The values of `dict[str, Any]` are copied unchanged from other
+sources: manifests, whose passes have their own keys, and the settings of runtimes.
 """
 
 from __future__ import annotations
@@ -13,40 +13,40 @@ from llmc.formats.artifact import Size
 from llmc.formats.kv import KvDescribed, KvUse
 
 Value = Literal["nll", "kld", "top1"]
-"""What is kept of each scored token: negative log-likelihood and KL divergence in nats, and whether both models rank the same
-first."""
+"""A stored value of each scored token: negative log-likelihood (nats), KL divergence (nats), or whether the top-1 tokens of
+both models are equal."""
 Accuracy = Literal["acc", "acc_norm"]
-"""Share of items that were answered rightly, by log-likelihood alone and by log-likelihood over the answer's length."""
+"""Share of correct items, by log-likelihood (acc) or by log-likelihood divided by the answer's length (acc_norm)."""
 
 
-# --------------------------------------------------------------------------------------------------------------- figures
+# --------------------------------------------------------------------------------------------------------------- metrics
 
 
 class Stat(TypedDict):
-    """A mean, in the unit of what it is of."""
+    """A mean, in the unit of its metric."""
 
     value: float
-    se: float | None  # standard error in the same unit; None: one chunk alone does not tell
+    se: float | None  # standard error in the same unit; None: unknown, as for a single chunk
 
 
 class TokenStat(Stat):
-    """A mean over tokens. `se` is from the spread of the chunks' means."""
+    """A mean over tokens. `se` is computed from the means of the chunks."""
 
-    se_token: float | None  # standard error as if tokens were independent; None: one token alone
+    se_token: float | None  # standard error that assumes independent tokens; None: there is only one token
 
 
 class Kld(TokenStat):
-    """KL divergence from the base in nats for each token: its mean, and how it is spread over the tokens."""
+    """KL divergence from the base per token, in nats: the mean and the distribution over tokens."""
 
     median: float  # nats
-    p99: float  # nats: 99 of 100 tokens have less
+    p99: float  # nats, 99th percentile
     max: float  # nats
 
 
 class Packed(TypedDict):
     """An array (see store.pack)."""
 
-    dtype: str  # numpy's name: "<f4" or "|b1"
+    dtype: str  # name in numpy: "<f4" or "|b1"
     shape: list[int]
     data: str  # the bytes in C order, base64
 
@@ -56,90 +56,90 @@ class Spread(TypedDict):
 
     median: float
     iqr: float  # interquartile range
-    values: list[float]  # of each repetition, in their order
+    values: list[float]  # one for each repetition, in order
 
 
 # -------------------------------------------------------------------------------------------------------------- artifact
 
 
 class Layer(TypedDict):
-    """What the last pass with a record of its layers says of one."""
+    """A layer, as recorded by the last pass that recorded layers."""
 
     layer: int | None  # number, from 0
-    error: float | None  # share of the layer's output energy that was lost; None: not measured
-    events: list[str]  # what went another way than usual
+    error: float | None  # lost share of the layer's output energy; None: not measured
+    events: list[str]  # unusual events, as 'damp raised'
 
 
 class Described(TypedDict):
-    """Which artifact it is, and where it comes from."""
+    """The identity and the origin of an artifact."""
 
     name: str  # of the file or folder
-    path: str  # as it was given
+    path: str  # as the user gave it
     sha256: str  # of the file; of a folder see store.hash_artifact
     kind: str  # hf, gptq, gguf, onnx, …
     size: Size
-    kv: KvDescribed | None  # None: the artifact does not tell
-    source: dict[str, Any] | None  # of the manifest; None: not made by llmc
+    kv: KvDescribed | None  # None: the artifact does not contain it
+    source: dict[str, Any] | None  # from the manifest; None: not made by llmc
     created: str | None  # date and time, ISO 8601
-    passes: list[dict[str, Any]]  # of the manifest, oldest first, without their layers
-    layers: list[Layer]  # in the order of the model; empty: no pass recorded any
+    passes: list[dict[str, Any]]  # from the manifest, oldest first, without their layers
+    layers: list[Layer]  # in the order of the model; empty: no pass recorded layers
 
 
 # --------------------------------------------------------------------------------------------------------------- machine
 
 
 class Facts(TypedDict):
-    """A machine."""
+    """Facts about a machine."""
 
     system: str  # name and release of the operating system, and architecture
     machine: str  # architecture
     cpu: str
     physical_cores: int | None
     logical_cores: int | None
-    usable_cores: int  # physical ones that the process may use
+    usable_cores: int  # physical cores that the process may use
     cpu_features: list[str]  # instruction sets, sorted
     memory: int  # bytes
-    governor: str | None  # how the kernel chooses the frequency
+    governor: str | None  # CPU frequency governor of the kernel
     temperature_c: float | None  # degrees Celsius
     power: str | None  # ac or battery
     gpus: NotRequired[list[dict[str, Any]]]  # name, driver, backend; missing: not probed
     probed: NotRequired[str]  # date and time, ISO 8601; missing: not probed
-    read_bandwidth: NotRequired[float]  # bytes/s from memory with all usable cores; missing: not probed, and on Android
-    matmul_flops: NotRequired[float]  # of float32; missing: not probed, and on Android
+    read_bandwidth: NotRequired[float]  # bytes/s from memory with all usable cores; missing: not probed, or Android
+    matmul_flops: NotRequired[float]  # float32 operations/s; missing: not probed, or Android
 
 
 class Where(TypedDict):
-    """The target on which something ran."""
+    """The target on which a model ran."""
 
     name: str
     address: str  # local-cpu, local-gpu, ssh://…, adb://…, emulated-…
-    emulated: bool  # its speed says nothing of the device
+    emulated: bool  # if so, the speed is not that of the real device
     facts: Facts
 
 
 class RuntimeFacts(TypedDict):
-    """What ran an artifact, as it says of itself."""
+    """The runtime that ran an artifact, as it describes itself."""
 
     runtime: str  # torch, llama.cpp or onnxruntime
     version: str
     device: str
     threads: int
     kv_type: str  # of the KV cache's elements
-    cpu_features: list[str]  # instruction sets that the CPU has
-    build: NotRequired[Any]  # a dict of options and instruction sets, of onnxruntime one text; missing on Android
-    target: NotRequired[Where]  # only of an evaluation on another device
-    transformers: NotRequired[str]  # version; of torch alone, as is dtype
-    dtype: NotRequired[str]  # in which weights are held
-    offloaded_layers: NotRequired[int]  # on a GPU; of llama.cpp alone, as are the next four
-    layers: NotRequired[int]  # with the head
+    cpu_features: list[str]  # instruction sets of the CPU
+    build: NotRequired[Any]  # options and instruction sets; a text for onnxruntime; missing: Android
+    target: NotRequired[Where]  # only for an evaluation on another device
+    transformers: NotRequired[str]  # version; only torch, like dtype
+    dtype: NotRequired[str]  # of the weights in memory
+    offloaded_layers: NotRequired[int]  # on a GPU; only llama.cpp, like the next three
+    layers: NotRequired[int]  # including the output layer (lm_head)
     buffers: NotRequired[dict[str, float]]  # MiB of weights by backend; missing on Android
     extra_buffers: NotRequired[bool]  # weights are repacked for the CPU; missing on Android
-    engine: NotRequired[str]  # llama-bench: on Android alone, as are the next two
-    tokens: NotRequired[str]  # what was fed
+    engine: NotRequired[str]  # llama-bench; only on Android, like the next two
+    tokens: NotRequired[str]  # which tokens were fed
     backends: NotRequired[str | None]
-    accuracy_levels: NotRequired[list[int]]  # of MatMulNBits; of onnxruntime alone, as are the next three
+    accuracy_levels: NotRequired[list[int]]  # of MatMulNBits; only onnxruntime, like the next three
     session: NotRequired[dict[str, Any]]  # options
-    nodes: NotRequired[dict[str, dict[str, int]]]  # by execution provider: how many nodes of each operator
+    nodes: NotRequired[dict[str, dict[str, int]]]  # number of nodes, by execution provider and operator
     kv: NotRequired[dict[str, Any]]  # shared (one buffer for past and present), bytes, types
 
 
@@ -147,70 +147,70 @@ class RuntimeFacts(TypedDict):
 
 
 class TextProtocol(TypedDict):
-    """How a text was put to the models: figures may be compared only where all of it is equal."""
+    """How a text was fed to the models. Two results are comparable only if all fields are equal."""
 
     text: str  # name
     text_sha256: str
     tokenizer_sha256: str
-    ids_sha256: str  # of the token ids of all chunks
-    context: int  # tokens of a chunk
-    stride: int  # tokens from one chunk to the next
+    ids_sha256: str  # over the token ids of all chunks
+    context: int  # tokens in a chunk
+    stride: int  # tokens between the starts of two chunks
     scored: str  # which tokens of a chunk
-    bos: str  # what was done with the token that begins a text
+    bos: str  # use of the BOS token
     chunks: int
-    scored_tokens: int  # of all chunks
-    bytes: int  # of the scored text in UTF-8
-    vocabulary: int  # tokens that both models know
+    scored_tokens: int  # in all chunks
+    bytes: int  # length of the scored text in UTF-8
+    vocabulary: int  # number of tokens that both models have
 
 
-class TextFigures(TypedDict):
-    """What was found on a text. The last four are None where there was no base."""
+class TextMetrics(TypedDict):
+    """The metrics of a text. The last four are None if there was no base."""
 
     perplexity: TokenStat
     bits_per_byte: TokenStat
     kld: Kld | None
-    top1: TokenStat | None  # share of tokens of which both models rank the same first
+    top1: TokenStat | None  # share of positions at which both models have the same top-1 token
     base_perplexity: TokenStat | None
     perplexity_ratio: TokenStat | None  # perplexity / base_perplexity, paired by token
 
 
-class Text(TextFigures):
-    """One text."""
+class Text(TextMetrics):
+    """The results on one text."""
 
     protocol: TextProtocol
-    per_token: NotRequired[dict[Value, Packed]]  # [chunks, tokens]; kld and top1 with a base; missing without the arrays
-    calibration_overlap: NotRequired[float]  # share of the calibration text in it; missing in reports of earlier versions
+    per_token: NotRequired[dict[Value, Packed]]  # [chunks, tokens]; kld, top1: only with a base; missing if left out
+    calibration_overlap: NotRequired[float]  # share of the calibration text that occurs in the text; missing: earlier version
 
 
 class ItemsProtocol(TypedDict):
-    """How the items of a task are put to a model."""
+    """How the items of a task are fed to a model."""
 
     task: str
-    sha256: str  # of the file of items
-    items: int  # that are asked
-    of: int  # that the file has
-    examples: int  # shown before each item: none
+    sha256: str  # of the items file
+    items: int  # evaluated items
+    of: int  # items in the file
+    examples: int  # few-shot examples before each item: 0
     bos: str
     tokenizer_sha256: str
-    ids_sha256: str  # of the token ids of all answers
+    ids_sha256: str  # over the token ids of all answers
 
 
 class TaskProtocol(ItemsProtocol):
-    """How a task was put to the models: figures may be compared only where all of it is equal."""
+    """How a task was fed to the models. Two results are comparable only if all fields are equal."""
 
-    vocabulary: int  # tokens that both models know
+    vocabulary: int  # number of tokens that both models have
 
 
-class TaskFigures(TypedDict):
-    """What one model reached in a task; None: the task does not have that figure."""
+class TaskMetrics(TypedDict):
+    """The metrics of one model on a task. None: the task does not have this metric."""
 
     acc: Stat | None  # share
     acc_norm: Stat | None  # share
     perplexity: Stat | None  # of the last word
 
 
-class TaskRise(TypedDict):
-    """Figures of one model less those of another, paired by item; None: the task does not have that figure."""
+class TaskDifference(TypedDict):
+    """Metrics of one model minus those of another, paired by item. None: the task does not have this metric."""
 
     acc: Stat | None
     acc_norm: Stat | None
@@ -218,23 +218,23 @@ class TaskRise(TypedDict):
 
 
 class PerItem(TypedDict):
-    """A value for each item: accuracies as a text of 0 and 1."""
+    """A value for each item. An accuracy is a text of 0 and 1, one character per item."""
 
     acc: str
-    acc_norm: NotRequired[str]  # missing: the task does not have it
-    nll: NotRequired[Packed]  # nats, float32 [items]; missing: the task does not have it
+    acc_norm: NotRequired[str]  # missing: the task does not have this metric
+    nll: NotRequired[Packed]  # nats, float32 [items]; missing: the task does not have this metric
 
 
-class Task(TaskFigures):
-    """One zero-shot task."""
+class Task(TaskMetrics):
+    """The results on one zero-shot task."""
 
     protocol: TaskProtocol
-    source: str  # name of the file, or what the hub calls it
-    window: int  # most tokens that were put to a model at once
+    source: str  # name of the file, or of the dataset on the hub
+    window: int  # largest number of tokens fed to a model at once
     cut: int  # items that lost tokens on the left
-    base: TaskFigures | None
-    difference: TaskRise | None  # to the base
-    per_item: NotRequired[PerItem]  # missing without the arrays
+    base: TaskMetrics | None
+    difference: TaskDifference | None  # from the base
+    per_item: NotRequired[PerItem]  # missing if arrays are left out
     calibration_overlap: NotRequired[float]  # as of a text
 
 
@@ -242,40 +242,40 @@ class Base(TypedDict):
     """The model that the artifact was made from."""
 
     name: str
-    sha256: str  # as an artifact's
-    is_artifact: bool  # it is the artifact itself
+    sha256: str  # like that of an artifact
+    is_artifact: bool  # the base is the artifact itself
     runtime: RuntimeFacts
 
 
 class Quality(TypedDict):
-    """What `llmc eval` found."""
+    """The results of `llmc eval`."""
 
     texts: list[Text]
     runtime: RuntimeFacts
-    tokenizer_agrees: bool  # the artifact's own tokenizer gives the ids that it was fed
+    tokenizer_agrees: bool  # the artifact's own tokenizer gives the ids that were used
     kv: NotRequired[KvUse]  # missing in reports of earlier versions
     base: Base | None
-    seconds: float  # that it took
-    tasks: NotRequired[list[Task]]  # missing: none was asked for
+    seconds: float  # duration of the evaluation
+    tasks: NotRequired[list[Task]]  # missing: no tasks were requested
 
 
 # ---------------------------------------------------------------------------------------------------------------- speeds
 
 
 class SpeedProtocol(TypedDict):
-    """How speed was measured: speeds may be compared only where all of it is equal."""
+    """How speed was measured. Two speeds are comparable only if all fields are equal."""
 
-    prompt: int  # tokens, of the headline figures
-    depth: int  # tokens in the KV cache when decoding begins, of the headline figures
-    generate: int  # tokens that are decoded
+    prompt: int  # tokens, for the main results
+    depth: int  # tokens in the KV cache when decoding begins, for the main results
+    generate: int  # decoded tokens
     threads: int
     device: str  # cpu or gpu
     cpu: str
-    cores: int | None  # physical ones
+    cores: int | None  # physical cores
 
 
 class PrefillPoint(TypedDict):
-    """A prompt."""
+    """Speed with a prompt of one length."""
 
     tokens: int
     first_token: Spread  # s
@@ -283,60 +283,60 @@ class PrefillPoint(TypedDict):
 
 
 class DecodePoint(TypedDict):
-    """Decoding from one depth on."""
+    """Decode speed at one depth."""
 
-    depth: int  # tokens in the KV cache when it begins
+    depth: int  # tokens in the KV cache when decoding begins
     decode: Spread  # tokens/s
 
 
 class Curves(TypedDict):
-    """Speed by length, in the order in which lengths were asked for."""
+    """Speed by length, in the order of the options."""
 
     prefill_curve: list[PrefillPoint]
     decode_curve: list[DecodePoint]
 
 
 class Conditions(TypedDict):
-    """Of the machine after the first and after the last repetition; None: it does not tell."""
+    """State of the machine after the first and after the last repetition. None: unknown."""
 
     mhz: list[float | None]
     temperature_c: list[float | None]
 
 
 class Energy(TypedDict):
-    """Of decoding."""
+    """Energy of decoding."""
 
     joules_per_token: float
-    source: str  # the counter or sensor
+    source: str  # name of the counter or sensor
 
 
 class Ran(TypedDict, total=False):
-    """What really ran, in few words (see bench.ran)."""
+    """A short record of what ran (see bench/ran.py)."""
 
-    nodes: dict[str, int]  # of onnxruntime: how many by execution provider
-    offloaded_layers: int  # of llama.cpp, as are the next two
+    nodes: dict[str, int]  # number of nodes by execution provider; only onnxruntime
+    offloaded_layers: int  # only llama.cpp, like the next two
     layers: int | None
     buffers: dict[str, float]  # MiB of weights by backend
-    device: str | None  # of torch
-    instruction_sets: list[str]  # of llama.cpp and torch
+    device: str | None  # only torch
+    instruction_sets: list[str]  # llama.cpp and torch
 
 
 class LoadAverage(TypedDict):
-    """Runnable processes over 1, 5 and 15 minutes; None: the machine does not tell."""
+    """Load average over 1, 5 and 15 minutes, before and after the bench. None: unknown."""
 
     before: list[float] | None
     after: list[float] | None
 
 
 class ThreadPoint(TypedDict):
-    """Speed with a number of threads."""
+    """Speed with one number of threads."""
 
     threads: int
     median: float  # tokens/s
 
 
 class BestThreads(TypedDict):
-    """The fastest numbers of threads."""
+    """The fastest number of threads."""
 
     prefill: int
     decode: int
@@ -351,57 +351,57 @@ class ThreadSweep(TypedDict):
 
 
 class Speed(Curves):
-    """What `llmc bench` found on one target."""
+    """The results of `llmc bench` on one target."""
 
     target: Where
     protocol: SpeedProtocol
-    warmup: int  # repetitions before those that count
-    repetitions: int  # that count
+    warmup: int  # repetitions before the measured ones
+    repetitions: int  # measured repetitions
     load_s: float  # seconds to load the artifact from the page cache
-    peak_rss: int  # bytes, the most that the process ever held
-    prefill: Spread  # tokens/s of the first prompt
-    first_token: Spread  # s of the first prompt
-    decode: Spread  # tokens/s at the first depth
-    throttled: list[str]  # why the machine was not at its full speed
-    unstable: list[str]  # why the speeds are not to be trusted; empty: they are
+    peak_rss: int  # bytes, the peak of the process
+    prefill: Spread  # tokens/s, for the first prompt length
+    first_token: Spread  # s, for the first prompt length
+    decode: Spread  # tokens/s, at the first depth
+    throttled: list[str]  # reasons why the machine was not at full speed
+    unstable: list[str]  # reasons why the speeds are unreliable; empty: they are reliable
     conditions: Conditions
-    energy: Energy | None  # None: the machine does not tell
+    energy: Energy | None  # None: unknown
     runtime: RuntimeFacts
     ran: Ran
     kv: NotRequired[KvUse]  # missing in reports of earlier versions
-    token_bytes: int  # of weights that one decoded token reads
+    token_bytes: int  # bytes of weights read for one decoded token
     read_bandwidth: float  # bytes/s: token_bytes times the median of decode
     load_average: LoadAverage
     in_turns_with: list[str]  # names of artifacts that were measured in turns with this one
-    thread_sweep: ThreadSweep | None  # None: not asked for
+    thread_sweep: ThreadSweep | None  # None: not requested
 
 
 # ---------------------------------------------------------------------------------------------------------------- report
 
 
 class BudgetText(TypedDict):
-    """A prediction held against one text."""
+    """Predicted and measured KL divergence on one text."""
 
     text: str  # name
     kld: float  # nats, measured
     se: float | None  # nats
-    ratio: float | None  # measured / predicted; None: nothing was predicted to be lost
+    ratio: float | None  # measured / predicted; None: the prediction is 0
 
 
 class Budget(TypedDict):
-    """What a budget predicted when it chose the artifact's types, and what was found."""
+    """The prediction of the budget that chose the artifact's types, and the measurement."""
 
-    target: str  # the budget, as it was asked for
+    target: str  # the budget, as given in the option
     planned_bytes: int  # of the .gguf file
-    file_bytes: int | None  # of the artifact; None: it is not that file
+    file_bytes: int | None  # of the artifact; None: it is not a .gguf file of llmc
     predicted_kld: float  # nats, on calibration text
     peer: dict[str, Any] | None  # the preset whose size was the budget: preset, file_bytes, …
-    healed: bool  # healing came after the prediction
+    healed: bool  # the artifact was healed after the prediction
     measured: list[BudgetText]
 
 
 class Report(TypedDict):
-    """One artifact."""
+    """The report of one artifact."""
 
     schema: int  # store.SCHEMA
     kind: str  # store.KIND

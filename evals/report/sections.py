@@ -1,4 +1,4 @@
-"""The sections of a report, and what is read of them in many places. None stands for a report that is not there."""
+"""Functions that read the sections of a report. Each of them accepts None for a missing report, if its type allows it."""
 
 from __future__ import annotations
 
@@ -8,61 +8,61 @@ from llmc.evals.report.schema import Base, Budget, BudgetText, Quality, Report, 
 
 
 def quality_of(report: Report | None) -> Quality | None:
-    """What was evaluated; None where nothing was."""
+    """The quality section; None if the artifact was not evaluated."""
     return report.get("quality") if report else None
 
 
 def base_of(report: Report | None) -> Base | None:
-    """The base of the evaluation; None where there was none."""
+    """The base of the evaluation; None if there was no base."""
     quality = quality_of(report)
     return quality["base"] if quality else None
 
 
 def texts_of(report: Report | None) -> list[Text]:
-    """The texts that were evaluated, in their order; empty where none was."""
+    """The evaluated texts, in order; empty if there are none."""
     quality = quality_of(report)
     return quality["texts"] if quality else []
 
 
 def tasks_of(report: Report | None) -> dict[str, Task]:
-    """The tasks that were evaluated, by name."""
+    """The evaluated tasks, by name."""
     quality = quality_of(report)
     return {t["protocol"]["task"]: t for t in quality.get("tasks", [])} if quality else {}
 
 
 def speeds_of(report: Report | None) -> dict[str, Speed]:
-    """The speed sections by target, in the order in which they were measured; empty where nothing was."""
+    """The speed sections by target, in the order of measurement; empty if there are none."""
     return report.get("speeds", {}) if report else {}
 
 
 def speed_on(report: Report | None, target: str) -> Speed | None:
-    """What was measured on a target; emulated speeds say nothing of the device and are not given."""
+    """The speed section of a target; None if there is none, or if the target is emulated."""
     found = speeds_of(report).get(target)
     return None if found is None or found["target"]["emulated"] else found
 
 
 def targets_of(reports: Iterable[Report | None]) -> list[str]:
-    """Every target that something was benched on, in order of appearance."""
+    """Every target with a speed section in any of the reports, in order of appearance."""
     return list(dict.fromkeys(target for r in reports for target in speeds_of(r)))
 
 
 def kv_type(report: Report) -> str | None:
-    """The type of the KV cache that a report's figures are of; all its sections have the same."""
+    """The type of the KV cache with which a report was measured. All sections of a report have the same type."""
     quality = quality_of(report)
     sections = [*([quality] if quality else []), *speeds_of(report).values()]
     return next((s["kv"]["type"] for s in sections if "kv" in s), None)
 
 
 def tokens_held(speed: Speed) -> int:
-    """The most tokens that the KV cache held in a bench."""
+    """The largest number of tokens in the KV cache during a bench."""
     lengths = [p["tokens"] for p in speed["prefill_curve"]] + [p["depth"] for p in speed["decode_curve"]]
     return max(lengths) + speed["protocol"]["generate"]
 
 
 def budget_of(report: Report) -> Budget | None:
-    """What a budget predicted when it chose the artifact's types, and what was found; None for an artifact without one.
+    """The prediction of the budget that chose the artifact's types, and the measurement. None if there was no budget.
 
-    A later pass, `heal`, moves the divergence, not the bytes.
+    A later pass `heal` changes the KL divergence but not the size.
     """
     names = [p.get("name") for p in report["artifact"]["passes"]]
     plans = [p["plan"] for p in report["artifact"]["passes"] if p.get("plan")]

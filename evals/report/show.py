@@ -1,4 +1,4 @@
-"""Figures as people read them: value ± standard error, with units."""
+"""Reports and tables as text for people: value ± standard error, with units."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SPEEDS: tuple[Literal["prefill", "decode"], ...] = ("prefill", "decode")
 
 
 def pm(stat: Stat | None, digits: int = 3, factor: float = 1.0, unit: str = "", sign: bool = False) -> str:
-    """'28.69 ± 0.41' of {value, se}, times `factor`; '–' where there is none, no ± where no error is known."""
+    """{value, se} as '28.69 ± 0.41', multiplied by `factor`. None gives '–'. Without a standard error, ± is left out."""
     if stat is None:
         return "–"
     text = f"{stat['value'] * factor:{'+' if sign else ''}.{digits}f}"
@@ -26,7 +26,7 @@ def pm(stat: Stat | None, digits: int = 3, factor: float = 1.0, unit: str = "", 
 
 
 def plain(value: Any) -> str:
-    """A value of a report without brackets and quotes: 'bits 4, types q4_0 q6_k'."""
+    """A value of a report as text without brackets and quotes, as in 'bits 4, types q4_0 q6_k'."""
     if isinstance(value, dict):
         return ", ".join(f"{k} {plain(v)}" for k, v in value.items())
     if isinstance(value, list):
@@ -35,7 +35,7 @@ def plain(value: Any) -> str:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns set under each other; the first row is the heading, the first column is flush left, the rest right."""
+    """Rows as aligned text. The first row is the heading. The first column is aligned left, the others right."""
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))).rstrip()
              for r in rows]
@@ -43,32 +43,32 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """The same rows as a Markdown table; names may hold pipes."""
+    """Rows as a Markdown table. The first row is the heading. Pipes in cells are escaped."""
     lines = ["| " + " | ".join(c.replace("|", "\\|") for c in r) + " |" for r in rows]
     return "\n".join([lines[0], "|---" + "|---:" * (len(rows[0]) - 1) + "|", *lines[1:]])
 
 
 def tables_text(tables: Iterable[Table]) -> str:
-    """Tables under each other, each below its title and note."""
+    """Tables as text, each with its title and note above it."""
     return "\n\n".join(f"{title}  ({note})\n{table(rows)}" for title, note, rows in tables)
 
 
 def tables_markdown(tables: Iterable[Table], level: int = 2) -> str:
-    """The same as Markdown. level: of the titles, as headings."""
+    """Tables as Markdown. level: heading level of the titles."""
     return "\n\n".join(f"{'#' * level} {title}\n\n{note}\n\n{markdown(rows)}" for title, note, rows in tables)
 
 
 def quality_lines(report: Report) -> str:
-    """What `llmc eval` prints."""
+    """The text that `llmc eval` prints."""
     from llmc.console import size
-    from llmc.formats.kv import words as kv_words
+    from llmc.formats.kv import section_text as kv_text
 
     artifact, quality = report["artifact"], quality_of(report)
     assert quality is not None
     weight = artifact["size"]
     lines = [f"{artifact['name']}  {size(weight['file_bytes'])}, {weight['bits_per_weight']:.2f} bits per weight "
              f"({weight['decoder_bits_per_weight']:.2f} in attention and MLP), run by {_ran_by(quality['runtime'])}",
-             f"  {matrices(weight)}", f"  KV cache in {kv_words(quality['kv'])}"]
+             f"  {matrices(weight)}", f"  KV cache in {kv_text(quality['kv'])}"]
     for t in quality["texts"]:
         p = t["protocol"]
         lines.append(f"\n{p['text']}: {p['chunks']} chunks of {p['context']} tokens, {p['scored_tokens']} scored")
@@ -94,38 +94,38 @@ def quality_lines(report: Report) -> str:
 
 
 def matrices(weight: Size) -> str:
-    """'24 Q4_K, 6 Q6_K' of what Artifact.weigh says; reports of earlier versions have no counts."""
+    """The matrices by type, as in '24 Q4_K, 6 Q6_K'. Reports of earlier versions have only the names of the types."""
     counts = weight.get("matrices")
     return ", ".join(f"{n} {kind}" for kind, n in counts.items()) if counts else ", ".join(weight["types"])
 
 
 def _task_rows(tasks: Sequence[Task]) -> list[list[str]]:
-    """A row for each task; columns that no task fills are left out."""
+    """A heading, then a row for each task. Columns without values are left out."""
     rows = [["task", "items", "acc %", "base acc %", "Δ acc", "acc_norm %", "base acc_norm %", "Δ acc_norm", "perplexity",
              "base perplexity", "to base"]]
     for t in tasks:
-        base, rise = t["base"], t["difference"]
+        base, difference = t["base"], t["difference"]
         row = [t["protocol"]["task"], str(t["protocol"]["items"])]
         for k in ACCURACIES:
-            row += [pm(t[k], 1, 100), pm(base and base[k], 1, 100), pm(rise and rise[k], 1, 100, sign=True)]
-        ratio = rise and rise["perplexity_ratio"]
+            row += [pm(t[k], 1, 100), pm(base and base[k], 1, 100), pm(difference and difference[k], 1, 100, sign=True)]
+        ratio = difference and difference["perplexity_ratio"]
         rows.append([*row, pm(t["perplexity"], 2), pm(base and base["perplexity"], 2), change(ratio) if ratio else "–"])
     return filled(rows)
 
 
 def filled(rows: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Rows without the columns that hold nothing but '–' under their heading."""
+    """Rows without the columns that have only '–' below the heading."""
     kept = [i for i in range(len(rows[0])) if any(r[i] != "–" for r in rows[1:])]
     return [[r[i] for i in kept] for r in rows]
 
 
 def change(ratio: Stat) -> str:
-    """A ratio as '+22.4 ± 0.8 %'."""
+    """A ratio as a change in percent, as in '+22.4 ± 0.8 %'."""
     return pm({"value": ratio["value"] - 1, "se": ratio["se"]}, 1, 100, "%", sign=True)
 
 
 def speed_lines(report: Report) -> str:
-    """What `llmc bench` prints of one artifact."""
+    """The text that `llmc bench` prints for one artifact."""
     from llmc.console import size
 
     found = []
@@ -134,44 +134,44 @@ def speed_lines(report: Report) -> str:
         where = p["cpu"] if s["target"]["address"].startswith("local-") else f"{target} ({p['cpu']})"
         head = (f"{report['artifact']['name']}  {size(report['artifact']['size']['file_bytes'])}, run by "
                 f"{_ran_by(s['runtime'])} on {where}, threads {p['threads']}, {p['device']}")
-        emulated = ["  EMULATED: these speeds say nothing about the device"] if s["target"]["emulated"] else []
+        emulated = ["  EMULATED: these speeds are not those of the real device"] if s["target"]["emulated"] else []
         found.append("\n".join([head, *emulated, *_speed(s)]))
     return "\n\n".join(found)
 
 
 def _speed(s: Speed) -> list[str]:
-    """One section, line by line."""
+    """The lines of one speed section."""
     from llmc.console import size
-    from llmc.formats.kv import words as kv_words
+    from llmc.formats.kv import section_text as kv_text
 
     lines = [
         f"  load                 {s['load_s']:.2f} s  (file in the page cache)",
     ]
     for p in s["prefill_curve"]:
-        lines += [f"  time to first token  {spread(p['first_token'], 3)} s  ({p['tokens']} tokens)",
-                  f"  prefill              {spread(p['prefill'])} tokens/s"]
+        lines += [f"  time to first token  {median_iqr(p['first_token'], 3)} s  ({p['tokens']} tokens)",
+                  f"  prefill              {median_iqr(p['prefill'])} tokens/s"]
     n, reads = s["protocol"]["generate"], s["target"]["facts"].get("read_bandwidth")
     share = f", {s['read_bandwidth'] / reads:.0%} of what this machine reads ({reads / 1e9:.1f} GB/s)" if reads else ""
-    lines += [f"  decode               {spread(d['decode'])} tokens/s  ({n} tokens at depth {d['depth']})"
+    lines += [f"  decode               {median_iqr(d['decode'])} tokens/s  ({n} tokens at depth {d['depth']})"
               for d in s["decode_curve"]]
     lines += [
         f"  peak memory          {size(s['peak_rss'])}",
-        f"  KV cache             {kv_words(s['kv'])}",
+        f"  KV cache             {kv_text(s['kv'])}",
         f"  read per token       {size(s['token_bytes'])} of weights: {s['read_bandwidth'] / 1e9:.1f} GB/s{share}",
-        f"  ran on               {ran_words(s['ran'])}", *_more(s),
+        f"  ran on               {ran_text(s['ran'])}", *_more(s),
         f"  medians [IQR] of {s['repetitions']} repetitions after {s['warmup']} warm-ups",
     ]
     return [*lines, *(f"  UNSTABLE: {why}" for why in s["unstable"])]
 
 
 def _ran_by(runtime: RuntimeFacts) -> str:
-    """'onnxruntime at accuracy level 4': figures of different levels are of different arithmetic."""
+    """The name of the runtime, as in 'onnxruntime at accuracy level 4'. Results of different levels differ."""
     levels = runtime.get("accuracy_levels")
     return runtime["runtime"] + (f" at accuracy level {' and '.join(map(str, levels))}" if levels else "")
 
 
 def _more(s: Speed) -> list[str]:
-    """What only some benches have."""
+    """The lines of energy and thread sweep, if they were measured."""
     lines = []
     if energy := s["energy"]:
         lines.append(f"  energy               {energy['joules_per_token']:.2f} J per decoded token ({energy['source']})")
@@ -182,13 +182,13 @@ def _more(s: Speed) -> list[str]:
     return lines
 
 
-def spread(s: Spread, digits: int = 1) -> str:
-    """'41.2 [0.8]': median and interquartile range."""
+def median_iqr(s: Spread, digits: int = 1) -> str:
+    """Median and interquartile range as text, as in '41.2 [0.8]'."""
     return f"{s['median']:.{digits}f} [{s['iqr']:.{digits}f}]"
 
 
-def ran_words(found: Ran) -> str:
-    """'31 of 31 layers offloaded; AVX2 AVX512', '120 nodes on CPUExecutionProvider'."""
+def ran_text(found: Ran) -> str:
+    """The record as text, as in '31 of 31 layers offloaded; AVX2 AVX512' or '120 nodes on CPUExecutionProvider'."""
     if "nodes" in found:
         return ", ".join(f"{n} nodes on {provider}" for provider, n in found["nodes"].items())
     parts = []

@@ -1,6 +1,6 @@
-"""The report of one artifact: one JSON file that `llmc eval` and `llmc bench` both write into and `llmc compare` reads.
+"""The report of one artifact: a JSON file. `llmc eval` and `llmc bench` both write to it, `llmc compare` reads it.
 
-schema.py says what is in it. The artifact's sha256 says whose figures they are.
+Its types are in schema.py. The sha256 identifies the artifact.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ KIND = "llmc-report"
 
 
 def hash_artifact(artifact: Path) -> str:
-    """Whose figures a report holds (Artifact.sha256)."""
+    """The sha256 that identifies an artifact in reports (Artifact.sha256)."""
     return artifact_at(artifact).sha256()
 
 
 def describe_artifact(artifact: Path) -> Described:
-    """Identity, weight and provenance of an artifact, as far as its manifest tells."""
+    """Identity, size and origin of an artifact. The origin is read from its manifest, if there is one."""
     manifest = read_manifest(artifact) or {}
     opened = artifact_at(artifact)
     passes = manifest.get("passes", [])
-    # of the last pass that has any
+    # the layers of the last pass that recorded them
     layers: list[dict[str, Any]] = next((p["layers"] for p in reversed(passes) if p.get("layers")), [])
     return {
         "name": artifact.name, "path": str(artifact), "sha256": opened.sha256(),
@@ -48,7 +48,7 @@ def describe_artifact(artifact: Path) -> Described:
 
 
 def read_report(path: Path) -> Report:
-    """A report as written by `save`, its frame checked."""
+    """Read a report. Raises UserError if it is not a complete report of this version. The sections are not checked."""
     try:
         report: Any = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as e:
@@ -58,7 +58,7 @@ def read_report(path: Path) -> Report:
     if not isinstance(report, dict) or report.get("kind") != KIND:
         raise UserError(f"{path} is not a report of llmc", "give reports of `llmc eval` or `llmc bench`")
     if lacking := [k for k in ("schema", "artifact", "versions") if k not in report]:
-        raise UserError(f"{path} is not a whole report: {', '.join(lacking)} missing", "make the report again")
+        raise UserError(f"{path} is not a complete report: {', '.join(lacking)} missing", "make the report again")
     if report.get("schema") != SCHEMA:
         raise UserError(f"{path} has report schema {report.get('schema')!r}; this llmc reads {SCHEMA}",
                         "make the report again with this version")
@@ -66,17 +66,20 @@ def read_report(path: Path) -> Report:
 
 
 def check_output(path: Path | None, digest: str, kv: str | None = None) -> None:
-    """Before any work: an existing file at `path` must be a report of the same artifact, with that KV cache (None: any)."""
+    """Check the output before any work. Raises UserError if the file exists and is not a report of the same artifact.
+
+    kv: type of the KV cache that the report must have; None: any.
+    """
     if path is not None and path.exists():
         before = read_report(path)
         other = before["artifact"]
         if other["sha256"] != digest:
-            theirs = f"{other['name']} (sha256 {other['sha256'][:12]}…, not {digest[:12]}…)"
-            raise UserError(f"{path} is the report of another artifact, {theirs}",
-                            "choose another file with -o, or delete that one")
+            found = f"{other['name']} (sha256 {other['sha256'][:12]}…, not {digest[:12]}…)"
+            raise UserError(f"{path} is the report of another artifact, {found}",
+                            "choose another file with -o, or delete this one")
         if kv is not None and kv_type(before) not in (None, kv):
             raise UserError(f"{path} is the report of {other['name']} with a KV cache in {kv_type(before)}, not {kv}",
-                            "choose another file with -o: llmc compare holds the two side by side")
+                            "choose another file with -o; llmc compare can compare the two")
 
 
 @overload
@@ -84,8 +87,7 @@ def new_report(artifact: Described, section: Literal["quality"], value: Quality)
 @overload
 def new_report(artifact: Described, section: Literal["speeds"], value: dict[str, Speed]) -> Report: ...
 def new_report(artifact: Described, section: str, value: Any) -> Report:
-    """A report with one section. One of an artifact that was made to a budget says beside the quality what the budget
-    promised."""
+    """Return a report with one section. For `quality`, add the section `budget` if a budget chose the artifact's types."""
     made = cast(Report, {"schema": SCHEMA, "kind": KIND, "artifact": artifact, section: value, "versions": versions()})
     if section == "quality" and (budget := budget_of(made)):
         made["budget"] = budget
@@ -93,7 +95,7 @@ def new_report(artifact: Described, section: str, value: Any) -> Report:
 
 
 def merged(before: Report | None, report: Report) -> Report:
-    """`report`, with the sections that only `before` has and the speeds on targets that only `before` has."""
+    """Return `report` plus the sections, and the targets of `speeds`, that only `before` has."""
     if before is None:
         return report
     made: Report = {**before, **report}
@@ -103,13 +105,13 @@ def merged(before: Report | None, report: Report) -> Report:
 
 
 def save(path: Path, report: Report) -> None:
-    """Write `report`, merged with the one that the file holds."""
+    """Write `report`, merged with the report that is already in the file. Raises UserError as check_output does."""
     check_output(path, report["artifact"]["sha256"], kv_type(report))
     write_json(path, merged(read_report(path) if path.exists() else None, report))
 
 
 def without_arrays(report: Report) -> Report:
-    """The report without its per-token and per-item arrays, for people and pipes."""
+    """The report without its per-token and per-item arrays, for `--json`."""
     if (quality := quality_of(report)) is None:
         return report
     made: Quality = {**quality, "texts": [cast(Text, _without(t, "per_token")) for t in quality["texts"]]}
@@ -123,10 +125,10 @@ def _without(entry: Mapping[str, object], key: str) -> dict[str, object]:
 
 
 def pack(values: np.ndarray) -> Packed:
-    """An array as JSON: floats as little-endian float32, booleans as bytes, base64."""
-    kind = "|b1" if values.dtype == bool else "<f4"
-    data = base64.b64encode(values.astype(kind).tobytes()).decode()
-    return {"dtype": kind, "shape": list(values.shape), "data": data}
+    """Return an array as JSON: the base64 of little-endian float32, or of one byte per boolean."""
+    dtype = "|b1" if values.dtype == bool else "<f4"
+    data = base64.b64encode(values.astype(dtype).tobytes()).decode()
+    return {"dtype": dtype, "shape": list(values.shape), "data": data}
 
 
 def unpack(packed: Packed) -> np.ndarray:

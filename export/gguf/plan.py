@@ -39,9 +39,9 @@ class Types:
 
     @classmethod
     def choose(cls, config: GgufExportConfig, ckpt: Checkpoint) -> Types:
-        """The types in `config`; else those recorded in the folder (`quantized.tables`); else q8_0 for the embedding of a
+        """The types in `config`; else those recorded in the folder (`quantized.end_types`); else q8_0 for the embedding of a
         quantized model and --float-type for that of a float model."""
-        wanted = quantized.tables(ckpt)
+        wanted = quantized.end_types(ckpt)
         has_codes = quantized.is_quantized(ckpt)
         embedding, reason = config.embedding, "as asked"
         if embedding is None and "embedding" in wanted:

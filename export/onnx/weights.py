@@ -61,7 +61,7 @@ class Weights:
         """The bits of embedding and head, None for the type in --dtype; and the reason."""
         if config.head_bits is not None:
             return config.head_bits, "as asked"
-        wanted = quantized.tables(self.ckpt)
+        wanted = quantized.end_types(self.ckpt)
         types = sorted(set(wanted.values()))
         if len(types) == 1 and types[0] in END_BITS:
             return END_BITS[types[0]], "as the folder was made for"

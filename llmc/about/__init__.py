@@ -1,1 +1,1 @@
-"""What an artifact and an installation are: inspect, verify, doctor."""
+"""`llmc inspect`, `llmc verify` and `llmc doctor`."""

@@ -1,4 +1,4 @@
-"""`llmc doctor`: what is here, what is not, and the exact command that installs what is missing."""
+"""`llmc doctor`: what is installed, what is missing, and the command that installs it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from llmc import machine
 from llmc.files import cache_folder, existing
 
-# the modules that each set of packages must be able to import, by distribution
+# {extra: {distribution: module that must import}}
 PACKAGES = {
     "core": {"torch": "torch", "transformers": "transformers", "safetensors": "safetensors", "numpy": "numpy",
              "accelerate": "accelerate", "jinja2": "jinja2", "psutil": "psutil"},
@@ -26,13 +26,13 @@ PACKAGES = {
 }
 INSTALL = {"core": "pip install --force-reinstall llmc-toolkit", "gguf": "pip install 'llmc-toolkit[gguf]'",
            "onnx": "pip install 'llmc-toolkit[onnx]'", "distill": "pip install 'llmc-toolkit[distill]' (for --lora)",
-           "optimum": "pip install 'llmc-toolkit[optimum]' in an environment of its own: it takes transformers 4.57"}
+           "optimum": "pip install 'llmc-toolkit[optimum]' in an environment of its own: it needs transformers 4.57"}
 
 
 def examine() -> dict[str, Any]:
     """Everything that `llmc doctor` reports.
 
-    Returns {'ok' (the core works), 'machine', 'devices', 'disk' (bytes free), 'runtimes' (None: not here), 'packages',
+    Returns {'ok' (the core works), 'machine', 'devices', 'disk' (bytes free), 'runtimes' (None: not installed), 'packages',
     'missing' (each {'what', 'why', 'install'})}.
     """
     import psutil
@@ -56,7 +56,7 @@ def examine() -> dict[str, Any]:
 
 
 def _package(distribution: str, module: str) -> dict[str, str | None]:
-    """Installed version, and what keeps it from being imported (None: nothing)."""
+    """{'version' (None: not installed), 'problem' (why its module cannot be imported, or None)}."""
     try:
         version = metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -69,7 +69,7 @@ def _package(distribution: str, module: str) -> dict[str, str | None]:
 
 
 def _torch() -> dict[str, Any]:
-    """Threads and accelerators as torch sees them."""
+    """The threads, CPU kernels and accelerators that torch uses."""
     import torch
 
     devices: list[dict[str, Any]] = []
@@ -83,7 +83,7 @@ def _torch() -> dict[str, Any]:
 
 
 def _llama_cpp() -> dict[str, Any]:
-    """How llama.cpp was built: what it may use of this CPU, and whether it can use a GPU."""
+    """The build of llama.cpp: whether it can use a GPU, and the features it was built with."""
     import llama_cpp
 
     build = re.findall(r"(\w+) = 1", llama_cpp.llama_print_system_info().decode())
@@ -96,7 +96,7 @@ def _onnxruntime() -> dict[str, Any]:
     return {"providers": onnxruntime.get_available_providers()}
 
 
-# the distribution that each runtime needs, and what to say of it
+# {runtime: (distribution that it needs, function that describes it)}
 RUNTIMES: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "torch": ("torch", _torch), "llama.cpp": ("llama-cpp-python", _llama_cpp), "onnxruntime": ("onnxruntime", _onnxruntime),
 }
@@ -107,7 +107,7 @@ def _works(packages: dict[str, dict[str, dict[str, str | None]]], distribution: 
 
 
 def _free(folder: Path) -> int:
-    """Free bytes on the disk where `folder` is or would be."""
+    """Free bytes on the disk of `folder`, which need not exist."""
     return shutil.disk_usage(existing(folder)).free
 
 
@@ -119,16 +119,16 @@ def describe(report: dict[str, Any]) -> str:
     lines = [
         f"machine    {m['cpu']}, {m['system']}",
         f"cores      {m['physical_cores']}, {m['logical_cores']} logical, {m['usable_cores']} used by default",
-        f"features   {' '.join(m['cpu_features']) or 'unknown: this system does not tell'}",
+        f"features   {' '.join(m['cpu_features']) or 'unknown on this system'}",
         f"memory     {size(m['memory'])}, {size(m['memory_available'])} available",
         f"disk       {size(disk['here'])} free here, {size(disk['cache'])} free for the cache",
     ]
     for d in report["devices"]:
         lines.append(f"device     {d['device']}: {d['name']}, {size(d['memory'])}")
     if not report["devices"]:
-        lines.append("device     cpu only: torch sees neither CUDA nor MPS")
+        lines.append("device     cpu only: torch finds neither CUDA nor MPS")
     for name, runtime in report["runtimes"].items():
-        lines.append(f"runtime    {name}: " + (_one_line(runtime) if runtime else "not here"))
+        lines.append(f"runtime    {name}: " + (_one_line(runtime) if runtime else "not installed"))
     for extra, group in report["packages"].items():
         found = [f"{d} {p['version']}" for d, p in group.items() if not p["problem"]]
         lines.append(f"{extra:<10} {', '.join(found) or 'nothing'}")
@@ -139,5 +139,5 @@ def describe(report: dict[str, Any]) -> str:
 
 
 def _one_line(runtime: dict[str, Any]) -> str:
-    words = {k: " ".join(v) if isinstance(v, list) else v for k, v in runtime.items() if k != "devices"}
-    return ", ".join(f"{k} {v}" for k, v in words.items())
+    texts = {k: " ".join(v) if isinstance(v, list) else v for k, v in runtime.items() if k != "devices"}
+    return ", ".join(f"{k} {v}" for k, v in texts.items())

@@ -1,4 +1,4 @@
-"""`llmc inspect`: what is inside an artifact, whoever made it."""
+"""`llmc inspect`: the contents of an artifact, made by llmc or not."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def inspect(artifact: str | Path, tensors: bool = False) -> dict[str, Any]:
     """Contents of a model folder (float, quantized or ONNX), a .gguf file, or an importance matrix (see `_imatrix`).
 
     Returns {'artifact', 'format', 'architecture', 'model', 'type', 'weights' (Artifact.weigh), 'kv' (of its cache,
-    llmc.formats.kv), 'tokenizer', 'licence', 'provenance' (the manifest without its file hashes, None where llmc did not make
-    it)} and with `tensors` 'tensors', one object each. Keys that the artifact does not tell are None.
+    llmc.formats.kv), 'tokenizer', 'licence', 'provenance' (the manifest without its file hashes, None if there is none)}, and
+    with `tensors` also 'tensors', one object each. A value is None if the artifact does not state it.
     """
     from llmc.formats import kv
 
@@ -38,15 +38,17 @@ def inspect(artifact: str | Path, tensors: bool = False) -> dict[str, Any]:
 
 
 def _blocks(b: dict[str, Any]) -> str:
-    """'21 MatMulNBits int4 block 32, accuracy level 4' of one entry of 'matmul_nbits'."""
+    """One entry of 'matmul_nbits' as text: '21 MatMulNBits int4 block 32, accuracy level 4'."""
     qtype = f"int{b['bits']} block {b['block_size']}" + ("" if b["symmetric"] else " asym")
     return f"{b['matrices']} MatMulNBits {qtype}, accuracy level {b['accuracy_level']}"
 
 
 def _imatrix(file: Path, tensors: bool) -> dict[str, Any] | None:
-    """{'artifact', 'format', 'datasets', 'chunks', 'chunk_size', 'tokens' (most of any matrix), 'matrices', 'layers',
-    'unseen' (matrices that no token reached), 'provenance'} of an importance matrix, and with `tensors` an object for each
-    matrix; None for any other .gguf file."""
+    """The contents of an importance matrix. None for any other .gguf file.
+
+    Returns {'artifact', 'format', 'datasets', 'chunks', 'chunk_size', 'tokens' (maximum over the matrices), 'matrices',
+    'layers', 'unseen' (matrices that no token reached), 'provenance'}, and with `tensors` also 'tensors', one object each.
+    """
     from llmc.formats.gguf import field, open_gguf
     from llmc.formats.imatrix import is_imatrix, read_imatrix
 
@@ -77,7 +79,7 @@ def describe(report: dict[str, Any]) -> str:
     """The report as a page of plain text."""
     if "matrices" in report:
         return "\n".join(_describe_imatrix(report))
-    from llmc.formats.kv import KvUse, words
+    from llmc.formats.kv import KvUse, section_text
 
     w, m, t = report["weights"], report["model"], report["tokenizer"]
     shape = ", ".join(f"{v} {k.replace('_', ' ')}" for k, v in m.items() if v is not None)
@@ -96,8 +98,8 @@ def describe(report: dict[str, Any]) -> str:
             lines.append(f"  {name:<11} {size(c['bytes']):>9}  {share:4.1f} %  {', '.join(c['types'])}")
     if kv := report["kv"]:
         heads = f"{kv['layers']} layers, {kv['kv_heads']} heads of {kv['head_dim']}"
-        told: KvUse = {"type": "f16", "bytes_per_token": kv["bytes_per_token_f16"], "bytes_at": kv["bytes_at"]}
-        lines.append(f"KV cache      {words(told)} tokens ({heads})")
+        section: KvUse = {"type": "f16", "bytes_per_token": kv["bytes_per_token_f16"], "bytes_at": kv["bytes_at"]}
+        lines.append(f"KV cache      {section_text(section)} tokens ({heads})")
     if "operators" in report:
         lines += [f"computed by   {_blocks(b)}" for b in report["matmul_nbits"]]
         lines.append("operators     " + ", ".join(f"{n} {op}" for op, n in report["operators"].items()))

@@ -1,4 +1,4 @@
-"""`llmc verify`: is an artifact still what its manifest says, and does it hold together?"""
+"""`llmc verify`: compare an artifact with its manifest, and check its contents for errors."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from llmc.formats.manifest import MANIFEST, hash_folder, manifest_path, read_man
 
 
 def verify(artifact: str | Path) -> dict[str, Any]:
-    """Check an artifact's files against its manifest and against each other; works offline and changes nothing.
+    """Check an artifact's files against its manifest and against each other. It works offline and changes nothing.
 
-    Returns {'artifact', 'kind', 'files' (how many were hashed), 'problems' (one line each; empty: all is well)}.
+    Returns {'artifact', 'kind', 'files' (how many were hashed), 'problems' (one line each)}.
     """
     path = Path(artifact)
     if not path.exists():

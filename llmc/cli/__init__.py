@@ -1,4 +1,4 @@
-"""The command line, `llmc COMMAND …`. One module a command; here is what all share: errors, exit codes, verbosity.
+"""The command line, `llmc COMMAND …`. Each command has a module. This one handles errors, exit codes and verbosity.
 
 Exit codes: 0 done, 1 a gate of `llmc compare` or `llmc ship` failed or nothing fits (`llmc fit`), 2 bad input or environment,
 70 a bug in llmc, 130 Ctrl-C.
@@ -21,7 +21,7 @@ from llmc.console import set_quiet
 from llmc.errors import UserError
 from llmc.machine import WINDOWS
 
-BUG = 70  # EX_SOFTWARE of sysexits.h; Python's own 1 would read as a failed gate
+BUG = 70  # EX_SOFTWARE of sysexits.h; Python's own 1 would look like a failed gate
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 app = typer.Typer(
@@ -54,7 +54,7 @@ def _options(
       llmc compare base.json small.json
     """
     set_quiet(quiet)
-    if quiet or not (verbose or sys.stderr.isatty()):  # libraries' progress bars have no place in a log
+    if quiet or not (verbose or sys.stderr.isatty()):  # no progress bars of libraries in a log
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if not verbose:
@@ -66,11 +66,11 @@ def _options(
 
 
 def _explain(error: BaseException) -> UserError | None:
-    """The user's side of an error that Python or a library raised; None for a bug."""
+    """The UserError for an error of Python or a library that the user can fix; None for a bug."""
     if isinstance(error, UserError):
         return error
     text = str(error)
-    # torch and safetensors wrap both conditions in errors of their own: the text is all they share
+    # torch and safetensors raise errors of their own for both conditions: only the text tells them
     if isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text:
         return UserError("out of memory", "close other programs, or lower --samples or --seq-len")
     if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left on device" in text:
@@ -81,7 +81,7 @@ def _explain(error: BaseException) -> UserError | None:
 
 
 class _Boundary:
-    """Turns whatever leaves a command into lines on stderr and an exit code; a bug keeps its traceback."""
+    """Turns every exception of a command into lines on stderr and an exit code. A bug keeps its traceback."""
 
     code = 0
 
@@ -93,7 +93,7 @@ class _Boundary:
             return False
         if isinstance(error, KeyboardInterrupt):
             self.code = INTERRUPTED
-        elif show := getattr(error, "show", None):  # a usage error, of click's or of the click inside newer typers
+        elif show := getattr(error, "show", None):  # a usage error of click, or of the click inside newer typers
             show()
             self.code = 2
         elif (known := _explain(error)) is not None:
@@ -126,7 +126,7 @@ def main() -> None:
     code = run()
     try:
         sys.stdout.flush()
-    except OSError as e:  # `llmc … | head`: the reader has gone, and Python would complain at its own last flush
+    except OSError as e:  # `llmc … | head` closed the pipe; Python's own last flush would fail too
         if not isinstance(e, BrokenPipeError) and not (WINDOWS and e.errno == errno.EINVAL):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

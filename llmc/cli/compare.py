@@ -37,8 +37,8 @@ def compare(
     page = config.page
     result = compare(config)
     write_page(result, page)
-    told = tables(result)
-    text = tables_markdown(told, level=3)
+    report_tables = tables(result)
+    text = tables_markdown(report_tables, level=3)
     if markdown is not None and markdown != Path("-"):
         with staged_file(markdown) as tmp:
             tmp.write_text(text + "\n", encoding="utf-8")
@@ -47,6 +47,6 @@ def compare(
     elif markdown == Path("-"):
         print(text)
     else:
-        print(tables_text(told))
+        print(tables_text(report_tables))
     say(f"the page is {page}")
     gates.enforce(result["gates"])

@@ -31,7 +31,7 @@ def distill(
         set_quiet(True)
     from llmc.compress.distill.run import distill as run
 
-    if result := run(student, config):  # of several processes, the first has one
+    if result := run(student, config):  # only the first of several processes has a result
         print(json.dumps(result, indent=2) if as_json else _plan(result) if config.dry_run else _summary(result))
 
 
@@ -50,7 +50,7 @@ def _summary(r: dict[str, Any]) -> str:
 
 
 def outcome(r: dict[str, Any]) -> str:
-    """What distilling brought, in words."""
+    """The effect of distillation as text."""
     loss, ppl = r["loss"], r["perplexity"]
     kept = f", {r['zeros_kept']:,} zeros kept" if r["zeros_kept"] else ""
     return (f"held-out loss {loss['before']:.4f} -> {loss['after']:.4f}, perplexity {ppl['before']:.2f} -> "

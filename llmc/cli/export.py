@@ -29,7 +29,7 @@ def export(
     """
     from llmc import api
 
-    # only what was given is passed on, so that an option of the other format is noticed
+    # only options that the user gave are passed on, so that an option of the other format is an error
     sources = {name: context.get_parameter_source(name) for name in options}
     given = {name: options[name] for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
     report = api.export(format=format, **given)
@@ -37,7 +37,7 @@ def export(
 
 
 def describe(report: dict[str, Any]) -> str:
-    """The report in a few lines for a person."""
+    """The report as text."""
     from llmc.console import size
 
     verified, logits, ids = report["verified"], report["logits"], report.get("token_ids", {})
@@ -75,4 +75,4 @@ def describe(report: dict[str, Any]) -> str:
     if "accuracy_level" in report:
         head = "" if report["head_accuracy_level"] is None else f", head {report['head_accuracy_level']}"
         lines.append(f"  level      {report['accuracy_level']}{head}: {report['accuracy_reason']}")
-    return "\n".join([*lines, f"  says       {report['generated']!r}"])
+    return "\n".join([*lines, f"  generated  {report['generated']!r}"])

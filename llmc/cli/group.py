@@ -8,8 +8,8 @@ from typing import Any
 import typer
 import typer.core
 
-# Every command of `llmc`: the module of llmc.cli that has it, and its line in `llmc --help`. A command's module is imported
-# when the command is named, so that no command pays for the others.
+# {command: (module of llmc.cli, line in `llmc --help`)}. A module is imported only when its command is used, which keeps all
+# commands fast.
 TABLE: dict[str, tuple[str, str]] = {
     "prune": ("prune", "Make a float model sparser, shallower or narrower."),
     "quantize": ("quantize", "Quantize the linears of a model."),
@@ -35,8 +35,8 @@ TABLE: dict[str, tuple[str, str]] = {
 
 
 class Commands(typer.core.TyperGroup):
-    """A group of commands. Its flags that typer leaves at None are False here: to find out that None is no bool, typer
-    imports pydantic, which would be half the time of every --help."""
+    """A group of commands. Flags whose default is None in typer are False here. For None typer would import pydantic, which
+    takes half the time of every --help."""
 
     def get_params(self, ctx: Any) -> Any:
         params = super().get_params(ctx)
@@ -59,7 +59,7 @@ class Llmc(Commands):
 
 
 class _Lazy(dict[str, Any]):
-    """{name: command}, each imported when it is looked at."""
+    """{name: command}. A command is imported on first access."""
 
     def __init__(self) -> None:
         super().__init__(dict.fromkeys(TABLE))

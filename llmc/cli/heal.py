@@ -38,7 +38,7 @@ def _summary(r: dict[str, Any]) -> str:
 
 
 def outcome(r: dict[str, Any]) -> str:
-    """What healing brought, in words."""
+    """The effect of healing as text."""
     moved = f"scales moved {100 * r['scales_moved']:.1f} % on average"
     if "error" in r:
         return f"mean held-out layer error {100 * r['error']['before']:.2f} -> {100 * r['error']['after']:.2f} %, {moved}"

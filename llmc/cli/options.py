@@ -53,14 +53,14 @@ def parameters(*configs: type) -> dict[str, inspect.Parameter]:
 
 
 def _parameter(name: str, option: Option, hint: Any, default: Any) -> inspect.Parameter:
-    words: dict[str, Any] = {"metavar": option.metavar, "help": help_text(option), "hidden": option.hidden,
+    shown: dict[str, Any] = {"metavar": option.metavar, "help": help_text(option), "hidden": option.hidden,
                              "show_default": option.shown or default not in (None, ())}
     if option.argument:
-        info: Any = typer.Argument(**words)
-        default = default or None  # click 8.1 takes no empty list here
+        info: Any = typer.Argument(**shown)
+        default = default or None  # click 8.1 does not accept an empty list here
     else:
         flags = option.flags or (flag(name, option),)  # always named: typer would add --no-NAME to an unnamed switch
-        info = typer.Option(*flags, rich_help_panel=option.group, **words)
+        info = typer.Option(*flags, rich_help_panel=option.group, **shown)
     if item_type(hint) is int and default is not MISSING:
         default = ",".join(map(str, default)) or None
     default = inspect.Parameter.empty if default is MISSING else list(default) if isinstance(default, tuple) else default

@@ -34,11 +34,11 @@ def prune(
 
 
 def _plan(p: dict[str, Any]) -> str:
-    looked = f"looking at {p['tokens']:,} tokens of {p['calibration']}, " if p["tokens"] else "no data; "
+    scored = f"scored on {p['tokens']:,} tokens of {p['calibration']}, " if p["tokens"] else "no data; "
     notes = "".join(f"  {note}\n" for note in p["notes"])
     whole = " (the whole model)" if p["whole_model_in_memory"] else ""
     return (f"{p['source']} -> {p['out']}\n  {p['what']} of {p['layers']} layers, {size(p['bytes_before'])}\n{notes}"
-            f"  {looked}judged by {p['held_out_tokens']:,} tokens of {p['calibration']}\n"
+            f"  {scored}evaluated on {p['held_out_tokens']:,} tokens of {p['calibration']}\n"
             f"  at most about {size(p['memory_bytes'])} of memory{whole} and {size(p['disk_bytes'])} of disk\n"
             f"  on {p['device']}, {p['threads']} threads, activation products in {p['matmul']}")
 
@@ -49,7 +49,7 @@ def _summary(r: dict[str, Any]) -> str:
                  f"{r['nonzero'] / 1e6:.1f} M of them not zero; {size(r['bytes_before'])} -> {size(r['bytes'])}")
     lines += [f"  {note}" for note in r["notes"]]
     if "dropped" in r:
-        lines.append(f"  layers      {', '.join(map(str, r['dropped'])) or 'none'} went, in this order")
+        lines.append(f"  layers      {', '.join(map(str, r['dropped'])) or 'none'} removed, in this order")
     if r["sparsity"] > 0.001:
         shares = r["sparsity_per_layer"]
         lines.append(f"  sparsity    {100 * r['sparsity']:.2f} % of the linears, {100 * min(shares):.2f} to "

@@ -51,14 +51,14 @@ def _plan(p: dict[str, Any]) -> str:
 def _types(r: dict[str, Any]) -> str:
     """'q4_k', or 'q4_k_m (24 q4_k, 6 q6_k; embedding q6_k)'."""
     counts = ", ".join(f"{n} {qtype}" for qtype, n in r["types"].items())
-    tables = "".join(f"; {table} {qtype}" for table, qtype in r["tables"].items())
-    return str(r["type"]) + (f" ({counts}{tables})" if len(r["types"]) > 1 or tables else "")
+    end_types = "".join(f"; {end} {qtype}" for end, qtype in r["tables"].items())
+    return str(r["type"]) + (f" ({counts}{end_types})" if len(r["types"]) > 1 or end_types else "")
 
 
 def _summary(r: dict[str, Any]) -> str:
-    departures = f", {r['fallbacks']} layers fell back to RTN" if r["fallbacks"] else ""
+    fallbacks = f", {r['fallbacks']} layers fell back to RTN" if r["fallbacks"] else ""
     taken = f"transform {r['transform']['taken']}: {r['transform']['why']}\n" if r["transform"] else ""
     healed = f"healed: {outcome(r['healed'])}\n" if "healed" in r else ""
     return (f"{taken}{healed}{r['out']}: {_types(r)}, {r['bits_per_weight']:.3g} bits per linear weight, {size(r['bytes'])}, "
-            f"mean layer error {100 * r['error']:.2f} %{departures}, {duration(r['seconds'])}\n"
+            f"mean layer error {100 * r['error']:.2f} %{fallbacks}, {duration(r['seconds'])}\n"
             f"next: llmc export --format gguf {r['out']}")

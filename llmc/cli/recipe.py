@@ -49,7 +49,7 @@ def cp(recipe: str = typer.Argument(..., help="A name of `llmc recipe ls`, or a 
     name, text, _ = read_text(recipe)
     place = file / f"{name}.yaml" if file.is_dir() else file
     if place.exists():
-        raise UserError(f"{place} is there already", "choose another name")
+        raise UserError(f"{place} exists already", "choose another name")
     with staged_file(place) as tmp:
         tmp.write_text(text, encoding="utf-8")
     say(f"{place}: change it, then `llmc recipe validate {place}`")
@@ -62,7 +62,7 @@ def validate(
     settings: list[str] = typer.Option([], "--set", metavar="STEP.OPTION=VALUE", show_default=False,
                                        help="Another value of an option."),
 ) -> None:
-    """Check a recipe: every option and every step's input, all problems at once. Nothing is run."""
+    """Check a recipe: every option and the inputs of every step. It prints all problems at once and runs nothing."""
     from llmc.recipes.chain import load
     from llmc.recipes.recipe import setting
     from llmc.recipes.show import chain_lines

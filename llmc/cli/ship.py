@@ -23,8 +23,8 @@ def ship(
 
     \b
       artifacts: [small.gguf]
-      reports: [base.json, small.json]     # the first is what perplexity is held against
-      run: true                            # measure what the gates need and no report has; `base: MODEL` for divergence
+      reports: [base.json, small.json]     # the first is the baseline of perplexity
+      run: true                            # measure what the gates need and the reports lack; `base: MODEL` for divergence
       targets:
         pi5: {min_decode: 10, max_first_token: 3, max_ram: 2GB, max_kld: 0.1, min_top1: 80%, stable: true}
 

@@ -48,7 +48,7 @@ def sweep(
         print(to_markdown(result) if markdown else sweep_summary(result))
     if failed := [v["variant"] for v in result["variants"] if v["failed"]]:
         raise UserError(f"{len(failed)} of {len(result['variants'])} variants failed: {'; '.join(failed)}",
-                        "the table says why; run the sweep again when that is mended")
+                        "the table gives the reasons: fix them and run the sweep again")
     from llmc.evals.compare import gates
 
     gates.enforce([g for v in result["variants"] for g in v.get("gates", [])])

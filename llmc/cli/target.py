@@ -39,14 +39,14 @@ def add(
     from llmc.runtimes.targets.target import LOCAL, Target, load_targets, targets_file, write_target
 
     if name in LOCAL:
-        raise UserError(f"{name} is this machine and always there", "choose another name")
+        raise UserError(f"{name} is this machine and always available", "choose another name")
     options = {"python": python, "cache": cache, "cache_gb": cache_gb, "jump": jump, "profile": profile}
     given = {k: v for k, v in options.items() if v is not None}
     known = load_targets(targets).get(name) if targets_file(targets).is_file() else None
-    # facts are of the device at the old address
+    # facts of the old address do not hold for a new one
     facts = {} if known is None or known.address != address else known.facts
     target = replace(known, address=address, facts=facts, **given) if known else Target(name, address, **given)  # type: ignore[arg-type]
-    say(f"{write_target(target, targets)}: `llmc target probe {name}` finds out what it is")
+    say(f"{write_target(target, targets)}: `llmc target probe {name}` measures it")
 
 
 @group.command("ls")
@@ -79,7 +79,7 @@ def rm(name: str = NAME, targets: Path | None = FILE) -> None:
     from llmc.console import say
     from llmc.runtimes.targets.target import remove_target
 
-    say(f"{remove_target(name, targets)}: {name} is out")
+    say(f"{remove_target(name, targets)}: {name} was removed")
 
 
 @group.command("probe")
@@ -96,5 +96,5 @@ def probe(name: str = NAME, targets: Path | None = FILE, as_json: bool = JSON) -
     target = find_target(name, targets)
     with closing(connect(target)) as device:
         found = replace(target, facts=probed(device))
-    say(f"noted in {write_target(found, targets)}")
+    say(f"written to {write_target(found, targets)}")
     print(json.dumps(found.as_dict(), indent=2, ensure_ascii=False) if as_json else lines(found))

@@ -37,7 +37,7 @@ def setup(
         return
     print(f"{name}: {found['executable']}, {found['python']}")
     for package, version in found["packages"].items():
-        print(f"  {package:<18} {version or 'not there'}")
+        print(f"  {package:<18} {version or 'not installed'}")
 
 
 def clean(name: str = NAME, targets: Path | None = FILE, as_json: bool = JSON) -> None:

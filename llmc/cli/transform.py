@@ -33,7 +33,7 @@ def transform(
 
 
 def _summary(r: dict[str, Any]) -> str:
-    lines = [f"{r['out']}: every layer computes the same within {r['proof']:.1g}, {duration(r['seconds'])}"]
+    lines = [f"{r['out']}: every layer gives the same output within {r['proof']:.1g}, {duration(r['seconds'])}"]
     for p in r["passes"]:
         places = [x for layer in p["layers"] for x in layer["places"].values()]
         if before := sum(x["before"] for x in places):
@@ -43,7 +43,7 @@ def _summary(r: dict[str, Any]) -> str:
         else:
             lines.append(f"  {p['name']}: {p['config']['rotate']}")
     if r["untied_bytes"]:
-        lines.append(f"  the head is a matrix of its own now: {size(r['untied_bytes'])} more in an 8-bit file")
+        lines.append(f"  the head is now a separate matrix: {size(r['untied_bytes'])} more in an 8-bit file")
     smooth = any(p["config"].get("scaling") == "smoothquant" for p in r["passes"])
     after = f"export {r['out']} --format onnx --dtype w8a8" if smooth else f"quantize {r['out']}"
     return "\n".join([*lines, f"next: llmc {after}"])

@@ -31,7 +31,7 @@ def verify(
     else:
         for problem in problems:
             print(problem)
-        verdict = f"problems: {len(problems)}" if problems else f"every file is as made ({report['files']})"
+        verdict = f"problems: {len(problems)}" if problems else f"every file is unchanged ({report['files']})"
         print(f"{artifact}: {verdict}")
     if problems:
         raise typer.Exit(2)

@@ -1,1 +1,1 @@
-"""What lies on a disk: formats of models, read and written."""
+"""Formats on disk, read and written: models, quantization types and their packing, manifests."""

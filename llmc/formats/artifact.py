@@ -22,43 +22,43 @@ class ClassSize(TypedDict):
     """The tensors of one class."""
 
     bytes: int
-    parameters: int  # elements
+    parameters: int  # number of weights
     types: list[str]  # stored types, sorted
 
 
 class Size(TypedDict):
-    """What an artifact weighs."""
+    """The sizes of an artifact."""
 
-    file_bytes: int  # of the weight files on the disk
-    tensor_bytes: int  # of the tensors alone
-    parameters: int  # elements of all tensors
+    file_bytes: int  # of the weight files on disk
+    tensor_bytes: int  # of the tensors only
+    parameters: int  # number of weights of all tensors
     bits_per_weight: float  # 8 * tensor_bytes / parameters
-    decoder_bits_per_weight: float  # of attention and MLP matrices alone
-    token_bytes: int  # that one decoded token reads: every tensor but the embedding rows of other tokens
-    tied: bool  # the embedding is the output head
+    decoder_bits_per_weight: float  # of attention and MLP matrices only
+    token_bytes: int  # that decoding one token reads: all tensors except an untied embedding
+    tied: bool  # the embedding is also the head
     types: dict[str, int]  # bytes by stored type
-    matrices: NotRequired[dict[str, int]]  # how many by stored type; missing in reports of earlier versions
+    matrices: NotRequired[dict[str, int]]  # number of matrices by stored type; missing in reports of earlier versions
     classes: dict[str, ClassSize]  # by each of CLASSES
 
 
 class Artifact(ABC):
-    """One artifact, not opened yet. Every method reads what it needs: headers and descriptions, and weights only where it
-    says so. All raise UserError where the artifact is damaged."""
+    """An artifact on disk. Creating the object reads nothing. The methods read headers and metadata; a method that reads
+    weights says so. All methods raise UserError if the artifact is damaged."""
 
     format: ClassVar[str]
-    """'gguf', 'onnx' or 'hf', as manifests and reports have it."""
+    """'gguf', 'onnx' or 'hf', as in manifests and reports."""
     label: ClassVar[str]
-    """What a message calls one: 'a .gguf file'."""
+    """One artifact of this format in a message: 'a .gguf file'."""
     plural: ClassVar[str]
-    """What a message calls several: '.gguf files'."""
+    """Several of them in a message: '.gguf files'."""
     packages: ClassVar[dict[str, str]]
-    """What a device needs to run it: {package: the module that it gives}. Empty: no device is expected to run it."""
+    """The packages that a device needs to run it: {package: module to import}. Empty if devices do not run this format."""
     kv_default: ClassVar[str | None]
-    """The type of the KV cache where none is asked for. None: only the runtime knows."""
+    """The default type of the KV cache. None if only the runtime knows it."""
     exported: ClassVar[bool]
-    """Whether it was written for a runtime and ships as it is."""
+    """Whether an export writes this format. Such a file ships unchanged."""
     can_start: ClassVar[bool]
-    """Whether passes can start from it."""
+    """Whether a pass accepts it as its input model."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -66,35 +66,36 @@ class Artifact(ABC):
     @classmethod
     @abstractmethod
     def recognises(cls, path: Path) -> bool:
-        """Whether a path is of this format, by its name and by which files lie there. It need not exist."""
+        """Whether a path has this format, judged by its name and the files in it. The path need not exist."""
 
     @property
     @abstractmethod
     def tokenizer_folder(self) -> Path | None:
-        """The folder from which transformers can read the tokenizer. None: the tokenizer is inside, for the runtime alone."""
+        """The folder from which transformers can read the tokenizer. None if only the runtime can read the tokenizer."""
 
     @abstractmethod
     def weight_files(self) -> list[Path]:
-        """The files in which the weights lie."""
+        """The files that hold the weights."""
 
     @abstractmethod
     def deciding_files(self) -> list[Path]:
-        """The files that decide what the model computes from token ids."""
+        """The files that determine the logits for given token ids."""
 
     def source_files(self) -> list[Path]:
-        """The files that decide what is made from it: the deciding files, and those of a tokenizer."""
+        """The files that determine the result of a pass on this artifact: the deciding files and the tokenizer files."""
         return self.deciding_files()
 
     def starts_quantized(self) -> bool:
-        """Whether passes that start from it find codes. An exported file is dequantized before they start."""
+        """Whether a pass on it reads quantized weights. False for exported files: llmc dequantizes them first."""
         return False
 
     def files(self) -> list[Path]:
-        """Every file."""
+        """All files of the artifact."""
         return [self.path] if self.path.is_file() else [p for p in self.path.rglob("*") if p.is_file()]
 
     def sha256(self) -> str:
-        """Who it is in a report: sha256 of a file; of a folder, of the names and sha256s of its deciding files."""
+        """The hash that identifies the artifact in reports. It is the sha256 of the file, or for a folder the sha256 over the
+        names and sha256s of its deciding files."""
         from llmc.files import sha256
 
         files = self.deciding_files()
@@ -107,7 +108,7 @@ class Artifact(ABC):
         """Every weight, in the order of the file."""
 
     def weigh(self) -> Size:
-        """Sizes, by headers alone."""
+        """Sizes, read from headers only."""
         from llmc.families.names import CLASSES
 
         found = self.tensors()
@@ -141,25 +142,25 @@ class Artifact(ABC):
 
     @abstractmethod
     def shape(self) -> dict[str, int]:
-        """{'layers', 'heads' (most of any layer), 'vocabulary'}."""
+        """{'layers', 'heads' (maximum over the layers), 'vocabulary'}."""
 
     @abstractmethod
     def kv_shape(self) -> KvShape | None:
-        """The shape of the KV cache. None where the artifact does not tell it."""
+        """The shape of the KV cache. None if the artifact does not state it."""
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:
-        """What `llmc inspect` shows: {'format', 'architecture', 'model': {'layers', 'hidden', 'heads', 'kv_heads', 'context'
-        (tokens that it was trained for)}, 'type', 'tokenizer', 'licence'} and what only this format tells. Keys that the
-        artifact does not tell are None."""
+        """The facts that `llmc inspect` shows: {'format', 'architecture', 'model': {'layers', 'hidden', 'heads', 'kv_heads',
+        'context' (maximum length in tokens)}, 'type', 'tokenizer', 'licence'} and keys of this format only. A value is None
+        if the artifact does not state it."""
 
     @abstractmethod
     def problems(self) -> Iterator[str]:
-        """Why it does not hold together, one line each. All weights are read."""
+        """Errors and contradictions in the artifact, one line each. Reads all weights."""
 
 
 def collected(problems: list[str], check: Callable[[], Any]) -> Any:
-    """The result of a check; the UserError that stops it becomes one of the problems."""
+    """Returns the result of `check`. If it raises UserError, adds the message to `problems` and returns None."""
     try:
         return check()
     except UserError as e:

@@ -1,10 +1,10 @@
-"""llmc's own checkpoint form, version 1, for linears on GGUF's block types, which no GPTQ checkpoint can hold.
+"""llmc's own checkpoint format, version 1, for linears with GGUF block types. A GPTQ checkpoint cannot hold these types.
 
-An ordinary Hugging Face folder in which a linear X of weight [out, in] is one tensor instead of X.weight:
+The folder is an ordinary Hugging Face folder. For a linear X with weight [out, in] it holds one tensor instead of X.weight:
 
-    X.blocks uint8 [out, bytes of a row]   the bytes of the GGUF type, as they go into a .gguf file
+    X.blocks uint8 [out, bytes of a row]   the bytes of the GGUF type, the same as in a .gguf file
 
-The bytes do not tell their type, so `quantization_config` of config.json names the type of every linear.
+The bytes do not contain their type. `quantization_config` of config.json gives the type of every linear.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ AGAIN = "the folder is damaged: make it again with `llmc quantize`"
 
 
 def encode(t: BlockTensor) -> dict[str, torch.Tensor]:
-    """The one tensor of a linear."""
+    """Returns {'blocks': uint8 [out, bytes of a row]} for one linear."""
     return {"blocks": torch.from_numpy(packing.pack(t))}
 
 
 def config(types: dict[str, str]) -> dict[str, Any]:
-    """`quantization_config` of config.json. types: the name of every quantized linear's type."""
+    """`quantization_config` of config.json. types: {linear: name of its type} for every quantized linear."""
     return {"quant_method": METHOD, "version": VERSION, "types": types}
 
 
 def quantized_linears(ckpt: Checkpoint) -> list[str]:
-    """Module names (without `.blocks`) of the quantized linears, in file order; refused unless each has type and bytes
-    that belong together."""
+    """Module names (without `.blocks`) of the quantized linears, in file order. Raises UserError if a linear lacks its
+    type or its tensor, or if they do not match."""
     types = _types(ckpt)
     found = [n.removesuffix(".blocks") for n in ckpt.names() if n.endswith(".blocks")]
     if lost := sorted(types.keys() - set(found)):
-        raise UserError(f"{len(lost)} linears that config.json of {ckpt.folder} gives a type have no tensor, first "
+        raise UserError(f"config.json of {ckpt.folder} gives a type to {len(lost)} linears that have no tensor, first "
                         f"{lost[0]}.blocks", AGAIN)
     for linear in found:
         shape(ckpt, linear)
@@ -48,7 +48,7 @@ def quantized_linears(ckpt: Checkpoint) -> list[str]:
 
 
 def type_of(ckpt: Checkpoint, linear: str) -> BlockType:
-    """The type that config.json names for a linear."""
+    """The type of a linear, from config.json."""
     types = _types(ckpt)
     if linear not in types:
         raise UserError(f"config.json of {ckpt.folder} names no type for {linear}.blocks", AGAIN)
@@ -64,13 +64,13 @@ def shape(ckpt: Checkpoint, linear: str) -> tuple[int, int]:
     name, qtype = f"{linear}.blocks", type_of(ckpt, linear)
     stored = ckpt.shape(name)
     if ckpt.dtype(name) != "U8" or len(stored) != 2 or 0 in stored or stored[1] % qtype.block_bytes:
-        raise UserError(f"{name} of {ckpt.folder} is {ckpt.dtype(name)} {list(stored)}, and rows of {qtype.name} are "
+        raise UserError(f"{name} of {ckpt.folder} is {ckpt.dtype(name)} {list(stored)}, but rows of {qtype.name} are "
                         f"whole blocks of {qtype.block_bytes} bytes (U8)", AGAIN)
     return stored[0], stored[1] // qtype.block_bytes * qtype.block
 
 
 def read(ckpt: Checkpoint, linear: str) -> BlockTensor:
-    """One quantized linear; factors that are NaN or infinite are refused."""
+    """One quantized linear. Raises UserError if a factor is NaN or infinite."""
     shape(ckpt, linear)
     t = packing.unpack(ckpt.tensor(f"{linear}.blocks").numpy(), type_of(ckpt, linear))
     for factors in (t.d, t.m):
@@ -80,7 +80,7 @@ def read(ckpt: Checkpoint, linear: str) -> BlockTensor:
 
 
 def _types(ckpt: Checkpoint) -> dict[str, Any]:
-    """What config.json names as the type of every quantized linear, the names not checked."""
+    """{linear: type name} from config.json. The names are not checked."""
     c = ckpt.quantization or {}
     types = c.get("types")
     if c.get("quant_method") != METHOD or c.get("version") != VERSION:

@@ -17,7 +17,7 @@ DEFAULT = "default"
 JINJA, PROCESSOR = "chat_template.jinja", "chat_template.json"
 NAMED = "additional_chat_templates"  # a folder with NAME.jinja for each template beside the default
 
-Template = str | list[dict[str, str]]  # one, or several as [{"name": "default", "template": "..."}, ...] in the order of names
+Template = str | list[dict[str, str]]  # one, or several by name: [{"name": "default", "template": "..."}, ...]
 
 
 def chat_template_of(folder: Path, tokenizer: Any, choice: str) -> Template | None:
@@ -33,7 +33,7 @@ def chat_template_of(folder: Path, tokenizer: Any, choice: str) -> Template | No
                             "give keep, drop or the path of a Jinja file") from e
     template = in_one_form(template, folder)
     if found := SUSPICIOUS.search(json.dumps(template)):
-        warn(f"the chat template of {folder} holds {found[0]!r}, which templates have no need of: look at it before you "
+        warn(f"the chat template of {folder} holds {found[0]!r}, which a template does not need: read it before you "
              "run it (--chat-template drop leaves it out)")
     return template
 

@@ -1,4 +1,4 @@
-"""Reading a Hugging Face model folder: safetensors only, one tensor at a time, everything checked before it is used."""
+"""Reads a Hugging Face model folder: safetensors only, one tensor at a time. Everything is checked before it is used."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CARD_FILES = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NO
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """The JSON header of a safetensors file; refuses a file shorter than its own header says (half a download)."""
+    """The JSON header of a safetensors file. Raises UserError if the file is shorter than its header states."""
     try:
         actual = path.stat().st_size
         with path.open("rb") as f:
@@ -39,7 +39,8 @@ def read_header(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
         raise UserError(f"{path} has a damaged safetensors header", "download it again") from e
     if actual < end:
-        raise UserError(f"{path} is {actual:,} bytes long and should be {end:,}: half a download", "download it again")
+        raise UserError(f"{path} is {actual:,} bytes long and should be {end:,}: the download is incomplete",
+                        "download it again")
     return header
 
 
@@ -85,7 +86,7 @@ class Checkpoint:
         return tuple(self.headers[self.shard_of[name]][name]["shape"])
 
     def dtype(self, name: str) -> str:
-        """The stored type in safetensors' words: 'F32', 'F16', 'BF16', 'I32', …"""
+        """The stored type by its safetensors name: 'F32', 'F16', 'BF16', 'I32', …"""
         return str(self.headers[self.shard_of[name]][name]["dtype"])
 
     def nbytes(self, name: str) -> int:
@@ -93,7 +94,7 @@ class Checkpoint:
         return int(end - start)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor as stored. Floats are checked: NaN or infinity is a UserError naming the tensor."""
+        """One tensor as stored. Raises UserError if a float tensor holds NaN or infinity."""
         import torch
         from safetensors import safe_open
 
@@ -108,7 +109,7 @@ class Checkpoint:
 
 
 def model_files(folder: Path) -> list[Path]:
-    """The files that decide a model and its tokenizer."""
+    """The files that define a model and its tokenizer."""
     names = ("config.json", "generation_config.json", INDEX, *TOKENIZER_FILES)
     return [folder / n for n in names if (folder / n).is_file()] + Checkpoint.open(folder).files
 
@@ -130,7 +131,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _shards(folder: Path) -> list[Path]:
-    """The shard files, in order, none outside the folder."""
+    """The shard files, in order. Raises UserError if one is missing or outside the folder."""
     if (folder / INDEX).is_file():
         try:
             names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))

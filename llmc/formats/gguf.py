@@ -1,4 +1,4 @@
-"""A GGUF file opened for reading: its metadata and its table of tensors."""
+"""Opens a GGUF file for reading: metadata and tensor table."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 def open_gguf(file: Path) -> GGUFReader:
-    """A GGUF file's metadata and tensor table (the weights stay on disk until they are touched)."""
+    """The metadata and tensor table of a GGUF file. The weights are mapped and read on access."""
     stat = file.stat()
     return _open_gguf(file, stat.st_mtime_ns, stat.st_size)
 
 
-@lru_cache(maxsize=1)  # reading a vocabulary takes seconds, and one command asks for several things of one file
+@lru_cache(maxsize=1)  # reading a vocabulary takes seconds, and a command opens the same file several times
 def _open_gguf(file: Path, modified: int, length: int) -> GGUFReader:
     try:
         from gguf import GGUFReader
@@ -31,6 +31,6 @@ def _open_gguf(file: Path, modified: int, length: int) -> GGUFReader:
 
 
 def field(reader: GGUFReader, key: str) -> Any:
-    """A metadata value of a GGUF file, or None."""
+    """A metadata value of a GGUF file, or None if it lacks the key."""
     found = reader.get_field(key)
     return None if found is None else found.contents()

@@ -42,7 +42,7 @@ def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def encode(q: QuantizedTensor) -> dict[str, torch.Tensor]:
-    """The four tensors of one linear. A zero point of 0 has no version-1 form and is refused."""
+    """The four tensors of one linear. Raises ValueError for a zero point of 0, which version 1 cannot store."""
     qtype = q.type
     n = q.shape[1]
     zeros = q.zeros if q.zeros is not None else torch.full_like(q.scales, qtype.zero, dtype=torch.uint8)
@@ -57,10 +57,10 @@ def encode(q: QuantizedTensor) -> dict[str, torch.Tensor]:
 
 
 def config(qtype: IntegerType, damp: float, true_sequential: bool, layers_in_block: list[list[str]] | None) -> dict[str, Any]:
-    """`quantization_config` of config.json, and the whole of quantize_config.json.
+    """`quantization_config` of config.json, and the whole content of quantize_config.json.
 
-    layers_in_block: the linears of a decoder layer that are quantized (`["self_attn.q_proj"], …`), given where some are
-    not, since readers otherwise take every linear of a block for quantized.
+    layers_in_block: the quantized linears of a decoder layer (`["self_attn.q_proj"], …`); None if all are quantized.
+    Without it, readers assume that every linear of a layer is quantized.
     """
     c: dict[str, Any] = {
         "quant_method": "gptq", "bits": qtype.bits, "group_size": qtype.group_size, "sym": qtype.symmetric,
@@ -79,14 +79,14 @@ def quantized_linears(ckpt: Checkpoint) -> list[str]:
 
 
 def type_of(ckpt: Checkpoint) -> IntegerType:
-    """The type that the checkpoint's quantization_config declares."""
+    """The type that `quantization_config` declares. Raises UserError for a form that llmc cannot read."""
     c = ckpt.quantization or {}
     if c.get("quant_method") != "gptq" or c.get("bits") not in (4, 8):
         raise UserError(f"{ckpt.folder} is quantized as {c.get('quant_method')!r} with {c.get('bits')!r} bits; "
                         "llmc reads GPTQ with 4 or 8 bits", "start from the float model")
     if c.get("desc_act"):
-        raise UserError(f"{ckpt.folder} uses desc_act (a run-time column order), which no GGUF or ONNX type holds",
-                        "quantize the float model with llmc, which orders columns inside the layout")
+        raise UserError(f"{ckpt.folder} uses desc_act (a run-time column order), which no GGUF or ONNX type can hold",
+                        "quantize the float model with llmc, which keeps the columns in their order")
     return IntegerType(c["bits"], c["group_size"], c.get("sym", True))
 
 
@@ -97,7 +97,8 @@ def shape(ckpt: Checkpoint, linear: str) -> tuple[int, int]:
 
 
 def read(ckpt: Checkpoint, linear: str, qtype: IntegerType) -> QuantizedTensor:
-    """One quantized linear, codes [out, in]. Accepts versions 1 and 2; a label that the values deny is refused."""
+    """One quantized linear, codes [out, in]. Accepts versions 1 and 2. Raises UserError if the zero points
+    contradict the version label."""
     bits = qtype.bits
     if missing := [part for part in PARTS[:3] if f"{linear}.{part}" not in ckpt]:
         raise UserError(f"{linear}.{' and '.join(missing)} is missing from {ckpt.folder}", "make or download it again")
@@ -107,14 +108,14 @@ def read(ckpt: Checkpoint, linear: str, qtype: IntegerType) -> QuantizedTensor:
     group_size = qtype.group_size if qtype.group_size > 0 else codes.shape[1]
     expected = torch.arange(codes.shape[1], dtype=torch.int32) // group_size
     if f"{linear}.g_idx" in ckpt and not torch.equal(ckpt.tensor(f"{linear}.g_idx").to(torch.int32), expected):
-        raise UserError(f"{linear} of {ckpt.folder} has a permuted g_idx, which no GGUF or ONNX type holds",
+        raise UserError(f"{linear} of {ckpt.folder} has a permuted g_idx, which no GGUF or ONNX type can hold",
                         "quantize the float model with llmc")
     c = ckpt.quantization or {}
     v2 = (c.get("checkpoint_format") or c.get("format") or "gptq") == "gptq_v2"
     zeros = stored if v2 else (stored + 1) & 0xFF
     if qtype.symmetric:
         if not bool((zeros == qtype.zero).all()):
-            raise UserError(f"{linear} of {ckpt.folder} says sym, {'v2' if v2 else 'v1'}, but its zero points are "
+            raise UserError(f"{linear} of {ckpt.folder} is labelled sym, {'v2' if v2 else 'v1'}, but its zero points are "
                             f"{int(zeros.min())}…{int(zeros.max())}, not {qtype.zero}",
                             "its checkpoint_format label is wrong: correct it or quantize again")
         return QuantizedTensor(IntegerType(bits, group_size, True), codes, scales)

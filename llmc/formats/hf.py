@@ -1,4 +1,4 @@
-"""transformers' reading of a Hugging Face folder: config, tokenizer, model. No code from the folder is run."""
+"""Loads config, tokenizer and model of a Hugging Face folder with transformers. No code from the folder is run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def load_tokenizer(folder: Path) -> Any:
 
     auto: Any = transformers.AutoTokenizer
     more: dict[str, Any] = {}
-    if not hasattr(transformers, "TokenizersBackend"):  # 4.57 does not know two things that 5 writes
+    if not hasattr(transformers, "TokenizersBackend"):  # transformers 4.57 does not know two values that 5 writes
         values = read_json(folder / "tokenizer_config.json")
         if values.get("tokenizer_class") == "TokenizersBackend":
             auto = transformers.PreTrainedTokenizerFast
@@ -43,21 +43,21 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def load_config(folder: Path) -> Any:
-    """transformers' reading of config.json, without `quantization_config`. No code from the folder is run."""
+    """The transformers config of a folder, without `quantization_config`. No code from the folder is run."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     if hasattr(config, "rope_theta") and not hasattr(type(config), "rope_parameters"):
-        _respell_rope(config)
-    if getattr(config, "attn_logit_softcapping", None):  # Gemma 2: 4.57 would use sdpa, which leaves the soft cap out
+        _translate_rope(config)
+    if getattr(config, "attn_logit_softcapping", None):  # Gemma 2: 4.57 would use sdpa, which ignores the soft cap
         config._attn_implementation = "eager"
     return config
 
 
-def _respell_rope(config: Any) -> None:
-    """`rope_parameters`, as transformers 5 writes it, in the words of 4.57, which would take its defaults in silence."""
+def _translate_rope(config: Any) -> None:
+    """Copy `rope_parameters`, which transformers 4.57 ignores, into the attributes that it reads, in place."""
     kinds = getattr(config, "rope_parameters", None) or {}
     found, local = kinds.get("full_attention", kinds), kinds.get("sliding_attention", {})
     if any(isinstance(v, dict) for v in found.values()) or (local and not hasattr(config, "rope_local_base_freq")):
@@ -77,8 +77,8 @@ def _respell_rope(config: Any) -> None:
 def load_torch_model(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
     """The causal language model (an nn.Module in eval mode) in `folder`, float or quantized.
 
-    Quantized weights are dequantized exactly in float32, then cast to `dtype`. Safetensors only, and no code from the
-    folder is run. A tensor that the architecture needs and the folder lacks is an error, not a random weight.
+    Quantized weights are dequantized exactly in float32, then cast to `dtype`. Safetensors only. No code from the folder is
+    run. Raises UserError if the folder lacks a tensor of the architecture.
     """
     from transformers import AutoModelForCausalLM
 
@@ -107,7 +107,7 @@ def load_torch_model(folder: Path, device: str = "cpu", dtype: torch.dtype = tor
 def _dequantized(ckpt: Checkpoint, skeleton: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The state dict of a quantized checkpoint as a float model would have it.
 
-    transformers stores the weights of GPT-2's Conv1D modules as [in, out]; what is quantized is always [out, in].
+    transformers stores the weights of GPT-2's Conv1D modules as [in, out]; quantized weights are always [out, in].
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -121,7 +121,7 @@ def _dequantized(ckpt: Checkpoint, skeleton: nn.Module, dtype: torch.dtype) -> d
         module = skeleton.get_submodule(path) if path else None
         if isinstance(module, Conv1D):
             w = w.t().contiguous()
-        expected = getattr(module, "weight", w)  # transformers may stack or rename what it loads
+        expected = getattr(module, "weight", w)  # transformers may stack or rename weights while loading
         if expected.shape != w.shape:
             raise UserError(f"{linear} of {ckpt.folder} has shape {list(w.shape)}, config.json says "
                             f"{list(expected.shape)}", "the checkpoint and its config.json do not belong together")
@@ -131,7 +131,7 @@ def _dequantized(ckpt: Checkpoint, skeleton: nn.Module, dtype: torch.dtype) -> d
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars and no load report from transformers inside the block (errors still show)."""
+    """Inside the block transformers shows errors, but no progress bars and no load report."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,11 +1,11 @@
-"""llama.cpp's importance matrix as a GGUF file: what each weight matrix was multiplied with, column by column.
+"""llama.cpp's importance matrix as a GGUF file: statistics of the inputs of each weight matrix, by column.
 
 For a matrix `blk.0.attn_q.weight` the file holds `blk.0.attn_q.weight.in_sum2`, float32 [in], the sum of x_j^2 over all
-tokens, and `….counts`, float32 [1], how many tokens there were. Matrices of experts have a row and a count each.
+tokens, and `….counts`, float32 [1], the number of tokens. An expert matrix has one row and one count per expert.
 Source: tools/imatrix/imatrix.cpp (save_imatrix) and common/imatrix-loader.cpp of llama.cpp.
 
-The names are those of llama.cpp's tensors. Its layout only ever moves rows of a matrix (Q and K), never columns, and a fused
-matrix (GPT-2, Phi-3) is one entry, as it has one input.
+The names are llama.cpp's tensor names. llama.cpp permutes rows of a matrix (Q and K), never columns. A fused matrix (GPT-2,
+Phi-3) is one entry because it has one input.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ AGAIN = "download it again, or make it again with `llmc imatrix`"
 
 
 @dataclass(frozen=True)
-class Entry:
-    """What one matrix was multiplied with. sums: float32 [experts, in].  counts: float32 [experts], tokens."""
+class InputSums:
+    """Input statistics of one matrix. sums: float32 [experts, in], of x_j^2.  counts: float32 [experts], tokens."""
 
     sums: np.ndarray
     counts: np.ndarray
 
     @property
     def unseen(self) -> bool:
-        """No token ever reached it."""
+        """Whether no token reached the matrix."""
         return not bool(self.counts.any())
 
 
 @dataclass(frozen=True)
 class Imatrix:
-    """entries: by the name of the matrix.  datasets: the texts it was made from.
-    chunk_count, chunk_size: sequences, and tokens of one."""
+    """entries: {name of the matrix: sums}.  datasets: names of the calibration texts.
+    chunk_count: number of sequences.  chunk_size: tokens of a sequence."""
 
-    entries: dict[str, Entry]
+    entries: dict[str, InputSums]
     datasets: list[str]
     chunk_count: int
     chunk_size: int
@@ -57,7 +57,7 @@ def is_imatrix(reader: Any) -> bool:
 
 
 def read_imatrix(file: Path) -> Imatrix:
-    """An importance matrix that llmc or llama.cpp wrote; the older .dat form is refused."""
+    """An importance matrix of llmc or llama.cpp. Raises UserError for the older .dat format."""
     from llmc.formats.gguf import field, open_gguf
 
     try:
@@ -67,27 +67,28 @@ def read_imatrix(file: Path) -> Imatrix:
         raise UserError(f"the importance matrix {file} cannot be read: {e.strerror}",
                         "give a file that `llmc imatrix` or llama-imatrix made") from e
     if magic != b"GGUF":
-        raise UserError(f"{file} is not a GGUF file; importance matrices in llama.cpp's old .dat form are not read", LEGACY)
+        raise UserError(f"{file} is not a GGUF file; llmc does not read importance matrices in "
+                        "llama.cpp's old .dat format", LEGACY)
     reader = open_gguf(file)
     if not is_imatrix(reader):
-        raise UserError(f"{file} is a GGUF file of type {field(reader, 'general.type') or 'model'}, no importance matrix",
+        raise UserError(f"{file} is a GGUF file of type {field(reader, 'general.type') or 'model'}, not an importance matrix",
                         "make one with `llmc imatrix` or llama-imatrix")
     values = {t.name: np.asarray(t.data, dtype=np.float32) for t in reader.tensors if t.tensor_type.name == "F32"}
     names = sorted(n.removesuffix(SUMS) for n in values if n.endswith(SUMS))
-    entries = {name: _entry(file, name, values) for name in names}
+    entries = {name: _input_sums(file, name, values) for name in names}
     if not entries:
         raise UserError(f"{file} holds no {SUMS} of any matrix in F32", AGAIN)
     count, size = field(reader, CHUNK_COUNT), field(reader, CHUNK_SIZE)
     return Imatrix(entries, list(field(reader, DATASETS) or []), int(count or 0), int(size or 0))
 
 
-def _entry(file: Path, name: str, values: dict[str, np.ndarray]) -> Entry:
+def _input_sums(file: Path, name: str, values: dict[str, np.ndarray]) -> InputSums:
     sums, counts = values[name + SUMS], values.get(name + COUNTS)
     if counts is None or not counts.size or sums.size % counts.size:
-        raise UserError(f"{file} has no {name}{COUNTS} that goes with its {name}{SUMS}", AGAIN)
-    entry = Entry(sums.reshape(counts.size, -1), counts.reshape(-1))
+        raise UserError(f"{file} has no {name}{COUNTS} that matches its {name}{SUMS}", AGAIN)
+    entry = InputSums(sums.reshape(counts.size, -1), counts.reshape(-1))
     if not (np.isfinite(sums).all() and np.isfinite(counts).all() and (sums >= 0).all() and (counts >= 0).all()):
-        raise UserError(f"{name} in {file} holds values that are no sums of squares (NaN, infinity or below 0)", AGAIN)
+        raise UserError(f"{name} in {file} holds values that are not sums of squares (NaN, infinity or below 0)", AGAIN)
     return entry
 
 
@@ -97,7 +98,7 @@ def write_imatrix(file: Path, matrix: Imatrix) -> None:
 
     class Writer(GGUFWriter):
         def add_architecture(self) -> None:
-            """GGUFWriter begins every file with one; an importance matrix has none."""
+            """Write nothing: an importance matrix has no architecture."""
 
     writer = Writer(file, "")
     writer.add_type(KIND)

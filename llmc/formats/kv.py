@@ -1,6 +1,6 @@
-"""What a KV cache takes: keys and values of every layer, for every token of the context.
+"""The size of a KV cache: keys and values of every layer for every token of the context.
 
-An artifact tells its own shape: Artifact.kv_shape.
+Artifact.kv_shape reads the shape from an artifact.
 """
 
 from __future__ import annotations
@@ -15,30 +15,31 @@ CONTEXTS = (2048, 8192)
 class KvShape(TypedDict):
     """The shape of a cache."""
 
-    layers: int  # that have a cache
+    layers: int  # with a cache
     kv_heads: int
     head_dim: int
-    window: int | None  # tokens that sliding layers look back on; None: no layer slides
+    window: int | None  # tokens that a sliding layer keeps; None: no layer slides
     sliding_layers: int
 
 
 class KvDescribed(KvShape):
-    """A shape, and what it takes in f16."""
+    """A shape, and its bytes in f16."""
 
     bytes_per_token_f16: int
-    bytes_at: dict[str, int]  # bytes by the number of tokens, of CONTEXTS
+    bytes_at: dict[str, int]  # {number of tokens: bytes}, for CONTEXTS
 
 
 class KvUse(TypedDict):
-    """A cache that ran."""
+    """The cache of a run."""
 
     type: str  # of its elements
-    bytes_per_token: int | None  # None: the artifact does not tell its shape
-    bytes_at: dict[str, int] | None  # bytes by the number of tokens, of CONTEXTS
+    bytes_per_token: int | None  # None: the shape is unknown
+    bytes_at: dict[str, int] | None  # {number of tokens: bytes}, for CONTEXTS
 
 
 def shape_of_config(config: dict[str, Any]) -> KvShape | None:
-    """The shape that a Hugging Face config tells; GPT-2's names are its own. None where it tells none: latent attention."""
+    """The cache shape from a Hugging Face config, also with GPT-2's key names. None if the config does not state it, or
+    if the model uses latent attention."""
     def first(*names: str) -> Any:
         return next((config[n] for n in names if config.get(n) is not None), None)
 
@@ -59,31 +60,31 @@ def shape_of_config(config: dict[str, Any]) -> KvShape | None:
 
 
 def described(known: KvShape | None) -> KvDescribed | None:
-    """A shape, and what it takes in f16."""
+    """A shape, and its bytes in f16."""
     return None if known is None else {"bytes_per_token_f16": bytes_at(known, 1, "f16"), **known,
                                        "bytes_at": {str(n): bytes_at(known, n, "f16") for n in CONTEXTS}}
 
 
 def bytes_at(known: KvShape, context: int, type: str) -> int:
-    """Bytes of a cache of this shape with `context` tokens in it."""
+    """Bytes of a cache of this shape that holds `context` tokens. type: a key of BYTES."""
     full = known["layers"] - known["sliding_layers"]
     tokens = full * context + known["sliding_layers"] * min(context, known["window"] or context)
     return round(2 * tokens * known["kv_heads"] * known["head_dim"] * BYTES[type])
 
 
 def section(known: KvShape | None, type: str) -> KvUse:
-    """What a report says of the cache that ran."""
+    """The KV cache section of a report. Sizes are None if unknown."""
     if known is None or type not in BYTES:
         return {"type": type, "bytes_per_token": None, "bytes_at": None}
     return {"type": type, "bytes_per_token": bytes_at(known, 1, type),
             "bytes_at": {str(n): bytes_at(known, n, type) for n in CONTEXTS}}
 
 
-def words(told: KvUse) -> str:
-    """'f16: 46.1 kB a token, 94.4 MB at 2048, 377.5 MB at 8192' of a `section`."""
+def section_text(section: KvUse) -> str:
+    """A `section` as text: 'f16: 46.1 kB a token, 94.4 MB at 2048, 377.5 MB at 8192'."""
     from llmc.console import size
 
-    if told["bytes_at"] is None or told["bytes_per_token"] is None:
-        return f"{told['type']}: of unknown size"
-    at = [f"{size(n)} at {context}" for context, n in told["bytes_at"].items()]
-    return f"{told['type']}: {size(told['bytes_per_token'])} a token, {', '.join(at)}"
+    if section["bytes_at"] is None or section["bytes_per_token"] is None:
+        return f"{section['type']}: of unknown size"
+    at = [f"{size(n)} at {context}" for context, n in section["bytes_at"].items()]
+    return f"{section['type']}: {size(section['bytes_per_token'])} a token, {', '.join(at)}"

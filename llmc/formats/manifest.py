@@ -1,4 +1,4 @@
-"""The manifest of an artifact (`llmc.json`): how llmc made it, and where it lies.
+"""The manifest of an artifact (`llmc.json`): the record of how llmc made it.
 
 A folder artifact carries `llmc.json` inside; a single-file artifact (`small.gguf`) carries `small.gguf.llmc.json` beside it.
 """
@@ -22,13 +22,13 @@ NOTES = ".llmc"  # folder in the working directory that remembers the newest art
 
 
 def hash_folder(folder: Path) -> dict[str, str]:
-    """sha256 of every file below `folder`, the manifest excepted; keys are relative POSIX paths."""
+    """{relative POSIX path: sha256} of every file below `folder` except the manifest."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
     return {p.relative_to(folder).as_posix(): sha256(p) for p in files}
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
+    """Versions of Python and of the packages that affect results."""
     found = {"python": platform.python_version()}
     for name in ("llmc-toolkit", "torch", "transformers", "tokenizers", "safetensors", "gguf", "llama-cpp-python",
                  "onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai"):
@@ -40,7 +40,7 @@ def versions() -> dict[str, str]:
 
 
 def check_output(out: Path, overwrite: bool = False) -> None:
-    """The place where an artifact will be written must be free (or hold an older artifact of llmc) and writable."""
+    """Raises UserError unless `out` is writable and new, empty or an older artifact of llmc. overwrite: allow others."""
     if out.exists() and not overwrite and not manifest_path(out).exists() and (out.is_file() or any(out.iterdir())):
         raise UserError(f"{out} exists and was not made by llmc", "choose another place with -o")
     parent = existing(out.absolute().parent)
@@ -49,12 +49,12 @@ def check_output(out: Path, overwrite: bool = False) -> None:
 
 
 def manifest_path(artifact: Path) -> Path:
-    """Where the manifest of a folder or file artifact lies."""
+    """The path of an artifact's manifest."""
     return artifact / MANIFEST if artifact.is_dir() else artifact.with_name(artifact.name + "." + MANIFEST)
 
 
 def read_manifest(artifact: Path) -> dict[str, Any] | None:
-    """The manifest of an artifact, or None where llmc did not make it."""
+    """The manifest of an artifact, or None if it has none."""
     path = manifest_path(artifact)
     if not path.is_file():
         return None
@@ -66,7 +66,7 @@ def read_manifest(artifact: Path) -> dict[str, Any] | None:
 
 
 def passes_of(artifact: Path) -> list[dict[str, Any]]:
-    """What llmc did to make an artifact, oldest first; nothing where llmc did not make it."""
+    """The passes of llmc that made an artifact, oldest first; [] if it has no manifest."""
     return list((read_manifest(artifact) or {}).get("passes", []))
 
 
@@ -74,7 +74,7 @@ def new_manifest(kind: str, source: dict[str, Any], passes: list[dict[str, Any]]
     """A manifest without its output hashes.
 
     kind: 'hf', 'gptq', 'gguf', …   source: the input (name, sha256s, licence, revision)
-    passes: the whole chain, oldest first; each {'name', 'config', …what it measured}
+    passes: the whole chain, oldest first; each {'name', 'config', … measurements}
     """
     return {"schema": SCHEMA, "kind": kind, "source": source, "passes": passes, "versions": versions(),
             "created": datetime.now(UTC).isoformat(timespec="seconds"), **more}
@@ -95,5 +95,5 @@ def last_artifact() -> Path:
                         "name a model folder, or run `llmc quantize MODEL` first")
     path = Path(json.loads(note.read_text(encoding="utf-8"))["path"])
     if not path.exists():
-        raise UserError(f"the newest artifact made here, {path}, is gone", "name a model folder")
+        raise UserError(f"the newest artifact made here, {path}, no longer exists", "name a model folder")
     return path

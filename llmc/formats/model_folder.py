@@ -1,4 +1,4 @@
-"""The one writer of a model folder: weights, configs, tokenizer and card; read back, described, and published as a whole."""
+"""Writes model folders: weights, configs, tokenizer and card. A folder is read back and checked before it is published."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from llmc.formats.tokenizer_files import copy_tokenizer_files
 
 CONFIGS = ("config.json", "quantize_config.json")
 
-Check = Callable[[Checkpoint], None]  # raises where the written folder is not what was meant
+Check = Callable[[Checkpoint], None]  # raises an error if the written folder is wrong
 
 
 def write(folder: Path, source: Path, pieces: list[Piece], config: dict[str, Any] | None, check: Check) -> Checkpoint:
-    """Make the folder anew, with everything but the manifest. Returns what was read back of it.
+    """Write the folder without its manifest, and return it as read back. An older folder is replaced.
 
-    source: the model folder whose tokenizer, generation config and card go along; nothing else of it does.
-    config: of config.json (a GPTQ `quantization_config` becomes quantize_config.json too); None to copy the source's files.
-    check: what the pass knows of its tensors, beside their names, types and shapes, which are always held against `pieces`.
+    source: the model folder from which tokenizer, generation config and card are copied, and nothing else.
+    config: the content of config.json. A GPTQ `quantization_config` also becomes quantize_config.json. None: copy both.
+    check: checks of the pass. Names, types and shapes of the tensors are always compared with `pieces`.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -43,9 +43,9 @@ def write(folder: Path, source: Path, pieces: list[Piece], config: dict[str, Any
 
 def publish(folder: Path, out: Path, kind: str, source: dict[str, Any], passes: list[dict[str, Any]],
             **more: Any) -> dict[str, Any]:
-    """Add the manifest, with the hash of every file, and give the folder its name `out`. Returns the manifest.
+    """Write the manifest with the hash of every file, and rename the folder to `out`. Returns the manifest.
 
-    kind, source, passes, more: as of `new_manifest`.
+    kind, source, passes, more: see `new_manifest`.
     """
     manifest = new_manifest(kind, source, passes, outputs=hash_folder(folder), **more)
     write_json(folder / MANIFEST, manifest)
@@ -54,12 +54,12 @@ def publish(folder: Path, out: Path, kind: str, source: dict[str, Any], passes: 
 
 
 def weight_hashes(manifest: dict[str, Any]) -> dict[str, str]:
-    """sha256 of the weight files, by name."""
+    """{file name: sha256} of the weight files."""
     return {name: digest for name, digest in manifest["outputs"].items() if "safetensors" in name}
 
 
 def same_bytes(pieces: list[Piece]) -> Check:
-    """The check that each of these tensors is, bit for bit, what it was made from."""
+    """A check that each of these tensors has, bit for bit, the bytes of its piece."""
     def check(written: Checkpoint) -> None:
         found = {p.name: p for file in written.files for p in pieces_of(file)}
         for piece in pieces:
@@ -70,9 +70,9 @@ def same_bytes(pieces: list[Piece]) -> Check:
 
 def _read_back(folder: Path, pieces: list[Piece], check: Check) -> Checkpoint:
     written = Checkpoint.open(folder)
-    meant = {p.name: (p.dtype, tuple(p.shape)) for p in pieces}
+    expected = {p.name: (p.dtype, tuple(p.shape)) for p in pieces}
     found = {name: (written.dtype(name), written.shape(name)) for name in written.names()}
-    if wrong := sorted(name for name in {*meant, *found} if meant.get(name) != found.get(name)):
+    if wrong := sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name)):
         raise _differs(wrong[0])
     check(written)
     return written
@@ -83,7 +83,7 @@ def _differs(name: str) -> RuntimeError:
 
 
 def _copy(source: Path, folder: Path, *names: str) -> None:
-    """Those of the files that are there."""
+    """Copy the named files that exist."""
     for name in names:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)

@@ -1,7 +1,7 @@
-"""A folder that ONNX Runtime can run: a graph (model.onnx), the weights that it keeps in files beside it, and the JSON that
-describes it (genai_config.json of onnxruntime-genai, or the config.json of other exporters). llmc's own or anybody's.
+"""A folder that ONNX Runtime can run, written by llmc or another exporter. It holds a graph (model.onnx), weight files beside
+it, and a JSON description (genai_config.json of onnxruntime-genai, or the config.json of other exporters).
 
-Opening one reads the graph and no weights, and refuses whatever names a file outside the folder.
+Opening it reads the graph but no weights. It raises UserError if the graph or the JSON names a file outside the folder.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ GENAI = "genai_config.json"
 MODEL = "model.onnx"
 INSTALL = "pip install 'llmc-toolkit[onnx]'"
 AGAIN = "copy the whole folder again, or export it again"
-# What the inputs of a quantized matrix are rounded to before the product: 0 nothing, 4 int8 in blocks. A MatMulNBits says it
-# itself; for DequantizeLinear and MatMul, which ONNX Runtime fuses, it is an option of the session, 4 where it is left out
+# The type to which the inputs of a quantized matrix are rounded before the product: 0 none, 4 int8 in blocks. It is an
+# attribute of MatMulNBits. For DequantizeLinear and MatMul, which ONNX Runtime fuses, it is a session option, by default 4
 LEVEL, QDQ_LEVEL, QDQ_DEFAULT = "accuracy_level", "session.qdq_matmulnbits_accuracy_level", 4
 
 
 def is_onnx_folder(path: Path) -> bool:
-    """Whether a folder is meant for ONNX Runtime: it has a graph or its description, and no safetensors."""
+    """Whether a folder is meant for ONNX Runtime: it has a graph or genai_config.json, and no safetensors."""
     return ((path / GENAI).is_file() or (path / MODEL).is_file()) and not any(path.glob("*.safetensors"))
 
 
 @dataclass(frozen=True)
 class Span:
-    """Where a tensor's bytes lie: `length` bytes at `offset` of `file`, or in the graph itself where `file` is None."""
+    """The place of a tensor's bytes: `length` bytes at `offset` of `file`. `file` is None if they are in the graph itself."""
 
     file: Path | None
     offset: int
@@ -47,7 +47,7 @@ class Span:
 
 @dataclass(frozen=True)
 class OnnxFolder:
-    """`proto` is the onnx.ModelProto without external weights; `genai` and `config` are {} where the folder has none."""
+    """An open ONNX folder. proto: the graph without external weights.  genai, config: the JSON files, {} if absent."""
 
     folder: Path
     model: Path
@@ -55,32 +55,32 @@ class OnnxFolder:
     genai: dict[str, Any]
     config: dict[str, Any]
     spans: dict[str, Span]
-    """Of every initializer of the main graph, by name."""
+    """{name: place of the bytes} of every initializer of the main graph."""
     data_files: list[Path]
     edited: bool = False
-    """Whether `proto` is another graph than that of `model`."""
+    """Whether `proto` differs from the file `model`."""
     watched: tuple[str, ...] = ()
-    """Names of values inside of the graph that an edited graph gives besides its outputs."""
+    """Names of inner values that an edited graph returns as additional outputs."""
 
     @property
     def files(self) -> list[Path]:
-        """The files that decide what the model computes."""
+        """The files that determine what the model computes."""
         described = [self.folder / n for n in (GENAI, "config.json") if (self.folder / n).is_file()]
         return [*described, self.model, *self.data_files]
 
     @property
     def context(self) -> int | None:
-        """The most tokens that the model was trained for, where the folder tells."""
+        """The maximum context length in tokens; None if the folder does not state it."""
         return self.genai.get("model", {}).get("context_length") or self.config.get("max_position_embeddings")
 
     @property
     def qdq_level(self) -> int:
-        """The accuracy level of DequantizeLinear and MatMul."""
+        """The accuracy level of fused DequantizeLinear and MatMul."""
         return int(self.genai.get("model", {}).get("decoder", {}).get("session_options", {}).get(QDQ_LEVEL, QDQ_DEFAULT))
 
     def edit(self, level: int | None = None, head_level: int | None = None, watched: tuple[str, ...] = ()) -> OnnxFolder:
-        """The folder with another graph, in memory. level: accuracy level of every quantized matrix; head_level: of the
-        head's MatMulNBits, else as `level`; watched: float32 values inside of the graph."""
+        """A copy with an edited graph, in memory. level: accuracy level of every quantized matrix.  head_level: that of the
+        head's MatMulNBits (None: `level`).  watched: names of float32 inner values to return."""
         from onnx import TensorProto, helper
 
         proto, genai, head = copy.deepcopy(self.proto), copy.deepcopy(self.genai), self.head()
@@ -97,7 +97,7 @@ class OnnxFolder:
         return replace(self, proto=proto, genai=genai, edited=True, watched=watched)
 
     def head(self) -> NodeProto | None:
-        """The product that gives the logits, None where the graph has none."""
+        """The matrix product that gives the logits; None if the graph has none."""
         writers = {out: node for node in self.proto.graph.node for out in node.output}
         todo = ["logits"]
         while todo:
@@ -108,11 +108,11 @@ class OnnxFolder:
         return None
 
     def operators(self) -> dict[str, int]:
-        """How many of each operator the graph holds before ONNX Runtime optimises it."""
+        """{operator: number of nodes}, before ONNX Runtime optimizes the graph."""
         return dict(sorted(Counter(n.op_type for n in self.proto.graph.node).items()))
 
     def matmul_nbits(self) -> list[dict[str, Any]]:
-        """[{bits, block_size, symmetric, accuracy_level, matrices}] of the MatMulNBits nodes, the most frequent first."""
+        """[{bits, block_size, symmetric, accuracy_level, matrices}] of the MatMulNBits nodes, most frequent first."""
         found: Counter[tuple[Any, ...]] = Counter()
         for node in self.proto.graph.node:
             if node.op_type == "MatMulNBits":
@@ -123,7 +123,7 @@ class OnnxFolder:
         return [{**dict(zip(names, k, strict=True)), "matrices": n} for k, n in found.most_common()]
 
     def raw(self, tensor: TensorProto) -> np.ndarray:
-        """The bytes of an initializer, uint8 [n]; those in external files are mapped, not read."""
+        """The bytes of an initializer, uint8 [n]. External data is mapped, not read."""
         import numpy as np
         from onnx import numpy_helper
 
@@ -133,7 +133,7 @@ class OnnxFolder:
         return np.memmap(span.file, np.uint8, "r", span.offset, (span.length,))
 
     def array(self, tensor: TensorProto) -> np.ndarray:
-        """The values of an initializer, mapped likewise; those of less than 8 bits in external files stay packed."""
+        """The values of an initializer. External data is mapped; values of less than 8 bits there stay packed, uint8 [n]."""
         from onnx import helper, numpy_helper
 
         span = self.spans[tensor.name]
@@ -148,7 +148,7 @@ class OnnxFolder:
 
 
 def open_onnx(folder: Path) -> OnnxFolder:
-    """The graph of `folder`, its references checked. Raises UserError where it is incomplete or reaches out of the folder."""
+    """Open `folder` and check all references to files. Raises UserError if a file is missing or outside the folder."""
     genai, config = _json(folder / GENAI), _json(folder / "config.json")
     name = genai.get("model", {}).get("decoder", {}).get("filename", MODEL)
     model = _inside(folder, str(name), GENAI)
@@ -171,12 +171,12 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def read_graph(model: Path) -> ModelProto:
-    """A graph without its external weights, its references unchecked. Not to be changed: others may be given the same."""
+    """A graph without external weights, its references not checked. Do not change it: the object is cached and shared."""
     stat = model.stat()
     return _load(model, stat.st_mtime_ns, stat.st_size)
 
 
-@lru_cache(maxsize=2)  # one command asks for several things of one file; an evaluation may have two such folders
+@lru_cache(maxsize=2)  # a command opens the same file several times; an evaluation may use two folders
 def _load(model: Path, modified: int, length: int) -> ModelProto:
     try:
         import onnx
@@ -207,13 +207,13 @@ def _tensors(message: Any) -> Iterator[TensorProto]:
 
 
 def _span(folder: Path, model: Path, tensor: TensorProto) -> Span:
-    """Checked: the file is in the folder and long enough."""
+    """The place of a tensor's bytes. Raises UserError if the file is missing, too short or outside the folder."""
     from onnx import TensorProto
 
     if tensor.data_location != TensorProto.EXTERNAL:
         return Span(None, 0, tensor.ByteSize() if not tensor.raw_data else len(tensor.raw_data))
     entries = external(tensor)
-    # a hub snapshot is links into one folder of blobs: there the graph's own real place counts as inside too
+    # files of a hub snapshot are links into a folder of blobs: the folder of the graph's real file counts as inside too
     roots = (folder.resolve(), model.resolve().parent)
     file = _inside(folder, entries.get("location", ""), f"tensor {tensor.name} of {model.name}", roots)
     try:
@@ -222,30 +222,33 @@ def _span(folder: Path, model: Path, tensor: TensorProto) -> Span:
     except ValueError as e:
         raise UserError(f"{model} gives tensor {tensor.name} no valid place in {file.name}: {e}", AGAIN) from e
     if not file.is_file():
-        raise UserError(f"{model.name} keeps its weights in {file.name}, and {folder} lacks that file", AGAIN)
+        raise UserError(f"{model.name} keeps its weights in {file.name}, but {folder} lacks that file", AGAIN)
     have = file.stat().st_size
     if offset < 0 or length < 0 or offset + length > have:
-        raise UserError(f"{file} is {have:,} bytes long, and tensor {tensor.name} should end at {offset + length:,}", AGAIN)
+        raise UserError(f"{file} is {have:,} bytes long, but tensor {tensor.name} should end at {offset + length:,}", AGAIN)
     return Span(file, offset, length)
 
 
-def _inside(folder: Path, location: str, who: str, roots: tuple[Path, ...] = ()) -> Path:
-    """folder / location, which must be a relative path downwards; with `roots` its real place must be in one of them."""
+def _inside(folder: Path, location: str, source: str, roots: tuple[Path, ...] = ()) -> Path:
+    """Returns folder / location. Raises UserError unless `location` is a relative path inside the folder.
+
+    source: what names the file, for the message.  roots: if given, one of them must contain the resolved path.
+    """
     real = (folder / location).resolve()
-    if not location or leaves(location) or (roots and not any(real.is_relative_to(root) for root in roots)):
-        raise UserError(f"{who} in {folder} names {location!r}, which is not a file of that folder: refused",
-                        "get the model from whoever made it, with all its files in one folder")
+    if not location or leaves_folder(location) or (roots and not any(real.is_relative_to(root) for root in roots)):
+        raise UserError(f"{source} in {folder} names {location!r}, which is not a file inside that folder",
+                        "get the model again, with all its files in one folder")
     return folder / location
 
 
-def leaves(location: str) -> bool:
-    """Whether a path leads out of the folder of whoever names it, on any system."""
+def leaves_folder(location: str) -> bool:
+    """Whether a path is absolute or contains `..`, on any operating system."""
     windows = PureWindowsPath(location)  # splits at both kinds of slash
     return bool(windows.root or windows.drive or ".." in windows.parts)
 
 
 def external(tensor: TensorProto) -> dict[str, str]:
-    """Where a tensor says that its bytes lie: location, offset, length; {} of one in the graph itself."""
+    """The reference to a tensor's external data: {'location', 'offset', 'length'}; {} if its bytes are in the graph."""
     return {e.key: e.value for e in tensor.external_data}
 
 
@@ -259,12 +262,12 @@ def bits_of(data_type: int) -> int:
 
 
 def packed_bits(tensor: TensorProto) -> int:
-    """Bits of a tensor as it is stored, whole bytes."""
+    """Bits of a tensor in external data, a whole number of bytes."""
     return -(-elements(tensor) * bits_of(tensor.data_type) // 8) * 8
 
 
 def elements(tensor: TensorProto) -> int:
-    """How many values a tensor has."""
+    """The number of values of a tensor."""
     n = 1
     for d in tensor.dims:
         n *= d

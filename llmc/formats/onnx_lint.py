@@ -1,4 +1,4 @@
-"""Rules that find what is slow, wrong or unsupported on some devices in an .onnx file. Each rule cites its source.
+"""Rules that find what is slow, wrong or unsupported on some devices in an .onnx file. Most rules cite their source.
 
 It reads any decoder's model.onnx, from any exporter, without its weights. A finding is a note and not an error: the file is
 correct on the devices that it is made for.
@@ -13,7 +13,7 @@ from typing import Any
 
 import onnx
 
-from llmc.formats.onnx_folder import LEVEL, attributes, external, leaves, read_graph
+from llmc.formats.onnx_folder import LEVEL, attributes, external, leaves_folder, read_graph
 
 FLOAT16 = onnx.TensorProto.FLOAT16
 STANDARD = ("", "ai.onnx")
@@ -89,7 +89,7 @@ def _rules() -> Iterator[tuple[str, str, str, Names]]:
     yield ("dequantized-at-load", "all", "DequantizeLinear is fused with MatMul when the file is loaded, which takes time "
            "and memory (onnxruntime#21362)", lambda m: (n.name for n in _nodes(m, "DequantizeLinear")))
     yield ("absolute-data", "all", "external data lies outside of the model's folder",
-           lambda m: (t.name for t in m.graph.initializer if leaves(external(t).get("location", ""))))
+           lambda m: (t.name for t in m.graph.initializer if leaves_folder(external(t).get("location", ""))))
     yield ("one-protobuf", "all", "weights of 2 GB and more must lie outside of the .onnx file (onnxruntime#4707)",
            lambda m: ("weights" for _ in range(sum(t.ByteSize() for t in m.graph.initializer) >= 2**31 - 1)))
 

@@ -10,25 +10,25 @@ from llmc.families.names import classify
 from llmc.formats.onnx_folder import OnnxFolder, attributes, elements
 from llmc.formats.tensors import Tensor
 
-TABLES = ("Gather", "GatherBlockQuantized")  # read rows of their first input
+ROW_READERS = ("Gather", "GatherBlockQuantized")  # operators that read rows of their first input
 
 
 def tensors(source: OnnxFolder) -> Iterator[Tensor]:
-    """Every weight, in the graph's order. A matrix used as embedding and as head is the embedding."""
+    """Every weight, in the graph's order. A matrix that is both embedding and head counts as embedding."""
     from onnx import TensorProto
 
     packed = _packed(source)
-    tables = _tables(source)
+    embeddings = _embeddings(source)
     parts = {name for _, _, _, names in packed.values() for name in names}
     for tensor in source.proto.graph.initializer:
         name = tensor.name
         if name in packed:
             label, kind, parameters, names = packed[name]
             nbytes = sum(source.spans[n].length for n in names)
-            yield Tensor(label, "embedding" if name in tables else classify(label), kind, parameters, nbytes)
+            yield Tensor(label, "embedding" if name in embeddings else classify(label), kind, parameters, nbytes)
         elif name not in parts:
             kind = TensorProto.DataType.Name(tensor.data_type).replace("FLOAT", "F32" if tensor.data_type == 1 else "F")
-            yield Tensor(name, "embedding" if name in tables else classify(name), kind, elements(tensor),
+            yield Tensor(name, "embedding" if name in embeddings else classify(name), kind, elements(tensor),
                          source.spans[name].length)
 
 
@@ -47,7 +47,7 @@ def _packed(source: OnnxFolder) -> dict[str, tuple[str, str, int, list[str]]]:
         if at is None or node.input[at] not in sizes:
             continue
         codes, a = sizes[node.input[at]], attributes(node)
-        if node.op_type == "MatMulInteger":  # inputs are rounded as well; its scales come after the product
+        if node.op_type == "MatMulInteger":  # its inputs are quantized too; the scales follow the product
             after = [*node.input[3:4], *_factors(node, readers)]
         else:
             after = node.input[at + 1 : at + 3] if node.op_type != "GatherBlockQuantized" else node.input[2:4]
@@ -65,12 +65,12 @@ def _packed(source: OnnxFolder) -> dict[str, tuple[str, str, int, list[str]]]:
             parameters = a["N"] * a["K"] if at else elements(codes) * (8 // bits if packed_in_bytes else 1)
         label = re.sub(r"[._]?q?weight.*$", "", codes.name) + ".weight"  # exporters name codes weight_Q4, qweight, …
         known = found.setdefault(codes.name, (label, kind, parameters, []))[3]
-        known += [n for n in names if n not in known]  # an embedding that is the head is used by two nodes
+        known += [n for n in names if n not in known]  # two nodes use a tied embedding
     return found
 
 
 def _factors(node: Any, readers: dict[str, list[Any]]) -> list[str]:
-    """What a product of integers is multiplied with on its way to floats."""
+    """Names of the factors that an integer product is multiplied by to give floats."""
     names: list[str] = []
     while len(after := readers.get(node.output[0], [])) == 1 and after[0].op_type in ("Cast", "Mul"):
         names += [n for n in after[0].input if n != node.output[0]]
@@ -78,13 +78,13 @@ def _factors(node: Any, readers: dict[str, list[Any]]) -> list[str]:
     return names
 
 
-def _tables(source: OnnxFolder) -> set[str]:
-    """Initializers of which token ids pick rows, through whatever reshapes them on the way."""
+def _embeddings(source: OnnxFolder) -> set[str]:
+    """Names of the initializers whose rows token ids select, directly or through other nodes."""
     nodes = source.proto.graph.node
     writer = {out: n for n in nodes for out in n.output}
     found: set[str] = set()
     for node in nodes:
-        if node.op_type in TABLES and node.input[1] == "input_ids":
+        if node.op_type in ROW_READERS and node.input[1] == "input_ids":
             todo = [node.input[0]]
             while todo:
                 name = todo.pop()

@@ -1,6 +1,7 @@
-"""The bytes of block types: BlockTensor -> GGUF blocks and back, nothing rounded. Formats: ggml/src/ggml-common.h.
+"""The bytes of block types: BlockTensor -> GGUF blocks and back, without rounding. Formats: ggml/src/ggml-common.h.
 
-A block is a sequence of fields, listed in file order; numbers are little-endian, d, m and dmin are float16:
+A block is a sequence of fields, listed here in file order ("16 of nibbles" is 16 bytes of 4-bit numbers). Numbers are
+little-endian; d, m and dmin are float16:
 
     q4_0, iq4_nl   18 bytes  d, 16 of nibbles
     q4_1           20 bytes  d, m, 16 of nibbles
@@ -14,12 +15,12 @@ A block is a sequence of fields, listed in file order; numbers are little-endian
     q6_k          210 bytes  128 of nibbles, 64 of high 2 bits, 16 int8 scales, d
     iq4_xs        136 bytes  d, 2 of scales' high bits, 4 of their nibbles, 128 of nibbles
 
-What differs between fields of b bits is which numbers meet in a byte: those `run` apart. Byte j of a run holds numbers
-j, j + run, … j + (8 / b - 1) * run from its lowest bits up, then the next 8 / b * run numbers follow. A nibble of q4_0
-meets the one 16 later, of q4_k 32 later, of q6_k 64 later; with run 1 neighbours meet, as in q5_0's fifth bits.
+In a field of b bits, numbers that are `run` apart share a byte. Byte j of a run holds numbers j, j + run, …
+j + (8 / b - 1) * run, the first in the lowest bits. The next 8 / b * run numbers follow. The two nibbles of a byte are 16
+apart in q4_0, 32 in q4_k and 64 in q6_k. With run 1, neighbours share a byte, as in q5_0's fifth bits.
 
-Codes are stored as they are (level minus lowest level, also where C reads a bit of q3_k's hmask as "do not subtract 4")
-and so are scales, as scale minus lowest scale; only the int8 of q8_0 and q6_k are in two's complement.
+A code is stored as level minus lowest level, and a scale as scale minus lowest scale. This includes q3_k's hmask, where the
+C code reads a bit as "do not subtract 4". Only the int8 numbers of q8_0 and q6_k are in two's complement.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ BYTE = np.dtype(np.uint8)
 
 @dataclass(frozen=True)
 class Bits:
-    """The `bits` bits from bit `low` up of every number of a part, those `run` apart together in a byte."""
+    """A field: `bits` bits of every number of a part, from bit `low` up. Numbers that are `run` apart share a byte."""
 
     part: str  # codes | scales (a block's scales, then its minimums) | d | m
     bits: int = 8
@@ -53,7 +54,7 @@ class Bits:
         return packed.reshape(len(numbers), -1)
 
     def read(self, raw: np.ndarray) -> np.ndarray:
-        """uint8 [n, count * bits / 8] -> [n, count], the bits in their place in the numbers."""
+        """uint8 [n, count * bits / 8] -> [n, count], the bits at their position in the numbers."""
         packed = raw.reshape(-1, 1, self.run)
         shifts = np.arange(0, 8, self.bits, dtype=BYTE)[:, None]
         return ((packed >> shifts & (1 << self.bits) - 1 ^ self.flip) << self.low).reshape(len(raw), -1)
@@ -87,7 +88,7 @@ NIBBLES_4_APART = Bits("scales", 4, run=4)
 D, M = Bits("d"), Bits("m")
 NIBBLES_16, NIBBLES_32, NIBBLES_64 = (Bits("codes", 4, run) for run in (16, 32, 64))
 PAIRS = Bits("codes", 2, run=32)
-FIFTH_BITS = Bits("codes", 1, run=1, low=4)  # a little-endian uint32: bit i is weight i's
+FIFTH_BITS = Bits("codes", 1, run=1, low=4)  # a little-endian uint32: bit i belongs to weight i
 
 LAYOUTS: dict[str, tuple[Bits | Sixes, ...]] = {
     "q4_0": (D, NIBBLES_16),
@@ -106,7 +107,7 @@ LAYOUTS: dict[str, tuple[Bits | Sixes, ...]] = {
 
 
 def pack(t: BlockTensor) -> np.ndarray:
-    """uint8 [out, in / block * block_bytes]: no code and no factor changed."""
+    """The blocks as bytes, uint8 [out, in / block * block_bytes]. No code and no factor changes."""
     qtype = t.type
     parts = {"codes": _unsigned(t.codes, (0, len(qtype.levels) - 1), qtype.block), "d": _as_bytes(t.d)}
     if t.m is not None:
@@ -152,11 +153,11 @@ def unpack(data: np.ndarray, qtype: BlockType) -> BlockTensor:
 
 
 def _unsigned(x: torch.Tensor, allowed: Range, count: int) -> np.ndarray:
-    """Integers [out, n] -> uint8 [blocks, count], less the lowest allowed; one outside would spill over."""
+    """Integers [out, n] minus the lowest allowed -> uint8 [blocks, count]. Raises ValueError for one outside the range."""
     low, high = allowed
     least, most = (int(v) for v in x.aminmax())
     if least < low or most > high:
-        raise ValueError(f"integers {least} … {most} where the format holds {low} … {high}")
+        raise ValueError(f"integers {least} … {most} are outside the range of the format, {low} … {high}")
     offset = x if low == 0 else x.to(torch.int16) - low
     return offset.to(torch.uint8).numpy().reshape(-1, count)
 

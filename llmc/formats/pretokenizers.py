@@ -1,8 +1,8 @@
-"""Which of llama.cpp's pre-tokenizers splits text as a tokenizer.json does.
+"""Finds the llama.cpp pre-tokenizer that splits text like a tokenizer.json.
 
-llama.cpp knows pre-tokenizers by name (src/llama-vocab.cpp), a tokenizer.json spells out the steps. Its steps are
-reduced to a signature, which is looked up. Of the names that stand for the same splitting, one is chosen that means
-nothing else besides. The exporter then proves the choice by tokenizing the same text on both sides.
+llama.cpp has pre-tokenizers by name (src/llama-vocab.cpp). A tokenizer.json lists the steps of its own. The steps are
+reduced to a signature, and TABLE gives the name for it. If several names mean the same splitting, TABLE has the one
+without other effects. The export then checks the name: it tokenizes the same text with both.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ O200K = rf"{CASED[0]}{ENDINGS}?|{CASED[1]}{ENDINGS}?|\p{{N}}{{1,3}}|{SLASHED}|{S
 DEEPSEEK3 = (r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
              r"| ?[\p{P}\p{S}]+[\r\n]*|" + SPACES)
 
-# signature -> (name without, name with `ignore_merges`: a word that is in the vocabulary is taken whole)
+# signature -> (name, name if `ignore_merges` is set: a word of the vocabulary is one token)
 TABLE: dict[Signature, tuple[str | None, str | None]] = {
     ("words",): ("gpt-2", None),
     ("digit", "words"): ("smollm", None),
     (CL100K, "bytes"): ("dbrx", "llama-bpe"),
     (QWEN, "bytes"): ("qwen2", None),
     (QWEN35, "bytes"): ("qwen35", None),
-    (TEKKEN, "bytes"): ("tekken", "tekken"),  # llama.cpp takes whole words either way; the check decides
+    (TEKKEN, "bytes"): ("tekken", "tekken"),  # llama.cpp ignores merges in both cases; the check decides
     (O200K, "bytes"): ("gpt-4o", None),
     (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", "digit", "bytes"): ("deepseek-coder", None),
     (r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", DEEPSEEK3, "bytes"): ("deepseek-v3", None),
 }
 
-# llama.cpp's regular expressions for these leave combining marks out of words; the name after them stands for nearly
-# the same splitting with the marks, but only newer versions of llama.cpp know it
+# llama.cpp's regular expressions for these names exclude combining marks from words. The value is a name with nearly the
+# same splitting that includes the marks (None: there is none). Only newer versions of llama.cpp know it
 WITHOUT_MARKS = {"gpt-4o": "granite-embed-multi-97m", "tekken": None}
 
 
 def _steps(node: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """A pre-tokenizer or normaliser as a flat list of its steps."""
+    """The steps of a pre-tokenizer or normalizer as a flat list."""
     if node is None:
         return []
     if node["type"] == "Sequence":
@@ -57,11 +57,11 @@ def _steps(node: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def signature(pre_tokenizer: dict[str, Any] | None) -> Signature:
-    """What the steps do, in the words of TABLE; a step that has no word there is spelt out."""
-    return tuple(_word(step) for step in _steps(pre_tokenizer))
+    """The steps as a key of TABLE. A step that TABLE does not use is written out in full."""
+    return tuple(_step_key(step) for step in _steps(pre_tokenizer))
 
 
-def _word(step: dict[str, Any]) -> str:
+def _step_key(step: dict[str, Any]) -> str:
     kind = step["type"]
     if kind == "ByteLevel" and not step.get("add_prefix_space", True):
         return "words" if step.get("use_regex", True) else "bytes"
@@ -76,24 +76,24 @@ def _word(step: dict[str, Any]) -> str:
 
 
 def known_pre(pre_tokenizer: dict[str, Any] | None, ignore_merges: bool) -> str | None:
-    """llama.cpp's name for the pre-tokenizer of a byte-level BPE, None where the table has none."""
+    """llama.cpp's name for the pre-tokenizer of a byte-level BPE, None if TABLE has none."""
     return TABLE.get(signature(pre_tokenizer), (None, None))[int(ignore_merges)]
 
 
 def find_pre(pre_tokenizer: dict[str, Any] | None, ignore_merges: bool) -> str:
-    """The same, or an error that spells out what was looked for."""
+    """Like known_pre, but raises UserError that lists the steps if TABLE has no name for them."""
     name = known_pre(pre_tokenizer, ignore_merges)
     if name is None:
         steps = " then ".join(signature(pre_tokenizer)) or "none"
         raise UserError(
             "llmc knows no llama.cpp pre-tokenizer that splits like this tokenizer.json: "
             f"{steps}{' (with ignore_merges)' if ignore_merges else ''}",
-            "if you know llama.cpp's name for it, give it with --pre NAME: the file is checked either way")
+            "if you know llama.cpp's name for it, give it with --pre NAME: the export still checks the file")
     return name
 
 
 def adds_leading_space(normalizer: dict[str, Any] | None, pre_tokenizer: dict[str, Any] | None) -> bool:
-    """For a SentencePiece-style tokenizer: is a space put before the text? Steps that llama.cpp lacks are refused."""
+    """Whether a SentencePiece-style tokenizer puts a space before the text. UserError for a step that llama.cpp lacks."""
     leading = False
     for step in _steps(normalizer) + _steps(pre_tokenizer):
         kind = step["type"]
@@ -105,13 +105,13 @@ def adds_leading_space(normalizer: dict[str, Any] | None, pre_tokenizer: dict[st
         elif kind == "Replace" and step["pattern"] == {"String": " "} and step["content"] == "▁":
             continue
         elif kind == "Split" and step["pattern"] == {"String": " "}:
-            continue  # Gemma's; the spaces are gone by then
+            continue  # Gemma's; an earlier step has replaced the spaces
         else:
             raise UserError(f"llama.cpp's SentencePiece tokenizer has no step like {step}",
-                            "this tokenizer cannot be carried into GGUF")
+                            "this tokenizer cannot be stored in a GGUF file")
     return leading
 
 
 def normalizers(normalizer: dict[str, Any] | None) -> list[str]:
-    """The kinds of a normaliser's steps."""
+    """The types of a normalizer's steps."""
     return [step["type"] for step in _steps(normalizer)]

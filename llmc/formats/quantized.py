@@ -1,4 +1,4 @@
-"""A quantized model folder, whichever form it has: GPTQ's tensors (gptq/) or blocks of GGUF's own types (blocks/)."""
+"""A quantized model folder, with GPTQ tensors (gptq.py) or GGUF blocks (blocks.py)."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ METHODS = ("gptq", blocks.METHOD)  # what `quant_method` of config.json can be
 
 
 def is_quantized(ckpt: Checkpoint) -> bool:
-    """Whether config.json says that the folder is quantized, be it in a form that llmc reads or not."""
+    """Whether config.json says that the folder is quantized, also in a form that llmc cannot read."""
     return ckpt.quantization is not None
 
 
 def linears(ckpt: Checkpoint) -> list[str]:
-    """Module names of the quantized linears, in file order; none in a float folder. A form that llmc does not read is
-    refused."""
+    """Module names of the quantized linears, in file order; empty for a float folder. Raises UserError for a form that
+    llmc cannot read."""
     if _is_blocks(ckpt):
         return blocks.quantized_linears(ckpt)
     found = gptq.quantized_linears(ckpt)
@@ -32,22 +32,22 @@ def linears(ckpt: Checkpoint) -> list[str]:
     return found
 
 
-def tables(ckpt: Checkpoint) -> dict[str, str]:
-    """The types that a folder was made to be exported with: {'embedding': …, 'head': …}, either or both left out."""
+def end_types(ckpt: Checkpoint) -> dict[str, str]:
+    """The embedding and lm_head types recorded for the export: {'embedding': …, 'head': …}. Each key may be absent."""
     found = (ckpt.quantization or {}).get("tables", {})
     if not isinstance(found, dict) or not all(name in BLOCK_TYPES for name in found.values()):
-        raise UserError(f"quantization_config of {ckpt.folder} has the tables {found!r}; this llmc knows the types "
+        raise UserError(f"quantization_config of {ckpt.folder} has `tables` {found!r}; this llmc knows the types "
                         f"{', '.join(BLOCK_TYPES)}", "name others with --embedding and --head, or use a newer llmc")
     return found
 
 
 def parts(linear: str) -> tuple[str, ...]:
-    """The names that the tensors of a quantized linear can have. Its bias is not among them."""
+    """All possible tensor names of a quantized linear, without its bias."""
     return tuple(f"{linear}.{part}" for part in (*gptq.PARTS, *blocks.PARTS))
 
 
 def type_of(ckpt: Checkpoint, linear: str) -> IntegerType | BlockType:
-    """The type of one linear; one GPTQ group a row is a group of the row's width."""
+    """The type of one linear. If a GPTQ group is a whole row, group_size is the row's length."""
     if _is_blocks(ckpt):
         return blocks.type_of(ckpt, linear)
     declared = gptq.type_of(ckpt)
@@ -60,7 +60,7 @@ def type_name(ckpt: Checkpoint, linear: str) -> str:
 
 
 def shape(ckpt: Checkpoint, linear: str) -> tuple[int, int]:
-    """[out, in] of one linear, from headers alone."""
+    """[out, in] of one linear, from headers only."""
     return blocks.shape(ckpt, linear) if _is_blocks(ckpt) else gptq.shape(ckpt, linear)
 
 
@@ -70,27 +70,27 @@ def read(ckpt: Checkpoint, linear: str) -> Quantized:
 
 
 def encode(q: Quantized) -> dict[str, torch.Tensor]:
-    """The tensors of one linear in its own form, by the last part of their names."""
+    """{last part of the name: tensor} of one linear, in the form of its type."""
     return blocks.encode(q) if isinstance(q, BlockTensor) else gptq.encode(q)
 
 
 def as_blocks(q: Quantized) -> BlockTensor:
-    """The same weights in the form of blocks, code for code, where a GGUF type holds the integer type. A group's scale is
-    repeated for each of its blocks. ValueError where a minimum is no float16 (see `minimums`)."""
+    """The same weights and codes as a BlockTensor, for an integer type that a GGUF type can hold. A group's scale is
+    repeated for each of its blocks. Raises ValueError if float16 cannot hold a minimum exactly (see `minimums`)."""
     if isinstance(q, BlockTensor):
         return q
     repeats, m = q.type.group_size // 32, None
     if q.zeros is not None:
         m, wrong = minimums(q)
         if wrong:
-            raise ValueError(f"{wrong} minimums are no float16")
+            raise ValueError(f"float16 cannot hold {wrong} minimums exactly")
         m = m.repeat_interleave(repeats, 1)
     name = {(4, False): "q4_0", (8, False): "q8_0", (4, True): "q4_1"}[q.type.bits, q.zeros is not None]
     return BlockTensor(BLOCK_TYPES[name], q.codes, q.scales.repeat_interleave(repeats, 1), m)
 
 
 def minimums(q: QuantizedTensor) -> tuple[torch.Tensor, int]:
-    """Q4_1's m = -scale * zero of each group, float16 [out, groups], and how many of them float16 cannot hold exactly."""
+    """Q4_1's m = -scale * zero of each group, float16 [out, groups], and the number that float16 cannot hold exactly."""
     assert q.zeros is not None
     exact = -q.scales.to(torch.float32) * q.zeros.to(torch.float32)  # 11 + 4 bits: exact here
     rounded = exact.to(torch.float16)
@@ -98,18 +98,18 @@ def minimums(q: QuantizedTensor) -> tuple[torch.Tensor, int]:
 
 
 def tensors_of(q: Quantized) -> dict[str, torch.Tensor]:
-    """Codes, scales and whatever else it has, by field. Each has the rows of the matrix as its first axis."""
+    """{field: tensor} of codes, scales and the other tensors. The first axis of each is the rows of the matrix."""
     found = ((f.name, getattr(q, f.name)) for f in fields(q))
     return {name: value for name, value in found if isinstance(value, torch.Tensor)}
 
 
 def with_tensors(q: Quantized, tensors: dict[str, Any]) -> Quantized:
-    """The same type with other tensors, by field as `tensors_of` gives them."""
+    """A copy with other tensors. tensors: {field: tensor}, as from `tensors_of`."""
     return replace(q, **tensors)
 
 
 def rows_of(q: Quantized, index: torch.Tensor | slice) -> Quantized:
-    """Some of the rows, or all in another order. Blocks and groups run along a row, so none is broken."""
+    """The rows that `index` selects. Blocks and groups lie within a row, so they stay whole."""
     return with_tensors(q, {name: t[index] for name, t in tensors_of(q).items()})
 
 

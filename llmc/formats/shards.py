@@ -1,4 +1,4 @@
-"""Writing a safetensors checkpoint from pieces of other files, byte ranges copied as they are, in constant memory.
+"""Writes a safetensors checkpoint from byte ranges of other files, unchanged and in constant memory.
 
 The format (huggingface/safetensors, "Format"): 8 bytes little-endian header length, a JSON header that gives each
 tensor's type, shape and byte range, then the bytes.
@@ -20,7 +20,7 @@ COPY = 1 << 22
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor inside a safetensors file. offset: of its first byte in that file."""
+    """One tensor inside a safetensors file. offset: position of its first byte in the file."""
 
     name: str
     dtype: str
@@ -30,7 +30,7 @@ class Piece:
     nbytes: int
 
     def blocks(self) -> Iterator[bytes]:
-        """Its bytes, COPY at a time."""
+        """The bytes of the tensor, COPY at a time."""
         with self.file.open("rb") as f:
             f.seek(self.offset)
             left = self.nbytes
@@ -57,7 +57,7 @@ def pieces_of(file: Path, names: Iterable[str] | None = None) -> list[Piece]:
 
 
 def rest_of(checkpoint: Checkpoint, replaced: Container[str]) -> list[Piece]:
-    """The tensors of a checkpoint but those replaced, as they are."""
+    """The tensors of a checkpoint, unchanged, without those in `replaced`."""
     return [p for file in checkpoint.files for p in pieces_of(file) if p.name not in replaced]
 
 
@@ -85,7 +85,7 @@ def write_checkpoint(folder: Path, pieces: list[Piece], max_shard: int = MAX_SHA
 
 def _write(path: Path, pieces: list[Piece]) -> None:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    # widest types first keeps every tensor aligned to its type, which readers that map the file rely on
+    # widest types first: every tensor is then aligned to its type, as readers that map the file need
     pieces = sorted(pieces, key=lambda p: (-_width(p.dtype), p.name))
     offset = 0
     for p in pieces:

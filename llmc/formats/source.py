@@ -1,28 +1,25 @@
-"""What a manifest says of the model that an artifact was made from: name, hashes, licence, revision."""
+"""The source entry of a manifest: name, hashes, licence and revision of the model that an artifact was made from."""
 
 from __future__ import annotations
 
 import re
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llmc.console import warn
 from llmc.files import sha256
 from llmc.formats.checkpoint import model_files
 from llmc.formats.manifest import read_manifest
 
-if TYPE_CHECKING:
-    pass
-
-
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def describe_source(folder: Path) -> dict[str, Any]:
-    """What a manifest says of its input: name, sha256 of each file that decides the model, licence, base model, commit.
+    """The source entry of a manifest: {'name', 'files' ({name: sha256}), 'licence', 'base_model', 'revision' (commit)}.
 
-    The licence is what the model's card says (or the .gguf said, if it was one), else 'unknown' and a warning.
+    The licence is that of the model card, or of the .gguf file that was dequantized. If neither states one, it is
+    'unknown', and a warning is printed.
     """
     name, revision = _name_and_revision(folder)
     before = (read_manifest(folder) or {}).get("source", {})
@@ -40,22 +37,24 @@ def describe_source(folder: Path) -> dict[str, Any]:
 
 
 def hash_source(folder: Path) -> dict[str, str]:
-    """sha256 of each file that decides a model, by name."""
+    """{file name: sha256} of the files that define a model."""
     return {p.name: sha256(p) for p in model_files(folder)}
 
 
 @cache
 def _warn_of_no_licence(folder: Path) -> None:
-    """Once: some commands describe their source for several manifests."""
+    """Warn once per folder: some commands describe their source for several manifests."""
     warn(f"no licence found in {folder} (README.md front matter): the manifest says 'unknown'")
 
 
-TRANSFORMS = ("rotate", "scaling")  # passes that leave a float model's function as it is
+TRANSFORMS = ("rotate", "scaling")  # passes that keep the outputs of a float model
 
 
 def origin_of(folder: Path, described: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The float model that a folder stands for: of what `llmc transform` made the model it transformed, else its own
-    description (`described`, where that is known already)."""
+    """The source entry of the original float model: the model that `llmc transform` read, or else the folder itself.
+
+    described: the folder's own entry, if it is known already.
+    """
     manifest = read_manifest(folder) or {}
     if any(p.get("name") in TRANSFORMS for p in manifest.get("passes", [])):
         return dict(manifest["source"])
@@ -63,7 +62,7 @@ def origin_of(folder: Path, described: dict[str, Any] | None = None) -> dict[str
 
 
 def _name_and_revision(folder: Path) -> tuple[str, str | None]:
-    """The hub's name and commit of a folder that huggingface_hub laid out, else the folder's own name and None.
+    """The hub's name and commit of a folder that huggingface_hub downloaded, else the folder's own name and None.
 
     Its cache is `models--org--name/snapshots/<commit>`; with `--local-dir` it leaves the commit on the first line of
     `.cache/huggingface/download/<file>.metadata`.
@@ -78,7 +77,7 @@ def _name_and_revision(folder: Path) -> tuple[str, str | None]:
 
 
 def front_matter(card: Path) -> dict[str, Any]:
-    """The YAML between the first two `---` lines of a model card; empty where there is none."""
+    """The YAML between the first two `---` lines of a model card; {} if there is none."""
     import yaml
 
     if not card.is_file():

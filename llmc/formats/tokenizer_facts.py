@@ -1,4 +1,4 @@
-"""What `llmc inspect` tells of a tokenizer."""
+"""The facts about a tokenizer that `llmc inspect` shows."""
 
 from __future__ import annotations
 

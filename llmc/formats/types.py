@@ -1,10 +1,10 @@
-"""The one table of quantization type: what values a weight may take, and which file formats hold them exactly.
+"""The quantization types: the values that a weight may take, and the file formats that hold them exactly.
 
 A type cuts each row of a weight matrix [out, in] into blocks of `group_size` consecutive columns. Inside a block
 
     value = scale * (code - zero)        code in 0 … 2**bits - 1, scale stored as fp16
 
-so the codes that a quantizer chooses can be carried, bit for bit, into every format the table names.
+The codes that a quantizer chooses can be copied bit for bit into every format that holds the type.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class IntegerType:
 
     @property
     def holds_zero(self) -> bool:
-        """Whether the value 0 has a code in every group: here the zero point is one."""
+        """Whether the value 0 has a code in every group. Always true: it is the zero point."""
         return True
 
     @property
@@ -59,7 +59,7 @@ class IntegerType:
 
 @dataclass
 class QuantizedTensor:
-    """A weight matrix on a type.
+    """A weight matrix of an integer type.
 
     codes:  uint8 [out, in], each 0 … 2**bits - 1
     scales: float16 [out, in / group_size]
@@ -76,7 +76,7 @@ class QuantizedTensor:
         return self.codes.shape[0], self.codes.shape[1]
 
     def dequantize(self) -> torch.Tensor:
-        """float32 [out, in]: scale * (code - zero), exact in float32 for every type of the table."""
+        """float32 [out, in]: scale * (code - zero), exact in float32 for every type."""
         import torch
 
         out, n = self.codes.shape
@@ -87,7 +87,7 @@ class QuantizedTensor:
 
 # -------------------------------------------------------------------------------------------------------------- GGUF's types
 #
-# The GGUF block types: what values a weight of each type may take, as codes and factors, before any byte is laid out.
+# The GGUF block types: the values that a weight may take, as codes and factors. llmc.formats.packing has their bytes.
 #
 # A type cuts each row of a matrix [out, in] into blocks of `block` columns that share fp16 factors, and each block into
 # groups of `group` columns that share one scale and one minimum:
@@ -95,9 +95,9 @@ class QuantizedTensor:
 #     block = group:  value = d * level[code] + m
 #     block > group:  value = (d * scale) * level[code] - (dmin * minimum)   scale, minimum: small integers of the group
 #
-# with the terms that a type does not have left out. All in float32, where each product is exact (11 bits of d, at most 12
-# of scale times level): only the last addition rounds, so a fused multiply-add in llama.cpp gives the same bits.
-# Formats: ggml/src/ggml-common.h and ggml-quants.c of llama.cpp; the bytes are llmc.formats.packing's business.
+# without the terms that a type lacks. All arithmetic is float32. Each product is exact (11 bits of d, at most 12 of scale
+# times level), and only the last addition rounds. So a fused multiply-add in llama.cpp gives the same bits.
+# Formats: ggml/src/ggml-common.h and ggml-quants.c of llama.cpp.
 
 Range = tuple[int, int]  # lowest and highest, both included
 
@@ -109,7 +109,7 @@ class BlockType:
     name: str
     block: int  # weights that share the fp16 factors
     group: int  # weights that share one effective scale and minimum
-    levels: tuple[int, ...] = field(repr=False)  # what the codes stand for, ascending
+    levels: tuple[int, ...] = field(repr=False)  # the value of each code, ascending
     scale_range: Range | None = None  # None: the block has one scale, d itself
     min_range: Range | None = None
     has_min: bool = False
@@ -125,7 +125,7 @@ class BlockType:
 
     @property
     def holds_zero(self) -> bool:
-        """Whether the value 0 has a code in every group: not where a minimum is added, nor among iq4's levels."""
+        """Whether the value 0 has a code in every group. False for types with a minimum and for the iq4 types."""
         return 0 in self.levels and not self.has_min
 
     @property
@@ -135,7 +135,7 @@ class BlockType:
 
     @property
     def block_bytes(self) -> int:
-        """Codes, the groups' integers and the fp16 factors; no type pads."""
+        """Bytes of a block: codes, the groups' integers and the fp16 factors. No type has padding."""
         integers = sum((high - low).bit_length() for low, high in filter(None, (self.scale_range, self.min_range)))
         bits = self.block * (len(self.levels) - 1).bit_length() + self.groups * integers + 16 * (1 + self.has_min)
         return bits // 8
@@ -171,11 +171,12 @@ BLOCK_TYPES: dict[str, BlockType] = {
 }
 
 
-# for rows that are no multiple of 256: as llama.cpp, but iq4_nl for its q4_0, which is as large and loses more
+# types for rows that are not a multiple of 256: as in llama.cpp, but iq4_nl instead of q4_0, which is as large and loses more
 FALLBACK = {"q2_k": "iq4_nl", "q3_k": "iq4_nl", "iq4_xs": "iq4_nl", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
 
 
 def type_named(name: str) -> BlockType:
+    """The block type of that name. Raises UserError if there is none."""
     if name not in BLOCK_TYPES:
         raise UserError(f"no GGUF block type is named {name!r}", f"choose one of {', '.join(BLOCK_TYPES)}")
     return BLOCK_TYPES[name]
@@ -183,11 +184,11 @@ def type_named(name: str) -> BlockType:
 
 @dataclass
 class BlockTensor:
-    """A weight matrix on a block type.
+    """A weight matrix of a block type.
 
     codes:  uint8 [out, in], indices into type.levels
     d:      float16 [out, in / block]
-    m:      float16 [out, in / block], None unless type.has_min: m where block = group, dmin in the others
+    m:      float16 [out, in / block], None unless type.has_min: m if block = group, else dmin
     scales: int8 or int16 [out, in / group], None unless type.scale_range
     mins:   int8 or int16 [out, in / group], None unless type.min_range
     """
@@ -208,7 +209,7 @@ class BlockTensor:
         return self._times(self.d, self.scales)
 
     def group_lows(self) -> torch.Tensor:
-        """float32 [out, in / group], what is added to scale * level: m, or -(dmin * minimum), or zeros. Exact."""
+        """float32 [out, in / group], the term added to scale * level: m, or -(dmin * minimum), or zeros. Exact."""
         import torch
 
         if self.m is None:
@@ -223,7 +224,7 @@ class BlockTensor:
         levels = torch.tensor(self.type.levels, dtype=torch.float32, device=self.codes.device)
         values = levels[self.codes.int()].view(self.shape[0], -1, self.type.group)
         values *= self.group_scales().unsqueeze(-1)
-        if self.m is not None:  # adding the zeros of a type without a minimum would make -0 a +0
+        if self.m is not None:  # for a type without a minimum, adding zeros would turn -0 into +0
             values += self.group_lows().unsqueeze(-1)
         return values.view(self.shape)
 

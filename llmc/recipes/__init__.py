@@ -1,8 +1,8 @@
-"""Recipes: a chain of llmc's commands in one YAML file, every step cached by what it was made from.
+"""Recipes: a chain of llmc's commands in one YAML file. Each step is cached by a hash of its inputs, options and code.
 
-    recipe.py   the file as written, with its lines           typed.py   steps with the commands' own configs
-    commands.py which command takes and gives what (data)     chain.py   what each step works on; illegal chains
-    identity.py hashes of what decides a step                 jobs.py    steps as units of work in the run folder
-    plan.py     what will be run, how long, how large         run.py     running it   sweep.py   many variants of it
-    report.py, page.py   what each step did, as JSON, Markdown and one HTML page
+    recipe.py   the parsed file, with line numbers            typed.py   steps with the commands' own configs
+    commands.py inputs and output of each command (data)      chain.py   inputs of each step, and errors in the chain
+    identity.py cache keys of steps                           jobs.py    steps as jobs in the run folder
+    plan.py     the jobs to run, their time and size          run.py     runs the jobs   sweep.py   runs many variants
+    report.py, page.py   the result of each step, as JSON, Markdown and one HTML page
 """

@@ -1,6 +1,6 @@
-"""The commands that a recipe can have as steps, as data: what each takes, what it makes, where its options are declared.
+"""The commands that a recipe can have as steps, as data: the input, the result and the config of each.
 
-Options are the fields of the commands' own configs; there is no second list of them here.
+Options are the fields of the commands' own configs. They are not listed again here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MODELS = (FLOAT, QUANTIZED)
 ARTIFACTS = (*MODELS, *EXPORTED)
 CALLED = {FLOAT: "a float model", QUANTIZED: "a quantized model", **{name: row.called for name, row in FORMATS.items()}}
 
-# What a recipe decides itself: inputs, outputs and how it is run. The rest of a config's fields are a step's options.
+# Fields of configs that the recipe sets: inputs, outputs and how it runs. All other fields are options of a step.
 OWN = {"model", "artifact", "artifacts", "reports", "base", "teacher", "out", "output", "outputs", "page", "resume",
        "dry_run"}
 PLACEHOLDERS: dict[str, Any] = {"artifact": "-", "artifacts": ("-",), "reports": (), "teacher": "-"}
@@ -34,10 +34,11 @@ PLACEHOLDERS: dict[str, Any] = {"artifact": "-", "artifacts": ("-",), "reports":
 
 @dataclass(frozen=True)
 class Command:
-    """name: as on the command line  function: of the package llmc  takes: kinds of its input  gives: kind of its output ('': its format)
-    configs: the class of its options by format ('' where there is one)  short: the option that `- command: value` sets
-    code: modules whose source, with all that they import, decides the result  resumes: an interrupted run goes on
-    needs: packages to import by format, with the extra that installs them
+    """name: as on the command line  function: of the package llmc  takes: kinds of its input
+    gives: kind of its result ('': its format)  configs: {format: config} ('' if it has no formats)
+    short: the option that `- command: value` sets  resumes: whether an interrupted run can continue
+    code: modules whose source, with all their imports, affects the result
+    needs: {format: modules that it imports}; the extra of that name installs them
     """
 
     name: str
@@ -53,7 +54,6 @@ class Command:
     @property
     def makes_model(self) -> bool:
         return not self.gives or self.gives in ARTIFACTS
-
 
 
 def _compress(name: str, config: type, takes: str, gives: str, short: str | None = None) -> Command:
@@ -77,13 +77,13 @@ COMMANDS: dict[str, Command] = {c.name: c for c in (
     _measure("compare", "compare", CompareConfig, PAGE, "llmc.evals.pages.compare"),
 )}
 
-# What ONNX Runtime has a weight type for (export/onnx/layout.py); budgets and presets mix in others.
+# The types that ONNX Runtime can hold (export/onnx/layout.py). Budgets and presets also use others.
 ONNX_TYPES = ("q4_0", "q4_1", "q8_0")
 
 
 @cache
 def options(command: str, format: str = "") -> dict[str, dataclasses.Field[Any]]:
-    """A command's options by name, those that a recipe decides itself left out."""
+    """{option: field} of a command, without the fields that the recipe sets."""
     config = COMMANDS[command].configs[format]
     return {f.name: f for f in dataclasses.fields(config) if f.name not in OWN}  # type: ignore[arg-type]
 

@@ -1,6 +1,6 @@
-"""How long and how large a step will be: from what such steps took in this folder before, and from the commands' own plans.
+"""Estimates of a step's time and size, from earlier steps in this working folder and from the commands' own plans.
 
-Nothing is guessed: without an earlier step of the kind there is no time.
+Without an earlier step of the same kind there is no estimate of the time.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from llmc.files import write_json
 from llmc.formats.manifest import NOTES
 from llmc.recipes.jobs import Job
 
-KEPT = 8  # earlier steps of a kind that are remembered
+KEPT = 8  # earlier steps to keep of each kind
 
 
 def kind(job: Job) -> str:
-    """Steps whose times can be held against each other, scaled by `work`."""
+    """The kind of a step. Times of steps of one kind are comparable if they are scaled by `work`."""
     config = job.step.typed.config
-    how = [str(getattr(config, name)) for name in ("method", "scope", "scaling", "exporter", "device") if hasattr(config, name)]
+    names = ("method", "scope", "scaling", "exporter", "device")
+    how = [str(getattr(config, name)) for name in names if hasattr(config, name)]
     return " ".join([job.step.command, job.step.typed.format, *how, str(getattr(config, "heal", 0) > 0)])
 
 
 def work(job: Job, base_bytes: int) -> float:
-    """What the time of a step goes with: the base's bytes times the tokens (or repetitions) that are run through it."""
+    """The amount of work, proportional to a step's time: bytes of the base times tokens processed."""
     c = job.step.typed.config
     if hasattr(c, "steps"):
         tokens = c.steps * c.batch * getattr(c, "accumulate", 1) * c.seq_len
@@ -51,30 +52,31 @@ class Times:
             json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {})
 
     def seconds(self, job: Job, base_bytes: int) -> float | None:
-        """The median of earlier steps of the kind, scaled."""
+        """The expected time: the median of earlier steps of the kind, scaled by `work`. None if there are none."""
         rates = [s / w for w, s, _, _ in self.known.get(kind(job), [])]
         return median(rates) * work(job, base_bytes) if rates else None
 
     def disk(self, job: Job, base_bytes: int) -> float | None:
-        """Bytes that it will leave, by what such steps left of a base's."""
+        """The expected bytes of the result: the median of earlier steps, scaled by the base. None if there are none."""
         shares = [left / base for _, _, base, left in self.known.get(kind(job), [])]
         return median(shares) * base_bytes if shares else None
 
     def note(self, job: Job, base_bytes: int, seconds: float, left: int) -> None:
-        """Remember a step that was run from start to end."""
+        """Record a step that ran from start to end. left: bytes of its result."""
         self.known[kind(job)] = [*self.known.get(kind(job), []), [work(job, base_bytes), seconds, base_bytes, left]][-KEPT:]
         self.path.parent.mkdir(exist_ok=True)
         write_json(self.path, self.known)
 
 
-def own_plan(job: Job, model: Path | str, base: str, there: bool) -> dict[str, Any]:
-    """What the command's own --dry-run says of memory and disk, in bytes; {} where it has none.
+def own_plan(job: Job, model: Path | str, base: str, exists: bool) -> dict[str, Any]:
+    """{'memory_bytes', 'disk_bytes'} from the command's own --dry-run; {} if it has none.
 
-    model: what it will work on, or the base where that is not made yet (there False): its problems are then not the step's.
+    model: the input of the step, or the base if that input does not exist yet.  exists: whether the input exists. If not,
+    errors are ignored, because they may hold for the base only.
     """
     options = job.step.typed.options()
     try:
-        # the plan of a budget measures first, for minutes
+        # the plan of a budget takes minutes: it measures first
         if job.step.command in ("prune", "distill", "quantize") and not getattr(job.step.typed.config, "target", None):
             teacher = {"teacher": base} if job.teacher else {}
             plan: dict[str, Any] = getattr(api, job.step.command)(model, dry_run=True, **teacher, **options)
@@ -86,6 +88,6 @@ def own_plan(job: Job, model: Path | str, base: str, there: bool) -> dict[str, A
             config = job.step.typed.config
             return {"disk_bytes": disk_bytes(check(resolve_model(model), config), config)}
     except UserError:
-        if there:
+        if exists:
             raise
     return {}

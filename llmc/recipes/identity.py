@@ -1,4 +1,4 @@
-"""Who is who: sha256 of what decides a step. Files are hashed once and known again by size and time of change."""
+"""Cache keys of steps: sha256 of everything that affects the result. A file is hashed again only if size or time changed."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from llmc.recipes.chain import Step
 from llmc.recipes.commands import REPORT
 from llmc.sources.resolve import WHAT_TO_GIVE
 
-YOUNG = 2.0  # seconds: a file changed this lately could change again without its time telling
-RUNTIMES = ("torch", "transformers", "llama-cpp-python", "onnxruntime")  # measurements are of these too
+RECENT = 2.0  # seconds: a file as new as this could change again and keep its modification time
+RUNTIMES = ("torch", "transformers", "llama-cpp-python", "onnxruntime")  # their versions affect measurements
 
 
 class Hashes:
-    """sha256 of files, remembered in `memo` by path, size, time of change and inode."""
+    """sha256 of files, cached in `memo` by path, size, modification time and inode."""
 
     def __init__(self, memo: Path) -> None:
         self.memo = memo
@@ -41,7 +41,7 @@ class Hashes:
         if self.known.get(name, [])[:3] != mark:
             self.known[name] = [*mark, sha256(path)]
             self.changed = True
-            if time.time() - stat.st_mtime < YOUNG:
+            if time.time() - stat.st_mtime < RECENT:
                 return str(self.known.pop(name)[3])
         return str(self.known[name][3])
 
@@ -57,15 +57,15 @@ def digest(value: Any) -> str:
 
 
 def model_digest(model: str, hashes: Hashes) -> str:
-    """sha256 of what decides a model: weights, config and tokenizer of a folder, or the .gguf file."""
+    """sha256 of a model: of the weights, config and tokenizer of a folder, or of the .gguf file."""
     path = Path(model).expanduser()
     if not path.exists():
         from llmc.sources.resolve import resolve_model
 
-        path = resolve_model(model)  # a hub id: its snapshot
+        path = resolve_model(model)  # the snapshot of a hub id
     found = artifact_at(path)
     if not found.can_start:
-        raise UserError(f"{model} is {found.label}, which is made by export and cannot be the start", WHAT_TO_GIVE)
+        raise UserError(f"{model} is {found.label}, which is made by export and cannot be the base", WHAT_TO_GIVE)
     files = found.source_files()
     if files == [path]:
         return hashes.of(path)
@@ -73,14 +73,14 @@ def model_digest(model: str, hashes: Hashes) -> str:
 
 
 def settings(step: Step, hashes: Hashes) -> dict[str, Any]:
-    """A step's options as they decide its result: files by what is in them, not by where they lie."""
+    """The options that affect a step's result. Files count by content, not by path."""
     values: dict[str, Any] = json.loads(json.dumps(step.typed.options(), default=str))
-    values = {k: v for k, v in values.items() if k in deciding(step) - {"targets"}}  # the devices named are told by `key`
+    values = {k: v for k, v in values.items() if k in deciding(step) - {"targets"}}  # `key` adds the devices
     for option, paths in step.typed.files.items():
         if option not in values:
             continue
         values[option] = [str(values[option]) if option == "tasks" else "", *([p.name, hashes.of(p)] for p in paths)]
-        if option == "tasks":  # names of tasks, without where their files are
+        if option == "tasks":  # names of tasks, without the paths of their files
             values[option][0] = [item.partition("=")[0] for t in step.typed.config.tasks for item in t.split(",")]
         elif option == "calibration" and isinstance(step.typed.config.calibration, tuple):
             files = {str(p) for p in paths}
@@ -89,7 +89,7 @@ def settings(step: Step, hashes: Hashes) -> dict[str, Any]:
 
 
 def deciding(step: Step) -> set[str]:
-    """The options that decide the result, by what the command says itself where it does: rounding reads no text."""
+    """The options that affect the result. A config with numbers() decides itself: rtn ignores the calibration options."""
     config = step.typed.config
     if not hasattr(config, "numbers"):
         return set(step.typed.options())
@@ -98,7 +98,7 @@ def deciding(step: Step) -> set[str]:
 
 
 def key(step: Step, inputs: list[str], teacher: str | None, base: str, hashes: Hashes) -> str:
-    """The key of a unit of work: the same key, the same result. inputs, teacher, base: keys or digests of these."""
+    """The cache key of a job. Equal keys mean equal results. inputs, teacher, base: their keys or digests."""
     made: dict[str, Any] = {
         "command": step.command, "format": step.typed.format, "name": step.name, "options": settings(step, hashes),
         "inputs": inputs, "teacher": teacher, "code": closure.digest(*step.typed.command.code),
@@ -118,11 +118,11 @@ def key(step: Step, inputs: list[str], teacher: str | None, base: str, hashes: H
 
 
 def _device(name: str, file: Path | None) -> dict[str, Any]:
-    """A target by where it is and what it is: another device of its name is measured anew."""
+    """The address and hardware of a target: another device of the same name is measured again."""
     from llmc.runtimes.targets.target import find_target
 
     target = find_target(name, file).as_dict()
-    facts = {k: target["facts"].get(k) for k in ("machine", "cpu", "usable_cores", "memory")}  # a probe finds the rest anew
+    facts = {k: target["facts"].get(k) for k in ("machine", "cpu", "usable_cores", "memory")}  # probes change the rest
     return target | {"facts": facts}
 
 

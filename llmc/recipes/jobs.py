@@ -1,7 +1,7 @@
-"""A chain as jobs: the units that are made once and known again. A step is one job; an eval step has one for each artifact.
+"""The jobs of a chain: the units that are run once and cached. A step is one job; an eval step is one job per artifact.
 
-A run folder holds a folder for each job, called by its step and key: the artifact, `.done.json` (written last: it says
-that the job is done, how long it took and what its files looked like), and `.started.json` while it runs.
+A run folder holds a folder for each job, named by step and key. It has the artifact, `.started.json` while the job runs,
+and `.done.json`, which is written last: time taken, and size, modification time and sha256 of each file.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from llmc.recipes.identity import Hashes, key, model_digest
 from llmc.recipes.recipe import BASE
 
 SCHEMA = 1
-DONE, STARTED, MARK, HASHES = ".done.json", ".started.json", ".run.json", ".hashes.json"  # no name of a step has a dot first
+DONE, STARTED, MARK, HASHES = ".done.json", ".started.json", ".run.json", ".hashes.json"  # a step's name has no leading dot
 
 
 @dataclass(frozen=True)
 class Job:
-    """id: 'quantize', or 'eval small' of the artifact small.  inputs: ids of jobs, or 'base'; for compare of jobs that
-    measured.  target: of an eval job, what is evaluated."""
+    """id: 'quantize', or 'eval small' for the artifact `small`.  inputs: ids of jobs, or 'base'; for compare, the jobs that
+    measured.  target: the artifact that an eval job evaluates."""
 
     id: str
     step: Step
@@ -41,13 +41,13 @@ class Job:
 
     @property
     def artifact(self) -> Path:
-        """What it makes: a folder, a file, or for bench the folder of its reports."""
+        """The path of the result: a folder, a file, or the folder of the reports."""
         kind, name = self.step.kind, self.step.name
         name = "compare.json" if kind == PAGE else name + FORMATS[kind].suffix if kind in FORMATS else name
         return self.folder if self.step.kind == REPORT else self.folder / name
 
     def report(self, target: str) -> Path:
-        """Where an eval or bench job leaves the report of `target`."""
+        """The path of the report of `target` that an eval or bench job writes."""
         return self.folder / f"{target}.json"
 
     def record(self) -> dict[str, Any] | None:
@@ -60,15 +60,15 @@ class Job:
 
 
 def open_folder(folder: Path) -> Hashes:
-    """The run folder, new or one of an earlier run; anybody else's folder is refused."""
+    """The hashes of a run folder, which may be new. Raises UserError if the folder has other contents."""
     taken = any(folder.iterdir()) if folder.is_dir() else folder.exists()
     if taken and not (folder / MARK).is_file():
-        raise UserError(f"{folder} is there already and holds no run of a recipe", "choose another folder with -o")
+        raise UserError(f"{folder} exists and is not the folder of a recipe run", "choose another folder with -o")
     return Hashes(folder / HASHES)
 
 
 def jobs_of(chain: Chain, folder: Path, hashes: Hashes) -> dict[str, Job]:
-    """The jobs of a chain by id, in an order in which they can be done."""
+    """The jobs of a chain by id, in an order in which they can run."""
     base = model_digest(chain.base, hashes)
     keys, jobs = {BASE: base}, {}
 
@@ -99,40 +99,40 @@ def measuring(step: Step, chain: Chain, target: str, name: str) -> str:
 
 
 def is_done(job: Job, hashes: Hashes) -> tuple[bool, str]:
-    """Whether a job's result is there as it was left; if not, why ('' where it was never made)."""
+    """Whether a job's result exists unchanged, and if not, why ('' if it was never made)."""
     record = job.record()
     if record is None:
         return False, ""
     for name, (length, changed, sha) in record["files"].items():
         path = job.folder / name
         if not path.is_file():
-            return False, f"{name} is gone"
+            return False, f"{name} is missing"
         stat = path.stat()
         if (stat.st_size, stat.st_mtime_ns) != (length, changed) and hashes.of(path) != sha:
             return False, f"{name} was changed since it was made"
     return True, ""
 
 
-def adopted(job: Job) -> bool:
-    """Whether an artifact was published and the run was killed before it was noted: it is whole, and is kept."""
+def finished_but_unrecorded(job: Job) -> bool:
+    """Whether the artifact is complete, but the run was killed before it wrote `.done.json`. The artifact is then kept."""
     if job.step.kind in (REPORT, PAGE) or not (job.folder / STARTED).is_file():
         return False
     return manifest_path(job.artifact).is_file() and may_resume(job)
 
 
 def may_resume(job: Job) -> bool:
-    """Whether an interrupted job can go on: under the very libraries that it was begun with."""
+    """Whether an interrupted job can continue. It needs the versions of libraries that it started with."""
     path = job.folder / STARTED
     return path.is_file() and json.loads(path.read_text(encoding="utf-8")) == started(job)
 
 
 def started(job: Job) -> dict[str, Any]:
-    """What `.started.json` says."""
+    """The content of `.started.json`."""
     return {"key": job.key, "versions": versions()}
 
 
 def files_of(job: Job) -> dict[str, list[Any]]:
-    """The files of a finished job: [bytes, time of change in ns, sha256 (as its manifest has it)]."""
+    """{file: [bytes, modification time in ns, sha256 (from the manifest if it has it)]} of a finished job."""
     known = (read_manifest(job.artifact) or {}).get("outputs", {}) if job.artifact.exists() else {}
     root = job.artifact if job.artifact.is_dir() else job.folder
     found = {}
@@ -144,10 +144,10 @@ def files_of(job: Job) -> dict[str, list[Any]]:
 
 
 def weight_bytes(path: Path) -> int:
-    """Of the files in which the weights of a model lie."""
+    """Bytes of the files that hold the weights of a model."""
     return sum(p.stat().st_size for p in artifact_at(path).weight_files())
 
 
 def clear(job: Job) -> None:
-    """Remove what a job left."""
+    """Remove the folder of a job."""
     shutil.rmtree(job.folder, ignore_errors=True)

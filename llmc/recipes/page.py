@@ -1,4 +1,4 @@
-"""The chain's page and its Markdown: what each step did to size, perplexity, divergence and speed, and what it took."""
+"""The HTML page and the Markdown of a recipe run: size, perplexity, KL divergence and speed after each step, and its time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from llmc.recipes.schema import RunArtifact, RunReport, StepReport
 
 
 def page(report: RunReport, folder: Path) -> str:
-    """The whole HTML of a report (report.py). folder: where it will lie, for links to the comparisons' pages."""
+    """The HTML page of a report (report.py). folder: the folder of the page, for links to the comparisons' pages."""
     recipe = report["recipe"]
     return render(
         "recipe.html.jinja", heading=recipe["name"], recipe=recipe, gates=report["gates"], links=_links(report, folder),
@@ -35,7 +35,7 @@ def page(report: RunReport, folder: Path) -> str:
 
 
 def markdown(report: RunReport) -> str:
-    """The report's tables, and where everything came from, as Markdown."""
+    """The tables and the provenance of a report as Markdown."""
     parts = [f"# {report['recipe']['name']}", report["recipe"]["about"], tables_markdown(tables(report))]
     for a in report["artifacts"]:
         rows = [["", a["name"]], *([k, plain(v).replace("\n", " ")] for k, v in _facts(a))]
@@ -44,7 +44,7 @@ def markdown(report: RunReport) -> str:
 
 
 def tables(report: RunReport) -> list[Table]:
-    """Artifacts, on each text; steps; gates."""
+    """The tables of a report: artifacts (one table per text), steps, gates."""
     texts = dict.fromkeys(t["protocol"]["text"] for a in report["artifacts"] for t in texts_of(a.get("report")))
     found = [_artifacts(report["artifacts"], text) for text in texts] or [_artifacts(report["artifacts"], None)]
     found.append(_steps(report["steps"]))
@@ -75,7 +75,7 @@ def _artifacts(artifacts: list[RunArtifact], text: str | None) -> Table:
 
 
 def _speed(speed: Speed | None) -> list[str]:
-    """['41.2', '190.3', '210.0 MB'] of decoding, prefill and peak memory; '41.2?' of a run that was unstable or emulated."""
+    """['41.2', '190.3', '210.0 MB'] for decode, prefill, peak memory; '41.2?' for an unstable or emulated run."""
     if speed is None:
         return ["–"] * 3
     doubt = "?" if speed["unstable"] or speed["target"]["emulated"] else ""
@@ -83,18 +83,19 @@ def _speed(speed: Speed | None) -> list[str]:
 
 
 def _steps(steps: list[StepReport]) -> Table:
-    rows = [["step", "from", "asked for", "time"]]
+    rows = [["step", "from", "options", "time"]]
     for s in steps:
         options = ", ".join(f"{k} {plain(v)}" for k, v in s["options"].items()) or "defaults"
         source = ", ".join(s["from"]) + (f" (teacher {s['teacher']})" if s["teacher"] else "")
         time = "–" if s["seconds"] is None else duration(s["seconds"]) + (" (resumed)" if s["resumed"] else "")
         rows.append([s["job"], source, options, time])
     total = sum(s["seconds"] or 0 for s in steps)
-    return "Steps", f"{duration(total)} in all, each step timed when it was run; a resumed one from there on", rows
+    note = "each step timed when it was run; a resumed step only from where it continued"
+    return "Steps", f"{duration(total)} in all, {note}", rows
 
 
 def _pictures(report: RunReport) -> Iterable[Figure]:
-    """Those of llmc compare for what was measured, then the curves of training and the time of each step."""
+    """The figures of `llmc compare` for the measured artifacts, the training curves, and the time of each step."""
     shown: list[Compared] = [{"name": a["name"], "report": a["report"], "differences": None}
                              for a in report["artifacts"] if "report" in a]
     if shown:
@@ -106,24 +107,24 @@ def _pictures(report: RunReport) -> Iterable[Figure]:
     timed = [(s["job"], seconds) for s in report["steps"] if (seconds := s["seconds"])]
     if timed:
         rows = [charts.Bar(job, [seconds], duration(seconds)) for job, seconds in timed]
-        yield Figure("Time", "Of each step, when it was run.", svg=charts.bars(rows, ["seconds"], "seconds"))
+        yield Figure("Time", "Time of each step when it was run.", svg=charts.bars(rows, ["seconds"], "seconds"))
 
 
 def _facts(artifact: RunArtifact) -> list[tuple[str, Any]]:
-    """Where an artifact comes from: source, passes with their texts and hashes, versions."""
-    told: list[tuple[str, Any]] = [("path", artifact["path"]), ("kind", artifact["kind"])]
+    """The provenance of an artifact: source, passes with their texts and hashes, versions."""
+    facts: list[tuple[str, Any]] = [("path", artifact["path"]), ("kind", artifact["kind"])]
     if report := artifact.get("report"):
-        told.append(("sha256", report["artifact"]["sha256"]))
+        facts.append(("sha256", report["artifact"]["sha256"]))
     if (provenance := artifact.get("provenance")) is None:
-        return told
-    told += [(f"source: {k}", v) for k, v in (provenance["source"] or {}).items()]
+        return facts
+    facts += [(f"source: {k}", v) for k, v in (provenance["source"] or {}).items()]
     for p in provenance["passes"]:
-        told += [(f"{p.get('name')}: {k}", v) for k, v in p.items() if k != "name"]
+        facts += [(f"{p.get('name')}: {k}", v) for k, v in p.items() if k != "name"]
     if created := provenance.get("created"):
-        told.append(("created", created))
-    return told + [(f"version: {k}", v) for k, v in (provenance.get("versions") or {}).items()]
+        facts.append(("created", created))
+    return facts + [(f"version: {k}", v) for k, v in (provenance.get("versions") or {}).items()]
 
 
 def _links(report: RunReport, folder: Path) -> list[tuple[str, str]]:
-    """Jobs and addresses of the comparisons' pages, which lie beside this one."""
+    """(job, relative address) of each comparison's page."""
     return [(c["job"], quote(Path(os.path.relpath(c["page"], folder)).as_posix())) for c in report["comparisons"]]

@@ -1,4 +1,4 @@
-"""The plan of a run: what is there, what will be run, and what that takes."""
+"""The plan of a run: which jobs are cached, which will run, and the time, memory and disk that they need."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ CACHED, RUN, RESUME, UNUSED = "cached", "run", "resume", "not needed"
 
 
 def states(jobs: dict[str, Job], hashes: Hashes) -> dict[str, tuple[str, str]]:
-    """{job: (state, why)}. A model that is gone (somebody wanted the disk) is not needed while the models that were made of
-    it are there, nor is a report while what was made of it is; whatever is run needs all that it works on."""
+    """{job: (state, reason)}. A model that was deleted is not needed if the models made from it exist and nothing else has
+    to read it. The same holds for a report and its comparisons. A job that runs needs all its inputs."""
     done = {job.id: is_done(job, hashes) for job in jobs.values()}
     found: dict[str, tuple[str, str]] = {}
     for job in reversed(jobs.values()):
         users = [j for j in jobs.values() if job.id in (*j.inputs, j.teacher)]
-        heirs = [j for j in users if j.step.typed.command.makes_model] if job.step.typed.command.makes_model else users
-        there, why = done[job.id]
-        if there:
+        successors = [j for j in users if j.step.typed.command.makes_model] if job.step.typed.command.makes_model else users
+        exists, why = done[job.id]
+        if exists:
             found[job.id] = (CACHED, "")
-        elif heirs and all(found[u.id][0] in (CACHED, UNUSED) for u in users):
-            found[job.id] = (UNUSED, why or "its results are there")
+        elif successors and all(found[u.id][0] in (CACHED, UNUSED) for u in users):
+            found[job.id] = (UNUSED, why or "the results made from it exist")
         else:
             found[job.id] = (RESUME if job.step.typed.command.resumes and not why and may_resume(job) else RUN, why)
     return {i: found[i] for i in jobs}
 
 
 def plan(jobs: dict[str, Job], base: str, state: dict[str, tuple[str, str]]) -> list[dict[str, Any]]:
-    """A row for each job: {job, command, from, state, why, seconds, memory_bytes, disk_bytes}; what is not known is None.
+    """A row for each job: {job, command, from, state, why, seconds, memory_bytes, disk_bytes}; unknown values are None.
 
-    seconds of a cached job: what it took. Estimates are of earlier steps of the kind, scaled by the base's size.
-    Raises UserError with what the steps' own plans find wrong.
+    seconds: measured for a cached job, else estimated from earlier steps of the kind. Raises UserError with all problems
+    that the steps' own plans find.
     """
     times, length = Times(), base_bytes(base)
     rows, problems = [], []
@@ -48,10 +48,10 @@ def plan(jobs: dict[str, Job], base: str, state: dict[str, tuple[str, str]]) -> 
             row["seconds"] = (job.record() or {}).get("seconds")
         else:
             source = jobs.get(job.inputs[0]) if job.inputs else None
-            there = source is None or state[source.id][0] == CACHED
+            exists = source is None or state[source.id][0] == CACHED
             row |= {"seconds": times.seconds(job, length), "disk_bytes": times.disk(job, length)}
             try:
-                row |= own_plan(job, base if source is None or not there else source.artifact, base, there)
+                row |= own_plan(job, base if source is None or not exists else source.artifact, base, exists)
             except UserError as e:
                 problems.append(f"step {job.id}: {e.problem}" + (f" ({e.hint})" if e.hint else ""))
         rows.append(row)
@@ -71,14 +71,14 @@ def base_bytes(base: str) -> int:
 
 
 def lines(rows: list[dict[str, Any]]) -> str:
-    """The plan for people."""
+    """The plan as text."""
     from llmc.evals.report.show import table
 
-    told = [["step", "from", "", "time", "memory", "disk"]]
+    table_rows = [["step", "from", "", "time", "memory", "disk"]]
     for r in rows:
         about = "~" if r["state"] in (RUN, RESUME) else ""
         source = ", ".join(r["from"]) + (f" (teacher {Path(r['teacher']).name})" if r["teacher"] else "")
-        told.append([r["job"], source, r["state"] + (f": {r['why']}" if r["why"] else ""),
+        table_rows.append([r["job"], source, r["state"] + (f": {r['why']}" if r["why"] else ""),
                      "-" if r["seconds"] is None else about + duration(r["seconds"]),
                      *("-" if r[k] is None else about + size(r[k]) for k in ("memory_bytes", "disk_bytes"))])
     todo = [r for r in rows if r["state"] in (RUN, RESUME)]
@@ -88,5 +88,5 @@ def lines(rows: list[dict[str, Any]]) -> str:
         total += f", about {duration(sum(known))}" + (f" and {len(todo) - len(known)} of unknown time"
                                                       if len(known) < len(todo) else "")
     elif todo:
-        total += "; times are known once such steps were run in this working folder"
-    return f"{table(told)}\n{total}"
+        total += "; times are estimated after such steps have run in this working folder"
+    return f"{table(table_rows)}\n{total}"

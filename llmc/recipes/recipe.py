@@ -1,4 +1,4 @@
-"""A recipe as it is written: YAML with the line of everything, so that an error can point at it.
+"""Parses a recipe: YAML with line numbers, so that an error can name its line.
 
     about: 4 bits for llama.cpp
     model: base                      # a folder, .gguf or hub id; or --model on the command line
@@ -9,7 +9,7 @@
       - eval                         # or nothing at all
       - compare: {max_kld: 0.3}
 
-A step may say `name: NAME` (else its command is its name) and `of: NAME`, what it works on.
+A step may have `name: NAME` (default: its command) and `of: NAME`, the step that is its input.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from llmc.recipes.commands import COMMANDS
 BASE, EACH = "base", "each"  # names that no step may have
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,47}")
 KEYS = ("about", "model", "defaults", "steps")
-LARGEST = 1 << 20  # bytes: a recipe is no data
+MAX_BYTES = 1 << 20  # a larger file is not a recipe
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One step as written. lines: of each option, counted from 1; an option of the command line has none."""
+class RawStep:
+    """One step as written. lines: {option: line, from 1}, without options of the command line."""
 
     name: str
     command: str
@@ -42,25 +42,25 @@ class Entry:
     lines: dict[str, int] = field(default_factory=dict)
 
     def where(self, option: str | None = None) -> str:
-        """'line 7, quantize'"""
+        """The place of the step or of an option, for messages: 'line 7, quantize'."""
         line = self.lines.get(option or "", 0 if option in self.options else self.line)
         return f"line {line}, {self.name}" if line else f"--set {self.name}.{option}"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """folder: where its relative paths are looked for first."""
+    """A parsed recipe. folder: searched first for relative paths."""
 
     name: str
     about: str
     model: str | None
     defaults: dict[str, Any]
-    steps: tuple[Entry, ...]
+    steps: tuple[RawStep, ...]
     folder: Path
     text: str
 
     def path(self, value: str) -> str:
-        """A path of the recipe: beside the recipe where such a file is, else in the working folder, else as it is written."""
+        """A path of the recipe: in the recipe's folder if it exists there, else in the working folder, else unchanged."""
         places = (self.folder / Path(value).expanduser(), Path(value).expanduser())
         return next((str(p.absolute()) for p in places if p.exists()), value)
 
@@ -75,8 +75,8 @@ def read_text(recipe: str | Path) -> tuple[str, str, Path]:
     """(name, text, folder) of a recipe file or a shipped recipe."""
     path = Path(recipe).expanduser()
     if path.is_file():
-        if path.stat().st_size > LARGEST:
-            raise UserError(f"{path} is no recipe: it has {path.stat().st_size:,} bytes", "give a YAML file with `steps`")
+        if path.stat().st_size > MAX_BYTES:
+            raise UserError(f"{path} is not a recipe: it has {path.stat().st_size:,} bytes", "give a YAML file with `steps`")
         try:
             stem = re.sub(r"[^\w.-]+", "-", path.name.removesuffix(".yaml").removesuffix(".yml")).strip(".-")
             return stem or "recipe", path.read_text(encoding="utf-8"), path.parent
@@ -85,18 +85,19 @@ def read_text(recipe: str | Path) -> tuple[str, str, Path]:
     if str(recipe) in shipped():
         file = resources.files("llmc.recipes").joinpath("shipped", f"{recipe}.yaml")
         return str(recipe), file.read_text(encoding="utf-8"), Path()
-    raise UserError(f"there is no recipe file {recipe}, and llmc has none of that name{nearest(str(recipe), shipped())}",
+    hint = did_you_mean(str(recipe), shipped())
+    raise UserError(f"there is no recipe file {recipe}, and llmc ships none of that name{hint}",
                     "give a YAML file, or one of `llmc recipe ls`")
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """', did you mean type?' or nothing."""
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """' (did you mean type?)', or '' if nothing is similar."""
     close = difflib.get_close_matches(word, list(known), 1)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
 def parse(name: str, text: str, folder: Path, problems: list[str]) -> Recipe:
-    """The recipe in `text`; what is wrong with its form goes to `problems`, and the rest is still read."""
+    """Parse `text`. Errors are added to `problems`, and parsing continues. UserError if it is not a YAML mapping."""
     import yaml
 
     try:
@@ -107,9 +108,9 @@ def parse(name: str, text: str, folder: Path, problems: list[str]) -> Recipe:
         raise UserError(f"{name} is not valid YAML: {where}{getattr(e, 'problem', None) or e}",
                         "see `llmc recipe show edge-4bit`") from e
     if not isinstance(root, yaml.MappingNode):
-        raise UserError(f"{name} is no recipe: it must be a mapping with `steps`", "see `llmc recipe show edge-4bit`")
+        raise UserError(f"{name} is not a recipe: it must be a mapping with `steps`", "see `llmc recipe show edge-4bit`")
     top = _mapping(root, "", problems)
-    problems += [f"line {line}: {key!r} is not known: must be {', '.join(KEYS)}{nearest(key, KEYS)}"
+    problems += [f"line {line}: {key!r} is not known: must be {', '.join(KEYS)}{did_you_mean(key, KEYS)}"
                  for key, (_, line) in top.items() if key not in KEYS]
     values = {key: _value(node, problems) for key, (node, _) in top.items() if key in ("about", "model", "defaults")}
     for key, kind in (("about", str), ("model", str), ("defaults", dict)):
@@ -119,39 +120,39 @@ def parse(name: str, text: str, folder: Path, problems: list[str]) -> Recipe:
     node = top["steps"][0] if "steps" in top else None
     if not isinstance(node, yaml.SequenceNode) or not node.value:
         problems.append("steps: there are none; write a list of commands under `steps:`")
-    steps = [_entry(item, problems) for item in node.value] if isinstance(node, yaml.SequenceNode) else []
-    entries = _named([s for s in steps if s], problems)
-    return Recipe(name, str(values.get("about") or ""), values.get("model"), values.get("defaults") or {}, tuple(entries),
+    steps = [_raw_step(item, problems) for item in node.value] if isinstance(node, yaml.SequenceNode) else []
+    named = _named([s for s in steps if s], problems)
+    return Recipe(name, str(values.get("about") or ""), values.get("model"), values.get("defaults") or {}, tuple(named),
                   folder, text)
 
 
 def _mapping(node: Any, where: str, problems: list[str]) -> dict[str, tuple[Any, int]]:
-    """key: (value's node, line). A key that stands twice is a problem, not the last one's win."""
+    """{key: (node of the value, line)}. A repeated key is a problem."""
     found: dict[str, tuple[Any, int]] = {}
     for key, value in node.value:
         line = key.start_mark.line + 1
         if str(key.value) in found:
-            problems.append(f"line {line}{where}: {key.value} stands there twice")
+            problems.append(f"line {line}{where}: {key.value} is given twice")
         found[str(key.value)] = (value, line)
     return found
 
 
 def _value(node: Any, problems: list[str]) -> Any:
-    """The plain Python value of a node; None, and a problem, where it would be anything else (`!!python/…`)."""
+    """The Python value of a node. Anything that safe YAML lacks (`!!python/…`) gives None and a problem."""
     import yaml
 
     loader = yaml.SafeLoader("")
     try:
         return loader.construct_document(node)
-    except (yaml.YAMLError, ValueError) as e:  # ValueError: a date that is none
+    except (yaml.YAMLError, ValueError) as e:  # ValueError: an invalid date
         problems.append(f"line {node.start_mark.line + 1}: {getattr(e, 'problem', None) or e}")
         return None
     finally:
         loader.dispose()
 
 
-def _entry(item: Any, problems: list[str]) -> Entry | None:
-    """`quantize`, `quantize: {qtype: q4_k}`, `quantize: q4_k`, or None where no command can be found."""
+def _raw_step(item: Any, problems: list[str]) -> RawStep | None:
+    """Parse `quantize`, `quantize: {type: q4_k}` or `quantize: q4_k`. None, with a problem, if it names no command."""
     import yaml
 
     line = item.start_mark.line + 1
@@ -163,7 +164,8 @@ def _entry(item: Any, problems: list[str]) -> Entry | None:
         problems.append(f"line {line}: a step is one command, as in `- quantize: {{bits: 4}}`, with its options below it")
         return None
     if command not in COMMANDS:
-        problems.append(f"line {line}: {command!r} is no step: must be {', '.join(COMMANDS)}{nearest(command, COMMANDS)}")
+        hint = did_you_mean(command, COMMANDS)
+        problems.append(f"line {line}: {command!r} is not a step: must be {', '.join(COMMANDS)}{hint}")
         return None
     if isinstance(body, yaml.MappingNode):
         parts = _mapping(body, f", {command}", problems)
@@ -177,13 +179,13 @@ def _entry(item: Any, problems: list[str]) -> Entry | None:
             problems.append(f"line {line}: write {command}'s options by name, as in `- {command}: {{name: value}}`")
             options = {}
     name = options.pop("name", None)
-    return Entry("" if name is None else str(name), command, options, line, lines)
+    return RawStep("" if name is None else str(name), command, options, line, lines)
 
 
-def _named(steps: list[Entry], problems: list[str]) -> list[Entry]:
-    """Every step with its name: the one given, else the command, numbered from the second on."""
+def _named(steps: list[RawStep], problems: list[str]) -> list[RawStep]:
+    """The steps with names: the given name, else the command, with a number from the second on."""
     taken = {s.name for s in steps if s.name}
-    named: list[Entry] = []
+    named: list[RawStep] = []
     for s in steps:
         name = s.name
         if not name:
@@ -191,8 +193,8 @@ def _named(steps: list[Entry], problems: list[str]) -> list[Entry]:
             name = next(n for n in free if n not in taken)
             taken.add(name)
         elif NAME.fullmatch(name) is None or name in (BASE, EACH):
-            problems.append(f"line {s.line}: the name {name!r} is not possible: letters, digits, '_', '-', '.', at most 48, "
-                            f"and not {BASE} or {EACH}")
+            problems.append(f"line {s.line}: the name {name!r} is not allowed: use letters, digits, '_', '-', '.', at most "
+                            f"48, and not {BASE} or {EACH}")
         elif name in {n.name for n in named}:
             problems.append(f"line {s.line}: {name} is the name of an earlier step")
         named.append(replace(s, name=name))
@@ -200,7 +202,7 @@ def _named(steps: list[Entry], problems: list[str]) -> list[Entry]:
 
 
 def override(recipe: Recipe, settings: Mapping[str, Any], problems: list[str]) -> Recipe:
-    """The recipe with `step.option` (or `option`, of the defaults, or `model`) set to other values."""
+    """The recipe with other values. Keys: 'step.option', 'option' (of the defaults) or 'model'."""
     steps = {s.name: s for s in recipe.steps}
     for key, value in settings.items():
         step, dot, option = key.rpartition(".")
@@ -208,7 +210,8 @@ def override(recipe: Recipe, settings: Mapping[str, Any], problems: list[str]) -
             recipe = replace(recipe, model=str(value)) if key == "model" else replace(
                 recipe, defaults={**recipe.defaults, key: value})
         elif step not in steps:
-            problems.append(f"--set {key}: there is no step {step!r}: the steps are {', '.join(steps)}{nearest(step, steps)}")
+            hint = did_you_mean(step, steps)
+            problems.append(f"--set {key}: there is no step {step!r}: the steps are {', '.join(steps)}{hint}")
         else:
             old = steps[step]
             lines = {k: n for k, n in old.lines.items() if k != option}
@@ -217,7 +220,7 @@ def override(recipe: Recipe, settings: Mapping[str, Any], problems: list[str]) -
 
 
 def setting(text: str) -> tuple[str, str]:
-    """('quantize.type', 'q4_1') of 'quantize.type=q4_1'."""
+    """Split 'quantize.type=q4_1' into ('quantize.type', 'q4_1')."""
     key, sign, value = text.partition("=")
     if not sign or not key.strip():
         raise UserError(f"--set {text}: write it like --set quantize.type=q4_1", "give STEP.OPTION=VALUE")
@@ -225,7 +228,7 @@ def setting(text: str) -> tuple[str, str]:
 
 
 def scalar(text: str) -> Any:
-    """A value of the command line, read as YAML reads it: 4, 0.5, true, [a, b], q4_1."""
+    """A value of the command line, parsed as YAML: 4, 0.5, true, [a, b], q4_1."""
     import yaml
 
     try:

@@ -1,6 +1,6 @@
-"""What a run made: one report of the chain as JSON, Markdown and HTML, put together from what the steps left.
+"""The report of a recipe run as JSON, Markdown and HTML, built from the files that the steps wrote.
 
-schema.py says what is in it. Figures are those of the steps' own reports.
+schema.py describes its content. The figures come from the reports of the steps.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ KIND = "llmc-recipe-report"
 
 
 def write(chain: Chain, jobs: Mapping[str, Job], folder: Path, ran: list[str]) -> RunReport:
-    """The report of a finished chain, written to the run folder when something changed, with 'ran', this run's jobs."""
+    """The report of a finished chain, with 'ran', the jobs of this run. It is written only if something changed."""
     place = folder / f"{chain.recipe.name}.json"
     pages = [place.with_suffix(s) for s in (".html", ".md")]
     before = read(place)
@@ -42,23 +42,23 @@ def write(chain: Chain, jobs: Mapping[str, Job], folder: Path, ran: list[str]) -
 
 
 def read(path: Path) -> RunReport | None:
-    """A report of an earlier run; None where there is none that this version can read."""
+    """The report of an earlier run; None if there is none or this version cannot read it."""
     try:
         found: Any = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-    ours = isinstance(found, dict) and (found.get("kind"), found.get("schema")) == (KIND, SCHEMA)
-    return cast(RunReport, found) if ours else None
+    readable = isinstance(found, dict) and (found.get("kind"), found.get("schema")) == (KIND, SCHEMA)
+    return cast(RunReport, found) if readable else None
 
 
 def described(chain: Chain, jobs: Mapping[str, Job]) -> RecipeFacts:
-    """The recipe as it was run: equal for equal runs."""
+    """The recipe and the keys of its jobs: equal for equal runs."""
     r = chain.recipe
     return {"name": r.name, "about": r.about, "text": r.text, "keys": {i: j.key for i, j in jobs.items()}}
 
 
 def build(chain: Chain, jobs: Mapping[str, Job], folder: Path) -> RunReport:
-    """The report from the records, manifests and reports that lie in the run folder."""
+    """Build the report from the records, manifests and reports in the run folder."""
     steps = [_step(j) for j in jobs.values()]
     comparisons = [_comparison(j) for j in jobs.values() if j.step.kind == PAGE]
     gates = [g for c in comparisons for g in c["gates"]]
@@ -72,22 +72,22 @@ def build(chain: Chain, jobs: Mapping[str, Job], folder: Path) -> RunReport:
 
 
 def _step(job: Job) -> StepReport:
-    """One job: what was asked for beside the defaults, and what it took."""
+    """The entry of one job: its inputs, its options without the defaults, its result and its time."""
     record = job.record() or {}
     manifest = (read_manifest(job.artifact) or {}) if job.step.typed.command.makes_model and job.artifact.exists() else {}
     last = (manifest.get("passes") or [{}])[-1]
     curve = {k: last[k] for k in ("curve", "losses", "best_step") if k in last}
-    told: StepReport = {
+    step_report: StepReport = {
         "job": job.id, "command": job.step.command, "from": list(job.inputs), "teacher": job.teacher,
-        "options": asked(job.step), "key": job.key, "artifact": str(job.artifact), "bytes": record.get("bytes"),
+        "options": changed_options(job.step), "key": job.key, "artifact": str(job.artifact), "bytes": record.get("bytes"),
         "seconds": record.get("seconds"), "resumed": record.get("resumed", False)}
     if curve:
-        told["curve"] = curve
-    return told
+        step_report["curve"] = curve
+    return step_report
 
 
-def asked(step: Step) -> dict[str, Any]:
-    """A step's options that are not the command's defaults, as text where they are no JSON."""
+def changed_options(step: Step) -> dict[str, Any]:
+    """The options of a step that differ from the defaults. Values that JSON cannot hold become text."""
     config = step.typed.config
     defaults = {f.name: f.default for f in dataclasses.fields(config)}
     given = {k: v for k, v in step.typed.options().items() if v != defaults[k]}
@@ -96,23 +96,23 @@ def asked(step: Step) -> dict[str, Any]:
 
 
 def measured(step: Step, jobs: Mapping[str, Job], chain: Chain) -> dict[str, list[Path]]:
-    """The report files that a compare step reads, by artifact."""
+    """{artifact: report files} that a compare step reads."""
     return {target: [jobs[measuring(step, chain, target, name)].report(target) for name in names]
             for target, names in zip(step.inputs, step.reports, strict=True)}
 
 
-def _with_figures(told: RunArtifact, chain: Chain, jobs: Mapping[str, Job]) -> RunArtifact:
-    """With what the last eval and the last bench step said of it, joined."""
+def _with_report(artifact: RunArtifact, chain: Chain, jobs: Mapping[str, Job]) -> RunArtifact:
+    """Add the newest eval and bench reports of an artifact, merged, if there are any."""
     from llmc.evals.report.store import merged, read_report, without_arrays
 
-    name, joined = told["name"], None
+    name, joined = artifact["name"], None
     for step in chain.steps:
         if step.kind == REPORT and name in step.inputs:
             path = jobs[measuring(step, chain, name, step.name)].report(name)
             joined = merged(joined, without_arrays(read_report(path)))
     if joined:
-        told["report"] = joined
-    return told
+        artifact["report"] = joined
+    return artifact
 
 
 def _base(chain: Chain, jobs: Mapping[str, Job]) -> RunArtifact:
@@ -121,8 +121,8 @@ def _base(chain: Chain, jobs: Mapping[str, Job]) -> RunArtifact:
         from llmc.sources.resolve import resolve_model
 
         path = resolve_model(chain.base)
-    return _with_figures({"name": BASE, "step": None, "kind": "base", "path": str(path), "bytes": weight_bytes(path),
-                          "from": None}, chain, jobs)
+    return _with_report({"name": BASE, "step": None, "kind": "base", "path": str(path), "bytes": weight_bytes(path),
+                         "from": None}, chain, jobs)
 
 
 def _artifact(step: Step, chain: Chain, jobs: Mapping[str, Job]) -> RunArtifact:
@@ -130,15 +130,15 @@ def _artifact(step: Step, chain: Chain, jobs: Mapping[str, Job]) -> RunArtifact:
     manifest = (read_manifest(job.artifact) or {}) if job.artifact.exists() else {}
     provenance: Provenance = {
         "source": manifest.get("source"), "created": manifest.get("created"), "versions": manifest.get("versions"),
-        "passes": [_told(p) for p in manifest.get("passes", [])]}
-    return _with_figures({"name": step.name, "step": step.command, "kind": step.kind, "path": str(job.artifact),
-                          "bytes": (job.record() or {}).get("bytes"), "from": step.inputs[0], "provenance": provenance},
-                         chain, jobs)
+        "passes": [_short_pass(p) for p in manifest.get("passes", [])]}
+    return _with_report({"name": step.name, "step": step.command, "kind": step.kind, "path": str(job.artifact),
+                         "bytes": (job.record() or {}).get("bytes"), "from": step.inputs[0], "provenance": provenance},
+                        chain, jobs)
 
 
-def _told(entry: dict[str, Any]) -> dict[str, Any]:
-    """A manifest's pass without what only machines read."""
-    kept = {k: v for k, v in entry.items() if k not in ("layers", "curve", "losses", "plan")}
+def _short_pass(pass_entry: dict[str, Any]) -> dict[str, Any]:
+    """A pass of a manifest without the data that only programs read."""
+    kept = {k: v for k, v in pass_entry.items() if k not in ("layers", "curve", "losses", "plan")}
     if isinstance(text := kept.get("calibration"), dict):
         kept["calibration"] = {k: v for k, v in text.items() if k != "sketch"}
     return kept

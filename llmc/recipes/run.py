@@ -1,4 +1,4 @@
-"""`llmc run`: the jobs of a recipe, each once."""
+"""`llmc run`: run the jobs of a recipe that are not cached."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from llmc.recipes.jobs import (
     SCHEMA,
     STARTED,
     Job,
-    adopted,
     clear,
     files_of,
+    finished_but_unrecorded,
     jobs_of,
     may_resume,
     open_folder,
@@ -39,9 +39,9 @@ from llmc.recipes.schema import Plan, RunReport
 
 
 def run_recipe(recipe: str | Path, config: RunConfig) -> RunReport | Plan:
-    """Run what is not there yet, and return the chain's report; with `dry_run` the plan.
+    """Run the jobs that are not cached, and return the report; with `dry_run` return the plan.
 
-    Raises UserError, with every problem at once, before a weight is read. A missed gate raises nothing: look at 'passed'.
+    Raises UserError with all problems at once, before a weight is read. A missed gate raises no error: read 'passed'.
     """
     chain = load(recipe, config.model, dict(setting(s) for s in config.set))
     folder = config.out or Path(chain.recipe.name)
@@ -58,14 +58,14 @@ def run_recipe(recipe: str | Path, config: RunConfig) -> RunReport | Plan:
         ran = []
         for number, job in enumerate(todo, 1):
             say(f"\n[{number}/{len(todo)}] {job.id}")
-            remember(job, chain, do(job, jobs, chain))
+            record_time(job, chain, run_job(job, jobs, chain))
             ran.append(job.id)
         return report.write(chain, jobs, folder, ran)
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """The run folder for this process alone (where the system has flock)."""
+    """Lock the run folder for this process, if the system has flock. UserError if another run holds the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     mark = folder / MARK
     if not mark.exists():
@@ -83,11 +83,11 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def do(job: Job, jobs: Mapping[str, Job], chain: Chain) -> dict[str, Any]:
-    """Make one job's artifact, note that it is done, and return the note."""
+def run_job(job: Job, jobs: Mapping[str, Job], chain: Chain) -> dict[str, Any]:
+    """Run one job, write its `.done.json`, and return the record in it."""
     seconds, resumed = None, may_resume(job)
-    if adopted(job):
-        say(f"{job.artifact} is finished")
+    if finished_but_unrecorded(job):
+        say(f"{job.artifact} is complete already")
     else:
         if not resumed or not job.step.typed.command.resumes or (job.folder / DONE).exists():
             clear(job)
@@ -95,37 +95,37 @@ def do(job: Job, jobs: Mapping[str, Job], chain: Chain) -> dict[str, Any]:
         write_json(job.folder / STARTED, started(job))
         begun = time.monotonic()
         try:
-            call(job, jobs, chain)
+            call_command(job, jobs, chain)
         except UserError as e:
             raise type(e)(f"step {job.id}: {e.problem}", e.hint) from e
         seconds = round(time.monotonic() - begun, 1)
     files = files_of(job)
     left = sum(n for n, *_ in files.values())
     made = weight_bytes(job.artifact) if job.step.typed.command.makes_model else left
-    note = {"schema": SCHEMA, "key": job.key, "job": job.id, "seconds": seconds, "resumed": resumed, "bytes": made,
-            "left": left, "files": files}
-    write_json(job.folder / DONE, note)
+    record = {"schema": SCHEMA, "key": job.key, "job": job.id, "seconds": seconds, "resumed": resumed, "bytes": made,
+              "left": left, "files": files}
+    write_json(job.folder / DONE, record)
     (job.folder / STARTED).unlink()
-    return note
+    return record
 
 
-def remember(job: Job, chain: Chain, note: dict[str, Any]) -> None:
-    """Say how long a job took, and keep it for estimates if it was run from start to end."""
-    if note["seconds"] is not None:
-        say(f"{job.id}: {duration(note['seconds'])}")
-        if not note["resumed"]:
-            Times().note(job, base_bytes(chain.base), max(note["seconds"], 0.1), note["left"])
+def record_time(job: Job, chain: Chain, record: dict[str, Any]) -> None:
+    """Print the time of a job, and keep it for estimates if the job ran from start to end."""
+    if record["seconds"] is not None:
+        say(f"{job.id}: {duration(record['seconds'])}")
+        if not record["resumed"]:
+            Times().note(job, base_bytes(chain.base), max(record["seconds"], 0.1), record["left"])
 
 
-def call(job: Job, jobs: Mapping[str, Job], chain: Chain) -> None:
-    """The command itself, by its Python function."""
+def call_command(job: Job, jobs: Mapping[str, Job], chain: Chain) -> None:
+    """Call the Python function of the job's command."""
     def place(name: str) -> str:
         return chain.base if name == BASE else str(jobs[name].artifact) if name in jobs else name
 
     step, options = job.step, job.step.typed.options()
     function = getattr(api, step.typed.command.function)
     if step.kind == PAGE:
-        result = function(*unequal(step, jobs, chain), page=job.folder / "compare.html", **options)
+        result = function(*distinct_reports(step, jobs, chain), page=job.folder / "compare.html", **options)
         write_json(job.artifact, result)
     elif step.command == "bench":
         function(*map(place, job.inputs), out=[job.report(n) for n in job.inputs], **options)
@@ -141,9 +141,9 @@ def call(job: Job, jobs: Mapping[str, Job], chain: Chain) -> None:
         function(place(job.inputs[0]), out=job.artifact, **more, **options)
 
 
-def unequal(step: Any, jobs: Mapping[str, Job], chain: Chain) -> list[Path]:
-    """The report files of a compare step. Of two artifacts with the same bytes (healing that found nothing better), which
-    have one report, the later is left out, and that is said."""
+def distinct_reports(step: Any, jobs: Mapping[str, Job], chain: Chain) -> list[Path]:
+    """The report files of a compare step. If two artifacts have the same bytes (healing found nothing better), the later
+    one is left out, and a message says so."""
     files: list[Path] = []
     seen: dict[str, str] = {}
     for target, paths in report.measured(step, jobs, chain).items():

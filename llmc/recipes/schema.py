@@ -1,4 +1,4 @@
-"""What `llmc run` and `llmc sweep` answer, as JSON: `RunReport` and `SweepReport`, with --dry-run `Plan` and `SweepPlan`."""
+"""The JSON results of `llmc run` and `llmc sweep`: `RunReport` and `SweepReport`, with --dry-run `Plan` and `SweepPlan`."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from llmc.evals.report.schema import Kld, Report, TokenStat
 # ------------------------------------------------------------------------------------------------------------------- run
 
 _MadeOf = TypedDict("_MadeOf", {"from": list[str]})  # ids of jobs, or `base`
-_MadeFrom = TypedDict("_MadeFrom", {"from": str | None})  # name of an artifact; None: it is the base
+_MadeFrom = TypedDict("_MadeFrom", {"from": str | None})  # name of an artifact; None for the base
 
 
 class RecipeFacts(TypedDict):
-    """The recipe as it was run: equal for equal runs."""
+    """The recipe and the keys of its jobs: equal for equal runs."""
 
     name: str
     about: str
     text: str  # of the file
-    keys: dict[str, str]  # by job: the hash of all that it depends on
+    keys: dict[str, str]  # {job: hash of everything that its result depends on}
 
 
 class StepReport(_MadeOf):
-    """One job: what was asked for, and what it took."""
+    """One job: its inputs, options, result and time."""
 
     job: str  # id
     command: str
     teacher: str | None  # id of a job, or a path
-    options: dict[str, Any]  # that are not the command's defaults
-    key: str  # the hash of all that it depends on
+    options: dict[str, Any]  # without the command's defaults
+    key: str  # hash of everything that its result depends on
     artifact: str  # path
-    bytes: int | None  # of weights; of a job that measures, of its files; None: not done
+    bytes: int | None  # of the weights, or of the files of a job that measures; None: not done
     seconds: float | None  # None: not timed
-    resumed: bool  # the seconds are of the last part
-    curve: NotRequired[dict[str, Any]]  # curve, losses and best_step of a training; missing of other jobs
+    resumed: bool  # seconds then counts only the part after it continued
+    curve: NotRequired[dict[str, Any]]  # curve, losses and best_step of training; missing for other jobs
 
 
 class Provenance(TypedDict):
-    """What an artifact's manifest tells, without what only machines read."""
+    """The manifest of an artifact without the data that only programs read."""
 
     source: dict[str, Any] | None
     created: str | None  # date and time, ISO 8601
@@ -50,12 +50,12 @@ class RunArtifact(_MadeFrom):
     """One artifact, or the base."""
 
     name: str  # of its step
-    step: str | None  # command; None: it is the base
-    kind: str  # base, or what the step makes (see commands.py)
+    step: str | None  # command; None for the base
+    kind: str  # 'base', or the kind of the step's result (see commands.py)
     path: str
-    bytes: int | None  # of weights; None: not known
-    provenance: NotRequired[Provenance]  # missing of the base
-    report: NotRequired[Report]  # what eval and bench last found, without the arrays; missing: not measured
+    bytes: int | None  # of the weights; None: unknown
+    provenance: NotRequired[Provenance]  # missing for the base
+    report: NotRequired[Report]  # the newest eval and bench reports, merged, without arrays; missing: not measured
 
 
 class ComparisonFacts(TypedDict):
@@ -71,12 +71,12 @@ class ComparisonFacts(TypedDict):
 
 @final
 class RunReport(TypedDict):
-    """What a run made."""
+    """The report of a run."""
 
     schema: int  # report.SCHEMA
     kind: str  # report.KIND
     recipe: RecipeFacts
-    model: str  # the base, as it was named
+    model: str  # the base, as given
     folder: str  # of the run
     steps: list[StepReport]
     artifacts: list[RunArtifact]  # the base first
@@ -90,7 +90,7 @@ class RunReport(TypedDict):
 
 @final
 class Plan(TypedDict):
-    """What a run would do."""
+    """The plan of a run."""
 
     recipe: str  # name
     folder: str
@@ -101,10 +101,10 @@ class Plan(TypedDict):
 
 
 class Variant(TypedDict):
-    """One combination of options. The last three are missing where a step failed."""
+    """One combination of option values. The last three keys are missing if a step failed."""
 
-    variant: str  # the options
-    failed: list[str]  # why steps failed
+    variant: str  # the option values
+    failed: list[str]  # errors of the steps that failed
     steps: list[str]  # names of their folders
     gates: NotRequired[list[GateResult]]
     passed: NotRequired[bool]
@@ -112,17 +112,17 @@ class Variant(TypedDict):
 
 
 class Measured(_MadeFrom):
-    """What is compared of a file; None: not measured."""
+    """The figures of a file. None: not measured."""
 
     name: str
-    variant: str  # the options, or that it is of every variant
+    variant: str  # the option values, or 'every variant'
     kind: str
     path: str
     bytes: int | None
     text: str | None  # name of the first text
     perplexity: TokenStat | None
     kld: Kld | None
-    decode: float | None  # tokens/s on the first target
+    decode: float | None  # tokens/s on the first real target
     unstable: bool
 
 
@@ -135,7 +135,7 @@ class Point(Measured):
 
 @final
 class SweepReport(TypedDict):
-    """What a sweep made."""
+    """The report of a sweep."""
 
     schema: int  # report.SCHEMA
     kind: str  # sweep.KIND
@@ -143,14 +143,14 @@ class SweepReport(TypedDict):
     folder: str
     variants: list[Variant]
     artifacts: list[Point]
-    passed: bool  # every variant's gates
+    passed: bool  # all gates of all variants
     versions: dict[str, str]  # of Python and of packages
     ran: NotRequired[list[str]]  # folders of the jobs that were run; not in the file
 
 
 @final
 class SweepPlan(TypedDict):
-    """What a sweep would do."""
+    """The plan of a sweep."""
 
     recipe: str  # name
     folder: str

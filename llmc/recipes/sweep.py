@@ -1,7 +1,7 @@
-"""`llmc sweep`: a recipe in every combination of some options; variants share the steps that are the same.
+"""`llmc sweep`: a recipe with every combination of option values. Variants share the steps that are the same.
 
-What is better is decided by three figures that are wanted at once, the file's size, the divergence from the base and the
-decode speed: a file is on the Pareto front where no other is as good in all that was measured of both, and better in one.
+Files are compared by size, KL divergence from the base and decode speed. A file is on the Pareto front if no other file is
+at least as good in every figure that was measured for both, and better in one.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from llmc.recipes.recipe import setting
 from llmc.recipes.run import locked
 from llmc.recipes.schema import Measured, Point, RunArtifact, SweepPlan, SweepReport, Variant
 
-MOST = 256  # variants: more is a slip of the fingers
+MAX_VARIANTS = 256  # more is probably a mistake
 KIND = "llmc-sweep-report"
 
 
 def sweep(recipe: str | Path, config: SweepConfig) -> SweepReport | SweepPlan:
-    """Run what is not there yet of every variant, and return {'variants', 'artifacts', …}; with `dry_run` {'plan': […]}.
+    """Run the jobs of all variants that are not cached, and return the report; with `dry_run` return the plan.
 
-    Raises UserError with the problems of all variants before a weight is read. A variant that fails while it runs is named in
-    'failed', and the others go on.
+    Raises UserError with the problems of all variants before a weight is read. If a variant fails while it runs, its
+    'failed' has the errors, and the others continue.
     """
     settings = dict(setting(s) for s in config.set)
     choices = variations(config.vary)
@@ -62,7 +62,7 @@ def sweep(recipe: str | Path, config: SweepConfig) -> SweepReport | SweepPlan:
 
 
 def variations(vary: tuple[str, ...]) -> dict[str, list[str]]:
-    """{'quantize.type': ['q4_0', 'q4_k'], …} of what was typed."""
+    """Parse the --vary arguments: {'quantize.type': ['q4_0', 'q4_k'], …}."""
     found: dict[str, list[str]] = {}
     for text in vary:
         key, sign, values = text.partition("=")
@@ -77,10 +77,11 @@ def variations(vary: tuple[str, ...]) -> dict[str, list[str]]:
 
 def _chains(recipe: str | Path, config: SweepConfig, settings: dict[str, str],
             choices: dict[str, list[str]]) -> dict[str, Chain]:
-    """The chain of every variant, by what is particular about it; the problems of all at once."""
+    """{variant: chain}; a variant's name is its settings. Raises UserError with the problems of all variants."""
     combinations = list(product(*choices.values()))
-    if len(combinations) > MOST:
-        raise UserError(f"{len(combinations)} variants are more than {MOST}", "vary fewer options, or in several sweeps")
+    if len(combinations) > MAX_VARIANTS:
+        raise UserError(f"{len(combinations)} variants are more than {MAX_VARIANTS}",
+                        "vary fewer options, or run several sweeps")
     chains, problems = {}, []
     for values in combinations:
         chosen = dict(zip(choices, values, strict=True))
@@ -95,7 +96,7 @@ def _chains(recipe: str | Path, config: SweepConfig, settings: dict[str, str],
 
 
 def _unique(jobs: dict[str, dict[str, Job]], chains: dict[str, Chain]) -> tuple[dict[str, Job], dict[str, str]]:
-    """Every different job once, by its folder's name, its inputs renamed alike; and of which variant it was first."""
+    """({name: job}, {name: first variant with it}) of the different jobs. Names, also of inputs, are folder names."""
     found: dict[str, Job] = {}
     owner: dict[str, str] = {}
     for variant, own in jobs.items():
@@ -111,20 +112,20 @@ def _unique(jobs: dict[str, dict[str, Job]], chains: dict[str, Chain]) -> tuple[
 
 def _publish(name: str, folder: Path, chains: dict[str, Chain], jobs: dict[str, dict[str, Job]],
              failed: dict[str, str], ran: list[str]) -> SweepReport:
-    """The sweep's report and page; of every whole variant the chain's figures."""
+    """Write the report and the pages of a sweep. Figures come from the variants without failures."""
     variants: list[Variant] = []
     artifacts: list[Measured] = []
     for variant, chain in chains.items():
         own = jobs[variant]
         broken = {failed[j.folder.name] for j in own.values() if j.folder.name in failed}
-        told: Variant = {"variant": variant, "failed": sorted(broken), "steps": [j.folder.name for j in own.values()]}
+        entry: Variant = {"variant": variant, "failed": sorted(broken), "steps": [j.folder.name for j in own.values()]}
         if not broken:
             made = report.build(chain, own, folder)
-            told["gates"], told["passed"], told["seconds"] = made["gates"], made["passed"], made["seconds"]
+            entry["gates"], entry["passed"], entry["seconds"] = made["gates"], made["passed"], made["seconds"]
             artifacts += [_measured(a, variant) for a in made["artifacts"] if a["kind"] in EXPORTED]
-        variants.append(told)
+        variants.append(entry)
     shared: dict[str, Point] = {}
-    for a in artifacts:  # the same file in several variants, as the base's export is, is one point
+    for a in artifacts:  # a file that several variants share, as the base's export, is one point
         shared.setdefault(a["path"], {**a, "variants": [], "front": False})["variants"].append(a["variant"])
     points = list(shared.values())
     for p in points:
@@ -143,7 +144,7 @@ def _publish(name: str, folder: Path, chains: dict[str, Chain], jobs: dict[str, 
 
 
 def _measured(artifact: RunArtifact, variant: str) -> Measured:
-    """What is compared of a file: bytes, divergence on the first text, decode speed on the first target (None: unknown)."""
+    """A file's bytes, KL divergence on the first text, and decode speed on the first real target (None: unknown)."""
     report = artifact.get("report")
     text = next(iter(texts_of(report)), None)
     speed = next((s for s in speeds_of(report).values() if not s["target"]["emulated"]), None)
@@ -153,19 +154,19 @@ def _measured(artifact: RunArtifact, variant: str) -> Measured:
             "decode": speed and speed["decode"]["median"], "unstable": bool(speed and speed["unstable"])}
 
 
-def figures(point: Measured) -> tuple[float | None, float | None, float | None]:
+def objectives(point: Measured) -> tuple[float | None, float | None, float | None]:
     """(bytes, divergence, minus tokens/s): less is better."""
     return (point["bytes"], point["kld"] and point["kld"]["value"], None if point["decode"] is None else -point["decode"])
 
 
 def on_front(point: Measured, points: Sequence[Measured]) -> bool:
-    """Whether no other file beats it, by the figures that were measured of both (at least of size and divergence)."""
-    ours = figures(point)
-    if ours[0] is None or ours[1] is None:
+    """Whether no other file beats it in the figures measured for both. False if its size or KL divergence is unknown."""
+    own = objectives(point)
+    if own[0] is None or own[1] is None:
         return False
     for other in points:
-        theirs = figures(other)
-        pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
-        if theirs[1] is not None and all(b <= a for a, b in pairs) and any(b < a for a, b in pairs):
+        others = objectives(other)
+        pairs = [(a, b) for a, b in zip(own, others, strict=True) if a is not None and b is not None]
+        if others[1] is not None and all(b <= a for a, b in pairs) and any(b < a for a, b in pairs):
             return False
     return True

@@ -1,4 +1,4 @@
-"""The page of a sweep: every file by size, divergence and speed, the Pareto front marked, and the variants."""
+"""The page of a sweep: the files by size, KL divergence and speed, the Pareto front, and the variants."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FRONT, BEHIND = 1, 0  # colours
 
 
 def page(result: SweepReport) -> str:
-    """The whole HTML."""
+    """The HTML page."""
     return render("sweep.html.jinja", heading=result["recipe"],
                   gates=[g for v in result["variants"] for g in v.get("gates", [])],
                   figures=_pictures(result["artifacts"]), tables=tables(result),
@@ -36,20 +36,20 @@ def tables(result: SweepReport) -> list[Table]:
         rows.append([a["name"], a["variant"], "★" if a["front"] else "", "–" if a["bytes"] is None else size(a["bytes"]),
                      pm(a["perplexity"], 2), pm(a["kld"], 4), speed])
     text = next((a["text"] for a in result["artifacts"] if a["text"]), None)
-    found = [("Pareto front", f"★: no other file is as good in size, divergence (on {text}) and speed, and better in one; "
-              "? marks an unstable speed", filled(rows))]
-    told = [["variant", "gates", "time of its steps", "failed"]]
+    found = [("Pareto front", f"★: no other file is at least as good in size, divergence (on {text}) and speed, and better "
+              "in one; ? marks an unstable speed", filled(rows))]
+    variants = [["variant", "gates", "time of its steps", "failed"]]
     for v in result["variants"]:
         missed = [gates.describe(g) for g in v.get("gates", []) if not g["passed"]]
         verdict = "; ".join(missed) or ("passed" if v.get("gates") else "–")
         took = duration(v["seconds"]) if "seconds" in v else "–"
-        told.append([v["variant"], verdict, took, "; ".join(v["failed"]) or "–"])
-    found.append(("Variants", "steps that several variants share were run once and count in each", filled(told)))
+        variants.append([v["variant"], verdict, took, "; ".join(v["failed"]) or "–"])
+    found.append(("Variants", "steps that several variants share were run once and count in each", filled(variants)))
     return found
 
 
 def _pictures(artifacts: list[Point]) -> list[Figure]:
-    """Size and speed against divergence, the front's points filled with its colour."""
+    """Size and speed against divergence. Points on the front have a colour of their own."""
     drawn = [(a, kld, n / 1e6) for a in artifacts if (kld := a["kld"]) and (n := a["bytes"])]
     key = dots([(FRONT, "on the front"), (BEHIND, "beaten by another")])
     by_size = [_mark(a, kld, megabytes) for a, kld, megabytes in drawn]

@@ -1,1 +1,1 @@
-"""The formats of artifacts: a class each, and the table of all."""
+"""The artifact formats, one class per module, and the table of them."""

@@ -25,7 +25,7 @@ class FolderArtifact(Artifact):
 
     @classmethod
     def recognises(cls, path: Path) -> bool:
-        """Any folder: what it lacks is told when it is read."""
+        """Whether the path is a folder. Missing files are reported when it is read."""
         return path.is_dir()
 
     @property
@@ -109,7 +109,7 @@ class FolderArtifact(Artifact):
         }
 
     def problems(self) -> Iterator[str]:
-        """Of tensors (each readable and finite) and of what says how to read the codes (it must be true)."""
+        """Tensors that are unreadable or not finite, and quantization labels that contradict each other or the codes."""
         ckpt = self._open()
         problems: list[str] = []
         packed: set[str] = set()
@@ -136,12 +136,12 @@ class FolderArtifact(Artifact):
 
     @staticmethod
     def _config(config: dict[str, Any]) -> dict[str, Any]:
-        """Models that see and hear keep the language model's numbers one level down."""
+        """The config merged with its `text_config`, where multimodal models have the language model's values."""
         return config | config.get("text_config", {})
 
 
 def _types(ckpt: Checkpoint, method: str) -> str | None:
-    """The types of the quantized linears, 'int4-sym-g32 + int8-sym-g32'; None where llmc does not know the method."""
+    """The types of the quantized linears, 'int4-sym-g32 + int8-sym-g32'; None if llmc does not know the method."""
     from llmc.formats import quantized
 
     if method not in quantized.METHODS:
@@ -150,7 +150,7 @@ def _types(ckpt: Checkpoint, method: str) -> str | None:
 
 
 def _quantize_config_problems(config: dict[str, Any], copy: Path) -> Iterator[str]:
-    """transformers reads config.json, GPTQ tools the copy: they must say the same."""
+    """Differences between config.json, which transformers reads, and its copy, which GPTQ tools read."""
     if not copy.is_file():
         yield f"{copy.name} is missing"
         return

@@ -47,11 +47,11 @@ class GgufArtifact(Artifact):
         heads = self._own("attention.head_count")
         embedding = next(t for t in self._reader().tensors if t.name == "token_embd.weight")
         return {"layers": int(self._own("block_count")), "vocabulary": int(embedding.shape[1]),
-                "heads": int(max(heads) if isinstance(heads, list) else heads)}  # by layer: the largest bounds it
+                "heads": int(max(heads) if isinstance(heads, list) else heads)}  # a list has a value for each layer
 
     def kv_shape(self) -> KvShape | None:
-        """Which layers slide is for most architectures not written in the file, and llama.cpp's cache holds every token of
-        those too unless it is told otherwise: they count as full."""
+        """Sliding layers count as full: most files do not list them, and llama.cpp by default caches every token for them
+        too."""
         layers, heads = self._own("block_count"), self._own("attention.head_count")
         kv_heads = self._own("attention.head_count_kv") or heads
         if not layers or not heads or self._own("attention.kv_lora_rank") is not None:
@@ -65,7 +65,7 @@ class GgufArtifact(Artifact):
                 "sliding_layers": 0}
 
     def facts(self) -> dict[str, Any]:
-        """And 'metadata', without its lists."""
+        """Adds 'metadata': all values that are not lists."""
         from llmc.formats.chat_template import hash_template
 
         reader = self._reader()
@@ -93,7 +93,7 @@ class GgufArtifact(Artifact):
         }
 
     def problems(self) -> Iterator[str]:
-        """Opening maps each tensor, so a file that ends too early is refused there."""
+        """A file without tensors. A truncated file raises UserError when it is opened, because each tensor is mapped."""
         if not self._reader().tensors:
             yield f"{self.path.name} holds no tensors"
 
@@ -117,7 +117,7 @@ class GgufArtifact(Artifact):
         return in_one_form({name: text for name, text in found.items() if text is not None}, self.path)
 
     def _own(self, key: str) -> Any:
-        """A value that is stored under the architecture's name."""
+        """A metadata value whose key starts with the architecture's name."""
         return self._field(f"{self._field('general.architecture')}.{key}")
 
     def _end_ids(self) -> list[int]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from llmc.formats.kv import KvShape
     from llmc.formats.tensors import Tensor
 
-# {what genai_config.json calls it: what a Hugging Face config calls it}
+# {key in genai_config.json: key in a Hugging Face config}
 NAMES = {"num_hidden_layers": "num_hidden_layers", "num_key_value_heads": "num_key_value_heads", "head_size": "head_dim",
          "num_attention_heads": "num_attention_heads", "hidden_size": "hidden_size"}
 
@@ -60,10 +60,10 @@ class OnnxArtifact(Artifact):
         config = read_json(self.path / "config.json")
         decoder = read_json(self.path / GENAI).get("model", {}).get("decoder", {})
         return shape_of_config(config | config.get("text_config", {})
-                               | {ours: decoder[theirs] for theirs, ours in NAMES.items() if theirs in decoder})
+                               | {hf_key: decoder[key] for key, hf_key in NAMES.items() if key in decoder})
 
     def facts(self) -> dict[str, Any]:
-        """And 'operators' and 'matmul_nbits' (OnnxFolder), and 'notes': what a class of devices will not like."""
+        """Adds 'operators' and 'matmul_nbits' (see OnnxFolder) and 'notes' (see onnx_lint)."""
         from llmc.formats.onnx_lint import as_notes, lint
         from llmc.formats.source import front_matter
         from llmc.formats.tokenizer_facts import of_folder
@@ -92,7 +92,7 @@ class OnnxArtifact(Artifact):
         }
 
     def problems(self) -> Iterator[str]:
-        """Of the graph, its external data (all there and inside the folder), and float weights that are not finite."""
+        """A damaged graph, external data that is missing or outside the folder, and float weights that are not finite."""
         import numpy as np
         from onnx import TensorProto
 

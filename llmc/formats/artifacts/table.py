@@ -1,4 +1,4 @@
-"""The table of formats, and which of them a path is of."""
+"""The table of artifact formats, and the format of a path."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from llmc.formats.artifacts.folder import FolderArtifact
 from llmc.formats.artifacts.gguf import GgufArtifact
 from llmc.formats.artifacts.onnx import OnnxArtifact
 
-# The first that recognises a path is its format. FolderArtifact takes every folder that no other wants: it is the last.
+# The first class that recognises a path is its format. FolderArtifact accepts every folder, so it is the last.
 FORMATS: tuple[type[Artifact], ...] = (GgufArtifact, OnnxArtifact, FolderArtifact)
 
 
 def format_of(path: Path) -> type[Artifact] | None:
-    """The format of a path, which need not exist. None: it is of no format."""
-    return next((kind for kind in FORMATS if kind.recognises(path)), None)
+    """The format of a path, or None. The path need not exist."""
+    return next((cls for cls in FORMATS if cls.recognises(path)), None)
 
 
 def artifact_at(path: Path) -> Artifact:
-    """The artifact at a path. Raises UserError where there is none."""
-    kind = format_of(path)
-    if kind is None or not path.exists():
+    """The artifact at a path. Raises UserError if there is none."""
+    cls = format_of(path)
+    if cls is None or not path.exists():
         raise no_artifact(path)
-    return kind(path)
+    return cls(path)
 
 
 def no_artifact(path: Path) -> UserError:
-    """What to say of a path that is of no format."""
+    """The error for a path that has no format of the table."""
     return UserError(f"{path} is neither a model folder nor a .gguf file", "give one of these")
