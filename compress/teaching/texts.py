@@ -57,7 +57,7 @@ class Texts:
 
 
 def gather(c: TextSettings, tokenizer: Any, sample: Callable[[int], torch.Tensor], processes: int = 1,
-           answers_only: bool = False) -> Texts:
+           answers_only: bool = False, rows: int | None = None) -> Texts:
     """The sequences of a run, shuffled by the seed.
 
     Which are held out depends on the files and their number alone, so that runs of different lengths are judged by the same:
@@ -70,7 +70,7 @@ def gather(c: TextSettings, tokenizer: Any, sample: Callable[[int], torch.Tensor
     needed = c.steps * at_once
     named = [spec for spec in c.calibration if spec != SELF]
     sampled = min(needed, c.sampled) if named else c.held_out + min(needed, max(SELF_SEQUENCES - c.held_out, at_once))
-    load = load_answers if answers_only else partial(load_calibration, samples=None)
+    load = partial(load_answers, rows=rows) if answers_only else partial(load_calibration, samples=None, rows=rows)
     whole = [load(spec, tokenizer, seq_len=c.seq_len) for spec in named]
     own = [from_model(sample(sampled), tokenizer, {"seed": c.seed, "temperature": 1.0})] if sampled else []
     held, rest = _hold_out(whole or own, c.held_out)

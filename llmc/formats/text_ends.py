@@ -28,10 +28,13 @@ def note_of_eos(tokenizer: Any) -> list[str]:
             "runtime that adds it to a prompt asks the model to go on after its own end"]
 
 
-def begin(sequences: Any, bos: int | None) -> Any:
-    """Sequences [n, length] that begin as the tokenizer begins a text: BOS replaces the first token of each. None: as they
-    are. Takes a torch tensor or a numpy array and returns a copy."""
-    made = sequences.copy() if isinstance(sequences, np.ndarray) else sequences.clone()
+def sequences(ids: np.ndarray, length: int, bos: Any) -> np.ndarray:
+    """Cut a text, [n], into sequences [m, length] that begin as the tokenizer begins a text. What is left over is dropped.
+
+    bos: stands before the text and replaces the first token of each sequence. None: nothing is added or replaced."""
     if bos is not None:
-        made[:, 0] = bos
-    return made
+        ids = np.concatenate([np.array([bos], dtype=ids.dtype), ids])
+    cut = ids[: len(ids) // length * length].reshape(-1, length).copy()
+    if bos is not None:
+        cut[:, 0] = bos
+    return cut

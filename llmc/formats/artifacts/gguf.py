@@ -88,7 +88,7 @@ class GgufArtifact(Artifact):
                 "chat_template_sha256": hash_template(self._template()),
             },
             "licence": self._field("general.license"),
-            "metadata": {k: v for k in reader.fields if not k.startswith("GGUF.") and not k.startswith("tokenizer.chat_template")
+            "metadata": {k: v for k in reader.fields if not k.startswith(("GGUF.", "tokenizer.chat_template"))
                          and not isinstance(v := self._field(k), list)},
         }
 
