@@ -53,9 +53,9 @@ def held_out(n: int, count: int) -> list[int]:
 def load_calibration(spec: str, tokenizer: Any, samples: int | None, seq_len: int, rows: int | None = None) -> Calibration:
     """Sequences from a file (llmc/formats/text_files.py) or `hf:NAME`.
 
-    The documents are joined, tokenized and cut into sequences of `seq_len` that begin as the tokenizer begins a text. If there
-    are more than `samples`, they are taken evenly spaced over the whole text. So a file with several kinds of text is sampled
-    from each. samples None takes them all (of a data set on the hub, HUB_SAMPLES).
+    The documents are joined, tokenized and cut into sequences of `seq_len` that begin as the tokenizer begins a text. If
+    there are more than `samples`, they are taken evenly spaced over the whole text. So every kind of text is sampled.
+    samples None takes them all (of a data set on the hub, HUB_SAMPLES).
     rows: of the model's embedding; None: the ids are not compared with it.
     """
     if spec.startswith(HUB):

@@ -68,7 +68,8 @@ class TorchModel:
         rows = self.model.get_input_embeddings().weight.shape[0]
         if (highest := int(ids.max())) >= rows:
             token = self.tokenizer.convert_ids_to_tokens(highest)
-            raise UserError(f"the text has token {highest} ({token}), and the embedding of {self.folder} has {rows} rows", "leave this token out of the text")
+            raise UserError(f"the text has token {highest} ({token}), and the embedding of {self.folder} has {rows} rows",
+                            "leave this token out of the text")
         return torch.from_numpy(np.asarray(ids, dtype=np.int64))[None].to(self.device)
 
     @property

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGUFReader, GGUFValueType, GGUFWriter, ReaderTensor
+from gguf import GGML_QUANT_SIZES, GGUFReader, GGUFValueType, GGUFWriter, ReaderTensor
 from safetensors.torch import save_file
 
 from llmc.console import progress, say
@@ -42,6 +43,10 @@ from llmc.formats.tokenizer_files import copy_tokenizer_files
 
 SCRIPT = "convert_hf_to_gguf.py"
 SHARD = 1_000_000_000
+# what llama.cpp needs in float32: routers, position tables, short convolutions, and small ones of RWKV and Gemma 3n
+ALWAYS_FLOAT = re.compile(
+    r"ffn_gate_inp(_shexp)?\.|^(position_embd|token_types)\.|(ssm_conv1d\w*|shortconv\.conv)\.|attn_rel_b\."
+    r"|time_mix_(?!key|value|receptance|gate|output)|altup_(correct|predict)_coef\.")
 NO_WAY = "llmc cannot write the codes of this architecture into GGUF"
 OURS = ("general.architecture", "general.type", "general.name", "general.size_label", "general.license",
         "general.quantized_by", "general.base_model.", "general.file_type", "general.quantization_version",
@@ -251,7 +256,9 @@ def _float_entry(t: ReaderTensor, shape: tuple[int, ...], types: Types) -> GgufT
     if t.tensor_type not in (Kind.F32, Kind.F16, Kind.BF16):
         raise UserError(f"llama.cpp's converter wrote {t.name} as {t.tensor_type.name}", "this model cannot be converted")
     is_end = t.name in ("token_embd.weight", "output.weight")
-    kind = types.of(t.name, shape) if is_end or is_layer_matrix(t.name) else Kind.F32
+    kind = types.of(t.name, shape) if is_end or _is_matrix(t.name, shape) else Kind.F32
+    if not is_end and not is_layer_matrix(t.name) and shape[-1] % GGML_QUANT_SIZES[kind][0]:
+        kind = Kind.F16  # as llama.cpp's converter does; e.g. narrow projections of state-space layers
     blocks.check_rows(t.name, shape, kind)
 
     def source() -> Source:
@@ -261,6 +268,11 @@ def _float_entry(t: ReaderTensor, shape: tuple[int, ...], types: Types) -> GgufT
         return torch.from_numpy(data)
 
     return GgufTensor(t.name, shape, kind, source)
+
+
+def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether llama.cpp's converter would write a tensor in the type of matrices (prepare_tensors of its ModelBase)."""
+    return len(shape) > 1 and name.endswith(".weight") and not name.endswith("_norm.weight") and not ALWAYS_FLOAT.search(name)
 
 
 def _code_entry(name: str, shape: tuple[int, ...], ckpt: Checkpoint, linears: list[str], rows: list[Row]) -> GgufTensor:

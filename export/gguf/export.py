@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from llmc.export.gguf.config import GgufExportConfig
 from llmc.export.gguf.plan import Plan, Planner, Types
 from llmc.export.gguf.writer import GgufTensor
 from llmc.export.source import model_folder, source_of, stem
+from llmc.export.windows import ignored
 from llmc.files import check_disk, sha256, staged_file, write_json
 from llmc.formats import quantized
 from llmc.formats.chat_template import hash_template
@@ -105,6 +107,10 @@ def _finish(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, threads: int, 
         verified = verify.tensors(tmp, entries)
         checks = verify.in_llama_cpp(tmp, ckpt, tok, plan.vocabulary, entries, plan.context_length, threads)
     v = plan.vocabulary
+    # where llama.cpp has a window, it has that of the architecture's layers
+    unapplied = ignored("llama.cpp", load_config(ckpt.folder), 0 if checks["window"] == 0 else sys.maxsize)
+    for note in (late := [note for note in unapplied if note not in plan.notes]):
+        warn(note)
     if not checks["token_ids"]["leading_space_alike"]:
         warn("a text that begins with a space is tokenized differently by llama.cpp and by transformers")
     if not checks["token_ids"]["combining_marks_alike"]:
@@ -115,7 +121,7 @@ def _finish(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, threads: int, 
         "path": str(out), "source": str(ckpt.folder), "architecture": w.arch, "file_type": type_name,
         "bytes": out.stat().st_size, "bytes_by_class": writer.bytes_by_role(entries), "parameters": parameters,
         "tensor_types": dict(Counter(e.kind.name for e in entries)), "verified": verified,
-        "pre_tokenizer": v.pre, "chat_template_sha256": hash_template(v.template), "notes": plan.notes, **checks,
+        "pre_tokenizer": v.pre, "chat_template_sha256": hash_template(v.template), "notes": plan.notes + late, **checks,
     }
     _record(out, ckpt, config, source, report)
     return report

@@ -224,6 +224,7 @@ def in_llama_cpp(path: Path, ckpt: Checkpoint, tokenizer: Any, v: Vocabulary, en
             "token_ids": tokens(runtime, tokenizer, ckpt.folder, v),
             "logits": logits(runtime, ckpt, ids, Bound.of(entries), end_matrices(path)),
             "generated": generate(runtime),
+            "window": runtime.window,
         }
     finally:
         runtime.close()

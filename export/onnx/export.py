@@ -15,6 +15,7 @@ from llmc.console import say, size, warn
 from llmc.errors import UserError
 from llmc.export.onnx.config import OnnxExportConfig
 from llmc.export.source import model_folder, source_of, stem
+from llmc.export.windows import ignored
 from llmc.files import check_disk, staged_folder, write_json
 from llmc.formats import quantized
 from llmc.formats.chat_template import hash_template
@@ -77,6 +78,7 @@ def _write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> 
     weights.notes += [ends_early] if ends_early else []
     emitter = emit.Emitter(weights, qdq=config.int4 == "qdq")
     made = graph.build(ckpt, hf, weights, model, rows, emitter, work)
+    weights.notes += ignored("ONNX Runtime", hf, graph.windowed(made))
     tok = load_tokenizer(ckpt.folder)
     template = files.copy_tokenizer(ckpt.folder, work, tok, config.chat_template)
     weights.notes += note_of_eos(tok)

@@ -27,7 +27,8 @@ Said = list[Any]  # messages, each {"role", "content"}
 FORMS = ('write each row as {"text": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}; {"conversations"}, '
          '{"instruction", "input", "output"}, {"prompt", "completion"} and {"chosen", "rejected"} are known too')
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
-         "chatgpt": "assistant", "bot": "assistant", "model": "assistant", "tool": "tool", "function": "tool", "observation": "tool"}
+         "chatgpt": "assistant", "bot": "assistant", "model": "assistant", "tool": "tool", "function": "tool",
+         "observation": "tool"}
 KEYS = {"text": ("text",), "messages": ("messages",), "conversations": ("conversations", "system"),
         "preference": ("prompt", "chosen", "rejected", "system"),
         "instruction": ("instruction", "input", "context", "output", "response", "system"),
