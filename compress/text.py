@@ -1,4 +1,4 @@
-"""Calibration text: read, rendered, tokenized, packed into full sequences, with what the manifest must say about it."""
+"""Calibration text: read, rendered, tokenized and packed into full sequences, with its description for the manifest."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ HUB_SAMPLES = 512
 
 @dataclass(frozen=True)
 class Calibration:
-    """sequences: int64 [samples, seq_len], every one full.  origin: what the manifest records.  answers: bool like sequences,
-    the tokens of assistants' answers, where they were asked for."""
+    """sequences: int64 [samples, seq_len], without padding.  origin: the description for the manifest.  answers: bool
+    [samples, seq_len], true for tokens of the assistant's messages; None if they were not requested."""
 
     sequences: torch.Tensor
     origin: dict[str, Any]
@@ -46,7 +46,7 @@ class Calibration:
 
 
 def held_out(n: int, count: int) -> list[int]:
-    """The numbers of `count` of n sequences that only judge. They are evenly spaced over the text."""
+    """The indices of `count` held-out sequences out of n, evenly spaced over the text."""
     return sorted({i * n // count + n // (2 * count) for i in range(count)})
 
 
@@ -139,8 +139,8 @@ def _spans(messages: list[Any], tokenizer: Any, where: str, form: str) -> tuple[
         before = render(tokenizer, messages[:i], where, add_generation_prompt=True)
         after = rendered(messages[: i + 1], tokenizer, where, form)
         if not (after.startswith(before) and whole.startswith(after)):
-            raise UserError(f"{where}: the model's chat template writes earlier turns anew, so answers cannot be told apart",
-                            "give conversations of one answer each, or leave out --answers-only")
+            raise UserError(f"{where}: the model's chat template changes earlier messages when one is added, so the answers "
+                            "cannot be located", "give conversations with one answer each, or leave out --answers-only")
         spans.append((len(before), len(after)))
     return whole, spans
 
@@ -151,7 +151,7 @@ def rows_in(spec: str) -> dict[str, int]:
 
 
 def from_model(text_ids: torch.Tensor, tokenizer: Any, origin: dict[str, Any]) -> Calibration:
-    """Sequences that the model sampled itself (`sampling.sample_from_model`)."""
+    """Sequences sampled from the model (`sampling.sample_from_model`)."""
     text = tokenizer.decode(text_ids.flatten().tolist())
     return Calibration(text_ids, {
         "name": SELF, "sha256": hashlib.sha256(text_ids.numpy().tobytes()).hexdigest(), "samples": text_ids.shape[0],
