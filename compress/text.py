@@ -64,7 +64,7 @@ def load_calibration(spec: str, tokenizer: Any, samples: int | None, seq_len: in
         documents = read_documents(Path(spec), tokenizer)
     text = "\n\n".join(documents.texts)
     if not text.strip():
-        raise UserError(f"the calibration text {spec} is empty", "give a file with text like what the model will see")
+        raise UserError(f"the calibration text {spec} is empty", "give a file with text like the model's later input")
     ids, bos = tokenizer(text, add_special_tokens=False, verbose=False).input_ids, bos_of(tokenizer)
     check_ids(ids, rows, tokenizer, spec)
     packed = torch.from_numpy(sequences(np.array(ids, dtype=np.int64), seq_len, bos))
@@ -91,11 +91,12 @@ def check_ids(ids: list[int], rows: int | None, tokenizer: Any, name: str) -> No
 
 
 def load_answers(spec: str, tokenizer: Any, seq_len: int, rows: int | None = None) -> Calibration:
-    """Sequences from the conversations of a file, with `answers`: which tokens an assistant says, its end-of-turn mark
-    included. Sequences without any are left out and counted ('left_out'). rows: as for load_calibration."""
+    """Sequences from the conversations of a file, with `answers`: the tokens of the assistant's messages and their
+    end-of-turn marks. Sequences without such a token are left out, and their number is recorded ('left_out').
+    rows: as for load_calibration."""
     path = Path(spec)
     if not is_table(path):
-        raise UserError(f"{spec} has no answers: only a file with conversations, as .jsonl, tells who says what",
+        raise UserError(f"{spec} has no answers: --answers-only needs a file of conversations, as .jsonl",
                         "leave out --answers-only, or give such a file")
     spans: list[tuple[int, int]] = []
     documents, at = Documents(), 0
@@ -117,7 +118,7 @@ def load_answers(spec: str, tokenizer: Any, seq_len: int, rows: int | None = Non
     starts, bos = np.array([a for a, _ in encoded.offset_mapping], dtype=np.int64), bos_of(tokenizer)
     ids = torch.from_numpy(sequences(np.array(encoded.input_ids, dtype=np.int64), seq_len, bos))
     answers = torch.from_numpy(sequences(inside[starts], seq_len, None if bos is None else False))
-    kept = answers[:, 1:].any(1)  # the first token of a sequence has nothing before it that could say it
+    kept = answers[:, 1:].any(1)  # no token precedes the first one of a sequence, so it cannot be predicted
     if not kept.any():
         raise UserError(f"{spec} gives no sequence of {seq_len} tokens with an answer in it",
                         "give more text, or a smaller --seq-len")
@@ -131,7 +132,8 @@ def load_answers(spec: str, tokenizer: Any, seq_len: int, rows: int | None = Non
 
 
 def _spans(messages: list[Any], tokenizer: Any, where: str, form: str) -> tuple[str, list[tuple[int, int]]]:
-    """(what the template makes of the messages, where in it assistants speak): what a message adds to all before it."""
+    """Returns (the messages rendered by the chat template, (start, end) of each assistant message in this text). UserError if
+    the template renders earlier messages differently when a message is added."""
     whole, spans = rendered(messages, tokenizer, where, form), []
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or message.get("role") != "assistant":
@@ -161,7 +163,7 @@ def from_model(text_ids: torch.Tensor, tokenizer: Any, origin: dict[str, Any]) -
 
 
 def _from_hub(name: str, tokenizer: Any, tokens: int) -> Documents:
-    """Rows of a data set's train split, streamed until they hold about twice the tokens that are needed."""
+    """Rows of a data set's train split, streamed until they hold about twice the required tokens."""
     try:
         from datasets import load_dataset
     except ImportError as e:

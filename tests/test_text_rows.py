@@ -58,8 +58,9 @@ def test_every_form_becomes_its_document(row: Any, form: str, document: str, tmp
 
 
 @pytest.mark.parametrize("row", [
-    {"question": "x"}, {"text": None}, {"messages": "x"}, {"instruction": "x"}, {"prompt": "x"}, {"prompt": "x", "completion": 1},
-    {"conversations": []}, {"conversations": [{"from": "martian", "value": "x"}]}, 3, None, [], {}, [1]])
+    {"question": "x"}, {"text": None}, {"messages": "x"}, {"instruction": "x"}, {"prompt": "x"},
+    {"prompt": "x", "completion": 1}, {"conversations": []},
+    {"conversations": [{"from": "martian", "value": "x"}]}, 3, None, [], {}, [1]])
 def test_other_rows_are_refused_with_the_form_to_write(row: Any) -> None:
     with pytest.raises(UserError, match="row 7") as e:
         conversation(row, "row 7")
@@ -81,7 +82,8 @@ def test_sheets_have_columns(tmp_path: Path) -> None:
     assert read_documents(tmp_path / "a.csv", None).texts == ['one, "two"\nthree', "four"]
     (tmp_path / "a.TSV").write_text("prompt\tresponse\nQ\tA\n")
     assert read_documents(tmp_path / "a.TSV", chatty()).texts == ["[user]Q[assistant]A"]
-    for text, words in (("text\na,b\n", r"line 2 has 2 values, and the first row names 1"), ('text\n"a"b\n', "line 2 is not CSV"),
+    for text, words in (("text\na,b\n", r"line 2 has 2 values, and the first row names 1"),
+                        ('text\n"a"b\n', "line 2 is not CSV"),
                         ("id\n1\n", r"line 2 has no form that llmc reads \(the keys 'id'\)")):
         (tmp_path / "bad.csv").write_text(text)
         with pytest.raises(UserError, match=words):
@@ -134,8 +136,10 @@ def test_half_characters_are_replaced_and_counted(tmp_path: Path, capsys: pytest
 
 
 @pytest.mark.parametrize(("name", "text", "words"), [
-    ("a.jsonl", '{"text": "x"}\n{', "line 2 is not JSON"), ("a.json", "[" * 100_000, "nested too deeply"), ("a.json", "", "is not JSON"),
-    ("a.txt", b"\xff", r"not UTF-8 text \(byte 0\)"), ("a.jsonl", '{"text": "' + "x" * 200 + '"}', "line 1 has 212 characters")])
+    ("a.jsonl", '{"text": "x"}\n{', "line 2 is not JSON"), ("a.json", "[" * 100_000, "nested too deeply"),
+    ("a.json", "", "is not JSON"),
+    ("a.txt", b"\xff", r"not UTF-8 text \(byte 0\)"),
+    ("a.jsonl", '{"text": "' + "x" * 200 + '"}', "line 1 has 212 characters")])
 def test_damaged_files_are_refused(name: str, text: str | bytes, words: str, tmp_path: Path,
                                    monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_files, "MOST_LINE", 150 if "212" in words else 1 << 20)

@@ -34,7 +34,8 @@ def split(sequences: torch.Tensor, held_out: int) -> tuple[torch.Tensor, torch.T
 def judge(source: Path, pruned: Path, sequences: torch.Tensor, name: str, device: str) -> dict[str, Any]:
     """The metrics of metrics.summarise, each a value with its standard error, and a description of the measurement.
 
-    sequences: int64 [n, seq_len]. They begin as the tokenizer begins a text, because calibration text does.  name: of the text.
+    sequences: int64 [n, seq_len]. They begin as the tokenizer begins a text, because calibration text does.
+    name: of the text.
     """
     tokenizer = FolderTokenizer(source)
     before = run(source, sequences, device, None, "the source")
