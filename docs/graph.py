@@ -33,7 +33,7 @@ ROOMS = {
     "core": "errors, console, files, places, machine, precision, options, closure, families",
 }
 CORE = ("closure", "console", "errors", "families", "files", "machine", "options", "overlap", "places", "precision",
-        "streams", "temporary")
+        "privacy", "small_files", "streams", "temporary")
 
 
 def room_of(module: str) -> str | None:

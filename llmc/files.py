@@ -18,6 +18,7 @@ from llmc import temporary
 from llmc.console import size, warn
 from llmc.errors import UserError
 from llmc.machine import WINDOWS
+from llmc.small_files import LARGE, read_json_object
 
 
 def sha256(path: Path) -> str:
@@ -198,8 +199,4 @@ def cache_folder() -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise UserError(f"{path} is not valid JSON: {e}", "download it again") from e
-    return values
+    return read_json_object(path, LARGE, "download it again")

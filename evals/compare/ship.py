@@ -41,6 +41,7 @@ from llmc.files import read_json
 from llmc.formats.artifacts.table import artifact_at
 from llmc.formats.manifest import versions
 from llmc.places import check_place
+from llmc.small_files import parse_yaml, read_text
 
 LIMITS = ("min_decode", "max_first_token", "max_ram", "max_size", "max_kld", "min_top1")
 EVAL = ("text", "second_text", "context", "chunks", "threads")
@@ -66,14 +67,9 @@ class Gates:
 
 def read_gates(path: Path) -> Gates:
     """Read a gates file. Raises UserError that lists all its problems at once."""
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        raise UserError(f"there is no gates file {path}", "see `llmc ship --help` for an example") from e
-    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as e:
-        raise UserError(f"{path} is not YAML: {e}", "correct the line that the error names") from e
+    if not path.exists():
+        raise UserError(f"there is no gates file {path}", "see `llmc ship --help` for an example")
+    content = parse_yaml(read_text(path), str(path), "correct the line that the error names")
     if not isinstance(content, dict):
         raise UserError(f"{path} is no gates file", "see `llmc ship --help` for an example")
     known = {f.name for f in fields(Gates)} - {"file"}

@@ -5,7 +5,6 @@ A folder artifact carries `llmc.json` inside; a single-file artifact (`small.ggu
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Iterator
@@ -18,10 +17,12 @@ from typing import Any
 from llmc.errors import UserError
 from llmc.files import sha256, staged_file, write_json, write_note
 from llmc.places import ELSEWHERE, check_place
+from llmc.small_files import DELETE, LARGE, OBJECT, TEXT, Kind, expect, read_json_object
 from llmc.temporary import remove, restore
 
 MANIFEST = "llmc.json"
 SCHEMA = 1
+DAMAGED = "the artifact is damaged: make it again"
 NOTES = ".llmc"  # folder in the working directory that remembers the newest artifacts
 FILES = ("gguf", "imatrix")  # kinds of one file; others are folders
 # What a message calls an artifact of each kind. Those with one name may replace each other.
@@ -76,10 +77,9 @@ def read_manifest(artifact: Path) -> dict[str, Any] | None:
     path = manifest_path(artifact)
     if not path.is_file():
         return None
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise UserError(f"{path} is not valid JSON: {e}", "the artifact is damaged: make it again") from e
+    manifest = read_json_object(path, LARGE, DAMAGED)
+    expect(path, manifest, {"passes": Kind("a list of objects", (dict,), listed=True), "source": OBJECT, "outputs": OBJECT,
+                            "kind": TEXT}, DAMAGED)
     return manifest
 
 
@@ -127,10 +127,7 @@ def last_artifact() -> Path:
     if not note.is_file():
         raise UserError("no MODEL given and no artifact was made in this folder yet",
                         "name a model folder, or run `llmc quantize MODEL` first")
-    try:
-        path = Path(json.loads(note.read_text(encoding="utf-8"))["path"])
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{note} does not name the newest artifact: it is damaged", "name a model folder") from e
+    path = Path(str(read_json_object(note, hint=DELETE).get("path")))
     restore(path)
     if not path.exists():
         raise UserError(f"the newest artifact made here, {path}, no longer exists", "name a model folder")

@@ -6,7 +6,6 @@ and `.done.json`, which is written last: time taken, and size, modification time
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from llmc.recipes.chain import Chain, Step
 from llmc.recipes.commands import PAGE, REPORT
 from llmc.recipes.identity import Hashes, key, model_digest
 from llmc.recipes.recipe import BASE
+from llmc.small_files import DELETE, LARGE, read_json_object
 from llmc.temporary import remove, restore
 
 SCHEMA = 1
@@ -56,7 +56,7 @@ class Job:
         path = self.folder / DONE
         if not path.is_file():
             return None
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json_object(path, LARGE, DELETE)
         return found if found.get("schema") == SCHEMA and found.get("key") == self.key else None
 
 
@@ -129,7 +129,7 @@ def finished_but_unrecorded(job: Job) -> bool:
 def may_resume(job: Job) -> bool:
     """Whether an interrupted job can continue. It needs the versions of libraries that it started with."""
     path = job.folder / STARTED
-    return path.is_file() and json.loads(path.read_text(encoding="utf-8")) == started(job)
+    return path.is_file() and read_json_object(path, LARGE, DELETE) == started(job)
 
 
 def started(job: Job) -> dict[str, Any]:
