@@ -185,7 +185,7 @@ def test_ssh_of_windows_is_refused_and_another_client_is_not(monkeypatch: pytest
         ssh.Connection(target)
     assert "WSL" in e.value.hint
     monkeypatch.setenv(ssh.CLIENT, "no-such-client")
-    with pytest.raises(UserError, match="there is no no-such-client here"):
+    with pytest.raises(UserError, match="no-such-client is not installed here"):
         ssh.Connection(target)
 
 
