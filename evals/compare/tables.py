@@ -33,13 +33,13 @@ def tables(comparison: Comparison) -> list[Table]:
 
 
 def _sizes(artifacts: list[Compared]) -> Table:
-    rows = [["artifact", "file", "of baseline", "bits/weight", "in decoder", "matrices"]]
+    rows = [["artifact", "file", "of baseline", "a token reads", "bits/weight", "in decoder", "matrices"]]
     for a in artifacts:
         w = a["report"]["artifact"]["size"]
         ratio = f"{a['differences']['size_ratio']:.1%}" if a["differences"] else "100%"
-        rows.append([a["name"], size(w["file_bytes"]), ratio, f"{w['bits_per_weight']:.2f}",
+        rows.append([a["name"], size(w["file_bytes"]), ratio, size(w["token_bytes"]), f"{w['bits_per_weight']:.2f}",
                      f"{w['decoder_bits_per_weight']:.2f}", matrices(w)])
-    return "Size", "in decoder: bits per weight of attention and MLP", rows
+    return "Size", "a token reads: weights, when decoding; in decoder: bits per weight of attention and MLP", rows
 
 
 def _quality(artifacts: list[Compared], index: int) -> Table:

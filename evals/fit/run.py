@@ -116,7 +116,8 @@ def judge(c: Candidate, target: str, rates: LazyRates, limits: Limits, config: F
             found["limit"], found["answer"] = limit, answer(figure, limit, most)
         figures[name] = found
     given = [f["answer"] for f in figures.values() if "answer" in f]
-    return {"name": c.name, "fits": min(given, key=ORDER.index, default="yes"), "figures": figures}
+    read = sum(c.model.token_bytes.values()) if c.model else c.report["artifact"]["size"]["token_bytes"] if c.report else None
+    return {"name": c.name, "token_bytes": read, "fits": min(given, key=ORDER.index, default="yes"), "figures": figures}
 
 
 # --------------------------------------------------------------------------------------------------------------- figures

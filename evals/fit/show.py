@@ -31,8 +31,9 @@ def describe(figure: JudgedFigure, name: Name) -> str:
 def rows(target: FitTarget) -> list[list[str]]:
     """The table of one target: a heading, then a row for each candidate."""
     names = list(dict.fromkeys(n for c in target["candidates"] for n in c["figures"]))
-    head = ["candidate", "fits", *(_UNITS[n][0] for n in names)]
-    body = ([c["name"], MARKS[c["fits"]], *(describe(c["figures"][n], n) for n in names)] for c in target["candidates"])
+    head = ["candidate", "fits", "a token reads", *(_UNITS[n][0] for n in names)]
+    body = ([c["name"], MARKS[c["fits"]], "–" if c["token_bytes"] is None else size(c["token_bytes"]),
+             *(describe(c["figures"][n], n) for n in names)] for c in target["candidates"])
     return [head, *body]
 
 
