@@ -44,7 +44,7 @@ REFINEMENTS = 2  # turns of least squares and coordinate descent after the sweep
 @dataclass
 class GPTQResult:
     """weight: codes and scales, or None where no damping made the Hessian invertible.
-    error: per row, (q - w) H (q - w)^T;  energy: per row, w H w^T (both float32 [out]).
+    error: per row, (q - w) H (q - w)^T;  energy: per row, w H w^T (both float32 [out]), H as it was given: not damped.
     damp: the damping that was needed.  dead: how many columns the calibration text never used."""
 
     weight: QuantizedTensor | BlockTensor | None
@@ -129,23 +129,27 @@ def damped(hessian: torch.Tensor, damp: float, by_use: bool = True) -> Damped:
 
 def gptq(weight: torch.Tensor, hessian: torch.Tensor, qtype: AnyType, damp: float = 0.01,
          refinements: int = REFINEMENTS, keep: torch.Tensor | None = None) -> GPTQResult:
-    """Quantize `weight` float32 [out, in] under `hessian` float32 [in, in] (destroyed: it is damped in place).
+    """Quantize `weight` float32 [out, in] under `hessian` float32 [in, in] (damped in place meanwhile, then as it was).
 
     damp: see `damped`.  keep: bool [out, in]; where it is false the code is that of zero, and the others make up for it (for
     types that have such a code). Scales are then searched for the weights that stay.
     """
     w = weight.t().contiguous()
     stay = None if keep is None else keep.t().contiguous()
+    energy, squares = objective(w, hessian), hessian.diagonal().clone()
     found = damped(hessian, damp)
     factor, order = found.factor, found.order
-    energy = objective(w, hessian)
     if factor is None or order is None:
+        hessian.diagonal().copy_(squares)
         return GPTQResult(None, energy.clone(), energy, found.damp, found.dead, found.events)
     back = torch.argsort(order)
     factors = search_factors(w if stay is None else w * stay, hessian, factor[:, back], qtype)
     codes = sweep(w[order], factor, only(factors.columns(order), stay, order))[back]
     del factor, found.factor
-    codes, factors, error = refine(w, hessian, codes, factors, refinements, stay)
+    codes, factors, moved, gradient = refine(w, hessian, codes, factors, refinements, stay)
+    gradient.addcmul_(hessian.diagonal().sub(squares)[:, None], moved, value=-1)  # what the damping added
+    hessian.diagonal().copy_(squares)
+    error = (gradient * moved).sum(0).clamp_(min=0)
     return GPTQResult(factors.tensor(codes), error, energy, found.damp, found.dead, found.events)
 
 
@@ -205,9 +209,9 @@ def descend(hessian: torch.Tensor, codes: torch.Tensor, values: torch.Tensor, gr
 
 
 def refine(w: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor, factors: Factors,
-           turns: int, keep: torch.Tensor | None = None) -> tuple[torch.Tensor, Factors, torch.Tensor]:
+           turns: int, keep: torch.Tensor | None = None) -> tuple[torch.Tensor, Factors, torch.Tensor, torch.Tensor]:
     """Factors, then codes, in turns. codes [in, out] are changed in place; those outside `keep` stay the code of zero.
-    Returns codes, factors and the error [out]."""
+    Returns codes, factors, q - w and H (q - w), both [in, out]."""
     values = factors.values(codes)
     gradient = hessian @ (values - w)
     error = (gradient * (values - w)).sum(0)
@@ -221,4 +225,4 @@ def refine(w: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor, factors:
         factors = factors.descend(hessian, codes, values, gradient)
         descend(hessian, codes, values, gradient, only(factors.columns(), keep))
         error = (gradient * (values - w)).sum(0)
-    return codes, factors, error
+    return codes, factors, values - w, gradient
