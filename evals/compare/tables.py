@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llmc.console import size
-from llmc.evals.compare.gates import describe
+from llmc.evals.compare.gates import describe, verdict
 from llmc.evals.compare.matrix import held
 from llmc.evals.compare.schema import Cell, Compared, Comparison, GateResult
 from llmc.evals.report.schema import BudgetText
@@ -154,5 +154,5 @@ def _star(c: Cell) -> str:
 
 def gates_table(results: list[GateResult]) -> Table:
     """A row for each gate of each candidate."""
-    rows = [["gate", "verdict"], *([describe(r), "passed" if r["passed"] else "MISSED"] for r in results)]
-    return "Gates", "each gate is checked for every candidate, text and target", rows
+    rows = [["gate", "verdict"], *([describe(r), verdict(r)] for r in results)]
+    return "Gates", "each gate is checked for every candidate, text and target; the whole interval must meet the limit", rows

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from llmc.errors import UserError
 from llmc.evals.fit.schema import Bounds, Estimate, LeftOut
+from llmc.evals.interval import Interval
 from llmc.evals.report.schema import Facts
 from llmc.formats import kv
 from llmc.formats.artifacts.table import artifact_at, format_of
@@ -31,9 +32,6 @@ from llmc.formats.kv import KvShape
 
 if TYPE_CHECKING:
     from llmc.runtimes.targets.profile import Profile
-
-Interval = tuple[float, float, float]
-"""Low, middle, high."""
 
 # Margin for a device profile: boards, cooling and builds differ from those of the published measurements.
 BELOW, ABOVE = 0.85, 1.15
