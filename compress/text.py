@@ -33,6 +33,12 @@ class Calibration:
         return self.sequences.numel()
 
 
+def content_of(spec: str) -> str:
+    """What tells one calibration text from another without a tokenizer: the sha256 of a file, or the name of another source.
+    Raises UserError if there is no such file."""
+    return spec if spec == SELF or spec.startswith(HUB) else hashlib.sha256(_raw(Path(spec)).encode()).hexdigest()
+
+
 def held_out(n: int, count: int) -> list[int]:
     """The numbers of `count` of n sequences that only judge. They are evenly spaced over the text."""
     return sorted({i * n // count + n // (2 * count) for i in range(count)})

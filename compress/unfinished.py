@@ -27,7 +27,7 @@ def fingerprint(module: str, numbers: dict[str, Any], threads: int, files: dict[
     module: the module that makes the result; its source and all that it imports count.  numbers: the pass's settings.
     files: sha256 of the model's files.  more: what else a pass depends on."""
     deciding = {**numbers, "threads": threads, "source": files, "calibration_text": text.origin["sha256"] if text else None,
-                **more, "matmul": matmul_precision(),
+                "calibration_part_of": text.origin.get("of_samples") if text else None, **more, "matmul": matmul_precision(),
                 "torch": torch.__version__, "code": digest(module)}
     found: dict[str, Any] = json.loads(json.dumps(deciding))
     return found

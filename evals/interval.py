@@ -15,9 +15,10 @@ TWO_SIGMA = 2.0
 UNDECIDED = "not decided: the limit lies inside the interval"
 
 
-def around(stat: Stat, least: float = float("-inf")) -> Interval:
-    """The value, minus and plus two standard errors, and not below `least`. Without a standard error it has no width."""
-    value, width = stat["value"], TWO_SIGMA * (stat["se"] or 0.0)
+def around(stat: Stat, least: float = float("-inf"), less: float = 0.0) -> Interval:
+    """The value less `less`, minus and plus two standard errors, and not below `least`. Without a standard error it has no
+    width."""
+    value, width = stat["value"] - less, TWO_SIGMA * (stat["se"] or 0.0)
     return max(least, value - width), max(least, value), max(least, value + width)
 
 

@@ -42,8 +42,8 @@ def _generate(runtime: Runtime, prompt: str, config: GenerateConfig, show: Calla
     start = perf_counter()
     token = choose(runtime.prefill(ids), config.temperature, rng)
     first = perf_counter() - start
-    prompt = ids.tolist()
-    stream, seconds, steps = Stream(runtime, prompt), 0.0, 0
+    before: list[int] = ids.tolist()
+    stream, seconds, steps = Stream(runtime, before), 0.0, 0
     out: list[int] = []
     while token not in end:
         out.append(token)
@@ -54,7 +54,7 @@ def _generate(runtime: Runtime, prompt: str, config: GenerateConfig, show: Calla
         token = choose(runtime.decode(token), config.temperature, rng)
         seconds, steps = seconds + perf_counter() - start, steps + 1
     show(stream.waiting())
-    written = runtime.detokenize(prompt + out)[len(runtime.detokenize(prompt)):]
+    written = runtime.detokenize(before + out)[len(runtime.detokenize(before)):]
     return {"text": written, "tokens": len(out), "prompt_tokens": len(ids),
             "stopped": "max tokens" if len(out) == config.max_tokens else "end of text",
             "first_token_s": first, "tokens_per_second": steps / seconds if steps else None}

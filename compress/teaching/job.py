@@ -20,7 +20,7 @@ from llmc.compress.preparation import SAMPLING_BATCH
 from llmc.compress.sampling import sample_from_model
 from llmc.compress.teaching.models import load_teacher
 from llmc.compress.teaching.teacher import Cached, Running, Teacher
-from llmc.compress.teaching.texts import Texts, TextSettings, gather
+from llmc.compress.teaching.texts import Texts, TextSettings, gather, named_texts
 from llmc.compress.unfinished import fingerprint, open_unfinished
 from llmc.console import say
 from llmc.errors import UserError
@@ -78,15 +78,17 @@ class Job(ABC):
     def open_work(self) -> None:
         """The folder of an unfinished run, guarded by a fingerprint."""
         self.source, self.teacher_source = describe_source(self.folder), describe_source(self.teacher_folder)
+        self.named = named_texts(self.settings, load_tokenizer(self.folder), self.answers_only)
         key = fingerprint(type(self).__module__, self.settings.numbers(), self.threads, self.source["files"],
                           device=str(self.device), dtype=str(self.dtype), teacher=self.teacher_source["files"],
-                          processes=self.processes)
+                          processes=self.processes, texts=[t.origin["sha256"] for t in self.named])
         with self.leader_first():
             open_unfinished(self.work, key, self.settings.resume or not self.leads)
 
     def texts(self) -> Texts:
         """The sequences to learn from and to judge by."""
-        return gather(self.settings, load_tokenizer(self.folder), self._sample, self.processes, self.answers_only)
+        return gather(self.settings, load_tokenizer(self.folder), self._sample, self.processes, self.answers_only,
+                      self.named)
 
     def _sample(self, count: int) -> torch.Tensor:
         """So many sequences of the teacher's own text; a resumed run finds them."""

@@ -56,26 +56,31 @@ class Texts:
         return [self.held_out + (step * size + i) % n for i in range(size)]
 
 
+def named_texts(c: TextSettings, tokenizer: Any, answers_only: bool = False) -> list[Calibration]:
+    """The whole text of every source except the teacher, in the order of the options."""
+    load = load_answers if answers_only else partial(load_calibration, samples=None)
+    return [load(spec, tokenizer, seq_len=c.seq_len) for spec in c.calibration if spec != SELF]
+
+
 def gather(c: TextSettings, tokenizer: Any, sample: Callable[[int], torch.Tensor], processes: int = 1,
-           answers_only: bool = False) -> Texts:
+           answers_only: bool = False, named: list[Calibration] | None = None) -> Texts:
     """The sequences of a run, shuffled by the seed.
 
     Which are held out depends on the files and their number alone, so that runs of different lengths are judged by the same:
     evenly spaced over all of them or, where there is none, over what the teacher writes.
 
     sample: so many sequences of the teacher's own, int64 [n, seq_len].  processes: that train together, each on its
-    batches.  answers_only: of the files, only what assistants say counts.
+    batches.  answers_only: of the files, only what assistants say counts.  named: from `named_texts`, if that was
+    called already.
     """
     at_once = c.batch * c.accumulate * processes
     needed = c.steps * at_once
-    named = [spec for spec in c.calibration if spec != SELF]
-    sampled = min(needed, c.sampled) if named else c.held_out + min(needed, max(SELF_SEQUENCES - c.held_out, at_once))
-    load = load_answers if answers_only else partial(load_calibration, samples=None)
-    whole = [load(spec, tokenizer, seq_len=c.seq_len) for spec in named]
+    whole = named_texts(c, tokenizer, answers_only) if named is None else named
+    sampled = min(needed, c.sampled) if whole else c.held_out + min(needed, max(SELF_SEQUENCES - c.held_out, at_once))
     own = [from_model(sample(sampled), tokenizer, {"seed": c.seed, "temperature": 1.0})] if sampled else []
     held, rest = _hold_out(whole or own, c.held_out)
-    from_files = needed - sampled if named else needed
-    taught = [_evenly(r, (from_files + i) // len(rest)) for i, r in enumerate(rest)] + (own if named else [])  # shares add up
+    from_files = needed - sampled if whole else needed
+    taught = [_evenly(r, (from_files + i) // len(rest)) for i, r in enumerate(rest)] + (own if whole else [])  # shares add up
     n = sum(p.sequences.shape[0] for p in taught)
     if n < at_once or len(held.sequences) < c.held_out:
         raise UserError(f"the text gives {n + len(held.sequences)} sequences of {c.seq_len}, and {c.held_out} are held out",

@@ -78,8 +78,7 @@ def _values(gate: Gate, candidate: Compared) -> list[tuple[str | None, Interval,
         speeds, after = (changes and changes["speeds"]) or {}, speeds_of(candidate["report"])
         return [(t, around(found["decode_speedup"]), not after[t]["unstable"]) for t, found in speeds.items()]
     if gate.attribute == "max_ppl_increase":
-        return [(t["text"], around({**t["perplexity_ratio"], "value": t["perplexity_ratio"]["value"] - 1}), True)
-                for t in (changes and changes["texts"]) or []]
+        return [(t["text"], around(t["perplexity_ratio"], less=1.0), True) for t in (changes and changes["texts"]) or []]
     key: Literal["kld", "top1"] = "kld" if gate.attribute == "max_kld" else "top1"
     return [(t["protocol"]["text"], around(stat, least=0.0), True) for t in texts if (stat := t[key]) is not None]
 

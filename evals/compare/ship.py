@@ -13,8 +13,9 @@
       laptop:   {min_decode: 30, max_ppl_increase: 5%}
 
 A measured value passes a gate if its whole interval meets the limit. If the limit lies inside the interval, the gate is not
-decided, and it does not pass (llmc.evals.interval; `llmc compare` has the same rule). An estimate passes only with `allow_estimates`, and only if the
-pessimistic end of its interval meets the limit. An emulated speed never passes. Every artifact is hashed again first.
+decided, and it does not pass (llmc.evals.interval; `llmc compare` has the same rule). An estimate passes only with
+`allow_estimates`, and only if the pessimistic end of its interval meets the limit. An emulated speed never passes. Every
+artifact is hashed again first.
 """
 
 from __future__ import annotations
@@ -227,7 +228,7 @@ def _perplexity(target: str, limit: str, report: Report | None, baseline: Report
         return {"target": target, "gate": "ppl_increase", "limit": most, "source": None, "figure": None, "answer": "unknown",
                 "passed": False, "why": "not measured for both this artifact and the first report's"}
     worst = max((t["perplexity_ratio"] for t in found), key=lambda r: r["value"])
-    low, value, high = interval = around({**worst, "value": worst["value"] - 1})
+    low, value, high = interval = around(worst, less=1.0)
     answer = meets(interval, most, most=True)
     return {"target": target, "gate": "ppl_increase", "limit": most, "source": "measured",
             "figure": {"low": low, "mid": value, "high": high, "note": ""}, "answer": answer, "passed": answer == "yes",

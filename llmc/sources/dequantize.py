@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmc import closure
 from llmc.console import say, warn
 from llmc.errors import UserError
 from llmc.files import cache_folder, check_disk, sha256
@@ -29,9 +32,12 @@ GO_BACK = "start from the Hugging Face folder it was made from"
 
 
 def dequantized_folder(file: Path) -> Path:
-    """The float16 Hugging Face folder of a .gguf file, in the cache. It is made once for each content."""
+    """The float16 Hugging Face folder of a .gguf file, in the cache. It is made once for each content, code of llmc and
+    version of the packages that read the file."""
     digest = sha256(file)
-    out = cache_folder() / "dequantized" / digest[:16] / f"{file.stem}-f16"
+    made = "".join([closure.digest(__name__), *(version(p) for p in ("torch", "transformers", "gguf"))])
+    key = f"{digest[:16]}-{hashlib.sha256(made.encode()).hexdigest()[:8]}"
+    out = cache_folder() / "dequantized" / key / f"{file.stem}-f16"
     if not (out / MANIFEST).is_file():
         with _work_folder(out) as work:
             source = {**_dequantize(file, work), "files": {file.name: digest}}
