@@ -1,4 +1,4 @@
-"""The end of a model that reads the residual stream last: its head, one matrix with the embedding or its own."""
+"""The embedding and the head of a model: whether they are tied, and where the checkpoint stores the head."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ def is_tied(skeleton: Skeleton) -> bool:
 
 
 def name_of(skeleton: Skeleton, module: object) -> str:
-    """The name in the model of the weight of one of its modules."""
+    """The name of the weight of `module`, one of the model's modules."""
     return next(n for n, m in skeleton.model.named_modules() if m is module) + ".weight"
 
 
 def stored_head(skeleton: Skeleton) -> str:
-    """The checkpoint's name of an untied head.
+    """The checkpoint's name of an untied head. UserError if it cannot be found.
 
-    transformers renames some as it loads (GPT-NeoX's embed_out is its lm_head): then it is the one matrix of its shape that
-    is not the embedding.
+    transformers renames some heads as it loads them (GPT-NeoX's embed_out becomes lm_head). Then the head is the one matrix
+    of its shape that is not the embedding.
     """
     model, checkpoint = skeleton.model, skeleton.checkpoint
     head = model.get_output_embeddings()
@@ -29,6 +29,6 @@ def stored_head(skeleton: Skeleton) -> str:
     shape, embedding = tuple(head.weight.shape), skeleton.names.find(name_of(skeleton, model.get_input_embeddings()))
     alike = [n for n in checkpoint.names() if checkpoint.shape(n) == shape and n != embedding]
     if len(alike) != 1:
-        raise UserError(f"config.json of {checkpoint.folder} says that the head is a matrix of its own, and {len(alike)} "
+        raise UserError(f"config.json of {checkpoint.folder} says that the head is a separate matrix, and {len(alike)} "
                         f"tensors could be it", "download the model again, or correct tie_word_embeddings")
     return alike[0]
