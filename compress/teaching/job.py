@@ -7,7 +7,6 @@ result.
 
 from __future__ import annotations
 
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -28,11 +27,12 @@ from llmc.errors import UserError
 from llmc.files import staged_file
 from llmc.formats import model_folder
 from llmc.formats.checkpoint import Checkpoint
-from llmc.formats.hf import load_tokenizer, load_torch_model
+from llmc.formats.hf import load_config, load_tokenizer, load_torch_model
 from llmc.formats.manifest import passes_of, read_manifest
 from llmc.formats.shards import pieces_of, rest_of
 from llmc.formats.source import describe_source
 from llmc.precision import matmul_precision
+from llmc.temporary import remove
 
 
 class Settings(TextSettings, Protocol):
@@ -79,7 +79,8 @@ class Job(ABC):
     def open_work(self) -> None:
         """Open the folder of the unfinished run and check its fingerprint."""
         self.source, self.teacher_source = describe_source(self.folder), describe_source(self.teacher_folder)
-        self.named = named_texts(self.settings, load_tokenizer(self.folder), self.answers_only)
+        rows = min(load_config(folder).get_text_config().vocab_size for folder in (self.folder, self.teacher_folder))
+        self.named = named_texts(self.settings, load_tokenizer(self.folder), self.answers_only, rows)
         key = fingerprint(type(self).__module__, self.settings.numbers(), self.threads, self.source["files"],
                           device=str(self.device), dtype=str(self.dtype), teacher=self.teacher_source["files"],
                           processes=self.processes, texts=[t.origin["sha256"] for t in self.named])
@@ -89,7 +90,7 @@ class Job(ABC):
     def texts(self) -> Texts:
         """The sequences for training and the held-out ones."""
         return gather(self.settings, load_tokenizer(self.folder), self._sample, self.processes, self.answers_only,
-                      self.named)
+                      named=self.named)
 
     def _sample(self, count: int) -> torch.Tensor:
         """Sample `count` sequences from the teacher, or read those of an interrupted run."""
@@ -144,7 +145,7 @@ class Job(ABC):
                  "texts": texts.origins, **result}
         origin = (read_manifest(self.folder) or {}).get("source") or self.source
         manifest = model_folder.publish(folder, self.out, kind, origin, [*passes_of(self.folder), entry])
-        shutil.rmtree(self.work)
+        remove(self.work)
         return {"out": str(self.out), **{k: v for k, v in result.items() if k not in ("losses", "layers")},
                 "texts": [{"name": o["name"], "share": o["share"]} for o in texts.origins],
                 "weights_sha256": model_folder.weight_hashes(manifest)}

@@ -31,6 +31,7 @@ from llmc.families.row import Onnx
 from llmc.formats import quantized
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.names import Names, missing
+from llmc.runtimes.onnx_session import genai_library
 
 
 def find_architecture(config: dict[str, Any]) -> Onnx:
@@ -240,6 +241,12 @@ def build(ckpt: Checkpoint, hf: Any, weights: Weights, model: nn.Module, rows: R
     return made.model
 
 
+def windowed(made: ir.Model) -> int:
+    """The number of attention nodes with a sliding window."""
+    attributes = (node.attributes.get("local_window_size") for node in made.graph)
+    return sum(a is not None and a.as_int() > 0 for a in attributes)
+
+
 def _as_the_builder_reads(hf: Any) -> Any:
     """A copy of transformers' config with the graph's context length.
 
@@ -258,6 +265,7 @@ def _builders() -> Any:
     """Import the builder's modules. They add their folder to sys.path to import each other; this restores sys.path."""
     before = list(sys.path)
     try:
+        genai_library()
         from onnxruntime_genai.models import builders
 
         return builders

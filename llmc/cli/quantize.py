@@ -10,7 +10,8 @@ import typer
 from llmc.cli.heal import outcome
 from llmc.cli.options import Json, add
 from llmc.compress.quantize.config import QuantizeConfig, budget_lines
-from llmc.console import duration, set_quiet, size
+from llmc.console import command, duration, set_quiet, size
+from llmc.formats.text_rows import described
 
 
 def register(app: typer.Typer) -> None:
@@ -36,7 +37,8 @@ def quantize(
 
 def _plan(p: dict[str, Any]) -> str:
     first = "" if p["transform"] == "none" else f"transform {p['transform']}, then "
-    text = f"calibrated on {p['tokens']:,} tokens of {p['calibration']}" if p["calibration"] else "no data"
+    text = (f"calibrated on {p['tokens']:,} tokens of {p['calibration']}{described(p['calibration_rows'])}"
+            if p["calibration"] else "no data")
     if m := p["imatrix"]:
         text = f"weighted by {m['name']} ({m['chunk_count']} chunks of {', '.join(m['datasets']) or 'unnamed text'})"
     budget = budget_lines(p["plan"], p["types"], p["end_types"]) + "\n" if "plan" in p else ""
@@ -61,4 +63,4 @@ def _summary(r: dict[str, Any]) -> str:
     healed = f"healed: {outcome(r['healed'])}\n" if "healed" in r else ""
     return (f"{taken}{healed}{r['out']}: {_types(r)}, {r['bits_per_weight']:.3g} bits per linear weight, {size(r['bytes'])}, "
             f"mean layer error {100 * r['error']:.2f} %{fallbacks}, {duration(r['seconds'])}\n"
-            f"next: llmc export --format gguf {r['out']}")
+            f"next: {command('llmc', 'export', '--format', 'gguf', r['out'])}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc.errors import UserError
+from llmc.formats.config_json import read_checked
 
 if TYPE_CHECKING:
     import torch
@@ -121,13 +122,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} is not a model folder", "give a Hugging Face folder, a .gguf file or a hub id")
     if not path.is_file():
         raise UserError(f"{folder} has no config.json", "give a Hugging Face model folder")
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise UserError(f"{path} is not valid JSON: {e}", "download the model again") from e
-    if not isinstance(config, dict):
-        raise UserError(f"{path} holds no JSON object", "download the model again")
-    return config
+    return read_checked(path)
 
 
 def _shards(folder: Path) -> list[Path]:
