@@ -184,6 +184,7 @@ def test_dequantized_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(dequantize, "_dequantize", lambda file, work: {})
     monkeypatch.setattr(dequantize, "publish", publish)
     monkeypatch.setattr(dequantize, "check_runnable", lambda file: None)
+    monkeypatch.setattr(dequantize, "parts", lambda file: [file])
     file = tmp_path / "m.gguf"
     file.write_bytes(np.arange(9, dtype=np.uint8).tobytes())
     first = dequantize.dequantized_folder(file)
