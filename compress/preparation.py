@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,7 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from llmc.compress.sampling import sample_from_model
+from llmc.closure import digest
+from llmc.compress.sampling import sample_from_model, sampling_bytes
 from llmc.compress.skeleton import Skeleton
 from llmc.compress.text import SELF, Calibration, from_model, load_calibration
 from llmc.console import say
@@ -19,7 +21,8 @@ from llmc.files import staged_file
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.hf import load_tokenizer, load_torch_model
 from llmc.formats.text_rows import described
-from llmc.machine import torch_device
+from llmc.machine import check_memory, torch_device
+from llmc.precision import matmul_precision
 
 SAMPLING_BATCH = 32
 
@@ -74,15 +77,24 @@ def calibration_text(skeleton: Skeleton, files: dict[str, str], c: Settings, thr
     say("no calibration text was given: sampling text from the model "
         "(text like the model's later input is better: --calibration FILE)")
     origin = {"seed": c.seed, "temperature": 1.0, "samples": c.samples, "seq_len": c.seq_len}
-    key = {**origin, "source": files, "threads": threads}
+    key = {**origin, "source": files, "threads": threads, "device": c.device, "torch": torch.__version__,
+           "transformers": version("transformers"), "matmul": matmul_precision(), "code": digest(__name__)}
     ids = _sampled_before(kept, key) if c.resume else None
     if ids is None:
+        if c.device == "cpu":
+            check_memory(sampling_memory(skeleton, c.seq_len), "sampling text from the whole model",
+                         "give a text with --calibration FILE")
         loaded = load_torch_model(source, str(torch_device(c.device)), torch.bfloat16)
         ids = sample_from_model(loaded, tokenizer, c.samples, c.seq_len, c.seed, SAMPLING_BATCH)
         del loaded
         with staged_file(kept) as tmp:
             save_file({"ids": ids}, tmp, metadata={"key": json.dumps(key, sort_keys=True)})
     return from_model(ids, tokenizer, origin)
+
+
+def sampling_memory(skeleton: Skeleton, seq_len: int) -> int:
+    """Bytes of memory that `calibration_text` needs to sample text from the model."""
+    return sampling_bytes(skeleton.config, sum(p.numel() for p in skeleton.model.parameters()), seq_len, SAMPLING_BATCH)
 
 
 def sampled_file(work: Path) -> Path:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from llmc.errors import UserError
+from llmc.files import sha256
 from llmc.formats.chat_template import render
 from llmc.formats.text_ends import bos_of, sequences
 from llmc.formats.text_files import is_table
@@ -44,6 +45,11 @@ class Calibration:
     @property
     def tokens(self) -> int:
         return self.sequences.numel()
+
+
+def content_of(spec: str) -> str:
+    """What tells one text from another without a tokenizer: the sha256 of a file, or the name of another source."""
+    return sha256(Path(spec)) if Path(spec).is_file() else spec
 
 
 def held_out(n: int, count: int) -> list[int]:

@@ -27,7 +27,7 @@ def fingerprint(module: str, numbers: dict[str, Any], threads: int, files: dict[
     module: the module that makes the result; its source and its imports are hashed.  numbers: the options of the pass.
     files: sha256 of the model's files.  text: the calibration text.  more: other inputs of the pass."""
     deciding = {**numbers, "threads": threads, "source": files, "calibration_text": text.origin["sha256"] if text else None,
-                **more, "matmul": matmul_precision(),
+                "calibration_part_of": text.origin.get("of_samples") if text else None, **more, "matmul": matmul_precision(),
                 "torch": torch.__version__, "code": digest(module)}
     found: dict[str, Any] = json.loads(json.dumps(deciding))
     return found

@@ -7,6 +7,7 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmc import cgroup
 from llmc.console import size
 from llmc.errors import UserError
 
@@ -27,9 +28,11 @@ FEATURES = {
 
 
 def physical_cores() -> int:
-    """The cores that this process may use, without hyper-threads. It is llmc's default number of threads."""
+    """The cores that this process may use, without hyper-threads, within a container's quota. It is llmc's default number of
+    threads."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(_cores() or allowed, allowed))
+    quota = cgroup.cpus()
+    return max(1, min(_cores() or allowed, allowed, allowed if quota is None else int(quota)))
 
 
 def _cores() -> int | None:
@@ -45,14 +48,24 @@ def _cores() -> int | None:
 
 
 def memory() -> int:
-    """The bytes of RAM. Only on Windows, which has no sysconf, it needs psutil, which a device may lack."""
+    """The bytes of RAM, or of a container's limit if that is less. Only on Windows, which has no sysconf, it needs psutil,
+    which a device may lack."""
     if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        all_of_it = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return min(all_of_it, cgroup.memory() or all_of_it)
     try:
         import psutil
     except ImportError as e:
         raise UserError("only psutil can tell the memory of this machine", "pip install psutil") from e
     return int(psutil.virtual_memory().total)
+
+
+def free_memory() -> int:
+    """The bytes of memory that are free for this process, within a container's limit."""
+    import psutil
+
+    free, left = int(psutil.virtual_memory().available), cgroup.free_memory()
+    return free if left is None else min(free, left)
 
 
 def cpu_features() -> list[str]:
@@ -159,9 +172,7 @@ def _read(path: str) -> str:
 
 def check_memory(needed: int, what: str, instead: str = "") -> None:
     """Raise UserError if less than `needed` bytes of memory are free. instead: an alternative, for the hint."""
-    import psutil
-
-    free = psutil.virtual_memory().available
+    free = free_memory()
     if free < needed:
         raise UserError(f"{what} needs about {size(needed)} of memory and {size(free)} is free",
                         "close other programs" + (f", or {instead}" if instead else ""))

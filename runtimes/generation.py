@@ -14,6 +14,7 @@ from llmc.machine import physical_cores
 from llmc.runtimes.base import Runtime
 from llmc.runtimes.config import GenerateConfig
 from llmc.runtimes.open import open_runtime
+from llmc.runtimes.streaming import Stream
 from llmc.runtimes.trial import try_first
 
 TEMPLATE_ROOM = 1024  # tokens that a chat template may put around the prompt
@@ -42,27 +43,23 @@ def _generate(runtime: Runtime, prompt: str, config: GenerateConfig, show: Calla
     end, rng = runtime.end_tokens, np.random.default_rng(config.seed)
     start = perf_counter()
     token = choose(runtime.prefill(ids), config.temperature, rng)
-    first = perf_counter()
-    prefix = ids.tolist()
-    known = runtime.detokenize(prefix)
+    first = perf_counter() - start
+    before: list[int] = ids.tolist()
+    stream, seconds, steps = Stream(runtime, before), 0.0, 0
     out: list[int] = []
-    shown = 0
     while token not in end:
         out.append(token)
-        # detokenized together with the prompt, since some tokenizers drop the space before the first word
-        written = runtime.detokenize(prefix + out)[len(known):]
-        if not written.endswith("\ufffd"):  # an incomplete character: wait for its other bytes
-            show(written[shown:])
-            shown = len(written)
+        show(stream.add(token))
         if len(out) == config.max_tokens:
             break
+        start = perf_counter()  # only what the runtime does is timed
         token = choose(runtime.decode(token), config.temperature, rng)
-    seconds = perf_counter() - first
-    written = runtime.detokenize(prefix + out)[len(known):]
-    show(written[shown:])
+        seconds, steps = seconds + perf_counter() - start, steps + 1
+    show(stream.waiting())
+    written = runtime.detokenize(before + out)[len(runtime.detokenize(before)):]
     return {"text": written, "tokens": len(out), "prompt_tokens": len(ids),
             "stopped": "max tokens" if len(out) == config.max_tokens else "end of text",
-            "first_token_s": first - start, "tokens_per_second": (len(out) - 1) / seconds if len(out) > 1 else None}
+            "first_token_s": first, "tokens_per_second": steps / seconds if steps else None}
 
 
 def _chat(runtime: Runtime, prompt: str) -> str:

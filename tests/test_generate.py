@@ -70,6 +70,33 @@ def test_characters_are_shown_whole_and_the_end_is_the_end() -> None:
     assert (made["text"], made["tokens"], made["stopped"]) == ("é日🙂!", 10, "end of text")
 
 
+def test_a_token_costs_the_same_at_every_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Detokenizing takes a few tokens each time, and neither it nor the terminal is in the speed."""
+    clock, sizes = [0.0], []
+
+    class Timed(Scripted):
+        def detokenize(self, ids: list[int]) -> str:
+            sizes.append(len(ids))
+            clock[0] += 5.0
+            return super().detokenize(ids)
+
+        def decode(self, token: int) -> np.ndarray:
+            clock[0] += 0.25
+            return super().decode(token)
+
+    def show(text: str) -> None:
+        clock[0] += 3.0
+        shown.append(text)
+
+    monkeypatch.setattr("llmc.runtimes.generation.perf_counter", lambda: clock[0])
+    text = "é日🙂 and so on. " * 40
+    shown: list[str] = []
+    made = _generate(Timed(text.encode()), "a" * 300, GenerateConfig(max_tokens=9999), show)  # type: ignore[arg-type]
+    assert made["text"] == "".join(shown) == text
+    assert made["tokens_per_second"] == pytest.approx(4)
+    assert max(sorted(sizes)[:-2]) <= 12  # all but the whole text and the whole prompt at the end
+
+
 def test_nothing_to_say() -> None:
     made = _generate(Scripted(b""), "ab", GenerateConfig(), lambda _: None)  # type: ignore[arg-type]
     assert (made["text"], made["tokens"], made["stopped"], made["tokens_per_second"]) == ("", 0, "end of text", None)

@@ -98,6 +98,13 @@ def test_a_value_beyond_float16_is_refused():
         blocks.encode_float("w", torch.tensor([[7e4] * 32]), Kind.F16)
 
 
+@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1, Kind.Q8_0, Kind.IQ4_NL, Kind.Q4_K, Kind.Q6_K])
+def test_a_value_beyond_the_scales_is_refused(kind):
+    for value in (1e12, float("nan"), float("inf")):
+        with pytest.raises(UserError, match="w has weights that are not finite, or too large for the scales"):
+            blocks.encode_float("w", torch.tensor([[value] * 256]), kind)
+
+
 def q6_k_error(x: np.ndarray) -> np.ndarray:
     """Root mean square error of each block of 256, over the root mean square of the block."""
     y = dequantize(quantize_q6_k(x), Kind.Q6_K).reshape(-1, 256)

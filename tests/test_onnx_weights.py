@@ -18,8 +18,11 @@ from onnx_files import FLOAT_NOISE, export, onnx_logits
 
 import llmc
 from llmc.errors import UserError
-from llmc.export.onnx import layout
-from llmc.formats.types import IntegerType, QuantizedTensor
+from llmc.export.onnx import OnnxExportConfig, layout
+from llmc.export.onnx.weights import Weights
+from llmc.formats import packing
+from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.types import BLOCK_TYPES, IntegerType, QuantizedTensor
 from llmc.runtimes.torch_model import TorchModel
 
 
@@ -116,17 +119,30 @@ def test_a_head_that_repeats_the_embedding_is_stored_once(says_tied: bool, tmp_p
             export(folder)
 
 
-def test_the_head_has_the_codes_of_a_gguf(tmp_path: Path) -> None:
-    """--head-bits 8 and 4 round as GGUF's Q8_0 and Q4_0 do: the same table in both files."""
+@pytest.mark.parametrize(("head_bits", "kind"), [(4, "Q4_0"), (8, "Q8_0")])
+def test_the_head_has_the_codes_of_a_gguf(head_bits: int, kind: str, tmp_path: Path) -> None:
+    """--head-bits 4 and 8 round as the export to GGUF rounds its Q4_0 and Q8_0: the same table in both files."""
     quants = pytest.importorskip("gguf.quants")
     from gguf import GGMLQuantizationType as Kind
 
-    w = torch.randn(64, 96, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 3, 64)[:, None]
+    from llmc.export.gguf import blocks
+
+    w = torch.randn(64, 96, generator=torch.Generator().manual_seed(0)) * torch.logspace(-4, 3, 64)[:, None]
     w[3] = 0
     w[4, :40] = 0
-    for bits, kind in ((8, Kind.Q8_0), (4, Kind.Q4_0)):
-        blocks = quants.quantize(w.numpy(), kind)
-        assert np.array_equal(layout.round_to(w, bits).dequantize().numpy(), quants.dequantize(blocks, kind))
+    folder = tmp_path / "m"
+    folder.mkdir()
+    save_file({"lm_head.weight": w}, folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    config = OnnxExportConfig(model=folder, out=tmp_path / "out", head_bits=head_bits)
+    weights = Weights(config, Checkpoint.open(folder), "lm_head", "lm_head")
+    q = weights.source("lm_head")
+    data = blocks.encode_float("output.weight", w, Kind[kind])
+    assert np.array_equal(q.dequantize().numpy(), quants.dequantize(data, Kind[kind]))
+    assert np.array_equal(q.codes.numpy(), packing.unpack(data, BLOCK_TYPES[kind.lower()]).codes.numpy())
+    plain = quants.dequantize(quants.quantize(w.numpy(), Kind[kind]), Kind[kind])
+    searched, rounded = (np.square(x - w.numpy()).sum() for x in (q.dequantize().numpy(), plain))
+    assert searched < rounded if head_bits == 4 else searched == rounded
 
 
 def test_mixed_types_of_one_layer_are_not_joined(tmp_path: Path) -> None:

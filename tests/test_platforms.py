@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from llmc import cli, files, machine, streams
+from llmc import cgroup, cli, files, machine, streams
 from llmc.about import doctor
 from llmc.errors import UserError
 from llmc.evals.compare import ship
@@ -111,6 +111,7 @@ def test_a_drive_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_memory_without_sysconf(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cgroup, "OWN", Path("/nowhere"))
     if hasattr(os, "sysconf"):
         assert machine.memory() == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for name in ("sysconf", "sysconf_names"):
@@ -125,6 +126,7 @@ def test_memory_without_sysconf(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cores_without_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(machine, "CPUS", Path("/nowhere"))
+    monkeypatch.setattr(cgroup, "OWN", Path("/nowhere"))
     monkeypatch.setattr(psutil, "cpu_count", lambda logical: 3)
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
     assert machine.physical_cores() == 3

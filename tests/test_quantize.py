@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,14 @@ import llmc
 from llmc.compress import calibration
 from llmc.compress.quantize.config import QuantizeConfig
 from llmc.compress.quantize.run import quantize
+from llmc.compress.sampling import PROCESS
+from llmc.compress.skeleton import Skeleton
 from llmc.errors import UserError
 from llmc.formats import gptq as gptq_format
+from llmc.formats.artifacts.table import artifact_at
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.hf import load_torch_model
+from llmc.formats.kv import bytes_at
 from llmc.formats.manifest import hash_folder
 
 
@@ -143,6 +148,25 @@ def test_a_layer_that_cannot_be_factored_is_rounded_counted_and_named(
     assert layer["linears"]["mlp.down_proj"]["method"] == "rtn"
     assert layer["linears"]["mlp.up_proj"]["method"] == "gptq"
     assert "model.layers.0.mlp.down_proj: rounded to nearest" in capsys.readouterr().err
+
+
+def test_sampling_counts_in_the_plan_of_memory(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text of the model's own needs the whole model, its KV cache and logits: what does not fit is refused before work."""
+    base = build("llama", tmp_path / "m", vocab_size=40_000)
+    plans = {c: quantize(base, QuantizeConfig(calibration=c, samples=2, seq_len=64, dry_run=True, out=tmp_path / "q"))
+             for c in (str(text), "self")}
+    weights, cache = Skeleton(Checkpoint.open(base), "cpu").model.num_parameters(), artifact_at(base).kv_shape()
+    assert cache is not None
+    parts = 2 * weights + 32 * (bytes_at(cache, 64, "f16") + 16 * 40_000) + PROCESS
+    layers = plans[str(text)]["memory_bytes"]
+    assert plans["self"]["memory_bytes"] == max(layers, parts)
+    monkeypatch.setattr("llmc.compress.quantize.run.sampling_memory", lambda *a: layers + 10**9)
+    asked = QuantizeConfig(calibration="self", samples=2, seq_len=64, out=tmp_path / "q")
+    assert quantize(base, replace(asked, dry_run=True))["memory_bytes"] == layers + 10**9
+    monkeypatch.setattr("llmc.machine.free_memory", lambda: layers + 10**9 - 1)
+    with pytest.raises(UserError, match=r"quantizing on text that the whole model writes needs .*\n.*--calibration FILE"):
+        quantize(base, asked)
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
 def test_dry_run_writes_nothing_and_predicts_the_size(tmp_path: Path, text: Path) -> None:

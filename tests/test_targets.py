@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmc import machine
+from llmc import cgroup, machine
 from llmc.cli import run
 from llmc.errors import UserError
 from llmc.runtimes.on_device import probe
@@ -135,7 +135,8 @@ def test_bandwidth_and_flops_are_counted(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_this_machine_agrees_with_psutil() -> None:
     facts = machine.describe()
     assert facts["physical_cores"] == psutil.cpu_count(logical=False)
-    assert facts["memory"] == pytest.approx(psutil.virtual_memory().total, rel=0.01)
+    total = psutil.virtual_memory().total
+    assert facts["memory"] == pytest.approx(min(total, cgroup.memory() or total), rel=0.01)
     assert 1 <= facts["usable_cores"] <= facts["logical_cores"]
     assert facts["cpu"]
 

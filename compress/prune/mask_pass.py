@@ -68,8 +68,11 @@ class MaskPass(LayerPass):
                 keep = sweep(w, found.factor, self.config.share, self.config.pattern)
                 w = reconstruct(w, goal, keep, hessian)
                 self._keep(name, linear, w.t(), method="sparsegpt", damp=found.damp, **record)
-            lost, energy = (float(objective(w.t().contiguous(), hessian).double().sum())
+            damped_squares = hessian.diagonal().clone()
+            hessian.diagonal().copy_(squares)  # what is reported is not damped
+            lost, energy = (max(0.0, float(objective(w.t().contiguous(), hessian).double().sum()))
                             for w in (get_weight(linear) - target, target))
+            hessian.diagonal().copy_(damped_squares)
             self._add(name, lost, energy)
 
     def _compensated(self, targets: dict[str, torch.Tensor], statistics: InputStatistics) -> dict[str, torch.Tensor]:

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 from llmc.compress.calibration import BATCH_BYTES, SUMS_BYTES, Workspace
-from llmc.compress.preparation import calibration_text, check_weights, open_float, sampled_file
+from llmc.compress.preparation import calibration_text, check_weights, open_float, sampled_file, sampling_memory
 from llmc.compress.prune.config import PATTERNS, PruneConfig
 from llmc.compress.prune.depth import prove
 from llmc.compress.prune.methods import Made, make, reference_sequences
 from llmc.compress.prune.quality import advice, judge, split, zeros_of
 from llmc.compress.prune.width import narrowed
 from llmc.compress.skeleton import Skeleton, get_weight, linears_of
-from llmc.compress.text import Calibration, rows_in
+from llmc.compress.text import SELF, Calibration, rows_in
 from llmc.compress.unfinished import fingerprint
 from llmc.console import say
 from llmc.errors import UserError
@@ -109,6 +109,8 @@ class _Job:
         memory = 600_000_000 + 2 * layer + 16 * widest * widest + SUMS_BYTES + 4 * BATCH_BYTES + judging
         if c.method == "depth" and c.by == "kl":
             memory = max(memory, 4 * sum(p.numel() for p in self.skeleton.model.parameters()) + 2 * head + 800_000_000)
+        if c.calibration == SELF and c.device == "cpu" and c.sequences:
+            memory = max(memory, sampling_memory(self.skeleton, c.seq_len))
         return {
             "source": str(self.source), "out": str(self.out), "method": c.method, "what": c.what, "notes": self.notes,
             "layers": len(self.skeleton.layers), "bytes_before": before, "disk_bytes": 2 * before + states,

@@ -14,6 +14,7 @@ import json
 import math
 from collections import Counter
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,7 @@ from llmc.formats.hf import load_tokenizer, load_torch_model
 from llmc.formats.manifest import NOTES
 from llmc.formats.source import origin_of
 from llmc.machine import check_memory, torch_device
-from llmc.precision import fast_matmul
+from llmc.precision import fast_matmul, matmul_precision
 
 if TYPE_CHECKING:
     from llmc.export.gguf.size import Outside  # needs the gguf package
@@ -142,10 +143,11 @@ def _measured(config: QuantizeConfig, skeleton: Skeleton, source: dict[str, Any]
     length = min(LENGTH, config.seq_len)
     tokenizer = load_tokenizer(skeleton.checkpoint.folder)
     key: dict[str, Any] = {"source": source["files"], "sequences": SEQUENCES, "length": length, "noise": sensitivity.NOISE,
-                           "code": closure.digest(__name__)}
+                           "code": closure.digest(__name__), "device": config.device, "torch": torch.__version__,
+                           "transformers": version("transformers"), "matmul": matmul_precision()}
     ids = None
     if config.calibration == SELF:
-        key |= {"calibration": SELF, "seed": config.seed}
+        key |= {"calibration": SELF, "seed": config.seed, "threads": torch.get_num_threads()}
     else:
         text = load_calibration(config.calibration, tokenizer, SEQUENCES, length,
                                 skeleton.model.get_input_embeddings().weight.shape[0])

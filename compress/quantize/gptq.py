@@ -44,8 +44,9 @@ REFINEMENTS = 2  # turns of least squares and coordinate descent after the sweep
 @dataclass
 class GPTQResult:
     """weight: codes and scales; None if no damping made the Hessian invertible.
-    error: (q - w) H (q - w)^T of each row.  energy: w H w^T of each row. Both are float32 [out], under the damped Hessian.
-    damp: the damping that was used.  dead: number of columns that the calibration text never used.  events: sentences."""
+    error: (q - w) H (q - w)^T of each row.  energy: w H w^T of each row. Both are float32 [out], under the Hessian as it was
+    given, without damping.  damp: the damping that was used.  dead: number of columns that the calibration text never used.
+    events: sentences."""
 
     weight: QuantizedTensor | BlockTensor | None
     error: torch.Tensor
@@ -131,23 +132,27 @@ def damped(hessian: torch.Tensor, damp: float, by_use: bool = True) -> Damped:
 
 def gptq(weight: torch.Tensor, hessian: torch.Tensor, qtype: AnyType, damp: float = 0.01,
          refinements: int = REFINEMENTS, keep: torch.Tensor | None = None) -> GPTQResult:
-    """Quantize `weight` float32 [out, in] under `hessian` float32 [in, in], which is damped in place.
+    """Quantize `weight` float32 [out, in] under `hessian` float32 [in, in], which is damped in place and restored at the end.
 
     damp: see `damped`.  keep: bool [out, in], for types with a code for zero. Weights outside `keep` get this code, the other
     weights compensate the error, and the scales are searched for the weights that stay.
     """
     w = weight.t().contiguous()
     stay = None if keep is None else keep.t().contiguous()
+    energy, squares = objective(w, hessian), hessian.diagonal().clone()
     found = damped(hessian, damp)
     factor, order = found.factor, found.order
-    energy = objective(w, hessian)
     if factor is None or order is None:
+        hessian.diagonal().copy_(squares)
         return GPTQResult(None, energy.clone(), energy, found.damp, found.dead, found.events)
     back = torch.argsort(order)
     factors = search_factors(w if stay is None else w * stay, hessian, factor[:, back], qtype)
     codes = sweep(w[order], factor, only(factors.columns(order), stay, order))[back]
     del factor, found.factor
-    codes, factors, error = refine(w, hessian, codes, factors, refinements, stay)
+    codes, factors, moved, gradient = refine(w, hessian, codes, factors, refinements, stay)
+    gradient.addcmul_(hessian.diagonal().sub(squares)[:, None], moved, value=-1)  # what the damping added
+    hessian.diagonal().copy_(squares)
+    error = (gradient * moved).sum(0).clamp_(min=0)
     return GPTQResult(factors.tensor(codes), error, energy, found.damp, found.dead, found.events)
 
 
@@ -207,8 +212,8 @@ def descend(hessian: torch.Tensor, codes: torch.Tensor, values: torch.Tensor, gr
 
 
 def refine(w: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor, factors: Factors,
-           turns: int, keep: torch.Tensor | None = None) -> tuple[torch.Tensor, Factors, torch.Tensor]:
-    """Improve factors and codes in turns. Returns codes, factors and the error [out].
+           turns: int, keep: torch.Tensor | None = None) -> tuple[torch.Tensor, Factors, torch.Tensor, torch.Tensor]:
+    """Improve factors and codes in turns. Returns codes, factors, q - w and H (q - w), both [in, out].
 
     codes [in, out] are changed in place; those outside `keep` stay the code of zero."""
     values = factors.values(codes)
@@ -224,4 +229,4 @@ def refine(w: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor, factors:
         factors = factors.descend(hessian, codes, values, gradient)
         descend(hessian, codes, values, gradient, only(factors.columns(), keep))
         error = (gradient * (values - w)).sum(0)
-    return codes, factors, error
+    return codes, factors, values - w, gradient

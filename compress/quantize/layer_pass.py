@@ -63,14 +63,13 @@ class QuantizePass(LayerPass):
         by_type: dict[AnyType, list[str]] = {}
         for name in group.names:
             by_type.setdefault(self._type(name), []).append(name)
-        for left, (qtype, names) in zip(reversed(range(len(by_type))), by_type.items(), strict=True):
-            hessian = statistics.hessian.clone() if left else statistics.hessian
-            self._stacked(layer, qtype, {n: targets[n] for n in names}, hessian, statistics.tokens / group.in_features)
+        for qtype, names in by_type.items():
+            self._stacked(layer, qtype, {n: targets[n] for n in names}, statistics.hessian,
+                          statistics.tokens / group.in_features)
 
     def _stacked(self, layer: nn.Module, qtype: AnyType, targets: dict[str, torch.Tensor], hessian: torch.Tensor,
                  tokens_per_column: float) -> None:
-        """Run GPTQ on linears with the same input and type. targets: the weights to quantize, [out, in].  hessian: changed in
-        place."""
+        """Run GPTQ on linears with the same input and type. targets: the weights to quantize, [out, in]."""
         keep = torch.cat([get_weight(layer.get_submodule(n)) != 0 for n in targets]) if self.masked else None
         result = gptq(torch.cat(list(targets.values())), hessian, qtype, self.damp, keep=keep)
         for event in result.events:

@@ -24,14 +24,14 @@ from llmc.compress.calibration import (
     spread,
 )
 from llmc.compress.imatrix.importance import Importance
-from llmc.compress.preparation import calibration_text, check_weights, open_float, sampled_file
+from llmc.compress.preparation import calibration_text, check_weights, open_float, sampled_file, sampling_memory
 from llmc.compress.quantize.assignment import assign, keeps_zeros
 from llmc.compress.quantize.budget import assign_to_budget
 from llmc.compress.quantize.budget import memory_bytes as memory_to_measure
 from llmc.compress.quantize.config import QuantizeConfig, budget_lines
 from llmc.compress.quantize.layer_pass import QuantizePass, digest
 from llmc.compress.skeleton import Skeleton, get_weight, linears_of
-from llmc.compress.text import Calibration, rows_in
+from llmc.compress.text import SELF, Calibration, content_of, rows_in
 from llmc.compress.transform.choose import Choice, choose
 from llmc.compress.unfinished import fingerprint
 from llmc.console import say, warn
@@ -44,7 +44,7 @@ from llmc.formats.manifest import check_output, note_last, passes_of
 from llmc.formats.quantized import read
 from llmc.formats.shards import pieces_of, rest_of
 from llmc.formats.source import describe_source, origin_of
-from llmc.machine import physical_cores, torch_device
+from llmc.machine import check_memory, physical_cores, torch_device
 from llmc.precision import matmul_precision, prepare_cpu
 from llmc.sources.resolve import resolve_model
 from llmc.temporary import remove
@@ -67,6 +67,9 @@ def quantize(model: str | Path, config: QuantizeConfig) -> dict[str, Any]:
     if config.dry_run:
         return plan
     check_disk(job.out, plan["disk_bytes"], "quantizing")
+    sampled = config.calibrated and config.calibration == SELF
+    check_memory(plan["memory_bytes"], "quantizing" + (" on text that the whole model writes" if sampled else ""),
+                 "give a text with --calibration FILE" if sampled else "lower --seq-len")
     check_weights(job.checkpoint)
     result = quantize_and_heal(job) if config.heal else job.run()
     note_last(job.out, job.kind)
@@ -82,8 +85,9 @@ def quantize_and_heal(job: _Job) -> dict[str, Any]:
 
     c, out = job.config, job.out
     job.out = out.with_name(f".{out.name}.unhealed")
-    note = job.out.with_suffix(".json")  # the options and source of the finished folder, and its result
-    key = json.loads(json.dumps({"config": c.numbers(), "source": job.described["files"]}))
+    note = job.out.with_suffix(".json")  # the fingerprint of the finished folder, and its result
+    key = fingerprint(__name__, {**c.numbers(), "imatrix": job.importance and job.importance.origin}, job.threads,
+                      job.described["files"], calibration_content=content_of(c.calibration))
     settings = HealConfig(teacher=str(job.source), calibration=(c.calibration,), steps=c.heal, seq_len=c.seq_len, seed=c.seed,
                           device=c.device, threads=c.threads, out=out, resume=c.resume)
     found = json.loads(note.read_text(encoding="utf-8")) if c.resume and note.is_file() and job.out.is_dir() else {}
@@ -150,6 +154,8 @@ class _Job:
         other = sum(self.checkpoint.nbytes(n) for n in set(self.checkpoint.names()) - self._linear_names())
         out_bytes = other + round(self._bits() / 8)
         memory = 600_000_000 + 2 * layer + 4 * widest * widest * 4 + SUMS_BYTES + BATCH_BYTES * 4
+        if c.calibrated and c.calibration == SELF and c.device == "cpu":
+            memory = max(memory, sampling_memory(self.skeleton, c.seq_len))  # it is over before the first layer
         return {
             "source": str(self.source), "out": str(self.out), **self._what(), "method": c.method,
             "bits_per_weight": self._bits() / weights,

@@ -20,7 +20,7 @@ from llmc.compress.preparation import SAMPLING_BATCH
 from llmc.compress.sampling import sample_from_model
 from llmc.compress.teaching.models import load_teacher
 from llmc.compress.teaching.teacher import Cached, Running, Teacher
-from llmc.compress.teaching.texts import Texts, TextSettings, gather
+from llmc.compress.teaching.texts import Texts, TextSettings, gather, named_texts
 from llmc.compress.unfinished import fingerprint, open_unfinished
 from llmc.console import say
 from llmc.errors import UserError
@@ -79,16 +79,18 @@ class Job(ABC):
     def open_work(self) -> None:
         """Open the folder of the unfinished run and check its fingerprint."""
         self.source, self.teacher_source = describe_source(self.folder), describe_source(self.teacher_folder)
+        rows = min(load_config(folder).get_text_config().vocab_size for folder in (self.folder, self.teacher_folder))
+        self.named = named_texts(self.settings, load_tokenizer(self.folder), self.answers_only, rows)
         key = fingerprint(type(self).__module__, self.settings.numbers(), self.threads, self.source["files"],
                           device=str(self.device), dtype=str(self.dtype), teacher=self.teacher_source["files"],
-                          processes=self.processes)
+                          processes=self.processes, texts=[t.origin["sha256"] for t in self.named])
         with self.leader_first():
             open_unfinished(self.work, key, self.settings.resume or not self.leads)
 
     def texts(self) -> Texts:
         """The sequences for training and the held-out ones."""
-        rows = min(load_config(folder).get_text_config().vocab_size for folder in (self.folder, self.teacher_folder))
-        return gather(self.settings, load_tokenizer(self.folder), self._sample, self.processes, self.answers_only, rows)
+        return gather(self.settings, load_tokenizer(self.folder), self._sample, self.processes, self.answers_only,
+                      named=self.named)
 
     def _sample(self, count: int) -> torch.Tensor:
         """Sample `count` sequences from the teacher, or read those of an interrupted run."""

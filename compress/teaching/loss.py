@@ -30,7 +30,7 @@ Part = slice | torch.Tensor  # some positions: a range, or their indices
 def divergence(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """Sum over rows of KL(teacher || student) in nats. Both: logits [n, vocab]."""
     log_p, log_q = log_softmax(teacher.float(), -1), log_softmax(student.float(), -1)
-    return (log_p.exp() * (log_p - log_q)).sum()
+    return (log_p.exp() * (log_p - log_q)).sum().clamp(min=0)  # what float32 leaves below zero is rounding
 
 
 class SoftTargets(Protocol):

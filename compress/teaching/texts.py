@@ -56,8 +56,14 @@ class Texts:
         return [self.held_out + (step * size + i) % n for i in range(size)]
 
 
+def named_texts(c: TextSettings, tokenizer: Any, answers_only: bool = False, rows: int | None = None) -> list[Calibration]:
+    """The whole text of every source except the teacher, in the order of the options. answers_only, rows: see `gather`."""
+    load = partial(load_answers, rows=rows) if answers_only else partial(load_calibration, samples=None, rows=rows)
+    return [load(spec, tokenizer, seq_len=c.seq_len) for spec in c.calibration if spec != SELF]
+
+
 def gather(c: TextSettings, tokenizer: Any, sample: Callable[[int], torch.Tensor], processes: int = 1,
-           answers_only: bool = False, rows: int | None = None) -> Texts:
+           answers_only: bool = False, rows: int | None = None, named: list[Calibration] | None = None) -> Texts:
     """The sequences of a run, shuffled by the seed. UserError if the text is too short.
 
     The held-out sequences depend only on the files and on their number, so runs of different lengths have the same ones. They
@@ -65,19 +71,18 @@ def gather(c: TextSettings, tokenizer: Any, sample: Callable[[int], torch.Tensor
 
     sample: from a number n to sampled sequences of the teacher, int64 [n, seq_len].  processes: number of processes that
     train together, each on its own batches.  answers_only: of the files, learn only the assistant's messages.  rows: of
-    the smallest embedding; None: the ids are not compared with it.
+    the smallest embedding; None: the ids are not compared with it.  named: the result of `named_texts`, if it was called
+    already.
     """
     at_once = c.batch * c.accumulate * processes
     needed = c.steps * at_once
-    named = [spec for spec in c.calibration if spec != SELF]
-    sampled = min(needed, c.sampled) if named else c.held_out + min(needed, max(SELF_SEQUENCES - c.held_out, at_once))
-    load = partial(load_answers, rows=rows) if answers_only else partial(load_calibration, samples=None, rows=rows)
-    whole = [load(spec, tokenizer, seq_len=c.seq_len) for spec in named]
+    whole = named_texts(c, tokenizer, answers_only, rows) if named is None else named
+    sampled = min(needed, c.sampled) if whole else c.held_out + min(needed, max(SELF_SEQUENCES - c.held_out, at_once))
     own = [from_model(sample(sampled), tokenizer, {"seed": c.seed, "temperature": 1.0})] if sampled else []
     held, rest = _hold_out(whole or own, c.held_out)
-    from_files = needed - sampled if named else needed
+    from_files = needed - sampled if whole else needed
     # the shares of the files add up to from_files
-    taught = [_evenly(r, (from_files + i) // len(rest)) for i, r in enumerate(rest)] + (own if named else [])
+    taught = [_evenly(r, (from_files + i) // len(rest)) for i, r in enumerate(rest)] + (own if whole else [])
     n = sum(p.sequences.shape[0] for p in taught)
     if n < at_once or len(held.sequences) < c.held_out:
         raise UserError(f"the text gives {n + len(held.sequences)} sequences of {c.seq_len}, and {c.held_out} are held out",

@@ -153,4 +153,5 @@ def token_bytes(size: Size, runtime: RuntimeFacts) -> int:
     if runtime["runtime"] != "torch":
         return int(size["token_bytes"])
     unread = 0 if size["tied"] else size["classes"]["embedding"]["parameters"]
-    return int(size["parameters"] - unread) * {"float32": 4, "float16": 2, "bfloat16": 2}[runtime["dtype"]]
+    read = size.get("token_parameters", size["parameters"] - unread)
+    return int(read) * {"float32": 4, "float16": 2, "bfloat16": 2}[runtime["dtype"]]

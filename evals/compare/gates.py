@@ -1,4 +1,7 @@
-"""Gates: limits that a candidate must meet on every text and target on which it was measured."""
+"""Gates: limits that a candidate must meet on every text and target on which it was measured.
+
+The whole interval of the figure must meet the limit, as in `llmc ship` (see llmc.evals.interval).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ from typing import Literal
 from llmc.errors import GateFailedError, UserError
 from llmc.evals.compare.config import CompareConfig
 from llmc.evals.compare.schema import Compared, GateResult
-from llmc.evals.report.sections import texts_of
+from llmc.evals.interval import Interval, around, meets
+from llmc.evals.report.sections import speeds_of, texts_of
 from llmc.evals.shared_options import parse_number
 
 
@@ -59,34 +63,49 @@ def apply(limits: list[tuple[Gate, float]], candidates: list[Compared]) -> list[
             if not values:
                 raise UserError(f"{gate.option}: the reports hold no such figure for {candidate['name']}",
                                 f"measure it first: {gate.measure}")
-            for text, value in values:
+            for text, interval, stable in values:
+                answer = meets(interval, limit, gate.most) if stable else "maybe"
+                low, value, high = interval
                 results.append({"gate": gate.option, "artifact": candidate["name"], "text": text, "limit": limit,
-                                "value": value, "passed": value <= limit if gate.most else value >= limit})
+                                "value": value, "low": low, "high": high, "answer": answer, "passed": answer == "yes"})
     return results
 
 
-def _values(gate: Gate, candidate: Compared) -> list[tuple[str | None, float]]:
-    """Return [(text or target, value)] for a gate. It is empty if the metric was not measured."""
+def _values(gate: Gate, candidate: Compared) -> list[tuple[str | None, Interval, bool]]:
+    """Return [(text or target, interval, whether it is stable)] for a gate. It is empty if the metric was not measured."""
     changes, texts = candidate["differences"], texts_of(candidate["report"])
     if gate.attribute == "min_decode_speedup":
-        speeds = (changes and changes["speeds"]) or {}
-        return [(target, found["decode_speedup"]["value"]) for target, found in speeds.items()]
+        speeds, after = (changes and changes["speeds"]) or {}, speeds_of(candidate["report"])
+        return [(t, around(found["decode_speedup"]), not after[t]["unstable"]) for t, found in speeds.items()]
     if gate.attribute == "max_ppl_increase":
-        return [(t["text"], t["perplexity_ratio"]["value"] - 1) for t in (changes and changes["texts"]) or []]
+        return [(t["text"], around(t["perplexity_ratio"], less=1.0), True) for t in (changes and changes["texts"]) or []]
     key: Literal["kld", "top1"] = "kld" if gate.attribute == "max_kld" else "top1"
-    return [(t["protocol"]["text"], stat["value"]) for t in texts if (stat := t[key]) is not None]
+    return [(t["protocol"]["text"], around(stat, least=0.0), True) for t in texts if (stat := t[key]) is not None]
 
 
 def describe(result: GateResult) -> str:
-    """A result as text, as in 'small.gguf on wiki: --max-kld 0.1, measured 0.271'."""
+    """A result as text, as in 'small.gguf on wiki: --max-kld 0.1, measured 0.271 (0.25 to 0.292)'."""
     gate = next(g for g in GATES if g.option == result["gate"])
-    limit, value = (f"{v / gate.factor:.4g}{gate.unit}" for v in (result["limit"], result["value"]))
+    limit, value, low, high = (f"{v / gate.factor:.4g}{gate.unit}"
+                               for v in (result["limit"], result["value"], result["low"], result["high"]))
     where = f" on {result['text']}" if result["text"] else ""
-    return f"{result['artifact']}{where}: {gate.option} {limit}, measured {value}"
+    interval = "" if low == high else f" ({low} to {high})"
+    return f"{result['artifact']}{where}: {gate.option} {limit}, measured {value}{interval}"
+
+
+def verdict(result: GateResult) -> str:
+    """'passed', 'MISSED', or 'NOT DECIDED' if the limit lies inside the interval or the speed is unstable."""
+    return "passed" if result["passed"] else "NOT DECIDED" if result["answer"] == "maybe" else "MISSED"
 
 
 def enforce(results: list[GateResult]) -> None:
-    """Raise GateFailedError that lists every missed gate. Returns nothing if all gates passed."""
-    if missed := [describe(r) for r in results if not r["passed"]]:
-        raise GateFailedError(f"{len(missed)} of {len(results)} gates missed:\n  " + "\n  ".join(missed),
-                              "do not ship it, or change the gate on purpose")
+    """Raise GateFailedError that lists every gate that was not passed. Returns nothing if all gates passed."""
+    failed = [r for r in results if not r["passed"]]
+    if not failed:
+        return
+    undecided = sum(r["answer"] == "maybe" for r in failed)
+    count = f"{len(failed) - undecided} of {len(results)} gates missed" + (f", {undecided} not decided" if undecided else "")
+    hint = "do not ship it, or change the gate on purpose"
+    if undecided:
+        hint += "; what is not decided needs more text (llmc eval --chunks) or a quieter machine (llmc bench)"
+    raise GateFailedError(f"{count}:\n  " + "\n  ".join(f"{verdict(r)}: {describe(r)}" for r in failed), hint)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, TypedDict
 
-from llmc.evals.fit.schema import Bounds
+from llmc.evals.fit.schema import Answer, Bounds
 from llmc.evals.report.schema import Kld, Report, Stat, TaskDifference, TokenStat
 
 # --------------------------------------------------------------------------------------------------------------- compare
@@ -83,7 +83,10 @@ class GateResult(TypedDict):
     text: str | None  # name of the text or of the target
     limit: float  # share, nats or factor
     value: float  # in the unit of `limit`
-    passed: bool
+    low: float  # interval of the value, see llmc.evals.interval
+    high: float
+    answer: Answer  # maybe: not decided, because the limit lies inside the interval, or the speed is unstable
+    passed: bool  # answer is yes
 
 
 class Comparison(TypedDict):
@@ -116,8 +119,9 @@ class Verdict(TypedDict):
     limit: float | bool  # in the unit of its gate; a share for ppl_increase, True for stable
     figure: ShipFigure | None  # None: unknown
     source: str | None  # measured or estimate; None: unknown
+    answer: Answer  # maybe: not decided; unknown: not measured
     passed: bool
-    why: str  # reason why the gate was missed; empty: it passed
+    why: str  # reason why the gate was not passed; empty: it passed
 
 
 class Shipped(TypedDict):

@@ -12,8 +12,10 @@
       pi5:      {min_decode: 10, max_first_token: 3, max_ram: 2GB, max_kld: 0.1, min_top1: 80%, max_size: 1GB, stable: true}
       laptop:   {min_decode: 30, max_ppl_increase: 5%}
 
-A measured value that meets the limit passes a gate. An estimate passes only with `allow_estimates`, and only if the
-pessimistic end of its interval meets the limit. An emulated speed never passes. Every artifact is hashed again first.
+A measured value passes a gate if its whole interval meets the limit. If the limit lies inside the interval, the gate is not
+decided, and it does not pass (llmc.evals.interval; `llmc compare` has the same rule). An estimate passes only with
+`allow_estimates`, and only if the pessimistic end of its interval meets the limit. An emulated speed never passes. Every
+artifact is hashed again first.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from llmc.evals.compare.schema import Shipped, Shipping, Verdict
 from llmc.evals.fit import run as fits
 from llmc.evals.fit.config import FitConfig
 from llmc.evals.fit.schema import JudgedFigure, Name
+from llmc.evals.interval import UNDECIDED, around, meets
 from llmc.evals.quality.config import EvalConfig
 from llmc.evals.report.schema import Report
 from llmc.evals.report.sections import quality_of, speeds_of
@@ -206,12 +209,15 @@ def _result(target: str, name: Name, figure: JudgedFigure, gates: Gates) -> Verd
     """The result of a gate. Only the answer `yes` passes. An estimate passes only if the gates file allows estimates."""
     source = figure.get("source")
     passed = figure["answer"] == "yes" and (source == "measured" or gates.allow_estimates)
-    why = {"yes": "", "no": "the limit is missed", "unknown": "not measured", "maybe": "not certain"}[figure["answer"]]
+    why = {"yes": "", "no": "the limit is missed", "unknown": "not measured", "maybe": UNDECIDED}[figure["answer"]]
+    if figure["answer"] == "maybe" and "UNSTABLE" in figure["note"]:
+        why = "not decided: the speed is unstable"
     if figure["answer"] == "yes" and not passed:
         why = "only an estimate, and the gates file does not allow estimates"
     if figure["answer"] == "unknown" and name in ("decode", "first_token"):
         why = f"not measured on {target}" + ("" if gates.allow_estimates else " (an estimate is not allowed)")
-    return {"target": target, "gate": name, "limit": figure["limit"], "source": source, "passed": passed, "why": why,
+    return {"target": target, "gate": name, "limit": figure["limit"], "source": source,
+            "answer": figure["answer"], "passed": passed, "why": why,
             "figure": {"low": figure["low"], "mid": figure["mid"], "high": figure["high"], "note": figure["note"]}
             if "mid" in figure else None}
 
@@ -224,14 +230,14 @@ def _perplexity(target: str, limit: str, report: Report | None, baseline: Report
         check_comparable([baseline, report])
         found = differences(baseline, report)["texts"]
     if found is None:
-        return {"target": target, "gate": "ppl_increase", "limit": most, "source": None, "figure": None, "passed": False,
-                "why": "not measured for both this artifact and the first report's"}
+        return {"target": target, "gate": "ppl_increase", "limit": most, "source": None, "figure": None, "answer": "unknown",
+                "passed": False, "why": "not measured for both this artifact and the first report's"}
     worst = max((t["perplexity_ratio"] for t in found), key=lambda r: r["value"])
-    value, se = worst["value"] - 1, worst["se"] or 0.0
-    low, high = value - fits.TWO_SIGMA * se, value + fits.TWO_SIGMA * se
+    low, value, high = interval = around(worst, less=1.0)
+    answer = meets(interval, most, most=True)
     return {"target": target, "gate": "ppl_increase", "limit": most, "source": "measured",
-            "figure": {"low": low, "mid": value, "high": high, "note": ""}, "passed": high <= most,
-            "why": "" if high <= most else "not certain" if low <= most else "the limit is missed"}
+            "figure": {"low": low, "mid": value, "high": high, "note": ""}, "answer": answer, "passed": answer == "yes",
+            "why": {"yes": "", "maybe": UNDECIDED}.get(answer, "the limit is missed")}
 
 
 def _stable(target: str, report: Report | None) -> Verdict:
@@ -239,7 +245,8 @@ def _stable(target: str, report: Report | None) -> Verdict:
     doubts = (section["unstable"] if not section["target"]["emulated"] else ["emulated"]) if section else [
         f"not measured on {target}"]
     return {"target": target, "gate": "stable", "limit": True, "figure": None, "source": "measured" if section else None,
-            "passed": not doubts, "why": "; ".join(doubts)}
+            "answer": "no" if doubts and section else "unknown" if doubts else "yes", "passed": not doubts,
+            "why": "; ".join(doubts)}
 
 
 def _user() -> str:

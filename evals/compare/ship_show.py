@@ -21,7 +21,8 @@ def tables(result: Shipping) -> list[Table]:
     rows = [["artifact", "target", "gate", "limit", "figure", "source", "verdict"]]
     for a in result["artifacts"]:
         for r in a["results"]:
-            verdict = "passed" if r["passed"] else f"MISSED: {r['why']}"
+            verdict = "passed" if r["passed"] else r["why"].replace("not decided", "NOT DECIDED", 1) \
+                if r["answer"] == "maybe" else f"MISSED: {r['why']}"
             rows.append([a["name"], r["target"], NAMES[r["gate"]], _shown(r["gate"], r["limit"]), _figure(r),
                          r["source"] or "–", verdict])
     how = "an estimate may pass a gate" if result["allow_estimates"] else "an estimate never passes"

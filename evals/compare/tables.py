@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llmc.console import size
-from llmc.evals.compare.gates import describe
+from llmc.evals.compare.gates import describe, verdict
 from llmc.evals.compare.matrix import held
 from llmc.evals.compare.schema import Cell, Compared, Comparison, GateResult
 from llmc.evals.report.schema import BudgetText
@@ -33,13 +33,13 @@ def tables(comparison: Comparison) -> list[Table]:
 
 
 def _sizes(artifacts: list[Compared]) -> Table:
-    rows = [["artifact", "file", "of baseline", "bits/weight", "in decoder", "matrices"]]
+    rows = [["artifact", "file", "of baseline", "a token reads", "bits/weight", "in decoder", "matrices"]]
     for a in artifacts:
         w = a["report"]["artifact"]["size"]
         ratio = f"{a['differences']['size_ratio']:.1%}" if a["differences"] else "100%"
-        rows.append([a["name"], size(w["file_bytes"]), ratio, f"{w['bits_per_weight']:.2f}",
+        rows.append([a["name"], size(w["file_bytes"]), ratio, size(w["token_bytes"]), f"{w['bits_per_weight']:.2f}",
                      f"{w['decoder_bits_per_weight']:.2f}", matrices(w)])
-    return "Size", "in decoder: bits per weight of attention and MLP", rows
+    return "Size", "a token reads: weights, when decoding; in decoder: bits per weight of attention and MLP", rows
 
 
 def _quality(artifacts: list[Compared], index: int) -> Table:
@@ -154,5 +154,5 @@ def _star(c: Cell) -> str:
 
 def gates_table(results: list[GateResult]) -> Table:
     """A row for each gate of each candidate."""
-    rows = [["gate", "verdict"], *([describe(r), "passed" if r["passed"] else "MISSED"] for r in results)]
-    return "Gates", "each gate is checked for every candidate, text and target", rows
+    rows = [["gate", "verdict"], *([describe(r), verdict(r)] for r in results)]
+    return "Gates", "each gate is checked for every candidate, text and target; the whole interval must meet the limit", rows

@@ -37,7 +37,8 @@ def _by_decode(model: Model, rates: Rates, limits: Limits, context: int) -> floa
     total = sum(model.token_bytes.values())
     rate = total / sum(n / r for n, r in zip(model.token_bytes.values(), low, strict=True))
     seconds = 1 / limits["decode"][0] - model.layers * rates.layer_seconds[2] - model.kv_bytes(context) / rates.read[OTHER][0]
-    return max(0.0, seconds * rate) + (model.file_bytes - total)
+    held = sum(model.held_bytes.values())  # a token reads this share of it: total / held
+    return max(0.0, seconds * rate) * held / total + (model.file_bytes - held)
 
 
 def _by_ram(model: Model, limits: Limits, context: int) -> float | None:
@@ -45,7 +46,7 @@ def _by_ram(model: Model, limits: Limits, context: int) -> float | None:
     if "ram" not in limits:
         return None
     high = memory(model, context)[2]
-    return max(0.0, model.file_bytes * (1 - (high - limits["ram"][0]) / (model.file_bytes + sum(model.token_bytes.values()))))
+    return max(0.0, model.file_bytes * (1 - (high - limits["ram"][0]) / (model.file_bytes + sum(model.held_bytes.values()))))
 
 
 def _types(model: Model, file_bytes: float, what: str) -> Iterator[str]:
@@ -54,7 +55,7 @@ def _types(model: Model, file_bytes: float, what: str) -> Iterator[str]:
     # embedding and lm_head get 8 bits, or keep their types if these are smaller
     eight = 34 / 32 * model.vocabulary * model.heads * (model.cache["head_dim"] if model.cache else 128)
     rest = min(model.file_bytes - model.decoder_bytes, eight)
-    bits = 8 * (file_bytes - rest) / max(1, model.prefill_weights)
+    bits = 8 * (file_bytes - rest) / max(1, model.decoder_weights or model.prefill_weights)
     fitting = [t for t in BLOCK_TYPES.values() if t.bits_per_weight <= bits]
     if not fitting:
         yield (f"{why}, the file may have at most {size(max(0.0, file_bytes))}. This leaves {max(0.0, bits):.2f} bits per "

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from llmc.errors import UserError
 from llmc.evals.fit.schema import Bounds, Estimate, LeftOut
+from llmc.evals.interval import Interval
 from llmc.evals.report.schema import Facts
 from llmc.formats import kv
 from llmc.formats.artifacts.table import artifact_at, format_of
@@ -31,9 +32,6 @@ from llmc.formats.kv import KvShape
 
 if TYPE_CHECKING:
     from llmc.runtimes.targets.profile import Profile
-
-Interval = tuple[float, float, float]
-"""Low, middle, high."""
 
 # Margin for a device profile: boards, cooling and builds differ from those of the published measurements.
 BELOW, ABOVE = 0.85, 1.15
@@ -56,8 +54,9 @@ class Model:
     """The properties of an artifact that decide its speed.
 
     token_bytes: bytes by stored type of the weights that a decoded token reads. prefill_weights: number of weights that a
-    prompt token uses (attention and MLP). decoder_bytes: bytes of these weights. cache: shape of the KV cache
-    (Artifact.kv_shape), None if the file lacks it.
+    prompt token uses (attention and MLP). Of experts that a router chooses, both count the chosen ones only. cache: shape of
+    the KV cache (Artifact.kv_shape), None if the file lacks it. decoder_bytes, decoder_weights: of attention and MLP in the
+    file, all experts. read_bytes: as token_bytes, with all experts; empty: token_bytes.
     """
 
     name: str
@@ -69,6 +68,13 @@ class Model:
     vocabulary: int
     cache: KvShape | None = None
     decoder_bytes: int = 0
+    decoder_weights: int = 0
+    read_bytes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def held_bytes(self) -> dict[str, int]:
+        """Bytes by stored type of the weights that the runtime holds for matrix products: all experts."""
+        return self.read_bytes or self.token_bytes
 
     def kv_bytes(self, tokens: int, type: str = "f16") -> int:
         """Bytes of K and V of all layers with `tokens` tokens in the cache."""
@@ -170,7 +176,7 @@ def memory(model: Model, context: int) -> Interval:
     repacks on some CPU.
     """
     least = float(model.file_bytes + model.kv_bytes(context) + 4 * min(MICRO_BATCH, context) * model.vocabulary)
-    some, more = (sum(n for kind, n in model.token_bytes.items() if kind in kinds)
+    some, more = (sum(n for kind, n in model.held_bytes.items() if kind in kinds)
                   for kinds in (REPACKED, REPACKED_SOMEWHERE))
     return least, least + PROCESS + some, least + 1.5 * PROCESS + more
 
@@ -292,11 +298,14 @@ def model_of(artifact: Path) -> Model:
         raise UserError(f"{artifact} is a checkpoint folder, not an exported file: torch unpacks its weights when it runs",
                         "export it first, and estimate the .gguf file or the ONNX folder")
     weight, found = opened.weigh(), opened.tensors()
-    read: dict[str, int] = {}
+    token: dict[str, int] = {}
+    held: dict[str, int] = {}
     for t in found:
-        if weight["tied"] or t.kind != "embedding":
-            read[t.type] = read.get(t.type, 0) + t.nbytes
+        if t.used and (weight["tied"] or t.kind != "embedding"):
+            token[t.type] = token.get(t.type, 0) + t.token_bytes
+            held[t.type] = held.get(t.type, 0) + t.nbytes
     decoder = [t for t in found if t.kind in ("attention", "mlp")]
-    return Model(name=artifact.name, file_bytes=weight["file_bytes"], token_bytes=read, **opened.shape(),
-                 prefill_weights=sum(t.parameters for t in decoder), cache=opened.kv_shape(),
-                 decoder_bytes=sum(t.nbytes for t in decoder))
+    return Model(name=artifact.name, file_bytes=weight["file_bytes"], token_bytes=token, **opened.shape(),
+                 prefill_weights=sum(t.token_parameters for t in decoder), cache=opened.kv_shape(),
+                 decoder_bytes=sum(t.nbytes for t in decoder), decoder_weights=sum(t.parameters for t in decoder),
+                 read_bytes=held)

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from llmc.errors import UserError
 from llmc.evals.fit.config import FitConfig
-from llmc.evals.fit.estimate import Interval, Model, Rates, estimate, is_exported, memory, model_of
+from llmc.evals.fit.estimate import Model, Rates, estimate, is_exported, memory, model_of
 from llmc.evals.fit.schema import Answer, Fit, FitTarget, Judged, JudgedFigure, Limits, Name
+from llmc.evals.interval import Interval, around, meets
 from llmc.evals.report.schema import Facts, Report, Speed, Spread
 from llmc.evals.report.sections import speed_on, texts_of, tokens_held
 from llmc.evals.shared_options import parse_bytes, parse_number
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from llmc.runtimes.targets.target import Target
 
 ORDER: tuple[Answer, ...] = ("no", "unknown", "maybe", "yes")  # from worst to best; a candidate gets its worst answer
-TWO_SIGMA = 2.0
 
 
 @dataclass(frozen=True)
@@ -92,12 +92,7 @@ def answer(figure: Figure | None, limit: float, most: bool) -> Answer:
     """Whether the value meets the limit. most: the limit is an upper one. An unstable measurement gives `maybe`."""
     if figure is None:
         return "unknown"
-    low, _, high = figure.interval
-    best, worst = (low, high) if most else (high, low)
-    meets: Callable[[float], bool] = (lambda v: v <= limit) if most else (lambda v: v >= limit)
-    if "UNSTABLE" in figure.note:
-        return "maybe"
-    return "yes" if meets(worst) else "maybe" if meets(best) else "no"
+    return "maybe" if "UNSTABLE" in figure.note else meets(figure.interval, limit, most)
 
 
 def judge(c: Candidate, target: str, rates: LazyRates, limits: Limits, config: FitConfig,
@@ -116,7 +111,8 @@ def judge(c: Candidate, target: str, rates: LazyRates, limits: Limits, config: F
             found["limit"], found["answer"] = limit, answer(figure, limit, most)
         figures[name] = found
     given = [f["answer"] for f in figures.values() if "answer" in f]
-    return {"name": c.name, "fits": min(given, key=ORDER.index, default="yes"), "figures": figures}
+    read = sum(c.model.token_bytes.values()) if c.model else c.report["artifact"]["size"]["token_bytes"] if c.report else None
+    return {"name": c.name, "token_bytes": read, "fits": min(given, key=ORDER.index, default="yes"), "figures": figures}
 
 
 # --------------------------------------------------------------------------------------------------------------- figures
@@ -172,12 +168,12 @@ def _ram(c: Candidate, target: str, rates: LazyRates | None, config: FitConfig) 
 def _quality(key: Literal["kld", "top1"], c: Candidate, target: str, rates: LazyRates | None,
              config: FitConfig) -> Figure | None:
     """The value of the worst text, plus and minus two standard errors."""
-    found = [(stat["value"], stat["se"] or 0.0, t["protocol"]["text"])
+    found = [(stat["value"], around(stat, least=0.0), t["protocol"]["text"])
              for t in texts_of(c.report) if (stat := t[key]) is not None]
     if not found:
         return None
-    value, se, text = (max if key == "kld" else min)(found, key=lambda f: f[0])
-    return Figure((value - TWO_SIGMA * se, value, value + TWO_SIGMA * se), "measured", text)
+    _, interval, text = (max if key == "kld" else min)(found, key=lambda f: f[0])
+    return Figure(interval, "measured", text)
 
 
 def _size(c: Candidate, target: str, rates: LazyRates | None, config: FitConfig) -> Figure | None:

@@ -73,6 +73,7 @@ class Judged(TypedDict):
     """A candidate on one target."""
 
     name: str
+    token_bytes: int | None  # of weights that decoding one token reads, not the size of the file; None: unknown
     fits: Answer  # the worst answer of its metrics
     figures: dict[Name, JudgedFigure]
 

@@ -11,7 +11,7 @@ from llmc.evals.report.show import table
 MARKS = {"yes": "yes", "no": "NO", "maybe": "maybe", "unknown": "not measured"}
 _UNITS: dict[Name, tuple[str, Callable[[float], str]]] = {
     "decode": ("decode tok/s", lambda v: f"{v:.3g}"), "first_token": ("first token s", lambda v: f"{v:.3g}"),
-    "kld": ("KLD", lambda v: f"{v:.4f}"), "top1": ("top-1", lambda v: f"{v:.1%}"),
+    "kld": ("KLD", lambda v: f"{v:z.4f}"), "top1": ("top-1", lambda v: f"{v:.1%}"),
     "ram": ("memory", size), "size": ("file", size),
 }
 
@@ -31,8 +31,9 @@ def describe(figure: JudgedFigure, name: Name) -> str:
 def rows(target: FitTarget) -> list[list[str]]:
     """The table of one target: a heading, then a row for each candidate."""
     names = list(dict.fromkeys(n for c in target["candidates"] for n in c["figures"]))
-    head = ["candidate", "fits", *(_UNITS[n][0] for n in names)]
-    body = ([c["name"], MARKS[c["fits"]], *(describe(c["figures"][n], n) for n in names)] for c in target["candidates"])
+    head = ["candidate", "fits", "a token reads", *(_UNITS[n][0] for n in names)]
+    body = ([c["name"], MARKS[c["fits"]], "–" if c["token_bytes"] is None else size(c["token_bytes"]),
+             *(describe(c["figures"][n], n) for n in names)] for c in target["candidates"])
     return [head, *body]
 
 

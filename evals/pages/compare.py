@@ -45,7 +45,8 @@ def _card(artifact: Compared, index: int) -> dict[str, Any]:
     report, changes = artifact["report"], artifact["differences"]
     weight = report["artifact"]["size"]
     ratio = f" ({changes['size_ratio']:.0%})" if changes else ""
-    facts = [("file", f"{size(weight['file_bytes'])}{ratio}"), ("bits per weight", f"{weight['bits_per_weight']:.2f}")]
+    facts = [("file", f"{size(weight['file_bytes'])}{ratio}"), ("a token reads", size(weight["token_bytes"])),
+             ("bits per weight", f"{weight['bits_per_weight']:.2f}")]
     for i, t in enumerate(texts_of(report)):
         paired = changes["texts"][i] if changes and changes["texts"] else None
         ppl = pm(t["perplexity"], 2) + (f" ({paired['perplexity_ratio']['value'] - 1:+.1%})" if paired else "")

@@ -33,12 +33,12 @@ def nll(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
 def divergence(base: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """KL(base || other) of each row in nats, float32 [n]; whether both give the same token the highest logit, bool [n].
 
-    base, other: logits [n, vocab].
+    base, other: logits [n, vocab]. A divergence is never negative: what float32 leaves below zero counts as 0.
     """
     kld = np.empty(len(base), dtype=np.float32)
     for i in range(0, len(base), ROWS):
         p, q = log_softmax(base[i : i + ROWS]), log_softmax(other[i : i + ROWS])
-        kld[i : i + ROWS] = (np.exp(p) * (p - q)).sum(axis=1, dtype=np.float64)
+        kld[i : i + ROWS] = (np.exp(p) * (p - q)).sum(axis=1, dtype=np.float64).clip(min=0)
     return kld, base.argmax(axis=1) == other.argmax(axis=1)
 
 

@@ -19,7 +19,7 @@ def pm(stat: Stat | None, digits: int = 3, factor: float = 1.0, unit: str = "", 
     """{value, se} as '28.69 ± 0.41', multiplied by `factor`. None gives '–'. Without a standard error, ± is left out."""
     if stat is None:
         return "–"
-    text = f"{stat['value'] * factor:{'+' if sign else ''}.{digits}f}"
+    text = f"{stat['value'] * factor:{'+' if sign else 'z'}.{digits}f}"  # z: no minus before a rounded zero
     if (se := stat["se"]) is not None:
         text += f" ± {se * factor:.{digits}f}"
     return text + (f" {unit}" if unit else "")

@@ -6,17 +6,14 @@ import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Kind
-from gguf.quants import quantize
 
 from llmc.errors import UserError
 from llmc.formats import packing
 from llmc.formats.quantized import Quantized, as_blocks
-from llmc.formats.types import BLOCK_TYPES, BlockTensor, BlockType, IntegerType
-from llmc.rounding.q6_k import round_q6_k
-from llmc.rounding.rtn import rtn
+from llmc.formats.types import BlockType, IntegerType
+from llmc.rounding.tables import CHUNK, round_rows
 
 BLOCK = 32
-CHUNK = 1 << 22  # weights encoded at once: bounds the temporaries to a few tens of megabytes
 BYTES = np.dtype(np.uint8)
 
 
@@ -71,13 +68,10 @@ def _encode_rows(name: str, t: torch.Tensor, kind: Kind) -> np.ndarray:
             raise UserError(f"{name} holds values beyond {np.finfo(np.float16).max:g}, which f16 cannot",
                             "choose bf16 or f32 for it (--float-type, --embedding)")
         return half.view(BYTES)
-    if kind == Kind.Q8_0:
-        return quantize(x, kind)  # the gguf package writes the same bits as llama-quantize
-    if kind == Kind.Q6_K:
-        return packing.pack(round_q6_k(x))
-    q = rtn(torch.from_numpy(x), BLOCK_TYPES[kind.name.lower()])
-    assert isinstance(q, BlockTensor)
-    return packing.pack(q)
+    try:
+        return packing.pack(round_rows(t, kind.name.lower()))
+    except ValueError as e:
+        raise UserError(f"{name} has {e}", "choose bf16 or f32 for it (--float-type, --embedding)") from e
 
 
 def encode(name: str, source: Quantized | torch.Tensor, kind: Kind) -> np.ndarray:

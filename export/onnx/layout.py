@@ -22,6 +22,7 @@ BLOCK = 32
 MOST = 128  # larger blocks are slow or wrong in some kernels, so they are split and their scale is repeated
 LEAST = 16  # MatMulNBits takes powers of two from 16 on
 BLOCK_TYPES = {"q4_0": 4, "q4_1": 4, "q8_0": 8}  # q4_1 only if its minimums are whole steps
+ROUNDED = {4: "q4_0", 8: "q8_0"}  # the type to which a float matrix is rounded at the export, by its bits
 
 
 def held_as(qtype: IntegerType | BlockType) -> IntegerType | None:
@@ -51,26 +52,6 @@ def exact(q: QuantizedTensor | BlockTensor) -> QuantizedTensor | None:
     if not bool(((zeros >= 0) & (zeros <= qtype.max_code) & (d * zeros == -m)).all()):
         return None
     return QuantizedTensor(qtype, q.codes, q.d, zeros.to(torch.uint8))
-
-
-def round_to(w: torch.Tensor, bits: int) -> QuantizedTensor:
-    """float [N, K] rounded in blocks of 32 to the same codes as GGUF's Q8_0 and Q4_0 (ggml-quants.c of llama.cpp).
-
-    8 bits: d = max |w| / 127. 4 bits: d = the weight of largest magnitude / -8. Codes use d in float32, the file stores
-    float16."""
-    assert bits in (4, 8)
-    groups = w.to(torch.float32).reshape(w.shape[0], -1, BLOCK)
-    if bits == 8:
-        d = groups.abs().amax(-1) / 127
-    else:
-        d = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1) / -8
-    inverse = torch.where(d == 0, torch.zeros_like(d), 1 / d).unsqueeze(-1)
-    scaled = groups * inverse
-    if bits == 8:  # half away from zero
-        codes = torch.trunc(scaled + torch.copysign(torch.full_like(scaled, 0.5), scaled)) + 128
-    else:
-        codes = torch.trunc(scaled + 8.5).clamp(0, 15)
-    return QuantizedTensor(IntegerType(bits, BLOCK), codes.to(torch.uint8).view(w.shape), d.to(torch.float16))
 
 
 def pack(values: np.ndarray, bits: int) -> np.ndarray:

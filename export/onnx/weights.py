@@ -16,6 +16,7 @@ from llmc.formats import quantized
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.manifest import read_manifest
 from llmc.formats.types import BlockType, IntegerType, QuantizedTensor
+from llmc.rounding.tables import round_table
 
 Form = IntegerType | str  # the type of the codes, or 'fp32', 'fp16' or W8A8
 W8A8 = "w8a8"
@@ -134,7 +135,12 @@ class Weights:
             return q
         w = self.ckpt.tensor(f"{module}.weight")
         if isinstance(form, IntegerType):
-            return _finite(module, layout.round_to(w, form.bits))
+            try:
+                q = layout.exact(round_table(w, layout.ROUNDED[form.bits]))
+            except ValueError as e:
+                raise UserError(f"{module} has {e}", "use --dtype fp32, or --head-bits 16") from e
+            assert q is not None
+            return q
         if form == W8A8:
             return _finite(module, w8a8.round_rows(w))
         stored = w.to(torch.float32 if form == "fp32" else torch.float16)

@@ -36,8 +36,6 @@ def examine() -> dict[str, Any]:
     Returns {'ok' (the core works), 'machine', 'devices', 'disk' (bytes free), 'runtimes' (None: not installed), 'packages',
     'missing' (each {'what', 'why', 'install'})}.
     """
-    import psutil
-
     telemetry_off()
     packages = {extra: {d: _package(d, module) for d, module in group.items()} for extra, group in PACKAGES.items()}
     problems = {extra: {d: p["problem"] for d, p in group.items() if p["problem"]} for extra, group in packages.items()}
@@ -45,7 +43,7 @@ def examine() -> dict[str, Any]:
     runtimes = {name: look() if _works(packages, d) else None for name, (d, look) in RUNTIMES.items()}
     return {
         "ok": ok,
-        "machine": {**machine.describe(), "memory_available": psutil.virtual_memory().available},
+        "machine": {**machine.describe(), "memory_available": machine.free_memory()},
         "devices": runtimes["torch"]["devices"] if runtimes["torch"] else [],
         "disk": {"here": shutil.disk_usage(Path.cwd()).free, "cache": _free(cache_folder())},
         "runtimes": runtimes,

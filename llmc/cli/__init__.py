@@ -24,6 +24,20 @@ from llmc.errors import UserError
 BUG = 70  # EX_SOFTWARE of sysexits.h; Python's own 1 would look like a failed gate
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 
+# in errors of torch, C++, ONNX Runtime and llama.cpp
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "not enough memory", "bad_alloc", "bad allocation",
+                 "Failed to allocate memory", "failed to allocate")
+MORE_MEMORY = "use a machine with more memory"
+# What lowers the memory that a command needs; the others have no such option.
+LESS_MEMORY = {
+    **dict.fromkeys(("quantize", "transform", "prune", "imatrix"), "lower --samples or --seq-len"),
+    **dict.fromkeys(("heal", "distill"), "lower --batch or --seq-len, or add --checkpointing"),
+    **dict.fromkeys(("eval", "compare", "fit"), "lower --context"),
+    "bench": "lower --prompt and --depth", "generate": "lower --max-tokens, or give a shorter prompt",
+    "run": "use a smaller model, or lower --samples, --batch or --context of the step that failed",
+    "sweep": "use a smaller model, or lower --samples, --batch or --context of the step that failed",
+}
+
 app = typer.Typer(
     name="llmc", cls=Llmc, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -65,14 +79,15 @@ def _options(
             warnings.simplefilter("ignore")
 
 
-def _explain(error: BaseException) -> UserError | None:
+def _explain(error: BaseException, command: str | None = None) -> UserError | None:
     """The UserError for an error of Python or a library that the user can fix; None for a bug."""
     if isinstance(error, UserError):
         return error
     text = str(error)
     # torch and safetensors raise errors of their own for both conditions: only the text tells them
-    if isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text:
-        return UserError("out of memory", "close other programs, or lower --samples or --seq-len")
+    no_memory = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    if no_memory or any(words in text for words in OUT_OF_MEMORY):
+        return UserError("out of memory", f"close other programs, or {LESS_MEMORY.get(command or '', MORE_MEMORY)}")
     if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left on device" in text:
         return UserError(f"the disk is full: {text}", "free some space or choose another disk with -o")
     if isinstance(error, PermissionError):
@@ -87,6 +102,9 @@ class _Boundary:
     """Turns every exception of a command into lines on stderr and an exit code. A bug keeps its traceback."""
 
     code = 0
+
+    def __init__(self, command: str | None) -> None:
+        self.command = command
 
     def __enter__(self) -> _Boundary:
         return self
@@ -104,7 +122,7 @@ class _Boundary:
             with suppress(OSError):
                 show()
             self.code = 2
-        elif (known := _explain(error)) is not None:
+        elif (known := _explain(error, self.command)) is not None:
             tell(f"error: {known.problem}\n" + (f"next: {known.hint}\n" if known.hint else ""))
             self.code = known.exit_code
         else:
@@ -116,7 +134,8 @@ class _Boundary:
 
 def run(args: list[str] | None = None) -> int:
     """Run one command line (default: this process's) and return its exit code."""
-    with _Boundary() as boundary:
+    given = sys.argv[1:] if args is None else args
+    with _Boundary(next((a for a in given if not a.startswith("-")), None)) as boundary:
         # Outside standalone mode typer returns the code of typer.Exit, and turns Ctrl-C into Exit(130); commands
         # themselves return None.
         boundary.code = app(args, prog_name="llmc", standalone_mode=False) or 0

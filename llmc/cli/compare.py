@@ -24,7 +24,9 @@ def compare(
 ) -> None:
     """Compare reports: print a table, write a page with charts, and check gates. A missed gate gives exit code 1.
 
-    Gates apply to every candidate and every text. Reports with different protocols are refused.
+    Gates apply to every candidate and every text. A gate passes if the whole interval (two standard errors) meets the limit.
+    If the limit lies inside the interval, the gate is not decided; the exit code is 1 too. Reports with different protocols
+    are refused.
     """
     from llmc.console import say
     from llmc.errors import UserError

@@ -44,5 +44,5 @@ def outcome(r: dict[str, Any]) -> str:
     if "error" in r:
         return f"mean held-out layer error {100 * r['error']['before']:.2f} -> {100 * r['error']['after']:.2f} %, {moved}"
     before, after = r["kld"]["before"], r["kld"]["after"]
-    return (f"held-out KLD {before:.4f} -> {after:.4f} ({after / before:.2f}x) at step {r['best_step']} of {r['steps']}, "
+    return (f"held-out KLD {before:z.4f} -> {after:z.4f} ({after / before:.2f}x) at step {r['best_step']} of {r['steps']}, "
             f"{moved}")

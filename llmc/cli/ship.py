@@ -28,7 +28,9 @@ def ship(
       targets:
         pi5: {min_decode: 10, max_first_token: 3, max_ram: 2GB, max_kld: 0.1, min_top1: 80%, stable: true}
 
-    A measured figure can pass a gate. An estimate can pass only with `allow_estimates: true`, and emulated speed never.
+    A measured figure passes a gate if its whole interval meets the limit. If the limit lies inside the interval, the gate is
+    not decided, and the artifact may not ship. An estimate can pass only with `allow_estimates: true`, and emulated speed
+    never.
     """
     from llmc.console import say
     from llmc.evals.compare.ship import check_summary, read_gates

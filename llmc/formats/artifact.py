@@ -34,7 +34,9 @@ class Size(TypedDict):
     parameters: int  # number of weights of all tensors
     bits_per_weight: float  # 8 * tensor_bytes / parameters
     decoder_bits_per_weight: float  # of attention and MLP matrices only
-    token_bytes: int  # that decoding one token reads: all tensors except an untied embedding
+    # that decoding one token reads: all tensors except an untied embedding and the experts that the token does not use
+    token_bytes: int
+    token_parameters: NotRequired[int]  # number of these weights; missing in reports of earlier versions
     tied: bool  # the embedding is also the head
     types: dict[str, int]  # bytes by stored type
     matrices: NotRequired[dict[str, int]]  # number of matrices by stored type; missing in reports of earlier versions
@@ -130,12 +132,13 @@ class Artifact(ABC):
         parameters = sum(t.parameters for t in found)
         decoder = [classes["attention"], classes["mlp"]]
         decoder_parameters = sum(c["parameters"] for c in decoder)
+        read = [t for t in found if tied or t.kind != "embedding"]
         return {
             "file_bytes": sum(p.stat().st_size for p in self.weight_files()),
             "tensor_bytes": tensor_bytes, "parameters": parameters,
             "bits_per_weight": 8 * tensor_bytes / parameters,
             "decoder_bits_per_weight": 8 * sum(c["bytes"] for c in decoder) / max(1, decoder_parameters),
-            "token_bytes": tensor_bytes - (0 if tied else classes["embedding"]["bytes"]),
+            "token_bytes": sum(t.token_bytes for t in read), "token_parameters": sum(t.token_parameters for t in read),
             "tied": tied, "types": dict(sorted(types.items())), "matrices": dict(sorted(matrices.items())),
             "classes": classes,
         }

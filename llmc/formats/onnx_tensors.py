@@ -4,17 +4,37 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from llmc.families.names import classify
+from llmc.formats.experts import share, share_of_config, used_of
 from llmc.formats.onnx_folder import OnnxFolder, attributes, elements
 from llmc.formats.tensors import Tensor
 
 ROW_READERS = ("Gather", "GatherBlockQuantized")  # operators that read rows of their first input
+# QMoE (com.microsoft, docs/ContribOperators.md of ONNX Runtime): inputs (codes, scales, zero points) of its three products
+QMOE = ((2, 3, 11), (5, 6, 12), (8, 9, 13))
 
 
 def tensors(source: OnnxFolder) -> Iterator[Tensor]:
     """Every weight, in the graph's order. A matrix that is both embedding and head counts as embedding."""
+    chosen = _chosen(source)
+    by_config = share_of_config(source.config | source.config.get("text_config", {}))
+    for initializer, tensor in _stored(source):
+        yield replace(tensor, used=chosen.get(initializer) or used_of(tensor.name, by_config))
+
+
+def _chosen(source: OnnxFolder) -> dict[str, float]:
+    """{initializer: share of the experts that a token uses} of the inputs of the operators MoE and QMoE."""
+    sizes = {t.name: t for t in source.proto.graph.initializer}
+    return {name: share(int(sizes[name].dims[0]), attributes(node).get("k", 1))
+            for node in source.proto.graph.node if node.op_type in ("MoE", "QMoE")
+            for name in node.input[2:] if name in sizes and sizes[name].dims}
+
+
+def _stored(source: OnnxFolder) -> Iterator[tuple[str, Tensor]]:
+    """(name of its initializer, the weight) of every weight."""
     from onnx import TensorProto
 
     packed = _packed(source)
@@ -25,11 +45,11 @@ def tensors(source: OnnxFolder) -> Iterator[Tensor]:
         if name in packed:
             label, kind, parameters, names = packed[name]
             nbytes = sum(source.spans[n].length for n in names)
-            yield Tensor(label, "embedding" if name in embeddings else classify(label), kind, parameters, nbytes)
+            yield name, Tensor(label, "embedding" if name in embeddings else classify(label), kind, parameters, nbytes)
         elif name not in parts:
             kind = TensorProto.DataType.Name(tensor.data_type).replace("FLOAT", "F32" if tensor.data_type == 1 else "F")
-            yield Tensor(name, "embedding" if name in embeddings else classify(name), kind, elements(tensor),
-                         source.spans[name].length)
+            yield name, Tensor(name, "embedding" if name in embeddings else classify(name), kind, elements(tensor),
+                               source.spans[name].length)
 
 
 def _packed(source: OnnxFolder) -> dict[str, tuple[str, str, int, list[str]]]:
@@ -43,6 +63,8 @@ def _packed(source: OnnxFolder) -> dict[str, tuple[str, str, int, list[str]]]:
             readers.setdefault(name, []).append(node)
     found: dict[str, tuple[str, str, int, list[str]]] = {}
     for node in source.proto.graph.node:
+        if node.op_type == "QMoE":
+            found |= dict(_experts(node, sizes))
         at = {"MatMulNBits": 1, "MatMulInteger": 1, "GatherBlockQuantized": 0, "DequantizeLinear": 0}.get(node.op_type)
         if at is None or node.input[at] not in sizes:
             continue
@@ -67,6 +89,18 @@ def _packed(source: OnnxFolder) -> dict[str, tuple[str, str, int, list[str]]]:
         known = found.setdefault(codes.name, (label, kind, parameters, []))[3]
         known += [n for n in names if n not in known]  # two nodes use a tied embedding
     return found
+
+
+def _experts(node: Any, sizes: dict[str, Any]) -> Iterator[tuple[str, tuple[str, str, int, list[str]]]]:
+    """The items of `_packed` for one QMoE: each of its matrices holds all experts, [experts, out, bytes of a row]."""
+    a = attributes(node)
+    bits = a.get("expert_weight_bits", 4)
+    block = f" block {a['block_size']}" if a.get("block_size") else ""
+    for places in QMOE:
+        names = [n for i in places if i < len(node.input) and (n := node.input[i]) in sizes]
+        if names and names[0] == node.input[places[0]]:
+            kind = f"int{bits}{block}" + (" asym" if len(names) > 2 else "")
+            yield names[0], (names[0], kind, elements(sizes[names[0]]) * (8 // bits), names)
 
 
 def _factors(node: Any, readers: dict[str, list[Any]]) -> list[str]:

@@ -16,3 +16,13 @@ class Tensor:
     """'F32', 'BF16', 'Q4_0', 'GPTQ int4', …; llmc's blocks have their GGUF type's name."""
     parameters: int
     nbytes: int
+    used: float = 1.0
+    """The share of it that decoding a token reads (see llmc.formats.experts). The token embedding has 1."""
+
+    @property
+    def token_bytes(self) -> int:
+        return round(self.nbytes * self.used)
+
+    @property
+    def token_parameters(self) -> int:
+        return round(self.parameters * self.used)

@@ -40,7 +40,7 @@ def tables(result: SweepReport) -> list[Table]:
               "in one; ? marks an unstable speed", filled(rows))]
     variants = [["variant", "gates", "time of its steps", "failed"]]
     for v in result["variants"]:
-        missed = [gates.describe(g) for g in v.get("gates", []) if not g["passed"]]
+        missed = [f"{gates.verdict(g)}: {gates.describe(g)}" for g in v.get("gates", []) if not g["passed"]]
         verdict = "; ".join(missed) or ("passed" if v.get("gates") else "–")
         took = duration(v["seconds"]) if "seconds" in v else "–"
         variants.append([v["variant"], verdict, took, "; ".join(v["failed"]) or "–"])

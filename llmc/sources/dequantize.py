@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmc import closure
 from llmc.console import say, warn
 from llmc.errors import UserError
 from llmc.files import cache_folder, check_disk, sha256, work_folder
@@ -29,12 +32,15 @@ GO_BACK = "start from the Hugging Face folder it was made from"
 
 
 def dequantized_folder(file: Path) -> Path:
-    """The float16 Hugging Face folder of a .gguf file, in the cache. It is made once for each content."""
+    """The float16 Hugging Face folder of a .gguf file, in the cache. It is made once for each content, code of llmc and
+    version of the packages that read the file."""
     if (found := len(parts(file))) > 1:
         raise UserError(f"{file} is the first of {found} parts, which transformers cannot read", MERGE)
     check_runnable(file)
     digest = sha256(file)
-    out = cache_folder() / "dequantized" / digest[:16] / f"{file.stem}-f16"
+    made = "".join([closure.digest(__name__), *(version(p) for p in ("torch", "transformers", "gguf"))])
+    key = f"{digest[:16]}-{hashlib.sha256(made.encode()).hexdigest()[:8]}"
+    out = cache_folder() / "dequantized" / key / f"{file.stem}-f16"
     if not (out / MANIFEST).is_file():
         with work_folder(out, ANOTHER_CACHE) as work:
             source = {**_dequantize(file, work), "files": {file.name: digest}}

@@ -67,12 +67,13 @@ def kernel_rates(types: set[str], threads: int, cache: Path | None = None) -> di
 
 
 def _cached(cache: Path | None, threads: int) -> dict[str, Any]:
-    """The earlier measurements, if they are of the same CPU, llama.cpp version and number of threads."""
+    """The earlier measurements, if they are of the same CPU, llama.cpp version, code of llmc and number of threads."""
     from importlib.metadata import version
 
+    from llmc.closure import digest
     from llmc.machine import cpu_model
 
-    head = {"threads": threads, "cpu": cpu_model(), "version": version("llama-cpp-python")}
+    head = {"threads": threads, "cpu": cpu_model(), "version": version("llama-cpp-python"), "code": digest(__name__)}
     if cache is not None:
         from llmc.files import read_note
 

@@ -54,10 +54,19 @@ class FolderArtifact(Artifact):
         return list(self._tensors())
 
     def _tensors(self) -> Iterator[Tensor]:
+        from dataclasses import replace
+
+        from llmc.formats.experts import share_of_config, used_of
+
+        ckpt = self._open()
+        used = share_of_config(self._config(ckpt.config))
+        return (replace(t, used=used_of(t.name, used)) for t in self._stored(ckpt))
+
+    @staticmethod
+    def _stored(ckpt: Checkpoint) -> Iterator[Tensor]:
         from llmc.families.names import classify
         from llmc.formats.tensors import Tensor
 
-        ckpt = self._open()
         quantization = ckpt.quantization or {}
         bits = quantization.get("bits", 0)
         for name in ckpt.names():

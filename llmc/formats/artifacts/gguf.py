@@ -45,9 +45,11 @@ class GgufArtifact(Artifact):
 
     def tensors(self) -> list[Tensor]:
         from llmc.families.names import classify
+        from llmc.formats.experts import share, used_of
         from llmc.formats.tensors import Tensor
 
-        return [Tensor(t.name, classify(t.name), t.tensor_type.name, int(t.n_elements), int(t.n_bytes))
+        used = share(self._own("expert_count"), self._own("expert_used_count"))
+        return [Tensor(t.name, classify(t.name), t.tensor_type.name, int(t.n_elements), int(t.n_bytes), used_of(t.name, used))
                 for t in self._entries()]
 
     def _entries(self) -> list[ReaderTensor]:
