@@ -26,6 +26,7 @@ from llmc.formats.artifacts.table import artifact_at
 from llmc.formats.manifest import read_manifest
 from llmc.machine import physical_cores
 from llmc.overlap import overlap
+from llmc.places import check_place
 from llmc.runtimes.base import NoTokenizerError, Runtime
 from llmc.runtimes.open import open_runtime
 from llmc.runtimes.trial import try_first
@@ -43,6 +44,8 @@ def evaluate(config: EvalConfig) -> Report:
 
     Raises UserError for bad input, before the long work if possible.
     """
+    if config.output is not None:
+        check_place(config.output, [config])
     artifact = locate(config.artifact)
     base = locate(config.base) if config.base is not None else None
     wanted = () if config.no_text else (config.text, config.second_text)

@@ -19,6 +19,7 @@ from llmc.files import write_json
 from llmc.formats import kv
 from llmc.formats.artifacts.table import artifact_at
 from llmc.formats.manifest import read_manifest, versions
+from llmc.places import check_place
 from llmc.small_files import LARGE, read_json
 
 SCHEMA = 2
@@ -62,12 +63,15 @@ def read_report(path: Path) -> Report:
     return cast(Report, report)
 
 
-def check_output(path: Path | None, digest: str, kv: str | None = None) -> None:
+def check_output(path: Path | None, digest: str, kv: str | None = None, *inputs: Any) -> None:
     """Check the output before any work. Raises UserError if the file exists and is not a report of the same artifact.
 
-    kv: type of the KV cache that the report must have; None: any.
+    kv: type of the KV cache that the report must have; None: any. inputs: what is read, as of `check_place`.
     """
-    if path is not None and path.exists():
+    if path is None:
+        return
+    check_place(path, inputs)
+    if path.exists():
         before = read_report(path)
         other = before["artifact"]
         if other["sha256"] != digest:

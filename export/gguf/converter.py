@@ -34,7 +34,7 @@ from llmc.export.gguf.config import GgufExportConfig
 from llmc.export.gguf.plan import Plan, Types
 from llmc.export.gguf.writer import GgufTensor, Source
 from llmc.families.names import is_layer_matrix
-from llmc.files import check_disk, write_json
+from llmc.files import check_disk, work_folder, write_json
 from llmc.formats import pretokenizers, quantized
 from llmc.formats.checkpoint import INDEX, TOKENIZER_FILES, Checkpoint
 from llmc.formats.gguf import field, open_gguf
@@ -82,8 +82,7 @@ def converted(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, types: Types
     weights = sum(int(np.prod(shape)) for shape in [*shapes, *(quantized.shape(ckpt, linear) for linear in linears)])
     copies = 2 if linears else 1
     check_disk(parent, 4 * weights * copies, "the float copies that llama.cpp's converter reads and writes")
-    with tempfile.TemporaryDirectory(prefix=".llmc-convert-", dir=parent) as temporary:
-        work = Path(temporary)
+    with work_folder(parent / f"{ckpt.folder.resolve().name}-converted") as work:
         folder = _write_skeleton(ckpt, linears, work / ckpt.folder.resolve().name) if linears else ckpt.folder
         float_file = work / "float.gguf"
         _run(script, folder, float_file, _pre(config, ckpt.folder, tok))

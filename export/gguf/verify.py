@@ -33,6 +33,7 @@ from llmc.formats.quantized import Quantized, as_blocks, rows_of
 from llmc.formats.types import BlockTensor
 from llmc.runtimes.amx import use_extra_buffers
 from llmc.runtimes.llamacpp import LlamaCpp, check_loads
+from llmc.temporary import final_name
 
 FLOATS = {Kind.F32, Kind.F16, Kind.BF16}
 MOST_LOST = 0.25  # relative squared error of a matrix rounded at export; Q2_K, the coarsest type, has about 0.07
@@ -72,8 +73,7 @@ def header(path: Path, ckpt: Checkpoint, arch: str) -> None:
 
 
 def _damaged(path: Path, what: str) -> UserError:
-    name = path.name.removeprefix(".").removesuffix(".partial")
-    return UserError(f"{name} does not read back as it was written: {what}",
+    return UserError(f"{final_name(path)} does not read back as it was written: {what}",
                      f"check the disk and export again; if the error stays, {PLEASE_REPORT}")
 
 

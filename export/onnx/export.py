@@ -36,6 +36,7 @@ def run(config: OnnxExportConfig) -> dict[str, Any]:
 
     if config.exporter == "optimum":
         plain.check_packages()
+    check_output(config.out, "onnx", config)
     folder = model_folder(config.model)
     ckpt = Checkpoint.open(folder)
     # errors that are cheap to find come before slow work
@@ -46,9 +47,7 @@ def run(config: OnnxExportConfig) -> dict[str, Any]:
         graph.find_architecture(ckpt.config)
     source = source_of(folder)
     out = config.out or Path(f"{stem(folder, source)}-onnx")
-    check_output(out)
-    if out.is_file():
-        raise UserError(f"{out} is a file, and an ONNX export is a folder", "choose another place with -o")
+    check_output(out, "onnx", config, folder)
     torch.set_num_threads(config.threads or physical_cores())
     with staged_folder(out) as work:
         write = plain.write if config.exporter == "optimum" else _write

@@ -11,10 +11,9 @@ from typing import Any
 
 from llmc import api
 from llmc.errors import UserError
-from llmc.files import write_json
+from llmc.files import read_note, write_note
 from llmc.formats.manifest import NOTES
 from llmc.recipes.jobs import Job
-from llmc.small_files import DELETE, LARGE, read_json_object
 
 KEPT = 8  # earlier steps to keep of each kind
 
@@ -48,8 +47,7 @@ class Times:
 
     def __init__(self) -> None:
         self.path = Path(NOTES) / "step-times.json"
-        self.known: dict[str, list[list[float]]] = (
-            read_json_object(self.path, LARGE, DELETE) if self.path.is_file() else {})
+        self.known: dict[str, list[list[float]]] = read_note(self.path)
 
     def seconds(self, job: Job, base_bytes: int) -> float | None:
         """The expected time: the median of earlier steps of the kind, scaled by `work`. None if there are none."""
@@ -64,8 +62,7 @@ class Times:
     def note(self, job: Job, base_bytes: int, seconds: float, left: int) -> None:
         """Record a step that ran from start to end. left: bytes of its result."""
         self.known[kind(job)] = [*self.known.get(kind(job), []), [work(job, base_bytes), seconds, base_bytes, left]][-KEPT:]
-        self.path.parent.mkdir(exist_ok=True)
-        write_json(self.path, self.known)
+        write_note(self.path, self.known)
 
 
 def own_plan(job: Job, model: Path | str, base: str, exists: bool) -> dict[str, Any]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmc.console import say, warn
 from llmc.errors import UserError
-from llmc.files import cache_folder, check_disk, sha256
+from llmc.files import cache_folder, check_disk, sha256, work_folder
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.gguf import field, open_gguf
 from llmc.formats.gguf_check import MERGE, check_runnable, parts
@@ -26,6 +24,7 @@ if TYPE_CHECKING:
     from gguf import GGUFReader
     from transformers import PreTrainedModel
 
+ANOTHER_CACHE = "name another cache with LLMC_CACHE"
 GO_BACK = "start from the Hugging Face folder it was made from"
 
 
@@ -37,24 +36,11 @@ def dequantized_folder(file: Path) -> Path:
     digest = sha256(file)
     out = cache_folder() / "dequantized" / digest[:16] / f"{file.stem}-f16"
     if not (out / MANIFEST).is_file():
-        with _work_folder(out) as work:
+        with work_folder(out, ANOTHER_CACHE) as work:
             source = {**_dequantize(file, work), "files": {file.name: digest}}
             publish(work, out, "hf", source, [{"name": "dequantize", "config": {"dtype": "float16"}}])
     warn(f"the weights are dequantized from {file.name}: they keep its rounding errors")
     return out
-
-
-@contextmanager
-def _work_folder(out: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `out`. Afterwards it is deleted unless it was published."""
-    work = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        work.mkdir(parents=True)
-        yield work
-    except PermissionError as e:
-        raise UserError(f"no permission to write into {out.parent}", "name another cache with LLMC_CACHE") from e
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _dequantize(file: Path, work: Path) -> dict[str, Any]:

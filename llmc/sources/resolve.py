@@ -9,6 +9,7 @@ from llmc.console import say
 from llmc.errors import UserError
 from llmc.formats.artifacts.table import format_of
 from llmc.formats.checkpoint import CARD_FILES, TOKENIZER_FILES
+from llmc.temporary import restore
 
 # Endings of files and folders that llmc reads or writes. A hub id with one of them is most likely a path with a mistake.
 ENDINGS = (".gguf", ".onnx", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json", ".jsonl", ".yaml", ".yml", ".toml",
@@ -25,6 +26,7 @@ def resolve_model(model: str | Path) -> Path:
     path is never looked for on the hub.
     """
     path = given_path(model)
+    restore(path)
     if path.is_dir():
         return path
     if path.is_file():
@@ -94,4 +96,5 @@ def _download(repo: str, revision: str | None) -> Path:
 def locate(artifact: str) -> Path:
     """The file or folder of the user's artifact: an artifact does not change, a hub id becomes its folder."""
     path = given_path(artifact)
+    restore(path)
     return path if path.exists() and format_of(path) else resolve_model(artifact)
