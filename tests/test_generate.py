@@ -156,8 +156,9 @@ def test_chat_templates_run_in_a_sandbox(made: SimpleNamespace, tmp_path: Path) 
     assert field is not None
     assert field.contents() == evil
     for artifact in (folder, tmp_path / "evil.gguf"):
-        with pytest.raises(SecurityError):
+        with pytest.raises(UserError, match="chat template") as e:
             open_runtime(artifact, 64, 1).chat("hi")
+        assert isinstance(e.value.__cause__, SecurityError)
         assert run(["generate", str(artifact), "hi", "--chat", "--threads", "1"]) == 2
 
 
