@@ -36,6 +36,7 @@ def run(config: GgufExportConfig) -> dict[str, Any]:
     ckpt = Checkpoint.open(folder)
     # errors that are cheap to find come before slow work
     quantized.linears(ckpt)
+    quantized.check_order(ckpt)
     if config.out is not None:
         check_output(config.out)
     if config.converter is None:

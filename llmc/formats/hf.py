@@ -12,8 +12,9 @@ from torch import nn
 
 from llmc.errors import UserError
 from llmc.files import read_json
-from llmc.formats import quantized
+from llmc.formats import contents, quantized
 from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.ends import ends_of
 from llmc.formats.names import Names, missing
 
 
@@ -96,6 +97,9 @@ def load_torch_model(folder: Path, device: str = "cpu", dtype: torch.dtype = tor
                         "llmc runs causal language models whose code is part of transformers") from e
     if lacking := sorted(info["missing_keys"]):
         raise missing(folder, *lacking)
+    contents.check_unread(ckpt, sorted(info["unexpected_keys"]), "are not read")
+    if getattr(model.config, "tie_word_embeddings", False):
+        ends_of(ckpt, model, Names.of(ckpt, model, quantized.linears(ckpt)))
     return model.eval().to(device)
 
 
@@ -111,7 +115,7 @@ def _dequantized(ckpt: Checkpoint, skeleton: nn.Module, dtype: torch.dtype) -> d
     packed = {name for linear in linears for name in quantized.parts(linear)}
     weights = {name: ckpt.tensor(name).to(dtype) for name in ckpt.names() if name not in packed}
     for linear in linears:
-        w = quantized.read(ckpt, linear).dequantize()
+        w = quantized.dequantized(ckpt, linear)
         path = names.find_own(linear)
         module = skeleton.get_submodule(path) if path else None
         if isinstance(module, Conv1D):
