@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from llmc.compress.arguments import LayerArguments
 from llmc.compress.skeleton import Ending, LayerTrace, LinearGroup, StopForward, get_weight, replaced
 from llmc.compress.states import Scratch, StateStore
 from llmc.compress.workers import share
@@ -51,7 +52,7 @@ class LayerRun:
     workers: how many batches run side by side, each adding to sums of its own.  peaks: keep each column's largest |x| too.
     """
 
-    def __init__(self, layer: nn.Module, arguments: dict[str, Any], trace: LayerTrace, store: StateStore, scratch: Path,
+    def __init__(self, layer: nn.Module, arguments: LayerArguments, trace: LayerTrace, store: StateStore, scratch: Path,
                  sequential: bool, workers: int = 1, peaks: bool = False) -> None:
         self.layer, self.arguments, self.store, self.workers, self.peaks = layer, arguments, store, workers, peaks
         self.groups, self.here = trace.groups, Here()
@@ -153,7 +154,7 @@ class LayerRun:
                 hidden = store.read(first, last).to(self.device)
                 self.here.worker, self.here.batch, self.here.hidden = worker, batch, hidden
                 with suppress(StopForward), fast_forward(self.device):
-                    out = self.layer(hidden, **self.arguments)
+                    out = self.layer(hidden, **self.arguments.of(len(hidden)))
                     store.write(first, out[0] if isinstance(out, tuple) else out)
                 yield
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from llmc.compress.arguments import LayerArguments
 from llmc.compress.layer_run import InputStatistics
 from llmc.compress.passes import LayerPass
 from llmc.compress.skeleton import LinearGroup, Skeleton, get_weight
@@ -36,7 +37,7 @@ class Transform(LayerPass):
     stream: R1 [hidden, hidden] float64, where the layer's input and output are rotated.
     """
 
-    def __init__(self, skeleton: Skeleton, arguments: list[dict[str, Any]], stream: torch.Tensor | None = None) -> None:
+    def __init__(self, skeleton: Skeleton, arguments: list[LayerArguments], stream: torch.Tensor | None = None) -> None:
         self.skeleton, self.arguments, self.stream = skeleton, arguments, stream
 
     def begin(self, index: int, layer: nn.Module, groups: list[LinearGroup]) -> None:
@@ -66,7 +67,7 @@ class Transform(LayerPass):
 
     def _run(self, layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            out = layer(states, **self.arguments[self.index])
+            out = layer(states, **self.arguments[self.index].of(len(states)))
         found: torch.Tensor = out[0] if isinstance(out, tuple) else out
         return found
 
@@ -87,7 +88,7 @@ class Rotation(Transform):
     A rotation is of the layer as a whole, so it is done as the layer begins and no group is left to change.
     """
 
-    def __init__(self, skeleton: Skeleton, arguments: list[dict[str, Any]], seed: int, stream: torch.Tensor | None) -> None:
+    def __init__(self, skeleton: Skeleton, arguments: list[LayerArguments], seed: int, stream: torch.Tensor | None) -> None:
         super().__init__(skeleton, arguments, stream)
         self.seed = seed
 
@@ -114,7 +115,7 @@ class Scaling(Transform):
     of inputs in 8 bits (channel scalings.int8_noise), 'before' being 1.
     """
 
-    def __init__(self, skeleton: Skeleton, arguments: list[dict[str, Any]], type_of: Callable[[int], AnyType],
+    def __init__(self, skeleton: Skeleton, arguments: list[LayerArguments], type_of: Callable[[int], AnyType],
                  smooth: float | None = None) -> None:
         super().__init__(skeleton, arguments)
         self.type_of, self.smooth = type_of, smooth

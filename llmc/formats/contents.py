@@ -46,8 +46,8 @@ def codes_in(ckpt: Checkpoint) -> list[str]:
 
 
 def quantization_of(ckpt: Checkpoint) -> dict[str, Any] | None:
-    """How the codes of a folder are stored: `quantization_config` of config.json, else the file of a quantizer. None if it has
-    no codes, or if no file says how. Prints a warning if a float folder has such a config."""
+    """How the codes of a folder are stored: `quantization_config` of config.json, else the file of a quantizer. None if it
+    has no codes, or if no file says how. Prints a warning if a float folder has such a config."""
     said, where = _declared(ckpt.folder, ckpt.config)
     if said is None:
         return None
@@ -67,7 +67,8 @@ def check(ckpt: Checkpoint) -> None:
             return
         codes = [n for n in codes if n not in own(ckpt)]
         if codes:
-            raise UserError(f"the config of {ckpt.folder} says {method}, and {_described(ckpt, codes)} of another form", START)
+            raise UserError(f"config.json of {ckpt.folder} says {method}, and it holds {_described(ckpt, codes)}",
+                            START)
     elif codes:
         raise UserError(f"{ckpt.folder} holds {_described(ckpt, codes)}, and no config says how to read "
                         "them: codes are not weights", f"{START}, or restore quantization_config in config.json")
@@ -105,7 +106,7 @@ def _declared(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Any] | No
     for key in ("quantization_config", "compression_config"):
         if found := config.get(key):
             if not isinstance(found, dict):
-                raise UserError(f"{key} of {folder / 'config.json'} is {found!r}; it must be an object", "correct or remove it")
+                raise UserError(f"{key} of {folder / 'config.json'} is {found!r}, not an object", "correct or remove it")
             return found, "config.json"
     for name, method in FILES.items():
         if (folder / name).is_file():

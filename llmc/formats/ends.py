@@ -1,7 +1,7 @@
 """The rule for embedding and head: one matrix, or two. Every command asks here before it works.
 
-`tie_word_embeddings` of config.json, a stored head and its values must agree. A stored head with the embedding's values may be
-left out of a file, whatever its type.
+`tie_word_embeddings` of config.json, a stored head and its values must agree. A stored head with the embedding's values may
+be left out of a file, whatever its type.
 """
 
 from __future__ import annotations
@@ -53,13 +53,16 @@ def ends_of(ckpt: Checkpoint, model: Any, names: Names) -> tuple[Ends, Stored]:
     if found is None and not says_tied and (other := renamed_head(ckpt, names, tuple(head.weight.shape))):
         found = Stored(other, False)
     stored = None if found is None or found == embedding else found
-    return Ends(ckpt.folder, says_tied or found == embedding, stored and stored.name,
-                lambda: stored is not None and not stored.is_codes and same_values(ckpt, embedding.name, stored.name)), embedding
+
+    def same() -> bool:
+        return stored is not None and not stored.is_codes and same_values(ckpt, embedding.name, stored.name)
+
+    return Ends(ckpt.folder, says_tied or found == embedding, stored and stored.name, same), embedding
 
 
 def renamed_head(ckpt: Checkpoint, names: Names, shape: tuple[int, ...]) -> str | None:
-    """The stored name of a head that transformers renames as it loads (GPT-NeoX's embed_out is its lm_head): the one matrix of
-    its shape that is no part of the model by its name. None if there is not exactly one."""
+    """The stored name of a head that transformers renames as it loads (GPT-NeoX's embed_out is its lm_head): the one matrix
+    of its shape that is no part of the model by its name. None if there is not exactly one."""
     alike = [n for n in ckpt.names() if ckpt.shape(n) == shape and names.find_own(n) is None]
     return alike[0] if len(alike) == 1 else None
 

@@ -13,6 +13,7 @@ gives garbage silently, so the label is checked against the values.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -56,11 +57,12 @@ def encode(q: QuantizedTensor) -> dict[str, torch.Tensor]:
     }
 
 
-def config(qtype: IntegerType, damp: float, true_sequential: bool, layers_in_block: list[list[str]] | None) -> dict[str, Any]:
+def config(qtype: IntegerType, damp: float, true_sequential: bool, layers_in_block: list[list[str]] | None,
+           kept: list[str] | None = None) -> dict[str, Any]:
     """`quantization_config` of config.json, and the whole content of quantize_config.json.
 
     layers_in_block: the quantized linears of a decoder layer (`["self_attn.q_proj"], …`); None if all are quantized.
-    Without it, readers assume that every linear of a layer is quantized.
+    Without it, readers assume that every linear of a layer is quantized, except those that `kept` names.
     """
     c: dict[str, Any] = {
         "quant_method": "gptq", "bits": qtype.bits, "group_size": qtype.group_size, "sym": qtype.symmetric,
@@ -70,6 +72,8 @@ def config(qtype: IntegerType, damp: float, true_sequential: bool, layers_in_blo
     }
     if layers_in_block is not None:
         c["modules_in_block_to_quantize"] = layers_in_block
+    if kept:
+        c["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in kept}  # as GPTQModel and vLLM read it
     return c
 
 
@@ -124,8 +128,8 @@ def check_order(ckpt: Checkpoint) -> None:
 
 
 def _permuted(ckpt: Checkpoint, linear: str) -> UserError:
-    return UserError(f"{linear} of {ckpt.folder} has a permuted g_idx (desc_act: columns are in another order), which no GGUF "
-                     "or ONNX type can hold", "quantize the float model with llmc, which keeps the columns in their order")
+    return UserError(f"{linear} of {ckpt.folder} has a permuted g_idx (desc_act: columns in another order), which no "
+                     "GGUF or ONNX type can hold", "quantize the float model with llmc, which keeps the columns in their order")
 
 
 def _groups(ckpt: Checkpoint, linear: str, qtype: IntegerType, width: int) -> torch.Tensor | None:

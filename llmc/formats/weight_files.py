@@ -18,8 +18,8 @@ SINGLE = "model.safetensors"
 def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     """The files that hold the weights, in order, and the map of the index {tensor: file name}; {} if no index is used.
 
-    Raises UserError if a file is missing or outside the folder. Prints a warning that names the other safetensors files of the
-    folder, and an index beside model.safetensors that names others.
+    Raises UserError if a file is missing or outside the folder. Prints a warning that names the other safetensors files of
+    the folder, and an index beside model.safetensors that names others.
     """
     single, index = (folder / SINGLE).is_file(), (folder / INDEX).is_file()
     weight_map = _weight_map(folder) if index else {}
