@@ -45,7 +45,7 @@ from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.manifest import check_output, note_last, passes_of
 from llmc.formats.quantized import read
 from llmc.formats.shards import pieces_of, rest_of
-from llmc.formats.source import describe_source, origin_of
+from llmc.formats.source import describe_source, model_name, origin_of
 from llmc.machine import physical_cores, torch_device
 from llmc.precision import matmul_precision, prepare_cpu
 from llmc.sources.resolve import resolve_model
@@ -108,7 +108,7 @@ class _Job:
         self.coverage = checked(self.skeleton, "quantized", config.keep, can_keep=True)
         self.skeleton.kept = self.coverage.left_linears()
         what = config.type or config.preset or target or f"{config.bits}bit"
-        self.out = config.out or Path(f"{source.resolve().name}-{config.method}-{what}")
+        self.out = config.out or Path(f"{model_name(source)}-{config.method}-{what}")
         self.work = self.out.with_name(f".{self.out.name}.unfinished")
         if not config.dry_run:
             check_output(self.out)

@@ -170,8 +170,9 @@ class Planner:
         if embedding is None:
             raise UserError(f"{self.ckpt.folder} has no token embedding", "download the model again")
         head = next((e for e in found if e.name == "output.weight"), None)
-        equal = ends.Ends(self.ckpt.folder, bool(getattr(self.hf, "tie_word_embeddings", False)), None if head is None else HEAD,
-                     lambda: head is not None and not head.codes and _same(embedding.source(), head.source())).one
+        says_tied = bool(getattr(self.hf, "tie_word_embeddings", False))
+        equal = ends.Ends(self.ckpt.folder, says_tied, None if head is None else HEAD, lambda: head is not None
+                          and not head.codes and _same(embedding.source(), head.source())).one
         if not equal and not self.family.gguf.own_head:
             raise UserError(f"the head differs from the embedding, and llama.cpp's {self.family.gguf.name} has one matrix",
                             "llama.cpp cannot run this model as it is")

@@ -60,6 +60,15 @@ def ends_of(ckpt: Checkpoint, model: Any, names: Names) -> tuple[Ends, Stored]:
     return Ends(ckpt.folder, says_tied or found == embedding, stored and stored.name, same), embedding
 
 
+def check_tied(ckpt: Checkpoint, model: Any, names: Names) -> None:
+    """Raise UserError if a loaded model has one matrix for both and its files have two. Nothing is compared if transformers
+    renames the embedding as it loads (multimodal models)."""
+    modules = {id(m): n for n, m in model.named_modules()}
+    embedding = modules[id(model.get_input_embeddings())]
+    if getattr(model.config, "tie_word_embeddings", False) and names.locate(f"{embedding}.weight") is not None:
+        ends_of(ckpt, model, names)
+
+
 def renamed_head(ckpt: Checkpoint, names: Names, shape: tuple[int, ...]) -> str | None:
     """The stored name of a head that transformers renames as it loads (GPT-NeoX's embed_out is its lm_head): the one matrix
     of its shape that is no part of the model by its name. None if there is not exactly one."""

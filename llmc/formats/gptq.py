@@ -129,7 +129,8 @@ def check_order(ckpt: Checkpoint) -> None:
 
 def _permuted(ckpt: Checkpoint, linear: str) -> UserError:
     return UserError(f"{linear} of {ckpt.folder} has a permuted g_idx (desc_act: columns in another order), which no "
-                     "GGUF or ONNX type can hold", "quantize the float model with llmc, which keeps the columns in their order")
+                     "GGUF or ONNX type can hold",
+                     "quantize the float model with llmc, which keeps the columns in their order")
 
 
 def _groups(ckpt: Checkpoint, linear: str, qtype: IntegerType, width: int) -> torch.Tensor | None:

@@ -14,7 +14,7 @@ from llmc.errors import UserError
 from llmc.files import read_json
 from llmc.formats import contents, quantized
 from llmc.formats.checkpoint import Checkpoint
-from llmc.formats.ends import ends_of
+from llmc.formats.ends import check_tied
 from llmc.formats.names import Names, missing
 
 
@@ -98,8 +98,7 @@ def load_torch_model(folder: Path, device: str = "cpu", dtype: torch.dtype = tor
     if lacking := sorted(info["missing_keys"]):
         raise missing(folder, *lacking)
     contents.check_unread(ckpt, sorted(info["unexpected_keys"]), "are not read")
-    if getattr(model.config, "tie_word_embeddings", False):
-        ends_of(ckpt, model, Names.of(ckpt, model, quantized.linears(ckpt)))
+    check_tied(ckpt, model, Names.of(ckpt, model, quantized.linears(ckpt)))
     return model.eval().to(device)
 
 
