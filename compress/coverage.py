@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from llmc.compress.skeleton import Skeleton, get_weight, is_linear
+from llmc.compress.skeleton import EXPERTS, Skeleton, get_weight, is_linear
 from llmc.console import warn
 from llmc.errors import UserError
 from llmc.formats.layouts import listed
@@ -126,7 +126,7 @@ def checked(skeleton: Skeleton, what: str, keep: str | None = None, can_keep: bo
         names = list(dict.fromkeys(_starred(p.name) for p in found.unknown))
         share = f"{100 * found.share:.1f} % of the weights of the layers"
         if found.share > MOST_UNKNOWN:
-            experts = any("expert" in n for n in names)
+            experts = any(EXPERTS.search(n) for n in names)
             kind = "a mixture of experts" if experts else "a model whose layers hold more than linears"
             hint = "give a dense model"
             if can_keep:

@@ -34,7 +34,7 @@ class LinearGroup:
     in_features: int
 
 
-EXPERTS = re.compile(r"(?:^|[._])experts?(?:[._]|$)")
+EXPERTS = re.compile(r"(?:^|[._])(?:experts?|moe)(?:[._]|$)")  # in the names of a mixture of experts
 
 
 class StopForward(Exception):  # noqa: N818 - not an error: it ends a forward pass that has served its purpose

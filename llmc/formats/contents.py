@@ -25,8 +25,7 @@ _BUFFERS = re.compile(r"(?:^|\.)(?:inv_freq|cos_cached|sin_cached|masked_bias|po
 _MASK = re.compile(r"\.(?:attn|attention)\.bias$")  # [1, 1, n, n]; a real bias has one axis
 # Names that quantizers give the parts of a linear: GPTQ, AWQ, bitsandbytes, compressed-tensors, ModelOpt, MXFP4, llmc
 _CODES = re.compile(r"(?:^|[._])(?:qweight|qzeros|g_idx|SCB|(?:nested_)?absmax|(?:nested_)?quant_map|quant_state\..+|"
-                    r"weight_(?:scale|scale_inv|scale_2|zero_point|packed|shape|format|global_scale)|"
-                    r"(?:input|output|activation)_scale)$")
+                    r"weight_(?:scale|scale_inv|scale_2|zero_point|packed|shape|format|global_scale))$")
 # Names that say the same if the architecture has no such parameter
 _SCALES = re.compile(r"(?:^|[._])(?:scales?|scale_inv|zeros?|zero_points?|absmax|lora_[AB](?:\..+)?)$")
 GPTQ_PARTS = ("qweight", "qzeros", "scales", "g_idx")
