@@ -33,7 +33,7 @@ class Size(TypedDict):
     tensor_bytes: int  # of the tensors only
     parameters: int  # number of weights of all tensors
     bits_per_weight: float  # 8 * tensor_bytes / parameters
-    decoder_bits_per_weight: float  # of attention and MLP matrices only
+    decoder_bits_per_weight: float  # of attention, MLP and all other matrices of the decoder layers
     token_bytes: int  # that decoding one token reads: all tensors except an untied embedding
     tied: bool  # the embedding is also the head
     types: dict[str, int]  # bytes by stored type
@@ -128,13 +128,13 @@ class Artifact(ABC):
         tied = classes["head"]["parameters"] == 0
         tensor_bytes = sum(t.nbytes for t in found)
         parameters = sum(t.parameters for t in found)
-        decoder = [classes["attention"], classes["mlp"]]
-        decoder_parameters = sum(c["parameters"] for c in decoder)
+        decoder = [t for t in found if t.in_decoder]
+        decoder_parameters = sum(t.parameters for t in decoder)
         return {
             "file_bytes": sum(p.stat().st_size for p in self.weight_files()),
             "tensor_bytes": tensor_bytes, "parameters": parameters,
             "bits_per_weight": 8 * tensor_bytes / parameters,
-            "decoder_bits_per_weight": 8 * sum(c["bytes"] for c in decoder) / max(1, decoder_parameters),
+            "decoder_bits_per_weight": 8 * sum(t.nbytes for t in decoder) / max(1, decoder_parameters),
             "token_bytes": tensor_bytes - (0 if tied else classes["embedding"]["bytes"]),
             "tied": tied, "types": dict(sorted(types.items())), "matrices": dict(sorted(matrices.items())),
             "classes": classes,

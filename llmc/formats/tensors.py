@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
@@ -16,3 +17,11 @@ class Tensor:
     """'F32', 'BF16', 'Q4_0', 'GPTQ int4', …; llmc's blocks have their GGUF type's name."""
     parameters: int
     nbytes: int
+    axes: int = 1
+    """Of its shape, without axes of length 1. A matrix has two or more."""
+
+    @property
+    def in_decoder(self) -> bool:
+        """Whether it is part of attention or MLP, or another matrix of a decoder layer (state spaces, experts, routers)."""
+        return self.kind in ("attention", "mlp") or (self.kind == "other" and self.axes > 1
+                                                     and re.search(r"(?:^|\.)\d+\.", self.name) is not None)

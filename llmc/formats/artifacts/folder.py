@@ -63,16 +63,17 @@ class FolderArtifact(Artifact):
 
                 out, width = shape(ckpt, linear)
                 yield Tensor(f"{linear}.weight", classify(linear), type_of(ckpt, linear).gguf_type, out * width,
-                             ckpt.nbytes(name))
+                             ckpt.nbytes(name), 2)
             elif f"{linear}.qweight" not in ckpt or not bits:
-                yield Tensor(name, classify(name), ckpt.dtype(name), prod(ckpt.shape(name)), ckpt.nbytes(name))
+                yield Tensor(name, classify(name), ckpt.dtype(name), prod(ckpt.shape(name)), ckpt.nbytes(name),
+                             sum(n > 1 for n in ckpt.shape(name)))
             elif part == "bias":
                 yield Tensor(name, classify(name), ckpt.dtype(name), ckpt.shape(name)[0], ckpt.nbytes(name))
             elif part == "qweight":
                 words, out = ckpt.shape(name)
                 packed = [f"{linear}.{p}" for p in ("qweight", "qzeros", "scales", "g_idx") if f"{linear}.{p}" in ckpt]
                 yield Tensor(f"{linear}.weight", classify(linear), f"GPTQ int{bits}", words * out * 32 // bits,
-                             sum(ckpt.nbytes(p) for p in packed))
+                             sum(ckpt.nbytes(p) for p in packed), 2)
 
     def shape(self) -> dict[str, int]:
         config = self._config(self._open().config)

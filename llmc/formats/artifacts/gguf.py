@@ -39,7 +39,8 @@ class GgufArtifact(Artifact):
         from llmc.families.names import classify
         from llmc.formats.tensors import Tensor
 
-        return [Tensor(t.name, classify(t.name), t.tensor_type.name, int(t.n_elements), int(t.n_bytes))
+        return [Tensor(t.name, classify(t.name), t.tensor_type.name, int(t.n_elements), int(t.n_bytes),
+                       sum(int(n) > 1 for n in t.shape))
                 for t in self._reader().tensors]
 
     def shape(self) -> dict[str, int]:
