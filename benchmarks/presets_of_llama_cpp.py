@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from gguf import GGUFReader, GGUFWriter
 
-from llmc.compress.quantize.presets import PRESETS, Facts, linear_type, table_type
+from llmc.compress.quantize.presets import PRESETS, Facts, end_type, linear_type
 
 LLAMA = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 MODELS: dict[str, dict[str, Any]] = {
@@ -110,8 +110,8 @@ def types_by_llmc(preset: str, imatrix: bool, layers: int, gqa: int, tied: bool 
     facts = Facts(layers, gqa, experts, imatrix, seventy=layers == 80 and gqa > 1)
     found = {f"blk.{i}.{role}.weight": linear_type(preset, role, i, facts, width)
              for i in range(layers) for role in roles}
-    found["token_embd.weight"] = table_type(preset, tied, width)
-    return found if tied else {**found, "output.weight": table_type(preset, True, width)}
+    found["token_embd.weight"] = end_type(preset, tied, width)
+    return found if tied else {**found, "output.weight": end_type(preset, True, width)}
 
 
 def compact(types: dict[str, str]) -> dict[str, str]:
@@ -139,8 +139,8 @@ def types_of_folder(folder: Path, preset: str, method: str) -> dict[str, str]:
     arch = MODEL_ARCH[find_architecture(skeleton.checkpoint.config).gguf.name.upper()]
     names = get_tensor_name_map(arch, len(skeleton.layers))
     found = {f"{names.get_name(n)}.weight": str(qtype.gguf_type).lower() for n, qtype in a.types.items()}
-    tables = {"embedding": "token_embd.weight", "head": "output.weight"}
-    return found | {tables[what]: kind for what, kind in a.tables.items()}
+    ends = {"embedding": "token_embd.weight", "head": "output.weight"}
+    return found | {ends[what]: kind for what, kind in a.end_types.items()}
 
 
 def differences(what: str, ours: dict[str, str], theirs: dict[str, str]) -> int:

@@ -1,12 +1,12 @@
 """The one layer-by-layer loop of every pass over the decoder layers.
 
     for each decoder layer:  read its weights → find the linears that share an input → gather what the pass needs about each
-    input → let the pass change the weights → run the layer as it will ship → keep its output for the next layer
+    input → let the pass change the weights → run the changed layer → store its output for the next layer
 
-The loop knows no algorithm: a pass is a `LayerPass`, or a `LayerWatch` if it only looks: then every layer runs once and stays
-as it is. A pass without data is one whose statistics are not gathered: layers are read, changed and kept, and none is run.
+The loop knows no algorithm. A pass is a `LayerPass`, or a `LayerWatch` if it only reads: then every layer runs once and does
+not change. A pass without text gathers no statistics: layers are read, changed and stored, and no layer is run.
 Only one layer's weights are in memory.
-Every finished layer and the states that leave it are on the disk before the next one starts.
+Every finished layer and its output states are on the disk before the layer after the next one starts.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from llmc.console import progress
 from llmc.errors import UserError
 from llmc.files import fsync, staged_file, write_json
 
-# The unchanged model runs along on an eighth of the sequences, at least 16, for time: it is a second forward pass. Error of
-# the states after 13 layers of SmolLM2-135M (128 sequences): 1.55 and 1.60 % with 32 of them, 1.63 and 1.56 % with 16 (the
-# second figures are with one refinement of GPTQ's instead of two).
+# The unchanged model also runs, on an eighth of the sequences and on at least 16. It does not run on all of them, because
+# this second forward pass takes time. Error of the states after 13 layers of SmolLM2-135M (128 sequences): 1.55 % with 32
+# sequences and 1.63 % with 16; with one GPTQ refinement instead of two, 1.60 % and 1.56 %.
 REFERENCE_SHARE, REFERENCE_LEAST = 8, 16
-BATCH_BYTES = 32 << 20  # activations of one batch of sequences (hidden and the widest linear), float32
-SUMS_BYTES = 512 << 20  # three matrices [in, in] for the widest linear, of all workers
+BATCH_BYTES = 32 << 20  # activations of one batch of sequences (hidden states and the widest linear), float32
+SUMS_BYTES = 512 << 20  # three matrices [in, in] for the widest linear, over all workers
 
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """batch: sequences run at once.  true_sequential: gather each group's statistics after the groups before it were
-    changed, not all of them on the unchanged layer.  reference: the first so many sequences (whole batches) run through
-    the unchanged model too, for `drift`; 0 for none.  workers: how many batches run side by side.  peaks:
-    keep each column's largest value too."""
+    """batch: number of sequences in a batch.  true_sequential: gather each group's statistics after the earlier groups were
+    changed; else gather all of them on the unchanged layer.  reference: number of sequences (the first ones, in whole
+    batches) that also run through the unchanged model, for `drift`; 0 for none.  workers: number of batches that run in
+    parallel.  peaks: store each column's largest |x| too."""
 
     batch: int = 8
     true_sequential: bool = True
@@ -55,19 +55,20 @@ class LoopSettings:
 
 
 def sequences_at_once(skeleton: Skeleton, seq_len: int, workers: int = 1) -> int:
-    """How many sequences, for each worker, keep a layer's activations near BATCH_BYTES together."""
+    """The batch size of each worker, so that the activations of all workers take about BATCH_BYTES."""
     widest = max(max(get_weight(m).shape) for m in skeleton.linears(0).values())
     return max(1, min(16, BATCH_BYTES // (seq_len * widest * 4 * workers)))
 
 
 def workers_for(skeleton: Skeleton) -> int:
-    """How many batches to run side by side: one a thread on a CPU, while the workers' sums stay under SUMS_BYTES."""
+    """How many batches to run in parallel: on a CPU one per thread, as long as the workers' sums fit SUMS_BYTES; else 1."""
     widest = max(get_weight(m).shape[1] for m in skeleton.linears(0).values())
     return 1 if skeleton.device.type != "cpu" else max(1, min(torch.get_num_threads(), SUMS_BYTES // (12 * widest * widest)))
 
 
 def settings_for(skeleton: Skeleton, sequences: torch.Tensor | None, workers: int | None = None, **more: Any) -> LoopSettings:
-    """Settings of a loop over `sequences`: as many at once, and batches side by side (or `workers`), as the bounds allow."""
+    """Settings of a loop over `sequences`, with the largest batch that the memory bounds allow. workers: None takes the
+    largest number that they allow.  more: other fields of LoopSettings."""
     if sequences is None:
         return LoopSettings(**more)
     workers = workers or workers_for(skeleton)
@@ -75,7 +76,7 @@ def settings_for(skeleton: Skeleton, sequences: torch.Tensor | None, workers: in
 
 
 class Workspace:
-    """The folder of an unfinished run: `state.json`, `layers/`, the hidden states (unfinished.py says what guards it)."""
+    """The folder of an unfinished run: `state.json`, `layers/`, the hidden states. unfinished.py checks its fingerprint."""
 
     def __init__(self, folder: Path, fingerprint: dict[str, Any], resume: bool) -> None:
         open_unfinished(folder, fingerprint, resume)
@@ -86,7 +87,7 @@ class Workspace:
 
     @property
     def done(self) -> int:
-        """Layers that are finished and on the disk."""
+        """The number of layers that are finished and on the disk."""
         return int(self.state["done"])
 
     def save_layer(self, index: int, tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
@@ -108,11 +109,11 @@ class Workspace:
 
 
 class Streams:
-    """The states of the sequences on their way through the layers: entered, kept in files, found again by a resumed run.
+    """The hidden states of the sequences at the present layer, in files. A resumed run reads them again.
 
-    sequences: int64 [n, seq_len], or None where no text is run; then there are no streams.
-    lengths: {name of a stream: how many of the sequences it has}; the first has all of them.
-    arguments: what the model hands to each layer.
+    sequences: int64 [n, seq_len], or None if no text is run; then there are no streams.
+    lengths: {name of a stream: number of its sequences}; the first stream has all sequences.
+    arguments: the keyword arguments that the model passes to each layer.
     """
 
     def __init__(self, skeleton: Skeleton, sequences: torch.Tensor | None, work: Workspace, lengths: dict[str, int],
@@ -137,16 +138,16 @@ class Streams:
 
     @property
     def side(self) -> int:
-        """Which of their files the streams are read from."""
+        """The number of the file that each stream is read from."""
         return self.stores[0].side if self.stores else 0
 
     def advance(self) -> None:
-        """What left the layer now enters the next one."""
+        """Make the layer's output the input of the next layer."""
         for store in self.stores:
             store.advance()
 
     def settle(self, done: int, side: int) -> None:
-        """From here on a resumed run starts after layer `done`, from the files `side`."""
+        """Make the files `side` durable. From now on a resumed run starts from them, after the first `done` layers."""
         self.work.commit(done, side, [store.settle(side) for store in self.stores])
 
     def _restore(self) -> None:
@@ -158,9 +159,10 @@ class Streams:
 
 def walk(skeleton: Skeleton, layers: Sequence[int], label: str, visit: Callable[[int, nn.Module], str],
          done: int = 0) -> None:
-    """Load each of these layers in turn and let `visit` work on it, which returns a short note for the progress line.
+    """Load these layers one after another and call `visit(index, layer)` on each. It returns a short note for the progress
+    line.
 
-    done: how many layers were finished before.
+    done: number of layers that were finished before.
     """
     with progress(label, done + len(layers), done) as p:
         for index in layers:
@@ -170,21 +172,22 @@ def walk(skeleton: Skeleton, layers: Sequence[int], label: str, visit: Callable[
 
 
 class Loop:
-    """Runs a pass over every decoder layer of a skeleton. sequences: int64 [n, seq_len]; None for a pass that is to work
-    without data: then no layer is run and no statistics are gathered."""
+    """Runs a pass over every decoder layer of a skeleton. sequences: int64 [n, seq_len]; None for a pass without text: then
+    no layer is run and no statistics are gathered."""
 
     def __init__(self, skeleton: Skeleton, sequences: torch.Tensor | None, work: Workspace, settings: LoopSettings) -> None:
         self.skeleton, self.work, self.settings = skeleton, work, settings
         count = 0 if sequences is None else len(sequences)
-        along = min(count, -(-settings.reference // settings.batch) * settings.batch)
-        lengths = {"hidden": count, **({"reference": along} if along else {})}
+        reference = min(count, -(-settings.reference // settings.batch) * settings.batch)
+        lengths = {"hidden": count, **({"reference": reference} if reference else {})}
         self.streams = Streams(skeleton, sequences, work, lengths, settings.batch)
 
     def run(self, pass_: LayerPass | LayerWatch, note: Callable[[dict[str, Any]], str] = lambda record: "",
             label: str = "layer") -> None:
-        """Every layer that is not finished yet. `note` turns a layer's record into a short note for the progress line.
+        """Run the pass over every layer that is not finished yet. note: from a layer's record to a short note for the
+        progress line.
 
-        A layer's states go to the disk while the next layer runs; no layer begins before those of the last but one are there.
+        A layer's states are written to the disk while the next layer runs. The layer after that waits until they are there.
         """
         settled: list[Future[None]] = []
 
@@ -202,7 +205,7 @@ class Loop:
                 last.result()
 
     def _one(self, pass_: LayerPass | LayerWatch, index: int, layer: nn.Module) -> dict[str, Any]:
-        """Returns the layer's record; the states that leave it are written."""
+        """Run the pass over one layer and write its output states. Returns the layer's record."""
         if self.streams.stores:
             self._with_text(pass_, index, layer)
         else:
@@ -216,7 +219,7 @@ class Loop:
         return record
 
     def _with_text(self, pass_: LayerPass | LayerWatch, index: int, layer: nn.Module) -> None:
-        """Begin the layer and let the pass work on it; run it."""
+        """Run the pass over one layer with text, and run the layer."""
         store, arguments, settings = self.streams.stores[0], self.streams.arguments[index], self.settings
         trace = trace_layer(layer, store.read(0, 1).to(self.skeleton.device), arguments.of(1))
         ran = {name for group in trace.groups for name in group.names}
@@ -236,17 +239,17 @@ class Loop:
             run.close()
 
     def _change(self, pass_: LayerPass, layer: nn.Module, run: LayerRun) -> None:
-        """Let the pass work on every group, then run the layer as it ships."""
+        """Let the pass change every group, then run the changed layer."""
         for reference in self.streams.stores[1:]:
-            run.refer(reference)
+            run.keep_unchanged_inputs(reference)
         for stage in [[g] for g in run.groups] if self.settings.true_sequential else [run.groups]:
             for group, statistics in zip(stage, run.gather(stage), strict=True):
                 pass_.change(layer, group, statistics)
-        run.send()
+        run.write_outputs()
 
 
 def spread(sequences: torch.Tensor, first: int) -> torch.Tensor:
-    """The sequences reordered so that the first `first` are evenly spaced over all."""
+    """Reorder the sequences so that the first `first` of them are evenly spaced over all."""
     n = sequences.shape[0]
     chosen = [i * n // first for i in range(first)]
     return sequences[chosen + sorted(set(range(n)) - set(chosen))]

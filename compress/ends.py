@@ -1,4 +1,4 @@
-"""The end of a model that reads the residual stream last: its head, one matrix with the embedding or its own."""
+"""The embedding and the head of a model: whether they are tied, and where the checkpoint stores the head."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def is_tied(skeleton: Skeleton) -> bool:
 
 
 def name_of(skeleton: Skeleton, module: object) -> str:
-    """The name in the model of the weight of one of its modules."""
+    """The name of the weight of `module`, one of the model's modules."""
     return next(n for n, m in skeleton.model.named_modules() if m is module) + ".weight"
 
 

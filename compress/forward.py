@@ -1,5 +1,6 @@
-"""What rounding costs a float folder: the divergence of the rounded model from the unchanged base, layer by layer in memory
-that one layer, the states of the held-out sequences and a piece of the logits fill."""
+"""The KL divergence of a rounded or pruned model from its base, computed layer by layer.
+
+The memory holds one layer, the states of the held-out sequences and a part of the logits."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ from llmc.rounding.rtn import rtn
 
 @dataclass
 class Run:
-    """A model that has been run. states: float32 [n, seq_len, hidden], what leaves its last layer."""
+    """A model that has been run. states: float32 [n, seq_len, hidden], the output of its last layer.  tuples: its layers
+    return tuples."""
 
     skeleton: Skeleton
     states: torch.Tensor
@@ -33,10 +35,11 @@ class Run:
 @torch.no_grad()
 def run(folder: Path, sequences: torch.Tensor, device: str, type_of: Callable[[int], AnyType] | None, what: str,
         layers: list[int] | None = None) -> Run:
-    """Run int64 sequences [n, seq_len] through a float folder, its linears rounded to nearest where type_of says how; through
-    all of its layers, or through `layers` alone.
+    """Run int64 sequences [n, seq_len] through the model of a float folder.
 
-    All in float32: what is measured may be smaller than bf16's own rounding.
+    type_of: from the width of a row to the type that linears are rounded to nearest in; None leaves them unchanged.
+    what: the model's name for the progress line.  layers: the layers to run; None runs all.
+    All in float32: the measured difference may be smaller than the rounding error of bf16.
     """
     skeleton = Skeleton(Checkpoint.open(folder), device)
     batch = sequences_at_once(skeleton, sequences.shape[1])
@@ -48,7 +51,7 @@ def run(folder: Path, sequences: torch.Tensor, device: str, type_of: Callable[[i
             for linear in skeleton.linears(index).values():
                 weight = get_weight(linear)
                 set_weight(linear, rtn(weight, type_of(weight.shape[1])).dequantize())
-        for part in ran.states.split(batch):  # views: each batch is replaced by what leaves the layer
+        for part in ran.states.split(batch):  # views: each batch is replaced by the layer's output
             out = layer(part, **arguments[index].of(len(part)))
             ran.tuples = isinstance(out, tuple)
             part.copy_(out[0] if ran.tuples else out)
@@ -60,16 +63,16 @@ def run(folder: Path, sequences: torch.Tensor, device: str, type_of: Callable[[i
 
 @contextmanager
 def head_of(ran: Run) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
-    """Inside, a function from states that leave the last layer [n, width, hidden] to logits [n, width, vocab]: the model
-    itself (last norm, head, soft caps), whose layers hand the given states through."""
+    """Inside, a function from output states of the last layer [n, width, hidden] to logits [n, width, vocab]. It runs the
+    model itself (last norm, head, soft caps) with layers that return the given states."""
     skeleton, model = ran.skeleton, ran.skeleton.model
     head, forwards = model.get_output_embeddings(), [layer.forward for layer in skeleton.layers]
     given: list[torch.Tensor] = []
     for part, name in skeleton.outside():
         skeleton.load(part, name)
-    table = (model.get_input_embeddings().weight.data if is_tied(skeleton)
-             else skeleton.checkpoint.tensor(stored_head(skeleton)).to(skeleton.device))
-    head._parameters["weight"] = nn.Parameter(table.float(), requires_grad=False)
+    weight = (model.get_input_embeddings().weight.data if is_tied(skeleton)
+              else skeleton.checkpoint.tensor(stored_head(skeleton)).to(skeleton.device))
+    head._parameters["weight"] = nn.Parameter(weight.float(), requires_grad=False)
     if getattr(head, "bias", None) is not None:
         bias = skeleton.names.stored(name_of(skeleton, head).removesuffix("weight") + "bias")
         head._parameters["bias"] = nn.Parameter(skeleton.checkpoint.tensor(bias).to(skeleton.device).float(), False)
@@ -103,9 +106,9 @@ def kld(base: Run, other: Run) -> list[float]:
     rows = max(1, CHUNK_BYTES // (vocab * 4))
     found = []
     with head_of(base) as base_head, head_of(other) as head:
-        for ours, theirs in zip(other.states, base.states, strict=True):
+        for states, base_states in zip(other.states, base.states, strict=True):
             total = 0.0
-            for mine, aim in zip(ours.split(rows), theirs.split(rows), strict=True):
-                total += float(divergence(head(mine.view(1, -1, hidden))[0], base_head(aim.view(1, -1, hidden))[0]))
+            for part, base_part in zip(states.split(rows), base_states.split(rows), strict=True):
+                total += float(divergence(head(part.view(1, -1, hidden))[0], base_head(base_part.view(1, -1, hidden))[0]))
             found.append(total / width)
     return found

@@ -1,4 +1,4 @@
-"""One decoder layer of the calibration loop: run over every sequence, as often as the groups of linears in it ask."""
+"""One decoder layer of the calibration loop: it runs over all sequences for each group of linears and for its output."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ from llmc.precision import fast_forward, fast_matmul, matmul_precision
 
 @dataclass
 class InputStatistics:
-    """What a group of linears sees.
+    """Statistics of the inputs x of a group of linears.
 
-    hessian: float32 [in, in], the sum of x x^T over tokens (the 2 of the paper's definition is left out: it cancels)
-    drift, drift_hessian: float32 [in, in], the sums of (x' - x) x^T and of x x^T over the sequences that the unchanged model
-    ran along on, where x' is what the same linear sees there; None where it ran on none. They belong together: drift under
-    the Hessian of other tokens over- or undershoots wherever a few tokens dominate.
-    tokens: how many x there were
-    peak: float32 [in], the largest |x| of each column, of x as the linear sees it; None where it was not asked for
+    hessian: float32 [in, in], the sum of x x^T over tokens. It has no factor 2 as in the GPTQ paper, because it cancels.
+    tokens: number of inputs x.
+    drift, drift_hessian: float32 [in, in], the sums of (x' - x) x^T and of x x^T over the sequences that also ran through the
+    unchanged model. x' is the input of the same linear in the unchanged model. None if no sequence ran there. Both sums are
+    over the same tokens, because with the Hessian of other tokens the correction is too large or too small where a few tokens
+    dominate.
+    peak: float32 [in], the largest |x| of each column, before the division below; None if it was not requested.
 
-    Inputs of linears that write to the residual stream (those that end a child module of the layer) are divided by the
-    root mean square of the stream at their token, as it enters the layer or with what the linear adds, whichever is larger:
-    what follows normalises the stream, so an error counts relative to it, and the few tokens with enormous states do not
-    drown the others. (Where a layer makes those states, only the second is large.)
+    A linear that ends a child module of the layer writes to the residual stream. Its inputs are divided by the root mean
+    square of the stream at their token. The next module normalizes the stream, so an error counts relative to it. Without the
+    division the few tokens with very large states would dominate the sums. The stream is taken before or after the linear's
+    output is added, whichever is larger: in the layer that makes the large states, only the stream after it is large.
     """
 
     hessian: torch.Tensor
@@ -46,16 +47,17 @@ class InputStatistics:
 class LayerRun:
     """One layer, run over all sequences once for each group and once for its output.
 
-    scratch: a folder for inputs of linears.  sequential: groups are worked on one after another. Then no linear runs twice:
-    once the input of the linear that ends a child module is known, the module is replaced by that linear on that input (in
-    a Llama layer the attention runs once, not four times). That is right only when everything before the linear is final.
-    workers: how many batches run side by side, each adding to sums of its own.  peaks: keep each column's largest |x| too.
+    scratch: a folder for inputs of linears.  workers: number of batches that run in parallel; each worker has its own sums.
+    peaks: store each column's largest |x| too.
+    sequential: groups are changed one after another. Then no linear runs twice: when the input of the linear that ends a
+    child module is known, the module is replaced by that linear on that input (in a Llama layer the attention runs once, not
+    four times). This is correct only if everything before the linear is final.
     """
 
     def __init__(self, layer: nn.Module, arguments: LayerArguments, trace: LayerTrace, store: StateStore, scratch: Path,
                  sequential: bool, workers: int = 1, peaks: bool = False) -> None:
         self.layer, self.arguments, self.store, self.workers, self.peaks = layer, arguments, store, workers, peaks
-        self.groups, self.here = trace.groups, Here()
+        self.groups, self.current = trace.groups, Current()
         self.device = next(layer.parameters()).device
         dtype = torch.bfloat16 if matmul_precision() == "bf16" else torch.float32
         self.writers = trace.writers
@@ -63,22 +65,22 @@ class LayerRun:
         self.inputs = {e.linear: Scratch(scratch / f"input-{part}", dtype) for part, e in self.endings.items()}
         self.unchanged = {g.names[0]: Scratch(scratch / f"unchanged-{i}", dtype) for i, g in enumerate(trace.groups)}
 
-    def refer(self, store: StateStore) -> None:
-        """Run the unchanged layer over the reference's states and keep the input of every group."""
-        self._watched(store, lambda group, x: self.unchanged[group.names[0]].put(self.here.batch, x), self.workers)
+    def keep_unchanged_inputs(self, store: StateStore) -> None:
+        """Run the unchanged layer over the reference states and store the input of every group."""
+        self._watched(store, lambda group, x: self.unchanged[group.names[0]].put(self.current.batch, x), self.workers)
 
     def watch(self, see: Callable[[LinearGroup, torch.Tensor], None]) -> None:
-        """Run the layer as it is: `see` is shown the input of every group, in the order of the batches."""
+        """Run the unchanged layer and call `see` with the input of every group, in the order of the batches."""
         self._watched(self.store, see, workers=1)
 
-    def send(self) -> None:
-        """Run the layer as it is now: what leaves it are the store's next states."""
+    def write_outputs(self) -> None:
+        """Run the changed layer. Its output is written to the store as the next states."""
         self.store.clear()
         self._forward(self.store, self.workers)
 
     def gather(self, groups: list[LinearGroup]) -> list[InputStatistics]:
-        """Run every sequence up to the last of `groups` and sum what InputStatistics says over each group's input."""
-        found = [[self._nothing_yet(g) for g in groups] for _ in range(self.workers)]
+        """Run every sequence up to the last of `groups`. Returns the statistics of each group's input."""
+        found = [[self._empty(g) for g in groups] for _ in range(self.workers)]
 
         def hook(position: int) -> Any:
             name = groups[position].names[0]
@@ -86,9 +88,9 @@ class LayerRun:
 
             def accumulate(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
                 with torch.autocast(self.device.type, enabled=False):
-                    self._add(found[self.here.worker][position], name, args[0])
+                    self._add(found[self.current.worker][position], name, args[0])
                 if kept is not None:
-                    kept.put(self.here.batch, args[0])
+                    kept.put(self.current.batch, args[0])
                 if position == len(groups) - 1:
                     raise StopForward
             return accumulate
@@ -111,7 +113,7 @@ class LayerRun:
             for handle in handles:
                 handle.remove()
 
-    def _nothing_yet(self, group: LinearGroup) -> InputStatistics:
+    def _empty(self, group: LinearGroup) -> InputStatistics:
         n = group.in_features
         found = InputStatistics(torch.zeros(n, n, device=self.device))
         if self.unchanged[group.names[0]].places:
@@ -121,8 +123,8 @@ class LayerRun:
         return found
 
     def _add(self, statistics: InputStatistics, name: str, x: torch.Tensor) -> None:
-        """Add one batch x [n, seq_len, in] of the input of linear `name`."""
-        batch, unchanged = self.here.batch, self.unchanged[name]
+        """Add one input batch x [n, seq_len, in] of linear `name` to the statistics."""
+        batch, unchanged = self.current.batch, self.unchanged[name]
         weight = self._relative(name, x) if name in self.writers else None
         rows = relative(x, weight)
         add_gram(statistics.hessian, rows)
@@ -130,29 +132,30 @@ class LayerRun:
         if statistics.peak is not None:
             statistics.peak = torch.maximum(statistics.peak, x.reshape(rows.shape).abs().amax(0).float())
         if statistics.drift is not None and batch in unchanged.places:
-            apart = relative(unchanged.get(batch).to(self.device) - x, weight)
+            difference = relative(unchanged.get(batch).to(self.device) - x, weight)
             with fast_matmul():
-                statistics.drift.addmm_(apart.t(), rows)
-            if batch + self.workers >= len(unchanged.places):  # this worker's last with a reference: those come first
+                statistics.drift.addmm_(difference.t(), rows)
+            # batches with a reference come first, and this is the worker's last one
+            if batch + self.workers >= len(unchanged.places):
                 statistics.drift_hessian = statistics.hessian.clone()
 
     def _relative(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """One over the root mean square of the residual stream at each token, [tokens, 1]: see InputStatistics."""
+        """1 / (root mean square of the residual stream) at each token, [tokens, 1] (see InputStatistics)."""
         linear: Any = self.layer.get_submodule(name)
-        hidden = self.here.hidden
+        hidden = self.current.hidden
         with fast_forward(self.device):
             added = nn.functional.linear(x, get_weight(linear), linear.bias)
         norm = torch.maximum(torch.linalg.vector_norm(hidden, dim=-1), torch.linalg.vector_norm(hidden + added, dim=-1))
         return norm.mul_(hidden.shape[-1] ** -0.5).clamp_min_(1e-6).reciprocal_().view(-1, 1)
 
     def _forward(self, store: StateStore, workers: int) -> None:
-        """Run the layer over a stream. What leaves it is written to the stream, except for batches that a hook stopped."""
+        """Run the layer over the states of `store` and write its output there, except for batches that a hook stopped."""
         batches = list(enumerate(store.starts()))
 
         def job(worker: int) -> Iterator[None]:
             for batch, (first, last) in batches[worker::workers]:
                 hidden = store.read(first, last).to(self.device)
-                self.here.worker, self.here.batch, self.here.hidden = worker, batch, hidden
+                self.current.worker, self.current.batch, self.current.hidden = worker, batch, hidden
                 with suppress(StopForward), fast_forward(self.device):
                     out = self.layer(hidden, **self.arguments.of(len(hidden)))
                     store.write(first, out[0] if isinstance(out, tuple) else out)
@@ -162,7 +165,7 @@ class LayerRun:
             share(workers, job)
 
     def _shortcuts(self) -> dict[str, Callable[..., Any]]:
-        """For the child modules whose last linear's input is known: that linear, and nothing before it."""
+        """Forward functions for the child modules whose last linear's input is known: they run that linear alone."""
         forwards: dict[str, Callable[..., Any]] = {}
         for name, ending in self.endings.items():
             if self.inputs[ending.linear].places:
@@ -172,7 +175,7 @@ class LayerRun:
 
     def _ending(self, ending: Ending) -> Callable[..., Any]:
         def run(*_args: Any, **_kwargs: Any) -> Any:
-            known = self.inputs[ending.linear].get(self.here.batch)
+            known = self.inputs[ending.linear].get(self.current.batch)
             return ending.wrap(self.layer.get_submodule(ending.linear)(known.to(self.device)))
         return run
 
@@ -181,8 +184,8 @@ class LayerRun:
             scratch.close()
 
 
-class Here(threading.local):
-    """Where a worker is: its number, its batch, and the states [n, seq_len, hidden] that enter the layer there."""
+class Current(threading.local):
+    """The worker of this thread: its number, its batch, and the layer's input states [n, seq_len, hidden] in that batch."""
 
     worker: int
     batch: int
@@ -198,7 +201,8 @@ def relative(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
 
 
 def total(parts: list[InputStatistics]) -> InputStatistics:
-    """The sums of all workers, in those of the first, whole matrices (`add_gram` fills upper triangles)."""
+    """Add the statistics of all workers into those of the first, and fill the lower triangles (`add_gram` fills only the
+    upper ones)."""
     first = parts[0]
     for other in parts[1:]:
         first.hessian += other.hessian
@@ -217,7 +221,7 @@ def total(parts: list[InputStatistics]) -> InputStatistics:
 
 
 def add_gram(hessian: torch.Tensor, x: torch.Tensor) -> None:
-    """Add x^T x, for x [tokens, in], to the upper triangle of `hessian` [in, in], in bands: about half of the work."""
+    """Add x^T x, for x [tokens, in], to the upper triangle of `hessian` [in, in]. Bands of rows halve the work."""
     n, step = x.shape[1], 256
     with fast_matmul():
         for i in range(0, n, step):
@@ -225,7 +229,7 @@ def add_gram(hessian: torch.Tensor, x: torch.Tensor) -> None:
 
 
 def mirror_upper(square: torch.Tensor) -> None:
-    """Copy the upper triangle to the lower one in place, a band at a time (no second matrix)."""
+    """Copy the upper triangle to the lower one in place, band by band, without a second matrix."""
     for i in range(0, square.shape[0], 256):
         band = square[i : i + 256, i:]
         corner = band[:, : band.shape[0]]

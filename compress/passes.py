@@ -1,4 +1,4 @@
-"""What the calibration loop asks of a pass: a class that changes the weights of decoder layers, or only looks at them."""
+"""The interface of passes in the calibration loop. A pass changes the weights of decoder layers, or only reads inputs."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from llmc.compress.skeleton import LinearGroup, get_weight, is_linear
 
 
 class LayerWork(ABC):
-    """What every pass has. One layer is begun, worked on and finished before the next one begins."""
+    """The methods of every pass. The loop begins, runs and finishes one layer before the next one begins."""
 
     @abstractmethod
     def begin(self, index: int, layer: nn.Module, groups: list[LinearGroup]) -> None:
-        """A layer is in memory; `groups` are all of its linears that will be come to. Raise UserError if the pass cannot
-        serve it."""
+        """Called when a layer is in memory. groups: all linears that the pass will get. Raise UserError if the pass cannot
+        handle the layer."""
 
     @abstractmethod
     def finish(self, index: int, layer: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """(tensors to keep, by their names in the output checkpoint; what to record about the layer)."""
+        """Returns (the tensors to store, by their names in the output checkpoint; the layer's record)."""
 
 
 class LayerPass(LayerWork):
@@ -30,10 +30,10 @@ class LayerPass(LayerWork):
 
     @abstractmethod
     def change(self, layer: nn.Module, group: LinearGroup, statistics: InputStatistics | None) -> None:
-        """Change the weights of the group's linears in place. statistics: of their input; None where no text is run."""
+        """Change the weights of the group's linears in place. statistics: of their input; None if no text is run."""
 
     def groups(self, layer: nn.Module) -> list[LinearGroup]:
-        """What `change` is called with where no text is run, in this order: every linear by itself."""
+        """The groups that `change` gets if no text is run: one for every linear, in this order."""
         return [LinearGroup((n,), get_weight(m).shape[1]) for n, m in layer.named_modules() if is_linear(m)]
 
 
@@ -42,4 +42,4 @@ class LayerWatch(LayerWork):
 
     @abstractmethod
     def see(self, group: LinearGroup, inputs: torch.Tensor) -> None:
-        """One batch [n, seq_len, in] of what the group's linears are given, as it is."""
+        """Called with each input batch [n, seq_len, in] of the group's linears."""

@@ -1,4 +1,4 @@
-"""What a job over calibration text does before the loop starts: checks, the text itself, and how much of it runs at once."""
+"""The steps of a job before the calibration loop starts: checks, and the calibration text."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SAMPLING_BATCH = 32
 
 
 class Settings(Protocol):
-    """What the configs of calibrated commands share."""
+    """The options that all commands with calibration text have."""
 
     @property
     def calibration(self) -> str: ...
@@ -41,7 +41,7 @@ class Settings(Protocol):
 
 
 def open_float(source: Path) -> Checkpoint:
-    """The checkpoint of a folder that must not be quantized."""
+    """The checkpoint of a float folder. UserError if it is quantized."""
     checkpoint = Checkpoint.open(source)
     if checkpoint.quantization is not None:
         raise UserError(f"{source} is quantized already ({checkpoint.quantization.get('quant_method')})",
@@ -50,15 +50,15 @@ def open_float(source: Path) -> Checkpoint:
 
 
 def check_weights(checkpoint: Checkpoint) -> None:
-    """Read every tensor once: a damaged one is found now and not at layer 30."""
+    """Read every tensor once, so that a damaged one is found now and not at layer 30."""
     for name in checkpoint.names():
         checkpoint.tensor(name)
 
 
 def calibration_text(skeleton: Skeleton, files: dict[str, str], c: Settings, threads: int,
                      kept: Path) -> Calibration:
-    """The sequences that the options ask for. files: sha256 of the model's; kept: where sampled ones stay until the caller
-    removes them."""
+    """The calibration sequences of the options. files: sha256 of each file of the model.  kept: the file for sampled
+    sequences; the caller removes it."""
     source = skeleton.checkpoint.folder
     tokenizer = load_tokenizer(source)
     limit = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None) or c.seq_len
@@ -66,8 +66,8 @@ def calibration_text(skeleton: Skeleton, files: dict[str, str], c: Settings, thr
         raise UserError(f"--seq-len {c.seq_len}: {source} has positions for {limit} tokens", f"use --seq-len {limit} or less")
     if c.calibration != SELF:
         return load_calibration(c.calibration, tokenizer, c.samples, c.seq_len)
-    say("no calibration text: sampling it from the model itself "
-        "(text like what the model will see is better: --calibration FILE)")
+    say("no calibration text was given: sampling text from the model "
+        "(text like the model's later input is better: --calibration FILE)")
     origin = {"seed": c.seed, "temperature": 1.0, "samples": c.samples, "seq_len": c.seq_len}
     key = {**origin, "source": files, "threads": threads}
     ids = _sampled_before(kept, key) if c.resume else None
@@ -81,7 +81,7 @@ def calibration_text(skeleton: Skeleton, files: dict[str, str], c: Settings, thr
 
 
 def sampled_file(work: Path) -> Path:
-    """Where sampled text waits for `--resume`: beside the workspace, which is not there yet when it is sampled."""
+    """The file that keeps sampled text for `--resume`. It lies beside the workspace, which does not exist yet then."""
     return work.with_suffix(".sampled.safetensors")
 
 

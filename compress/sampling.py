@@ -1,8 +1,8 @@
-"""Calibration text that the model writes itself, for when there is no text and no network.
+"""Calibration text sampled from the model, if there is no text and no network.
 
-Liu et al., "LLM-QAT: Data-Free Quantization Aware Training", 2023 (arXiv:2305.17888), section 2.1: text sampled from the
-model covers what the model has learned. Each sequence starts with the model's own start token and one token drawn
-uniformly from the vocabulary, so that the sequences differ; the rest is sampled at temperature 1.
+Liu et al., "LLM-QAT: Data-Free Quantization Aware Training", 2023 (arXiv:2305.17888), section 2.1: sampled text covers what
+the model has learned. Each sequence starts with the model's start token and one token drawn uniformly from the vocabulary, so
+that the sequences differ. The rest is sampled at temperature 1.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from llmc.console import progress
 
 @torch.no_grad()
 def sample_from_model(model: nn.Module, tokenizer: Any, samples: int, seq_len: int, seed: int, batch: int) -> torch.Tensor:
-    """int64 [samples, seq_len] on the CPU, sampled `batch` sequences at a time with a KV cache.
+    """Sample int64 [samples, seq_len] on the CPU, `batch` sequences at a time, with a KV cache.
 
-    Reproducible for the same model, seed, batch and thread count: the generator is local.
+    The result is reproducible for the same model, seed, batch and thread count, because the generator is local.
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
@@ -40,7 +40,7 @@ def sample_from_model(model: nn.Module, tokenizer: Any, samples: int, seq_len: i
                 out = model(feed.to(device), past_key_values=cache, use_cache=True)
                 cache = out.past_key_values
                 probabilities = torch.softmax(out.logits[:, -1].float().cpu(), dim=-1)
-                probabilities[:, vocabulary:] = 0  # padding rows of the head are no tokens
+                probabilities[:, vocabulary:] = 0  # padding rows of the head are not tokens
                 feed = torch.multinomial(probabilities, 1, generator=generator)
                 ids = torch.cat([ids, feed], dim=1)
                 p.step()

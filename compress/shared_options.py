@@ -1,4 +1,4 @@
-"""Options that several compression commands have. Each call makes a new field, for a dataclass changes its fields."""
+"""Options that several compression commands have. Each call makes a new field, because a dataclass changes its fields."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from llmc.options import ADVANCED, CALIBRATION, RUN, option
 
-PRECISIONS = ("auto", "bf16", "fp32")  # of products in training
+PRECISIONS = ("auto", "bf16", "fp32")  # of matrix products in training
 
 
 def calibration(help: str = "Calibration text: a text or .jsonl file, hf:NAME, or self. self is text sampled from the model.",
@@ -39,7 +39,7 @@ def resume(unit: str = "layer") -> Any:
     return option(False, help=f"Continue an interrupted run after its last finished {unit}.", group=RUN)
 
 
-# ------------------------------------------------------------------------------------------- of training (distill, heal)
+# ------------------------------------------------------------------------------- options of training (distill, heal)
 
 
 def sampled() -> Any:

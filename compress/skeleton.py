@@ -1,7 +1,7 @@
-"""A model whose weights are not in memory: built on the meta device, filled one decoder layer at a time.
+"""A model without weights in memory: built on the meta device, and filled one decoder layer at a time.
 
-Nothing here knows an architecture by name. The decoder layers are the module list that is as long as the text
-config says; the linears of a layer that share an input are found by running one sequence through it.
+This module does not depend on the architecture. The decoder layers are the module list that is as long as the text config
+says. To find the linears of a layer that share an input, one sequence is run through it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from llmc.formats.names import Names, missing
 
 @dataclass(frozen=True)
 class LinearGroup:
-    """Linears (names inside the layer) that see the same input of width `in_features`, in the order they run."""
+    """Linears (names inside the layer) that read the same input of width `in_features`, in the order in which they run."""
 
     names: tuple[str, ...]
     in_features: int
@@ -37,12 +37,12 @@ class LinearGroup:
 EXPERTS = re.compile(r"(?:^|[._])(?:experts?|moe)(?:[._]|$)")  # in the names of a mixture of experts
 
 
-class StopForward(Exception):  # noqa: N818 - not an error: it ends a forward pass that has served its purpose
-    """Raised from a hook."""
+class StopForward(Exception):  # noqa: N818 - not an error
+    """Raised by a hook to end a forward pass when the rest is not needed."""
 
 
 def is_linear(module: nn.Module) -> bool:
-    """nn.Linear, or transformers' Conv1D (GPT-2), which stores its weight transposed."""
+    """Whether a module is an nn.Linear, or transformers' Conv1D (GPT-2), which stores its weight transposed."""
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, nn.Linear | Conv1D)
@@ -61,7 +61,7 @@ def set_weight(linear: nn.Module, weight: torch.Tensor) -> None:
 
 
 class Skeleton:
-    """The model of a checkpoint on the meta device, its parts loaded and freed by the caller."""
+    """The model of a checkpoint on the meta device. The caller loads and frees its parts."""
 
     def __init__(self, checkpoint: Checkpoint, device: str) -> None:
         from accelerate import init_empty_weights
@@ -116,11 +116,12 @@ class Skeleton:
     def load(self, module: nn.Module, prefix: str) -> None:
         """Fill a module's parameters and persistent buffers from the checkpoint, in float32.
 
-        Embedding tables keep their stored type (they can be gigabytes); their output is raised to float32 by a hook.
+        Embeddings keep their stored dtype, because they can be gigabytes; a hook casts their output to float32. UserError if
+        a tensor is missing or has another shape than in config.json.
         """
         for path, sub in module.named_modules():
             here = f"{prefix}.{path}".strip(".")
-            table = isinstance(sub, nn.Embedding)
+            embedding = isinstance(sub, nn.Embedding)
             for name, _ in [*sub.named_parameters(recurse=False), *sub.named_buffers(recurse=False)]:
                 full = f"{here}.{name}"
                 stored = self.names.find(full)
@@ -130,7 +131,7 @@ class Skeleton:
                         continue
                     raise missing(self.checkpoint.folder, full)
                 value = self.checkpoint.tensor(stored)
-                if value.is_floating_point() and not table:
+                if value.is_floating_point() and not embedding:
                     value = value.to(torch.float32)
                 value = value.to(self.device)
                 if name in sub._buffers:
@@ -141,12 +142,12 @@ class Skeleton:
                     raise UserError(f"{stored} has shape {list(value.shape)}, config.json says {list(expected.shape)}",
                                     "the checkpoint and its config.json do not belong together")
                 sub._parameters[name] = nn.Parameter(value, requires_grad=False)
-            if table and not sub._forward_hooks:
+            if embedding and not sub._forward_hooks:
                 sub.register_forward_hook(lambda _m, _args, out: out.float())
 
     @staticmethod
     def free(module: nn.Module) -> None:
-        """Send a module's parameters back to the meta device."""
+        """Move a module's parameters back to the meta device."""
         for sub in module.modules():
             for name, p in sub._parameters.items():
                 if p is not None and p.device.type != "meta":
@@ -154,7 +155,7 @@ class Skeleton:
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
-        """One decoder layer with its weights, freed at the end."""
+        """Inside, one decoder layer has its weights. They are freed at the end."""
         layer = self.layers[index]
         self.load(layer, self.layer_name(index))
         try:
@@ -166,22 +167,22 @@ class Skeleton:
         return f"{self.layers_name}.{index}"
 
     def linears(self, index: int) -> dict[str, nn.Module]:
-        """Every linear of a decoder layer by its name inside the layer."""
+        """{name inside the layer: linear} of a decoder layer."""
         return {n: m for n, m in self.layers[index].named_modules() if is_linear(m)}
 
     @torch.no_grad()
     def enter(self, batches: Iterator[torch.Tensor], width: int) -> tuple[list[LayerArguments], Iterator[torch.Tensor]]:
-        """What the model does before its first layer.
+        """Run the part of the model before its first layer. width: number of tokens in a sequence.
 
-        width: tokens of a sequence.  Returns the keyword arguments that the model hands to each decoder layer (UserError if
-        they depend on the text), and the hidden states that enter layer 0, float32 [n, width, hidden], batch by
-        batch; the embedding is freed when they end.
+        Returns (the keyword arguments that the model passes to each decoder layer, the input states of layer 0, float32
+        [n, width, hidden], batch by batch). The embedding is freed after the last batch. UserError if the arguments depend on
+        the text.
         """
         arguments: list[dict[str, Any]] = []
         entering: list[torch.Tensor] = []
         forwards = [layer.forward for layer in self.layers]
 
-        # positional arguments are kept by name, so that a layer can be called with keywords alone
+        # positional arguments are stored by name, so that a layer can be called with keyword arguments alone
         names = list(inspect.signature(type(self.layers[0]).forward).parameters)[1:]
 
         def record(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -206,7 +207,7 @@ class Skeleton:
                 self.model(input_ids=ids.to(self.device), use_cache=False)
             except StopForward:
                 return entering.pop()
-            raise UserError("the model did not run its decoder layers", "please report the model's type")
+            raise UserError("the model did not run its decoder layers", "please report the model_type of its config.json")
 
         try:
             for layer in self.layers:
@@ -248,12 +249,12 @@ class Skeleton:
                          f"layer: {why}", "`llmc quantize --method rtn` runs no text")
 
     def leave(self) -> None:
-        """Free what `enter` loaded."""
+        """Free the modules that `enter` loaded."""
         for part, _ in self.outside():
             self.free(part)
 
     def outside(self) -> list[tuple[nn.Module, str]]:
-        """The modules that hold parameters of their own outside the decoder layers and the head, with their names."""
+        """(module, name) of every module outside the decoder layers and the head that has parameters or buffers itself."""
         head = self.model.get_output_embeddings()
         found = []
         for name, module in self.model.named_modules():
@@ -264,7 +265,7 @@ class Skeleton:
 
 
 def _to(value: Any, device: torch.device) -> Any:
-    """Move what a model hands to its layers to the device the layers run on."""
+    """Move an argument of a layer (a tensor, or a tuple with tensors) to the device."""
     if isinstance(value, torch.Tensor):
         return value.to(device)
     if isinstance(value, tuple):
@@ -273,8 +274,8 @@ def _to(value: Any, device: torch.device) -> Any:
 
 
 def find_layers(model: Any) -> tuple[str, nn.ModuleList]:
-    """The decoder layers: the module list with linears that has as many members as the text config says; where several have
-    (vision layers), the one in the module with the text config."""
+    """Returns (name, module list) of the decoder layers: the module list with linears that has as many members as the text
+    config says. If several have (vision layers), the one in the module with the text config. UserError if there is none."""
     text = model.config.get_text_config()
     count = getattr(text, "num_hidden_layers", None)
     lists = [(n, m) for n, m in model.named_modules()
@@ -293,10 +294,10 @@ def find_layers(model: Any) -> tuple[str, nn.ModuleList]:
 
 @dataclass(frozen=True)
 class Ending:
-    """A child module of a layer that ends in a linear and returns nothing else.
+    """A child module of a layer that ends in a linear and returns only that linear's output.
 
-    linear: its name in the layer.  nones: how many Nones follow its output (None: no tuple).
-    feeders: children without linears (norms) whose output this child alone uses: idle where the child is replaced.
+    linear: its name in the layer.  nones: number of Nones after the output in the returned tuple; None if it is no tuple.
+    feeders: children without linears (norms) whose output only this child uses. They need not run if the child is replaced.
     """
 
     linear: str
@@ -304,16 +305,16 @@ class Ending:
     feeders: tuple[str, ...] = ()
 
     def wrap(self, out: torch.Tensor) -> Any:
-        """What the child returns, given the linear's output."""
+        """The return value of the child, made from the linear's output."""
         return out if self.nones is None else (out, *[None] * self.nones)
 
 
 @dataclass(frozen=True)
 class LayerTrace:
-    """groups: linears by shared input, in the order they run.
-    writers: linears whose output is that of a child module of the layer (in a Llama layer o_proj of self_attn and down_proj
-    of mlp), which is what is added to the residual stream.
-    endings: by the name of the child, those that return nothing else."""
+    """groups: linears by shared input, in the order in which they run.
+    writers: linears whose output is the output of a child module of the layer (in a Llama layer o_proj of self_attn and
+    down_proj of mlp). It is added to the residual stream.
+    endings: {name of the child: its Ending}, for the children that return only their last linear's output."""
 
     groups: list[LinearGroup]
     writers: set[str]
@@ -322,9 +323,9 @@ class LayerTrace:
 
 @torch.no_grad()
 def trace_layer(layer: nn.Module, hidden: torch.Tensor, arguments: dict[str, Any]) -> LayerTrace:
-    """Run one sequence [1, n, hidden] through a layer and see which linears are given the very same tensor."""
-    seen: list[tuple[torch.Tensor, list[str]]] = []  # keeps the inputs alive, so identity cannot be reused
-    made: dict[int, tuple[str, torch.Tensor]] = {}  # by address; alive for the same reason
+    """Run one sequence [1, n, hidden] through a layer, and find the linears that get the same tensor as input."""
+    seen: list[tuple[torch.Tensor, list[str]]] = []  # keeps the inputs alive, so that no other tensor gets their address
+    made: dict[int, tuple[str, torch.Tensor]] = {}  # outputs by address, kept alive for the same reason
     outputs: dict[str, torch.Tensor] = {}
     writers: set[str] = set()
     endings: dict[str, Ending] = {}
@@ -359,7 +360,7 @@ def trace_layer(layer: nn.Module, hidden: torch.Tensor, arguments: dict[str, Any
             handle.remove()
 
     def idle(child: str, ending: str) -> bool:
-        """Nothing changes when `child` puts out NaN while `ending` puts out what it did."""
+        """Whether the layer's output stays the same if `child` returns NaN and `ending` returns its recorded output."""
         given = {child: torch.full_like(outputs[child], torch.nan), ending: endings[ending].wrap(outputs[ending])}
         with replaced(layer, {name: lambda *_a, value=value, **_k: value for name, value in given.items()}):
             return torch.equal(_states(layer(hidden, **arguments)), _states(leaving))
@@ -372,7 +373,7 @@ def trace_layer(layer: nn.Module, hidden: torch.Tensor, arguments: dict[str, Any
 
 @contextmanager
 def replaced(layer: nn.Module, forwards: dict[str, Callable[..., Any]]) -> Iterator[None]:
-    """Inside, these submodules of a layer run other functions."""
+    """Inside, the submodules of a layer named in `forwards` run these functions instead of their forward."""
     parts = [(layer.get_submodule(name), forward) for name, forward in forwards.items()]
     before = [part.forward for part, _ in parts]
     for part, forward in parts:
@@ -385,13 +386,13 @@ def replaced(layer: nn.Module, forwards: dict[str, Callable[..., Any]]) -> Itera
 
 
 def _states(out: Any) -> torch.Tensor:
-    """The hidden states that a layer returns, some in a tuple."""
+    """The hidden states in the return value of a layer, which may be a tuple."""
     states: torch.Tensor = out[0] if isinstance(out, tuple) else out
     return states
 
 
 def linears_of(skeleton: Skeleton) -> Iterator[tuple[int, str, torch.nn.Module]]:
-    """(layer, name in the model, module) of every linear of the decoder layers, without those that are kept."""
+    """(layer index, name in the model, module) of every linear in the decoder layers, without those that are kept."""
     for index in range(len(skeleton.layers)):
         for name, module in skeleton.linears(index).items():
             if (full := f"{skeleton.layer_name(index)}.{name}") not in skeleton.kept:
@@ -399,5 +400,5 @@ def linears_of(skeleton: Skeleton) -> Iterator[tuple[int, str, torch.nn.Module]]
 
 
 def returning(output: Any) -> Callable[..., Any]:
-    """A forward that returns `output`, whatever it is given; for `replaced`."""
+    """A forward for `replaced` that always returns `output`."""
     return lambda *_args, **_kwargs: output

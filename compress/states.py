@@ -1,8 +1,8 @@
-"""The hidden states of the calibration sequences, in files: bounded memory, and durable for `--resume`.
+"""The hidden states of the calibration sequences, in files: memory is bounded, and `--resume` can read them again.
 
-Three files take turns: a layer reads one and writes the next, while the one it reads is still on its way to the disk and the
-third, durable, is what a killed run goes back to. Plain reads and writes leave the bytes in the page cache, so on a machine
-with memory to spare this runs at memory speed and costs no resident memory.
+There are three files in rotation. A layer reads one file and writes the next one. The file that it reads is still being
+synced to the disk. The third file is durable: a killed run continues from it. Plain reads and writes leave the bytes in the
+page cache, so with enough free memory this runs at memory speed and takes no resident memory.
 """
 
 from __future__ import annotations
@@ -28,44 +28,44 @@ class StateStore:
         self.row = shape[1] * shape[2] * 4  # bytes of one sequence
 
     def starts(self) -> Iterator[tuple[int, int]]:
-        """(first, last + 1) of each batch of sequences."""
+        """(first sequence, last sequence + 1) of each batch."""
         for first in range(0, self.shape[0], self.batch):
             yield first, min(first + self.batch, self.shape[0])
 
     def read(self, first: int, last: int) -> torch.Tensor:
-        """Sequences `first` … `last - 1` as they enter the present layer, float32 [n, seq_len, hidden]."""
+        """The input states of the present layer for the sequences `first` … `last - 1`, float32 [n, seq_len, hidden]."""
         count = (last - first) * self.row // 4
         flat = np.fromfile(self.files[self.side], dtype=np.float32, count=count, offset=first * self.row)
         return torch.from_numpy(flat).view(last - first, *self.shape[1:])
 
     def replace(self, batches: Iterable[torch.Tensor]) -> None:
-        """Write what leaves the layer, batch by batch in order, to the next file. Not durable before `settle`."""
+        """Write the layer's output, batch by batch in order, to the next file. It is durable after `settle`."""
         self.clear()
         for (first, _), states in zip(self.starts(), batches, strict=True):
             self.write(first, states)
 
     def clear(self) -> None:
-        """Make the next file, for `write`."""
+        """Create the next file for `write`."""
         with self._following.open("wb") as f:
             f.truncate(self.shape[0] * self.row)
 
     def write(self, first: int, states: torch.Tensor) -> None:
-        """Put what leaves the layer for the sequences from `first` on into the next file. (Several threads may.)"""
+        """Write the layer's output for the sequences from `first` on to the next file. Several threads may call it."""
         with self._following.open("r+b") as f:
             f.seek(first * self.row)
             f.write(states.to("cpu", torch.float32).contiguous().numpy().view(np.uint8).data)
 
     def advance(self) -> None:
-        """What `replace` wrote is now what enters the next layer."""
+        """Make the written file the input of the next layer."""
         self.side = (self.side + 1) % len(self.files)
 
     def settle(self, side: int) -> int:
-        """Bring the file `side` to the disk. Returns its CRC-32. (May run beside the next layer.)"""
+        """Sync the file `side` to the disk. Returns its CRC-32. It may run in parallel with the next layer."""
         fsync(self.files[side])
         return checksum(self.files[side])
 
     def restore(self, side: int, expected: int) -> bool:
-        """Go on from the file `side` of an interrupted run; False if it is not what was written then."""
+        """Continue from the file `side` of an interrupted run. Returns False if its size or its CRC-32 is not as expected."""
         self.side = side
         path = self.files[side]
         if not path.is_file() or path.stat().st_size != self.shape[0] * self.row:
@@ -87,9 +87,9 @@ def checksum(path: Path) -> int:
 
 
 class Scratch:
-    """The input of one linear for every batch, kept in a file while its layer is worked on.
+    """The input of one linear for every batch, in a file that exists while its layer is processed.
 
-    bf16 where products round their factors to bf16 anyway (nothing is lost then), else float32.
+    dtype: bf16 if matrix products round their factors to bf16 (then nothing is lost), else float32.
     """
 
     def __init__(self, path: Path, dtype: torch.dtype) -> None:
@@ -100,7 +100,7 @@ class Scratch:
         path.write_bytes(b"")
 
     def put(self, key: int, value: torch.Tensor) -> None:
-        """Keep the input [n, seq_len, in] of batch `key`. (Several threads may.)"""
+        """Store the input [n, seq_len, in] of batch `key`. Several threads may call it."""
         raw = value.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy()
         with self.lock:
             place, self.end = self.end, self.end + raw.nbytes
@@ -110,7 +110,7 @@ class Scratch:
         self.places[key] = (place, tuple(value.shape))
 
     def get(self, key: int) -> torch.Tensor:
-        """As it was put, in `dtype`."""
+        """The stored input of batch `key`, in `dtype`."""
         offset, shape = self.places[key]
         count = math.prod(shape) * self.dtype.itemsize
         raw = torch.from_numpy(np.fromfile(self.path, dtype=np.uint8, count=count, offset=offset))

@@ -1,4 +1,4 @@
-"""Calibration text: read, rendered, tokenized, packed into full sequences, with what the manifest must say about it."""
+"""Calibration text: read, rendered, tokenized and packed into full sequences, with its description for the manifest."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ HUB_SAMPLES = 512
 
 @dataclass(frozen=True)
 class Calibration:
-    """sequences: int64 [samples, seq_len], every one full.  origin: what the manifest records.  answers: bool like sequences,
-    the tokens of assistants' answers, where they were asked for."""
+    """sequences: int64 [samples, seq_len], without padding.  origin: the description for the manifest.  answers: bool
+    [samples, seq_len], true for tokens of the assistant's messages; None if they were not requested."""
 
     sequences: torch.Tensor
     origin: dict[str, Any]
@@ -34,16 +34,16 @@ class Calibration:
 
 
 def held_out(n: int, count: int) -> list[int]:
-    """The numbers of `count` of n sequences that only judge. They are evenly spaced over the text."""
+    """The indices of `count` held-out sequences out of n, evenly spaced over the text."""
     return sorted({i * n // count + n // (2 * count) for i in range(count)})
 
 
 def load_calibration(spec: str, tokenizer: Any, samples: int | None, seq_len: int) -> Calibration:
     """Sequences from a text file, a .jsonl file (`text` or `messages` in each line) or `hf:NAME`.
 
-    The documents are joined, tokenized and cut into sequences of `seq_len`; where there are more than `samples`, they are
-    taken evenly spaced over the whole text, so that a file that holds one kind of text after another is sampled from each.
-    samples None takes them all (of a data set on the hub, HUB_SAMPLES).
+    The documents are joined, tokenized and cut into sequences of `seq_len`. If there are more than `samples`, it takes evenly
+    spaced ones, so that all kinds of text in a file are sampled. samples: None takes all sequences (HUB_SAMPLES of a data set
+    on the hub). UserError if the text cannot be read or is too short.
     """
     if spec.startswith(HUB):
         documents = _from_hub(spec.removeprefix(HUB), tokenizer, (samples or HUB_SAMPLES) * seq_len)
@@ -51,7 +51,7 @@ def load_calibration(spec: str, tokenizer: Any, samples: int | None, seq_len: in
         documents = _read(Path(spec), tokenizer)
     text = "\n\n".join(documents)
     if not text.strip():
-        raise UserError(f"the calibration text {spec} is empty", "give a file with text like what the model will see")
+        raise UserError(f"the calibration text {spec} is empty", "give a file with text like the model's later input")
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     available = len(ids) // seq_len
     samples = samples or max(1, available)
@@ -70,18 +70,18 @@ def load_calibration(spec: str, tokenizer: Any, samples: int | None, seq_len: in
 
 
 def load_answers(spec: str, tokenizer: Any, seq_len: int) -> Calibration:
-    """Sequences from the conversations of a .jsonl file, with `answers`: which tokens an assistant says, its end-of-turn mark
-    included. Sequences without any are left out and counted ('left_out')."""
+    """Sequences from the conversations of a .jsonl file, with `answers`: the tokens of the assistant's messages and their
+    end-of-turn marks. Sequences without such a token are left out, and their number is recorded ('left_out')."""
     path = Path(spec)
     if path.suffix != ".jsonl":
-        raise UserError(f"{spec} has no answers: only a .jsonl file of `messages` tells who says what",
+        raise UserError(f"{spec} has no answers: --answers-only needs a .jsonl file of `messages`",
                         "leave out --answers-only, or give such a file")
     text, spans = "", []
     for row, where in _rows(_raw(path), path):
         text += "\n\n" if text else ""
-        said, found = _conversation(_messages(row, tokenizer, where), tokenizer, where)
+        rendered, found = _conversation(_messages(row, tokenizer, where), tokenizer, where)
         spans += [(len(text) + a, len(text) + b) for a, b in found]
-        text += said
+        text += rendered
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     inside = torch.zeros(len(text) + 1, dtype=torch.bool)
     for first, last in spans:
@@ -90,7 +90,7 @@ def load_answers(spec: str, tokenizer: Any, seq_len: int) -> Calibration:
     n = len(encoded.input_ids) // seq_len
     ids = torch.tensor(encoded.input_ids[: n * seq_len], dtype=torch.int64).view(n, seq_len)
     answers = inside[starts[: n * seq_len]].view(n, seq_len)
-    kept = answers[:, 1:].any(1)  # the first token of a sequence has nothing before it that could say it
+    kept = answers[:, 1:].any(1)  # no token precedes the first token of a sequence, so it cannot be predicted
     if not kept.any():
         raise UserError(f"{spec} gives no sequence of {seq_len} tokens with an answer in it",
                         "give more text, or a smaller --seq-len")
@@ -103,7 +103,8 @@ def load_answers(spec: str, tokenizer: Any, seq_len: int) -> Calibration:
 
 
 def _conversation(messages: list[Any], tokenizer: Any, where: str) -> tuple[str, list[tuple[int, int]]]:
-    """(what the template makes of the messages, where in it assistants speak): what a message adds to all before it."""
+    """Returns (the messages rendered by the chat template, (start, end) of each assistant message in this text). UserError if
+    the template renders earlier messages differently when a message is added."""
     whole, spans = _render(messages, tokenizer, where), []
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or message.get("role") != "assistant":
@@ -111,14 +112,14 @@ def _conversation(messages: list[Any], tokenizer: Any, where: str) -> tuple[str,
         before = _render(messages[:i], tokenizer, where, add_generation_prompt=True)
         after = _render(messages[: i + 1], tokenizer, where)
         if not (after.startswith(before) and whole.startswith(after)):
-            raise UserError(f"{where}: the model's chat template writes earlier turns anew, so answers cannot be told apart",
-                            "give conversations of one answer each, or leave out --answers-only")
+            raise UserError(f"{where}: the model's chat template changes earlier messages when one is added, so the answers "
+                            "cannot be located", "give conversations with one answer each, or leave out --answers-only")
         spans.append((len(before), len(after)))
     return whole, spans
 
 
 def from_model(text_ids: torch.Tensor, tokenizer: Any, origin: dict[str, Any]) -> Calibration:
-    """Sequences that the model sampled itself (`sampling.sample_from_model`)."""
+    """Sequences sampled from the model (`sampling.sample_from_model`)."""
     text = tokenizer.decode(text_ids.flatten().tolist())
     return Calibration(text_ids, {
         "name": SELF, "sha256": hashlib.sha256(text_ids.numpy().tobytes()).hexdigest(), "samples": text_ids.shape[0],
@@ -145,7 +146,7 @@ def _read(path: Path, tokenizer: Any) -> list[str]:
 
 
 def _rows(raw: str, path: Path) -> Iterator[tuple[Any, str]]:
-    """(the object, where it stands) of each line of a .jsonl file."""
+    """(the object, its file and line) of each line of a .jsonl file. UserError if a line is not JSON."""
     for number, line in enumerate(raw.splitlines(), 1):
         if not line.strip():
             continue
@@ -156,7 +157,8 @@ def _rows(raw: str, path: Path) -> Iterator[tuple[Any, str]]:
 
 
 def _document(row: Any, tokenizer: Any, where: str) -> str:
-    """One row: `text` as it is, or `messages` through the model's chat template (transformers renders it sandboxed)."""
+    """The text of one row: its `text`, or its `messages` rendered by the model's chat template (transformers runs it in a
+    sandbox)."""
     if isinstance(row, dict) and isinstance(row.get("text"), str):
         return str(row["text"])
     return _render(_messages(row, tokenizer, where), tokenizer, where)
@@ -180,7 +182,7 @@ def _render(messages: list[Any], tokenizer: Any, where: str, **more: bool) -> st
 
 
 def _from_hub(name: str, tokenizer: Any, tokens: int) -> list[str]:
-    """Rows of a data set's train split, streamed until they hold about twice the tokens that are needed."""
+    """Rows of a data set's train split, streamed until they hold about twice the required tokens."""
     try:
         from datasets import load_dataset
     except ImportError as e:

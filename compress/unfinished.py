@@ -1,5 +1,5 @@
-"""The folder of an unfinished run, guarded by a fingerprint of all that decides its result: `--resume` goes on in it, or says
-what has changed.
+"""The folder of an unfinished run, with a fingerprint of all settings and inputs that affect its result. `--resume` continues
+in this folder, or reports the difference.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ FILE = "fingerprint.json"
 
 def fingerprint(module: str, numbers: dict[str, Any], threads: int, files: dict[str, str],
                 text: Calibration | None = None, **more: Any) -> dict[str, Any]:
-    """Everything that decides the result, as JSON returns it.
+    """All settings and inputs that affect the result, as JSON values.
 
-    module: the module that makes the result; its source and all that it imports count.  numbers: the pass's settings.
-    files: sha256 of the model's files.  more: what else a pass depends on."""
+    module: the module that makes the result; its source and its imports are hashed.  numbers: the options of the pass.
+    files: sha256 of the model's files.  text: the calibration text.  more: other inputs of the pass."""
     deciding = {**numbers, "threads": threads, "source": files, "calibration_text": text.origin["sha256"] if text else None,
                 **more, "matmul": matmul_precision(),
                 "torch": torch.__version__, "code": digest(module)}
@@ -34,8 +34,8 @@ def fingerprint(module: str, numbers: dict[str, Any], threads: int, files: dict[
 
 
 def open_unfinished(folder: Path, wanted: dict[str, Any], resume: bool) -> None:
-    """Make `folder` ready: with `resume` what is in it stays, and must have been begun under the same fingerprint; else it is
-    emptied."""
+    """Prepare `folder`. With `resume` its content stays if the fingerprint is the same, and a difference is a UserError.
+    Otherwise the folder is emptied."""
     found = folder / FILE
     if resume and found.is_file():
         old = json.loads(found.read_text(encoding="utf-8"))

@@ -1,8 +1,8 @@
-"""Workers: threads that share the batches of a job, each with its own part of torch's threads.
+"""Workers: threads that share the batches of a job. Each worker uses a part of torch's threads.
 
-Most operations of a small model are too short to split well over threads, so on a processor two batches side by side run
-faster than one batch on two threads. Who gets which batch does not depend on timing: the same thread count gives the same
-sums to the last bit.
+Most operations of a small model are too short to split well over threads. On a CPU, two batches in parallel are therefore
+faster than one batch on two threads. The batches of a worker do not depend on timing: the same number of threads gives the
+same sums bit for bit.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 
 
 def share(workers: int, job: Callable[[int], Iterator[None]]) -> None:
-    """Run job(0) … job(workers - 1) to their ends, side by side. Where one raises, or on Ctrl-C, the others stop after the
-    step they are in (a step ends with a `yield`), and the error is raised here. Without gradients."""
+    """Run job(0) … job(workers - 1) in parallel to their ends, without gradients. If one raises, or on Ctrl-C, the others
+    stop after their present step (a step ends with a `yield`), and the error is raised here."""
     threads, stop = torch.get_num_threads(), threading.Event()
 
     def work(worker: int) -> None:
@@ -35,9 +35,9 @@ def share(workers: int, job: Callable[[int], Iterator[None]]) -> None:
             parts = [pool.submit(work, k) for k in range(workers)]
             try:
                 wait(parts, return_when=FIRST_EXCEPTION)
-            finally:  # all are done, or one has failed, or Ctrl-C came, which reaches this thread only
+            finally:  # all are done, one has failed, or Ctrl-C was pressed (only this thread gets it)
                 stop.set()
         for part in parts:
             part.result()
     finally:
-        torch.set_num_threads(threads)  # the workers' setting is also the one of threads that start later
+        torch.set_num_threads(threads)  # later threads would inherit the workers' setting

@@ -10,7 +10,7 @@ from llmc.formats.manifest import read_manifest
 
 
 def mask_of(folder: Path) -> dict[str, Any] | None:
-    """The pass that pruned a model folder to a mask, by its manifest; None where no zeros have to be kept."""
+    """The manifest entry of the pass that pruned a model folder to a mask; None if there is none."""
     passes = (read_manifest(folder) or {}).get("passes", [])
     found = [p for p in passes if p.get("name") == "prune" and p.get("config", {}).get("method") in MASKS]
     return found[-1] if found else None

@@ -109,7 +109,7 @@ def test_the_file_keeps_its_size_and_more_room_predicts_less_loss(tied: bool, tm
     assert (tmp_path / "q.gguf").stat().st_size == result["plan"]["file_bytes"] <= target
     found = llmc.inspect(tmp_path / "q.gguf")
     assert found["weights"]["bits_per_weight"] == pytest.approx(result["plan"]["bits_per_weight"], rel=1e-3)
-    assert set(result["tables"]) == ({"embedding"} if tied else {"embedding", "head"})
+    assert set(result["end_types"]) == ({"embedding"} if tied else {"embedding", "head"})
     entry = json.loads((tmp_path / "q/llmc.json").read_text())["passes"][-1]
     assert entry["plan"]["predicted_kld"] == result["plan"]["predicted_kld"]
 
@@ -194,7 +194,7 @@ def test_bits_per_weight_and_divergence_as_budgets(tmp_path: Path, text: Path, c
     assert by_loss["file_bytes"] <= by_bits["file_bytes"]
     assert by_loss["predicted_kld"] <= by_bits["predicted_kld"]
     err = capsys.readouterr().err
-    assert err.count("measured before") == 1  # the second plan measured nothing
+    assert err.count("using the sensitivities of an earlier run") == 1  # the second plan measured nothing
     sums = sum(t["kld"] for t in by_bits["tensors"]), sum(t["bytes"] for t in by_bits["tensors"])
     assert sums[0] == pytest.approx(by_bits["predicted_kld"])
     classes = by_bits["bytes_by_class"]
@@ -217,9 +217,9 @@ def test_a_budget_beats_one_type_of_the_same_size(tmp_path: Path, text: Path) ->
 
 
 @pytest.mark.parametrize(("target", "words"), [
-    ({"target_size": "20kB"}, "--target-size 20kB cannot be reached: the smallest types that fit make"),
-    ({"target_bpw": 1.5}, "--target-bpw 1.5 cannot be reached: the smallest types that fit make .* bits per weight"),
-    ({"target_kld": 1e-9}, "--target-kld 1e-09 cannot be reached: the least that is predicted is"),
+    ({"target_size": "20kB"}, "--target-size 20kB cannot be reached: the smallest types give"),
+    ({"target_bpw": 1.5}, "--target-bpw 1.5 cannot be reached: the smallest types give .* bits per weight"),
+    ({"target_kld": 1e-9}, "--target-kld 1e-09 cannot be reached: the lowest predicted KL divergence is"),
 ])
 def test_what_cannot_be_reached_names_what_can(target: dict[str, Any], words: str, tmp_path: Path, text: Path) -> None:
     base = build("llama", tmp_path / "base")
@@ -244,7 +244,7 @@ def test_what_is_named_as_possible_is_possible(value: float) -> None:
     ({"target_size": "90MB", "preset": "q4_k_m"}, "leave out --type and --preset"),
     ({"target_bpw": 4.0, "bits": 8}, "leave out --bits"),
     ({"target_size": "90"}, "give bytes with a unit"),
-    ({"target_size": "as:q9_k"}, "after as: must come one of q2_k"),
+    ({"target_size": "as:q9_k"}, "the preset after as: must be one of q2_k"),
     ({"target_size": "like:q4_k_m"}, "give bytes with a unit, .* or as:PRESET"),
     ({"target_kld": -1.0}, "must be above 0"),
 ])

@@ -46,7 +46,8 @@ def test_stacked_experts_are_refused_and_can_be_kept(oss: Path, tmp_path: Path) 
         assert "--keep 'mlp.experts.gate_up_proj,mlp.experts.down_proj'" in e.value.hint
     kept = {"method": "rtn", "keep": "mlp.experts.gate_up_proj,mlp.experts.down_proj"}
     plan = llmc.quantize(oss, dry_run=True, **kept)
-    assert plan["floats"][KEPT]["names"] == ["model.layers.*.mlp.experts.down_proj", "model.layers.*.mlp.experts.gate_up_proj"]
+    experts = [f"model.layers.*.mlp.experts.{name}" for name in ("down_proj", "gate_up_proj")]
+    assert plan["floats"][KEPT]["names"] == experts
     assert plan["floats"]["routers of experts"]["weights"] == 2 * 4 * 64
     result = llmc.quantize(oss, out=tmp_path / "q", **kept)
     layers = {n: t for n, t in load_file(oss / "model.safetensors").items() if "layers" in n and t.ndim >= 2}
@@ -116,7 +117,7 @@ def test_kept_linears_stay_as_they_are(tmp_path: Path, text: Path, method: str) 
         assert torch.equal(after[name], before[name])
         assert f"model.layers.{i}.self_attn.q_proj.qweight" in after
     blocks = json.loads((out / "config.json").read_text())["quantization_config"]["modules_in_block_to_quantize"]
-    assert [["self_attn.q_proj"], ["self_attn.k_proj"], ["mlp.gate_proj"], ["mlp.up_proj"], ["mlp.down_proj"]] == blocks
+    assert blocks == [["self_attn.q_proj"], ["self_attn.k_proj"], ["mlp.gate_proj"], ["mlp.up_proj"], ["mlp.down_proj"]]
     assert load_torch_model(out)(torch.zeros(1, 4, dtype=torch.int64)).logits.isfinite().all()
 
 

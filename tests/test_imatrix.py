@@ -207,7 +207,7 @@ def entry(width: int, experts: int = 1, value: float = 1.0) -> InputSums:
 
 
 @pytest.mark.parametrize(("entries", "words"), [
-    ({"blk__1__attn_k__weight": None}, r"says nothing of 1 of 14 linears \(first blk.1.attn_k.weight\)"),
+    ({"blk__1__attn_k__weight": None}, r"has no entry for 1 of 14 linears \(first blk.1.attn_k.weight\)"),
     ({"blk__0__ffn_down__weight": entry(96)}, "has width 96, and model.layers.0.mlp.down_proj has 128 input columns"),
     ({"blk__0__ffn_up__weight": entry(64, experts=4)}, "has 4 experts of width 64"),
     ({"blk__0__ffn_up__weight": entry(64, value=float("nan"))}, "holds values that are not sums of squares"),

@@ -70,7 +70,7 @@ def test_a_tensor_in_two_shards(model: Path) -> None:
     assert ckpt.shard_of[name].name == "model-00001-of-00002.safetensors"
     assert sorted(p.name for p in rest_of(ckpt, ())) == names  # once
     split(model, one, {**two, name: tensors[name] * 2}, index={name: 1})
-    with pytest.raises(UserError, match="in two|with other values") as e:
+    with pytest.raises(UserError, match="with other values") as e:
         Checkpoint.open(model)
     assert name in e.value.problem
 
@@ -276,7 +276,7 @@ def test_folders_without_weights(made: SimpleNamespace, tmp_path: Path, file: st
 def test_eval_and_bench_of_a_folder_without_config(made: SimpleNamespace, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for command in (lambda: llmc.evaluate(tmp_path / "empty", base=made.base), lambda: llmc.bench(tmp_path / "empty")):
-        with pytest.raises(UserError, match="no config.json"):
+        with pytest.raises(UserError, match=r"no config\.json"):
             command()
 
 

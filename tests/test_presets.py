@@ -15,7 +15,7 @@ from tiny import build
 
 import llmc
 from llmc.compress.quantize.config import QuantizeConfig
-from llmc.compress.quantize.presets import PRESETS, Facts, linear_type, table_type
+from llmc.compress.quantize.presets import PRESETS, Facts, end_type, linear_type
 from llmc.compress.quantize.run import quantize
 from llmc.errors import UserError
 from llmc.families.names import role_of
@@ -39,7 +39,7 @@ def test_every_type_is_what_llama_quantize_chose(title: str, key: str) -> None:
         expected = [kind for n, kind in re.findall(r"(\d+) (\w+)", runs) for _ in range(int(n))]
         if role.endswith(".weight"):
             head = role == "output.weight" or model.get("tied", False)
-            assert expected == [table_type(preset, head, width)], role
+            assert expected == [end_type(preset, head, width)], role
         else:
             assert expected == [linear_type(preset, role, i, facts, width) for i in range(layers)], role
 
@@ -131,9 +131,10 @@ def test_rows_that_256_does_not_divide_are_named(tmp_path: Path, text: Path, cap
     base = build("llama", tmp_path / "base", hidden_size=64, intermediate_size=256)
     result = quantize(base, settings(text, tmp_path / "q", preset="q2_k", method="rtn"))
     err = capsys.readouterr().err
-    assert "12 of 14 linears have rows that are no multiple of 256 and take q4_0 instead of what q2_k would give them" in err
+    assert ("12 of 14 linears have rows that are not a multiple of 256 and get q4_0 instead of what q2_k would give them"
+            in err)
     assert result["types"] == {"q4_0": 12, "q3_k": 2}
-    assert result["tables"] == {"embedding": "q8_0"}
+    assert result["end_types"] == {"embedding": "q8_0"}
 
 
 @pytest.mark.parametrize("kind", BLOCK_TYPES)
@@ -160,7 +161,7 @@ def test_a_folder_that_asks_for_an_unknown_type_is_refused(tmp_path: Path, text:
     quantize(base, settings(text, tmp_path / "q", preset="q4_1", method="rtn"))
     path = tmp_path / "q/config.json"
     config = json.loads(path.read_text())
-    config["quantization_config"]["tables"]["embedding"] = "q9_z"
+    config["quantization_config"]["end_types"]["embedding"] = "q9_z"
     path.write_text(json.dumps(config))
     with pytest.raises(UserError, match="q9_z"):
         llmc.export(tmp_path / "q", format="gguf", out=tmp_path / "q.gguf")

@@ -51,7 +51,7 @@ def test_rows_that_a_type_cannot_hold_take_another_and_that_is_said(
 ) -> None:
     base = build("llama", tmp_path / "base", hidden_size=64, intermediate_size=256)
     quantize(base, settings(text, tmp_path / "q", type="q4_k"))
-    assert "12 of 14 linears have rows that are no multiple of 256 and take q5_0 instead of q4_k" in capsys.readouterr().err
+    assert "12 of 14 linears have rows that are not a multiple of 256 and get q5_0 instead of q4_k" in capsys.readouterr().err
     types = json.loads((tmp_path / "q/config.json").read_text())["quantization_config"]["types"]
     assert sorted(set(types.values())) == ["q4_k", "q5_0"]
     assert all((qtype == "q4_k") == name.endswith("down_proj") for name, qtype in types.items())

@@ -79,8 +79,8 @@ def test_gradients_reach_the_head_and_skip_what_does_not_count(reverse: bool, mo
     counted = targets >= 0
     expected = by_definition(objective, head(states).view(14, 50)[counted], theirs[counted], targets[counted]) / 11
     wanted = torch.autograd.grad(expected, [states, head.weight])
-    found, nll = loss.distil(states, lambda part: loss.Whole(theirs[part] / 2), lambda h: head(h)[0], 50, objective, targets,
-                             [head.weight])
+    found, nll = loss.distillation_loss(states, lambda part: loss.Whole(theirs[part] / 2), lambda h: head(h)[0], 50,
+                                        objective, targets, [head.weight])
     assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     plain = cross_entropy(head(states).view(14, 50), targets, ignore_index=-1)
     assert float(nll) == pytest.approx(float(plain.detach()), rel=1e-5)
@@ -103,11 +103,11 @@ def test_divergence_in_chunks_is_that_of_whole_logits_and_so_is_its_gradient(mon
     monkeypatch.setattr(loss, "CHUNK_BYTES", 50 * 4 * 3)  # three positions at a time
     monkeypatch.setattr(loss, "CACHE_BYTES", 50 * 4 * 2)  # in twos
     aims = whole(theirs, known)
-    found, _ = loss.distil(start * 1, aims, lambda h: ours(h)[0], 50)
+    found, _ = loss.distillation_loss(start * 1, aims, lambda h: ours(h)[0], 50)
     found.backward()
     assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     torch.testing.assert_close(start.grad, gradient)
-    nothing, _ = loss.distil(known, aims, lambda h: theirs(h)[0], 50)
+    nothing, _ = loss.distillation_loss(known, aims, lambda h: theirs(h)[0], 50)
     assert float(nothing) == pytest.approx(0, abs=1e-6)
 
 

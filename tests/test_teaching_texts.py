@@ -64,7 +64,7 @@ def test_only_answers_are_learned_and_sequences_without_any_left_out(tmp_path: P
     everything = len(tok(file.read_text()).input_ids) // 32
     assert 0 < found.origin["left_out"] < everything
     tok.chat_template = "{{ messages | length }}"
-    with pytest.raises(UserError, match="writes earlier turns anew"):
+    with pytest.raises(UserError, match="changes earlier messages"):
         load_answers(str(file), tok, 32)
     with pytest.raises(UserError, match="has no answers"):
         load_answers(str(tmp_path / "chat.txt"), tok, 32)

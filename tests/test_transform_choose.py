@@ -62,7 +62,7 @@ def test_held_out_sequences_are_not_searched_on() -> None:
     assert len(rows[1]) == 2
     assert learn.origin["samples"] == 18
     assert learn.origin["tokens"] == 72
-    with pytest.raises(UserError, match="held-out"):
+    with pytest.raises(UserError, match="holds out a part of the calibration text"):
         chooser.split(Calibration(whole.sequences[:1], whole.origin))
 
 

@@ -62,7 +62,7 @@ def test_streams_that_cannot_be_rotated_are_refused_with_the_reason(family: str,
 
 def test_r1_unties_only_when_told_to(tmp_path: Path) -> None:
     folder = build("llama", tmp_path / "m")
-    with pytest.raises(UserError, match=r"costs 34\.8 kB in an 8-bit file") as e:
+    with pytest.raises(UserError, match=r"takes 34\.8 kB in an 8-bit file") as e:
         llmc.transform(folder, rotate="r1r2", scaling="none", out=tmp_path / "r")
     assert "--untie" in e.value.hint
     result = llmc.transform(folder, rotate="r1r2", scaling="none", untie=True, out=tmp_path / "r", threads=1)

@@ -74,14 +74,14 @@ def test_the_search_finds_a_channel_that_matters() -> None:
     w, size = torch.randn(64, 64) / 8, torch.ones(64)
     size[[7, 40]] = 30
     x = torch.randn(500, 64) * size
-    alpha, errors = scaling.search_alpha(w, x.t() @ x, scaling.normalised(size.double()), IntegerType(4, 32))
+    alpha, errors = scaling.search_alpha(w, x.t() @ x, scaling.normalized(size.double()), IntegerType(4, 32))
     assert alpha > 0
     assert errors[alpha] < 0.7 * errors[0.0]
 
 
 def test_factors_of_nothing_are_one_and_of_dead_channels_finite() -> None:
-    assert torch.equal(scaling.normalised(torch.zeros(4, dtype=torch.float64)), torch.ones(4, dtype=torch.float64))
-    s = scaling.normalised(torch.tensor([0.0, 1.0, 1e-30, 1e30], dtype=torch.float64))
+    assert torch.equal(scaling.normalized(torch.zeros(4, dtype=torch.float64)), torch.ones(4, dtype=torch.float64))
+    s = scaling.normalized(torch.tensor([0.0, 1.0, 1e-30, 1e30], dtype=torch.float64))
     assert bool(torch.isfinite(s).all())
     assert float(s.min()) >= 1 / scaling.WIDEST
 
@@ -92,7 +92,7 @@ def test_equalising_gives_equal_ranges(tmp_path: Path) -> None:
     layer = layers_of(model)[0]
     place = map_layer(model.config, layer).up
     assert place is not None
-    scaling.apply_scaling(layer, place, scaling.equalising_factors(layer, place, 0.0), 0.0)
+    scaling.apply_scaling(layer, place, scaling.equalizing_factors(layer, place, 0.0), 0.0)
     ratio = get_weight(layer.mlp.up_proj).abs().amax(1) / get_weight(layer.mlp.down_proj).abs().amax(0)
     torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), rtol=1e-5, atol=0)
 
@@ -102,7 +102,7 @@ def test_plain_rounding_of_a_scalingd_linear_loses_less_on_its_inputs() -> None:
     torch.manual_seed(1)
     w, x = torch.randn(128, 64) / 8, torch.randn(800, 64) * torch.rand(64).pow(3) * 20
     hessian = x.t() @ x
-    s = scaling.normalised(hessian.diagonal().double().sqrt())
+    s = scaling.normalized(hessian.diagonal().double().sqrt())
     qtype = IntegerType(4, 32)
     scale = (s ** scaling.search_alpha(w, hessian, s, qtype)[0]).float()
     lost = [float(objective((rtn(w * f, qtype).dequantize() / f - w).t(), hessian).sum()) for f in (torch.ones(64), scale)]

@@ -1,1 +1,1 @@
-"""Distillation: a smaller float model is trained to say what a larger one says."""
+"""Distillation: a smaller float model is trained to predict the next-token distributions of a larger one."""

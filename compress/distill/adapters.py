@@ -1,7 +1,7 @@
 """Low-rank adapters instead of full weights, through peft (Hu et al., "LoRA", 2021, arXiv:2106.09685).
 
-An adapter adds B A x * (alpha / rank) to what a frozen linear puts out; B starts at zero, and in the end the product is added
-to the weight.
+An adapter adds B A x * (alpha / rank) to the output of a frozen linear. B starts at zero. At the end B A * (alpha / rank) is
+added to the weight.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SCALE = 2  # alpha / rank
 
 
 def check_peft() -> None:
-    """Before any work: peft is here."""
+    """Raise UserError if the package peft is not installed."""
     try:
         import peft  # noqa: F401
     except ModuleNotFoundError as e:
@@ -26,7 +26,7 @@ def check_peft() -> None:
 
 
 def add_adapters(model: Any, rank: int, seed: int) -> None:
-    """Freeze the model and put an adapter on every linear of its decoder layers."""
+    """Freeze the model and add an adapter to every linear of its decoder layers."""
     from peft import LoraConfig, inject_adapter_in_model
 
     prefix, layers = find_layers(model)
@@ -37,7 +37,7 @@ def add_adapters(model: Any, rank: int, seed: int) -> None:
 
 
 def merge_adapters(model: Any) -> None:
-    """Add every adapter to its weight, and leave the model as it was built."""
+    """Add every adapter to its weight and restore the original modules."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     found = [(name, m) for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]

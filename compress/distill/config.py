@@ -54,7 +54,7 @@ class DistillConfig:
     check_every: int = shared.check_every()
     patience: int = shared.patience()
     answers_only: bool = option(
-        False, help="Train only on what assistants say in the `messages` of .jsonl files.", group=CALIBRATION)
+        False, help="Train only on the assistant's messages in .jsonl files.", group=CALIBRATION)
     checkpointing: bool = shared.checkpointing()
     precision: str = shared.precision()
     seed: int = shared.seed("Seed of the order of sequences, of --calibration self and of adapters.")
@@ -67,33 +67,33 @@ class DistillConfig:
     def __post_init__(self) -> None:
         problems = []
         if not self.teacher:
-            problems.append("--teacher is missing: the model that the student learns from")
+            problems.append("--teacher is missing: give the model that the student learns from")
         try:
             self.pairs()
         except ValueError:
-            problems.append(f"--layer-map {self.layer_map}: must be auto, or pairs of student's and teacher's layers like "
+            problems.append(f"--layer-map {self.layer_map}: must be auto, or pairs STUDENT:TEACHER of layers, as in "
                             "0:0,8:9,26:29")
         if self.layer_map != AUTO and not self.hidden_weight:
-            problems.append("--layer-map goes with --hidden-weight: without it no states are compared")
+            problems.append("--layer-map goes with --hidden-weight: without --hidden-weight no states are compared")
         if self.hidden_weight and self.teacher_top_k is not None:
-            problems.append("--hidden-weight and --teacher-top-k exclude each other: of the teacher only its likeliest "
-                            "tokens are kept, not its states")
+            problems.append("--hidden-weight and --teacher-top-k exclude each other: --teacher-top-k stores the teacher's "
+                            "most likely tokens, not its hidden states")
         check(self, "distill", problems)
 
     @property
     def rate(self) -> float:
-        """The learning rate: given, or what suits full weights or an adapter."""
+        """The learning rate: --lr if given, else the default for full weights or for adapters."""
         return self.lr if self.lr is not None else FULL_LR if self.lora is None else LORA_LR
 
     def pairs(self) -> list[tuple[int, int]] | None:
-        """(student's layer, teacher's layer) that --layer-map names; None for auto."""
+        """The pairs (student's layer, teacher's layer) of --layer-map; None for auto."""
         if self.layer_map == AUTO:
             return None
         found = [pair.split(":") for pair in self.layer_map.split(",")]
-        return [(int(ours), int(theirs)) for ours, theirs in found]
+        return [(int(student), int(teacher)) for student, teacher in found]
 
     def numbers(self) -> dict[str, Any]:
-        """The settings that decide the result, for manifests and for the fingerprint of `--resume`."""
+        """The options that affect the result, for manifests and for the fingerprint of `--resume`."""
         deciding = asdict(self) | {"lr": self.rate}
         for name in ("out", "resume", "device", "dry_run"):
             del deciding[name]

@@ -1,4 +1,4 @@
-"""The zeros of a pruned student stay zeros: its gradients are masked, and its weights once more after each step."""
+"""The zeros of a pruned student stay zeros: its gradients are masked, and its weights are masked after each step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llmc.compress.skeleton import find_layers, is_linear
 
 
 class Masks:
-    """kept: bool like its parameter, True where the weight is not zero."""
+    """kept: for each parameter a bool tensor of its shape, True where the weight is not zero."""
 
     def __init__(self, kept: dict[nn.Parameter, torch.Tensor]) -> None:
         self.kept = kept
@@ -32,7 +32,7 @@ class Masks:
 
 
 def masks_of(model: Any) -> Masks:
-    """Of every linear of the decoder layers that has a weight of exactly zero."""
+    """The masks of every linear in the decoder layers that has at least one weight of exactly zero."""
     _, layers = find_layers(model)
     weights = [p for layer in layers for m in layer.modules() if is_linear(m) for p in m.parameters() if p.dim() == 2]
     return Masks({w: w.detach() != 0 for w in weights if bool((w.detach() == 0).any())})

@@ -1,9 +1,9 @@
-"""`llmc distill`: train a smaller float model, a pruned one say, to say what a larger one says.
+"""`llmc distill`: train a smaller float model, for example a pruned one, to predict as a larger one does.
 
-The objective is the divergence of the student's next-token distributions from the teacher's (loss.py). On request it also has
-a share of the text's own next tokens and the error of hidden states (student.py). The best weights on a held-out part of the
-text are kept, not the last. The reported figures are measured after the weights were rounded to the type that the folder
-stores.
+The objective is the KL divergence of the student's next-token distributions from the teacher's (loss.py). The options can add
+the cross-entropy on the text's own next tokens and the error of hidden states (student.py). The result has the weights that
+are best on a held-out part of the text, not the last ones. The reported losses are measured after the weights were rounded to
+the type that the folder stores.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ from llmc.sources.resolve import resolve_model
 
 
 def distill(student: str | Path, config: DistillConfig) -> dict[str, Any]:
-    """Train `student` and write it as a folder of the same shapes.
+    """Train `student` and write it as a folder. The shapes of its tensors do not change.
 
     Returns {'out', 'steps', 'best_step', 'loss': {'before', 'after'}, 'perplexity': {'before', 'after'}, 'curve', 'seconds',
-    …}; with `dry_run` the plan and its estimates. Of several processes (`accelerate launch`) the first alone writes and
-    returns that, the others return {}.
+    …}; with `dry_run` the plan and its estimates. If several processes train (`accelerate launch`), only the first one writes
+    the folder and returns the result; the others return {}.
     """
     start = time.monotonic()
     threads = config.threads or physical_cores()
     if config.lora is not None:
         check_peft()
     job = _Job(resolve_model(student), resolve_model(config.teacher), config, threads)
-    prepare_cpu(threads)  # accelerate has ideas of its own
+    prepare_cpu(threads)  # after _Job, because accelerate sets the number of threads too
     plan = plan_of(job.student, job.taught, config, job.dtype, job.device, threads)
     if config.dry_run:
         return {"source": str(job.folder), "out": str(job.out), **plan}
@@ -67,7 +67,8 @@ def distill(student: str | Path, config: DistillConfig) -> dict[str, Any]:
 
 
 class _Job(Job):
-    """One distillation: what is known before it starts, and the steps. student, taught: both models, without weights."""
+    """One distillation: the checks before it starts, and its steps. student, taught: the student and the teacher, both
+    without weights."""
 
     name = "distill"
 
@@ -83,8 +84,8 @@ class _Job(Job):
         self.layers = map_layers(config.pairs(), *depths) if config.hidden_weight else []
         self.sparse = mask_of(folder) is not None
         if self.sparse and config.lora is not None:
-            raise UserError(f"{folder} was pruned to zeros, which an adapter would fill",
-                            "leave out --lora: full weights keep them")
+            raise UserError(f"{folder} was pruned to a mask, and an adapter would fill its zeros",
+                            "leave out --lora: training full weights keeps the zeros")
         self.objective = Objective(config.loss == "reverse-kl", config.temperature, config.ce_weight)
 
     @property
@@ -100,7 +101,7 @@ class _Job(Job):
             check_weights(checkpoint)
         self.open_work()
         texts = self.texts()
-        # before the student is there: it may be gone by then
+        # before the student is loaded: with --teacher-top-k the teacher has left the memory by then
         teacher = self.teacher(texts, self.vocab, self.config.temperature)
         student, masks = self._student()
         training = Distilling(self.config, student, teacher, [b for _, b in self.layers], texts, masks, self.accelerator,
@@ -110,11 +111,11 @@ class _Job(Job):
         changed = self._settle(student.model)
         after = training.judge()
         if curve.best["step"] == 0:
-            warn("distillation never beat the start on the held-out text: the model is as it was")
+            warn("distillation did not improve the model on the held-out text: the weights did not change")
         return self.publish("hf", changed, texts, self._result(curve, after, trained, masks)) if self.leads else {}
 
     def _student(self) -> tuple[Student, Masks]:
-        """The student in float32 with what is trained of it, and its zeros that must stay."""
+        """The student in float32, with adapters if --lora asks for them, and the masks of its zeros."""
         c = self.config
         model = load_torch_model(self.folder)
         masks = masks_of(model) if self.sparse else Masks({})
@@ -128,14 +129,14 @@ class _Job(Job):
 
     @torch.no_grad()
     def _settle(self, model: Any) -> dict[str, torch.Tensor]:
-        """Adapters are merged, and weights become what their stored types hold. Returns those that changed, by their names in
+        """Merge the adapters and round the weights to their stored types. Returns the tensors that changed, by their names in
         the checkpoint."""
         if self.config.lora is not None:
             merge_adapters(model)
         changed = {}
         for name, p in model.named_parameters(remove_duplicate=False):
             stored = self.student.names.find(name)
-            if stored is None:  # the second name of a tied table
+            if stored is None:  # the second name of a tied matrix
                 continue
             before = self.checkpoint.tensor(stored)
             after = p.detach().to("cpu", before.dtype).contiguous()

@@ -1,4 +1,4 @@
-"""The processes that train together: one, or as many as `accelerate launch` (on CPUs torchrun) started."""
+"""The processes that train together: one, or those that `accelerate launch` (on CPUs torchrun) started."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ PATIENCE = timedelta(days=1)  # the first process may sample text for hours whil
 
 
 def join_team(device: str) -> tuple[Any, torch.device]:
-    """(accelerate's Accelerator, the device of this process). All processes but the first fall silent."""
+    """Returns (accelerate's Accelerator, the device of this process). Only the first process prints. UserError if accelerate
+    splits a model over processes or gives this process another device than `device`."""
     from accelerate import Accelerator, InitProcessGroupKwargs
 
     launched = int(os.environ.get("LOCAL_RANK", -1)) != -1
-    # placement and precision are ours: several runs in one Python process may differ in them
+    # llmc sets device and precision itself: several runs in one Python process may use different ones
     accelerator = Accelerator(device_placement=False, mixed_precision="no", cpu=launched and device == "cpu",
                               kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
     if accelerator.num_processes == 1:
         return accelerator, torch_device(device)
     kind = str(accelerator.distributed_type).rpartition(".")[2]
     if not kind.startswith("MULTI_"):
-        raise UserError(f"accelerate is set up for {kind}, which splits a model over processes",
-                        "use `accelerate launch --multi_gpu` or torchrun: each process has a whole copy")
+        raise UserError(f"accelerate is configured for {kind}, which splits a model over processes",
+                        "use `accelerate launch --multi_gpu` or torchrun: then each process has a whole copy")
     own = accelerator.device
     if device != "gpu" and torch.device(device).type != own.type:
-        raise UserError(f"--device {device}: accelerate gave this process {own}", "use --device gpu")
+        raise UserError(f"--device {device}: accelerate assigned {own} to this process", "use --device gpu")
     if not accelerator.is_main_process:
         set_quiet(True)
     return accelerator, own

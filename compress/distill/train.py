@@ -1,4 +1,4 @@
-"""The steps of a distillation, in one process or in several that share each step (Hugging Face accelerate)."""
+"""The steps of a distillation, in one process or in several processes that share each step (Hugging Face accelerate)."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from llmc.errors import UserError
 
 
 def optimizer_of(parameters: Sequence[torch.nn.Parameter], c: DistillConfig, device: torch.device) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter, 2019, arXiv:1711.05101); vectors (norms, biases) do not decay."""
+    """AdamW (Loshchilov and Hutter, 2019, arXiv:1711.05101). Vectors (norms, biases) have no weight decay."""
     groups = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": c.weight_decay, "share": 1.0},
               {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0, "share": 1.0}]
-    # one pass over the memory instead of seven
+    # fused makes one pass over the memory instead of seven
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=c.rate, betas=BETAS, fused=device.type in ("cpu", "cuda"))
 
 
 class Distilling(Training):
-    """A step is `accumulate` batches in each process. Which sequences they are depends only on how many there are in all, so
-    two processes learn from what one with twice the batches would.
+    """A step has `accumulate` batches in each process. Its sequences depend only on the total number of batches: two
+    processes learn from the same sequences as one process with twice the batches.
 
-    forward: a context in which models run in the right precision.
+    layers: the teacher's layers whose states are compared.  forward: a context in which models run in the right precision.
     """
 
     what = "distilling"
@@ -46,10 +46,10 @@ class Distilling(Training):
         self.texts, self.masks = texts, masks
         self.accelerator, self.forward, self.device = accelerator, forward, device
         self.shared = accelerator.prepare_model(student, device_placement=False)
-        self.hidden: list[float] = []  # of the steps since the last check
+        self.hidden: list[float] = []  # errors of the hidden states in the steps since the last check
 
     def learn(self, step: int) -> float:
-        """The mean loss of the batches of a step, with their gradients."""
+        """Returns the mean loss of the batches of a step, and makes their gradients."""
         c, a = self.c, self.accelerator
         sums = torch.zeros(2, device=self.device)
         for i in range(c.accumulate):
@@ -61,7 +61,7 @@ class Distilling(Training):
             sums += torch.stack([loss, hidden]) / c.accumulate
         loss, hidden = a.reduce(sums, "mean").tolist()
         if not math.isfinite(loss + hidden):
-            raise UserError(f"the loss is no number after {step} steps", "use a smaller --lr, or --precision fp32")
+            raise UserError(f"the loss is not finite after {step} steps", "use a smaller --lr, or --precision fp32")
         self.hidden.append(hidden)
         return float(loss)
 
@@ -73,9 +73,10 @@ class Distilling(Training):
 
     @torch.no_grad()
     def judge(self) -> dict[str, float]:
-        """The objective and the perplexity over the held-out sequences; beside them, what the states lacked in training."""
+        """Returns {'loss', 'perplexity'} over the held-out sequences, and 'hidden', the mean error of the hidden states in
+        the steps since the last check."""
         a, held = self.accelerator, self.texts.held_out
-        sums = torch.zeros(3)  # each weighed by the tokens that count, and these
+        sums = torch.zeros(3)  # loss and nll, weighted by the number of tokens that count, and that number
         for row in range(a.process_index, held, a.num_processes):
             tokens = int((self._targets([row]) >= 0).sum())
             _, loss, nll, _ = self._run(self.student, [row])
@@ -91,16 +92,16 @@ class Distilling(Training):
         self.accelerator.wait_for_everyone()
 
     def _run(self, module: Any, rows: list[int], layers: Sequence[int] = ()) -> Any:
-        """What a Student returns of these sequences."""
+        """What `Student.forward` returns for the sequences `rows`."""
         ids = self.texts.sequences[rows]
-        with captured(getattr(self.teacher, "model", None), layers) as states:  # a cached teacher has none, nor layers
-            aims = self.teacher.of(rows)
-        # made under inference_mode, which autograd does not take: hence copies
+        with captured(getattr(self.teacher, "model", None), layers) as states:  # a cached teacher has no model and no layers
+            soft_targets = self.teacher.of(rows)
+        # autograd refuses tensors that were made under inference_mode: hence copies
         with self.forward():
-            return module(ids.to(self.device), self._targets(rows).to(self.device), aims, [s.clone() for s in states])
+            return module(ids.to(self.device), self._targets(rows).to(self.device), soft_targets, [s.clone() for s in states])
 
     def _targets(self, rows: list[int]) -> torch.Tensor:
-        """int64 [n * seq_len]: what follows each position; -1 at the ends of sequences and where it is not to be learned."""
+        """int64 [n * seq_len]: the next token of each position; -1 at the end of a sequence and where it does not count."""
         ids, counted = self.texts.sequences[rows], self.texts.counted
         following = ids[:, 1:] if counted is None else torch.where(counted[rows][:, 1:], ids[:, 1:], -1)
         return torch.cat([following, ids.new_full((len(rows), 1), -1)], 1).flatten()

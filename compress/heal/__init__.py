@@ -1,1 +1,1 @@
-"""Healing: the codes of a quantized model stay, what multiplies them is trained against the model it was made from."""
+"""Healing: train the scales of a quantized model against the model that was quantized. Its codes do not change."""

@@ -1,10 +1,10 @@
-"""Healing block by block: one decoder layer at a time, against what the teacher's layer puts out.
+"""Healing block by block: train one decoder layer at a time against the output of the teacher's layer.
 
-For models whose end-to-end training does not fit: in memory are one layer, its activations for one batch, and nothing of
-the head. Both streams of hidden states, the teacher's and the healed model's, are files (as in the calibration loop), so
-that a layer learns to make up for what the layers before it have lost (Li et al., "BRECQ", ICLR 2021, section 3.2, without
-its Fisher weights). The error of a token counts relative to the energy of its state: what follows normalises the stream, and
-a few tokens have enormous states.
+It is for models that are too large for end-to-end training: the memory holds one layer and its activations for one batch, and
+no head. The hidden states of the teacher and of the healed model are in files, as in the calibration loop. A layer thus
+learns to compensate the errors of the layers before it (Li et al., "BRECQ", ICLR 2021, section 3.2, without its Fisher
+weights). The error of a token is divided by the energy of its teacher state, because the next layer normalizes the stream and
+a few tokens have very large states.
 """
 
 from __future__ import annotations
@@ -34,20 +34,21 @@ from llmc.formats.names import Names
 
 
 class Blocks:
-    """The layers of one healing. forward: a context in which layers run in the right precision; dtype: of the products."""
+    """Heals the layers of one model. skeleton: the teacher.  forward: a context in which layers run in the right precision.
+    dtype: of the matrix products."""
 
     def __init__(self, config: HealConfig, student: Checkpoint, skeleton: Skeleton, texts: Texts, work: Path,
                  forward: Callable[[], Any], dtype: torch.dtype) -> None:
         self.config, self.student, self.skeleton, self.texts = config, student, skeleton, texts
         self.forward, self.dtype = forward, dtype
         self.names = Names.of(student, skeleton.model)
-        self.linears = {self.names.own(n): n for n in quantized.linears(student)}  # by module
-        _check_tables(skeleton, student, self.names)
+        self.linears = {self.names.own(n): n for n in quantized.linears(student)}  # module's name -> name in the checkpoint
+        _check_embeddings(skeleton, student, self.names)
         n, width = texts.sequences.shape
         self.work = Workspace(work, {}, config.resume)
         self.streams = Streams(skeleton, texts.sequences, self.work, {"student": n, "teacher": n},
                                sequences_at_once(skeleton, width))
-        self.ours, self.theirs = self.streams.stores
+        self.student_states, self.teacher_states = self.streams.stores
         if self.work.done:
             say(f"resuming after layer {self.work.done} of {len(skeleton.layers)}")
 
@@ -61,22 +62,23 @@ class Blocks:
 
     def _visit(self, index: int, layer: nn.Module) -> str:
         tensors, record = self._heal(index, layer)
-        self.ours.advance()  # the teacher's states are there already
+        self.student_states.advance()  # _heal has advanced the teacher's states
         self.work.save_layer(index, tensors, record)
         self.streams.settle(index + 1, self.streams.side)
         return f"error {100 * record['before']:.2f} -> {100 * record['error']:.2f} %"
 
     def _heal(self, index: int, layer: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """One layer; the states that leave the teacher's and the healed one are written."""
+        """Heal one layer, and write the output states of the teacher's layer and of the healed one. Returns (the changed
+        tensors, the layer's record)."""
         with torch.no_grad():
-            self.theirs.replace(self._run(layer, index, self.theirs))
-            self.theirs.advance()
-        ours, linears = self._quantized(index, layer)
+            self.teacher_states.replace(self._run(layer, index, self.teacher_states))
+            self.teacher_states.advance()
+        student, linears = self._quantized(index, layer)
         factors = {f"{n}.{kind}": p for n, m in linears.items() for kind, p in m.trained().items()}
-        norms = norm_weights(ours) if self.config.norms else {}
-        curve = self._train(ours, index, factors, {n: p.requires_grad_(True) for n, p in norms.items()})
+        norms = norm_weights(student) if self.config.norms else {}
+        curve = self._train(student, index, factors, {n: p.requires_grad_(True) for n, p in norms.items()})
         with torch.no_grad():
-            self.ours.replace(self._run(ours, index, self.ours))
+            self.student_states.replace(self._run(student, index, self.student_states))
         tensors = stored_tensors(self.student, linears)
         prefix = self.skeleton.layer_name(index)
         tensors |= {self.names.stored(f"{prefix}.{n}"): p.detach().cpu().float() for n, p in norms.items()}
@@ -86,22 +88,22 @@ class Blocks:
                                      "norms": sum(p.numel() for p in norms.values())}, "events": []}
 
     def _quantized(self, index: int, layer: nn.Module) -> tuple[nn.Module, dict[str, HealedLinear]]:
-        """The layer as the quantized model has it, and its linears by their names there."""
-        ours, linears = copy.deepcopy(layer), {}
+        """Returns (the layer of the quantized model, its linears by their names in the checkpoint)."""
+        student, linears = copy.deepcopy(layer), {}
         prefix = self.skeleton.layer_name(index)
-        paths = [n for n, _ in ours.named_modules() if f"{prefix}.{n}" in self.linears]
-        for name, parameter in ours.named_parameters():
-            if name.removesuffix(".weight") not in paths:  # a transformed model has norms and biases of its own
+        paths = [n for n, _ in student.named_modules() if f"{prefix}.{n}" in self.linears]
+        for name, parameter in student.named_parameters():
+            if name.removesuffix(".weight") not in paths:  # norms and biases of a transformed model differ from the teacher's
                 parameter.data.copy_(self.student.tensor(self.names.stored(f"{prefix}.{name}")))
         for path in paths:
             name = self.linears[f"{prefix}.{path}"]
-            linears[name] = HealedLinear(quantized.read(self.student, name), getattr(ours.get_submodule(path), "bias", None),
-                                         self.dtype).to(self.skeleton.device)
-            ours.set_submodule(path, linears[name])
-        return ours, linears
+            bias = getattr(student.get_submodule(path), "bias", None)
+            linears[name] = HealedLinear(quantized.read(self.student, name), bias, self.dtype).to(self.skeleton.device)
+            student.set_submodule(path, linears[name])
+        return student, linears
 
     def _run(self, layer: nn.Module, index: int, store: StateStore) -> Iterator[torch.Tensor]:
-        """What leaves a layer, batch by batch."""
+        """The output states of a layer, batch by batch."""
         for first, last in store.starts():
             yield self._output(layer, index, store.read(first, last))
 
@@ -112,7 +114,8 @@ class Blocks:
         return found
 
     def _train(self, layer: nn.Module, index: int, factors: dict[str, Any], norms: dict[str, Any]) -> Curve:
-        """The steps of one layer, which ends with the best parameters by the held-out sequences. ('kld' is the error.)"""
+        """Train one layer. It ends with the parameters that are best on the held-out sequences. In the curve 'kld' is the
+        error of the layer's output."""
         c = self.config
         optimizer, parameters = optimizer_of(factors, norms), [*factors.values(), *norms.values()]
         curve = Curve([{"step": 0, "kld": self._judge(layer, index), "training": None}], [])
@@ -135,7 +138,7 @@ class Blocks:
         return curve
 
     def _learn(self, layer: nn.Module, index: int, batch: int) -> float:
-        """The loss of one batch and its gradients, both divided by the batches of a step."""
+        """Returns the loss of one batch and makes its gradients, both divided by the number of batches in a step."""
         held, size = self.texts.held_out, self.config.batch
         first = held + batch * size % max(1, self.texts.sequences.shape[0] - held - size + 1)
         loss = self._error(layer, index, first, first + size) / self.config.accumulate
@@ -145,24 +148,25 @@ class Blocks:
     @torch.no_grad()
     def _judge(self, layer: nn.Module, index: int) -> float:
         """The error over the held-out sequences."""
-        held, size = self.texts.held_out, self.ours.batch
+        held, size = self.texts.held_out, self.student_states.batch
         parts = [(a, min(a + size, held)) for a in range(0, held, size)]
         return sum(float(self._error(layer, index, a, b)) * (b - a) for a, b in parts) / held
 
     def _error(self, layer: nn.Module, index: int, first: int, last: int) -> torch.Tensor:
         """Mean over tokens of the squared error of the layer's output, relative to the teacher's energy."""
-        aim = self.theirs.read(first, last).to(self.skeleton.device)
-        out = self._output(layer, index, self.ours.read(first, last))
-        return ((out - aim).square().mean(-1) / aim.square().mean(-1).clamp_min(1e-12)).mean()
+        target = self.teacher_states.read(first, last).to(self.skeleton.device)
+        out = self._output(layer, index, self.student_states.read(first, last))
+        return ((out - target).square().mean(-1) / target.square().mean(-1).clamp_min(1e-12)).mean()
 
 
-def _check_tables(skeleton: Skeleton, student: Checkpoint, names: Names) -> None:
-    """Both streams must mean the same: a rotated model's states are the teacher's in other axes."""
+def _check_embeddings(skeleton: Skeleton, student: Checkpoint, names: Names) -> None:
+    """UserError if student and teacher have different embeddings: their states cannot be compared then. The states of a
+    rotated model, for example, are the teacher's states in another basis."""
     for part, name in skeleton.outside():
         stored = skeleton.names.find(f"{name}.weight") if isinstance(part, nn.Embedding) else None
         if stored is None:
             continue
-        theirs = skeleton.checkpoint.tensor(stored).float()
-        if not torch.equal(theirs, student.tensor(names.stored(f"{name}.weight")).float()):
+        embedding = skeleton.checkpoint.tensor(stored).float()
+        if not torch.equal(embedding, student.tensor(names.stored(f"{name}.weight")).float()):
             raise UserError(f"{student.folder} has another {name} than the teacher: its states are not the teacher's",
-                            "name the (transformed) float model that was quantized as --teacher, or use --scope end-to-end")
+                            "give the (transformed) float model that was quantized as --teacher, or use --scope end-to-end")

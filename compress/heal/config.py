@@ -50,14 +50,14 @@ class HealConfig:
     def __post_init__(self) -> None:
         problems = []
         if not self.teacher:
-            problems.append("--teacher is missing: the float model that the quantized one was made from")
+            problems.append("--teacher is missing: give the float model that was quantized")
         if self.scope == "block" and (self.teacher_top_k is not None or self.checkpointing):
-            problems.append("--teacher-top-k and --checkpointing go with --scope end-to-end: a block learns from the "
-                            "teacher's layer and is small")
+            problems.append("--teacher-top-k and --checkpointing go with --scope end-to-end: --scope block uses no logits of "
+                            "the teacher and holds the activations of one layer")
         check(self, "heal", problems)
 
     def numbers(self) -> dict[str, Any]:
-        """The settings that decide the result, for manifests and for the fingerprint of `--resume`."""
+        """The options that affect the result, for manifests and for the fingerprint of `--resume`."""
         deciding = asdict(self)
         for name in ("out", "resume", "device"):
             del deciding[name]

@@ -1,12 +1,12 @@
-"""`llmc heal`: train the scales of a quantized model against the model it was made from, or a larger one.
+"""`llmc heal`: train the scales of a quantized model against the model that was quantized, or against a larger one.
 
-The aim is the file that ships: codes stay bit for bit, scales end as fp16, so size, format and speed do not change. End to
-end, what is minimised is the forward KL divergence from teacher to student over every position (Hinton et al., "Distilling
-the Knowledge in a Neural Network", 2015, arXiv:1503.02531, at temperature 1); blocks.py says what a block is trained for. The
-best scales by a held-out part of the text are kept, not the last; a run that never beats the start gives the start back and
-says so.
+The codes do not change by a bit and the scales are fp16 as before, so size, format and speed do not change. End-to-end
+healing minimizes the forward KL divergence from teacher to student over every position (Hinton et al., "Distilling the
+Knowledge in a Neural Network", 2015, arXiv:1503.02531, at temperature 1). blocks.py describes the loss of --scope block. The
+result has the scales that are best on a held-out part of the text, not the last ones. If training improves nothing, the model
+does not change and a warning reports it.
 
-Embedding and head are not trained: a quantized folder holds them in float, and their blocks are made by the export.
+Embedding and head are not trained: a quantized folder holds them in float, and the export quantizes them.
 """
 
 from __future__ import annotations
@@ -38,8 +38,10 @@ from llmc.sources.resolve import resolve_model
 
 
 def heal(model: str | Path, config: HealConfig) -> dict[str, Any]:
-    """Heal the quantized folder `model`. Returns {'out', 'steps', 'best_step', 'kld': {'before', 'after'}, 'seconds', …}, or
-    with scope 'block' 'error' (of the layers' outputs) instead of 'kld'."""
+    """Heal the quantized folder `model`.
+
+    Returns {'out', 'steps', 'best_step', 'kld': {'before', 'after'}, 'seconds', …}; with scope 'block' it has 'error' (of the
+    layers' outputs) instead of 'kld'."""
     start = time.monotonic()
     threads = config.threads or physical_cores()
     prepare_cpu(threads)
@@ -50,7 +52,7 @@ def heal(model: str | Path, config: HealConfig) -> dict[str, Any]:
 
 
 class _Job(Job):
-    """One healing: what is known before it starts, and the steps. taught: the teacher, without weights."""
+    """One healing: the checks before it starts, and its steps. taught: the teacher, without weights."""
 
     name = "heal"
 
@@ -62,7 +64,7 @@ class _Job(Job):
             raise UserError(f"{folder} is a float model: there is nothing to heal", "run `llmc quantize` on it first")
         taught = Checkpoint.open(teacher)
         if taught.quantization is not None:
-            raise UserError(f"the teacher {teacher} is quantized itself", "name a float model")
+            raise UserError(f"the teacher {teacher} is quantized itself", "give a float model as --teacher")
         if config.scope == "block":
             _check_layers(self.checkpoint, taught)
         self.taught = Skeleton(taught, str(self.device))
@@ -72,7 +74,8 @@ class _Job(Job):
         check_disk(self.out, self._disk_bytes(), "healing")
 
     def _disk_bytes(self) -> int:
-        """The folder, its changed tensors and what a resumed run needs; the teacher's likeliest tokens, or both streams."""
+        """Bytes for the folder, the changed tensors and the state of a resumed run, and for the teacher's most likely tokens
+        or (--scope block) the hidden states of both models."""
         c, text = self.config, self.checkpoint.config
         tokens = (c.steps * c.batch * c.accumulate + c.held_out) * c.seq_len
         if c.scope == "block":
@@ -88,9 +91,10 @@ class _Job(Job):
         return self.publish(self.kind, changed, texts, result)
 
     def _end_to_end(self, texts: Texts) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Returns (the changed tensors by their names in the folder, what to report)."""
+        """Returns (the changed tensors by their names in the folder, the result to report)."""
         c = self.config
-        teacher = self.teacher(texts, self.vocab)  # before the student is there: it may be gone by then
+        # before the student is loaded: with --teacher-top-k the teacher has left the memory by then
+        teacher = self.teacher(texts, self.vocab)
         student, linears = load_student(self.folder, self.dtype, c.checkpointing)
         student.to(self.device)
         factors = {f"{name}.{kind}": p for name, m in linears.items() for kind, p in m.trained().items()}
@@ -104,7 +108,7 @@ class _Job(Job):
         for name, p in norms.items():
             changed[names.stored(name)] = p.detach().to("cpu", torch.float32).contiguous()
         if curve.best["step"] == 0:
-            warn("healing never beat the start on the held-out text: the model is as it was")
+            warn("healing did not improve the model on the held-out text: the weights did not change")
         trained = {kind: sum(p.numel() for p in group.values()) for kind, group in (("scales", factors), ("norms", norms))}
         return changed, {"steps": len(curve.losses), "best_step": curve.best["step"], "curve": curve.checks,
                          "lr": job.rate(curve.checks[0]), "losses": curve.losses,
@@ -112,11 +116,11 @@ class _Job(Job):
                          "trained": trained, "scales_moved": moved(linears)}
 
     def _blocks(self, texts: Texts) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """The same for --scope block."""
+        """Returns what `_end_to_end` returns, for --scope block."""
         blocks = Blocks(self.config, self.checkpoint, self.taught, texts, self.work / "blocks", self.forward, self.dtype)
         changed, layers = blocks.run()
         if not any(r["best_step"] for r in layers):
-            warn("healing never beat the start on the held-out text: the model is as it was")
+            warn("healing did not improve the model on the held-out text: the weights did not change")
         mean = {key: sum(r[key] for r in layers) / len(layers) for key in ("before", "error", "scales_moved")}
         return changed, {"steps": max(r["steps"] for r in layers), "layers": layers,
                          "error": {"before": mean["before"], "after": mean["error"]},
@@ -125,9 +129,10 @@ class _Job(Job):
 
 
 def _check_layers(student: Checkpoint, teacher: Checkpoint) -> None:
-    """Layer by layer, student and teacher must be of one shape."""
+    """UserError if student and teacher differ in shape: --scope block compares layer by layer."""
     for field in ("model_type", "num_hidden_layers", "n_layer", "hidden_size", "n_embd"):
-        ours, theirs = (c.config.get("text_config", c.config).get(field) for c in (student, teacher))
-        if ours != theirs:
-            raise UserError(f"{student.folder} has {field} {ours} and the teacher {theirs}",
-                            "name the model it was quantized from; --scope end-to-end takes any of the same tokenizer")
+        of_student, of_teacher = (c.config.get("text_config", c.config).get(field) for c in (student, teacher))
+        if of_student != of_teacher:
+            raise UserError(f"{student.folder} has {field} {of_student} and the teacher {of_teacher}",
+                            "give the model that was quantized as --teacher; --scope end-to-end takes any model with the "
+                            "same tokenizer")

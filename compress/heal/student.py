@@ -1,12 +1,14 @@
-"""A quantized model whose factors can be trained: linears that hold codes, and multiply them out once an optimiser's step.
+"""A quantized model whose factors can be trained: its linears hold codes and dequantize them once per optimizer step.
 
-A weight is  d * integer * level + m * integer:  `level` is what its code stands for, `d` and `m` are the fp16 factors of its
-block, and the integers are those of its group in blocks of 256 (1 elsewhere, and types without a minimum have no second
-term). Codes, and so levels and integers, stay. Each factor is f0 * exp(p), rounded to the fp16 that files hold with the
-gradient passed straight through (Bengio et al., 2013, arXiv:1308.3432), and p is what is trained: a relative step means the
-same for every block, and its gradient needs nothing but the block's weights. Where there is a minimum, one p moves both
-factors together (the weights grow), and another the minimum alone, in steps of about a level: moved apart they would undo
-each other, and a block's mean would jump.
+A weight is  d * integer * level + m * integer.  `level` is the value of its code. `d` and `m` are the fp16 factors of its
+block. The integers belong to its group in blocks of 256 (elsewhere they are 1). Types without a minimum have no second term.
+Codes, levels and integers do not change.
+
+Each factor is f0 * exp(p), and p is trained. The factor is rounded to fp16, as in the file, with a straight-through gradient
+(Bengio et al., 2013, arXiv:1308.3432). A step of p is thus a relative step of the same size for every block, and its gradient
+needs only the block's weights. With a minimum there are two p: one scales both factors together, so that the weights grow;
+the other scales the minimum alone, in steps of about one level. Two independent p for d and m would work against each other,
+and the mean of a block would jump.
 """
 
 from __future__ import annotations
@@ -28,10 +30,11 @@ from llmc.formats.types import BlockTensor
 
 
 class _Product(torch.autograd.Function):
-    """x W^T, with the gradients of x and of the logarithms that W is made from.
+    """x W^T, with the gradients of x, shift and lift.
 
     x [..., in]; weight [out, in]; shift, lift [out, blocks]; low [out, groups]: the second term of each group's weights.
-    All weights of a block grow by e^shift, so dL/dshift is the block's sum of dL/dW * W; lift moves the second term alone.
+    shift scales all weights of a block by e^shift, so dL/dshift is the block's sum of dL/dW * W. lift scales the second term
+    alone, by e^(reach * lift).
     """
 
     @staticmethod
@@ -48,7 +51,7 @@ class _Product(torch.autograd.Function):
         dx = dy @ weight
         turned = dy.reshape(-1, dy.shape[-1]).t()
         if weight.shape[0] < weight.shape[1]:
-            turned = turned.contiguous()  # pays where it is the smaller factor (576 x 1536: 3.5 ms against 5.8)
+            turned = turned.contiguous()  # faster if it is the smaller factor (576 x 1536: 3.5 ms instead of 5.8 ms)
         dw = turned @ x.reshape(-1, x.shape[-1])  # [out, in]
         dlift = None
         if low is not None:
@@ -58,7 +61,8 @@ class _Product(torch.autograd.Function):
 
 
 def expand(levels: torch.Tensor, scale: torch.Tensor, low: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """levels [out, in], scale and low [out, groups] -> the weight [out, in]. (Cast first: unequal types multiply slowly.)"""
+    """levels [out, in], scale and low [out, groups] -> the weight [out, in] in `dtype`. It casts first, because products of
+    unequal dtypes are slow."""
     weight = levels.to(dtype).view(*scale.shape, -1).mul_(scale.to(dtype).unsqueeze(-1))
     if low is not None:
         weight += low.to(dtype).unsqueeze(-1)
@@ -66,8 +70,8 @@ def expand(levels: torch.Tensor, scale: torch.Tensor, low: torch.Tensor | None, 
 
 
 class HealedLinear(nn.Module):
-    """Stands where a linear was. shift, lift: float32 [out, blocks], the logarithms of what all factors, and m besides, are
-    multiplied with (lift in units of `reach`: about a level each); lift is None where the type has no minimum."""
+    """Replaces a linear. shift, lift: the trained parameters, float32 [out, blocks]. The factors are d * e^shift and
+    m * e^(shift + reach * lift), where `reach` is about one level. lift is None if the type has no minimum."""
 
     levels: torch.Tensor
     d: torch.Tensor
@@ -80,7 +84,7 @@ class HealedLinear(nn.Module):
         levels = levels_of(q)
         self.register_buffer("levels", levels.to(torch.int8) if int(levels.abs().max()) < 128 else levels)
         blocks = isinstance(q, BlockTensor)
-        self.names = ("d", "m") if blocks else ("scales", "zeros")  # what q calls the factors
+        self.names = ("d", "m") if blocks else ("scales", "zeros")  # the names of the factors in q
         self.register_buffer("d", (q.d if isinstance(q, BlockTensor) else q.scales).float())
         self.register_buffer("m", q.m.float() if isinstance(q, BlockTensor) and q.m is not None else None)
         self.register_buffer("scales", q.scales.float() if blocks and q.scales is not None else None)
@@ -94,7 +98,7 @@ class HealedLinear(nn.Module):
 
     @torch.no_grad()
     def factors(self) -> dict[str, torch.Tensor]:
-        """The factors by the names that the quantized tensor has for them, float32 [out, blocks], exactly values of fp16."""
+        """The factors by their names in the quantized tensor: float32 [out, blocks], rounded to fp16."""
         found = {self.names[0]: _stored(self.d * self.shift.exp())}
         if self.m is not None and self.lift is not None:
             found[self.names[1]] = _stored(self.m * (self.shift + self.reach * self.lift).exp())
@@ -105,7 +109,7 @@ class HealedLinear(nn.Module):
 
     @torch.no_grad()
     def _multiply_out(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The weight in the type of the products, and the second term; made again only after an optimiser's step."""
+        """Returns (the weight in the dtype of the products, the second term). Both are cached until the parameters change."""
         changes = [p._version for p in self.trained().values()]
         if self._made is None or changes != self._changes:
             scale, *low = self.factors().values()
@@ -121,7 +125,7 @@ class HealedLinear(nn.Module):
 
 
 def levels_of(q: Quantized) -> torch.Tensor:
-    """int16 [out, in]: what the codes stand for, before any factor."""
+    """int16 [out, in]: the values of the codes, before any factor."""
     if isinstance(q, BlockTensor):
         return torch.tensor(q.type.levels, dtype=torch.int16)[q.codes.int()]
     zero = q.type.zero if q.zeros is None else q.zeros.repeat_interleave(q.type.group_size, 1).to(torch.int16)
@@ -129,21 +133,22 @@ def levels_of(q: Quantized) -> torch.Tensor:
 
 
 def _times(factor: torch.Tensor, integers: torch.Tensor | None) -> torch.Tensor:
-    """factor [out, blocks] times the integers of the groups [out, groups], where there are any."""
+    """factor [out, blocks] times the integers of the groups [out, groups]; the factor itself if integers is None."""
     if integers is None:
         return factor
     return (integers.view(*factor.shape, -1) * factor.unsqueeze(-1)).view(integers.shape)
 
 
 def _stored(factor: torch.Tensor) -> torch.Tensor:
-    """Rounded to fp16."""
+    """The factor rounded to fp16, in float32."""
     return factor.clamp(-65504, 65504).half().float()
 
 
 def load_student(folder: Path, dtype: torch.dtype, checkpointing: bool = False) -> tuple[Any, dict[str, HealedLinear]]:
-    """The model of a quantized folder, everything frozen but the factors, and its linears by their names in the checkpoint.
+    """Returns (the model of a quantized folder, its healed linears by their names in the checkpoint). All parameters except
+    the factors are frozen.
 
-    dtype: of the products; norms and the residual stream stay float32.
+    dtype: of the products; norms and the residual stream are float32.
     """
     stored = Checkpoint.open(folder)
     model = load_torch_model(folder).requires_grad_(False)
@@ -172,12 +177,12 @@ def stored_tensors(folder: Checkpoint, linears: dict[str, HealedLinear]) -> dict
 
 
 def moved(linears: dict[str, HealedLinear]) -> float:
-    """By what share the scales changed, on average over linears."""
+    """The mean relative change of the scales, averaged over linears."""
     return sum(float((m.shift.detach().exp() - 1).abs().mean()) for m in linears.values()) / len(linears)
 
 
 def norm_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights of norms: vectors of the width of the stream, outside linears and embeddings."""
+    """The weights of norms: vectors outside linears and embeddings, by name."""
     return {f"{path}.{name}".strip("."): p for path, m in model.named_modules()
             if not isinstance(m, HealedLinear | nn.Embedding) and not is_linear(m)
             for name, p in m.named_parameters(recurse=False) if name == "weight" and p.dim() == 1}

@@ -1,1 +1,1 @@
-"""Statistics for llama.cpp's quantizer: which input columns of every linear matter, written as an importance matrix."""
+"""The importance matrix for llama.cpp's quantizer: how important each input column of every linear is."""

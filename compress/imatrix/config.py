@@ -28,7 +28,7 @@ class ImatrixConfig:
         check(self, "imatrix")
 
     def numbers(self) -> dict[str, Any]:
-        """The settings that decide the result, for manifests and for the fingerprint of `--resume`."""
+        """The options that affect the result, for manifests and for the fingerprint of `--resume`."""
         deciding = asdict(self)
         for name in ("out", "resume"):
             del deciding[name]

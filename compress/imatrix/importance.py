@@ -1,4 +1,4 @@
-"""An importance matrix held against a model: llama.cpp's names for its linears, and how much each input column counts."""
+"""An importance matrix read for a model: llama.cpp's names of its linears, and the importance of each input column."""
 
 from __future__ import annotations
 
@@ -21,24 +21,25 @@ def matrix_names(skeleton: Skeleton) -> dict[str, str]:
     family = find_architecture(skeleton.checkpoint.config, "llama-imatrix makes the matrix of any GGUF file; `llmc quantize "
                              "--method gptq` gathers its own statistics")
     try:
-        table = TensorNames(family, len(layers))
+        tensor_names = TensorNames(family, len(layers))
     except ModuleNotFoundError as e:
         raise UserError("importance matrices need the package `gguf`", "pip install 'llmc-toolkit[gguf]'") from e
     names = {}
     for linear in (f"{skeleton.layer_name(i)}.{name}" for i in layers for name in skeleton.linears(i)):
         stored = skeleton.names.find(f"{linear}.weight") or f"{linear}.weight"
-        found = table.find(stored)
+        found = tensor_names.find(stored)
         if found is None:
-            raise UserError(f"{stored} has no place in llama.cpp's {family.gguf.name} architecture",
-                            "the checkpoint holds more than the architecture that its config.json names")
+            raise UserError(f"llama.cpp's {family.gguf.name} architecture has no tensor for {stored}",
+                            "the checkpoint has tensors that the architecture in its config.json does not have")
         names[linear] = found
     return names
 
 
 class Importance:
-    """Mean squares of what every linear of a model was given.
+    """The mean square of every input column of every linear of a model.
 
-    origin: of the file, for manifests.  calibration: what its manifest says of the text, None where llmc did not make it.
+    origin: describes the file, for manifests.  calibration: describes the text, from the file's manifest; None if llmc did
+    not make the file.
     """
 
     def __init__(self, file: Path, skeleton: Skeleton) -> None:
@@ -51,21 +52,20 @@ class Importance:
         self.calibration = made["passes"][-1]["calibration"] if own else None
 
     def of(self, linear: str) -> torch.Tensor | None:
-        """float32 [in] for a linear by its name in the model, scaled to a mean of 1; None where every input was zero or no
-        token was seen."""
+        """float32 [in], scaled to a mean of 1, for the linear of this name in the model; None if no token was seen or every
+        input was zero."""
         entry = self.matrix.entries[self.names[linear]]
         mean = float(entry.sums.mean(dtype="float64"))
         return None if entry.unseen or mean == 0 else torch.from_numpy(entry.sums[0] / mean)
 
 
 def _check(file: Path, matrix: Imatrix, names: dict[str, str], skeleton: Skeleton) -> None:
-    """Every linear must have an entry of its width."""
+    """UserError if a linear has no entry, or one of another width."""
+    hint = "the matrix was made from another model: make one for this model with `llmc imatrix`"
     if missing := sorted(set(names.values()) - set(matrix.entries)):
-        raise UserError(f"{file} says nothing of {len(missing)} of {len(names)} linears (first {missing[0]})",
-                        "it was made from another model: `llmc imatrix` makes one of this")
+        raise UserError(f"{file} has no entry for {len(missing)} of {len(names)} linears (first {missing[0]})", hint)
     for linear, name in names.items():
         (experts, width), needed = matrix.entries[name].sums.shape, get_weight(skeleton.model.get_submodule(linear)).shape[1]
         if (experts, width) != (1, needed):
             found = f"{experts} experts of width {width}" if experts > 1 else f"width {width}"
-            raise UserError(f"{name} in {file} has {found}, and {linear} has {needed} input columns",
-                            "it was made from another model: `llmc imatrix` makes one of this")
+            raise UserError(f"{name} in {file} has {found}, and {linear} has {needed} input columns", hint)

@@ -1,8 +1,7 @@
-"""`llmc imatrix`: the mean square of what every linear is given on calibration text, as llama.cpp's importance matrix.
+"""`llmc imatrix`: sum the squared inputs of every linear over calibration text, and write llama.cpp's importance matrix.
 
 The unchanged model runs once over the text, layer by layer in bounded memory (compress/calibration.py). llama-imatrix sums
-the same squares; it also puts the start token at the head of each chunk where the tokenizer asks for one, and llmc takes the
-text as it is.
+the same squares. It also puts the start token before each chunk if the tokenizer asks for it; llmc adds no token.
 """
 
 from __future__ import annotations
@@ -38,10 +37,10 @@ from llmc.sources.resolve import resolve_model
 
 
 class SquaresPass(LayerWatch):
-    """The plain sum over tokens of x_j^2 for every linear, and how many tokens there were.
+    """Sums x_j^2 over tokens for every linear, and counts the tokens.
 
-    names: llama.cpp's name of each linear, by the model's.  A layer's tensors: {llama.cpp's name: float32 [in]}; its record:
-    {'layer', 'tokens'}.
+    names: {the linear's name in the model: llama.cpp's name}.  A layer's tensors: {llama.cpp's name: float32 [in]}; its
+    record: {'layer', 'tokens'}.
     """
 
     def __init__(self, skeleton: Skeleton, names: dict[str, str]) -> None:
@@ -49,7 +48,7 @@ class SquaresPass(LayerWatch):
 
     def begin(self, index: int, layer: nn.Module, groups: list[LinearGroup]) -> None:
         self.groups = groups
-        # sums of a batch are float32, as products are; over batches they add up in float64
+        # the sums of a batch are float32, as products are; the sums over batches are float64
         self.sums = {g: torch.zeros(g.in_features, dtype=torch.float64) for g in groups}
         self.tokens = dict.fromkeys(groups, 0)
 
@@ -62,8 +61,8 @@ class SquaresPass(LayerWatch):
         prefix, tensors = self.skeleton.layer_name(index), {}
         for group, sums in self.sums.items():
             if not bool(torch.isfinite(sums).all()):
-                raise UserError(f"{prefix}.{group.names[0]} is given NaN or infinity on the calibration text",
-                                "the checkpoint is damaged or training diverged: use an earlier one")
+                raise UserError(f"the input of {prefix}.{group.names[0]} has NaN or infinity on the calibration text",
+                                "the checkpoint is damaged or its training diverged: use an earlier checkpoint")
             for name in group.names:
                 tensors[self.names[f"{prefix}.{name}"]] = sums.float()
         tokens = set(self.tokens.values())
@@ -74,8 +73,8 @@ class SquaresPass(LayerWatch):
 def imatrix(model: str | Path, config: ImatrixConfig) -> dict[str, Any]:
     """Write the importance matrix of `model`.
 
-    Returns {'out', 'layers', 'matrices', 'tokens', 'calibration', 'sha256', 'bytes', 'seconds'}. Raises UserError before any
-    work for whatever can be known before.
+    Returns {'out', 'layers', 'matrices', 'tokens', 'calibration', 'sha256', 'bytes', 'seconds'}. UserError comes before any
+    work if a check can find the problem.
     """
     start = time.monotonic()
     threads = config.threads or physical_cores()
@@ -85,7 +84,7 @@ def imatrix(model: str | Path, config: ImatrixConfig) -> dict[str, Any]:
 
 
 class _Job:
-    """One importance matrix: what is known before it starts, and the steps."""
+    """One importance matrix: the checks before it starts, and its steps."""
 
     def __init__(self, source: Path, config: ImatrixConfig, threads: int) -> None:
         self.source, self.config, self.threads = source, config, threads
@@ -97,7 +96,7 @@ class _Job:
         check_output(self.out)
         hidden = self.skeleton.config.get_text_config().hidden_size
         states = config.samples * config.seq_len * hidden * 4
-        check_disk(self.out, 3 * states, "gathering statistics")  # three files take turns
+        check_disk(self.out, 3 * states, "gathering statistics")  # the hidden states take three files
         check_weights(self.skeleton.checkpoint)
 
     def run(self) -> dict[str, Any]:
@@ -124,7 +123,7 @@ class _Job:
                 "bytes": self.out.stat().st_size}
 
     def _join(self, work: Workspace, text: Calibration) -> Imatrix:
-        """The finished layers as one matrix; a sequence of the text is what llama.cpp calls a chunk."""
+        """The importance matrix of all finished layers. llama.cpp calls a sequence of the text a chunk."""
         entries = {}
         for index, record in enumerate(work.records()):
             counts = np.array([record["tokens"]], dtype=np.float32)

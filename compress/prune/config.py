@@ -10,14 +10,14 @@ from llmc import options
 from llmc.compress import shared_options as shared
 from llmc.options import ADVANCED, check, option
 
-MASKS = ("magnitude", "wanda", "sparsegpt")  # single weights become zero, shapes stay
+MASKS = ("magnitude", "wanda", "sparsegpt")  # single weights become zero, shapes do not change
 METHODS = (*MASKS, "depth", "width")
-PATTERNS = {"2:4": (2, 4), "4:8": (4, 8)}  # so many zeros in so many weights of a row
+PATTERNS = {"2:4": (2, 4), "4:8": (4, 8)}  # (zeros, weights) of each run of weights in a row
 ORDERS = ("kl", "influence")
-SPARSITY = 0.5  # where neither --sparsity nor --pattern is given
-HELD_OUT = 16  # the most sequences that before and after are judged by
+SPARSITY = 0.5  # if neither --sparsity nor --pattern is given
+HELD_OUT = 16  # the largest number of held-out sequences
 OPTIONS = {"sparsity": MASKS, "pattern": MASKS, "drop": ("depth",), "by": ("depth",), "ffn": ("width",),
-           "heads": ("width",), "hidden": ("width",), "damp": ("sparsegpt",)}  # which methods they belong to
+           "heads": ("width",), "hidden": ("width",), "damp": ("sparsegpt",)}  # option -> the methods that have it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,16 +64,16 @@ class PruneConfig:
                     for name, methods in OPTIONS.items()
                     if getattr(self, name) != getattr(PruneConfig, name) and self.method not in methods]
         if self.sparsity is not None and self.pattern is not None:
-            problems.append("--sparsity leaves the places of the zeros free and --pattern fixes them: give one of them")
+            problems.append("--pattern fixes the share of zeros too, so --sparsity does not go with it: give one of them")
         if self.method == "depth" and self.drop is None:
-            problems.append("--method depth needs --drop, how many layers go")
+            problems.append("--method depth needs --drop: give the number of layers to remove")
         if self.method == "width" and self.ffn == self.heads == self.hidden == 1:
-            problems.append("--method width needs --ffn, --heads or --hidden, the share that is kept")
+            problems.append("--method width needs --ffn, --heads or --hidden: give the share to keep")
         check(self, "prune", problems)
 
     @property
     def share(self) -> float:
-        """Of the weights that become zero."""
+        """The share of weights that become zero."""
         if self.pattern is not None:
             zeros, of = PATTERNS[self.pattern]
             return zeros / of
@@ -81,16 +81,16 @@ class PruneConfig:
 
     @property
     def held_out(self) -> int:
-        """Sequences that only judge the result: an eighth."""
+        """The number of sequences that only judge the result: an eighth of --samples, at least 1, at most HELD_OUT."""
         return min(HELD_OUT, max(1, self.samples // 8))
 
     @property
     def sequences(self) -> int:
-        """How many are needed: magnitude pruning looks at none but those that judge it."""
+        """The number of sequences to load. Magnitude pruning needs only the held-out ones."""
         return max(2, self.held_out) if self.method == "magnitude" else self.samples
 
     def numbers(self) -> dict[str, Any]:
-        """The settings that decide the result, for manifests and for the fingerprint of `--resume`."""
+        """The options that affect the result, for manifests and for the fingerprint of `--resume`."""
         shared = {k: v for k, v in asdict(self).items() if k not in (*OPTIONS, "out", "resume", "dry_run", "threads")}
         own = {name: getattr(self, name) for name, methods in OPTIONS.items() if self.method in methods}
         if self.method in MASKS:
@@ -99,7 +99,7 @@ class PruneConfig:
 
     @property
     def what(self) -> str:
-        """For folder names and plans: 'sparsegpt-50', 'wanda-2of4', 'depth-4', 'width-ffn75-heads50'."""
+        """A name for folders and plans: 'sparsegpt-50', 'wanda-2of4', 'depth-4', 'width-ffn75-heads50'."""
         if self.method == "depth":
             return f"depth-{self.drop}"
         if self.method == "width":

@@ -1,9 +1,10 @@
-"""Whole decoder layers that go: which, and what is left as a plain model.
+"""Remove whole decoder layers: choose them, and make a plain model of the others.
 
 * influence: Men et al., "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect", 2024
-  (arXiv:2403.03853), eq. 1: 1 - the mean cosine between what enters and what leaves a layer; the lowest go, all at once.
-* kl: the layer whose absence, measured, diverges least from the whole model goes; then the next, with that one gone. This
-  knows how layers work together, which influence does not, and holds the whole model in memory.
+  (arXiv:2403.03853), eq. 1: 1 - the mean cosine similarity of a layer's input and output. It removes the layers with the
+  lowest influence, all at once.
+* kl: it removes the layer whose removal adds the least KL divergence from the whole model, then measures again and removes
+  the next one. This takes the interaction of layers into account, which influence does not. The whole model is in memory.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.shards import Piece, pieces_of
 from llmc.precision import fast_forward
 
-KL_SEQUENCES = 8  # that the divergence is measured on: on 8 x 256 scored tokens its order settles
-STALE = ("sliding_window_pattern", "_sliding_window_pattern")  # rules of a layer's number: per-layer lists take their place
-TOLERANCE = 1e-4  # the same operations on the same weights: 0 is what is seen
+KL_SEQUENCES = 8  # sequences for the KL divergence: with 8 x 256 scored tokens the order of the layers is stable
+STALE = ("sliding_window_pattern", "_sliding_window_pattern")  # rules on a layer's number: per-layer lists replace them
+TOLERANCE = 1e-4  # the operations and weights are the same, so measured differences are 0
 
 
 class InfluenceWatch(LayerWatch):
-    """A layer's record is {'layer', 'influence'}, 1 - the mean cosine over all tokens."""
+    """Measures the influence of each layer. Its record is {'layer', 'influence'}: 1 - the mean cosine over all tokens."""
 
     def begin(self, index: int, layer: nn.Module, groups: list[LinearGroup]) -> None:
         self.total, self.tokens = 0.0, 0
@@ -48,7 +49,7 @@ class InfluenceWatch(LayerWatch):
         self.tokens += cosine.numel()
 
     def see(self, group: LinearGroup, inputs: torch.Tensor) -> None:
-        """Linears do not matter here."""
+        """Does nothing: the influence does not depend on the inputs of linears."""
 
     def finish(self, index: int, layer: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         self.handle.remove()
@@ -56,39 +57,42 @@ class InfluenceWatch(LayerWatch):
 
 
 def lowest(influences: list[float], drop: int) -> list[int]:
-    """The layers that go, ascending."""
+    """The `drop` layers with the lowest influence, ascending."""
     return sorted(sorted(range(len(influences)), key=lambda i: influences[i])[:drop])
 
 
 @torch.no_grad()
 def drop_by_kl(model: nn.Module, layers: str, ids: torch.Tensor, drop: int, work: Workspace) -> list[int]:
-    """The layers that go, in the order they went. model: in memory; layers: the name of its list; ids int64 [n, length].
+    """The layers to remove, in the order of removal. model: in memory.  layers: the name of its list of layers.  ids: int64
+    [n, length].
 
-    What a round measured is its record in `work`: {'layer': round, 'dropped': layer, 'kld': {layer: mean KL}}.
+    Each round has a record in `work`: {'layer': round, 'dropped': layer, 'kld': {layer: mean KL}}.
     """
-    gone = [int(r["dropped"]) for r in work.records()[: work.done]]
+    dropped = [int(r["dropped"]) for r in work.records()[: work.done]]
     count = len(model.get_submodule(layers))  # type: ignore[arg-type]
     with progress("dropping layer", drop, work.done) as p:
         for turn in range(work.done, drop):
-            kld = without_each(model, layers, ids, gone, count)
-            gone.append(min(kld, key=lambda i: kld[i]))
-            record = {"layer": turn, "dropped": gone[-1], "kld": {str(i): v for i, v in kld.items()}}
+            kld = without_each(model, layers, ids, dropped, count)
+            dropped.append(min(kld, key=lambda i: kld[i]))
+            record = {"layer": turn, "dropped": dropped[-1], "kld": {str(i): v for i, v in kld.items()}}
             work.save_layer(turn, {}, record)
             work.commit(turn + 1)
-            p.step(f"number {gone[-1]} goes, KLD {kld[gone[-1]]:.4f}")
-    return gone
+            p.step(f"layer {dropped[-1]} is removed, KLD {kld[dropped[-1]]:.4f}")
+    return dropped
 
 
-def without_each(model: nn.Module, layers: str, ids: torch.Tensor, gone: list[int], count: int) -> dict[int, float]:
-    """Mean KL divergence (nats a token of the second halves) from the whole model of the one without the layers `gone` and
-    one more, by the number of that one. Layers before it are not run again."""
-    found = {i: 0.0 for i in range(count) if i not in gone}
+def without_each(model: nn.Module, layers: str, ids: torch.Tensor, dropped: list[int], count: int) -> dict[int, float]:
+    """{layer: mean KL divergence from the whole model when the layers `dropped` and this layer are removed}.
+
+    The divergence is in nats per token, over the second half of each sequence. Layers before the tested one do not run again.
+    """
+    found = {i: 0.0 for i in range(count) if i not in dropped}
     device = next(model.parameters()).device
     with fast_forward(device):
         for row in ids.to(device):
             whole, outputs = _run(model, layers, row, {})
-            through = _handing_through(isinstance(outputs[0], tuple))
-            absent = {f"{layers}.{i}": through for i in gone}
+            through = _identity(isinstance(outputs[0], tuple))
+            absent = {f"{layers}.{i}": through for i in dropped}
             _, outputs = _run(model, layers, row, absent)
             for i in found:
                 known = {f"{layers}.{j}": returning(outputs[j]) for j in range(i)}
@@ -99,8 +103,8 @@ def without_each(model: nn.Module, layers: str, ids: torch.Tensor, gone: list[in
 
 def _run(model: nn.Module, layers: str, row: torch.Tensor,
          forwards: dict[str, Callable[..., Any]]) -> tuple[torch.Tensor, list[Any]]:
-    """Logits [length / 2, vocab] of the second half of a sequence, with some layers run by other functions, and every layer's
-    output."""
+    """Returns (the logits [length / 2, vocab] of the second half of a sequence, every layer's output). forwards: functions
+    that replace the forward of some layers, by the layer's name."""
     outputs: list[Any] = []
     handles = [layer.register_forward_hook(lambda _m, _args, out: outputs.append(out))
                for layer in model.get_submodule(layers).children()]
@@ -111,10 +115,11 @@ def _run(model: nn.Module, layers: str, row: torch.Tensor,
     finally:
         for handle in handles:
             handle.remove()
-    return logits[0, -half:], outputs  # OPT of transformers 4.57 keeps all of them
+    return logits[0, -half:], outputs  # OPT of transformers 4.57 ignores logits_to_keep
 
 
-def _handing_through(tuples: bool) -> Callable[..., Any]:
+def _identity(tuples: bool) -> Callable[..., Any]:
+    """A forward that returns its input states. tuples: as a tuple."""
     def through(*args: Any, **kwargs: Any) -> Any:
         states = args[0] if args else kwargs["hidden_states"]
         return (states,) if tuples else states
@@ -125,14 +130,15 @@ def _handing_through(tuples: bool) -> Callable[..., Any]:
 
 
 def place_of(skeleton: Skeleton, name: str) -> tuple[str, int, str] | None:
-    """('model.layers', 3, 'mlp.up_proj.weight') of a tensor of the checkpoint; None outside the decoder layers."""
+    """The name of a tensor of the checkpoint in parts: ('model.layers', 3, 'mlp.up_proj.weight'); None outside the decoder
+    layers."""
     listed = re.escape(skeleton.layers_name.rpartition(".")[2])
     found = re.match(rf"((?:.*\.)?{listed})\.(\d+)\.(.*)", name)
     return (found[1], int(found[2]), found[3]) if found else None
 
 
 def pieces_without(skeleton: Skeleton, dropped: list[int]) -> list[Piece]:
-    """Every tensor that stays, as the source has it, the layers renumbered."""
+    """Every tensor that stays, unchanged, with the layers renumbered."""
     kept = [i for i in range(len(skeleton.layers)) if i not in dropped]
     found = []
     for piece in (piece for shard in skeleton.checkpoint.files for piece in pieces_of(shard)):
@@ -145,8 +151,8 @@ def pieces_without(skeleton: Skeleton, dropped: list[int]) -> list[Piece]:
 
 
 def shortened(raw: dict[str, Any], config: Any, dropped: list[int]) -> dict[str, Any]:
-    """config.json `raw` of the model without the layers `dropped`. config: transformers' reading of it, which spells out
-    per-layer lists that raw leaves to a rule of the layer's number."""
+    """config.json of the model without the layers `dropped`. raw: config.json of the source.  config: the config object that
+    transformers makes of it. It has the per-layer lists that raw may replace by a rule on the layer's number."""
     text = config.get_text_config()
     count = text.num_hidden_layers
     kept = [i for i in range(count) if i not in dropped]
@@ -163,15 +169,17 @@ def shortened(raw: dict[str, Any], config: Any, dropped: list[int]) -> dict[str,
 
 
 def prove(source: Path, pruned: Path, dropped: list[int], ids: torch.Tensor, device: str) -> float:
-    """The largest difference of the states that leave the last layer, relative to their largest value, between the new folder
-    and the source run without those layers. UserError if they differ by more than float noise."""
+    """Compare the new folder with the source run without the layers `dropped`.
+
+    Returns the largest difference of the last layer's output, relative to its largest value. UserError if it is larger than
+    float noise."""
     count = len(Skeleton(Checkpoint.open(source), device).layers)
     kept = [i for i in range(count) if i not in dropped]
-    wanted = run(source, ids, device, None, "the source without them", kept).states
+    wanted = run(source, ids, device, None, "the source without these layers", kept).states
     found = run(pruned, ids, device, None, "the new folder").states
     difference = float((wanted - found).abs().max() / wanted.abs().max())
     if not difference < TOLERANCE:
-        raise UserError(f"without layers {', '.join(map(str, sorted(dropped)))} {source} computes something else once the "
-                        f"rest are renumbered (relative difference {difference:.2g}): its layers depend on their number",
-                        "prune its width or its weights instead")
+        raise UserError(f"layers {', '.join(map(str, sorted(dropped)))} of {source} cannot be removed: after the others are "
+                        f"renumbered, the output differs by {difference:.2g} (relative), because its layers depend on their "
+                        "number", "use --method width, or a method that makes weights zero")
     return difference

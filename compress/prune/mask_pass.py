@@ -1,4 +1,4 @@
-"""Pruning to a mask as the calibration loop sees it: one group of linears at a time, a record for each layer."""
+"""Pruning to a mask as a pass of the calibration loop. It changes one group of linears at a time and records each layer."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from llmc.rounding.search import objective
 
 
 class MaskPass(LayerPass):
-    """Weights of every linear become zero, by the config's method, without data by their size; each layer's weights in the
-    type that the source stores them in, which is also what the layer goes on with.
+    """Sets weights of every linear to zero by the config's method; if no text is run, by magnitude. The weights that stay are
+    rounded to the type that the source stores, and the layer runs with the rounded ones.
 
-    A layer's record: {'layer', 'error' (share of the output energy lost, all linears; of the squared weights where no text
-    was run), 'sparsity', 'events' [in words], 'linears': {name: {'method', 'sparsity', 'error', 'sha256', …}}}.
+    A layer's record: {'layer', 'error' (lost share of the output energy of all linears; without text, of the squared
+    weights), 'sparsity', 'events' [sentences], 'linears': {name: {'method', 'sparsity', 'error', 'sha256', …}}}.
     """
 
     def __init__(self, skeleton: Skeleton, config: PruneConfig) -> None:
@@ -38,7 +38,7 @@ class MaskPass(LayerPass):
         self.lost = self.energy = 0.0
 
     def change(self, layer: nn.Module, group: LinearGroup, statistics: InputStatistics | None) -> None:
-        """Prune the group's linears one by one (each keeps its own share); they share the Hessian and its factor."""
+        """Prune the group's linears one by one, each to the same share of zeros. They share the Hessian and its factor."""
         if statistics is None:
             for name in group.names:
                 self._by_size(name, layer.get_submodule(name))
@@ -55,7 +55,7 @@ class MaskPass(LayerPass):
             for event in found.events:
                 self._note(f"{group.names[0]}: {event}")
             if found.factor is None:
-                self._note(f"{', '.join(linears)}: pruned by Wanda, no damping made the Hessian invertible")
+                self._note(f"{', '.join(linears)}: pruned by Wanda, because no damping made the Hessian invertible")
         for name, target in targets.items():
             linear = linears[name]
             if found is None or found.factor is None:
@@ -73,22 +73,22 @@ class MaskPass(LayerPass):
             self._add(name, lost, energy)
 
     def _compensated(self, targets: dict[str, torch.Tensor], statistics: InputStatistics) -> dict[str, torch.Tensor]:
-        """The weights [out, in] that would make up for what was lost before this layer."""
+        """The weights [out, in] that compensate the errors of the layers before this one."""
         if statistics.drift is None or statistics.drift_hessian is None:
             return targets
         moved = compensate(torch.cat(list(targets.values())), statistics.drift_hessian, statistics.drift)
-        statistics.drift = statistics.drift_hessian = None  # large, and needed no more
+        statistics.drift = statistics.drift_hessian = None  # large, and no longer needed
         if moved is None:
-            self._note(f"{', '.join(targets)}: what was lost before could not be made up for")
+            self._note(f"{', '.join(targets)}: the errors of earlier layers could not be compensated")
             return targets
         return dict(zip(targets, moved.split([len(w) for w in targets.values()]), strict=True))
 
     def _by_size(self, name: str, linear: nn.Module) -> None:
-        """Prune one linear by the size of its weights."""
+        """Prune one linear by the magnitude of its weights."""
         weight = get_weight(linear).clone()
         self._keep(name, linear, weight * magnitude_mask(weight, self.config.share, self.config.pattern), method="magnitude")
-        gone = float((get_weight(linear) - weight).double().square().sum())
-        self._add(name, gone, float(weight.double().square().sum()))
+        lost = float((get_weight(linear) - weight).double().square().sum())
+        self._add(name, lost, float(weight.double().square().sum()))
 
     def finish(self, index: int, layer: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         weights = sum(t.numel() for t in self.tensors.values())
@@ -97,12 +97,12 @@ class MaskPass(LayerPass):
                               "sparsity": zeros / weights, "events": self.events, "linears": self.linears}
 
     def _keep(self, name: str, linear: nn.Module, weight: torch.Tensor, **record: Any) -> None:
-        """Round [out, in] to the stored type and let the layer go on with that."""
+        """Round the weight [out, in] to the stored type and set it in the layer."""
         stored = self.skeleton.names.stored(f"{self.prefix}.{name}.weight")
         set_weight(linear, weight)
         assert isinstance(linear.weight.data, torch.Tensor)
         tensor = linear.weight.data.to(self.skeleton.checkpoint.tensor(stored).dtype).cpu().contiguous()
-        tensor[tensor == 0] = 0  # no -0, whose bits are not zero
+        tensor[tensor == 0] = 0  # replaces -0, whose bits are not all zero
         linear.weight.data.copy_(tensor)
         self.tensors[stored] = tensor
         self.linears[name] = {**record, "sparsity": float((tensor == 0).double().mean()), "sha256": digest(tensor)}
@@ -118,5 +118,5 @@ class MaskPass(LayerPass):
 
 
 def digest(tensor: torch.Tensor) -> str:
-    """sha256 of a tensor's bytes as they are stored."""
+    """sha256 of a tensor's stored bytes."""
     return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""The five methods as jobs over a model: each gives the tensors and the config of the pruned model, and what to record."""
+"""The five pruning methods. Each returns the tensors and the config of the pruned model, and its record for the manifest."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from llmc.formats.shards import Piece, pieces_of, rest_of
 
 @dataclass
 class Made:
-    """pieces, config: the new model.  summary: for result and manifest.  record: for the manifest alone."""
+    """A pruned model. pieces, config: its tensors and config.json.  summary: for result and manifest.  record: for the
+    manifest alone."""
 
     pieces: list[Piece]
     config: dict[str, Any]
@@ -30,16 +31,16 @@ class Made:
 
 
 def make(skeleton: Skeleton, c: PruneConfig, work: Workspace, sequences: torch.Tensor) -> Made:
-    """Prune by `c.method`. sequences: int64 [n, seq_len] to look at; the pieces lie in the source and in `work`."""
+    """Prune by `c.method`. sequences: calibration text, int64 [n, seq_len]. The pieces are in the source and in `work`."""
     if c.method in MASKS:
         return by_mask(skeleton, c, work, sequences)
     return by_depth(skeleton, c, work, sequences) if c.method == "depth" else by_width(skeleton, c, work, sequences)
 
 
 def by_mask(skeleton: Skeleton, c: PruneConfig, work: Workspace, sequences: torch.Tensor) -> Made:
-    along = along_of(c)
-    seen = None if c.method == "magnitude" else spread(sequences, along) if along else sequences
-    run(skeleton, work, seen, MaskPass(skeleton, c), along)
+    reference = reference_sequences(c)
+    seen = None if c.method == "magnitude" else spread(sequences, reference) if reference else sequences
+    run(skeleton, work, seen, MaskPass(skeleton, c), reference)
     pieces = [p for i in range(len(skeleton.layers)) for p in pieces_of(work.layer_file(i))]
     pieces += rest_of(skeleton.checkpoint, {p.name for p in pieces})
     records = work.records()
@@ -49,7 +50,7 @@ def by_mask(skeleton: Skeleton, c: PruneConfig, work: Workspace, sequences: torc
 
 
 def by_depth(skeleton: Skeleton, c: PruneConfig, work: Workspace, sequences: torch.Tensor) -> Made:
-    assert c.drop is not None  # the config says so
+    assert c.drop is not None  # PruneConfig checks it
     if c.by == "influence":
         run(skeleton, work, sequences, depth.InfluenceWatch())
         dropped = depth.lowest([r["influence"] for r in work.records()], c.drop)
@@ -61,7 +62,7 @@ def by_depth(skeleton: Skeleton, c: PruneConfig, work: Workspace, sequences: tor
 
 
 def without(skeleton: Skeleton, dropped: list[int], records: list[dict[str, Any]]) -> Made:
-    """The model without these layers."""
+    """The model without the layers `dropped`."""
     config = depth.shortened(skeleton.checkpoint.config, skeleton.config, dropped)
     return Made(depth.pieces_without(skeleton, dropped), config, {"dropped": dropped}, {"layers": records})
 
@@ -79,22 +80,23 @@ def by_width(skeleton: Skeleton, c: PruneConfig, work: Workspace, sequences: tor
     for index, names in by_layer.items():
         layer = None if index == count else index
         tensors = {n: kept.cut(n, checkpoint.tensor(n), layer, tied) for n in names}
-        work.save_layer(count + index, tensors, {"layer": index})  # after the sums, which a resumed run reads again
+        work.save_layer(count + index, tensors, {"layer": index})  # numbers above the sums, which a resumed run reads again
         pieces += pieces_of(work.layer_file(count + index))
     layers = [{"layer": i, "groups": kept.groups[i].tolist()} for i in range(count)]
     return Made(pieces, width.narrow_config(checkpoint.config, new), {"shape": vars(new)},
                 {"layers": layers, "channels": kept.hidden.tolist()})
 
 
-def along_of(c: PruneConfig) -> int:
-    """On how many sequences the unchanged model runs along, as for the quantizer."""
+def reference_sequences(c: PruneConfig) -> int:
+    """The number of sequences that also run through the unchanged model, as in the quantizer."""
     n = c.samples - c.held_out
     return max(min(n, REFERENCE_LEAST), n // REFERENCE_SHARE) if c.method == "sparsegpt" else 0
 
 
 def run(skeleton: Skeleton, work: Workspace, sequences: torch.Tensor | None, pass_: LayerPass | LayerWatch,
-        along: int = 0) -> None:
-    settings = settings_for(skeleton, sequences, reference=along)
+        reference: int = 0) -> None:
+    """Run a pass in the calibration loop. reference: number of sequences that also run through the unchanged model."""
+    settings = settings_for(skeleton, sequences, reference=reference)
     Loop(skeleton, sequences, work, settings).run(pass_, _note if sequences is not None else lambda r: "")
 
 

@@ -1,4 +1,4 @@
-"""`llmc prune`: from a float model folder to a smaller or sparser one of the same kind."""
+"""`llmc prune`: make a smaller or sparser float model folder of a float model folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llmc.compress.coverage import checked
 from llmc.compress.preparation import calibration_text, check_weights, open_float, sampled_file
 from llmc.compress.prune.config import MASKS, PATTERNS, PruneConfig
 from llmc.compress.prune.depth import prove
-from llmc.compress.prune.methods import Made, along_of, make
+from llmc.compress.prune.methods import Made, make, reference_sequences
 from llmc.compress.prune.quality import advice, judge, split, zeros_of
 from llmc.compress.prune.width import narrowed
 from llmc.compress.skeleton import Skeleton, get_weight, linears_of
@@ -39,8 +39,8 @@ def prune(model: str | Path, config: PruneConfig) -> dict[str, Any]:
     """Write a pruned copy of the float model `model`.
 
     Returns {'out', 'method', 'parameters', 'parameters_before', 'nonzero', 'bytes', 'bytes_before', 'sparsity' (of the
-    linears of the decoder layers), 'sparsity_per_layer', 'quality', 'advice', 'seconds', …}; with `dry_run` the plan. Raises
-    UserError before any work for whatever can be known before.
+    linears of the decoder layers), 'sparsity_per_layer', 'quality', 'advice', 'seconds', …}; with `dry_run` the plan.
+    UserError comes before any work if a check can find the problem.
     """
     start = time.monotonic()
     threads = config.threads or physical_cores()
@@ -51,7 +51,7 @@ def prune(model: str | Path, config: PruneConfig) -> dict[str, Any]:
         return plan
     check_disk(job.out, plan["disk_bytes"], "pruning")
     if config.method == "depth" and config.by == "kl":
-        check_memory(plan["memory_bytes"], "measuring every layer's absence, with the whole model in memory,")
+        check_memory(plan["memory_bytes"], "measuring the model without each layer, with the whole model in memory,")
     check_weights(job.checkpoint)
     result = job.run()
     note_last(job.out, "hf")
@@ -59,7 +59,7 @@ def prune(model: str | Path, config: PruneConfig) -> dict[str, Any]:
 
 
 class _Job:
-    """One pruning: what is known before it starts, and the steps."""
+    """One pruning: the checks before it starts, and its steps."""
 
     def __init__(self, source: Path, config: PruneConfig, threads: int) -> None:
         self.source, self.config, self.threads = source, config, threads
@@ -75,7 +75,7 @@ class _Job:
         self._check()
 
     def _check(self) -> None:
-        """What the config asks for must fit the model."""
+        """UserError if the options do not fit the model."""
         c, count = self.config, len(self.skeleton.layers)
         if c.drop is not None and c.drop >= count:
             raise UserError(f"--drop {c.drop}: {self.source} has {count} layers", f"drop at most {count - 1}")
@@ -90,25 +90,26 @@ class _Job:
 
     @cached_property
     def described(self) -> dict[str, Any]:
-        """What the manifest says of the source; its files are hashed for it."""
+        """The manifest's description of the source, with the hashes of its files."""
         return describe_source(self.source)
 
     def plan(self) -> dict[str, Any]:
-        """What will be done, what it will weigh and what it needs."""
+        """The plan: the options, the size of the model, and the disk and memory that pruning needs (bytes)."""
         c = self.config
         hidden = self.skeleton.config.get_text_config().hidden_size
         widest = max(max(get_weight(m).shape) for m in self.skeleton.linears(0).values())
         layer = sum(get_weight(m).numel() for m in self.skeleton.linears(0).values()) * 4
-        tokens, along = (c.sequences * c.seq_len, along_of(c) * c.seq_len) if c.method in ("wanda", "sparsegpt") else (0, 0)
-        states = 12 * hidden * (tokens + along) + 4 * (hidden + widest) * tokens + 4 * (3 * hidden + widest) * along
+        tokens = c.sequences * c.seq_len if c.method in ("wanda", "sparsegpt") else 0
+        reference = reference_sequences(c) * c.seq_len
+        states = 12 * hidden * (tokens + reference) + 4 * (hidden + widest) * tokens + 4 * (3 * hidden + widest) * reference
         if c.method in ("depth", "width"):
             states = 12 * hidden * c.sequences * c.seq_len
         before = sum(self.checkpoint.nbytes(n) for n in self.checkpoint.names())
-        table = self.skeleton.model.get_output_embeddings().weight.numel() * 4
-        judging = 8 * hidden * c.held_out * c.seq_len + 2 * table  # both models' states, and their heads
+        head = self.skeleton.model.get_output_embeddings().weight.numel() * 4
+        judging = 8 * hidden * c.held_out * c.seq_len + 2 * head  # the states and heads of both models
         memory = 600_000_000 + 2 * layer + 16 * widest * widest + SUMS_BYTES + 4 * BATCH_BYTES + judging
         if c.method == "depth" and c.by == "kl":
-            memory = max(memory, 4 * sum(p.numel() for p in self.skeleton.model.parameters()) + 2 * table + 800_000_000)
+            memory = max(memory, 4 * sum(p.numel() for p in self.skeleton.model.parameters()) + 2 * head + 800_000_000)
         return {
             "source": str(self.source), "out": str(self.out), "method": c.method, "what": c.what, "notes": self.notes,
             "layers": len(self.skeleton.layers), "bytes_before": before, "disk_bytes": 2 * before + states,
@@ -129,7 +130,7 @@ class _Job:
             seen, held = text.sequences[:0], text.sequences
         else:
             seen, held = split(text.sequences, self.config.held_out)
-            say(f"calibration: {text.origin['name']}, {seen.numel():,} tokens, and {held.numel():,} held out to judge by")
+            say(f"calibration: {text.origin['name']}, {seen.numel():,} tokens, and {held.numel():,} held-out tokens")
         for note in self.notes:
             say(note)
         made = make(self.skeleton, self.config, work, seen)
@@ -142,7 +143,7 @@ class _Job:
 
     def _publish(self, work: Workspace, written: Checkpoint, made: Made, text: Calibration,
                  held: torch.Tensor) -> dict[str, Any]:
-        """Judge the folder, describe it, and put it in its place."""
+        """Measure the quality of the folder, write its manifest, and move it to its place."""
         c, folder = self.config, written.folder
         quality = judge(self.source, folder, held, text.origin["name"], str(self.skeleton.device))
         zeros, weights = zeros_of(written)

@@ -1,11 +1,11 @@
-"""SparseGPT: zeros chosen column by column, each one's error made up for by the columns that follow.
+"""SparseGPT: choose zeros column by column; the columns that follow compensate the error of each column.
 
 Frantar & Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", 2023 (arXiv:2301.00774),
-algorithm 1: the mask of BLOCK columns is chosen at once when the sweep reaches them, by the error w^2 / [H^-1]_jj that
-removing a weight leaves under optimal compensation (eq. 3); a pattern N:M is chosen every M columns (section 3.3).
+algorithm 1: the mask of BLOCK columns is chosen when the sweep reaches them, by the error w^2 / [H^-1]_jj that remains after
+optimal compensation when a weight is removed (eq. 3). A pattern N:M is chosen every M columns (section 3.3).
 
-What differs: a dead column counts like the mean one instead of being dropped, and after the sweep the weights that stay
-are moved to where the error is least for the mask: the sweep never went back to columns it had left.
+Differences: a dead column gets the mean of the diagonal and is not dropped. After the sweep, the weights that stay are
+optimized for the mask, because the sweep does not change columns that it has passed.
 
 Matrices are [in, out], as in the quantizer's gptq.py.
 """
@@ -18,7 +18,7 @@ from llmc.compress.prune.config import PATTERNS
 from llmc.compress.prune.masks import keep_highest, keep_pattern
 
 BLOCK = 128  # columns whose mask is chosen at once
-STEPS = 16  # of conjugate gradients
+STEPS = 16  # steps of conjugate gradients
 
 
 def sweep(w: torch.Tensor, factor: torch.Tensor, share: float, pattern: str | None) -> torch.Tensor:
@@ -37,10 +37,10 @@ def sweep(w: torch.Tensor, factor: torch.Tensor, share: float, pattern: str | No
                 score = (w[ahead] / spread[ahead]).square_()
                 if pattern is not None:
                     keep[ahead] = keep_pattern(score.t(), pattern).t()
-                else:  # so many that all blocks together have the share
+                else:  # rounded so that all blocks together have the share
                     dropped = round(share * end * out) - round(share * start * out)
                     keep[ahead] = keep_highest(score.flatten(), dropped).view(score.shape)
-            torch.mul(w[i], keep[i].to(w.dtype).sub_(1), out=errors[i - start])  # what the weight changes by
+            torch.mul(w[i], keep[i].to(w.dtype).sub_(1), out=errors[i - start])  # the change of the weight
             w[i].mul_(keep[i])
             w[i + 1 : end].addr_(scaled[i, i + 1 : end], errors[i - start])
         w[end:].addmm_(scaled[start:end, end:].t(), errors)
@@ -49,10 +49,10 @@ def sweep(w: torch.Tensor, factor: torch.Tensor, share: float, pattern: str | No
 
 def reconstruct(w: torch.Tensor, target: torch.Tensor, keep: torch.Tensor, hessian: torch.Tensor,
                 steps: int = STEPS) -> torch.Tensor:
-    """The weights [in, out], zero outside `keep`, that lower (w - target)^T H (w - target), row by row of the weight.
+    """Returns weights [in, out], zero outside `keep`, with a lower error (w - target)^T H (w - target) for each output.
 
-    Conjugate gradients on the weights that stay, from `w`, with H's diagonal for a preconditioner (Hestenes & Stiefel, 1952);
-    every step lowers the error of every row.
+    It runs conjugate gradients (Hestenes & Stiefel, 1952) on the weights that stay, from `w`, with H's diagonal as the
+    preconditioner. Every step lowers the error of every output.
     """
     mask, scale = keep.to(w.dtype), hessian.diagonal()[:, None]
     w = w * mask

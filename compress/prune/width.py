@@ -1,14 +1,15 @@
-"""Narrower layers: which neurons, heads and channels go, by what passes through them, and what is left as a plain model.
+"""Narrower layers: remove neurons, heads and channels with the smallest activations, and make a plain model of the others.
 
 Muralidharan et al., "Compact Language Models via Pruning and Knowledge Distillation" (Minitron), 2024 (arXiv:2407.14679),
-section 2.2, from one pass over calibration text:
+section 2.2. One pass over calibration text measures the importance:
 
-* a feed-forward neuron counts as the mean size of its activation, |x_j| as the down projection is given it;
-* an attention head as the mean L2 norm of its output, as the output projection is given it. Query heads that share a key and
-  value head stay together: a group counts as the sum of its heads, and goes or stays whole;
-* a channel of the residual stream as the mean size of the norms' outputs there, over all layers.
+* of a feed-forward neuron: the mean |x_j| at the input of the down projection;
+* of an attention head: the mean L2 norm of its output, at the input of the output projection. Query heads that share a key
+  and value head form a group. The importance of a group is the sum over its heads, and only whole groups are removed;
+* of a channel of the residual stream: the mean |x_j| of the norms' outputs, over all layers.
 
-Every layer keeps as many of each, its own neurons and groups; the channels are the same everywhere.
+Every layer keeps the same number of neurons and groups, but each layer chooses its own. The channels are the same in all
+layers.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from llmc.families import FAMILIES, by_model_type, nearest
 from llmc.families.names import classify
 from llmc.families.row import Family
 
-WIDE, NARROW = 256, 32  # blocks of GGUF's types: K-quants, all others
+WIDE, NARROW = 256, 32  # block sizes of GGUF types: K-quants, all others
 
 
 @dataclass(frozen=True)
 class Shape:
-    """ffn: neurons of a layer.  groups: key and value heads.  per_group: query heads of each.  head: its width.
-    hidden: channels of the residual stream."""
+    """The sizes of a model. ffn: neurons of a layer.  groups: key and value heads.  per_group: query heads of each group.
+    head: width of a head.  hidden: channels of the residual stream."""
 
     ffn: int
     groups: int
@@ -52,36 +53,37 @@ class Shape:
 
 
 def family_of(config: Any) -> Family:
-    """The row for a transformers config, of a family that can be made narrower."""
+    """The family of a transformers config. UserError if it is unknown or cannot be made narrower."""
     kind = config.get_text_config().model_type
     family = by_model_type(kind)
     if family is None or family.unnarrowable:
         known = [name for name, f in FAMILIES.items() if not f.unnarrowable]
         raise UserError(f"--method width does not know the architecture {kind!r}"
                         + (f": {family.unnarrowable}" if family else nearest(kind, known)),
-                        f"it knows {', '.join(known)}; --method depth and the masks work for every architecture")
+                        f"it knows {', '.join(known)}; the other methods work for every architecture")
     return family
 
 
 def narrowed(config: Any, c: PruneConfig) -> tuple[Shape, list[str]]:
-    """The shape after pruning, and a line on every number that is not the one asked for."""
+    """Returns (the shape after pruning, a note on every number that pruning changes). UserError if no shape fits the
+    options."""
     family_of(config)
     old = Shape.of(config)
     groups = old.groups * c.heads
     if abs(groups - round(groups)) > 0.02 or round(groups) < 1:
         possible = ", ".join(f"{n / old.groups:.4g}" for n in range(1, old.groups + 1))
         raise UserError(f"--heads {c.heads:g}: {old.groups * old.per_group} query heads share {old.groups} key and value "
-                        f"heads, and {groups:.4g} of these are no whole number", f"use one of {possible}")
+                        f"heads, and {groups:.4g} of these is no whole number", f"use one of {possible}")
     new_groups = round(groups)
     ffn, ffn_step = _rounded(old.ffn, c.ffn, "ffn", WIDE)
     hidden, hidden_step = _rounded(old.hidden, c.hidden, "hidden", WIDE if old.hidden % WIDE == 0 else NARROW)
     if hidden % (new_groups * old.per_group) and not _loads(config, hidden, new_groups * old.per_group):
         fitting = [n for n in range(1, old.groups + 1) if hidden % (n * old.per_group) == 0]
         raise UserError(f"{hidden} channels are no multiple of {new_groups * old.per_group} query heads, and transformers "
-                        f"loads no {config.get_text_config().model_type} model like that",
+                        f"does not load such a {config.get_text_config().model_type} model",
                         f"use --heads {' or '.join(f'{n / old.groups:.4g}' for n in fitting)}" if fitting else
                         "keep another share with --hidden")
-    notes = [f"{name}: {new} of {was}, the multiple of {step} nearest to {share:g} of it"
+    notes = [f"{name}: {new} of {was}, the multiple of {step} nearest to the share {share:g}"
              for name, new, was, step, share in (("ffn", ffn, old.ffn, ffn_step, c.ffn),
                                                  ("hidden", hidden, old.hidden, hidden_step, c.hidden)) if share != 1]
     if c.heads != 1:
@@ -91,7 +93,7 @@ def narrowed(config: Any, c: PruneConfig) -> tuple[Shape, list[str]]:
 
 
 def _loads(config: Any, hidden: int, heads: int) -> bool:
-    """Whether a model of this shape passes the check that transformers 5 makes of some families' configs."""
+    """Whether a model of this shape passes the check of transformers 5, which some families' configs have."""
     changed = copy.deepcopy(config.get_text_config())
     changed.hidden_size, changed.num_attention_heads = hidden, heads
     try:
@@ -102,21 +104,23 @@ def _loads(config: Any, hidden: int, heads: int) -> bool:
 
 
 def _rounded(width: int, share: float, name: str, first: int) -> tuple[int, int]:
-    """(the multiple of `first` nearest to a share of `width`, where it is below it and within an eighth of what was asked
-    for, or else of NARROW; that multiple)."""
+    """Returns (the new width, the step that it is a multiple of).
+
+    The new width is the multiple of `first` nearest to share * width. If that is not below `width`, or differs by more than
+    an eighth from share * width, it is the nearest multiple of NARROW. UserError if none fits."""
     if share == 1:
         return width, 1
     for step in sorted({first, NARROW}, reverse=True):
         found = int(width * share / step + 0.5) * step
         if 0 < found < width and (step == NARROW or abs(found - width * share) <= width * share / 8):
             return found, step
-    raise UserError(f"--{name} {share:g}: no multiple of {NARROW} lies near {width * share:.0f} and below {width}",
-                    f"keep {NARROW / width:.3g} to {(width - 1) // NARROW * NARROW / width:.3g} of it")
+    raise UserError(f"--{name} {share:g}: no multiple of {NARROW} is near {width * share:.0f} and below {width}",
+                    f"use --{name} {NARROW / width:.3g} to {(width - 1) // NARROW * NARROW / width:.3g}")
 
 
 class ImportanceWatch(LayerWatch):
-    """A layer's tensors: 'ffn' [neurons], 'groups' [key and value heads], 'hidden' [channels], float32: sums
-    over tokens (and, of 'hidden', over the norms that linears read)."""
+    """Measures the importance in each layer. A layer's tensors, float32: 'ffn' [neurons], 'groups' [key and value heads] and
+    'hidden' [channels], sums over tokens ('hidden' also over the norms that linears read)."""
 
     def __init__(self, config: Any) -> None:
         self.shape, self.family = Shape.of(config), family_of(config)
@@ -144,13 +148,13 @@ class ImportanceWatch(LayerWatch):
 
 
 def highest(importance: torch.Tensor, count: int) -> torch.Tensor:
-    """int64 [count]: where the largest are, ascending; of equal ones, the first."""
+    """int64 [count]: the indices of the largest values, ascending. Of equal values it takes the first."""
     return importance.argsort(descending=True, stable=True)[:count].sort().values
 
 
 @dataclass
 class Slices:
-    """Which rows and columns of every tensor stay. ffn, groups: int64, by layer; hidden: int64."""
+    """The rows and columns of every tensor that stay. ffn, groups: int64 indices for each layer.  hidden: int64 indices."""
 
     old: Shape
     new: Shape
@@ -164,7 +168,8 @@ class Slices:
         self.scale = (self.old.hidden / self.new.hidden) ** 0.5 if self.family.scaled_embedding else 1.0
 
     def cut(self, name: str, tensor: torch.Tensor, layer: int | None, tied: bool) -> torch.Tensor:
-        """A tensor of the checkpoint in its new shape; layer: None outside the decoder layers."""
+        """Returns a tensor of the checkpoint in its new shape. layer: None outside the decoder layers.  tied: the head is the
+        embedding."""
         owner, _, part = name.rpartition(".")
         if layer is None:
             cut = tensor.index_select(-1, self.hidden)
@@ -174,7 +179,8 @@ class Slices:
         return cut if columns is None or part == "bias" else cut.index_select(1, columns)
 
     def _of(self, owner: str, layer: int, tensor: torch.Tensor, name: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """(rows, columns) that stay of a tensor of a decoder layer; None: all. Of biases the rows, which they have too."""
+        """The (rows, columns) of a decoder layer's tensor that stay; None means all. For a bias the rows count. UserError if
+        the part of the tensor is unknown."""
         s, f, ffn = self.old, self.family, self.ffn[layer]
         kv = self._spread(self.groups[layer], s.head)
         query = self._spread(self.groups[layer], s.per_group * s.head)
@@ -191,11 +197,12 @@ class Slices:
             return None, None
         if owner.endswith(tuple(f".{norm}" for norm in (f.attention_norm, f.mlp_norm, *f.post_norms))):
             return self.hidden, None
-        raise UserError(f"--method width does not know what {name} is for", "use --method depth or a mask")
+        raise UserError(f"--method width does not know the role of {name}",
+                        "use --method depth, or a method that makes weights zero")
 
     def _rescaled(self, name: str, cut: torch.Tensor, tied: bool) -> torch.Tensor:
-        """Gemma multiplies its embedding by the root of the number of channels, which falls: the table makes up for it, and
-        where it is the head too, the last norm takes that back."""
+        """Keep the scale of the embedding. Gemma multiplies its embedding by the square root of the number of channels, and
+        that number falls, so the embedding is scaled up. If the embedding is also the head, the last norm is scaled down."""
         if classify(name) == "embedding":
             return (cut.float() * self.scale).to(cut.dtype)
         if tied and f".{name}".endswith(f".{self.family.final_norm}.weight"):
@@ -210,14 +217,14 @@ class Slices:
 
 
 def slices(skeleton: Skeleton, new: Shape, sums: list[dict[str, torch.Tensor]]) -> Slices:
-    """What stays, by the importance that `ImportanceWatch` summed in each layer."""
+    """The rows and columns that stay, by the importance that `ImportanceWatch` summed in each layer."""
     hidden = torch.stack([s["hidden"] for s in sums]).double().sum(0)
     return Slices(Shape.of(skeleton.config), new, family_of(skeleton.config), [highest(s["ffn"], new.ffn) for s in sums],
                   [highest(s["groups"], new.groups) for s in sums], highest(hidden, new.hidden))
 
 
 def narrow_config(raw: dict[str, Any], new: Shape) -> dict[str, Any]:
-    """config.json of the new shape, the width of a head spelled out: it no longer follows from the others."""
+    """config.json of the new shape. It states head_dim, which can no longer be computed from the other sizes."""
     values = {"intermediate_size": new.ffn, "num_attention_heads": new.groups * new.per_group,
               "num_key_value_heads": new.groups, "head_dim": new.head, "hidden_size": new.hidden}
     return {**raw, "text_config": {**raw["text_config"], **values}} if "text_config" in raw else {**raw, **values}

@@ -1,4 +1,4 @@
-"""Which type every linear of a model gets, and which type embedding and head shall have in the file: decided up front."""
+"""The quantization types of a model: of every linear, and of embedding and head in the exported file."""
 
 from __future__ import annotations
 
@@ -21,59 +21,60 @@ ROTATING = ("rotate", "rotate+scaling", "auto")  # transforms that mix the colum
 
 @dataclass(frozen=True)
 class Assignment:
-    """name: of the whole, as people call it: 'int4-sym-g32', 'q4_k', 'q4_k_m', ….
-    types: of every linear of the decoder layers, by its name in the model.
-    missed: linears whose rows their type cannot hold, with the type they take instead.
-    tables: {'embedding': type, 'head': type} for the export; what is not there is the export's to choose.
-    plan: of a budget (budget.py): what is predicted.
+    """The types of a model. name: of the whole: 'int4-sym-g32', 'q4_k', 'q4_k_m', ….
+    types: {name in the model: type} of every linear of the decoder layers.
+    missed: {linear: the type that it gets instead}, for linears whose rows the requested type cannot hold.
+    end_types: {'embedding': type, 'head': type} for the export. The export chooses the type of a missing key.
+    plan: the plan of a budget (budget.py); None without a budget.
     """
 
     name: str
     types: dict[str, AnyType]
     missed: dict[str, str] = field(default_factory=dict)
-    tables: dict[str, str] = field(default_factory=dict)
+    end_types: dict[str, str] = field(default_factory=dict)
     plan: dict[str, Any] | None = None
 
     @property
     def portable(self) -> IntegerType | None:
-        """The one integer type of all linears, which a GPTQ checkpoint holds; None: the folder has the form of blocks."""
+        """The integer type of all linears if it is one type, which a GPTQ checkpoint can hold; else None, and the folder
+        holds GGUF blocks."""
         first = next(iter(self.types.values()))
         return first if isinstance(first, IntegerType) and all(qtype == first for qtype in self.types.values()) else None
 
     def stored(self, linear: str) -> str:
-        """The name of a linear's type in the form that its folder has."""
+        """The name of a linear's type in the folder's format."""
         qtype = self.types[linear]
         return qtype.name if self.portable else str(qtype.gguf_type).lower()
 
     def counts(self) -> dict[str, int]:
-        """How many linears each type has, most first."""
+        """{type: number of linears}, the most frequent type first."""
         return dict(Counter(self.stored(linear) for linear in self.types).most_common())
 
 
 def assign(config: QuantizeConfig, skeleton: Skeleton) -> Assignment:
-    """What `config` asks for, for the model of `skeleton`. UserError where a type cannot hold a linear's rows."""
+    """The types that `config` gives the model of `skeleton`. UserError if a type cannot hold a linear's rows."""
     return _preset(config, skeleton) if config.preset else _uniform(config, skeleton)
 
 
 def type_called(name: str) -> AnyType:
-    """A GGUF type by its name; those of plain integers as integer types, whose scales are searched more widely."""
+    """The GGUF type of this name. q4_0 and q8_0 become an IntegerType, because its scale search is wider."""
     return IntegerType(INTEGER[name], 32) if name in INTEGER else BLOCK_TYPES[name]
 
 
 def type_for(c: QuantizeConfig, width: int) -> AnyType:
-    """What --bits or --type gives a linear with rows of `width` weights; --fallback where its blocks do not divide them."""
+    """The type that --bits or --type gives a linear with rows of `width` weights; --fallback if its blocks do not fit."""
     wanted = IntegerType(c.bits, c.group_size, c.sym) if c.type is None else type_called(c.type)
-    other = c.fallback or FALLBACK.get(str(c.type))  # None where --type has blocks of 32
+    other = c.fallback or FALLBACK.get(str(c.type))  # None if --type has blocks of 32
     return type_called(other) if other and width % block_size(wanted) else wanted
 
 
 def block_size(qtype: AnyType) -> int:
-    """Weights of a row that belong together: its length must be a multiple."""
+    """The number of weights in a block. It must divide the length of a row."""
     return qtype.group_size if isinstance(qtype, IntegerType) else qtype.block
 
 
 def _uniform(c: QuantizeConfig, skeleton: Skeleton) -> Assignment:
-    """One type everywhere, and --fallback where its blocks do not divide the rows."""
+    """One type for all linears, and --fallback for those whose rows its blocks do not divide."""
     wanted = type_for(c, 0)
     types, missed = {}, {}
     for _, linear, module in linears_of(skeleton):
@@ -85,10 +86,10 @@ def _uniform(c: QuantizeConfig, skeleton: Skeleton) -> Assignment:
 
 
 def _preset(c: QuantizeConfig, skeleton: Skeleton) -> Assignment:
-    """llama.cpp's mix. Calibrated, it is the one that llama-quantize makes with an importance matrix."""
+    """llama.cpp's mix of types. With --method gptq it is the mix that llama-quantize makes with an importance matrix."""
     preset = str(c.preset)
     if skeleton.config.get_text_config().model_type == "falcon":
-        raise UserError("llama.cpp's mixes have exceptions for Falcon that llmc does not know", "use --type")
+        raise UserError("llama.cpp's mixes have exceptions for Falcon, and llmc does not have them", "use --type")
     facts = presets.Facts.of(skeleton.config, imatrix=c.method == "gptq")
     types, missed = {}, {}
     for layer, linear, module in linears_of(skeleton):
@@ -99,15 +100,15 @@ def _preset(c: QuantizeConfig, skeleton: Skeleton) -> Assignment:
         if name != presets.linear_type(preset, role, layer, facts, 256):
             missed[linear] = name
     _check_rows(c, skeleton, types)
-    width, own_head = table_shape(skeleton)[1], has_own_head(skeleton)
-    tables = {"embedding": presets.table_type(preset, not own_head, width)}
+    width, own_head = embedding_shape(skeleton)[1], has_own_head(skeleton)
+    end_types = {"embedding": presets.end_type(preset, not own_head, width)}
     if own_head:
-        tables["head"] = presets.table_type(preset, True, width)
-    return Assignment(preset, types, missed, tables)
+        end_types["head"] = presets.end_type(preset, True, width)
+    return Assignment(preset, types, missed, end_types)
 
 
 def _check_rows(c: QuantizeConfig, skeleton: Skeleton, types: dict[str, AnyType]) -> None:
-    """Every linear's rows must divide into its type's groups, and GPTQ's packed zero points into words."""
+    """UserError if the rows of a linear do not divide into its type's groups, or if GPTQ cannot pack them."""
     _check_packing(skeleton, types)
     widths = {linear: get_weight(module).shape[1] for _, linear, module in linears_of(skeleton)}
     uneven = sorted((w, block_size(types[linear])) for linear, w in widths.items() if w % block_size(types[linear]))
@@ -118,7 +119,7 @@ def _check_rows(c: QuantizeConfig, skeleton: Skeleton, types: dict[str, AnyType]
     raise UserError(
         f"rows of {uneven[0][0]} weights do not divide into groups of {uneven[0][1]} in {skeleton.checkpoint.folder}",
         f"use --group-size {fits[0]}" if fits and not by_name else "no group size of 32, 64 or 128 fits this model"
-        if not by_name else "no GGUF block type fits rows that are no multiple of 32")
+        if not by_name else "no GGUF block type fits rows that are not a multiple of 32")
 
 
 def _check_packing(skeleton: Skeleton, types: dict[str, AnyType]) -> None:
@@ -135,8 +136,8 @@ def _check_packing(skeleton: Skeleton, types: dict[str, AnyType]) -> None:
 
 
 def keeps_zeros(source: Path, c: QuantizeConfig, assignment: Assignment) -> bool:
-    """Whether `source` was pruned to a mask that has to be kept. UserError where the types or the transform cannot, unless
-    --lose-zeros allows it."""
+    """Whether `source` was pruned to a mask that must be kept. UserError if the types or the transform cannot keep it and
+    --lose-zeros is not given."""
     mask = mask_of(source)
     if mask is None:
         return False
@@ -151,17 +152,17 @@ def keeps_zeros(source: Path, c: QuantizeConfig, assignment: Assignment) -> bool
         hint = ("use --transform scaling" if rotating else
                 f"use --bits 4 or 8, or --type {', '.join(types[:-1])} or {types[-1]} (and such a --fallback)")
         raise UserError(f"{source} was pruned to a mask ({100 * mask['sparsity']:.0f} % zeros), and {why}",
-                        f"{hint}; --lose-zeros gives the zeros up")
+                        f"{hint}; or give --lose-zeros to accept the loss of the zeros")
     warn(f"the zeros of {source} are not kept: {why}")
     return False
 
 
-def table_shape(skeleton: Skeleton) -> tuple[int, int]:
-    """[rows, width] of the embedding."""
+def embedding_shape(skeleton: Skeleton) -> tuple[int, int]:
+    """(rows, width) of the embedding."""
     rows, width = skeleton.model.get_input_embeddings().weight.shape
     return int(rows), int(width)
 
 
 def has_own_head(skeleton: Skeleton) -> bool:
-    """Whether the checkpoint holds a head that differs from the embedding, as the export decides it."""
+    """Whether the checkpoint holds a head that differs from the embedding. The export uses the same rule."""
     return not skeleton.ends.one

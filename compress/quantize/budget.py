@@ -1,8 +1,10 @@
-"""A type for every matrix of a model, embedding and head included, within a budget: `--target-size`, `-bpw`, `-kld`.
+"""Choose a type for every matrix of a model, embedding and head included, within a budget: `--target-size`, `-bpw`, `-kld`.
 
-    predicted KL divergence  =  sum_l  a_l t_l^2(type of l) g_l      (sensitivity.py; g: what GPTQ leaves of the error)
+    predicted KL divergence  =  sum_l  a_l t_l^2(type of l) g_l
 
-is least for the bytes, or the bytes for the divergence (knapsack.py). What is measured for it is kept in the working folder.
+a_l and t_l are measured (sensitivity.py); g_l is the share of the divergence that remains with GPTQ. The choice has the least
+divergence for the bytes, or the fewest bytes for the divergence (knapsack.py). The measurements are stored in the working
+folder.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from torch import nn
 
 from llmc import closure
 from llmc.compress.quantize import sensitivity
-from llmc.compress.quantize.assignment import Assignment, assign, has_own_head, table_shape, type_called
+from llmc.compress.quantize.assignment import Assignment, assign, embedding_shape, has_own_head, type_called
 from llmc.compress.quantize.config import QuantizeConfig
 from llmc.compress.quantize.knapsack import Frontier, Option
 from llmc.compress.sampling import sample_from_model
@@ -41,16 +43,17 @@ from llmc.precision import fast_matmul
 if TYPE_CHECKING:
     from llmc.export.gguf.size import Outside  # needs the gguf package
 
-SEQUENCES, LENGTH = 4, 256  # of text for the sensitivities
-# What GPTQ leaves of the divergence of rounding to nearest. SmolLM2-135M in Q4_0: 0.101 and 0.117 by GPTQ, 0.359 and 0.364
-# by rounding (WikiText-2 valid, technical text). It scales the prediction, and weighs linears against tables.
+SEQUENCES, LENGTH = 4, 256  # number and length of the sequences for the sensitivities
+# KL divergence with GPTQ as a share of that with rounding to nearest. SmolLM2-135M in Q4_0: on WikiText-2 valid 0.101 with
+# GPTQ and 0.359 with rounding, on a technical text 0.117 and 0.364. It scales the prediction for linears alone, because GPTQ
+# does not quantize embedding and head.
 GPTQ_GAIN = 0.3
-TABLES = ("embedding", "head")
+ENDS = ("embedding", "head")
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """What a type is chosen for. name: in the model, or one of TABLES.  first: the decoder layer it is in (0 for the
+    """A matrix that gets a type. name: in the model, or one of ENDS.  shape: [out, in].  first: its decoder layer (0 for the
     embedding, the number of layers for the head)."""
 
     name: str
@@ -66,59 +69,61 @@ class Matrix:
 
 
 def assign_to_budget(config: QuantizeConfig, skeleton: Skeleton, source: dict[str, Any]) -> Assignment:
-    """The best types for `config.target`. source: what the manifest says of the model."""
+    """The best types for `config.target`. source: the manifest's description of the model. UserError if no types meet the
+    target."""
     matrices = matrices_of(skeleton)
-    peer = types_of(config.peer, config, skeleton) if config.peer else {}  # what refuses a preset costs no measurement
+    # before the measurement, because a preset can be refused
+    peer = types_of(config.peer, config, skeleton) if config.peer else {}
     stored = {n: skeleton.names.find(f"{_module_name(skeleton, n)}.weight") for n in matrices}
     outside = _outside(skeleton, origin_of(skeleton.checkpoint.folder, source), {s for s in stored.values() if s})
     measured = _measured(config, skeleton, source, matrices)
     options = {name: _options(m, measured[name], config.method) for name, m in matrices.items()}
     keep = mask_of(skeleton.checkpoint.folder) is not None and not config.lose_zeros
-    allowed = {name: [o for o in found if name in TABLES or block_types.BLOCK_TYPES[o.name].holds_zero or not keep]
+    allowed = {name: [o for o in found if name in ENDS or block_types.BLOCK_TYPES[o.name].holds_zero or not keep]
                for name, found in options.items()}
     equal = {name: next(o for o in options[name] if o.name == qtype) for name, qtype in peer.items()}
     parameters = sum(m.weights for m in matrices.values()) + outside.parameters
     chosen = _solve(config, Frontier(allowed), outside, parameters, equal)
-    types = {name: type_called(o.name) for name, o in chosen.items() if name not in TABLES}
-    tables = {name: o.name for name, o in chosen.items() if name in TABLES}
+    types = {name: type_called(o.name) for name, o in chosen.items() if name not in ENDS}
+    end_types = {name: o.name for name, o in chosen.items() if name in ENDS}
     plan = _describe(config, matrices, chosen, measured, outside, parameters)
     if config.peer:
         plan["peer"] = {"preset": config.peer, "file_bytes": _nbytes(equal) + outside.tensors + outside.rest,
                         "predicted_kld": _loss(equal)}
-    return Assignment(str(config.target).removeprefix("--"), types, {}, tables, plan)
+    return Assignment(str(config.target).removeprefix("--"), types, {}, end_types, plan)
 
 
 def types_of(preset: str, config: QuantizeConfig, skeleton: Skeleton) -> dict[str, str]:
-    """The type that a preset gives each matrix, by the names of `matrices_of`."""
+    """{name of the matrix, as in `matrices_of`: the type that a preset gives it}."""
     mix = assign(QuantizeConfig(preset=preset, method=config.method), skeleton)
-    return {**mix.tables, **{name: str(qtype.gguf_type).lower() for name, qtype in mix.types.items()}}
+    return {**mix.end_types, **{name: str(qtype.gguf_type).lower() for name, qtype in mix.types.items()}}
 
 
 def matrices_of(skeleton: Skeleton) -> dict[str, Matrix]:
-    """Everything that has a type to choose, in the order it runs."""
-    rows, width = table_shape(skeleton)
+    """Every matrix that gets a type, by name, in the order in which the model runs them. UserError if no type fits one."""
+    rows, width = embedding_shape(skeleton)
     found = [Matrix("embedding", (rows, width), 0)]
     for layer, name, module in linears_of(skeleton):
-        out, inside = get_weight(module).shape
-        found.append(Matrix(name, (out, inside), layer))
+        out, width_in = get_weight(module).shape
+        found.append(Matrix(name, (out, width_in), layer))
     if has_own_head(skeleton):
         found.append(Matrix("head", (rows, width), len(skeleton.layers)))
     if uneven := [m for m in found if not sensitivity.candidates(m.shape[1])]:
         raise UserError(f"rows of {uneven[0].shape[1]} weights ({uneven[0].name}) fit no GGUF type",
-                        "no budget can be kept with rows that are no multiple of 32")
+                        "a budget needs rows that are a multiple of 32: use --bits")
     return {m.name: m for m in found}
 
 
 def _module_name(skeleton: Skeleton, name: str) -> str:
-    """The name in the model of a linear, of the embedding or of the head."""
-    if name not in TABLES:
+    """The name in the model of the module of a matrix. name: of a linear, or one of ENDS."""
+    if name not in ENDS:
         return name
     module = skeleton.model.get_input_embeddings() if name == "embedding" else skeleton.model.get_output_embeddings()
     return next(n for n, m in skeleton.model.named_modules() if m is module)
 
 
 def _outside(skeleton: Skeleton, source: dict[str, Any], matrices: set[str]) -> Outside:
-    """Bytes of the file that no choice changes: other tensors, and metadata with the gaps between tensors."""
+    """The bytes of the file that do not depend on the choice: other tensors, metadata, and the gaps between tensors."""
     try:
         from llmc.export.gguf.size import outside
     except ImportError as e:
@@ -132,7 +137,8 @@ def _outside(skeleton: Skeleton, source: dict[str, Any], matrices: set[str]) -> 
 
 def _measured(config: QuantizeConfig, skeleton: Skeleton, source: dict[str, Any],
               matrices: dict[str, Matrix]) -> dict[str, dict[str, Any]]:
-    """{'sensitivity': a, 'errors': {qtype: t²}} of every matrix, measured now or found where an earlier run left it."""
+    """{name: {'sensitivity': a, 'errors': {qtype: t²}}} of every matrix, measured now or read from the file of an earlier
+    run."""
     length = min(LENGTH, config.seq_len)
     tokenizer = load_tokenizer(skeleton.checkpoint.folder)
     key: dict[str, Any] = {"source": source["files"], "sequences": SEQUENCES, "length": length, "noise": sensitivity.NOISE,
@@ -146,12 +152,12 @@ def _measured(config: QuantizeConfig, skeleton: Skeleton, source: dict[str, Any]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     kept = Path(NOTES) / f"sensitivity-{digest[:16]}.json"
     if kept.is_file():
-        say(f"sensitivities measured before: {kept}")
+        say(f"using the sensitivities of an earlier run: {kept}")
         found: dict[str, dict[str, Any]] = json.loads(kept.read_text(encoding="utf-8"))
         return found
     check_memory(memory_bytes(skeleton), "measuring the sensitivity of every matrix, with the whole model in memory,")
     model = load_torch_model(skeleton.checkpoint.folder, str(torch_device(config.device)), torch.float32)
-    if ids is None:  # other sequences than GPTQ is calibrated on
+    if ids is None:  # another seed than GPTQ's calibration text has
         ids = sample_from_model(model, tokenizer, SEQUENCES, length, config.seed + 1, SEQUENCES)
     found = measure(model, skeleton.layers_name, ids, {_module_name(skeleton, n): m for n, m in matrices.items()})
     kept.parent.mkdir(exist_ok=True)
@@ -160,7 +166,7 @@ def _measured(config: QuantizeConfig, skeleton: Skeleton, source: dict[str, Any]
 
 
 def measure(model: nn.Module, layers: str, ids: torch.Tensor, matrices: dict[str, Matrix]) -> dict[str, dict[str, Any]]:
-    """Sensitivity and errors by the matrices' own names. matrices: by name in the model."""
+    """Measure sensitivity and errors of all matrices. Returns them by `Matrix.name`. matrices: by name in the model."""
     generator = torch.Generator().manual_seed(0)
     found = {}
     with torch.no_grad(), fast_matmul(), progress("measuring the sensitivity of matrix", len(matrices)) as p:
@@ -176,51 +182,53 @@ def measure(model: nn.Module, layers: str, ids: torch.Tensor, matrices: dict[str
 
 
 def memory_bytes(skeleton: Skeleton) -> int:
-    """What measuring needs at its peak: the model in float32, every layer's output, base and present logits."""
+    """The peak memory of the measurement, in bytes: the model in float32, every layer's output, the logits of the base and of
+    the changed model."""
     weights = sum(p.numel() for p in skeleton.model.parameters()) * 4
-    hidden = table_shape(skeleton)[1] * len(skeleton.layers) * SEQUENCES * LENGTH * 4
-    return weights + hidden + table_shape(skeleton)[0] * (SEQUENCES + 5) * LENGTH * 4 + 400_000_000
+    rows, width = embedding_shape(skeleton)
+    hidden = width * len(skeleton.layers) * SEQUENCES * LENGTH * 4
+    return weights + hidden + rows * (SEQUENCES + 5) * LENGTH * 4 + 400_000_000
 
 
 # ------------------------------------------------------------------------------------------------------------ choosing
 
 
 def _options(m: Matrix, measured: dict[str, Any], method: str) -> list[Option]:
-    """What the matrix can be; bytes are those that it takes in the file."""
+    """The types that a matrix can have, each with its bytes in the file and its predicted KL divergence."""
     from llmc.export.gguf.size import in_file
 
-    gain = GPTQ_GAIN if method == "gptq" and m.name not in TABLES else 1.0
+    gain = GPTQ_GAIN if method == "gptq" and m.name not in ENDS else 1.0
     return [Option(qtype, in_file(m.nbytes(qtype)), max(0.0, measured["sensitivity"]) * t2 * gain)
             for qtype, t2 in measured["errors"].items()]
 
 
 def _solve(config: QuantizeConfig, frontier: Frontier, outside: Outside, parameters: int,
            equal: dict[str, Option]) -> dict[str, Option]:
-    """The best choice for the target; UserError, naming what is possible, where none keeps it. equal: a choice whose bytes
-    are the budget, empty where the target is a number."""
+    """The best choice for the target. UserError if none meets it; the error states the nearest target that one meets. equal:
+    a choice whose bytes are the budget; empty if the target is a number."""
     whole = outside.tensors + outside.rest
     if config.target_kld is not None:
         if (chosen := frontier.reaching(config.target_kld)) is None:
             best = _nbytes(frontier.within(frontier.most) or {})
             least = rounded_up(float(frontier.losses[-1]))
-            raise UserError(f"{config.target} cannot be reached: the least that is predicted is {least:g}, at "
+            raise UserError(f"{config.target} cannot be reached: the lowest predicted KL divergence is {least:g}, at "
                             f"{size(best + whole)}", f"use --target-kld {least:g} or more")
         return chosen
     if config.target_size is not None:
         allowed = _nbytes(equal) if equal else (parse_size(config.target_size) or 0) - whole
-        smallest, words = f"--target-size {frontier.least + whole}B", size(frontier.least + whole)
+        smallest, shown = f"--target-size {frontier.least + whole}B", size(frontier.least + whole)
     else:
         allowed = int(float(config.target_bpw or 0) * parameters / 8) - outside.tensors
         bits = rounded_up(8 * (frontier.least + outside.tensors) / parameters)
-        smallest, words = f"--target-bpw {bits:g}", f"{bits:g} bits per weight"
+        smallest, shown = f"--target-bpw {bits:g}", f"{bits:g} bits per weight"
     if (chosen := frontier.within(allowed)) is None:
-        raise UserError(f"{config.target} cannot be reached: the smallest types that fit make {words}",
+        raise UserError(f"{config.target} cannot be reached: the smallest types give {shown}",
                         f"use {smallest} or more, or prune the model first")
     return chosen
 
 
 def rounded_up(value: float) -> float:
-    """To four digits that, given as a target, can be reached."""
+    """`value` rounded up to four digits, so that it can be reached as a target."""
     step = 10.0 ** (math.floor(math.log10(value)) - 3) if value > 0 else 1.0
     return float(f"{math.ceil(value / step) * step:.4g}")
 
@@ -235,10 +243,10 @@ def _loss(chosen: dict[str, Option]) -> float:
 
 def _describe(config: QuantizeConfig, matrices: dict[str, Matrix], chosen: dict[str, Option],
               measured: dict[str, dict[str, Any]], outside: Outside, parameters: int) -> dict[str, Any]:
-    """The plan, for people and for the manifest. `tensors` is long."""
+    """The plan for the manifest and for `budget_lines`. Its 'tensors' has an entry for every matrix."""
     classes: Counter[str] = Counter()
     for name, option in chosen.items():
-        classes[name if name in TABLES else classify(name)] += option.nbytes
+        classes[name if name in ENDS else classify(name)] += option.nbytes
     tensor_bytes = sum(m.nbytes(chosen[name].name) for name, m in matrices.items()) + outside.tensors
     return {
         "target": config.target, "predicted_kld": _loss(chosen),

@@ -13,7 +13,7 @@ from llmc.console import parse_size, size
 from llmc.formats.types import BLOCK_TYPES
 from llmc.options import ADVANCED, CALIBRATION, check, option
 
-INTEGER = {"q4_0": 4, "q8_0": 8}  # block types that are integer types, which GPTQ checkpoints hold too
+INTEGER = {"q4_0": 4, "q8_0": 8}  # bits of the block types that are also integer types; GPTQ checkpoints can hold them
 
 METHODS = ("gptq", "rtn")
 TRANSFORMS = ("none", "scaling", "rotate", "rotate+scaling", "auto")
@@ -82,9 +82,9 @@ class QuantizeConfig:
     def __post_init__(self) -> None:
         problems = []
         if self.imatrix and self.method == "gptq":
-            problems.append("--imatrix goes with --method rtn: GPTQ gathers its own statistics, which say more")
+            problems.append("--imatrix goes with --method rtn: GPTQ gathers better statistics itself")
         if self.type and self.preset:
-            problems.append("--type gives all linears one type and --preset each its own: give one of them")
+            problems.append("--type and --preset both choose the types of linears: give one of them")
         targets = {"--target-size": self.target_size, "--target-bpw": self.target_bpw, "--target-kld": self.target_kld}
         given = [name for name, value in targets.items() if value is not None]
         if len(given) > 1:
@@ -92,7 +92,7 @@ class QuantizeConfig:
         if given and (self.type or self.preset):
             problems.append(f"{given[0]} chooses the types itself: leave out --type and --preset")
         if self.peer is not None and self.peer not in PRESETS:
-            problems.append(f"--target-size {self.target_size}: after as: must come one of {', '.join(PRESETS)}")
+            problems.append(f"--target-size {self.target_size}: the preset after as: must be one of {', '.join(PRESETS)}")
         if self.target_size is not None and self.peer is None and parse_size(self.target_size) is None:
             problems.append(f"--target-size {self.target_size}: give bytes with a unit, as in 90MB, 1.2GB or 85MiB, or "
                             "as:PRESET")
@@ -100,25 +100,25 @@ class QuantizeConfig:
             problems.append("--keep goes without --transform, which is chosen with every linear rounded: run "
                             "`llmc transform` first")
         if self.transform != "none" and (self.preset or given):
-            problems.append(f"--transform {self.transform} is searched on one type: give --type or --bits, or run "
+            problems.append(f"--transform {self.transform} needs one type for all linears: give --type or --bits, or run "
                             "`llmc transform` first")
         named = "--type" if self.type else "--preset" if self.preset else given[0] if given else ""
         if named and (self.bits, self.group_size, self.sym) != (4, 32, True):
-            problems.append(f"{named} names bits, group and symmetry itself: leave out --bits, --group-size and --asym")
+            problems.append(f"{named} sets bits, group and symmetry: leave out --bits, --group-size and --asym")
         if self.fallback is not None and self.fallback not in FALLBACKS:
             problems.append(f"--fallback {self.fallback}: must be a type with blocks of 32: {', '.join(FALLBACKS)}")
         if self.fallback and not self.type:
-            problems.append("--fallback says what to do with rows that --type cannot hold: give --type")
+            problems.append("--fallback is the type of rows that --type cannot hold: give --type")
         check(self, "quantize", problems)
 
     @property
     def calibrated(self) -> bool:
-        """Whether text is needed."""
+        """Whether calibration text is needed."""
         return self.method == "gptq" or self.transform != "none"
 
     @property
     def target(self) -> str | None:
-        """The budget as it was given: '--target-size 90MB'."""
+        """The budget option as given: '--target-size 90MB'; None without a budget."""
         for name in ("target_size", "target_bpw", "target_kld"):
             if (value := getattr(self, name)) is not None:
                 return f"--{name.replace('_', '-')} {value}"
@@ -126,14 +126,15 @@ class QuantizeConfig:
 
     @property
     def peer(self) -> str | None:
-        """The preset of --target-size as:PRESET: its file's size is the budget."""
+        """The preset of --target-size as:PRESET, whose file size is the budget; else None."""
         prefix, _, preset = (self.target_size or "").partition(":")
         return preset if prefix == "as" else None
 
     def numbers(self) -> dict[str, Any]:
-        """The settings that decide the result, for manifests and for the fingerprint of `--resume`."""
+        """The options that affect the result, for manifests and for the fingerprint of `--resume`. Round-to-nearest without
+        transform or budget leaves out the calibration options."""
         deciding = {**asdict(self), "imatrix": self.imatrix and self.imatrix.name}
-        for name in ("out", "resume", "dry_run", "heal"):  # healing has an entry of its own
+        for name in ("out", "resume", "dry_run", "heal"):  # healing has its own manifest entry
             del deciding[name]
         if self.keep is None:
             del deciding["keep"]
@@ -144,13 +145,13 @@ class QuantizeConfig:
         return deciding
 
 
-def budget_lines(plan: dict[str, Any], counts: dict[str, int], tables: dict[str, str]) -> str:
-    """The plan of a budget for people."""
+def budget_lines(plan: dict[str, Any], counts: dict[str, int], end_types: dict[str, str]) -> str:
+    """The plan of a budget as printed lines. counts: {type: number of linears}.  end_types: of embedding and head."""
     types = ", ".join(f"{n} {qtype}" for qtype, n in counts.items())
-    ends = "".join(f", {table} {qtype}" for table, qtype in tables.items())
+    ends = "".join(f", {end} {qtype}" for end, qtype in end_types.items())
     classes = ", ".join(f"{name} {size(n)}" for name, n in plan["bytes_by_class"].items())
     other = plan.get("peer")
-    peer = (f"  {other['preset']} itself: {size(other['file_bytes'])}, by the same measure predicted at "
+    peer = (f"  {other['preset']} itself: {size(other['file_bytes'])}, predicted KL divergence "
             f"{other['predicted_kld']:.3g}\n") if other else ""
     return (f"  {plan['target']}: {size(plan['file_bytes'])} as .gguf, {plan['bits_per_weight']:.3f} bits per weight, "
             f"predicted KL divergence {plan['predicted_kld']:.3g}\n{peer}"

@@ -1,4 +1,4 @@
-"""GPTQ: round a weight matrix to a type, column by column, so that the layer's output changes least.
+"""GPTQ: round a weight matrix to a type, column by column, with the least change of the layer's output.
 
 Sources
 -------
@@ -7,20 +7,20 @@ Sources
 * Nagel et al., "Up or Down?", 2020 (arXiv:2004.10568), eq. 13: the layer objective  tr((Q - W) H (Q - W)^T).
 * Behdin et al., "QuantEase", 2023 (arXiv:2309.01885), eq. 7: cyclic coordinate descent on the same objective.
 
-What differs from the GPTQ paper
---------------------------------
-* Scales are chosen for every group before the sweep and rounded to fp16 first: what is swept is what ships. They are
-  searched by the error that is left when all other groups compensate (see scales.py).
-* Activation order is static inside the layout: columns are visited by falling H_jj and go back where they were, each
-  with the scale of its own group, so no run-time g_idx is needed.
-* A dead column (H_jj = 0) is rounded to nearest, not set to zero: calibration text that never used an input says nothing
-  about the deployment.
+Differences from the GPTQ paper
+-------------------------------
+* The scales of all groups are chosen before the sweep and rounded to fp16, so the sweep uses the stored scales. The search
+  minimizes the error that remains when all other groups compensate (see scales.py).
+* The activation order is static: columns are visited by falling H_jj and then return to their places, each with the scale of
+  its own group. So no g_idx is needed at run time.
+* A dead column (H_jj = 0) is rounded to nearest, not set to zero: the deployed model may use an input that the calibration
+  text never used.
 * The upper Cholesky factor of H^-1 comes from one reversed Cholesky and one triangular inverse.
-* After the sweep, scales (least squares with the codes fixed) and codes (coordinate descent with the scales fixed) are
-  improved in turns. New scales are kept, row by row, where they lower the error; a step of descent cannot raise it.
+* After the sweep, scales (least squares with fixed codes) and codes (coordinate descent with fixed scales) are improved in
+  turns. New scales are taken, row by row, where they lower the error. A step of descent cannot raise the error.
 
-Matrices are kept as [in, out] here, the transpose of a linear's weight: the sweep works on one input column at a time,
-which then is one contiguous row (several times as fast on a CPU).
+Matrices are [in, out] here, the transpose of a linear's weight. The sweep works on one input column at a time, and this
+column is then one contiguous row (several times as fast on a CPU).
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from llmc.rounding.search import objective, search_factors
 
 BLOCK = 64  # columns swept before the rest of the matrix is updated
 MAX_DAMP = 1.0
-# Error of the states after 12 layers of SmolLM2-135M on WikiText-2 valid (128 x 512 tokens to calibrate; GPTQ's own damp at
-# 0.01, 0.1, 0.03, 0.03, 0.03, which mattered little): 1.75 % at 0.01, 1.61 % at 0.1, 1.48 % at 0.3, 1.46 % at 1 and at 3.
+# Error of the states after 12 layers of SmolLM2-135M on WikiText-2 valid (128 x 512 calibration tokens): 1.75 % at 0.01,
+# 1.61 % at 0.1, 1.48 % at 0.3, 1.46 % at 1 and at 3. GPTQ's own damp was 0.01, 0.1, 0.03, 0.03, 0.03, with little effect.
 DRIFT_DAMP = 1.0
 REFINEMENTS = 2  # turns of least squares and coordinate descent after the sweep
 
 
 @dataclass
 class GPTQResult:
-    """weight: codes and scales, or None where no damping made the Hessian invertible.
-    error: per row, (q - w) H (q - w)^T;  energy: per row, w H w^T (both float32 [out]).
-    damp: the damping that was needed.  dead: how many columns the calibration text never used."""
+    """weight: codes and scales; None if no damping made the Hessian invertible.
+    error: (q - w) H (q - w)^T of each row.  energy: w H w^T of each row. Both are float32 [out], under the damped Hessian.
+    damp: the damping that was used.  dead: number of columns that the calibration text never used.  events: sentences."""
 
     weight: QuantizedTensor | BlockTensor | None
     error: torch.Tensor
@@ -56,10 +56,11 @@ class GPTQResult:
 
 
 def inverse_factor(h: torch.Tensor, order: torch.Tensor | None = None) -> torch.Tensor | None:
-    """Upper triangular U with U^T U = h[order, order]^-1 for a symmetric positive definite h [n, n]; None if h is not that.
+    """Upper triangular U with U^T U = h[order, order]^-1, for a symmetric positive definite h [n, n]; None if h is not
+    positive definite.
 
-    With J the reversal of rows and columns and J h J = L L^T, R = J L J is upper triangular and h = R R^T, so U = R^-1.
-    At most two matrices beside h are alive at a time.
+    Let J reverse rows and columns, and J h J = L L^T. Then R = J L J is upper triangular and h = R R^T, so U = R^-1.
+    At most two matrices besides h are in memory at a time.
     """
     n = h.shape[0]
     reverse = torch.arange(n - 1, -1, -1, device=h.device) if order is None else order.flip(0)
@@ -73,17 +74,16 @@ def inverse_factor(h: torch.Tensor, order: torch.Tensor | None = None) -> torch.
 
 
 def compensate(weight: torch.Tensor, hessian: torch.Tensor, drift: torch.Tensor) -> torch.Tensor | None:
-    """The weight [out, in] that makes up for what was lost before this layer.
+    """The weight [out, in] that compensates the errors of the layers before this one. None if H cannot be factored.
 
-    The layer now sees x where the unchanged model saw x'. Over real-valued W', sum |W x' - W' x|^2 is least at
+    The input is x here and x' in the unchanged model. Over real-valued W', sum |W x' - W' x|^2 is least at
 
         W' = W + W D H^-1,   D = sum (x' - x) x^T [in, in],   H = sum x x^T [in, in]
 
-    and differs from that minimum by tr((W' - Q) H (W' - Q)^T): quantizing W' under H is the whole problem. (The aim is
-    that of Li et al., "GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration", 2025,
-    arXiv:2504.02692; they fold a first-order form of it into the sweep.) DRIFT_DAMP times the mean of H's diagonal is added
-    to it: what x tells about x' - x is faint, and in directions that x hardly uses it is noise of the calibration text.
-    None where H cannot be factored.
+    For a quantized weight Q the sum is larger than this minimum by tr((W' - Q) H (W' - Q)^T). So it is enough to quantize W'
+    under H. The objective is that of Li et al., "GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration",
+    2025, arXiv:2504.02692; they use a first-order form of it in the sweep. DRIFT_DAMP times the mean of H's diagonal is added
+    to the diagonal, because x and x' - x are weakly correlated: in directions with little energy of x the estimate is noise.
     """
     ridge = hessian.clone()
     ridge.diagonal().add_(DRIFT_DAMP * float(hessian.diagonal().mean()))
@@ -94,10 +94,11 @@ def compensate(weight: torch.Tensor, hessian: torch.Tensor, drift: torch.Tensor)
 
 @dataclass
 class Damped:
-    """A Hessian that has been damped until it could be factored.
+    """The factor of a damped Hessian.
 
-    factor: U with U^T U = H^-1 in `order`, or None where no damping helped.  order: of the columns, int64 [in], None for
-    their own.  damp: what was needed.  dead: how many columns the calibration text never used."""
+    factor: U with U^T U = H^-1 in `order`; None if no damping helped.  order: of the columns, int64 [in]; None for the
+    natural order.  damp: the damping that was used.  dead: number of columns that the calibration text never used.
+    events: sentences."""
 
     factor: torch.Tensor | None
     order: torch.Tensor | None
@@ -107,9 +108,10 @@ class Damped:
 
 
 def damped(hessian: torch.Tensor, damp: float, by_use: bool = True) -> Damped:
-    """Damp `hessian` [in, in] in place and factor it, its columns by falling H_jj (by_use) or as they lie.
+    """Damp `hessian` [in, in] in place and factor it.
 
-    damp: added to the diagonal as a share of its mean; raised tenfold until the Hessian can be factored (an event).
+    damp: share of the diagonal's mean that is added to the diagonal. It is raised tenfold until the Hessian can be factored;
+    each raise is an event.  by_use: sort the columns by falling H_jj; else in natural order.
     """
     diagonal = hessian.diagonal()
     dead = diagonal == 0
@@ -129,10 +131,10 @@ def damped(hessian: torch.Tensor, damp: float, by_use: bool = True) -> Damped:
 
 def gptq(weight: torch.Tensor, hessian: torch.Tensor, qtype: AnyType, damp: float = 0.01,
          refinements: int = REFINEMENTS, keep: torch.Tensor | None = None) -> GPTQResult:
-    """Quantize `weight` float32 [out, in] under `hessian` float32 [in, in] (destroyed: it is damped in place).
+    """Quantize `weight` float32 [out, in] under `hessian` float32 [in, in], which is damped in place.
 
-    damp: see `damped`.  keep: bool [out, in]; where it is false the code is that of zero, and the others make up for it (for
-    types that have such a code). Scales are then searched for the weights that stay.
+    damp: see `damped`.  keep: bool [out, in], for types with a code for zero. Weights outside `keep` get this code, the other
+    weights compensate the error, and the scales are searched for the weights that stay.
     """
     w = weight.t().contiguous()
     stay = None if keep is None else keep.t().contiguous()
@@ -150,7 +152,7 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, qtype: AnyType, damp: floa
 
 
 class Kept:
-    """Columns of a pruned weight: what is pruned is rounded from zero, whatever is asked. keep: bool [in, out]."""
+    """Columns of a pruned weight: the target of a pruned weight is always zero. keep: bool [in, out], false where pruned."""
 
     def __init__(self, columns: Columns, keep: torch.Tensor) -> None:
         self.columns, self.keep = columns, keep.unbind()
@@ -160,14 +162,14 @@ class Kept:
 
 
 def only(columns: Columns, keep: torch.Tensor | None, order: torch.Tensor | None = None) -> Columns | Kept:
-    """`columns` where nothing is pruned, else such that what is not in `keep` [in, out] becomes zero."""
+    """Returns `columns`, wrapped so that weights outside `keep` [in, out] are quantized to zero. order: of the columns."""
     return columns if keep is None else Kept(columns, keep if order is None else keep[order])
 
 
 def sweep(w: torch.Tensor, factor: torch.Tensor, columns: Columns | Kept) -> torch.Tensor:
-    """Algorithm 1 of the GPTQ paper. w: [in, out], columns: its type, both in the order of the sweep; factor: U of it.
+    """Algorithm 1 of the GPTQ paper. Returns codes (as floats) [in, out].
 
-    Returns codes (as floats) [in, out]. w is used as working memory.
+    w: [in, out], overwritten.  factor: U with U^T U = H^-1.  columns: round to the type. All are in the order of the sweep.
     """
     n = w.shape[0]
     codes = torch.empty_like(w)
@@ -185,10 +187,10 @@ def sweep(w: torch.Tensor, factor: torch.Tensor, columns: Columns | Kept) -> tor
 
 def descend(hessian: torch.Tensor, codes: torch.Tensor, values: torch.Tensor, gradient: torch.Tensor,
             columns: Columns | Kept) -> None:
-    """One pass of coordinate descent (QuantEase, eq. 7): each code in turn to the type value that is best given all
-    others, q_j - gradient_j / H_jj.
+    """One pass of coordinate descent (QuantEase, eq. 7): one code after another becomes the best one for the present others,
+    the nearest to q_j - gradient_j / H_jj.
 
-    All [in, out], in place: codes, their values q, gradient = H (q - w)^T.
+    Changed in place, all [in, out]: codes, their values q, gradient = H (q - w)^T.
     """
     n = codes.shape[0]
     shrink = (-1 / hessian.diagonal()).tolist()
@@ -206,8 +208,9 @@ def descend(hessian: torch.Tensor, codes: torch.Tensor, values: torch.Tensor, gr
 
 def refine(w: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor, factors: Factors,
            turns: int, keep: torch.Tensor | None = None) -> tuple[torch.Tensor, Factors, torch.Tensor]:
-    """Factors, then codes, in turns. codes [in, out] are changed in place; those outside `keep` stay the code of zero.
-    Returns codes, factors and the error [out]."""
+    """Improve factors and codes in turns. Returns codes, factors and the error [out].
+
+    codes [in, out] are changed in place; those outside `keep` stay the code of zero."""
     values = factors.values(codes)
     gradient = hessian @ (values - w)
     error = (gradient * (values - w)).sum(0)

@@ -1,9 +1,11 @@
-"""One option for each of many items so that the sum of losses is least within a budget of bytes: a multiple-choice
-knapsack, solved exactly by dynamic programming over bytes (Kellerer, Pferschy, Pisinger, "Knapsack Problems", 2004, ch. 11).
+"""Choose one option for each item, with the least sum of losses within a budget of bytes.
 
-Sizes of tensors are multiples of a large number, the greatest common divisor of their differences, so the table of all
-budgets is small. Where it would be longer than STEPS the differences are rounded up to a coarser unit: what comes out then
-still keeps its budget, and is the best of those whose bytes, each option's rounded up, do.
+This is the multiple-choice knapsack problem. Dynamic programming over bytes solves it exactly (Kellerer, Pferschy, Pisinger,
+"Knapsack Problems", 2004, ch. 11).
+
+The size differences of a tensor's options have a large common divisor, so the table of all budgets is small. If it would be
+longer than STEPS, the differences are rounded up to a coarser unit. The result still keeps its budget, and it is the best
+choice for the rounded sizes.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ STEPS = 1 << 16
 
 @dataclass(frozen=True)
 class Option:
-    """name: of a type.  nbytes: what the item weighs then.  loss: what it adds to the sum."""
+    """name: of a type.  nbytes: the item's size in this type.  loss: its part of the sum."""
 
     name: str
     nbytes: int
@@ -26,7 +28,7 @@ class Option:
 
 
 class Frontier:
-    """The least loss for every budget. items: the options of each, at least one."""
+    """The least loss for every budget. items: {name: its options}, at least one option for each item."""
 
     def __init__(self, items: dict[str, list[Option]]) -> None:
         self.items = {name: useful(options) for name, options in items.items()}
@@ -35,7 +37,7 @@ class Frontier:
         self.unit = max(math.gcd(*(o.nbytes - options[0].nbytes for options in self.items.values() for o in options)),
                         -(-(self.most - self.least) // STEPS), 1)
         extra = [[-(-(o.nbytes - options[0].nbytes) // self.unit) for o in options] for options in self.items.values()]
-        self.losses = np.zeros(1 + sum(steps[-1] for steps in extra))  # by units above the least
+        self.losses = np.zeros(1 + sum(steps[-1] for steps in extra))  # index: number of units above the smallest size
         self.chosen = np.zeros((len(extra), len(self.losses)), np.uint8)
         for row, (steps, options) in enumerate(zip(extra, self.items.values(), strict=True)):
             best = np.full_like(self.losses, np.inf)
@@ -49,13 +51,13 @@ class Frontier:
         self.extra = extra
 
     def within(self, nbytes: int) -> dict[str, Option] | None:
-        """The choice of least loss that weighs at most `nbytes`; None where nothing is that small."""
+        """The choice with the least loss of at most `nbytes`; None if every choice is larger."""
         if nbytes < self.least:
             return None
         return self._at(min((nbytes - self.least) // self.unit, len(self.losses) - 1))
 
     def reaching(self, loss: float) -> dict[str, Option] | None:
-        """The smallest choice whose loss is at most `loss`; None where nothing is that good."""
+        """The smallest choice whose loss is at most `loss`; None if every choice has a larger loss."""
         enough = np.flatnonzero(self.losses <= loss)
         return self._at(int(enough[0])) if len(enough) else None
 
@@ -69,7 +71,7 @@ class Frontier:
 
 
 def useful(options: list[Option]) -> list[Option]:
-    """Those that no other beats in size and loss, smallest first."""
+    """The options that no other option beats in both size and loss, smallest first."""
     kept: list[Option] = []
     for option in sorted(options, key=lambda o: (o.nbytes, o.loss)):
         if not kept or option.loss < kept[-1].loss:

@@ -1,4 +1,4 @@
-"""Quantization as the calibration loop sees it: one group of linears at a time, a record for each layer."""
+"""Quantization as a pass of the calibration loop. It changes one group of linears at a time and records each layer."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ from llmc.rounding.search import objective
 
 
 class QuantizePass(LayerPass):
-    """GPTQ on every group of linears, without data rounding to nearest; each layer's tensors in the form of the checkpoint.
+    """Quantizes every group of linears: with text by GPTQ, without text by rounding to nearest. A layer's tensors have the
+    checkpoint's format.
 
-    assignment: the type of every linear.  importance: what columns count where linears are rounded to nearest.
-    masked: weights that are zero stay zero. (Rounding to nearest does that by itself on types that have a zero.)
+    assignment: the type of every linear.  importance: weights of the columns for rounding to nearest.
+    masked: weights that are zero stay zero. (Rounding to nearest always keeps them, on types with a code for zero.)
 
-    A layer's record: {'layer', 'error' (share of the output energy lost, all linears), 'events' [in words],
+    A layer's record: {'layer', 'error' (lost share of the output energy of all linears), 'events' [sentences],
     'linears': {name: {'type', 'error', 'method' ('gptq' | 'rtn'), 'damp', 'dead_columns', 'tokens_per_column', 'sha256'}}}.
     """
 
@@ -45,7 +46,7 @@ class QuantizePass(LayerPass):
         self.lost = self.energy = 0.0
 
     def change(self, layer: nn.Module, group: LinearGroup, statistics: InputStatistics | None) -> None:
-        """GPTQ on the group's weights, which share the Hessian; those on one type are stacked (rows do not touch)."""
+        """Quantize the group's linears, which share the Hessian. Linears of one type are stacked (rows are independent)."""
         group = replace(group, names=tuple(n for n in group.names if f"{self.prefix}.{n}" in self.assignment.types))
         if not group.names:  # kept as floats
             return
@@ -57,9 +58,9 @@ class QuantizePass(LayerPass):
         target = torch.cat(list(weights.values()))
         if statistics.drift is not None and statistics.drift_hessian is not None:
             moved = compensate(target, statistics.drift_hessian, statistics.drift)
-            statistics.drift = statistics.drift_hessian = None  # large, and needed no more
+            statistics.drift = statistics.drift_hessian = None  # large, and no longer needed
             if moved is None:
-                self._note(f"{', '.join(group.names)}: what was lost before could not be made up for")
+                self._note(f"{', '.join(group.names)}: the errors of earlier layers could not be compensated")
             else:
                 target = moved
         targets = dict(zip(group.names, target.split([len(w) for w in weights.values()]), strict=True))
@@ -72,13 +73,14 @@ class QuantizePass(LayerPass):
 
     def _stacked(self, layer: nn.Module, qtype: AnyType, targets: dict[str, torch.Tensor], hessian: torch.Tensor,
                  tokens_per_column: float) -> None:
-        """GPTQ on linears of one input and one type; targets: what each is to be rounded to [out, in]. Destroys hessian."""
+        """Run GPTQ on linears with the same input and type. targets: the weights to quantize, [out, in].  hessian: changed in
+        place."""
         keep = torch.cat([get_weight(layer.get_submodule(n)) != 0 for n in targets]) if self.masked else None
         result = gptq(torch.cat(list(targets.values())), hessian, qtype, self.damp, keep=keep)
         for event in result.events:
             self._note(f"{next(iter(targets))}: {event}")
         if result.weight is None:
-            self._note(f"{', '.join(targets)}: rounded to nearest, no damping made the Hessian invertible")
+            self._note(f"{', '.join(targets)}: rounded to nearest, because no damping made the Hessian invertible")
         row = 0
         for name, target in targets.items():
             rows = slice(row, row := row + target.shape[0])
@@ -93,8 +95,8 @@ class QuantizePass(LayerPass):
                        tokens_per_column=round(tokens_per_column, 2))
 
     def _round(self, name: str, linear: nn.Module) -> None:
-        """Round one linear to nearest; its error is the squared one, by importance where that is known, relative to the
-        weights."""
+        """Round one linear to nearest. Its error is the squared error relative to the squared weights, both weighted by the
+        importance if it is known."""
         weight = get_weight(linear)
         counts, record = self._importance(name)
         q = rtn(weight, self._type(name), counts)
@@ -103,13 +105,13 @@ class QuantizePass(LayerPass):
         self._keep(name, linear, q, lost, energy, method="rtn", **record)
 
     def _importance(self, name: str) -> tuple[torch.Tensor | None, dict[str, Any]]:
-        """What the columns of a linear count, and what to record. A column whose input was always zero counts like the mean,
-        as in GPTQ: the text says nothing about it."""
+        """Returns (the importance of the columns of a linear, entries for its record). As in GPTQ, a column whose input was
+        always zero gets the mean: the text never used it."""
         if self.importance is None:
             return None, {}
         counts = self.importance.of(f"{self.prefix}.{name}")
         if counts is None:
-            self._note(f"{name}: the importance matrix saw no input but zero: every column counts alike")
+            self._note(f"{name}: the importance matrix saw no input but zero, so all columns have the same importance")
             return None, {}
         dead = counts == 0
         return torch.where(dead, counts.mean(), counts), {"dead_columns": int(dead.sum())}
@@ -127,7 +129,7 @@ class QuantizePass(LayerPass):
         return tensors, {"layer": index, "error": error, "events": self.events, "linears": self.linears}
 
     def _keep(self, name: str, linear: nn.Module, q: Quantized, lost: float, energy: float, **record: Any) -> None:
-        """From here on the layer runs with the weights that ship."""
+        """Store the quantized weight and set its values in the layer, so that later layers see its error."""
         value = q.dequantize()
         if self.masked and bool((value[get_weight(linear) == 0] != 0).any()):
             raise RuntimeError(f"{self.prefix}.{name}: a pruned weight is not zero on {q.type.name}")
@@ -147,7 +149,7 @@ class QuantizePass(LayerPass):
 
 
 def digest(q: Quantized) -> str:
-    """sha256 over what is stored: the tensors of the checkpoint's form, in the order of their names."""
+    """sha256 over the stored tensors in the checkpoint's format, in the order of their names."""
     h = hashlib.sha256()
     for _, tensor in sorted(encode(q).items()):
         h.update(tensor.contiguous().numpy().tobytes())

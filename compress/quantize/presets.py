@@ -1,10 +1,10 @@
-"""llama.cpp's mixes: which GGUF type `llama-quantize` gives each tensor of a file type such as Q4_K_M.
+"""llama.cpp's mixes: the GGUF type that `llama-quantize` gives each tensor in a file type such as Q4_K_M.
 
-Source: src/llama-quant.cpp of llama.cpp (build 1, commit 0c1e570, as llama-cpp-python 0.3.36 carries it):
-`llama_ftype_get_default_type`, `llama_tensor_get_type_impl`, `tensor_type_fallback`. Left out: file types of tensor types
-that llmc has no type for (IQ1 … IQ3, TQ, MXFP4), and what is said of Falcon alone.
+Source: src/llama-quant.cpp of llama.cpp (build 1, commit 0c1e570, the version in llama-cpp-python 0.3.36):
+`llama_ftype_get_default_type`, `llama_tensor_get_type_impl`, `tensor_type_fallback`. Left out: file types whose tensor types
+llmc does not have (IQ1 … IQ3, TQ, MXFP4), and the rules for Falcon.
 
-benchmarks/presets_of_llama_cpp.py holds this table against a llama-quantize binary, tensor by tensor.
+benchmarks/presets_of_llama_cpp.py compares this table with a llama-quantize binary, tensor by tensor.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from typing import Any
 from llmc.families import by_model_type
 from llmc.formats.types import BLOCK_TYPES
 
-# the type of every tensor that no rule below speaks of
+# the type of every tensor that has no rule below
 PRESETS = {
     "q2_k": "q2_k", "q2_k_s": "q2_k", "q3_k_s": "q3_k", "q3_k_m": "q3_k", "q3_k_l": "q3_k", "q4_0": "q4_0", "q4_1": "q4_1",
     "q4_k_s": "q4_k", "q4_k_m": "q4_k", "q5_0": "q5_0", "q5_1": "q5_1", "q5_k_s": "q5_k", "q5_k_m": "q5_k", "q6_k": "q6_k",
     "q8_0": "q8_0", "iq4_nl": "iq4_nl", "iq4_xs": "iq4_xs",
 }
-# what rows take that 256 does not divide
+# the type of rows that 256 does not divide
 FALLBACK = {"q2_k": "q4_0", "q3_k": "q4_0", "iq4_xs": "iq4_nl", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the rules ask about a model.
+    """The facts about a model that the rules use.
 
-    gqa: query heads for each head of keys.  experts: 1 without.  imatrix: llama-quantize would have an importance matrix.
-    seventy: llama.cpp counts it as LLM_TYPE_70B, by its family's row.
+    layers: number of decoder layers.  gqa: query heads for each key head.  experts: 1 if the model has none.  imatrix:
+    llama-quantize has an importance matrix.  seventy: llama.cpp treats the model as LLM_TYPE_70B.
     """
 
     layers: int
@@ -41,7 +41,7 @@ class Facts:
 
     @classmethod
     def of(cls, config: Any, imatrix: bool) -> Facts:
-        """From a transformers config."""
+        """The facts of a transformers config."""
         text = config.get_text_config()
         heads = int(text.num_attention_heads)
         gqa = heads // int(getattr(text, "num_key_value_heads", None) or heads)
@@ -51,7 +51,7 @@ class Facts:
         return cls(layers, gqa, experts, imatrix, seventy)
 
     def more_bits(self, layer: int) -> bool:
-        """`use_more_bits`: the first and the last eighth, and every third layer between."""
+        """`use_more_bits`: true for the first and the last eighth of the layers, and for every third layer between."""
         eighth = self.layers // 8
         return layer < eighth or layer >= 7 * self.layers // 8 or (layer - eighth) % 3 == 2
 
@@ -62,8 +62,8 @@ def linear_type(preset: str, role: str, layer: int, facts: Facts, width: int) ->
     return fitting((rule(preset, layer, facts) if rule else None) or PRESETS[preset], width)
 
 
-def table_type(preset: str, head: bool, width: int) -> str:
-    """The type of the head, or of an embedding that is the head too; not `head`: of an embedding beside a head."""
+def end_type(preset: str, head: bool, width: int) -> str:
+    """The type of embedding or head, with rows of `width` weights. head: it is the head, or an embedding tied to it."""
     plain = PRESETS[preset]
     if not head:
         return fitting(plain, width)
@@ -71,11 +71,11 @@ def table_type(preset: str, head: bool, width: int) -> str:
 
 
 def fitting(qtype: str, width: int) -> str:
-    """`tensor_type_fallback`"""
+    """`tensor_type_fallback`: the type, or its fallback if its blocks do not divide rows of `width` weights."""
     return FALLBACK.get(qtype, qtype) if width % BLOCK_TYPES[qtype].block else qtype
 
 
-# One rule a role; None: the preset's plain type.
+# One rule for each role. None means the preset's plain type.
 
 
 def _values(preset: str, layer: int, facts: Facts) -> str | None:

@@ -1,6 +1,6 @@
-"""`llmc quantize`: from a float model folder to a quantized one, layer by layer.
+"""`llmc quantize`: make a quantized model folder of a float model folder, layer by layer.
 
-It is a GPTQ checkpoint where one type of that format holds every linear, else a folder of GGUF blocks (llmc.formats.blocks).
+The result is a GPTQ checkpoint if all linears have one integer type, else a folder of GGUF blocks (llmc.formats.blocks).
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ from llmc.sources.resolve import resolve_model
 
 
 def quantize(model: str | Path, config: QuantizeConfig) -> dict[str, Any]:
-    """Quantize every linear of the decoder layers of `model` and write a folder, GPTQ's or of GGUF blocks.
+    """Quantize every linear of the decoder layers of `model` and write a GPTQ checkpoint or a folder of GGUF blocks.
 
     Returns {'out', 'bits_per_weight', 'bytes', 'layers', 'error', 'fallbacks', 'seconds', …}; with `dry_run` the plan
-    and its estimates. Raises UserError before any work for whatever can be known before.
+    and its estimates. UserError comes before any work if a check can find the problem.
     """
     start = time.monotonic()
     threads = config.threads or physical_cores()
@@ -73,20 +73,21 @@ def quantize(model: str | Path, config: QuantizeConfig) -> dict[str, Any]:
 
 
 def quantize_and_heal(job: _Job) -> dict[str, Any]:
-    """Quantize into a folder beside the output, heal that against the model that was given (before any transform) into the
-    output, and remove it. A resumed run finds it."""
+    """Quantize into a folder beside the output, heal this folder into the output, and remove it. A resumed run uses it again.
+
+    The teacher is the given model, before any transform."""
     from llmc.compress.heal.config import HealConfig
     from llmc.compress.heal.run import heal
 
     c, out = job.config, job.out
     job.out = out.with_name(f".{out.name}.unhealed")
-    note = job.out.with_suffix(".json")  # what the finished folder was made from, and what came of it
+    note = job.out.with_suffix(".json")  # the options and source of the finished folder, and its result
     key = json.loads(json.dumps({"config": c.numbers(), "source": job.described["files"]}))
     settings = HealConfig(teacher=str(job.source), calibration=(c.calibration,), steps=c.heal, seq_len=c.seq_len, seed=c.seed,
                           device=c.device, threads=c.threads, out=out, resume=c.resume)
     found = json.loads(note.read_text(encoding="utf-8")) if c.resume and note.is_file() and job.out.is_dir() else {}
     if found.get("key") == key:
-        say(f"{job.out} is finished: healing goes on")
+        say(f"{job.out} is finished: healing continues")
     else:
         found = {"key": key, "result": job.run()}
         write_json(note, found)
@@ -98,7 +99,7 @@ def quantize_and_heal(job: _Job) -> dict[str, Any]:
 
 
 class _Job:
-    """One quantization: what is known before it starts, and the steps."""
+    """One quantization: the checks before it starts, and its steps."""
 
     def __init__(self, source: Path, config: QuantizeConfig, threads: int) -> None:
         self.source, self.config, self.threads = source, config, threads
@@ -120,33 +121,33 @@ class _Job:
 
     @cached_property
     def described(self) -> dict[str, Any]:
-        """What the manifest says of the source; its files are hashed for it."""
+        """The manifest's description of the source, with the hashes of its files."""
         return describe_source(self.source)
 
     @property
     def kind(self) -> str:
-        """Of the artifact: 'gptq', or 'blocks' for types that no GPTQ checkpoint holds."""
+        """The artifact's kind: 'gptq', or 'blocks' for types that a GPTQ checkpoint cannot hold."""
         return "gptq" if self.assignment.portable else "blocks"
 
     def _say_missed(self) -> None:
-        """Which linears take another type than the one asked for, because of their rows."""
+        """Warn about linears whose rows the requested type cannot hold, and that get another type."""
         a, c = self.assignment, self.config
         if a.missed:
             first, qtype = next(iter(a.missed.items()))
             named = f"instead of {c.type} (first {first}; --fallback chooses)" if c.type else (
                 f"instead of what {c.preset} would give them (first {first}: {qtype})")
-            warn(f"{len(a.missed)} of {len(a.types)} linears have rows that are no multiple of 256 and take "
+            warn(f"{len(a.missed)} of {len(a.types)} linears have rows that are not a multiple of 256 and get "
                  f"{' or '.join(sorted(set(a.missed.values())))} {named}")
 
     def plan(self) -> dict[str, Any]:
-        """What will be done, what it will weigh and what it needs."""
+        """The plan: types and options, the size of the output, and the disk and memory that quantization needs (bytes)."""
         c, weights = self.config, self._linear_weights()
         hidden = self.skeleton.config.get_text_config().hidden_size
         widest = max(get_weight(m).shape[1] for m in self.skeleton.linears(0).values())
         layer = sum(get_weight(m).numel() for m in self.skeleton.linears(0).values()) * 4
-        tokens, along = (c.samples * c.seq_len, self._along() * c.seq_len) if c.calibrated else (0, 0)
-        # three files of states; inputs of linears: of the two that end a child module, and of four groups for the reference
-        states = 12 * hidden * (tokens + along) + 4 * (hidden + widest) * tokens + 4 * (3 * hidden + widest) * along
+        tokens, reference = (n * c.seq_len if c.calibrated else 0 for n in (c.samples, self._reference_sequences()))
+        # three files of states; the inputs of the two linears that end a child module; the unchanged inputs of four groups
+        states = 12 * hidden * (tokens + reference) + 4 * (hidden + widest) * tokens + 4 * (3 * hidden + widest) * reference
         other = sum(self.checkpoint.nbytes(n) for n in set(self.checkpoint.names()) - self._linear_names())
         out_bytes = other + round(self._bits() / 8)
         memory = 600_000_000 + 2 * layer + 4 * widest * widest * 4 + SUMS_BYTES + BATCH_BYTES * 4
@@ -155,7 +156,7 @@ class _Job:
             "bits_per_weight": self._bits_per_weight(),
             "layers": len(self.skeleton.layers), "linear_weights": weights, "out_bytes": out_bytes,
             "transform": c.transform, "heal": c.heal, "zeros_kept": self.masked,
-            "disk_bytes": 2 * out_bytes + states + self._transform_bytes(),  # parts and their copy
+            "disk_bytes": 2 * out_bytes + states + self._transform_bytes(),  # the layers, and the output folder
             "memory_bytes": max(memory, memory_to_measure(self.skeleton)) if c.target else memory,
             "device": c.device, "threads": self.threads, "matmul": matmul_precision(),
             "calibration": c.calibration if c.calibrated else None, "tokens": c.samples * c.seq_len,
@@ -164,19 +165,19 @@ class _Job:
         }
 
     def _transform_bytes(self) -> int:
-        """Of disk, for float32 folders of the transformed model: a working one and the candidates."""
+        """Bytes of disk for the float32 folders of the transformed model: a working folder and the candidates."""
         folders = {"none": 0, "auto": 5}.get(self.config.transform, 3)
         return folders * 4 * sum(p.numel() for p in self.skeleton.model.parameters())
 
     def _what(self) -> dict[str, Any]:
-        """The types, for plan, manifest and result."""
+        """The entries on types, for plan, manifest and result."""
         a = self.assignment
-        what = {"type": a.name, "types": a.counts(), "fallback_types": a.missed, "tables": a.tables,
+        what = {"type": a.name, "types": a.counts(), "fallback_types": a.missed, "end_types": a.end_types,
                 "floats": self.coverage.record()}
         return what if a.plan is None else what | {"plan": {k: v for k, v in a.plan.items() if k != "tensors"}}
 
     def _bits(self) -> float:
-        """Bits of the quantized weights, factors included."""
+        """The number of bits of all quantized weights, factors included."""
         return sum(get_weight(m).numel() * self.assignment.types[name].bits_per_weight
                    for _, name, m in linears_of(self.skeleton))
 
@@ -202,7 +203,7 @@ class _Job:
             text = calibration_text(self.skeleton, source["files"], self.config, self.threads, kept)
         if text is not None and self.config.transform != "none":
             choice = choose(self.source, self.skeleton, self.config, text, self.threads, self._transformed())
-            self.checkpoint = Checkpoint.open(choice.folder)  # every weight from here on is the transformed model's
+            self.checkpoint = Checkpoint.open(choice.folder)  # from now on all weights are those of the transformed model
             self.skeleton = Skeleton(self.checkpoint, str(self.skeleton.device))
             self.skeleton.kept = self.coverage.left_linears()
         calibration = text if self.config.method == "gptq" else None
@@ -211,7 +212,7 @@ class _Job:
         key = fingerprint(__name__, deciding, self.threads, source["files"], calibration)
         work = Workspace(self.work, key, self.config.resume)
         if self.assignment.plan:
-            say(budget_lines(self.assignment.plan, self.assignment.counts(), self.assignment.tables))
+            say(budget_lines(self.assignment.plan, self.assignment.counts(), self.assignment.end_types))
         if work.done:
             say(f"resuming after layer {work.done} of {len(self.skeleton.layers)}")
         pass_ = QuantizePass(self.skeleton, self.assignment, self.config.damp, self.importance, self.masked)
@@ -219,34 +220,34 @@ class _Job:
             Loop(self.skeleton, None, work, LoopSettings()).run(pass_)
         else:
             self._explain(calibration)
-            sequences = spread(calibration.sequences, self._along())
+            sequences = spread(calibration.sequences, self._reference_sequences())
             settings = settings_for(self.skeleton, sequences, true_sequential=self.config.true_sequential,
-                                    reference=self._along())
+                                    reference=self._reference_sequences())
             Loop(self.skeleton, sequences, work, settings).run(pass_, lambda r: f"error {100 * r['error']:.2f} %")
         return self._publish(work, source, calibration, choice)
 
-    def _along(self) -> int:
-        """On how many sequences the unchanged model runs along."""
+    def _reference_sequences(self) -> int:
+        """The number of sequences that also run through the unchanged model."""
         n = self.config.samples
         return max(min(n, REFERENCE_LEAST), n // REFERENCE_SHARE)
 
     def _transformed(self) -> Path:
-        """The float folders of --transform, beside the workspace: they are finished before it is begun."""
+        """The folder of the transformed float models. It lies beside the workspace, which is made later."""
         return self.work.with_suffix(".transformed")
 
     def _explain(self, calibration: Calibration) -> None:
-        """Say what the Hessians rest on."""
+        """Print the number of calibration tokens per Hessian column, and warn if it is low."""
         widths = sorted({get_weight(m).shape[1] for m in self.skeleton.linears(0).values()})
         per_column = [calibration.tokens / w for w in widths]
         say(f"calibration: {calibration.origin['name']}, {calibration.tokens:,} tokens, "
             + ", ".join(f"{p:.1f} per column of {w}" for p, w in zip(per_column, widths, strict=True)))
         if min(per_column) < 2:
             warn(f"fewer than 2 calibration tokens per Hessian column ({min(per_column):.1f}): "
-                 "GPTQ can lose to RTN; raise --samples")
+                 "GPTQ can be worse than RTN; raise --samples")
 
     def _publish(self, work: Workspace, source: dict[str, Any], calibration: Calibration | None,
                  choice: Choice | None) -> dict[str, Any]:
-        """Join the layers, verify by reading back, and put the folder in its place."""
+        """Join the layers, verify the folder by reading it back, and move it to its place."""
         folder, records = work.folder / "artifact", work.records()
         layers = [p for index in range(len(self.skeleton.layers)) for p in pieces_of(work.layer_file(index))]
         pieces = layers + rest_of(self.checkpoint, self._linear_names())
@@ -257,7 +258,7 @@ class _Job:
         entry = {"name": "quantize", **self._what(), "config": self.config.numbers(), "threads": self.threads,
                  "device": str(self.skeleton.device), "matmul": matmul_precision(), "zeros_kept": self.masked,
                  "calibration": known, "imatrix": self.importance and self.importance.origin,
-                 "reference_sequences": self._along() if calibration else None, "layers": records, **summary,
+                 "reference_sequences": self._reference_sequences() if calibration else None, "layers": records, **summary,
                  **({"transform": choice.record} if choice else {})}
         passes = [*passes_of(self.source), *(choice.passes if choice else []), entry]
         manifest = model_folder.publish(folder, self.out, self.kind, origin_of(self.source, source), passes)
@@ -279,8 +280,8 @@ class _Job:
         else:
             stored = {n: self.skeleton.names.stored(f"{n}.weight").removesuffix(".weight") for n in a.types}
             quantization = blocks_format.config({stored[n]: a.stored(n) for n in a.types})
-        if a.tables:
-            quantization["tables"] = a.tables
+        if a.end_types:
+            quantization["end_types"] = a.end_types
         return quantization
 
     def _quantized_by_layer(self) -> tuple[list[list[str]] | None, list[str]]:
@@ -296,7 +297,7 @@ class _Job:
         return None, sorted(self.skeleton.names.stored(f"{n}.weight").removesuffix(".weight") for n in kept)
 
     def _verify(self, records: list[dict[str, Any]], written: Checkpoint) -> None:
-        """Every linear of the written checkpoint must decode to the codes and scales that were swept."""
+        """Check that every linear of the written checkpoint decodes to the codes and scales that were computed."""
         for index, record in enumerate(records):
             for name, linear in record["linears"].items():
                 stored = self.skeleton.names.stored(f"{self.skeleton.layer_name(index)}.{name}.weight")
@@ -305,7 +306,8 @@ class _Job:
 
 
 def _summary(records: list[dict[str, Any]], method: str) -> dict[str, Any]:
-    """Figures over all layers: mean error, and how often the plan was departed from (fallbacks: to another method)."""
+    """Totals over all layers: the mean error; the numbers of layers with another method than `method` ('fallbacks'), of
+    events, and of dead columns."""
     linears = [x for r in records for x in r["linears"].values()]
     return {
         "error": sum(r["error"] for r in records) / len(records),

@@ -1,13 +1,13 @@
-"""How much of the model's KL divergence each matrix is answerable for, measured.
+"""Each matrix's share of the model's KL divergence (its sensitivity), measured.
 
 Malinovskii et al., "Pushing the Limits of Large Language Model Quantization via the Linearity Theorem", 2024
 (arXiv:2411.17525), theorem 1: for small errors the loss is a sum over the matrices,
 
     KL divergence  ~  sum_l  a_l t_l^2,      t_l^2 = |Q(W_l) - W_l|^2 / |W_l|^2
 
-a_l is measured as there (section 4.1): Gaussian noise of a known t_l^2 is added to one matrix and the divergence of the
-model's next-token distributions from the unchanged model's is taken. The noise is scaled by the size of each 32 weights of
-a row, as rounding errors are. t_l^2 of a type is measured on some rows of the matrix, rounded to nearest.
+a_l is measured as in section 4.1: add Gaussian noise of a known t_l^2 to one matrix, and take the KL divergence of the
+model's next-token distributions from those of the unchanged model. As in rounding errors, the size of the noise follows the
+size of each 32 weights of a row. t_l^2 of a type is measured on some rows of the matrix, rounded to nearest.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from llmc.compress.teaching.loss import divergence
 from llmc.formats.types import BLOCK_TYPES
 from llmc.rounding.rtn import rtn
 
-NOISE = 0.01  # t^2 of the probe: between those of 3 and 4 bits
+NOISE = 0.01  # t^2 of the noise: between those of 3 and 4 bits
 RUN = 32  # weights of a row that share the size of their noise
-SAMPLED = 1 << 14  # weights of a matrix that are rounded to learn a type's t^2
+SAMPLED = 1 << 14  # weights of a matrix that are rounded to measure a type's t^2
 
 
 class Probe:
-    """A model in memory and what it says about `ids` int64 [sequences, length] while it is unchanged.
+    """A model in memory, with its unchanged logits on `ids` int64 [sequences, length].
 
-    layers: the name of its list of decoder layers. Every layer's output is kept, so that a change in layer i runs only
-    the layers from i on.
+    layers: the name of its list of decoder layers. Every layer's output is stored, so that after a change in layer i only the
+    layers from i on run again.
     """
 
     def __init__(self, model: nn.Module, layers: str, ids: torch.Tensor) -> None:
@@ -48,8 +48,8 @@ class Probe:
             self.outputs.append(outputs)
 
     def divergence(self, first: int) -> float:
-        """Mean KL divergence (nats a token) of the model as it is now, changed from layer `first` on; `count`: in what
-        follows the layers, 0: anywhere."""
+        """Mean KL divergence (nats per token) of the present model from the unchanged one. first: the first layer that can
+        differ; 0 if anything can, `count` if only the part after the layers can."""
         total = 0.0
         for row, outputs, before in zip(self.ids, self.outputs, self.logits, strict=True):
             known = {f"{self.layers}.{i}": returning(outputs[i]) for i in range(first)}
@@ -58,7 +58,7 @@ class Probe:
         return total / self.ids.numel()
 
     def sensitivity(self, module: nn.Module, first: int, generator: torch.Generator) -> float:
-        """a_l of the weight of `module`, a linear or an embedding, which is left as it was."""
+        """a_l of the weight of `module`, a linear or an embedding. The weight is restored afterwards."""
         weight = module.weight.data if isinstance(module, nn.Embedding) else get_weight(module)
         before = weight.clone()
         noise = torch.randn(weight.shape, generator=generator).to(weight.device)
@@ -90,14 +90,15 @@ class Probe:
 
 
 def sizes(weight: torch.Tensor) -> torch.Tensor:
-    """The root mean square of each RUN weights of a row (of the whole row where RUN does not divide it), at each weight."""
+    """In the shape of `weight`: the root mean square of the RUN weights of a row to which each weight belongs (of the whole
+    row if RUN does not divide it)."""
     run = RUN if weight.shape[1] % RUN == 0 else weight.shape[1]
     by_run = weight.float().unflatten(1, (-1, run)).square().mean(-1).sqrt()
     return by_run.repeat_interleave(run, 1)
 
 
 def errors(weight: torch.Tensor, types: list[str]) -> dict[str, float]:
-    """t^2 of `weight` [out, in] on each type, from rows evenly spaced over all."""
+    """{type: t^2 of `weight` [out, in]}, measured on rows that are evenly spaced over all."""
     rows = max(1, min(weight.shape[0], SAMPLED // weight.shape[1]))
     sample = weight[torch.arange(rows) * weight.shape[0] // rows].float()
     energy = float(sample.square().sum())

@@ -1,1 +1,1 @@
-"""Training a model to say what another says: what healing and distillation share."""
+"""Training a student on a teacher's predictions: the common parts of healing and distillation."""

@@ -1,7 +1,8 @@
-"""A teaching from two folders to a third: what `llmc heal` and `llmc distill` do around their training.
+"""The steps of `llmc heal` and `llmc distill` around their training: open the models, load the text, write the result.
 
-The student's model is published again with the tensors that changed; every other byte of it stays. While it runs, a hidden
-folder beside the output keeps what `--resume` needs, under a fingerprint of all that decides the result.
+The result is the student's folder with the tensors that changed; its other tensors stay byte for byte. During the run a
+hidden folder beside the output holds the data for `--resume`, with a fingerprint of all settings and inputs that affect the
+result.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from llmc.precision import matmul_precision
 
 
 class Settings(TextSettings, Protocol):
-    """What the configs of teaching commands share."""
+    """The options that `llmc heal` and `llmc distill` have in common."""
 
     @property
     def teacher_top_k(self) -> int | None: ...
@@ -47,11 +48,11 @@ class Settings(TextSettings, Protocol):
 
 
 class Job(ABC):
-    """name: the pass in the manifest's chain.  out: the folder to make."""
+    """A training of a student by a teacher. name: of the pass in the manifest.  out: the folder to write."""
 
     name: str
-    processes = 1  # that train together
-    answers_only = False  # of conversations
+    processes = 1  # number of processes that train together
+    answers_only = False  # learn only the assistant's messages
 
     def __init__(self, folder: Path, teacher: Path, config: Settings, threads: int, out: Path, device: torch.device) -> None:
         self.folder, self.teacher_folder, self.settings, self.threads = folder, teacher, config, threads
@@ -64,19 +65,19 @@ class Job(ABC):
 
     @abstractmethod
     def run(self) -> dict[str, Any]:
-        """Teach, and publish. Returns what the command prints."""
+        """Train and write the result. Returns the result that the command prints."""
 
     @property
     def leads(self) -> bool:
-        """Whether this process writes (it is one of several)."""
+        """Whether this process writes the files. Of several processes one does."""
         return True
 
     def leader_first(self) -> AbstractContextManager[Any]:
-        """The leading process goes through a block before the others."""
+        """A context that the process that writes runs before the others."""
         return nullcontext()
 
     def open_work(self) -> None:
-        """The folder of an unfinished run, guarded by a fingerprint."""
+        """Open the folder of the unfinished run and check its fingerprint."""
         self.source, self.teacher_source = describe_source(self.folder), describe_source(self.teacher_folder)
         key = fingerprint(type(self).__module__, self.settings.numbers(), self.threads, self.source["files"],
                           device=str(self.device), dtype=str(self.dtype), teacher=self.teacher_source["files"],
@@ -85,11 +86,11 @@ class Job(ABC):
             open_unfinished(self.work, key, self.settings.resume or not self.leads)
 
     def texts(self) -> Texts:
-        """The sequences to learn from and to judge by."""
+        """The sequences for training and the held-out ones."""
         return gather(self.settings, load_tokenizer(self.folder), self._sample, self.processes, self.answers_only)
 
     def _sample(self, count: int) -> torch.Tensor:
-        """So many sequences of the teacher's own text; a resumed run finds them."""
+        """Sample `count` sequences from the teacher, or read those of an interrupted run."""
         kept = self.work / "sampled.safetensors"
         with self.leader_first():
             if not kept.is_file():
@@ -108,9 +109,10 @@ class Job(ABC):
             yield
 
     def teacher(self, texts: Texts, vocab: int | None = None, temperature: float = 1.0) -> Teacher:
-        """The float model, or its likeliest tokens: then the model is in memory only until it has said them.
+        """The running float model, or with --teacher-top-k its stored most likely tokens. In the second case the model leaves
+        the memory after it has run over the text.
 
-        vocab, temperature: of what it says (see Running).
+        vocab, temperature: see Running.
         """
         k = self.settings.teacher_top_k
         shape = (texts.sequences.shape[0], texts.sequences.shape[1])
@@ -122,7 +124,7 @@ class Job(ABC):
             return running
         rows = vocab or model.get_output_embeddings().weight.shape[0]
         if k > rows:
-            raise UserError(f"--teacher-top-k {k}: the model has {rows} tokens", "give fewer")
+            raise UserError(f"--teacher-top-k {k}: the model has {rows} tokens", f"use --teacher-top-k {rows} or less")
         with self.leader_first():
             cached = Cached(self.work, shape, k, self.device)
             if not Cached.complete(self.work):
@@ -130,7 +132,7 @@ class Job(ABC):
         return cached
 
     def publish(self, kind: str, changed: dict[str, torch.Tensor], texts: Texts, result: dict[str, Any]) -> dict[str, Any]:
-        """The student's folder with its changed tensors, all else as it was. Returns what the command prints."""
+        """Write the student's folder with its changed tensors and the manifest. Returns the printed result."""
         file, folder = self.work / "changed.safetensors", self.work / "artifact"
         save_file(changed, file)
         new = pieces_of(file)

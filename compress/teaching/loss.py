@@ -1,12 +1,13 @@
-"""What a student's next-token distributions lack of its teacher's, and the gradient of that, in bounded memory.
+"""The divergence of a student's next-token distributions from its teacher's, and its gradient, in bounded memory.
 
-The gradients to the student's logits z are known in closed form (q = softmax(z), p the teacher's probabilities):
+The gradients with respect to the student's logits z have a closed form (q = softmax(z), p: the teacher's probabilities):
 
     forward KL  sum p log(p/q)    dz = q - p                    Hinton et al., 2015, arXiv:1503.02531
     reverse KL  sum q log(q/p)    dz = q (log(q/p) - KL)        Gu et al., "MiniLLM", 2023, arXiv:2306.08543, section 2
     cross-entropy -log q(next)    dz = q - onehot(next)
 
-so no graph is kept over the vocabulary: loss and gradient are made together, a few rows at a time that fit the caches.
+So autograd needs no graph over the vocabulary: loss and gradient are computed together, a few rows at a time, so that they
+fit the caches.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch.nn.functional import log_softmax
 
-CHUNK_BYTES = 48 << 20  # of logits alive at once, float32
+CHUNK_BYTES = 48 << 20  # logits in memory at a time, float32
 TINY = 1e-30
-CACHE_BYTES = 3 << 20  # of logits worked on at once, float32
+CACHE_BYTES = 3 << 20  # logits processed at a time, float32
 
-Part = slice | torch.Tensor  # some positions: a range, or their numbers
+Part = slice | torch.Tensor  # some positions: a range, or their indices
 
 
 def divergence(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -32,15 +33,15 @@ def divergence(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     return (log_p.exp() * (log_p - log_q)).sum()
 
 
-class Aim(Protocol):
-    """What the teacher says at some positions."""
+class SoftTargets(Protocol):
+    """The teacher's next-token distributions at some positions."""
 
     def compare(self, rows: slice, student: torch.Tensor, slope: torch.Tensor | None, reverse: bool) -> torch.Tensor:
-        """Sum of the divergences, forward or reverse, at the positions `rows`. student: their logits [n, vocab]; slope:
-        like them, takes the gradient."""
+        """Sum of the KL divergences, forward or reverse, at the positions `rows`. student: the student's logits there,
+        [n, vocab].  slope: overwritten with the gradient, [n, vocab]; None for no gradient."""
 
 
-Aims = Callable[[Part], Aim]  # what it says at some of the positions of some sequences, one after another
+SoftTargetsOf = Callable[[Part], SoftTargets]  # the distributions at a part of the positions (sequences in a row)
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,10 @@ class Whole:
 
 @dataclass(frozen=True)
 class TopK:
-    """The teacher's k likeliest tokens, and all others as one class: a lower bound of the whole divergence.
+    """The teacher's k most likely tokens, and all others as one class. It gives a lower bound of the divergence.
 
-    logs: float32 [n, k], their log-probabilities.  ids: int64 [n, k].  rest: float32 [n], the log of what is left.
+    logs: float32 [n, k], the log-probabilities of these tokens.  ids: int64 [n, k].  rest: float32 [n], the log-probability
+    of all others.
     """
 
     logs: torch.Tensor
@@ -87,8 +89,8 @@ class TopK:
         log_q = log_softmax(student, -1, dtype=torch.float32)
         known = log_q.gather(1, ids)
         q = log_q.exp_()
-        whole = ids.shape[1] == student.shape[1]  # then there are no others
-        # summed over the others and not taken from 1, which would leave a float32's rounding of it
+        whole = ids.shape[1] == student.shape[1]  # no other tokens
+        # a sum over the others: 1 - (sum of the k) would have the rounding error of float32
         q_rest = q.scatter(1, ids, 0).sum(-1).clamp_min(TINY)
         if reverse:
             gap, gap_rest = known - logs, q_rest.log() - rest.clamp_min(math.log(TINY))
@@ -112,8 +114,9 @@ class TopK:
 
 @dataclass(frozen=True)
 class Objective:
-    """(1 - ce_weight) T^2 KL_T + ce_weight CE, where KL_T is of both distributions at temperature T: T^2 keeps its gradients
-    of one size whatever T is (Hinton et al., section 2). Aims must have been made at the same temperature."""
+    """(1 - ce_weight) T^2 KL_T + ce_weight CE. KL_T is the divergence of both distributions at temperature T. The factor T^2
+    makes the size of its gradients independent of T (Hinton et al., section 2). The soft targets must be at the same
+    temperature."""
 
     reverse: bool = False
     temperature: float = 1.0
@@ -121,8 +124,8 @@ class Objective:
 
 
 class Compared(NamedTuple):
-    """loss: the sum of the objective over rows.  nll: of the next tokens' negative log-likelihoods, nats (0 where none are
-    given).  slope: the loss's gradient to the logits, where it was asked for."""
+    """loss: the sum of the objective over rows.  nll: the sum of the next tokens' negative log-likelihoods in nats, 0 if no
+    next tokens are given.  slope: the gradient of the loss with respect to the logits, None if it was not requested."""
 
     loss: torch.Tensor
     nll: torch.Tensor
@@ -133,9 +136,13 @@ FORWARD = Objective()
 
 
 @torch.no_grad()
-def compare(student: torch.Tensor, aim: Aim, learn: bool, objective: Objective = FORWARD, targets: torch.Tensor | None = None,
-            vocab: int | None = None) -> Compared:
-    """student: logits [n, rows of the head], of which the first `vocab` count.  targets: int64 [n], the next tokens."""
+def compare(student: torch.Tensor, soft_targets: SoftTargets, learn: bool, objective: Objective = FORWARD,
+            targets: torch.Tensor | None = None, vocab: int | None = None) -> Compared:
+    """Compute the objective and, with `learn`, its gradient.
+
+    student: logits [n, rows of the head].  vocab: number of logits that are compared (the first ones); None means all.
+    targets: int64 [n], the next tokens.
+    """
     t, ce, width = objective.temperature, objective.ce_weight, vocab or student.shape[1]
     slope = torch.zeros_like(student) if learn else None
     rows = max(1, CACHE_BYTES // (width * 4))
@@ -144,7 +151,7 @@ def compare(student: torch.Tensor, aim: Aim, learn: bool, objective: Objective =
         part = slice(first, first + rows)
         z, dz = student[part, :width], None if slope is None else slope[part, :width]
         if ce < 1:
-            found = aim.compare(part, z if t == 1 else z / t, dz, objective.reverse)
+            found = soft_targets.compare(part, z if t == 1 else z / t, dz, objective.reverse)
             total += (1 - ce) * t * t * found
             if dz is not None and (ce or t != 1):
                 dz.mul_((1 - ce) * t)
@@ -161,7 +168,8 @@ def compare(student: torch.Tensor, aim: Aim, learn: bool, objective: Objective =
 
 
 class _Closed(torch.autograd.Function):
-    """The mean objective over positions, its gradients made beside it. flat: [positions, hidden]; parameters: of the head."""
+    """The mean objective over positions, whose gradients are computed in the forward pass. flat: [positions, hidden].
+    parameters: of the head."""
 
     @staticmethod
     def forward(ctx: Any, flat: torch.Tensor, over: Callable[[torch.Tensor, bool], Any], learn: bool,
@@ -176,17 +184,18 @@ class _Closed(torch.autograd.Function):
         return dflat, None, None, *rest
 
 
-def distil(states: torch.Tensor, aims: Aims, head: Callable[[torch.Tensor], torch.Tensor], vocab: int,
-           objective: Objective = FORWARD, targets: torch.Tensor | None = None,
-           parameters: Sequence[torch.Tensor] = ()) -> tuple[torch.Tensor, torch.Tensor]:
-    """(mean objective, mean negative log-likelihood of the next tokens) over positions; the first can be differentiated by
-    the states and by `parameters`, those of the head that are trained.
+def distillation_loss(states: torch.Tensor, soft_targets: SoftTargetsOf, head: Callable[[torch.Tensor], torch.Tensor],
+                      vocab: int, objective: Objective = FORWARD, targets: torch.Tensor | None = None,
+                      parameters: Sequence[torch.Tensor] = ()) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns (mean objective, mean negative log-likelihood of the next tokens) over positions. The first is differentiable
+    with respect to `states` and `parameters`.
 
     states: the student's hidden states [n, seq_len, hidden].  head: from [1, n, hidden] to logits [n, vocab or more].
-    aims: what the teacher says at some of the n * seq_len positions.  targets: int64 [n * seq_len], the next token of each
-    position, -1 where a position does not count; None: all count, and there is no likelihood.
-    A few positions at a time: the logits of 1024 of them over 50,000 tokens would be 200 MB in float32, and a loss keeps
-    several of their size.
+    soft_targets: the teacher's distributions at the n * seq_len positions.  targets: int64 [n * seq_len], the next token of
+    each position, -1 if a position does not count; None: all positions count, and the likelihood is 0.
+    parameters: those of the head that are trained.
+    It processes a few positions at a time: the logits of 1024 positions over 50,000 tokens would take 200 MB in float32, and
+    a loss needs several tensors of this size.
     """
     flat, counted = states.reshape(-1, states.shape[-1]), None
     if targets is not None:
@@ -203,7 +212,7 @@ def distil(states: torch.Tensor, aims: Aims, head: Callable[[torch.Tensor], torc
             part = slice(first, first + rows)
             with torch.set_grad_enabled(learn):
                 logits = head(flat[part][None])
-            found = compare(logits.detach(), aims(part if counted is None else counted[part]), learn, objective,
+            found = compare(logits.detach(), soft_targets(part if counted is None else counted[part]), learn, objective,
                             None if targets is None else targets[part], vocab)
             total, nll = total + found.loss / positions, nll + found.nll / positions
             if found.slope is not None:

@@ -1,4 +1,4 @@
-"""What teaching does with models: load the teacher, and take apart body and head."""
+"""The models in training: load the teacher, and run body and head separately."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llmc.formats.hf import load_torch_model
 
 
 def load_teacher(folder: Path, dtype: torch.dtype) -> Any:
-    """The float model, frozen. Only the linears of its body are `dtype`: as in the student, all else is float32."""
+    """The float model, frozen. As in the student, the linears of its body and the head are `dtype`, all else is float32."""
     model = load_torch_model(folder).requires_grad_(False)
     for module in getattr(model, model.base_model_prefix).modules():
         if is_linear(module):
@@ -27,7 +27,8 @@ def load_teacher(folder: Path, dtype: torch.dtype) -> Any:
 
 
 def cast_head(model: Any, dtype: torch.dtype) -> None:
-    """The frozen head in the type of the products, once and not at each use; a table it shared stays as it is."""
+    """Replace the frozen head by a copy in `dtype`, so that it is cast once and not at each use. A tied embedding does not
+    change."""
     head = model.get_output_embeddings()
     if type(head) is nn.Linear and head.weight.dtype != dtype:
         cast = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
@@ -37,23 +38,23 @@ def cast_head(model: Any, dtype: torch.dtype) -> None:
 
 
 def checkpoint_layers(model: Any) -> None:
-    """Let each decoder layer keep its input alone, and run again in the backward pass (Chen et al., 2016, arXiv:1604.06174).
-    (transformers' own switch is for models in training mode, whose dropout is on.)"""
+    """Make each decoder layer store only its input and run again in the backward pass (Chen et al., 2016, arXiv:1604.06174).
+    (transformers' own switch works only in training mode, where dropout is on.)"""
     _, layers = find_layers(model)
     for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)  # type: ignore[method-assign]
 
 
 def hidden_states(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """What the head reads: [n, seq_len, hidden], after the last norm."""
+    """The input of the head: [n, seq_len, hidden], after the last norm."""
     states: torch.Tensor = getattr(model, model.base_model_prefix)(input_ids=ids, use_cache=False).last_hidden_state
     return states
 
 
 @contextmanager
 def head_of(model: Any) -> Iterator[Any]:
-    """Inside, a function from hidden states [1, n, hidden] to logits [n, vocab], with whatever the architecture does
-    there (soft caps, scalings): the model itself, whose body hands the given states through."""
+    """Inside, a function from hidden states [1, n, hidden] to logits [n, vocab]. It runs the model itself, with its soft caps
+    and scalings, and with a body that returns the given states."""
     from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
     body = getattr(model, model.base_model_prefix)

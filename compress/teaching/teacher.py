@@ -1,4 +1,4 @@
-"""What the teacher says: run beside the student, or its likeliest tokens read back from the disk."""
+"""The teacher's next-token distributions: from a model in memory, or from the most likely tokens stored on the disk."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from llmc.compress.teaching.loss import Aims, Part, TopK, Whole
+from llmc.compress.teaching.loss import Part, SoftTargetsOf, TopK, Whole
 from llmc.compress.teaching.models import head_of, hidden_states
 from llmc.console import progress
 from llmc.files import write_json
 
 
 class Teacher(Protocol):
-    """A source of aims."""
+    """A source of soft targets."""
 
-    def of(self, rows: list[int]) -> Aims:
-        """For these sequences of the text."""
+    def of(self, rows: list[int]) -> SoftTargetsOf:
+        """The soft targets of the sequences `rows` of the text."""
 
 
 class Running:
-    """The float model itself. It keeps the hidden states of the first `keep` sequences, which are asked for again and again.
+    """The float model in memory. It stores the hidden states of the first `keep` sequences (the held-out ones), because they
+    are needed at every check.
 
-    sequences: int64 [n, seq_len].  forward: a context in which models run in the right precision.  vocab: how many of its
-    logits count (None: all).  temperature: that they are divided by.
+    sequences: int64 [n, seq_len].  forward: a context in which models run in the right precision.  vocab: number of logits
+    that are compared (the first ones); None means all.  temperature: the logits are divided by it.
     """
 
     def __init__(self, model: Any, sequences: torch.Tensor, keep: int, forward: Callable[[], Any], vocab: int | None = None,
@@ -47,16 +48,16 @@ class Running:
                 known = hidden_states(self.model, self.sequences[rows].to(self.device)).float()
         flat = known.reshape(-1, known.shape[-1])
 
-        def aims(part: Part) -> Whole:
+        def soft_targets(part: Part) -> Whole:
             with torch.inference_mode(), self.forward(), head_of(self.model) as head:
                 logits = head(flat[part][None])[:, : self.vocab]
                 return Whole(logits if self.temperature == 1 else logits / self.temperature)
-        return aims
+        return soft_targets
 
 
 class Cached:
-    """The teacher's `k` likeliest tokens at every position with their log-probabilities, and the log of what is left, in
-    files: 8 k + 4 bytes a token. It is run over the text once, and not needed after."""
+    """The teacher's `k` most likely tokens at every position with their log-probabilities, and the log-probability of all
+    others, in files: 8 k + 4 bytes per token. The teacher runs over the text once and is not needed afterwards."""
 
     def __init__(self, folder: Path, shape: tuple[int, int], k: int, device: torch.device) -> None:
         self.folder, self.shape, self.k, self.device = folder, shape, k, device
@@ -72,25 +73,25 @@ class Cached:
 
     @staticmethod
     def complete(folder: Path) -> bool:
-        """Whether the files of an interrupted run are all there."""
+        """Whether all files of an interrupted run are complete."""
         return (folder / "teacher.json").is_file()
 
     def fill(self, running: Running) -> None:
-        """Run the teacher over every sequence."""
-        with progress("the teacher's likeliest tokens, sequence", self.shape[0]) as p:
+        """Run the teacher over every sequence and write the files."""
+        with progress("the teacher's most likely tokens, sequence", self.shape[0]) as p:
             for row in range(self.shape[0]):
-                aims = running.of([row])
+                soft_targets = running.of([row])
                 for first in range(0, self.shape[1], 64):
                     part = slice(first, first + 64)
-                    aim = TopK.of(aims(part), self.k)
-                    self.logs[row, part], self.ids[row, part] = aim.logs.cpu().numpy(), aim.ids.int().cpu().numpy()
-                    self.rest[row, part] = aim.rest.cpu().numpy()
+                    top = TopK.of(soft_targets(part), self.k)
+                    self.logs[row, part], self.ids[row, part] = top.logs.cpu().numpy(), top.ids.int().cpu().numpy()
+                    self.rest[row, part] = top.rest.cpu().numpy()
                 p.step()
         for file in (self.logs, self.ids, self.rest):
             file.flush()  # type: ignore[attr-defined]
         write_json(self.folder / "teacher.json", {"top_k": self.k})
 
-    def of(self, rows: list[int]) -> Aims:
+    def of(self, rows: list[int]) -> SoftTargetsOf:
         logs, ids, rest = (torch.from_numpy(np.ascontiguousarray(f[rows])).to(self.device).flatten(0, 1)
                            for f in (self.logs, self.ids, self.rest))
         return lambda part: TopK(logs[part], ids[part].long(), rest[part])

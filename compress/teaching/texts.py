@@ -1,7 +1,7 @@
-"""The text to learn from: of every source as much as the steps need, some of it held out to judge by.
+"""The training text: as many sequences of every source as the steps need, and some held-out ones.
 
-Text that the teacher writes itself covers what it has learned (Liu et al., 2023, arXiv:2305.17888); text of the user's covers
-what the model is for. The default is the user's with a little of the teacher's mixed in.
+Text sampled from the teacher covers what it has learned (Liu et al., 2023, arXiv:2305.17888). Text of the user covers the
+later use of the model. By default some sampled text is mixed with the user's text.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch
 from llmc.compress.text import SELF, Calibration, from_model, load_answers, load_calibration
 from llmc.errors import UserError
 
-SELF_SEQUENCES = 128  # of the teacher's own text where there is no other: sampling takes time, steps go round and round
+SELF_SEQUENCES = 128  # most sampled sequences if there is no other text: sampling takes time, so the steps reuse them
 
 
 class TextSettings(Protocol):
-    """What decides the text."""
+    """The options that affect the text."""
 
     @property
     def calibration(self) -> tuple[str, ...]: ...
@@ -42,8 +42,8 @@ class TextSettings(Protocol):
 
 @dataclass
 class Texts:
-    """sequences: int64 [n, seq_len], the held-out ones first.  origins: what the manifest says about their sources.
-    counted: bool like sequences, which tokens are learned (None: all); every sequence has some."""
+    """sequences: int64 [n, seq_len], the held-out ones first.  held_out: their number.  origins: the sources of the text, for
+    the manifest.  counted: bool [n, seq_len], the tokens to learn, at least one in every sequence; None means all."""
 
     sequences: torch.Tensor
     held_out: int
@@ -51,20 +51,20 @@ class Texts:
     counted: torch.Tensor | None = None
 
     def batch(self, step: int, size: int) -> list[int]:
-        """The sequences of one step, round and round through what is not held out."""
+        """The `size` sequences of batch number `step`. The batches cycle through the sequences that are not held out."""
         n = self.sequences.shape[0] - self.held_out
         return [self.held_out + (step * size + i) % n for i in range(size)]
 
 
 def gather(c: TextSettings, tokenizer: Any, sample: Callable[[int], torch.Tensor], processes: int = 1,
            answers_only: bool = False) -> Texts:
-    """The sequences of a run, shuffled by the seed.
+    """The sequences of a run, shuffled by the seed. UserError if the text is too short.
 
-    Which are held out depends on the files and their number alone, so that runs of different lengths are judged by the same:
-    evenly spaced over all of them or, where there is none, over what the teacher writes.
+    The held-out sequences depend only on the files and on their number, so runs of different lengths have the same ones. They
+    are evenly spaced over all files or, without files, over the sampled text.
 
-    sample: so many sequences of the teacher's own, int64 [n, seq_len].  processes: that train together, each on its
-    batches.  answers_only: of the files, only what assistants say counts.
+    sample: from a number n to sampled sequences of the teacher, int64 [n, seq_len].  processes: number of processes that
+    train together, each on its own batches.  answers_only: of the files, learn only the assistant's messages.
     """
     at_once = c.batch * c.accumulate * processes
     needed = c.steps * at_once
@@ -75,7 +75,8 @@ def gather(c: TextSettings, tokenizer: Any, sample: Callable[[int], torch.Tensor
     own = [from_model(sample(sampled), tokenizer, {"seed": c.seed, "temperature": 1.0})] if sampled else []
     held, rest = _hold_out(whole or own, c.held_out)
     from_files = needed - sampled if named else needed
-    taught = [_evenly(r, (from_files + i) // len(rest)) for i, r in enumerate(rest)] + (own if named else [])  # shares add up
+    # the shares of the files add up to from_files
+    taught = [_evenly(r, (from_files + i) // len(rest)) for i, r in enumerate(rest)] + (own if named else [])
     n = sum(p.sequences.shape[0] for p in taught)
     if n < at_once or len(held.sequences) < c.held_out:
         raise UserError(f"the text gives {n + len(held.sequences)} sequences of {c.seq_len}, and {c.held_out} are held out",
@@ -89,28 +90,28 @@ def gather(c: TextSettings, tokenizer: Any, sample: Callable[[int], torch.Tensor
 
 
 def _hold_out(parts: list[Calibration], number: int) -> tuple[Calibration, list[Calibration]]:
-    """So many sequences, evenly spaced over all parts, and what is left of each part."""
+    """Returns (`number` sequences, evenly spaced over all parts; the other sequences of each part)."""
     total = sum(p.sequences.shape[0] for p in parts)
     chosen = {i * total // number + total // (2 * number) for i in range(min(number, total))}
     held, rest, start = [], [], 0
     for part in parts:
         n = part.sequences.shape[0]
-        mine = torch.tensor([start + i in chosen for i in range(n)], dtype=torch.bool)
-        held.append(_rows(part, mine))
-        rest.append(_rows(part, ~mine))
+        is_held = torch.tensor([start + i in chosen for i in range(n)], dtype=torch.bool)
+        held.append(_rows(part, is_held))
+        rest.append(_rows(part, ~is_held))
         start += n
     answers = None if held[0].answers is None else torch.cat([_counted(h) for h in held])
     return Calibration(torch.cat([h.sequences for h in held]), {}, answers), rest
 
 
 def _evenly(text: Calibration, most: int) -> Calibration:
-    """At most so many of its sequences, evenly spaced."""
+    """At most `most` of its sequences, evenly spaced."""
     n = text.sequences.shape[0]
     return text if n <= most else _rows(text, torch.tensor([i * n // most for i in range(most)], dtype=torch.int64))
 
 
 def _rows(text: Calibration, which: torch.Tensor) -> Calibration:
-    """Some of its sequences.  which: int64 or bool [samples]."""
+    """Some of its sequences.  which: int64 indices, or bool [samples]."""
     kept, answers = text.sequences[which], None if text.answers is None else text.answers[which]
     counts = {"samples": kept.shape[0], "tokens": kept.numel()}
     if answers is not None:
@@ -119,5 +120,5 @@ def _rows(text: Calibration, which: torch.Tensor) -> Calibration:
 
 
 def _counted(text: Calibration) -> torch.Tensor:
-    """bool like its sequences: which tokens are learned."""
+    """bool [samples, seq_len]: the tokens to learn."""
     return torch.ones_like(text.sequences, dtype=torch.bool) if text.answers is None else text.answers

@@ -1,4 +1,4 @@
-"""The steps of a training: schedule, looks at the held-out text, early stop, and files that a killed run goes on from."""
+"""A training: learning rate schedule, checks on the held-out text, early stopping, and the state for `--resume`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from llmc.console import progress, say
 from llmc.files import staged_file
 
 WARM_UP = 0.05  # share of the steps
-FLOOR = 0.05  # of the learning rate, at the end of the cosine
+FLOOR = 0.05  # share of the learning rate at the end of the cosine
 BETAS = (0.9, 0.95)
 
 
 class Steps(Protocol):
-    """The settings that a training reads."""
+    """The options that a training reads."""
 
     @property
     def steps(self) -> int: ...
@@ -32,13 +32,13 @@ class Steps(Protocol):
 
 
 def set_rate(optimizer: torch.optim.Optimizer, lr: float, step: int, steps: int) -> None:
-    """Each group's share of the rate of this step."""
+    """Set the learning rate of each group for this step: lr * the group's share * the schedule."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["share"] * schedule(step, steps)
 
 
 def schedule(step: int, steps: int) -> float:
-    """Share of the learning rate: linear warm-up, then a cosine down to FLOOR (Loshchilov and Hutter, 2017)."""
+    """Share of the learning rate at `step`: linear warm-up, then a cosine down to FLOOR (Loshchilov and Hutter, 2017)."""
     warm = max(1, round(WARM_UP * steps))
     if step < warm:
         return (step + 1) / warm
@@ -47,8 +47,8 @@ def schedule(step: int, steps: int) -> float:
 
 @dataclass
 class Curve:
-    """checks: {'step', what the held-out text says, 'training' (mean loss since the last)}.  losses: of every step.
-    by: the figure of a check that counts."""
+    """checks: {'step', the metrics on the held-out text, 'training' (mean loss since the last check)} of each check.  losses:
+    of every step.  by: the metric that chooses the best check."""
 
     checks: list[dict[str, Any]]
     losses: list[float]
@@ -59,15 +59,16 @@ class Curve:
         return min(self.checks, key=lambda row: row[self.by])
 
     def stalled(self, c: Steps) -> bool:
-        """Whether the last checks, so many as `patience` says, brought nothing. (While the rate is high the loss may rise and
-        come back: patience counts in the second half.)"""
+        """Whether the last `patience` checks brought no improvement. Only checks in the second half of the steps count,
+        because the loss may rise for a time while the learning rate is high."""
         since = self.checks[-1]["step"] - max(self.best["step"], c.steps // 2)
         return bool(since >= c.patience * c.check_every)
 
 
 class Training:
-    """parameters: what is trained, by name; lr: of groups whose share is 1.  work: where the best parameters and all that
-    `--resume` needs are kept.  writes: whether this process does the keeping (one of several that train together)."""
+    """parameters: the trained parameters, by name.  lr: learning rate of groups whose share is 1.  work: the folder for the
+    best parameters and the state for `--resume`.  writes: whether this process writes there (one of several processes
+    does)."""
 
     what = "training"
     by = "kld"
@@ -78,11 +79,11 @@ class Training:
         self.work, self.writes = work, writes
 
     def learn(self, step: int) -> float:
-        """Make the gradients of a step. Returns its loss."""
+        """Make the gradients of a step. Returns the loss of the step."""
         raise NotImplementedError
 
     def judge(self) -> dict[str, float]:
-        """What the held-out text says: the figure `by`, and others."""
+        """The metrics on the held-out text: the metric `by`, and others."""
         raise NotImplementedError
 
     def update(self) -> None:
@@ -90,14 +91,14 @@ class Training:
         self.optimizer.step()
 
     def rate(self, start: dict[str, float]) -> float:
-        """The learning rate, which may depend on what the held-out text says before the first step."""
+        """The learning rate. start: the metrics on the held-out text before the first step."""
         return self.lr
 
     def settled(self) -> None:
-        """Files were written: wait until all processes can read them."""
+        """Called after files were written: wait until all processes can read them."""
 
     def train(self) -> Curve:
-        """Every step that is not done yet; the parameters end as the best by the held-out text."""
+        """Run every step that is not done yet. At the end the parameters are those that are best on the held-out text."""
         c, curve = self.config, self._restore()
         done = len(curve.losses)
         if not curve.checks:
@@ -107,7 +108,7 @@ class Training:
         with progress(f"{self.what}, step", c.steps, done) as p:
             for step in range(done, c.steps):
                 if curve.stalled(c):
-                    say(f"no better for {c.patience} checks: stopped at step {step}")
+                    say(f"no improvement in {c.patience} checks: stopped at step {step}")
                     break
                 set_rate(self.optimizer, lr, step, c.steps)
                 self.optimizer.zero_grad(set_to_none=True)
@@ -125,7 +126,7 @@ class Training:
         return curve
 
     def _check(self, step: int, curve: Curve) -> str:
-        """Look at the held-out text after `step` steps. Returns a note for the progress line."""
+        """Measure on the held-out text after `step` steps. Returns a note for the progress line."""
         found, recent = self.judge(), curve.losses[curve.checks[-1]["step"]:]
         better = found[self.by] < curve.best[self.by]
         curve.checks.append({"step": step, **found, "training": sum(recent) / len(recent)})
@@ -134,7 +135,7 @@ class Training:
         self._save(curve)
         return f"held-out {self.by} {found[self.by]:.4f} (start {curve.checks[0][self.by]:.4f})"
 
-    # ---------------------------------------------------------------------------------------------------- what is kept
+    # ---------------------------------------------------------------------------------------------------- stored state
 
     def _keep_best(self) -> None:
         if self.writes:
@@ -142,7 +143,7 @@ class Training:
                 save_file({k: p.detach().cpu().contiguous() for k, p in self.parameters.items()}, tmp)
 
     def _save(self, curve: Curve) -> None:
-        """Everything that `--resume` needs to go on bit-identically after the last check, in one file."""
+        """Write one file with everything that `--resume` needs to continue bit for bit after the last check."""
         if not self.writes:
             return
         tensors: dict[str, torch.Tensor] = {}
@@ -161,7 +162,7 @@ class Training:
         with safe_open(path, framework="pt") as f:
             curve = Curve(json.loads(f.metadata()["checks"]), json.loads(f.metadata()["losses"]), self.by)
             stored: dict[str, dict[str, str]] = {}
-            for key in f.keys():  # noqa: SIM118 - no dictionary
+            for key in f.keys():  # noqa: SIM118 - f is not a dictionary
                 name, _, field = key.rpartition(":")
                 stored.setdefault(name, {})[field] = key
             for name, p in self.parameters.items():
@@ -172,6 +173,6 @@ class Training:
         return curve
 
     def _placed(self, field: str, value: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-        """Where the optimiser wants it: counts of steps stay on the CPU, but for a fused one."""
+        """The value on the device that the optimizer needs: the step count stays on the CPU unless the optimizer is fused."""
         fused = any(group.get("fused") for group in self.optimizer.param_groups)
         return value if field == "step" and not fused else value.to(p.device)

@@ -1,4 +1,4 @@
-"""Which logits of student and teacher mean the same: heads may have rows that are no tokens, and not equally many."""
+"""The logits of student and teacher that can be compared. Heads may have rows without a token."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ SAMPLE = ("Zoë's 3 naïve cafés,\t12,345.67 €\n\n  if (x != 0) { y += 'a\\n'
 
 
 def common_vocabulary(student: Skeleton, teacher: Skeleton) -> int:
-    """How many of the first logits are compared: all where both heads are of one size, else those of the tokens.
+    """The number of logits to compare (the first ones): all if both heads have the same size, else one for each token.
 
-    Raises a UserError where an id is not the same token to both, or a head lacks a token.
+    UserError if the tokenizers differ, or if a head has fewer rows than there are tokens.
     """
     folders = [m.checkpoint.folder for m in (student, teacher)]
-    ours, theirs = (load_tokenizer(f) for f in folders)
-    mine, other = ours.get_vocab(), theirs.get_vocab()
-    hint = "logits are compared: the student needs the teacher's tokenizer"
-    if mine != other:
-        differing = sorted({token for token, _ in mine.items() ^ other.items()})
+    of_student, of_teacher = (load_tokenizer(f) for f in folders)
+    vocabulary, other = of_student.get_vocab(), of_teacher.get_vocab()
+    hint = "logits are compared, so student and teacher need the same tokenizer"
+    if vocabulary != other:
+        differing = sorted({token for token, _ in vocabulary.items() ^ other.items()})
         raise UserError(f"the tokenizers of {folders[0]} and {folders[1]} differ in {len(differing)} tokens, first "
                         f"{differing[0]!r}", hint)
-    if _ids(ours) != _ids(theirs):
-        raise UserError(f"the tokenizers of {folders[0]} and {folders[1]} cut the same text differently", hint)
+    if _ids(of_student) != _ids(of_teacher):
+        raise UserError(f"the tokenizers of {folders[0]} and {folders[1]} tokenize the same text differently", hint)
     rows = [int(m.model.get_output_embeddings().weight.shape[0]) for m in (student, teacher)]
-    tokens = max(mine.values()) + 1
+    tokens = max(vocabulary.values()) + 1
     for folder, n in zip(folders, rows, strict=True):
         if n < tokens:
             raise UserError(f"the head of {folder} has {n} rows and its tokenizer {tokens} tokens", "the folder is damaged")

@@ -1,4 +1,4 @@
-"""`llmc quantize --transform`: which transform to quantize, and the measurement behind the choice."""
+"""`llmc quantize --transform`: make the transform, and for auto measure and choose one."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from llmc.formats.manifest import passes_of
 from llmc.formats.source import hash_source
 from llmc.machine import torch_device
 
-HELD_SHARE, HELD_MOST = 8, 16  # an eighth of the calibration sequences judges, at most 16
+HELD_SHARE, HELD_MOST = 8, 16  # an eighth of the calibration sequences is held out, at most 16
 CANDIDATES = ("none", "scaling", "rotate", "rotate+scaling")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """folder: the float model to quantize.  passes: what was done to it, for the manifest's chain.
-    record: {'asked', 'taken', 'why', 'rotation', 'measured' (of auto: {candidate: {'kld', 'se'}})}."""
+    """folder: the float model to quantize.  passes: its transforms, for the manifest.  record: {'asked', 'taken', 'why',
+    'rotation', 'measured' (with auto {candidate: {'kld', 'se'}}, else None)}."""
 
     folder: Path
     passes: list[dict[str, Any]]
@@ -42,23 +42,24 @@ class Choice:
 
 def choose(source: Path, skeleton: Skeleton, config: QuantizeConfig, calibration: Calibration, threads: int,
            work: Path) -> Choice:
-    """Make what config.transform asks for below `work` (what is finished there is used again with config.resume)."""
-    family_of(skeleton.config)  # an architecture that is not known is refused now
+    """Make the transform of config.transform in the folder `work`. With config.resume, finished folders there are used again.
+    UserError if the architecture is unknown."""
+    family_of(skeleton.config)  # raises UserError
     if not config.resume:
         shutil.rmtree(work, ignore_errors=True)
     rotation, reason = free_rotation(skeleton)
     maker = _Maker(source, config, threads, work, rotation)
     record: dict[str, Any] = {"asked": config.transform, "rotation": rotation}
     if config.transform != "auto":
-        name, why = config.transform, "asked for" if config.transform == "scaling" else f"asked for; {rotation}: {reason}"
+        name, why = config.transform, "as asked" if config.transform == "scaling" else f"as asked; {rotation}: {reason}"
         maker.make(name, calibration)
         return maker.choice(name, {**record, "taken": name, "why": why, "measured": None})
-    say(f"rotations are {rotation}: {reason}")
+    say(f"rotation {rotation}: {reason}")
     learn, held = split(calibration)
     measured = maker.measure(learn, held)
     taken = min(measured, key=lambda n: measured[n]["kld"])
     figures = ", ".join(f"{n} {m['kld']:.4g}" for n, m in measured.items())
-    why = (f"least KLD to the base when rounded to {config.type or type_for(config, 0).name}, on "
+    why = (f"lowest KL divergence from the base when rounded to {config.type or type_for(config, 0).name}, on "
            f"{held.sequences.shape[0]} held-out calibration sequences: {figures}")
     say(f"--transform auto takes {taken}: {why}")
     for name in set(CANDIDATES) - {taken}:
@@ -67,20 +68,20 @@ def choose(source: Path, skeleton: Skeleton, config: QuantizeConfig, calibration
 
 
 def free_rotation(skeleton: Skeleton) -> tuple[str, str]:
-    """The rotation that costs no byte, and why it is that one."""
+    """Returns (the rotation that adds no bytes to the file, the reason)."""
     family = family_of(skeleton.config)
     if family.unrotatable:
-        return "r2", f"the stream cannot be rotated, {family.unrotatable}"
+        return "r2", f"the residual stream cannot be rotated, {family.unrotatable}"
     if is_tied(skeleton):
-        return "r2", "rotating the stream would untie the head from the embedding"
-    return "r1r2", "the head is a matrix of its own already"
+        return "r2", "rotating the residual stream would untie the head from the embedding"
+    return "r1r2", "the head is already a separate matrix"
 
 
 def split(calibration: Calibration) -> tuple[Calibration, Calibration]:
-    """(what to search on, what to judge by); the latter are evenly spaced over the text."""
+    """Returns (the sequences for the search, the held-out sequences). The latter are evenly spaced over the text."""
     n = calibration.sequences.shape[0]
     if n < 2:
-        raise UserError("--transform auto judges by a held-out part of the calibration text, and there is one sequence",
+        raise UserError("--transform auto holds out a part of the calibration text, and there is only one sequence",
                         "use --samples 16 or more")
     count = min(HELD_MOST, max(1, n // HELD_SHARE))
     held = held_out(n, count)
@@ -95,16 +96,16 @@ def split(calibration: Calibration) -> tuple[Calibration, Calibration]:
 
 
 class _Maker:
-    """Makes candidates in `work` and measures them; both survive an interruption."""
+    """Makes candidates in the folder `work` and measures them. A resumed run uses both again."""
 
     def __init__(self, source: Path, config: QuantizeConfig, threads: int, work: Path, rotation: str) -> None:
         self.source, self.config, self.threads, self.work, self.rotation = source, config, threads, work, rotation
 
     def make(self, name: str, calibration: Calibration) -> Path:
-        """The folder of a candidate. 'rotate+scaling' goes on from 'rotate'."""
+        """Make the folder of a candidate. 'rotate+scaling' starts from the folder of 'rotate'."""
         folder, c = self.work / name, self.config
         same = {n: getattr(c, n) for n in (*TARGET, *CALIBRATED, "seed", "device", "threads")}
-        same["resume"] = True  # `choose` has emptied the folder where nothing of it is wanted
+        same["resume"] = True  # without --resume, `choose` has emptied the folder
         if name == "none":
             return self.source
         if name == "rotate":
@@ -120,7 +121,8 @@ class _Maker:
         return Choice(folder, passes, record)
 
     def measure(self, learn: Calibration, held: Calibration) -> dict[str, dict[str, Any]]:
-        """{candidate: {'kld', 'se' (of the mean, over sequences)}} of the model rounded to nearest on the target type."""
+        """{candidate: {'kld', 'se' (standard error of the mean over sequences)}} of the model, rounded to nearest in the
+        target type."""
         path = self.work / "figures.json"
         key = fingerprint(__name__, self.config.numbers(), self.threads, hash_source(self.source), held)
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -132,7 +134,7 @@ class _Maker:
             rounded = measure.run(self.make(name, learn), ids, device, partial(type_for, self.config), name)
             values = measure.kld(base, rounded)
             mean = sum(values) / len(values)
-            spread = sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1)
-            measured[name] = {"kld": mean, "se": (spread / len(values)) ** 0.5 if len(values) > 1 else None}
+            variance = sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1)
+            measured[name] = {"kld": mean, "se": (variance / len(values)) ** 0.5 if len(values) > 1 else None}
             write_json(path, {"key": key, "measured": measured})
         return {n: measured[n] for n in CANDIDATES}

@@ -13,7 +13,7 @@ from llmc.options import ADVANCED, check, like, option
 
 SCALINGS = ("awq", "equalize", "smoothquant", "none")
 ROTATIONS = ("none", "r2", "r1r2")
-TARGET = ("bits", "type", "fallback", "group_size", "sym")  # these mean what they mean to `llmc quantize`
+TARGET = ("bits", "type", "fallback", "group_size", "sym")  # the same options as in `llmc quantize`
 CALIBRATED = ("calibration", "samples", "seq_len")
 
 
@@ -49,28 +49,28 @@ class TransformConfig:
 
     @property
     def calibrated(self) -> bool:
-        """Whether text is run through the model."""
+        """Whether calibration text is needed."""
         return self.scaling in ("awq", "smoothquant")
 
     def __post_init__(self) -> None:
         problems = []
         if self.scaling == self.rotate == "none":
-            problems.append("--scaling none --rotate none: there is nothing to do")
+            problems.append("--scaling none --rotate none: there is nothing to do, give one of them")
         if self.untie and self.rotate != "r1r2":
             problems.append(f"--untie goes with --rotate r1r2, not {self.rotate}")
         check(self, "transform", problems)
         self.target()
 
     def target(self) -> QuantizeConfig:
-        """The quantization that channel scalings are searched for. Checks the rules between the options that it shares."""
+        """The quantization that channel scalings are searched for. UserError if these options contradict each other."""
         return QuantizeConfig(**{name: getattr(self, name) for name in TARGET})
 
     def numbers(self) -> dict[str, Any]:
-        """The settings that decide the result, for manifests and for the fingerprint of `--resume`."""
+        """The options that affect the result, for manifests and for the fingerprint of `--resume`."""
         return {k: v for k, v in asdict(self).items() if k not in ("out", "resume", "device", "threads")}
 
     def numbers_of(self, stage: str) -> dict[str, Any]:
-        """Those that decide one stage, 'rotate' or 'scaling'."""
+        """The options that affect the result of one stage, 'rotate' or 'scaling'."""
         if stage == "rotate":
             names: tuple[str, ...] = ("rotate", "untie", "seed")
         else:

@@ -1,5 +1,7 @@
-"""Transforms as the calibration loop sees them: a decoder layer is changed in memory, proved unchanged in what it computes,
-and handed back in the precision that holds it."""
+"""Transforms as passes of the calibration loop.
+
+A pass changes a decoder layer in memory, checks that its output stays the same, and returns the changed tensors in a
+precision that holds them exactly."""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from llmc.compress.transform.rotations import orthogonal, rotate_heads, rotate_s
 from llmc.compress.transform.scaling import (
     activation_factors,
     apply_scaling,
-    equalising_factors,
+    equalizing_factors,
     int8_noise,
     search_alpha,
     smoothing_factors,
@@ -31,10 +33,10 @@ TOLERANCE = 1e-3  # of the largest output; float32 gives about 1e-6
 
 
 class Transform(LayerPass):
-    """A pass that proves of each layer that it computes what it did.
+    """A pass that checks for each layer that its output stays the same.
 
-    arguments: what the model hands to each layer for PROOF_TOKENS tokens (Skeleton.enter).
-    stream: R1 [hidden, hidden] float64, where the layer's input and output are rotated.
+    arguments: the keyword arguments that the model passes to each layer for PROOF_TOKENS tokens (Skeleton.enter).
+    stream: R1 [hidden, hidden] float64, if the layer's input and output are rotated; else None.
     """
 
     def __init__(self, skeleton: Skeleton, arguments: list[LayerArguments], stream: torch.Tensor | None = None) -> None:
@@ -49,20 +51,20 @@ class Transform(LayerPass):
         self.expected = self._run(layer, self.noise)
 
     def finish(self, index: int, layer: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """The tensors that changed, by their stored names, and the record
-        {'layer', 'proof' (largest difference of the layer's output, relative to its largest value), 'places', 'left'}."""
+        """Returns (the tensors that changed, by their stored names; the record {'layer', 'proof' (largest difference of the
+        layer's output, relative to its largest value), 'places', 'left'}). RuntimeError if the output changed."""
         states, expected = self.noise, self.expected
         if self.stream is not None:
             r = self.stream.to(states.device)
             states, expected = (states.double() @ r).float(), (expected.double() @ r).float()
         difference = float((self._run(layer, states) - expected).abs().max() / expected.abs().max())
         if not difference < TOLERANCE:
-            raise RuntimeError(f"{self.skeleton.layer_name(index)} computes something else after its transform: "
+            raise RuntimeError(f"the transform changed the output of {self.skeleton.layer_name(index)}: "
                                f"relative difference {difference:.2g}")
         return self._changed(layer), {"layer": index, "proof": difference, "places": self.places, "left": self.left()}
 
     def left(self) -> list[str]:
-        """What was left as it is, with the reason."""
+        """The channels that were not transformed, each with the reason."""
         return []
 
     def _run(self, layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
@@ -83,9 +85,9 @@ class Transform(LayerPass):
 
 
 class Rotation(Transform):
-    """R2 on every layer, and R1 where `stream` is given. seed: each layer's R2 is drawn from it and the layer's index.
+    """R2 on every layer, and R1 too if `stream` is given. seed: each layer's R2 is drawn from it and the layer's index.
 
-    A rotation is of the layer as a whole, so it is done as the layer begins and no group is left to change.
+    A rotation changes the whole layer, so `begin` does it and there are no groups.
     """
 
     def __init__(self, skeleton: Skeleton, arguments: list[LayerArguments], seed: int, stream: torch.Tensor | None) -> None:
@@ -103,16 +105,17 @@ class Rotation(Transform):
         return []
 
     def change(self, layer: nn.Module, group: LinearGroup, statistics: InputStatistics | None) -> None:
-        """Nothing: see above."""
+        """Does nothing: `begin` has rotated the layer."""
 
 
 class Scaling(Transform):
-    """Scalings, searched on the target type: AWQ's where the loop gives statistics, equalising ones without data; or, with
-    `smooth`, SmoothQuant's for that alpha.
+    """Channel scalings for the target type: AWQ's with text, equalization without text; or SmoothQuant's with alpha =
+    `smooth`.
 
-    A record's 'places': {name: {'alpha', 'before', 'after'}}, the readers' rounding error as a share of their output energy
-    with alpha = 0 and with the alpha taken, each under the statistics that the search used; of SmoothQuant the error bound
-    of inputs in 8 bits (channel scalings.int8_noise), 'before' being 1.
+    type_of: from the width of a row to the target type.
+    A record's 'places': {name: {'alpha', 'before', 'after'}}. 'before' and 'after' are the readers' rounding error as a share
+    of their output energy, with alpha = 0 and with the chosen alpha, under the statistics of the search. For SmoothQuant they
+    are the error bound of 8-bit inputs (scaling.int8_noise), relative to 'before' = 1.
     """
 
     def __init__(self, skeleton: Skeleton, arguments: list[LayerArguments], type_of: Callable[[int], AnyType],
@@ -121,7 +124,7 @@ class Scaling(Transform):
         self.type_of, self.smooth = type_of, smooth
 
     def groups(self, layer: nn.Module) -> list[LinearGroup]:
-        """The readers of each place."""
+        """One group for each place: its readers."""
         return [LinearGroup(p.readers, len(p.columns)) for p in map_layer(self.skeleton.config, layer).places]
 
     def change(self, layer: nn.Module, group: LinearGroup, statistics: InputStatistics | None) -> None:
@@ -129,17 +132,17 @@ class Scaling(Transform):
             if set(place.readers) != set(group.names):
                 continue
             if statistics is None:
-                self._equalise(layer, place)
+                self._equalize(layer, place)
             elif self.smooth is not None:
-                assert statistics.peak is not None  # asked of the loop
+                assert statistics.peak is not None  # the loop's settings request it
                 self._migrate(layer, place, statistics.peak, self.smooth)
             else:
                 s = activation_factors(statistics.hessian.diagonal(), place)
                 self._scale(layer, place, s, statistics.hessian)
 
-    def _equalise(self, layer: nn.Module, place: Place) -> None:
+    def _equalize(self, layer: nn.Module, place: Place) -> None:
         offset = self.map.family.offset
-        s = equalising_factors(layer, place, offset)
+        s = equalizing_factors(layer, place, offset)
         moments = writer_size(layer, place, offset, "rms").square()[place.columns]
         self._scale(layer, place, s, moments.float().to(self.skeleton.device).diag())
 
@@ -162,7 +165,7 @@ class Scaling(Transform):
 
 
 def as_stored(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A changed float32 tensor in the type that the source stores it in where that holds it exactly, else in float32: to
-    round it again would change the logits by as much as the source's own rounding did."""
+    """Returns a changed float32 tensor in the source's dtype if that holds it exactly, else in float32. Rounding it again
+    would change the logits as much as the source's own rounding did."""
     narrow = value.to(dtype)
     return narrow if torch.equal(narrow.float(), value) else value

@@ -1,7 +1,7 @@
-"""Which channels of a decoder layer can be scaled or rotated without changing what the model computes.
+"""The channels of a decoder layer that can be scaled or rotated without a change of the model's output.
 
-The family's row says what part each module plays; from it and the config follow the places of one layer. Where a pair does
-not hold in an architecture, it is named with the reason, never passed over.
+The family's row gives the role of each module. From it and the config follow the places of a layer. If a pair of writer and
+readers cannot be transformed in an architecture, it is reported with the reason.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from llmc.families.row import Family, activation_of
 
 @dataclass(frozen=True)
 class Place:
-    """Channels that a writer makes and that its readers alone see: free to be scaled (and, at o_proj, rotated by head).
+    """Channels that one writer makes and only its readers read. They can be scaled (and before o_proj rotated by head).
 
-    writer: a norm (rows None) or a linear, of which channel c is row rows[c].
-    readers: linears, of which input column j sees channel columns[j].
+    writer: a norm (rows is None), or a linear whose row rows[c] makes channel c.
+    readers: linears whose input column j reads channel columns[j].
     """
 
     writer: str
@@ -39,7 +39,8 @@ class Place:
 
 @dataclass(frozen=True)
 class Heads:
-    """query: query heads.  kv: key and value heads; query heads h … h + query/kv - 1 share one.  width: of each head."""
+    """query: number of query heads.  kv: number of key and value heads; query/kv consecutive query heads share one.  width:
+    of each head."""
 
     query: int
     kv: int
@@ -48,7 +49,8 @@ class Heads:
 
 @dataclass(frozen=True)
 class LayerMap:
-    """norms, value, up: the places of a layer, None where a pair does not hold; then `left` says why."""
+    """norms, value, up: the places of a layer. A place that cannot be transformed is missing or None, and `left` has the
+    reason."""
 
     family: Family
     heads: Heads
@@ -63,7 +65,7 @@ class LayerMap:
 
 
 def family_of(config: Any) -> Family:
-    """The row of the table for a transformers config."""
+    """The family of a transformers config. UserError if it is unknown."""
     kind = config.get_text_config().model_type
     family = by_model_type(kind)
     if family is None:
@@ -73,7 +75,7 @@ def family_of(config: Any) -> Family:
 
 
 def map_layer(config: Any, layer: nn.Module) -> LayerMap:
-    """The places of a decoder layer (on any device, meta too)."""
+    """The places of a decoder layer. Its weights are not read, so it may be on the meta device."""
     family, c = family_of(config), config.get_text_config()
     used = (family.value, family.out, family.up, family.down)
     shape = {n: tuple(get_weight(layer.get_submodule(n)).shape) for n in used}
@@ -94,28 +96,28 @@ def map_layer(config: Any, layer: nn.Module) -> LayerMap:
                   _third_of_each_head(heads) if family.qkv_by_head else _last(shape[family.value][0], channels))
     inner = shape[family.down][1]
     up: Place | None = Place(family.up, (family.down,), inner, torch.arange(inner), _last(shape[family.up][0], inner))
-    between = None if family.gated else activation_of(c)  # of a gated MLP only the gate passes the activation
+    between = None if family.gated else activation_of(c)  # in a gated MLP only the gate passes the activation
     if up and between not in (None, "relu"):  # relu(s x) = s relu(x) for s > 0
-        left.append(f"{up.name}: {between} lies between, which does not commute with a scaling")
+        left.append(f"{up.name}: {between} lies between and does not commute with a scaling")
         up = None
     return LayerMap(family, heads, tuple(norms), value, up, tuple(left))
 
 
 def _last(rows: int, channels: int) -> torch.Tensor:
-    """The channels' rows where others may lie above them: q and k, or the gate."""
+    """The rows of the channels at the end of a matrix. The rows before them may be q and k, or the gate."""
     return torch.arange(rows - channels, rows)
 
 
 def _third_of_each_head(heads: Heads) -> torch.Tensor:
-    """The values' rows where q, k, v of head 0 come first, then those of head 1, … (GPT-NeoX)."""
+    """The rows of the values if the matrix holds q, k, v of head 0, then those of head 1, and so on (GPT-NeoX)."""
     first = torch.arange(heads.kv)[:, None] * 3 * heads.width + 2 * heads.width
     return (first + torch.arange(heads.width)).flatten()
 
 
 def _norm_is_fixed(config: Any, norm: nn.Module) -> str:
-    """Why a norm's channels cannot be scaled, empty where they can."""
+    """The reason why a norm's channels cannot be scaled; empty if they can."""
     if getattr(norm, "weight", None) is None:
         return "the norm has no weight to hold the scaling"
     if not getattr(config, "do_layer_norm_before", True):
-        return "the norm comes after the sum, so its output is the stream itself"
+        return "the norm comes after the sum, so its output is the residual stream itself"
     return ""

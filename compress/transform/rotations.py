@@ -1,13 +1,14 @@
-"""Rotations: orthogonal changes of basis that leave a model's function as it is and spread outliers over all channels.
+"""Rotations: orthogonal changes of basis that keep a model's output and spread outliers over all channels.
 
-* R2: the values of a head v become v R, and the columns of o_proj that read the head are rotated back. Attention mixes
-  tokens, not channels, so nothing in between changes. Any architecture, biases and grouped queries included.
-* R1: the residual stream h becomes h R. Each norm's weight is folded into the linears that read it; what is left of an
-  RMSNorm commutes with a rotation. Embedding and writers then put out rotated states, readers and head undo it.
+* R2: the values v of a head become v R, and the columns of o_proj that read the head are rotated back. Attention mixes tokens
+  and not channels, so nothing in between changes. It works for every architecture, with biases and grouped queries.
+* R1: the residual stream h becomes h R. Each norm's weight is folded into the linears that read it, because an RMSNorm
+  without weight commutes with a rotation. Embedding and writers then output rotated states, and readers and head rotate them
+  back.
 
 Sources: Ashkboos et al., "QuaRot", 2024 (arXiv:2404.00456), sections 3 and 4; Liu et al., "SpinQuant", 2024
-(arXiv:2405.16406), section 3.1, whose names R1 and R2 are used. The rotations that those papers make while the model runs
-(R3, R4: online Hadamards) cost time and have no place in the files that llmc writes.
+(arXiv:2405.16406), section 3.1, which has the names R1 and R2. The rotations that these papers apply at run time (R3, R4:
+online Hadamard transforms) are left out: they cost time, and the file formats cannot express them.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from torch import nn
 from llmc.compress.skeleton import get_weight
 from llmc.compress.transform.roles import Heads, LayerMap, Place
 
-ROWS = 8192  # of a matrix in float64 at once
+ROWS = 8192  # rows of a matrix in float64 at a time
 
 
 def orthogonal(n: int, generator: torch.Generator) -> torch.Tensor:
-    """A random orthogonal float64 [n, n]: for n = 2^k m, m odd, a Hadamard matrix of order 2^k (Sylvester's construction)
-    times a random orthogonal [m, m] (Kronecker product), with the signs of its rows drawn at random."""
+    """A random orthogonal matrix, float64 [n, n]. For n = 2^k m with odd m it is the Kronecker product of a Hadamard matrix
+    of order 2^k (Sylvester's construction) and a random orthogonal matrix [m, m], with random signs of the rows."""
     power = n & -n
     gaussian = torch.randn(n // power, n // power, dtype=torch.float64, generator=generator)
     q, r = torch.linalg.qr(gaussian)
@@ -41,20 +42,20 @@ def hadamard(n: int) -> torch.Tensor:
 
 
 def rotate_columns(weight: torch.Tensor, r: torch.Tensor) -> None:
-    """weight [out, in] becomes weight R, in place: it reads states that were rotated, x -> x R."""
+    """Change weight [out, in] to weight R in place, for a linear whose input is rotated, x -> x R."""
     for rows in weight.split(ROWS):
         rows.copy_(rows.double() @ r.to(weight.device))
 
 
 def rotate_rows(weight: torch.Tensor, bias: torch.Tensor | None, r: torch.Tensor) -> None:
-    """weight [out, in] and bias [out] become R^T weight, R^T bias, in place: it puts out rotated states, y -> y R."""
+    """Change weight [out, in] and bias [out] to R^T weight and R^T bias in place, so that the output is rotated, y -> y R."""
     weight.copy_(r.to(weight.device).t() @ weight.double())
     if bias is not None:
         bias.copy_(bias.double() @ r.to(weight.device))
 
 
 def rotate_heads(layer: nn.Module, value: Place, heads: Heads, r: torch.Tensor) -> None:
-    """R2 on one layer, in place; r [head_dim, head_dim] for every head."""
+    """Apply R2 to one layer in place. r: [head_dim, head_dim], the same for every head."""
     assert value.rows is not None
     writer, reader = layer.get_submodule(value.writer), get_weight(layer.get_submodule(value.readers[0]))
     weight, bias = get_weight(writer), _bias(writer)
@@ -69,7 +70,8 @@ def rotate_heads(layer: nn.Module, value: Place, heads: Heads, r: torch.Tensor) 
 
 
 def fold(norm: torch.Tensor, readers: list[torch.Tensor], offset: float) -> None:
-    """Move an RMSNorm's weight [in] into the weights [out, in] of the linears that are all that reads it, in place."""
+    """Move an RMSNorm's weight [in] into the weights [out, in] of all linears that read it, in place. offset: the norm
+    multiplies by its weight + offset."""
     weight = norm.double() + offset
     for columns in readers:
         for rows in columns.split(ROWS):
@@ -78,7 +80,7 @@ def fold(norm: torch.Tensor, readers: list[torch.Tensor], offset: float) -> None
 
 
 def rotate_stream(layer: nn.Module, places: LayerMap, r: torch.Tensor) -> None:
-    """R1 on one layer, in place; r [hidden, hidden]."""
+    """Apply R1 to one layer in place. r: [hidden, hidden]."""
     for place in places.norms:
         readers = [get_weight(layer.get_submodule(n)) for n in place.readers]
         norm = layer.get_submodule(place.writer).weight

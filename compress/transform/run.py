@@ -1,4 +1,4 @@
-"""`llmc transform`: a float model that computes the same and loses less when it is quantized."""
+"""`llmc transform`: write a float model with the same output that loses less when it is quantized."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from llmc.machine import physical_cores, torch_device
 from llmc.precision import prepare_cpu
 from llmc.sources.resolve import resolve_model
 
-Q8_0_BYTES = 34 / 32  # of a weight
+Q8_0_BYTES = 34 / 32  # bytes per weight
 
 
 def transform(model: str | Path, config: TransformConfig) -> dict[str, Any]:
-    """Write a float folder that computes what `model` computes.
+    """Write a float folder with the same output as `model`.
 
     Returns {'out', 'passes' [of this run], 'proof', 'left', 'widened', 'grown_bytes', 'untied_bytes', 'seconds'}.
     """
@@ -56,10 +56,10 @@ def transform(model: str | Path, config: TransformConfig) -> dict[str, Any]:
 
 
 def check(source: Path, config: TransformConfig) -> Skeleton:
-    """Everything that can be known before any work. Returns the model without weights."""
+    """Make all checks before any work. Returns the model without weights. UserError if the options do not fit the model."""
     checkpoint = open_float(source)
     if config.rotate != "none" and mask_of(source):
-        raise UserError(f"{source} was pruned to a mask, and --rotate {config.rotate} mixes its columns: no zero would stay",
+        raise UserError(f"{source} was pruned to a mask, and --rotate {config.rotate} would fill its zeros",
                         "use --scaling alone, which keeps zeros, or rotate before you prune")
     skeleton = Skeleton(checkpoint, str(torch_device(config.device)))
     family = family_of(skeleton.config)
@@ -69,27 +69,28 @@ def check(source: Path, config: TransformConfig) -> Skeleton:
             raise UserError(f"--rotate r1r2 cannot rotate the residual stream of {source}: {family.unrotatable}",
                             "use --rotate r2")
         if is_tied(skeleton) and not config.untie:
-            raise UserError(f"--rotate r1r2 folds the last norm of {source} into the head, which is one matrix with the "
-                            f"embedding: a head of its own costs {size(untied_bytes(skeleton))} in an 8-bit file",
-                            "add --untie to pay that, or use --rotate r2, which is free")
+            raise UserError(f"--rotate r1r2 needs a head that is not tied to the embedding, and {source} has a tied one: a "
+                            f"separate head takes {size(untied_bytes(skeleton))} in an 8-bit file",
+                            "add --untie to accept this size, or use --rotate r2, which adds no bytes")
     return skeleton
 
 
 def untied_bytes(skeleton: Skeleton) -> int:
-    """What a head of its own weighs in a file that holds it as Q8_0."""
+    """The bytes of a separate head in Q8_0."""
     return round(skeleton.model.get_output_embeddings().weight.numel() * Q8_0_BYTES)
 
 
 def disk_bytes(skeleton: Skeleton, config: TransformConfig) -> int:
-    """At the peak: the model in float32 as layers and as a folder, and the folder of the stage before; where text is run
-    through it, three files of states."""
+    """The peak of disk use in bytes: the model in float32 as layers and as a folder, the folder of the stage before, and with
+    calibration text three files of states."""
     hidden = skeleton.config.get_text_config().hidden_size
     states = 3 * config.samples * config.seq_len * hidden if config.calibrated else 0
     return 4 * (3 * sum(p.numel() for p in skeleton.model.parameters()) + states)
 
 
 def make(source: Path, out: Path, config: TransformConfig, calibration: Calibration | None, threads: int) -> dict[str, Any]:
-    """The stages one after another: rotation first, because it is the rotated channels that are scaled then."""
+    """Run the stages: first the rotation, then the scaling, which scales the rotated channels. Returns the result of
+    `transform` without 'seconds'."""
     between = out.with_name(f".{out.name}.rotated")
     shared: dict[str, Any] = {"device": str(torch_device(config.device)), "threads": threads, "resume": config.resume}
     stages: list[Stage] = []
@@ -103,13 +104,13 @@ def make(source: Path, out: Path, config: TransformConfig, calibration: Calibrat
     shutil.rmtree(between, ignore_errors=True)
     left = list(dict.fromkeys(line for p in passes for r in p["layers"] for line in r["left"]))
     for line in left:
-        warn(f"left as it was: {line}")
+        warn(f"not transformed: {line}")
     result = {"out": str(out), "passes": passes, "proof": max(p["proof"] for p in passes), "left": left,
               "widened": sum(p["widened"] for p in passes), "grown_bytes": sum(p["grown_bytes"] for p in passes),
               "untied_bytes": 0}
     if config.untie:
         result["untied_bytes"] = untied_bytes(Skeleton(Checkpoint.open(source), "cpu"))
     if result["grown_bytes"] > 0:
-        say(f"tensors that the source's type would round again are stored as float32: the folder is "
-            f"{size(result['grown_bytes'])} larger; what is quantized from it is not")
+        say(f"tensors that the source's type cannot hold exactly are stored as float32: the folder is "
+            f"{size(result['grown_bytes'])} larger, and a quantized model of it is not")
     return result

@@ -1,26 +1,26 @@
-"""Channel scalings: per-channel scalings that leave a model's function as it is and move its weights on the quantizer's type.
+"""Channel scalings: per-channel factors that keep a model's output and change the rounding error of its weights.
 
-Channel c of what a writer puts out is divided by s_c, and the columns of the linears that read it are multiplied by s_c.
-What the readers lose to rounding then changes:  with Q the type's rounding, X the readers' input and H = X X^T,
+Channel c of a writer's output is divided by s_c, and the columns of the linears that read it are multiplied by s_c. This
+changes the rounding error of the readers. With Q the type's rounding, X the readers' input and H = X X^T it is
 
     error(s) = tr(dW (H / s s^T) dW^T),   dW = Q(W s) - W s
 
-which is |Q(W s) X/s - W X|^2. A row of the writer is scaled as a whole, and its block scales absorb that: it rounds as it
-did before.
+This equals |Q(W s) X/s - W X|^2. The writer's rounding error does not change: each of its rows has one factor, and the block
+scales absorb it.
 
 Sources
 -------
 * Lin et al., "AWQ: Activation-aware Weight Quantization", 2023 (arXiv:2306.00978), eq. 4 and 5: s = (mean |x|)^alpha, alpha
-  searched on a grid by the readers' output error. Here |x| is the root mean square, which is what the calibration loop's
-  Hessian holds on its diagonal, and the error is taken on the target type with its own scale search.
+  searched over a list of values by the readers' output error. Here |x| is the root mean square, from the diagonal of the
+  calibration loop's Hessian, and the error is computed in the target type with its own scale search.
 * Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", 2019 (arXiv:1906.04721), eq. 11:
-  s = sqrt(range of the writer's row / range of the readers' column). Here s^alpha, alpha searched on the same grid; the
-  second moments of the unknown input are taken to be those of the writer's rows.
+  s = sqrt(range of the writer's row / range of the readers' column). Here s^alpha, with alpha searched over the same list.
+  The input is unknown, so its second moments are assumed to be those of the writer's rows.
 * Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models", 2022
-  (arXiv:2211.10438), eq. 4: s = (max |x|)^alpha / (max |w|)^(1 - alpha), alpha given. For inputs that are rounded to 8 bits
-  with one scale a token (8-bit ONNX): a few large channels would take the whole scale.
+  (arXiv:2211.10438), eq. 4: s = (max |x|)^alpha / (max |w|)^(1 - alpha), with a given alpha. It is for inputs that are
+  rounded to 8 bits with one scale per token (8-bit ONNX), where a few large channels would determine the scale.
 
-For the first two, alpha = 0 leaves the weights alone and is always among the choices.
+For the first two methods alpha = 0, which does not change the weights, is always one of the choices.
 """
 
 from __future__ import annotations
@@ -34,30 +34,32 @@ from llmc.formats.types import AnyType
 from llmc.rounding.search import objective, search_factors
 
 ALPHAS = tuple(i / 10 for i in range(11))
-ROWS = 512  # of the readers, that an alpha is judged by
-WIDEST = 2.0**12  # largest ratio of a factor to their geometric mean, and of the mean to a factor
+ROWS = 512  # rows of the readers that the search for alpha uses
+WIDEST = 2.0**12  # largest ratio of a factor to the geometric mean of all factors, and of the mean to a factor
 
 
 def activation_factors(second_moments: torch.Tensor, place: Place) -> torch.Tensor:
-    """AWQ's s for alpha = 1 from the diagonal of the readers' Hessian [in] -> float64 [channels], geometric mean 1.
+    """AWQ's s for alpha = 1, from the diagonal of the readers' Hessian [in] -> float64 [channels], geometric mean 1.
 
-    Columns that share a channel (query heads of one group) are averaged; a channel never used counts as the smallest that is.
+    Columns that share a channel (query heads of one group) are averaged. An unused channel (zero norm) gets the smallest
+    non-zero norm.
     """
     summed = torch.zeros(place.channels, dtype=torch.float64).index_add_(0, place.columns, second_moments.double().cpu())
-    return normalised((summed / torch.bincount(place.columns, minlength=place.channels)).sqrt())
+    return normalized((summed / torch.bincount(place.columns, minlength=place.channels)).sqrt())
 
 
 def smoothing_factors(peak: torch.Tensor, layer: nn.Module, place: Place, alpha: float) -> torch.Tensor:
-    """SmoothQuant's s, eq. 4, from the largest |x| of the readers' columns [in] -> float64 [channels], geometric mean 1
-    (a common factor changes nothing: scales of tokens and of rows take it up)."""
+    """SmoothQuant's s, eq. 4, from the largest |x| of the readers' columns [in] -> float64 [channels], geometric mean 1. (A
+    common factor has no effect, because the scales of tokens and rows absorb it.)"""
     largest = torch.zeros(place.channels, dtype=torch.float64)
     largest.scatter_reduce_(0, place.columns, peak.double().cpu(), "amax")
-    return normalised(normalised(largest) ** alpha / normalised(_readers_range(layer, place)) ** (1 - alpha))
+    return normalized(normalized(largest) ** alpha / normalized(_readers_range(layer, place)) ** (1 - alpha))
 
 
 def int8_noise(peak: torch.Tensor, layer: nn.Module, place: Place, s: torch.Tensor) -> float:
-    """What rounding inputs x / s to 8 bits with one scale a token does at most to the readers' outputs, as a mean square, up
-    to a constant: (max |x / s|)^2 |W s|^2."""
+    """A bound of the readers' mean squared output error if inputs x / s are rounded to 8 bits with one scale per token, up to
+    a
+    constant factor: (max |x / s|)^2 |W s|^2."""
     columns = s[place.columns]
     squares = sum(get_weight(layer.get_submodule(n)).double().cpu().square().sum(0) for n in place.readers)
     return float((peak.double().cpu() / columns).amax().square() * (squares * columns.square()).sum())
@@ -72,14 +74,15 @@ def _readers_range(layer: nn.Module, place: Place) -> torch.Tensor:
     return ranges
 
 
-def equalising_factors(layer: nn.Module, place: Place, offset: float) -> torch.Tensor:
-    """Nagel's s, eq. 11 -> float64 [channels], geometric mean 1."""
+def equalizing_factors(layer: nn.Module, place: Place, offset: float) -> torch.Tensor:
+    """Nagel's s, eq. 11 -> float64 [channels], geometric mean 1. offset: a norm multiplies by its weight + offset."""
     ranges = _readers_range(layer, place).clamp_min(1e-30)
-    return normalised((writer_size(layer, place, offset, "range") / ranges).sqrt())
+    return normalized((writer_size(layer, place, offset, "range") / ranges).sqrt())
 
 
 def writer_size(layer: nn.Module, place: Place, offset: float, of: str) -> torch.Tensor:
-    """float64 [channels]: largest magnitude ('range') or root mean square ('rms') of what makes each channel."""
+    """float64 [channels]: the largest magnitude (of='range') or root mean square (of='rms') of the writer's weights for each
+    channel."""
     writer = layer.get_submodule(place.writer)
     if place.rows is None:
         assert isinstance(writer.weight, torch.Tensor)
@@ -88,8 +91,8 @@ def writer_size(layer: nn.Module, place: Place, offset: float, of: str) -> torch
     return rows.abs().amax(1) if of == "range" else rows.square().mean(1).sqrt()
 
 
-def normalised(s: torch.Tensor) -> torch.Tensor:
-    """s over its geometric mean, zeros raised to the smallest positive, kept within WIDEST."""
+def normalized(s: torch.Tensor) -> torch.Tensor:
+    """s divided by its geometric mean, clamped to 1 / WIDEST … WIDEST. Zeros first become the smallest positive value."""
     positive = s[s > 0]
     if not positive.numel():
         return torch.ones_like(s)
@@ -98,7 +101,8 @@ def normalised(s: torch.Tensor) -> torch.Tensor:
 
 
 def rounding_error(weight: torch.Tensor, hessian: torch.Tensor, s: torch.Tensor, qtype: AnyType) -> float:
-    """error(s) of the module's docstring. weight [out, in], hessian [in, in], s [in] (of the columns), all float32."""
+    """error(s) of the module's docstring. weight [out, in], hessian [in, in], s [in] (a factor for each column), all
+    float32."""
     w = (weight * s).t().contiguous()
     scaled = hessian / s / s[:, None]
     factors = search_factors(w, scaled, None, qtype)
@@ -107,10 +111,11 @@ def rounding_error(weight: torch.Tensor, hessian: torch.Tensor, s: torch.Tensor,
 
 def search_alpha(weight: torch.Tensor, hessian: torch.Tensor, s: torch.Tensor,
                  qtype: AnyType) -> tuple[float, dict[float, float]]:
-    """(the alpha for which columns scaled by s^alpha round best, every alpha's error as a share of the output energy).
+    """Returns (the alpha with the least rounding error of columns scaled by s^alpha, {alpha: its error as a share of the
+    output energy}).
 
-    weight: the readers' rows, stacked, float32 [out, in]; where they are many, at least ROWS evenly spaced ones stand for
-    all.  hessian: [in, in].  s: float64 [in].
+    weight: the readers' rows, stacked, float32 [out, in]. Of many rows it uses at least ROWS evenly spaced ones.
+    hessian: [in, in].  s: float64 [in].
     """
     weight = weight[:: max(1, weight.shape[0] // ROWS)]
     energy = float(objective(weight.t(), hessian).double().sum()) or 1.0
@@ -120,9 +125,10 @@ def search_alpha(weight: torch.Tensor, hessian: torch.Tensor, s: torch.Tensor,
 
 
 def apply_scaling(layer: nn.Module, place: Place, s: torch.Tensor, offset: float) -> None:
-    """Divide the writer's channels by s, multiply the readers' columns by it. s: positive float64 [channels].
+    """Divide the writer's channels by s, and multiply the readers' columns by s. s: positive float64 [channels].
 
-    Changes the modules' float32 weights in place; the arithmetic is float64.
+    It changes the modules' float32 weights in place, with float64 arithmetic. offset: a norm multiplies by its weight +
+    offset.
     """
     writer = layer.get_submodule(place.writer)
     bias = getattr(writer, "bias", None)

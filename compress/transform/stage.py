@@ -1,4 +1,4 @@
-"""One pass from a float folder to a float folder of the same architecture and shapes, layer by layer."""
+"""A stage of `llmc transform`: from a float folder to a float folder of the same architecture and shapes, layer by layer."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from llmc.precision import matmul_precision
 
 
 class Stage(ABC):
-    """name: the pass in the manifest's chain.  settings: what decides its result, beside the calibration text if it needs
-    one."""
+    """name: of the pass in the manifest.  settings: the options that affect the result.  calibration: the text; None if the
+    stage needs none."""
 
     name: str
     calibration: Calibration | None = None
@@ -41,7 +41,7 @@ class Stage(ABC):
         self.resume = resume
 
     def run(self) -> dict[str, Any]:
-        """Make the folder `out`; one that an interrupted run finished is taken as it is. Returns its manifest."""
+        """Make the folder `out`, or use the one that an interrupted run has finished. Returns its manifest."""
         key = fingerprint(__name__, {**self.settings, "pass": self.name}, self.threads, hash_source(self.source),
                           self.calibration)
         found = read_manifest(self.out)
@@ -59,26 +59,26 @@ class Stage(ABC):
 
     @abstractmethod
     def layers(self, work: Workspace, arguments: list[LayerArguments]) -> None:
-        """Change every decoder layer that is not finished yet. arguments: what the model hands to each, for the proof."""
+        """Change every decoder layer that is not finished yet. arguments: see `proof_arguments`."""
 
     def outside(self, work: Workspace) -> None:  # noqa: B027 - most stages have nothing to do there
-        """Change what lies outside the decoder layers: kept as layer number len(layers)."""
+        """Change the tensors outside the decoder layers. They are stored as layer number len(layers)."""
 
-    def edit_config(self, config: dict[str, Any]) -> None:  # noqa: B027 - most stages leave it as it is
-        """Change config.json where it must be changed."""
+    def edit_config(self, config: dict[str, Any]) -> None:  # noqa: B027 - most stages do not change it
+        """Change the content of config.json if the stage needs it."""
 
     def entry(self) -> dict[str, Any]:
-        """What else the manifest says of the pass."""
+        """Further manifest entries of the pass."""
         return {}
 
     def proof_arguments(self) -> list[LayerArguments]:
-        """What the model hands to each layer for PROOF_TOKENS tokens."""
+        """The keyword arguments that the model passes to each layer for PROOF_TOKENS tokens, for the check of the output."""
         arguments, _ = self.skeleton.enter(iter(()), PROOF_TOKENS)
         self.skeleton.leave()
         return arguments
 
-    def alone(self, work: Workspace, transform: Transform) -> None:
-        """Every layer that is not finished yet, without data."""
+    def without_text(self, work: Workspace, transform: Transform) -> None:
+        """Run a transform without text over every layer that is not finished yet."""
         Loop(self.skeleton, None, work, LoopSettings()).run(transform, label=f"{self.name}, layer")
 
     def _publish(self, work: Workspace, key: dict[str, Any]) -> dict[str, Any]:
@@ -101,8 +101,8 @@ class Stage(ABC):
 
 
 class ScalingStage(Stage):
-    """AWQ's or SmoothQuant's (settings['alpha']) scalings on calibration text, or (calibration None) equalisation without
-    data."""
+    """Channel scalings: AWQ's or SmoothQuant's (with settings['alpha']) on calibration text; equalization if calibration is
+    None."""
 
     name = "scaling"
 
@@ -117,27 +117,27 @@ class ScalingStage(Stage):
         smooth = self.settings.get("alpha")
         transform = Scaling(self.skeleton, arguments, self.type_of, smooth)
         if self.calibration is None:
-            self.alone(work, transform)
+            self.without_text(work, transform)
             return
         sequences = self.calibration.sequences
-        # all groups of a layer at once: a scaling of one place does not change what the others see
+        # all groups of a layer at once: the scaling of one place does not change the inputs of the others
         settings = settings_for(self.skeleton, sequences, true_sequential=False, peaks=smooth is not None)
         Loop(self.skeleton, sequences, work, settings).run(transform, _note)
 
 
 class RotateStage(Stage):
-    """R2 on every layer, with settings['rotate'] = 'r1r2' R1 too."""
+    """R2 on every layer, and R1 too if settings['rotate'] is 'r1r2'."""
 
     name = "rotate"
 
     def layers(self, work: Workspace, arguments: list[LayerArguments]) -> None:
         hidden, seed = self.skeleton.config.get_text_config().hidden_size, self.settings["seed"]
-        whole = self.settings["rotate"] == "r1r2"
-        self.stream = orthogonal(hidden, torch.Generator().manual_seed(seed)) if whole else None
-        self.alone(work, Rotation(self.skeleton, arguments, seed, self.stream))
+        with_r1 = self.settings["rotate"] == "r1r2"
+        self.stream = orthogonal(hidden, torch.Generator().manual_seed(seed)) if with_r1 else None
+        self.without_text(work, Rotation(self.skeleton, arguments, seed, self.stream))
 
     def outside(self, work: Workspace) -> None:
-        """R1 on embedding and head, the last norm folded into the head; a tied head gets a matrix of its own."""
+        """Apply R1 to embedding and head, and fold the last norm into the head. A tied head becomes a separate matrix."""
         if self.stream is None:
             return
         model, family, names = self.skeleton.model, family_of(self.skeleton.config), self.skeleton.names
@@ -145,13 +145,13 @@ class RotateStage(Stage):
         final = names.stored(f"{model.base_model_prefix}.{family.final_norm}.weight")
         tied = is_tied(self.skeleton)
         head = name_of(self.skeleton, model.get_output_embeddings()) if tied else stored_head(self.skeleton)
-        table, norm = (self.checkpoint.tensor(n).float().clone() for n in (embedding, final))
-        projection = table.clone() if tied else self.checkpoint.tensor(head).float()
+        rotated, norm = (self.checkpoint.tensor(n).float().clone() for n in (embedding, final))
+        projection = rotated.clone() if tied else self.checkpoint.tensor(head).float()
         fold(norm, [projection], family.offset)
         rotate_columns(projection, self.stream)
-        rotate_columns(table, self.stream)
+        rotate_columns(rotated, self.stream)
         index = len(self.skeleton.layers)
-        changed = ((embedding, table, embedding), (head, projection, embedding if tied else head), (final, norm, final))
+        changed = ((embedding, rotated, embedding), (head, projection, embedding if tied else head), (final, norm, final))
         tensors = {name: as_stored(t, self.checkpoint.tensor(source).dtype) for name, t, source in changed}
         work.save_layer(index, tensors, {"layer": index, "proof": 0.0, "places": {}, "left": []})
 

@@ -39,7 +39,7 @@ def _plan(p: dict[str, Any]) -> str:
     text = f"calibrated on {p['tokens']:,} tokens of {p['calibration']}" if p["calibration"] else "no data"
     if m := p["imatrix"]:
         text = f"weighted by {m['name']} ({m['chunk_count']} chunks of {', '.join(m['datasets']) or 'unnamed text'})"
-    budget = budget_lines(p["plan"], p["types"], p["tables"]) + "\n" if "plan" in p else ""
+    budget = budget_lines(p["plan"], p["types"], p["end_types"]) + "\n" if "plan" in p else ""
     then = f", then healed for {p['heal']} steps" if p["heal"] else ""
     return (f"{p['source']} -> {p['out']}\n{budget}"
             f"  {first}{p['method']} on {'these types' if budget else _types(p)}, {text}{then}\n"
@@ -59,8 +59,8 @@ def _floats(r: dict[str, Any]) -> str:
 def _types(r: dict[str, Any]) -> str:
     """'q4_k', or 'q4_k_m (24 q4_k, 6 q6_k; embedding q6_k)'."""
     counts = ", ".join(f"{n} {qtype}" for qtype, n in r["types"].items())
-    end_types = "".join(f"; {end} {qtype}" for end, qtype in r["tables"].items())
-    return str(r["type"]) + (f" ({counts}{end_types})" if len(r["types"]) > 1 or end_types else "")
+    ends = "".join(f"; {end} {qtype}" for end, qtype in r["end_types"].items())
+    return str(r["type"]) + (f" ({counts}{ends})" if len(r["types"]) > 1 or ends else "")
 
 
 def _summary(r: dict[str, Any]) -> str:

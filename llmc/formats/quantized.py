@@ -33,11 +33,12 @@ def linears(ckpt: Checkpoint) -> list[str]:
 
 
 def end_types(ckpt: Checkpoint) -> dict[str, str]:
-    """The embedding and lm_head types recorded for the export: {'embedding': …, 'head': …}. Each key may be absent."""
-    found = (ckpt.quantization or {}).get("tables", {})
+    """The types of embedding and lm_head that the folder asks the export for: {'embedding': …, 'head': …}. A key can be
+    missing. UserError if a type is unknown."""
+    found = (ckpt.quantization or {}).get("end_types", {})
     if not isinstance(found, dict) or not all(name in BLOCK_TYPES for name in found.values()):
-        raise UserError(f"quantization_config of {ckpt.folder} has `tables` {found!r}; this llmc knows the types "
-                        f"{', '.join(BLOCK_TYPES)}", "name others with --embedding and --head, or use a newer llmc")
+        raise UserError(f"quantization_config of {ckpt.folder} has the end_types {found!r}; this llmc knows the types "
+                        f"{', '.join(BLOCK_TYPES)}", "set the types with --embedding and --head, or use a newer llmc")
     return found
 
 
