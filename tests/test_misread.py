@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM
 import llmc
 from llmc.compress.skeleton import Skeleton
 from llmc.errors import UserError
+from llmc.export.gguf.architectures import find_architecture as gguf_architecture
+from llmc.export.onnx.graph import find_architecture as onnx_architecture
 from llmc.formats import contents, quantized
 from llmc.formats.checkpoint import INDEX, SINGLE, Checkpoint, model_files
 from llmc.formats.hf import load_torch_model
@@ -285,3 +287,12 @@ def test_results_of_a_snapshot_are_named_after_the_model(tmp_path: Path) -> None
     snapshot.mkdir(parents=True)
     assert model_name(snapshot) == "small"
     assert model_name(tmp_path) == tmp_path.name
+
+
+def test_architectures_that_are_missing_or_of_a_base_class(made: SimpleNamespace) -> None:
+    config = {"model_type": "llama"}
+    for find in (gguf_architecture, onnx_architecture):
+        assert find(config) == find({**config, "architectures": ["LlamaForCausalLM"]})
+        with pytest.raises(UserError, match="LlamaModel, which is a base class") as e:
+            find({**config, "architectures": ["LlamaModel"]})
+        assert "LlamaForCausalLM" in e.value.hint

@@ -26,7 +26,7 @@ from llmc.errors import UserError
 from llmc.export.onnx import emit, rope
 from llmc.export.onnx.weights import Piece, Weights
 from llmc.export.parity import PLEASE_REPORT
-from llmc.families import FAMILIES, by_architecture, nearest
+from llmc.families import FAMILIES, nearest, of_config
 from llmc.families.row import Onnx
 from llmc.formats import quantized
 from llmc.formats.checkpoint import Checkpoint
@@ -38,7 +38,7 @@ from llmc.formats.names import Names, missing
 def find_architecture(config: dict[str, Any]) -> Onnx:
     """The builder's names for the family of a config.json; raises UserError if the builder does not support it."""
     name = (config.get("architectures") or [f"model_type {config.get('model_type')}"])[0]
-    family = by_architecture(name)
+    family = of_config(config)
     if family is None or not family.onnx.builder:
         known = [f.architecture for f in FAMILIES.values() if f.onnx.builder]
         raise UserError(f"llmc does not write {name} as ONNX; it writes {', '.join(known)}{nearest(name, known)}",
