@@ -158,8 +158,10 @@ def test_columns_in_another_order(made: SimpleNamespace, tmp_path: Path) -> None
         scales = tensors[f"{linear}.scales"].clone()
         tensors[f"{linear}.g_idx"] = (order // 32).to(torch.int32)  # group 1 first
         tensors[f"{linear}.scales"] = scales.flip(0).contiguous()  # [groups, out]: so each column keeps its scale
+    with pytest.raises(UserError, match="permuted g_idx, and its config says"):
+        load_torch_model(folder)
+    edit_config(folder, quantization_config={**(Checkpoint.open(folder).quantization or {}), "desc_act": True})
     ckpt = Checkpoint.open(folder)
-    ckpt.quantization = {**(ckpt.quantization or {}), "desc_act": True}
     assert torch.equal(quantized.dequantized(ckpt, linear), expected)
     assert torch.equal(load_torch_model(folder).get_submodule(linear).weight, expected)
     with pytest.raises(UserError, match="permuted g_idx"):

@@ -141,6 +141,9 @@ def _groups(ckpt: Checkpoint, linear: str, qtype: IntegerType, width: int) -> to
     found = ckpt.tensor(f"{linear}.g_idx").to(torch.int64)
     if torch.equal(found, torch.arange(width) // group_size):
         return None
+    if not (ckpt.quantization or {}).get("desc_act"):
+        raise UserError(f"{linear} of {ckpt.folder} has a permuted g_idx, and its config says that columns are in order "
+                        "(desc_act false)", "the folder is damaged or its label is wrong: make or download it again")
     groups = ckpt.shape(f"{linear}.scales")[0]
     if found.shape != (width,) or not bool(((found >= 0) & (found < groups)).all()):
         raise UserError(f"{linear}.g_idx of {ckpt.folder} does not name one of {groups} groups for each of {width} columns",
