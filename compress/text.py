@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from llmc.errors import UserError
+from llmc.formats.template_limits import render_within_limits
 from llmc.overlap import sketch
+from llmc.sources.data_sets import datasets_library
 
 SELF = "self"
 HUB = "hf:"
@@ -176,19 +178,17 @@ def _render(messages: list[Any], tokenizer: Any, where: str, **more: bool) -> st
     from jinja2 import TemplateError
 
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **more))
+        return render_within_limits(lambda: str(tokenizer.apply_chat_template(messages, tokenize=False, **more)),
+                                    len(str(messages)), where)
     except (TemplateError, TypeError, KeyError, IndexError, ValueError) as e:
         raise UserError(f"{where}: the model's chat template refused the messages: {e}", "check roles and contents") from e
 
 
 def _from_hub(name: str, tokenizer: Any, tokens: int) -> list[str]:
     """Rows of a data set's train split, streamed until they hold about twice the required tokens."""
+    datasets = datasets_library("--calibration hf:NAME", "give a text or .jsonl file")
     try:
-        from datasets import load_dataset
-    except ImportError as e:
-        raise UserError("--calibration hf:NAME needs the package datasets", "pip install datasets") from e
-    try:
-        rows = load_dataset(name, split="train", streaming=True)
+        rows = datasets.load_dataset(name, split="train", streaming=True)
         documents, characters = [], 0
         for number, row in enumerate(rows, 1):
             documents.append(_document(row, tokenizer, f"{name}, row {number}"))

@@ -5,7 +5,6 @@ in this folder, or reports the difference.
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,9 @@ import torch
 from llmc.closure import digest
 from llmc.compress.text import Calibration
 from llmc.errors import UserError
-from llmc.files import write_json
+from llmc.files import write_json, writing
 from llmc.precision import matmul_precision
+from llmc.temporary import remove
 
 FILE = "fingerprint.json"
 
@@ -43,6 +43,9 @@ def open_unfinished(folder: Path, wanted: dict[str, Any], resume: bool) -> None:
             raise UserError(f"cannot resume: the unfinished run in {folder} differs in {', '.join(differing)}",
                             "run with the same model and options, or without --resume to start again")
         return
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    write_json(found, wanted)
+    if folder.is_symlink():
+        raise UserError(f"{folder}, where unfinished work is kept, is a link to another place", "remove the link")
+    remove(folder)
+    with writing(folder):
+        folder.mkdir(parents=True)
+        write_json(found, wanted)

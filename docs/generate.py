@@ -14,7 +14,8 @@ PAGE = Path(__file__).with_name("cli.md")
 WIDTH = 100
 INTRODUCTION = """What `llmc --help` and `llmc COMMAND --help` print. Written by `make docs`: change the code instead.
 
-Exit codes: 0 done; 1 a gate of `llmc compare` was missed; 2 bad input or environment; 70 a bug in llmc; 130 Ctrl-C."""
+Exit codes: 0 done; 1 a gate of `llmc compare` was missed; 2 bad input or environment; 70 a bug in llmc; 130 Ctrl-C
+(129 SIGHUP, 143 SIGTERM)."""
 
 
 def page() -> str:

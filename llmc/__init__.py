@@ -33,6 +33,7 @@ from llmc.api import (
     verify,
 )
 from llmc.options import make
+from llmc.privacy import telemetry_off
 
 if TYPE_CHECKING:
     from llmc.export import Export
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 
 __all__ = ["__version__", "bench", "compare", "distill", "evaluate", "export", "fit", "generate", "heal", "imatrix",
            "inspect", "prune", "quantize", "run_recipe", "ship", "sweep", "transform", "verify"]
+
+telemetry_off()  # before any library is loaded
 
 
 def run_recipe(recipe: str | Path, set: Mapping[str, Any] | Sequence[str] = (), **options: Any) -> RunReport | Plan:

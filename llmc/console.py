@@ -5,11 +5,14 @@ Results go to stdout. All other output goes to stderr, so that `--json` output c
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 _quiet = False
 
@@ -23,12 +26,31 @@ def set_quiet(quiet: bool) -> None:
 def say(message: str) -> None:
     """Print one line about the current work."""
     if not _quiet:
-        print(message, file=sys.stderr, flush=True)
+        tell(f"{message}\n")
 
 
 def warn(message: str) -> None:
     """Print one line that the user must not miss."""
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    tell(f"warning: {message}\n")
+
+
+def tell(text: str) -> None:
+    """Write to stderr. Work goes on if nobody reads it: the reader of a pipe has left, or the terminal was closed."""
+    with suppress(OSError):
+        if sys.stderr is not None:
+            print(text, end="", file=sys.stderr, flush=True)
+
+
+def terminal() -> bool:
+    """Whether stderr is a terminal that understands control characters and may get them."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return sys.stderr is not None and sys.stderr.isatty() and not plain
+
+
+def command(*words: object) -> str:
+    """A command line that a shell takes apart into these words."""
+    texts = [str(w) for w in words]
+    return subprocess.list2cmdline(texts) if os.name == "nt" else shlex.join(texts)
 
 
 def duration(seconds: float) -> str:
@@ -64,7 +86,7 @@ class Progress:
         self.what, self.total, self.done, self.log_every = what, total, done, log_every
         self.resumed_at = done
         self.start = self.last = time.monotonic()
-        self.terminal = sys.stderr.isatty() and not _quiet
+        self.terminal = terminal() and not _quiet
 
     def step(self, note: str = "", n: int = 1) -> None:
         """Count `n` more finished steps; `note` is a short text about the last one."""
@@ -77,14 +99,14 @@ class Progress:
         if note:
             line += f"  {note}"
         if self.terminal:
-            print(f"\r\x1b[2K{line[:118]}", end="", file=sys.stderr, flush=True)
+            tell(f"\r\x1b[2K{line[:118]}")
         elif not _quiet and (now - self.last >= self.log_every or self.done == self.total):
-            print(line, file=sys.stderr, flush=True)
+            tell(f"{line}\n")
             self.last = now
 
     def close(self) -> None:
         if self.terminal:
-            print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
+            tell("\r\x1b[2K")
 
 
 @contextmanager

@@ -5,11 +5,21 @@ Every runtime takes token ids and returns logits, so that results of different r
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from llmc.errors import UserError
+
 TOO_LONG = "shorten the text, or raise the context as far as the model was trained for"
+
+
+class NoTokenizerError(UserError):
+    """An artifact without a tokenizer was asked for token ids or text."""
+
+    def __init__(self, artifact: Path) -> None:
+        super().__init__(f"{artifact} holds no tokenizer", "give a file with a tokenizer; `llmc eval` takes that of --base")
 
 
 class Runtime(Protocol):

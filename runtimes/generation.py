@@ -14,6 +14,7 @@ from llmc.machine import physical_cores
 from llmc.runtimes.base import Runtime
 from llmc.runtimes.config import GenerateConfig
 from llmc.runtimes.open import open_runtime
+from llmc.runtimes.trial import try_first
 
 TEMPLATE_ROOM = 1024  # tokens that a chat template may put around the prompt
 
@@ -25,6 +26,7 @@ def generate(artifact: Path, prompt: str, config: GenerateConfig,
     Returns {text, tokens, prompt_tokens, stopped: 'end of text' or 'max tokens', first_token_s, tokens_per_second}.
     """
     room = len(prompt.encode()) + TEMPLATE_ROOM + config.max_tokens  # a token is at least a byte
+    try_first(artifact)
     runtime = open_runtime(artifact, room, config.threads or physical_cores(), config.device)
     try:
         return _generate(runtime, prompt, config, show)
@@ -68,7 +70,8 @@ def _chat(runtime: Runtime, prompt: str) -> str:
 
     try:
         return runtime.chat(prompt)
-    except TemplateError as e:  # the sandbox's SecurityError too
+    except (TemplateError, TypeError, KeyError, IndexError, ValueError, AttributeError, ArithmeticError) as e:
+        # TemplateError: the sandbox's SecurityError too
         raise UserError(f"the artifact's chat template cannot be rendered: {e}",
                         "leave out --chat: the prompt is continued as it is") from e
 

@@ -15,13 +15,15 @@ from typing import Any
 import numpy as np
 
 from llmc.errors import UserError
-from llmc.runtimes.base import TOO_LONG
+from llmc.formats.template_limits import render_within_limits
+from llmc.runtimes.base import TOO_LONG, NoTokenizerError
 
 BATCH = 512  # tokens run at once, llama.cpp's own default for a micro-batch
 LOGITS_BYTES = 128 << 20  # largest memory for the logits of one batch
 INSTALL = "pip install 'llmc-toolkit[gguf]'"
 OFFLOADED = re.compile(r"offloaded (\d+)/(\d+) layers to GPU")
 BUFFERS = re.compile(r"(\S+) model buffer size *= *([\d.]+) MiB")
+NO_VOCABULARY = 0  # LLAMA_VOCAB_TYPE_NONE in llama.h
 ERROR = 4  # GGML_LOG_LEVEL_ERROR in ggml.h
 GPU_TYPES = (1, 2)  # GGML_BACKEND_DEVICE_TYPE_GPU, _IGPU in ggml-backend.h
 
@@ -92,7 +94,23 @@ def tokenize(path: Path, text: str) -> np.ndarray:
         lib.llama_model_free(model)
 
 
+def check_loads(path: Path) -> None:
+    """Raise UserError unless llama.cpp knows the architecture and every tensor of a .gguf file. The weights are not used."""
+    lib = _library()
+    params = lib.llama_model_default_params()
+    params.n_gpu_layers, params.use_mmap, params.use_extra_bufts = 0, True, False
+    no_devices = (ctypes.c_void_p * 1)(None)
+    params.devices = ctypes.cast(no_devices, ctypes.c_void_p)
+    _log.clear()
+    model = lib.llama_model_load_from_file(str(path).encode(), params)
+    if not model:
+        raise UserError(f"llama.cpp does not load it: {_errors()}", "try a newer llama-cpp-python")
+    lib.llama_model_free(model)
+
+
 def _tokenize(lib: Any, vocab: Any, path: Path, text: str, special: bool) -> np.ndarray:
+    if lib.llama_vocab_type(vocab) == NO_VOCABULARY:  # llama.cpp would abort
+        raise NoTokenizerError(path)
     raw = text.encode()
     size = len(raw) + 8
     buffer = (ctypes.c_int32 * size)()
@@ -240,6 +258,8 @@ class LlamaCpp:
         return _tokenize(self._lib, self._vocab, self.path, text, special)
 
     def detokenize(self, ids: list[int]) -> str:
+        if self._lib.llama_vocab_type(self._vocab) == NO_VOCABULARY:
+            raise NoTokenizerError(self.path)
         tokens = (ctypes.c_int32 * len(ids))(*ids)
         size = 64 + 32 * len(ids)
         n = -1
@@ -260,12 +280,14 @@ class LlamaCpp:
         special = {name: (lib.llama_vocab_get_text(v, i) or b"").decode() if i >= 0 else "" for name, i in
                    (("bos_token", lib.llama_vocab_bos(v)), ("eos_token", lib.llama_vocab_eos(v)))}
         messages = [{"role": "user", "content": user}]
-        rendered, _ = render([messages], chat_template=template, add_generation_prompt=True, **special)
-        return str(rendered[0])
+        return render_within_limits(lambda: str(render(
+            [messages], chat_template=template, add_generation_prompt=True, **special)[0][0]), len(user), str(self.path))
 
     @property
     def end_tokens(self) -> frozenset[int]:
         """Every id that ends a generation according to the file (EOS, EOT, EOM and others)."""
+        if self._lib.llama_vocab_type(self._vocab) == NO_VOCABULARY:
+            return frozenset()
         return frozenset(i for i in range(self.vocab_size) if self._lib.llama_vocab_is_eog(self._vocab, i))
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from llmc.errors import UserError
+from llmc.files import read_json
 from llmc.formats.onnx_folder import QDQ_LEVEL, OnnxFolder, open_onnx
+from llmc.formats.template_limits import render_within_limits
 from llmc.runtimes import onnx_session
 from llmc.runtimes.base import TOO_LONG
 from llmc.runtimes.onnx_kv import KvCache, read_signature
@@ -162,15 +163,16 @@ class OnnxModel:
         if not tokenizer.chat_template:
             raise UserError(f"{self.folder} has no chat template", "leave out --chat: the prompt is continued as it is")
         messages = [{"role": "user", "content": user}]
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return render_within_limits(
+            lambda: str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)), len(user),
+            str(self.folder))
 
     @property
     def end_tokens(self) -> frozenset[int]:
         """Every end token in the folder's configurations and its tokenizer."""
         ids: set[int] = set()
         for name in ("generation_config.json", "tokenizer_config.json"):
-            path = self.folder / name
-            values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            values = read_json(self.folder / name)
             ids |= _ids(values.get("eos_token_id"))
             token = values.get("eos_token")
             ids |= _ids(self.tokenizer.token_to_id(token["content"] if isinstance(token, dict) else token or ""))

@@ -9,6 +9,7 @@ from typing import Any
 
 from llmc.errors import UserError
 from llmc.formats.onnx_folder import AGAIN, INSTALL, QDQ_LEVEL, OnnxFolder
+from llmc.privacy import telemetry_off
 
 CPU = "CPUExecutionProvider"
 GPUS = {  # in order of preference, with the memory that onnxruntime lets Python bind
@@ -20,11 +21,24 @@ DATA_FOLDER = "session.model_external_initializers_file_folder_path"  # needed i
 
 
 def library() -> Any:
+    """The package onnxruntime, with its telemetry off. Every module of llmc that needs it imports it here."""
+    telemetry_off()
     try:
         import onnxruntime
     except (ImportError, OSError) as e:  # not installed, or its shared library does not load here
         raise UserError(f"running an ONNX folder needs the package `onnxruntime` ({e})", INSTALL) from e
+    onnxruntime.disable_telemetry_events()  # builds for Windows do not read the environment
     return onnxruntime
+
+
+def genai_library() -> Any:
+    """The package onnxruntime-genai, with its telemetry off."""
+    library()  # it loads onnxruntime too
+    import onnxruntime_genai
+
+    if hasattr(onnxruntime_genai, "disable_telemetry_events"):  # from 0.18 on
+        onnxruntime_genai.disable_telemetry_events()
+    return onnxruntime_genai
 
 
 def gpu_provider() -> str:

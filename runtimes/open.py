@@ -23,16 +23,27 @@ def open_runtime(artifact: Path, context: int, threads: int, device: str = "cpu"
     kv: the type of the KV cache, if the runtime offers a choice; None: the runtime's default (llama.cpp: f16).
     """
     kind = _format(artifact)
+    check_runnable(artifact)
     return OPENERS[kind.format].open(artifact, context, threads, device, kv or kind.kv_default)
 
 
 def load_library(artifact: Path) -> None:
-    """Import the library of an artifact's runtime: its import is not part of the artifact's load time."""
+    """Import the library of an artifact's runtime and check the artifact: neither is part of the artifact's load time."""
     OPENERS[_format(artifact).format].load()
+    check_runnable(artifact)
+
+
+def check_runnable(artifact: Path) -> None:
+    """Raise UserError for an artifact that would make its runtime abort. Only headers are read."""
+    if _format(artifact).format == "gguf":
+        from llmc.formats import gguf_check
+
+        gguf_check.check_runnable(artifact)
 
 
 def token_ids(artifact: Path, text: str) -> np.ndarray:
     """The ids of a text, int [n], from an artifact's own tokenizer. The model is not loaded."""
+    check_runnable(artifact)
     return OPENERS[_format(artifact).format].token_ids(artifact, text)
 
 
@@ -77,7 +88,10 @@ def _ids_of_llama_cpp(artifact: Path, text: str) -> np.ndarray:
 
 
 def _load_onnxruntime() -> None:
-    for module in ("llmc.runtimes.onnx_model", "onnx", "onnxruntime"):
+    from llmc.runtimes.onnx_session import library
+
+    library()
+    for module in ("llmc.runtimes.onnx_model", "onnx"):
         importlib.import_module(module)
 
 

@@ -13,6 +13,7 @@ import torch
 
 from llmc.errors import UserError
 from llmc.formats.hf import load_tokenizer, load_torch_model
+from llmc.formats.template_limits import render_within_limits
 from llmc.machine import torch_device
 from llmc.runtimes.base import TOO_LONG
 
@@ -83,7 +84,9 @@ class TorchModel:
         if not self.tokenizer.chat_template:
             raise UserError(f"{self.folder} has no chat template", "leave out --chat: the prompt is continued as it is")
         messages = [{"role": "user", "content": user}]
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return render_within_limits(
+            lambda: str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)), len(user),
+            str(self.folder))
 
     @property
     def end_tokens(self) -> frozenset[int]:

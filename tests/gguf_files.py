@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFReader
+from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
 from llmc.export.gguf import GgufExportConfig, export_gguf
 from llmc.runtimes.torch_model import TorchModel
@@ -28,6 +28,26 @@ def logits(folder: Path) -> np.ndarray:
         return model.logits(np.random.default_rng(0).integers(2, 512, 60))
     finally:
         model.close()
+
+
+def copy(source: Path, out: Path, change: dict[str, Any], split: int = 0, **tensors: np.ndarray) -> Path:
+    """A copy of a file with other metadata: {key: value, None leaves it out}. A value may be (value, type, element type)."""
+    reader = GGUFReader(source)
+    writer = GGUFWriter(str(out), "llama", split_max_tensors=split)
+    values = {k: (f.contents(), f.types[0], f.types[-1] if f.types[0] == GGUFValueType.ARRAY else None)
+              for k, f in reader.fields.items() if not k.startswith("GGUF.") and k != "general.architecture"}
+    for key, value in change.items():
+        values[key] = value if isinstance(value, tuple) or value is None else (value, *values[key][1:])
+    for key, found in values.items():
+        if found is not None:
+            writer.add_key_value(key, found[0], found[1], sub_type=found[2])
+    for t in reader.tensors:
+        writer.add_tensor(t.name, tensors.get(t.name.replace(".", "_"), np.array(t.data)), raw_dtype=t.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
 
 
 # A stand-in for convert_hf_to_gguf.py with the same command line: a Llama in float32, the rows of Q and K permuted, and

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -127,3 +129,12 @@ def test_json_is_deterministic(tmp_path: Path) -> None:
     artifact.write_json(tmp_path / "a", {"b": 1, "a": "ü"})
     artifact.write_json(tmp_path / "b", json.loads('{"a": "ü", "b": 1}'))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_two_processes_in_one_folder(tmp_path: Path) -> None:
+    """Each leaves 400 notes; none is lost to the other's temporary file."""
+    code = ("from pathlib import Path\nfrom llmc.formats.manifest import note_last\n"
+            "for i in range(400): note_last(Path('x'), 'hf')")
+    processes = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [(p.communicate()[1], p.returncode) for p in processes] == [("", 0)] * 2
+    assert [p.name for p in (tmp_path / ".llmc").iterdir()] == ["last.json"]

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from llmc import cli, files, machine
+from llmc import cli, files, machine, streams
 from llmc.about import doctor
 from llmc.errors import UserError
 from llmc.evals.compare import ship
@@ -24,6 +24,7 @@ from llmc.recipes import run as recipe_run
 from llmc.runtimes.on_device import bench
 from llmc.runtimes.targets import adb_shell, ssh
 from llmc.runtimes.targets.target import Target
+from llmc.temporary import final_name
 
 pytestmark = pytest.mark.light
 
@@ -69,7 +70,7 @@ def windows(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 def test_files_are_flushed_and_folders_are_not(windows: list[Path], tmp_path: Path) -> None:
     files.write_json(tmp_path / "a.json", {"a": "ü"})
     assert (tmp_path / "a.json").read_bytes() == '{\n  "a": "ü"\n}\n'.encode()
-    assert [p.name for p in windows] == [".a.json.partial"]
+    assert [final_name(p) for p in windows] == ["a.json"]
     with files.staged_folder(tmp_path / "small") as work:
         (work / "sub").mkdir()
         (work / "sub" / "weights").write_text("new")
@@ -201,7 +202,7 @@ def test_what_adb_says_in_another_encoding(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("kind", [True, False], ids=["windows", "elsewhere"])
 def test_output_in_a_pipe(kind: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = io.BytesIO()
-    monkeypatch.setattr(cli, "WINDOWS", kind)
+    monkeypatch.setattr(streams, "WINDOWS", kind)
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="cp1252"))
     monkeypatch.setattr(cli, "run", lambda: print("1 → 2", end="") or 0 if kind else 0)
     with pytest.raises(SystemExit) as e:
@@ -210,19 +211,22 @@ def test_output_in_a_pipe(kind: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert raw.getvalue() == ("1 → 2".encode() if kind else b"")
 
 
-@pytest.mark.parametrize(("kind", "error", "raised"), [
-    (False, BrokenPipeError(), False), (True, OSError(errno.EINVAL, "Invalid argument"), False),
-    (False, OSError(errno.EINVAL, "Invalid argument"), True), (True, OSError(errno.ENOSPC, "No space left"), True)])
-def test_a_reader_that_has_gone(kind: bool, error: OSError, raised: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kind", "error", "code"), [
+    (False, BrokenPipeError(errno.EPIPE, "Broken pipe"), 0), (True, OSError(errno.EINVAL, "Invalid argument"), 0),
+    (False, OSError(errno.EINVAL, "Invalid argument"), 2), (True, OSError(errno.ENOSPC, "No space left"), 2)])
+def test_a_reader_that_has_gone(kind: bool, error: OSError, code: int, monkeypatch: pytest.MonkeyPatch,
+                                capsys: pytest.CaptureFixture[str]) -> None:
     """`llmc … | head`: the pipe's end is BrokenPipeError on POSIX and EINVAL on Windows."""
     def flush() -> None:
         raise error
 
     moved: list[tuple[int, int]] = []
-    monkeypatch.setattr(cli, "WINDOWS", kind)
+    monkeypatch.setattr(streams, "WINDOWS", kind)
     monkeypatch.setattr(cli, "run", lambda: 0)
-    monkeypatch.setattr(cli.os, "dup2", lambda a, b: moved.append((a, b)))
+    monkeypatch.setattr(streams.os, "dup2", lambda a, b: moved.append((a, b)))
     monkeypatch.setattr(sys, "stdout", SimpleNamespace(flush=flush, fileno=lambda: 1, write=len))
-    with pytest.raises(OSError if raised else SystemExit):
+    with pytest.raises(SystemExit) as e:
         cli.main()
-    assert len(moved) == (not raised)
+    assert e.value.code == code
+    assert len(moved) == 1
+    assert ("cannot be written" in capsys.readouterr().err) == (code == 2)

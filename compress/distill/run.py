@@ -52,12 +52,14 @@ def distill(student: str | Path, config: DistillConfig) -> dict[str, Any]:
     threads = config.threads or physical_cores()
     if config.lora is not None:
         check_peft()
+    if not config.dry_run:
+        check_output(config.out, "hf", student, config)
     job = _Job(resolve_model(student), resolve_model(config.teacher), config, threads)
     prepare_cpu(threads)  # after _Job, because accelerate sets the number of threads too
     plan = plan_of(job.student, job.taught, config, job.dtype, job.device, threads)
     if config.dry_run:
         return {"source": str(job.folder), "out": str(job.out), **plan}
-    check_output(job.out)
+    check_output(job.out, "hf", job.folder, config)
     check_disk(job.out, plan["disk_bytes"], "distilling")
     result = job.run()
     if not job.leads:

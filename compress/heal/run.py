@@ -45,6 +45,7 @@ def heal(model: str | Path, config: HealConfig) -> dict[str, Any]:
     start = time.monotonic()
     threads = config.threads or physical_cores()
     prepare_cpu(threads)
+    check_output(config.out, "gptq", model, config)
     job = _Job(resolve_model(model), resolve_model(config.teacher), config, threads)
     result = job.run()
     note_last(job.out, job.kind)
@@ -69,7 +70,7 @@ class _Job(Job):
             _check_layers(self.checkpoint, taught)
         self.taught = Skeleton(taught, str(self.device))
         self.vocab = common_vocabulary(Skeleton(self.checkpoint, "cpu"), self.taught)
-        check_output(self.out)
+        check_output(self.out, "gptq", folder, config)
         self.kind = "gptq" if (self.checkpoint.quantization or {}).get("quant_method") == "gptq" else "blocks"
         check_disk(self.out, self._disk_bytes(), "healing")
 

@@ -6,7 +6,6 @@ the same squares. It also puts the start token before each chunk if the tokenize
 
 from __future__ import annotations
 
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -27,13 +26,14 @@ from llmc.compress.text import Calibration
 from llmc.compress.unfinished import fingerprint
 from llmc.console import say
 from llmc.errors import UserError
-from llmc.files import check_disk, sha256, staged_file, write_json
+from llmc.files import check_disk, sha256
 from llmc.formats.imatrix import Imatrix, InputSums, write_imatrix
-from llmc.formats.manifest import check_output, manifest_path, new_manifest
+from llmc.formats.manifest import check_output, new_manifest, staged_artifact
 from llmc.formats.source import describe_source, model_name
 from llmc.machine import physical_cores, torch_device
 from llmc.precision import matmul_precision, prepare_cpu
 from llmc.sources.resolve import resolve_model
+from llmc.temporary import remove
 
 
 class SquaresPass(LayerWatch):
@@ -79,6 +79,7 @@ def imatrix(model: str | Path, config: ImatrixConfig) -> dict[str, Any]:
     start = time.monotonic()
     threads = config.threads or physical_cores()
     prepare_cpu(threads)
+    check_output(config.out, "imatrix", model, config)
     job = _Job(resolve_model(model), config, threads)
     return {**job.run(), "seconds": round(time.monotonic() - start, 1)}
 
@@ -93,7 +94,7 @@ class _Job:
         self.names = matrix_names(self.skeleton)
         self.out = config.out or Path(f"{model_name(source)}-imatrix.gguf")
         self.work = self.out.with_name(f".{self.out.name}.unfinished")
-        check_output(self.out)
+        check_output(self.out, "imatrix", source, config)
         hidden = self.skeleton.config.get_text_config().hidden_size
         states = config.samples * config.seq_len * hidden * 4
         check_disk(self.out, 3 * states, "gathering statistics")  # the hidden states take three files
@@ -110,16 +111,15 @@ class _Job:
         settings = settings_for(self.skeleton, text.sequences, workers=1, true_sequential=False)
         Loop(self.skeleton, text.sequences, work, settings).run(SquaresPass(self.skeleton, self.names))
         matrix = self._join(work, text)
-        with staged_file(self.out) as tmp:
-            write_imatrix(tmp, matrix)
         result = {"layers": len(self.skeleton.layers), "matrices": len(matrix.entries), "tokens": text.tokens}
-        digest = sha256(self.out)
         this = {"name": "imatrix", "config": self.config.numbers(), "threads": self.threads, "matmul": matmul_precision(),
                 "device": str(self.skeleton.device), "calibration": text.origin, **result}
-        write_json(manifest_path(self.out), new_manifest("imatrix", source, [this], outputs={self.out.name: digest}))
-        shutil.rmtree(work.folder)
-        sampled_file(self.work).unlink(missing_ok=True)
-        return {"out": str(self.out), **result, "calibration": text.origin["name"], "sha256": digest,
+        with staged_artifact(self.out) as (tmp, manifest):
+            write_imatrix(tmp, matrix)
+            manifest.update(new_manifest("imatrix", source, [this]))
+        remove(work.folder)
+        remove(sampled_file(self.work))
+        return {"out": str(self.out), **result, "calibration": text.origin["name"], "sha256": sha256(self.out),
                 "bytes": self.out.stat().st_size}
 
     def _join(self, work: Workspace, text: Calibration) -> Imatrix:

@@ -15,6 +15,7 @@ import torch
 from llmc.compress import text
 from llmc.compress.forward import Run, head_of, run
 from llmc.compress.skeleton import Skeleton, linears_of
+from llmc.console import command
 from llmc.evals.quality import metrics
 from llmc.evals.quality.protocol import FolderTokenizer
 from llmc.formats.checkpoint import Checkpoint
@@ -70,7 +71,7 @@ def advice(figures: dict[str, Any], source: Path, out: Path) -> str:
     lost = f"perplexity is {ratio:.3g} times that of the source and the KL divergence is {kld:.3g} on {figures['text']}"
     if ratio < LOSES:
         return f"{lost}: the loss is small; `llmc distill` can recover a part of it"
-    return f"{lost}: the loss is large, train the model before use: llmc distill {out} --teacher {source}"
+    return f"{lost}: the loss is large, train the model before use: {command('llmc', 'distill', out, '--teacher', source)}"
 
 
 def zeros_of(checkpoint: Checkpoint) -> tuple[list[int], list[int]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from dataclasses import replace
 from functools import cached_property
@@ -33,6 +32,7 @@ from llmc.formats.source import describe_source, model_name, origin_of
 from llmc.machine import check_memory, physical_cores, torch_device
 from llmc.precision import matmul_precision, prepare_cpu
 from llmc.sources.resolve import resolve_model
+from llmc.temporary import remove
 
 
 def prune(model: str | Path, config: PruneConfig) -> dict[str, Any]:
@@ -45,6 +45,8 @@ def prune(model: str | Path, config: PruneConfig) -> dict[str, Any]:
     start = time.monotonic()
     threads = config.threads or physical_cores()
     prepare_cpu(threads)
+    if not config.dry_run:
+        check_output(config.out, "hf", model, config)
     job = _Job(resolve_model(model), config, threads)
     plan = job.plan()
     if config.dry_run:
@@ -70,7 +72,7 @@ class _Job:
         self.out = config.out or Path(f"{model_name(source)}-{config.what}")
         self.work = self.out.with_name(f".{self.out.name}.unfinished")
         if not config.dry_run:
-            check_output(self.out)
+            check_output(self.out, "hf", source, config)
         self.notes: list[str] = []
         self._check()
 
@@ -159,7 +161,7 @@ class _Job:
                  "notes": self.notes, **summary, **made.record}
         manifest = model_folder.publish(folder, self.out, "hf", origin_of(self.source, self.described),
                                         [*passes_of(self.source), entry])
-        shutil.rmtree(work.folder)
-        sampled_file(self.work).unlink(missing_ok=True)
+        remove(work.folder)
+        remove(sampled_file(self.work))
         return {"out": str(self.out), "source": str(self.source), **summary, "notes": self.notes,
                 "advice": advice(quality, self.source, self.out), "weights_sha256": model_folder.weight_hashes(manifest)}

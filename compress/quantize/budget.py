@@ -32,7 +32,7 @@ from llmc.compress.zeros import mask_of
 from llmc.console import parse_size, progress, say, size
 from llmc.errors import UserError
 from llmc.families.names import classify
-from llmc.files import write_json
+from llmc.files import read_note, write_note
 from llmc.formats import types as block_types
 from llmc.formats.hf import load_tokenizer, load_torch_model
 from llmc.formats.manifest import NOTES
@@ -151,17 +151,16 @@ def _measured(config: QuantizeConfig, skeleton: Skeleton, source: dict[str, Any]
         ids, key["calibration"] = text.sequences, hashlib.sha256(text.sequences.numpy().tobytes()).hexdigest()
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     kept = Path(NOTES) / f"sensitivity-{digest[:16]}.json"
-    if kept.is_file():
+    found: dict[str, dict[str, Any]] = read_note(kept)
+    if found:
         say(f"using the sensitivities of an earlier run: {kept}")
-        found: dict[str, dict[str, Any]] = json.loads(kept.read_text(encoding="utf-8"))
         return found
     check_memory(memory_bytes(skeleton), "measuring the sensitivity of every matrix, with the whole model in memory,")
     model = load_torch_model(skeleton.checkpoint.folder, str(torch_device(config.device)), torch.float32)
     if ids is None:  # another seed than GPTQ's calibration text has
         ids = sample_from_model(model, tokenizer, SEQUENCES, length, config.seed + 1, SEQUENCES)
     found = measure(model, skeleton.layers_name, ids, {_module_name(skeleton, n): m for n, m in matrices.items()})
-    kept.parent.mkdir(exist_ok=True)
-    write_json(kept, found)
+    write_note(kept, found)
     return found
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import time
 from functools import cached_property, partial
 from pathlib import Path
@@ -49,6 +48,7 @@ from llmc.formats.source import describe_source, model_name, origin_of
 from llmc.machine import physical_cores, torch_device
 from llmc.precision import matmul_precision, prepare_cpu
 from llmc.sources.resolve import resolve_model
+from llmc.temporary import remove
 
 
 def quantize(model: str | Path, config: QuantizeConfig) -> dict[str, Any]:
@@ -60,6 +60,8 @@ def quantize(model: str | Path, config: QuantizeConfig) -> dict[str, Any]:
     start = time.monotonic()
     threads = config.threads or physical_cores()
     prepare_cpu(threads)
+    if not config.dry_run:
+        check_output(config.out, "gptq", model, config)
     source = resolve_model(model)
     job = _Job(source, config, threads)
     plan = job.plan()
@@ -92,8 +94,8 @@ def quantize_and_heal(job: _Job) -> dict[str, Any]:
         found = {"key": key, "result": job.run()}
         write_json(note, found)
     healed = heal(job.out, settings)
-    shutil.rmtree(job.out)
-    note.unlink()
+    remove(note)  # first: a run that finds the note takes the folder for finished
+    remove(job.out)
     job.out = out
     return {**found["result"], "out": str(out), "weights_sha256": healed["weights_sha256"], "healed": healed}
 
@@ -112,7 +114,7 @@ class _Job:
         self.out = config.out or Path(f"{model_name(source)}-{config.method}-{what}")
         self.work = self.out.with_name(f".{self.out.name}.unfinished")
         if not config.dry_run:
-            check_output(self.out)
+            check_output(self.out, "gptq", source, config)
         self.importance = Importance(config.imatrix, self.skeleton) if config.imatrix else None
         self.assignment = (assign_to_budget(config, self.skeleton, self.described) if config.target
                            else assign(config, self.skeleton))
@@ -262,9 +264,9 @@ class _Job:
                  **({"transform": choice.record} if choice else {})}
         passes = [*passes_of(self.source), *(choice.passes if choice else []), entry]
         manifest = model_folder.publish(folder, self.out, self.kind, origin_of(self.source, source), passes)
-        shutil.rmtree(work.folder)
-        sampled_file(self.work).unlink(missing_ok=True)
-        shutil.rmtree(self._transformed(), ignore_errors=True)
+        remove(work.folder)
+        remove(sampled_file(self.work))
+        remove(self._transformed())
         total = sum(p.stat().st_size for p in self.out.glob("*.safetensors"))
         return {"out": str(self.out), **self._what(), "bits_per_weight": self._bits_per_weight(),
                 "bytes": total, "transform": choice.record if choice else None,

@@ -7,7 +7,6 @@ result.
 
 from __future__ import annotations
 
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -33,6 +32,7 @@ from llmc.formats.manifest import passes_of, read_manifest
 from llmc.formats.shards import pieces_of, rest_of
 from llmc.formats.source import describe_source
 from llmc.precision import matmul_precision
+from llmc.temporary import remove
 
 
 class Settings(TextSettings, Protocol):
@@ -142,7 +142,7 @@ class Job(ABC):
                  "texts": texts.origins, **result}
         origin = (read_manifest(self.folder) or {}).get("source") or self.source
         manifest = model_folder.publish(folder, self.out, kind, origin, [*passes_of(self.folder), entry])
-        shutil.rmtree(self.work)
+        remove(self.work)
         return {"out": str(self.out), **{k: v for k, v in result.items() if k not in ("losses", "layers")},
                 "texts": [{"name": o["name"], "share": o["share"]} for o in texts.origins],
                 "weights_sha256": model_folder.weight_hashes(manifest)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +24,7 @@ from llmc.files import write_json
 from llmc.formats.manifest import passes_of
 from llmc.formats.source import hash_source
 from llmc.machine import torch_device
+from llmc.temporary import remove
 
 HELD_SHARE, HELD_MOST = 8, 16  # an eighth of the calibration sequences is held out, at most 16
 CANDIDATES = ("none", "scaling", "rotate", "rotate+scaling")
@@ -46,7 +46,7 @@ def choose(source: Path, skeleton: Skeleton, config: QuantizeConfig, calibration
     UserError if the architecture is unknown."""
     family_of(skeleton.config)  # raises UserError
     if not config.resume:
-        shutil.rmtree(work, ignore_errors=True)
+        remove(work)
     rotation, reason = free_rotation(skeleton)
     maker = _Maker(source, config, threads, work, rotation)
     record: dict[str, Any] = {"asked": config.transform, "rotation": rotation}
@@ -63,7 +63,7 @@ def choose(source: Path, skeleton: Skeleton, config: QuantizeConfig, calibration
            f"{held.sequences.shape[0]} held-out calibration sequences: {figures}")
     say(f"--transform auto takes {taken}: {why}")
     for name in set(CANDIDATES) - {taken}:
-        shutil.rmtree(work / name, ignore_errors=True)
+        remove(work / name)
     return maker.choice(taken, {**record, "taken": taken, "why": why, "measured": measured})
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from functools import partial
 from pathlib import Path
@@ -27,6 +26,7 @@ from llmc.formats.source import hash_source, model_name
 from llmc.machine import physical_cores, torch_device
 from llmc.precision import prepare_cpu
 from llmc.sources.resolve import resolve_model
+from llmc.temporary import remove
 
 Q8_0_BYTES = 34 / 32  # bytes per weight
 
@@ -39,10 +39,11 @@ def transform(model: str | Path, config: TransformConfig) -> dict[str, Any]:
     start = time.monotonic()
     threads = config.threads or physical_cores()
     prepare_cpu(threads)
+    check_output(config.out, "hf", model, config)
     source = resolve_model(model)
     out = config.out or Path("-".join([model_name(source), *(n for n in (config.rotate, config.scaling) if n != "none")]))
     skeleton = check(source, config)
-    check_output(out)
+    check_output(out, "hf", source, config)
     check_disk(out, disk_bytes(skeleton, config), "transforming")
     check_weights(skeleton.checkpoint)
     kept = sampled_file(out.with_name(f".{out.name}.unfinished"))
@@ -50,7 +51,7 @@ def transform(model: str | Path, config: TransformConfig) -> dict[str, Any]:
     if config.calibrated:
         calibration = calibration_text(skeleton, hash_source(source), config, threads, kept)
     result = make(source, out, config, calibration, threads)
-    kept.unlink(missing_ok=True)
+    remove(kept)
     note_last(out, "hf")
     return {**result, "seconds": round(time.monotonic() - start, 1)}
 
@@ -101,7 +102,7 @@ def make(source: Path, out: Path, config: TransformConfig, calibration: Calibrat
         stages.append(ScalingStage(stages[0].out if stages else source, out, config.numbers_of("scaling"), **shared,
                                  type_of=partial(type_for, config.target()), calibration=calibration))
     passes = [stage.run()["passes"][-1] for stage in stages]
-    shutil.rmtree(between, ignore_errors=True)
+    remove(between)
     left = list(dict.fromkeys(line for p in passes for r in p["layers"] for line in r["left"]))
     for line in left:
         warn(f"not transformed: {line}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +26,7 @@ from llmc.formats.shards import pieces_of, rest_of
 from llmc.formats.source import hash_source, origin_of
 from llmc.formats.types import AnyType
 from llmc.precision import matmul_precision
+from llmc.temporary import remove
 
 
 class Stage(ABC):
@@ -96,7 +96,7 @@ class Stage(ABC):
                  "widened": len(widened), "grown_bytes": sizes[0] - sizes[1], **self.entry()}
         manifest = model_folder.publish(folder, self.out, "hf", origin_of(self.source), [*passes_of(self.source), entry],
                                         fingerprint=key)
-        shutil.rmtree(work.folder)
+        remove(work.folder)
         return manifest
 
 

@@ -21,6 +21,7 @@ from llmc.evals.report.schema import Report, Speed, Spread, Stat, Text
 from llmc.evals.report.sections import base_of, kv_type, quality_of, speed_on, speeds_of, targets_of, tasks_of, texts_of
 from llmc.evals.report.store import merged, read_report, unpack
 from llmc.evals.report.store import without_arrays as report_without_arrays
+from llmc.places import check_page
 
 FLOATS = (None, "f32", "f16", "bf16")  # types of a KV cache that are not added to the artifact's name
 
@@ -31,6 +32,7 @@ def compare(config: CompareConfig) -> Comparison:
     Raises UserError if the reports are not comparable, or if a gate's metric was not measured.
     """
     limits = gates.parse(config)
+    check_page(config.page, config.reports, "choose another file with --page")
     reports = join([read_report(p) for p in config.reports], config.reports)
     check_comparable(reports)
     baseline = reports[0]

@@ -37,8 +37,11 @@ from llmc.evals.report.schema import Report
 from llmc.evals.report.sections import quality_of, speeds_of
 from llmc.evals.report.store import hash_artifact, merged, read_report, save
 from llmc.evals.shared_options import parse_number
+from llmc.files import read_json
 from llmc.formats.artifacts.table import artifact_at
 from llmc.formats.manifest import versions
+from llmc.places import check_place
+from llmc.small_files import parse_yaml, read_text
 
 LIMITS = ("min_decode", "max_first_token", "max_ram", "max_size", "max_kld", "min_top1")
 EVAL = ("text", "second_text", "context", "chunks", "threads")
@@ -64,14 +67,9 @@ class Gates:
 
 def read_gates(path: Path) -> Gates:
     """Read a gates file. Raises UserError that lists all its problems at once."""
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        raise UserError(f"there is no gates file {path}", "see `llmc ship --help` for an example") from e
-    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as e:
-        raise UserError(f"{path} is not YAML: {e}", "correct the line that the error names") from e
+    if not path.exists():
+        raise UserError(f"there is no gates file {path}", "see `llmc ship --help` for an example")
+    content = parse_yaml(read_text(path), str(path), "correct the line that the error names")
     if not isinstance(content, dict):
         raise UserError(f"{path} is no gates file", "see `llmc ship --help` for an example")
     known = {f.name for f in fields(Gates)} - {"file"}
@@ -139,6 +137,13 @@ def ship(gates: Gates) -> Shipping:
             "allow_estimates": gates.allow_estimates, "context": gates.context, "prompt": gates.prompt,
             "signed": {"by": _user(), "host": platform.node(), "at": datetime.now(UTC).isoformat(timespec="seconds"),
                        "versions": versions()}}
+
+
+def check_summary(path: Path, gates: Gates) -> None:
+    """Raise UserError unless the summary can be written at `path`: nothing is there, or an earlier summary."""
+    check_place(path, [gates])
+    if path.exists() and not {"gates", "passed", "artifacts", "signed"} <= read_json(path).keys():
+        raise UserError(f"{path} is there already and is no summary of llmc ship", "choose another name with -o")
 
 
 def _check_identity(path: Path, digest: str, reports: dict[str, Report]) -> None:

@@ -26,8 +26,10 @@ from llmc.formats.artifacts.table import artifact_at
 from llmc.formats.manifest import read_manifest
 from llmc.machine import physical_cores
 from llmc.overlap import overlap
-from llmc.runtimes.base import Runtime
+from llmc.places import check_place
+from llmc.runtimes.base import NoTokenizerError, Runtime
 from llmc.runtimes.open import open_runtime
+from llmc.runtimes.trial import try_first
 from llmc.sources.resolve import locate
 
 # Text on which tokenizers often differ: repeated spaces, digits, case, accents, scripts, code, emoji, a text like a token.
@@ -42,6 +44,8 @@ def evaluate(config: EvalConfig) -> Report:
 
     Raises UserError for bad input, before the long work if possible.
     """
+    if config.output is not None:
+        check_place(config.output, [config])
     artifact = locate(config.artifact)
     base = locate(config.base) if config.base is not None else None
     wanted = () if config.no_text else (config.text, config.second_text)
@@ -65,7 +69,7 @@ def evaluate(config: EvalConfig) -> Report:
     here = config.device if config.target is None else "cpu"
     runtime = _open(artifact, context, threads, config)
     try:
-        base_runtime = open_runtime(base, context, threads, here) if base and not is_base else None
+        base_runtime = _open_base(base, context, threads, here) if base and not is_base else None
         try:
             if texts:
                 _check_context(config.context, runtime, *([base_runtime] if base_runtime else []))
@@ -99,6 +103,7 @@ def _open(artifact: Path, context: int, threads: int, config: EvalConfig) -> Run
     """Open the artifact in its runtime, on this machine or on the target. threads: for this machine. The target chooses its
     own number of threads if --threads is not given."""
     if config.target is None:
+        try_first(artifact)
         return open_runtime(artifact, context, threads, config.device, config.kv)
     from llmc.runtimes.remote import RemoteRuntime
     from llmc.runtimes.targets.device import connect
@@ -107,6 +112,11 @@ def _open(artifact: Path, context: int, threads: int, config: EvalConfig) -> Run
     target = find_target(config.target, config.targets)
     kind = "gpu" if target.address == "local-gpu" else config.device
     return RemoteRuntime(connect(target), artifact, context, config.threads, kind, config.kv)
+
+
+def _open_base(base: Path, context: int, threads: int, device: str) -> Runtime:
+    try_first(base)
+    return open_runtime(base, context, threads, device)
 
 
 def _facts(runtime: Runtime) -> RuntimeFacts:
@@ -144,7 +154,12 @@ def _check_tokenizer(runtime: Runtime, tokenizer: Tokenizer, artifact: Path) -> 
     ours = tokenizer.encode(SAMPLE)
     if tokenizer.bos is not None:
         ours = np.concatenate([[tokenizer.bos], ours])
-    agrees = bool(np.array_equal(ours, runtime.tokenize(SAMPLE, special=True)))
+    try:
+        found = runtime.tokenize(SAMPLE, special=True)
+    except NoTokenizerError:
+        warn(f"{artifact.name} holds no tokenizer: the results are for the base's token ids")
+        return False
+    agrees = bool(np.array_equal(ours, found))
     if agrees:
         say(f"the tokenizer in {artifact.name} gives the same ids as the base's")
     else:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc.errors import UserError
+from llmc.sources.data_sets import datasets_library
 
 ALIASES = {"lambada_openai": "lambada", "openbook_qa": "openbookqa"}
 
@@ -254,14 +255,7 @@ def _from_hub(name: str) -> tuple[str, str, list[tuple[str, Any]]]:
     hub is run."""
     repo, config, split = KINDS[name].hub
     advice = f"give its items: --tasks {name}=FILE"
-    try:
-        import datasets
-
-        if int(datasets.__version__.split(".")[0]) < 4:  # older versions may run a script of the dataset
-            raise ImportError(f"{datasets.__version__} is too old")
-    except ImportError as e:
-        raise UserError(f"the task {name} without a file needs the package `datasets` ({e})",
-                        f"{advice}, or pip install 'datasets>=4'") from e
+    datasets = datasets_library(f"the task {name} without a file", advice)
     try:
         rows = [dict(row) for row in datasets.load_dataset(repo, config, split=split)]
     except (OSError, ValueError, RuntimeError) as e:

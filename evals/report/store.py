@@ -6,7 +6,6 @@ Its types are in schema.py. The sha256 identifies the artifact.
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast, overload
@@ -20,6 +19,8 @@ from llmc.files import write_json
 from llmc.formats import kv
 from llmc.formats.artifacts.table import artifact_at
 from llmc.formats.manifest import read_manifest, versions
+from llmc.places import check_place
+from llmc.small_files import LARGE, read_json
 
 SCHEMA = 2
 KIND = "llmc-report"
@@ -49,12 +50,9 @@ def describe_artifact(artifact: Path) -> Described:
 
 def read_report(path: Path) -> Report:
     """Read a report. Raises UserError if it is not a complete report of this version. The sections are not checked."""
-    try:
-        report: Any = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        raise UserError(f"there is no report {path}", "make it with `llmc eval ARTIFACT --base BASE -o FILE`") from e
-    except (ValueError, IsADirectoryError) as e:
-        raise UserError(f"{path} is not a JSON file: {e}", "give reports of `llmc eval` or `llmc bench`") from e
+    if not path.exists():
+        raise UserError(f"there is no report {path}", "make it with `llmc eval ARTIFACT --base BASE -o FILE`")
+    report = read_json(path, LARGE, "give reports of `llmc eval` or `llmc bench`")
     if not isinstance(report, dict) or report.get("kind") != KIND:
         raise UserError(f"{path} is not a report of llmc", "give reports of `llmc eval` or `llmc bench`")
     if lacking := [k for k in ("schema", "artifact", "versions") if k not in report]:
@@ -65,12 +63,15 @@ def read_report(path: Path) -> Report:
     return cast(Report, report)
 
 
-def check_output(path: Path | None, digest: str, kv: str | None = None) -> None:
+def check_output(path: Path | None, digest: str, kv: str | None = None, *inputs: Any) -> None:
     """Check the output before any work. Raises UserError if the file exists and is not a report of the same artifact.
 
-    kv: type of the KV cache that the report must have; None: any.
+    kv: type of the KV cache that the report must have; None: any. inputs: what is read, as of `check_place`.
     """
-    if path is not None and path.exists():
+    if path is None:
+        return
+    check_place(path, inputs)
+    if path.exists():
         before = read_report(path)
         other = before["artifact"]
         if other["sha256"] != digest:

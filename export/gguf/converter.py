@@ -34,13 +34,17 @@ from llmc.export.gguf.config import GgufExportConfig
 from llmc.export.gguf.plan import Plan, Types
 from llmc.export.gguf.writer import GgufTensor, Source
 from llmc.families.names import is_layer_matrix
-from llmc.files import check_disk, write_json
+from llmc.files import check_disk, work_folder, write_json
 from llmc.formats import pretokenizers, quantized
 from llmc.formats.checkpoint import INDEX, TOKENIZER_FILES, Checkpoint
 from llmc.formats.gguf import field, open_gguf
+from llmc.formats.gguf_header import read_header
 
 SCRIPT = "convert_hf_to_gguf.py"
 SHARD = 1_000_000_000
+PATIENCE = 600  # seconds that the converter may take, beside those for its weights
+SLOWEST = 5_000_000  # bytes of weights per second
+TAIL = 65536  # bytes of its messages that are read
 NO_WAY = "llmc cannot write the codes of this architecture into GGUF"
 OURS = ("general.architecture", "general.type", "general.name", "general.size_label", "general.license",
         "general.quantized_by", "general.base_model.", "general.file_type", "general.quantization_version",
@@ -78,8 +82,7 @@ def converted(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, types: Types
     weights = sum(int(np.prod(shape)) for shape in [*shapes, *(quantized.shape(ckpt, linear) for linear in linears)])
     copies = 2 if linears else 1
     check_disk(parent, 4 * weights * copies, "the float copies that llama.cpp's converter reads and writes")
-    with tempfile.TemporaryDirectory(prefix=".llmc-convert-", dir=parent) as temporary:
-        work = Path(temporary)
+    with work_folder(parent / f"{ckpt.folder.resolve().name}-converted") as work:
         folder = _write_skeleton(ckpt, linears, work / ckpt.folder.resolve().name) if linears else ckpt.folder
         float_file = work / "float.gguf"
         _run(script, folder, float_file, _pre(config, ckpt.folder, tok))
@@ -127,17 +130,32 @@ def _pre(config: GgufExportConfig, folder: Path, tok: Any) -> str:
 
 
 def _run(script: Path, folder: Path, out: Path, pre: str) -> None:
+    """Run the converter as a child: it may abort, hang or print without end. Raises UserError unless it wrote a
+    whole file."""
     say(f"running {script}")
-    child = subprocess.run(
-        [sys.executable, "-c", LAUNCHER, str(script.resolve()), pre, str(folder.resolve()), "--outfile", str(out),
-         "--outtype", "f32"],
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"},
-        capture_output=True, text=True, errors="replace", check=False)
-    if child.returncode or not out.is_file():
-        lines = [line for line in child.stderr.splitlines() if line.strip()] or ["it printed nothing"]
+    limit = PATIENCE + sum(p.stat().st_size for p in folder.glob("*.safetensors")) / SLOWEST
+    with tempfile.TemporaryFile() as printed:
+        try:
+            code = subprocess.run(
+                [sys.executable, "-c", LAUNCHER, str(script.resolve()), pre, str(folder.resolve()), "--outfile", str(out),
+                 "--outtype", "f32"],
+                env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}, stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL, stderr=printed, timeout=limit, check=False).returncode
+        except subprocess.TimeoutExpired as e:
+            raise UserError(f"llama.cpp's converter did not end on {folder.name} in {limit:,.0f} seconds",
+                            f"`python {script} {folder.name}` shows what it does") from e
+        printed.seek(max(0, printed.tell() - TAIL))
+        lines = [line for line in printed.read().decode(errors="replace").splitlines() if line.strip()]
+    if code or not out.is_file():
+        how = f"code {code}" if code >= 0 else f"signal {-code}"
         raise UserError(
-            f"llama.cpp's converter failed on {folder.name} (code {child.returncode}): {lines[-1].strip()}",
+            f"llama.cpp's converter failed on {folder.name} ({how}): {lines[-1].strip() if lines else 'it printed nothing'}",
             f"`python {script} {folder.name}` shows its full output; a newer checkout may support the architecture")
+    try:
+        read_header(out)
+    except UserError as e:
+        raise UserError(f"llama.cpp's converter wrote a damaged file: {e.problem.rpartition(f'{out} ')[2]}",
+                        f"`python {script} {folder.name}` shows its full output") from e
 
 
 # ------------------------------------------------------------------------------------------------------ matching rows

@@ -20,11 +20,11 @@ from llmc.export.gguf.config import GgufExportConfig
 from llmc.export.gguf.plan import Plan, Planner, Types
 from llmc.export.gguf.writer import GgufTensor
 from llmc.export.source import model_folder, source_of, stem
-from llmc.files import check_disk, sha256, staged_file, write_json
+from llmc.files import check_disk
 from llmc.formats import quantized
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.hf import load_config, load_tokenizer
-from llmc.formats.manifest import check_output, manifest_path, new_manifest, note_last, read_manifest
+from llmc.formats.manifest import check_output, new_manifest, note_last, read_manifest, staged_artifact
 from llmc.formats.pretokenizers import WITHOUT_MARKS
 from llmc.machine import physical_cores
 
@@ -32,13 +32,12 @@ from llmc.machine import physical_cores
 def run(config: GgufExportConfig) -> dict[str, Any]:
     """Run `llmc.export.gguf.export_gguf`. If a check fails, no file is left."""
     _need_packages()
+    check_output(config.out, "gguf", config)
     folder = model_folder(config.model)
     ckpt = Checkpoint.open(folder)
     # errors that are cheap to find come before slow work
     quantized.linears(ckpt)
     quantized.check_order(ckpt)
-    if config.out is not None:
-        check_output(config.out)
     if config.converter is None:
         find_architecture(ckpt.config)
     threads = config.threads or physical_cores()
@@ -93,43 +92,41 @@ def _finish(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, threads: int, 
     w.add_file_type(number)
     w.add_quantization_version(GGML_QUANT_VERSION)
     out = config.out or Path(f"{stem(ckpt.folder, source)}-{type_name}.gguf")
-    check_output(out)
+    check_output(out, "gguf", config, ckpt.folder)
     total = sum(e.nbytes for e in entries)
     check_disk(out, total + (64 << 20), f"writing {out}")
     for note in plan.notes:
         warn(note)
     say(f"writing {out}: {size(total)} of tensors, mostly {type_name}; embedding "
         f"{types.embedding.name} ({types.reason})")
-    with staged_file(out) as tmp:
-        writer.write(w, tmp, entries)
+    v = plan.vocabulary
+    with staged_artifact(out) as (tmp, manifest):
+        writer.write(w, tmp, entries, lambda: verify.header(tmp, ckpt, w.arch))
         verified = verify.tensors(tmp, entries)
         checks = verify.in_llama_cpp(tmp, ckpt, tok, plan.vocabulary, entries, plan.context_length, threads)
-    v = plan.vocabulary
+        report = {
+            "path": str(out), "source": str(ckpt.folder), "architecture": w.arch, "file_type": type_name,
+            "bytes": tmp.stat().st_size, "bytes_by_class": writer.bytes_by_role(entries), "parameters": parameters,
+            "tensor_types": dict(Counter(e.kind.name for e in entries)), "verified": verified,
+            "pre_tokenizer": v.pre, "chat_template_sha256": v.template_sha256, "notes": plan.notes, **checks,
+        }
+        manifest.update(_record(ckpt, config, source, report))
+    note_last(out, "gguf")
     if not checks["token_ids"]["leading_space_alike"]:
         warn("a text that begins with a space is tokenized differently by llama.cpp and by transformers")
     if not checks["token_ids"]["combining_marks_alike"]:
         other = WITHOUT_MARKS[v.pre]
         warn(f"words with combining marks (Hindi, Tamil, Thai …) are tokenized differently by llama.cpp's {v.pre!r}"
              + (f"; --pre {other} keeps them whole, in versions of llama.cpp that have it" if other else ""))
-    report = {
-        "path": str(out), "source": str(ckpt.folder), "architecture": w.arch, "file_type": type_name,
-        "bytes": out.stat().st_size, "bytes_by_class": writer.bytes_by_role(entries), "parameters": parameters,
-        "tensor_types": dict(Counter(e.kind.name for e in entries)), "verified": verified,
-        "pre_tokenizer": v.pre, "chat_template_sha256": v.template_sha256, "notes": plan.notes, **checks,
-    }
-    _record(out, ckpt, config, source, report)
     return report
 
 
-def _record(out: Path, ckpt: Checkpoint, config: GgufExportConfig, source: dict[str, Any],
-            report: dict[str, Any]) -> None:
-    """Write the manifest beside the file. It continues the passes of the source model."""
+def _record(ckpt: Checkpoint, config: GgufExportConfig, source: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+    """The manifest beside the file. It continues the passes of the source model."""
     before = read_manifest(ckpt.folder) or {}
     options = {"embedding": config.embedding, "head": config.head, "float_type": config.float_type,
                "pre": config.pre, "chat_template": config.chat_template,
                "converter": config.converter is not None}
     measured = {k: v for k, v in report.items() if k not in ("path", "source")}
     this = {"name": "export-gguf", "config": options, **measured}
-    manifest = new_manifest("gguf", source, [*before.get("passes", []), this], outputs={out.name: sha256(out)})
-    write_json(manifest_path(out), manifest)
-    note_last(out, "gguf")
+    return new_manifest("gguf", source, [*before.get("passes", []), this])

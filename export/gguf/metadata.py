@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import Any
 
 from gguf import GGUFWriter
 
-from llmc.errors import UserError
 from llmc.export.gguf.tokenizer import Vocabulary
+from llmc.files import read_json
 from llmc.sources.resolve import HUB_ID
 
 HUB = "https://huggingface.co/"
@@ -73,13 +72,7 @@ def size_label(parameters: int) -> str:
 
 def add_sampling(writer: GGUFWriter, folder: Path) -> None:
     """Write general.sampling.* from the sampling values in generation_config.json, if it has any."""
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise UserError(f"{path} is not valid JSON: {e}", "download it again") from e
+    values = read_json(folder / "generation_config.json")
     for name, gguf_name in SAMPLING.items():
         value = values.get(name)
         if isinstance(value, int | float) and not isinstance(value, bool):

@@ -27,11 +27,13 @@ from llmc.export.reference import reference_logits
 from llmc.formats import packing
 from llmc.formats.check_text import CHECK_TEXT, MARKS
 from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.gguf_check import check_runnable
 from llmc.formats.pretokenizers import WITHOUT_MARKS
 from llmc.formats.quantized import Quantized, as_blocks, rows_of
 from llmc.formats.types import BlockTensor
 from llmc.runtimes.amx import use_extra_buffers
-from llmc.runtimes.llamacpp import LlamaCpp
+from llmc.runtimes.llamacpp import LlamaCpp, check_loads
+from llmc.temporary import final_name
 
 FLOATS = {Kind.F32, Kind.F16, Kind.BF16}
 MOST_LOST = 0.25  # relative squared error of a matrix rounded at export; Q2_K, the coarsest type, has about 0.07
@@ -56,9 +58,22 @@ def tensors(path: Path, entries: list[GgufTensor]) -> dict[str, int]:
     return counts
 
 
+def header(path: Path, ckpt: Checkpoint, arch: str) -> None:
+    """Raise UserError if llama.cpp would refuse the file, or abort at its metadata, before the weights are written."""
+    try:
+        check_runnable(path)
+        check_loads(path)
+    except UserError as e:
+        reason = e.problem.removeprefix(f"{path}: ")
+        layers = ckpt.config.get("num_hidden_layers") or ckpt.config.get("n_layer")
+        raise UserError(
+            f"{ckpt.folder} does not fit llama.cpp's architecture {arch!r}: {reason}",
+            f"check that config.json ({layers} layers) belongs to the weights; if the model has tensors that llama.cpp's "
+            f"{arch} does not have, such as biases of attention, export it with --format onnx") from e
+
+
 def _damaged(path: Path, what: str) -> UserError:
-    name = path.name.removeprefix(".").removesuffix(".partial")
-    return UserError(f"{name} does not read back as it was written: {what}",
+    return UserError(f"{final_name(path)} does not read back as it was written: {what}",
                      f"check the disk and export again; if the error stays, {PLEASE_REPORT}")
 
 

@@ -5,6 +5,7 @@ One tensor is in memory at a time, so the largest one bounds the peak.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -58,8 +59,11 @@ class GgufTensor:
         return (int(layer[1]) if layer else 1 << 30), self.name
 
 
-def write(writer: GGUFWriter, path: Path, entries: list[GgufTensor]) -> None:
-    """Write the metadata in `writer` and the tensors to `path`."""
+def write(writer: GGUFWriter, path: Path, entries: list[GgufTensor], check: Callable[[], None] = lambda: None) -> None:
+    """Write the metadata in `writer` and the tensors to `path`.
+
+    check: is called before the first tensor is written, when the file has its header and its full length but no weights.
+    """
     for e in entries:
         # gguf does not use the dtype, because the type is given
         writer.add_tensor_info(e.name, e.shape, np.dtype(np.float32), e.nbytes, raw_dtype=e.kind)
@@ -67,12 +71,23 @@ def write(writer: GGUFWriter, path: Path, entries: list[GgufTensor]) -> None:
     try:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
+        _lengthen(writer, path, entries)
+        check()
         with progress("writing tensor", len(entries)) as p:
             for e in entries:
                 writer.write_tensor_data(blocks.encode(e.name, e.source(), e.kind))
                 p.step(e.name)
     finally:
         writer.close()
+
+
+def _lengthen(writer: GGUFWriter, path: Path, entries: list[GgufTensor]) -> None:
+    """Give the file its final length. What is not written yet takes no space on most disks."""
+    assert writer.fout is not None
+    writer.fout[0].flush()
+    pad = GGUFWriter.ggml_pad
+    start = pad(writer.fout[0].tell(), writer.data_alignment)
+    os.truncate(path, start + sum(pad(e.nbytes, writer.data_alignment) for e in entries))
 
 
 def bytes_by_role(entries: list[GgufTensor]) -> dict[str, int]:

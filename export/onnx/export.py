@@ -20,6 +20,7 @@ from llmc.formats import quantized
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.hf import load_config, load_tokenizer
 from llmc.formats.manifest import check_output, hash_folder, new_manifest, note_last, read_manifest
+from llmc.formats.no_code import remove_code
 from llmc.formats.onnx_folder import MODEL
 from llmc.machine import physical_cores
 
@@ -35,6 +36,7 @@ def run(config: OnnxExportConfig) -> dict[str, Any]:
 
     if config.exporter == "optimum":
         plain.check_packages()
+    check_output(config.out, "onnx", config)
     folder = model_folder(config.model)
     ckpt = Checkpoint.open(folder)
     # errors that are cheap to find come before slow work
@@ -46,13 +48,12 @@ def run(config: OnnxExportConfig) -> dict[str, Any]:
         graph.find_architecture(ckpt.config)
     source = source_of(folder)
     out = config.out or Path(f"{stem(folder, source)}-onnx")
-    check_output(out)
-    if out.is_file():
-        raise UserError(f"{out} is a file, and an ONNX export is a folder", "choose another place with -o")
+    check_output(out, "onnx", config, folder)
     torch.set_num_threads(config.threads or physical_cores())
     with staged_folder(out) as work:
         write = plain.write if config.exporter == "optimum" else _write
         report = write(config, ckpt, work, str(out))
+        remove_code(work, str(out))
         _record(config, ckpt, source, work, report)
     note_last(out, "onnx")
     return report

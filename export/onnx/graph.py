@@ -33,6 +33,7 @@ from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.contents import is_buffer
 from llmc.formats.ends import ends_of
 from llmc.formats.names import Names, missing
+from llmc.runtimes.onnx_session import genai_library
 
 
 def find_architecture(config: dict[str, Any]) -> Onnx:
@@ -248,6 +249,7 @@ def _builders() -> Any:
     """Import the builder's modules. They add their folder to sys.path to import each other; this restores sys.path."""
     before = list(sys.path)
     try:
+        genai_library()
         from onnxruntime_genai.models import builders
 
         return builders

@@ -29,6 +29,7 @@ from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.onnx_folder import open_onnx
 from llmc.formats.types import IntegerType, QuantizedTensor
 from llmc.runtimes.onnx_model import OnnxModel
+from llmc.runtimes.onnx_session import genai_library
 
 # Bounds of the logits at accuracy level 0, both sides in float32. Trained and untrained models have a relative error of 1e-6.
 # Gemma has up to 1e-3: the builder rounds the factor of its embedding to two decimals
@@ -150,8 +151,7 @@ def bounded(expected: np.ndarray, found: np.ndarray, what: str) -> dict[str, Any
 
 def in_genai(folder: Path, tokenizer: Any, context_length: int) -> dict[str, Any]:
     """Open the folder in onnxruntime-genai, compare the token ids and continue PROMPT greedily; return the results."""
-    import onnxruntime_genai as og
-
+    og = genai_library()
     try:
         model = og.Model(str(folder))
         genai_tokenizer = og.Tokenizer(model)

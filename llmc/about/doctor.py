@@ -12,6 +12,7 @@ from typing import Any
 
 from llmc import machine
 from llmc.files import cache_folder, existing
+from llmc.privacy import telemetry_off
 
 # {extra: {distribution: module that must import}}
 PACKAGES = {
@@ -37,6 +38,7 @@ def examine() -> dict[str, Any]:
     """
     import psutil
 
+    telemetry_off()
     packages = {extra: {d: _package(d, module) for d, module in group.items()} for extra, group in PACKAGES.items()}
     problems = {extra: {d: p["problem"] for d, p in group.items() if p["problem"]} for extra, group in packages.items()}
     ok = not problems["core"]
@@ -91,9 +93,9 @@ def _llama_cpp() -> dict[str, Any]:
 
 
 def _onnxruntime() -> dict[str, Any]:
-    import onnxruntime
+    from llmc.runtimes.onnx_session import library
 
-    return {"providers": onnxruntime.get_available_providers()}
+    return {"providers": library().get_available_providers()}
 
 
 # {runtime: (distribution that it needs, function that describes it)}

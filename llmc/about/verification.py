@@ -12,6 +12,7 @@ from llmc.files import sha256
 from llmc.formats.artifact import collected
 from llmc.formats.artifacts.table import artifact_at
 from llmc.formats.manifest import MANIFEST, hash_folder, manifest_path, read_manifest
+from llmc.temporary import restore
 
 
 def verify(artifact: str | Path) -> dict[str, Any]:
@@ -20,6 +21,7 @@ def verify(artifact: str | Path) -> dict[str, Any]:
     Returns {'artifact', 'kind', 'files' (how many were hashed), 'problems' (one line each)}.
     """
     path = Path(artifact)
+    restore(path)
     if not path.exists():
         raise UserError(f"there is no artifact {artifact}", "give a model folder or a .gguf file")
     problems: list[str] = []

@@ -1,28 +1,28 @@
 """The command line, `llmc COMMAND …`. Each command has a module. This one handles errors, exit codes and verbosity.
 
 Exit codes: 0 done, 1 a gate of `llmc compare` or `llmc ship` failed or nothing fits (`llmc fit`), 2 bad input or environment,
-70 a bug in llmc, 130 Ctrl-C.
+70 a bug in llmc, 130 Ctrl-C (129 SIGHUP, 143 SIGTERM).
 """
 
 from __future__ import annotations
 
 import errno
-import io
 import os
 import sys
 import traceback
 import warnings
+from contextlib import suppress
 from types import TracebackType
 
 import typer
 
+from llmc import streams
 from llmc.cli.group import Llmc
-from llmc.console import set_quiet
+from llmc.console import set_quiet, tell, terminal
 from llmc.errors import UserError
-from llmc.machine import WINDOWS
 
 BUG = 70  # EX_SOFTWARE of sysexits.h; Python's own 1 would look like a failed gate
-INTERRUPTED = 130  # 128 + SIGINT, as shells count
+INTERRUPTED = 130  # what typer makes of Ctrl-C
 
 app = typer.Typer(
     name="llmc", cls=Llmc, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -54,7 +54,7 @@ def _options(
       llmc compare base.json small.json
     """
     set_quiet(quiet)
-    if quiet or not (verbose or sys.stderr.isatty()):  # no progress bars of libraries in a log
+    if quiet or not (verbose or terminal()):  # no progress bars of libraries in a log
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if not verbose:
@@ -77,6 +77,9 @@ def _explain(error: BaseException) -> UserError | None:
         return UserError(f"the disk is full: {text}", "free some space or choose another disk with -o")
     if isinstance(error, PermissionError):
         return UserError(f"no permission: {text}", "check who owns it, or choose another place with -o")
+    outside = (errno.EROFS, errno.EDQUOT, errno.EFBIG, errno.ENAMETOOLONG, errno.ELOOP)
+    if isinstance(error, OSError) and error.errno in outside:
+        return UserError(text, "choose another place or a shorter name")
     return None
 
 
@@ -89,21 +92,24 @@ class _Boundary:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> bool:
+        # click turns a broken pipe, whosever it is, into an exit with 1
+        cause = error.__context__ if isinstance(error, SystemExit) else error
+        if isinstance(cause, OSError) and cause.filename is None and streams.output_failed():
+            return True  # `streams.finish` says what there is to say: nothing, if nobody wants the rest
         if error is None or isinstance(error, SystemExit):
             return False
         if isinstance(error, KeyboardInterrupt):
             self.code = INTERRUPTED
         elif show := getattr(error, "show", None):  # a usage error of click, or of the click inside newer typers
-            show()
+            with suppress(OSError):
+                show()
             self.code = 2
         elif (known := _explain(error)) is not None:
-            print(f"error: {known.problem}", file=sys.stderr)
-            if known.hint:
-                print(f"next: {known.hint}", file=sys.stderr)
+            tell(f"error: {known.problem}\n" + (f"next: {known.hint}\n" if known.hint else ""))
             self.code = known.exit_code
         else:
-            traceback.print_exception(error)
-            print("This is a bug in llmc: please report it with the lines above.", file=sys.stderr)
+            tell("".join(traceback.format_exception(error)))
+            tell("This is a bug in llmc: please report it with the lines above.\n")
             self.code = BUG
         return True
 
@@ -115,19 +121,13 @@ def run(args: list[str] | None = None) -> int:
         # themselves return None.
         boundary.code = app(args, prog_name="llmc", standalone_mode=False) or 0
     if boundary.code == INTERRUPTED:
-        print("interrupted; no half-written artifact was left", file=sys.stderr)
+        boundary.code = streams.interrupted()
+        tell("interrupted; no half-written artifact was left\n")
     return boundary.code
 
 
 def main() -> None:
     """The `llmc` command."""
-    if WINDOWS and isinstance(sys.stdout, io.TextIOWrapper):  # the code page lacks ± and →; llmc reads its files as UTF-8
-        sys.stdout.reconfigure(encoding="utf-8")
+    streams.prepare()
     code = run()
-    try:
-        sys.stdout.flush()
-    except OSError as e:  # `llmc … | head` closed the pipe; Python's own last flush would fail too
-        if not isinstance(e, BrokenPipeError) and not (WINDOWS and e.errno == errno.EINVAL):
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(code)
+    sys.exit(code if streams.finish() else code or 2)

@@ -27,14 +27,20 @@ def compare(
     Gates apply to every candidate and every text. Reports with different protocols are refused.
     """
     from llmc.console import say
+    from llmc.errors import UserError
     from llmc.evals.compare import gates
     from llmc.evals.compare.run import compare, without_arrays
     from llmc.evals.compare.tables import tables
     from llmc.evals.pages.compare import write_page
     from llmc.evals.report.show import tables_markdown, tables_text
     from llmc.files import staged_file
+    from llmc.places import check_markdown
 
     page = config.page
+    if markdown is not None and markdown != Path("-"):
+        check_markdown(markdown, (config, page), "choose another file with --markdown")
+        if markdown.resolve() == page.resolve():
+            raise UserError(f"--page and --markdown both name {page}", "choose another file with --markdown")
     result = compare(config)
     write_page(result, page)
     report_tables = tables(result)

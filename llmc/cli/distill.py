@@ -9,7 +9,7 @@ import typer
 
 from llmc.cli.options import Json, add
 from llmc.compress.distill.config import DistillConfig
-from llmc.console import duration, set_quiet, size
+from llmc.console import command, duration, set_quiet, size
 
 
 def register(app: typer.Typer) -> None:
@@ -46,7 +46,7 @@ def _plan(p: dict[str, Any]) -> str:
 
 
 def _summary(r: dict[str, Any]) -> str:
-    return f"{r['out']}: {outcome(r)}, {duration(r['seconds'])}\nnext: llmc quantize {r['out']}"
+    return f"{r['out']}: {outcome(r)}, {duration(r['seconds'])}\nnext: {command('llmc', 'quantize', r['out'])}"
 
 
 def outcome(r: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ import typer
 
 from llmc.cli.options import Json, add
 from llmc.compress.heal.config import HealConfig
-from llmc.console import duration, set_quiet
+from llmc.console import command, duration, set_quiet
 
 
 def register(app: typer.Typer) -> None:
@@ -34,7 +34,8 @@ def heal(
 
 
 def _summary(r: dict[str, Any]) -> str:
-    return f"{r['out']}: {outcome(r)}, {duration(r['seconds'])}\nnext: llmc export --format gguf {r['out']}"
+    return (f"{r['out']}: {outcome(r)}, {duration(r['seconds'])}\n"
+            f"next: {command('llmc', 'export', '--format', 'gguf', r['out'])}")
 
 
 def outcome(r: dict[str, Any]) -> str:

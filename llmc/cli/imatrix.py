@@ -9,7 +9,7 @@ import typer
 
 from llmc.cli.options import Json, add
 from llmc.compress.imatrix.config import ImatrixConfig
-from llmc.console import duration, set_quiet
+from llmc.console import command, duration, set_quiet
 
 
 def register(app: typer.Typer) -> None:
@@ -36,4 +36,4 @@ def imatrix(
 def _summary(r: dict[str, Any]) -> str:
     return (f"{r['out']}: {r['matrices']} matrices of {r['layers']} layers, {r['tokens']:,} tokens of {r['calibration']}, "
             f"{duration(r['seconds'])}\n"
-            f"next: llama-quantize --imatrix {r['out']} MODEL-F16.gguf SMALL.gguf Q4_K_M")
+            f"next: {command('llama-quantize', '--imatrix', r['out'], 'MODEL-F16.gguf', 'SMALL.gguf', 'Q4_K_M')}")

@@ -10,7 +10,7 @@ import typer
 from llmc.cli.heal import outcome
 from llmc.cli.options import Json, add
 from llmc.compress.quantize.config import QuantizeConfig, budget_lines
-from llmc.console import duration, set_quiet, size
+from llmc.console import command, duration, set_quiet, size
 
 
 def register(app: typer.Typer) -> None:
@@ -69,4 +69,4 @@ def _summary(r: dict[str, Any]) -> str:
     healed = f"healed: {outcome(r['healed'])}\n" if "healed" in r else ""
     return (f"{taken}{healed}{r['out']}: {_types(r)}, {r['bits_per_weight']:.3g} bits per weight, {size(r['bytes'])}, "
             f"mean layer error {100 * r['error']:.2f} %{fallbacks}, {duration(r['seconds'])}\n{_floats(r)}"
-            f"next: llmc export --format gguf {r['out']}")
+            f"next: {command('llmc', 'export', '--format', 'gguf', r['out'])}")

@@ -41,7 +41,7 @@ def show(recipe: str = typer.Argument(..., help="A name of `llmc recipe ls`, or 
 def cp(recipe: str = typer.Argument(..., help="A name of `llmc recipe ls`, or a file."),
        file: Path = typer.Argument(..., help="File to write. It must not exist yet.")) -> None:
     """Copy a recipe, to change it."""
-    from llmc.console import say
+    from llmc.console import command, say
     from llmc.errors import UserError
     from llmc.files import staged_file
     from llmc.recipes.recipe import read_text
@@ -52,7 +52,7 @@ def cp(recipe: str = typer.Argument(..., help="A name of `llmc recipe ls`, or a 
         raise UserError(f"{place} exists already", "choose another name")
     with staged_file(place) as tmp:
         tmp.write_text(text, encoding="utf-8")
-    say(f"{place}: change it, then `llmc recipe validate {place}`")
+    say(f"{place}: change it, then `{command('llmc', 'recipe', 'validate', place)}`")
 
 
 @group.command("validate")

@@ -31,14 +31,19 @@ def ship(
     A measured figure can pass a gate. An estimate can pass only with `allow_estimates: true`, and emulated speed never.
     """
     from llmc.console import say
-    from llmc.evals.compare.ship import read_gates
+    from llmc.evals.compare.ship import check_summary, read_gates
     from llmc.evals.compare.ship import ship as run
     from llmc.evals.compare.ship_show import lines, summary
     from llmc.files import staged_file, write_json
+    from llmc.places import check_markdown
 
-    result = run(read_gates(gates))
-    write_json(output.with_name(output.name + ".json"), result)
-    with staged_file(output.with_name(output.name + ".md")) as tmp:
+    asked = read_gates(gates)
+    place, text = (output.with_name(output.name + suffix) for suffix in (".json", ".md"))
+    check_summary(place, asked)
+    check_markdown(text, (gates, asked))
+    result = run(asked)
+    write_json(place, result)
+    with staged_file(text) as tmp:
         tmp.write_text(summary(result), encoding="utf-8")
     print(json.dumps(result, indent=2, ensure_ascii=False) if as_json else lines(result))
     say(f"the summary is {output}.json and {output}.md")

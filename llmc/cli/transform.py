@@ -9,7 +9,7 @@ import typer
 
 from llmc.cli.options import Json, add
 from llmc.compress.transform.config import TransformConfig
-from llmc.console import duration, set_quiet, size
+from llmc.console import command, duration, set_quiet, size
 
 
 def register(app: typer.Typer) -> None:
@@ -45,5 +45,5 @@ def _summary(r: dict[str, Any]) -> str:
     if r["untied_bytes"]:
         lines.append(f"  the head is now a separate matrix: {size(r['untied_bytes'])} more in an 8-bit file")
     smooth = any(p["config"].get("scaling") == "smoothquant" for p in r["passes"])
-    after = f"export {r['out']} --format onnx --dtype w8a8" if smooth else f"quantize {r['out']}"
-    return "\n".join([*lines, f"next: llmc {after}"])
+    after = ("export", r["out"], "--format", "onnx", "--dtype", "w8a8") if smooth else ("quantize", r["out"])
+    return "\n".join([*lines, f"next: {command('llmc', *after)}"])

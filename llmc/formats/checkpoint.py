@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmc.errors import UserError
 from llmc.formats import contents, layouts
+from llmc.formats.config_json import read_checked
 from llmc.formats.weight_files import INDEX, SINGLE, weight_files
 
 if TYPE_CHECKING:
@@ -129,13 +130,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise layouts.no_config(folder)
     layouts.refuse_adapter(folder)
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise UserError(f"{path} is not valid JSON: {e}", "download the model again") from e
-    if not isinstance(config, dict):
-        raise UserError(f"{path} holds no JSON object", "download the model again")
-    return config
+    return read_checked(path)
 
 
 def _places(folder: Path, headers: dict[Path, dict[str, Any]], weight_map: dict[str, str]) -> dict[str, Path]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc.errors import UserError
+from llmc.formats.gguf_header import read_header
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -14,11 +15,12 @@ if TYPE_CHECKING:
 
 def open_gguf(file: Path) -> GGUFReader:
     """The metadata and tensor table of a GGUF file. The weights are mapped and read on access."""
+    read_header(file)
     stat = file.stat()
     return _open_gguf(file, stat.st_mtime_ns, stat.st_size)
 
 
-@lru_cache(maxsize=1)  # reading a vocabulary takes seconds, and a command opens the same file several times
+@lru_cache(maxsize=4)  # reading a vocabulary takes seconds, and a command opens the same file several times
 def _open_gguf(file: Path, modified: int, length: int) -> GGUFReader:
     try:
         from gguf import GGUFReader

@@ -8,18 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from llmc.errors import UserError
 from llmc.files import read_json
 from llmc.formats import contents, quantized
 from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.config_json import HINT, read_checked
 from llmc.formats.ends import check_tied
 from llmc.formats.names import Names, missing
+
+# What transformers raises at a folder that it cannot read.
+EDGE = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RecursionError, ImportError,
+        StrictDataclassError)
 
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a folder. No code from the folder is run."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        read_json(folder / name)  # checked here, because transformers reads them without limits
     import transformers
 
     auto: Any = transformers.AutoTokenizer
@@ -33,8 +41,12 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         with quiet_transformers():
             return auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **more)
-    except (OSError, ValueError, KeyError) as e:
-        raise UserError(f"{folder} has no tokenizer that transformers can read: {str(e).splitlines()[0]}",
+    except Exception as e:
+        if not isinstance(e, EDGE) and type(e) is not Exception:  # the package tokenizers raises Exception itself
+            raise
+        if (folder / "config.json").is_file():
+            load_config(folder)  # transformers reads it for the tokenizer too: an error in it is told as such
+        raise UserError(f"{folder} has no tokenizer that transformers can read: {(str(e).splitlines() or [repr(e)])[0]}",
                         "copy the base model's tokenizer files into it") from e
 
 
@@ -42,7 +54,11 @@ def load_config(folder: Path) -> Any:
     """The transformers config of a folder, without `quantization_config`. No code from the folder is run."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    read_checked(folder / "config.json")
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except EDGE as e:
+        raise UserError(f"transformers cannot read {folder / 'config.json'}: {' '.join(str(e).split())[:300]}", HINT) from e
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     if hasattr(config, "rope_theta") and not hasattr(type(config), "rope_parameters"):

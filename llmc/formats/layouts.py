@@ -37,7 +37,7 @@ def _adapter(path: Path) -> str:
     """'a LORA adapter of org/base'."""
     try:
         values: Any = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError:  # also a UnicodeDecodeError; that it is an adapter is certain
+    except (ValueError, RecursionError):  # that it is an adapter is certain
         values = {}
     values = values if isinstance(values, dict) else {}
     base = values.get("base_model_name_or_path")

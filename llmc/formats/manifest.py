@@ -5,20 +5,29 @@ A folder artifact carries `llmc.json` inside; a single-file artifact (`small.ggu
 
 from __future__ import annotations
 
-import json
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from llmc.errors import UserError
-from llmc.files import existing, sha256, write_json
+from llmc.files import sha256, staged_file, write_json, write_note
+from llmc.places import ELSEWHERE, check_place
+from llmc.small_files import DELETE, LARGE, OBJECT, TEXT, Kind, expect, read_json_object
+from llmc.temporary import remove, restore
 
 MANIFEST = "llmc.json"
 SCHEMA = 1
+DAMAGED = "the artifact is damaged: make it again"
 NOTES = ".llmc"  # folder in the working directory that remembers the newest artifacts
+FILES = ("gguf", "imatrix")  # kinds of one file; others are folders
+# What a message calls an artifact of each kind. Those with one name may replace each other.
+KINDS = {"hf": "a float model", "gptq": "a quantized model", "blocks": "a quantized model", "gguf": "a .gguf file",
+         "imatrix": "an importance matrix", "onnx": "an ONNX folder"}
 
 
 def hash_folder(folder: Path) -> dict[str, str]:
@@ -39,13 +48,23 @@ def versions() -> dict[str, str]:
     return found
 
 
-def check_output(out: Path, overwrite: bool = False) -> None:
-    """Raises UserError unless `out` is writable and new, empty or an older artifact of llmc. overwrite: allow others."""
-    if out.exists() and not overwrite and not manifest_path(out).exists() and (out.is_file() or any(out.iterdir())):
-        raise UserError(f"{out} exists and was not made by llmc", "choose another place with -o")
-    parent = existing(out.absolute().parent)
-    if not os.access(parent, os.W_OK):
-        raise UserError(f"no permission to write into {parent}", "choose another place with -o")
+def check_output(out: Path | None, kind: str | None = None, *inputs: Any) -> None:
+    """Raise UserError unless an artifact of this kind can be written at `out`: nothing is there, or an older one of its kind.
+
+    kind: 'hf', 'gptq', 'gguf', … None: any. inputs: what is read, as of `check_place`. out: None if the
+    command finds a name later.
+    """
+    if out is None:
+        return
+    check_place(out, inputs, folder=None if kind is None else kind not in FILES)
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not manifest_path(out).exists():
+        raise UserError(f"{out} exists and was not made by llmc", ELSEWHERE)
+    before = (read_manifest(out) or {}).get("kind")
+    if kind and before and KINDS.get(before, before) != KINDS[kind]:
+        raise UserError(f"{out} is {KINDS.get(before, before)}, and {KINDS[kind]} would replace it",
+                        f"{ELSEWHERE}, or remove that one")
 
 
 def manifest_path(artifact: Path) -> Path:
@@ -58,10 +77,9 @@ def read_manifest(artifact: Path) -> dict[str, Any] | None:
     path = manifest_path(artifact)
     if not path.is_file():
         return None
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise UserError(f"{path} is not valid JSON: {e}", "the artifact is damaged: make it again") from e
+    manifest = read_json_object(path, LARGE, DAMAGED)
+    expect(path, manifest, {"passes": Kind("a list of objects", (dict,), listed=True), "source": OBJECT, "outputs": OBJECT,
+                            "kind": TEXT}, DAMAGED)
     return manifest
 
 
@@ -80,11 +98,27 @@ def new_manifest(kind: str, source: dict[str, Any], passes: list[dict[str, Any]]
             "created": datetime.now(UTC).isoformat(timespec="seconds"), **more}
 
 
+@contextmanager
+def staged_artifact(out: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """`staged_file` for an artifact with a manifest beside it: yields the temporary file, and a dict for the manifest.
+
+    The block fills the dict by `new_manifest`, without 'outputs'. The manifest gets its name first. So a run that dies
+    between the two leaves a manifest whose hash does not fit the older file, or no file. It never leaves a wrong pair.
+    """
+    path, manifest = manifest_path(out), dict[str, Any]()
+    alone = not os.path.lexists(path) and not os.path.lexists(out)
+    try:
+        with staged_file(out) as tmp:
+            yield tmp, manifest
+            write_json(path, {**manifest, "outputs": {out.name: sha256(tmp)}})
+    finally:
+        if alone and not os.path.lexists(out):
+            remove(path)
+
+
 def note_last(path: Path, kind: str) -> None:
     """Remember `path` as the newest artifact made in this working folder."""
-    notes = Path(NOTES)
-    notes.mkdir(exist_ok=True)
-    write_json(notes / "last.json", {"path": os.path.relpath(path), "kind": kind})
+    write_note(Path(NOTES) / "last.json", {"path": os.path.relpath(path), "kind": kind})
 
 
 def last_artifact() -> Path:
@@ -93,7 +127,8 @@ def last_artifact() -> Path:
     if not note.is_file():
         raise UserError("no MODEL given and no artifact was made in this folder yet",
                         "name a model folder, or run `llmc quantize MODEL` first")
-    path = Path(json.loads(note.read_text(encoding="utf-8"))["path"])
+    path = Path(str(read_json_object(note, hint=DELETE).get("path")))
+    restore(path)
     if not path.exists():
         raise UserError(f"the newest artifact made here, {path}, no longer exists", "name a model folder")
     return path

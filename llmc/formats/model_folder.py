@@ -11,6 +11,7 @@ from typing import Any
 from llmc.files import publish_folder, write_json
 from llmc.formats.checkpoint import CARD_FILES, TOKENIZER_FILES, Checkpoint
 from llmc.formats.manifest import MANIFEST, hash_folder, new_manifest
+from llmc.formats.no_code import remove_code
 from llmc.formats.shards import Piece, pieces_of, write_checkpoint
 
 CONFIGS = ("config.json", "quantize_config.json")
@@ -40,6 +41,7 @@ def write(folder: Path, source: Path, pieces: list[Piece], config: dict[str, Any
     if templates := sorted((source / TEMPLATES).glob("*.jinja")):
         (folder / TEMPLATES).mkdir()
         _copy(source, folder, *(f"{TEMPLATES}/{file.name}" for file in templates))
+    remove_code(folder, "the model")
     return _read_back(folder, pieces, check)
 
 

@@ -7,7 +7,6 @@ Opening it reads the graph but no weights. It raises UserError if the graph or t
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from llmc.errors import UserError
+from llmc.small_files import read_json_object
 
 if TYPE_CHECKING:
     import numpy as np
@@ -163,11 +163,7 @@ def open_onnx(folder: Path) -> OnnxFolder:
 def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise UserError(f"{path} is not valid JSON: {e}", AGAIN) from e
-    return found if isinstance(found, dict) else {}
+    return read_json_object(path, hint=AGAIN)
 
 
 def read_graph(model: Path) -> ModelProto:

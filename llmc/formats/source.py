@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from llmc.console import warn
+from llmc.errors import UserError
 from llmc.files import sha256
 from llmc.formats.checkpoint import model_files
 from llmc.formats.manifest import read_manifest
+from llmc.small_files import parse_yaml
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -84,15 +86,13 @@ def _name_and_revision(folder: Path) -> tuple[str, str | None]:
 
 def front_matter(card: Path) -> dict[str, Any]:
     """The YAML between the first two `---` lines of a model card; {} if there is none."""
-    import yaml
-
     if not card.is_file():
         return {}
     text = card.read_text(encoding="utf-8", errors="replace").lstrip("\ufeff")
     match = re.match(r"---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", text, re.DOTALL)
     try:
-        values = yaml.safe_load(match[1]) if match else None
-    except yaml.YAMLError as e:
-        warn(f"the front matter of {card} is not valid YAML and was not read: {str(e).splitlines()[0]}")
+        values = parse_yaml(match[1], f"the front matter of {card}") if match else None
+    except UserError as e:
+        warn(f"{e.problem.splitlines()[0]}: it was not read")
         return {}
     return values if isinstance(values, dict) else {}

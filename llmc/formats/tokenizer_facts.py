@@ -7,8 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llmc.errors import UserError
-from llmc.files import sha256
+from llmc.files import read_json, sha256
 from llmc.formats.checkpoint import TOKENIZER_FILES
 
 
@@ -30,11 +29,5 @@ def _template(folder: Path) -> str | None:
     """The chat template, from its own file or from tokenizer_config.json."""
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    path = folder / "tokenizer_config.json"
-    if not path.is_file():
-        return None
-    try:
-        template = json.loads(path.read_text(encoding="utf-8")).get("chat_template")
-    except ValueError as e:
-        raise UserError(f"{path} is not valid JSON: {e}", "download the model again") from e
+    template = read_json(folder / "tokenizer_config.json").get("chat_template")
     return json.dumps(template) if isinstance(template, list) else template  # a list holds several named templates

@@ -48,7 +48,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     try:
         weight_map: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         names = set(weight_map.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(f"{path} is damaged", "download the model again") from e
     for n in names:
         if not isinstance(n, str) or "/" in n or "\\" in n or n in ("", "..") or not n.endswith(".safetensors"):

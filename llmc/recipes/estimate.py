@@ -5,14 +5,13 @@ Without an earlier step of the same kind there is no estimate of the time.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from llmc import api
 from llmc.errors import UserError
-from llmc.files import write_json
+from llmc.files import read_note, write_note
 from llmc.formats.manifest import NOTES
 from llmc.recipes.jobs import Job
 
@@ -48,8 +47,7 @@ class Times:
 
     def __init__(self) -> None:
         self.path = Path(NOTES) / "step-times.json"
-        self.known: dict[str, list[list[float]]] = (
-            json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {})
+        self.known: dict[str, list[list[float]]] = read_note(self.path)
 
     def seconds(self, job: Job, base_bytes: int) -> float | None:
         """The expected time: the median of earlier steps of the kind, scaled by `work`. None if there are none."""
@@ -64,8 +62,7 @@ class Times:
     def note(self, job: Job, base_bytes: int, seconds: float, left: int) -> None:
         """Record a step that ran from start to end. left: bytes of its result."""
         self.known[kind(job)] = [*self.known.get(kind(job), []), [work(job, base_bytes), seconds, base_bytes, left]][-KEPT:]
-        self.path.parent.mkdir(exist_ok=True)
-        write_json(self.path, self.known)
+        write_note(self.path, self.known)
 
 
 def own_plan(job: Job, model: Path | str, base: str, exists: bool) -> dict[str, Any]:

@@ -54,7 +54,6 @@ def on_ray(todo: dict[str, Job], owners: Owners) -> dict[str, str]:
         raise UserError("--executor ray needs the package ray", "pip install 'llmc-toolkit[ray]'") from e
     starts_ray = not ray.is_initialized()
     if starts_ray:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no network access unless the user sets it
         ray.init(address=os.environ.get("RAY_ADDRESS"), include_dashboard=False)
     try:
         cores = min(int(n["Resources"].get("CPU", 1)) for n in ray.nodes() if n["Alive"])

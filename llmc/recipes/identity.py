@@ -12,7 +12,7 @@ from typing import Any
 
 from llmc import closure
 from llmc.errors import UserError
-from llmc.files import sha256, write_json
+from llmc.files import read_note, sha256, write_note
 from llmc.formats.artifacts.table import artifact_at
 from llmc.recipes.chain import Step
 from llmc.recipes.commands import REPORT
@@ -27,7 +27,7 @@ class Hashes:
 
     def __init__(self, memo: Path) -> None:
         self.memo = memo
-        self.known: dict[str, list[Any]] = json.loads(memo.read_text(encoding="utf-8")) if memo.is_file() else {}
+        self.known: dict[str, list[Any]] = read_note(memo)
         self.changed = False
 
     def of(self, path: Path) -> str:
@@ -47,7 +47,7 @@ class Hashes:
 
     def save(self) -> None:
         if self.changed:
-            write_json(self.memo, self.known)
+            write_note(self.memo, self.known)
             self.changed = False
 
 

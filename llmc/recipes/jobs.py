@@ -6,8 +6,6 @@ and `.done.json`, which is written last: time taken, and size, modification time
 
 from __future__ import annotations
 
-import json
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,13 @@ from llmc.export.formats import FORMATS
 from llmc.files import sha256
 from llmc.formats.artifacts.table import artifact_at
 from llmc.formats.manifest import manifest_path, read_manifest, versions
+from llmc.places import check_place
 from llmc.recipes.chain import Chain, Step
 from llmc.recipes.commands import PAGE, REPORT
 from llmc.recipes.identity import Hashes, key, model_digest
 from llmc.recipes.recipe import BASE
+from llmc.small_files import DELETE, LARGE, read_json_object
+from llmc.temporary import remove, restore
 
 SCHEMA = 1
 DONE, STARTED, MARK, HASHES = ".done.json", ".started.json", ".run.json", ".hashes.json"  # a step's name has no leading dot
@@ -55,15 +56,16 @@ class Job:
         path = self.folder / DONE
         if not path.is_file():
             return None
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json_object(path, LARGE, DELETE)
         return found if found.get("schema") == SCHEMA and found.get("key") == self.key else None
 
 
-def open_folder(folder: Path) -> Hashes:
-    """The hashes of a run folder, which may be new. Raises UserError if the folder has other contents."""
-    taken = any(folder.iterdir()) if folder.is_dir() else folder.exists()
-    if taken and not (folder / MARK).is_file():
-        raise UserError(f"{folder} exists and is not the folder of a recipe run", "choose another folder with -o")
+def open_folder(folder: Path, base: str | None = None) -> Hashes:
+    """The hashes of a run folder, which may be new. Raises UserError if it has other contents or is in the model `base`."""
+    if not (folder / MARK).is_file():
+        if any(folder.iterdir()) if folder.is_dir() else folder.exists():
+            raise UserError(f"{folder} exists and is not the folder of a recipe run", "choose another folder with -o")
+        check_place(folder.resolve(), (base,), folder=True)
     return Hashes(folder / HASHES)
 
 
@@ -117,13 +119,17 @@ def finished_but_unrecorded(job: Job) -> bool:
     """Whether the artifact is complete, but the run was killed before it wrote `.done.json`. The artifact is then kept."""
     if job.step.kind in (REPORT, PAGE) or not (job.folder / STARTED).is_file():
         return False
-    return manifest_path(job.artifact).is_file() and may_resume(job)
+    restore(job.artifact)
+    if not job.artifact.exists() or not manifest_path(job.artifact).is_file() or not may_resume(job):
+        return False
+    known = (read_manifest(job.artifact) or {}).get("outputs", {})  # the manifest of a file gets its name before the file
+    return job.artifact.is_dir() or known == {job.artifact.name: sha256(job.artifact)}
 
 
 def may_resume(job: Job) -> bool:
     """Whether an interrupted job can continue. It needs the versions of libraries that it started with."""
     path = job.folder / STARTED
-    return path.is_file() and json.loads(path.read_text(encoding="utf-8")) == started(job)
+    return path.is_file() and read_json_object(path, LARGE, DELETE) == started(job)
 
 
 def started(job: Job) -> dict[str, Any]:
@@ -149,5 +155,5 @@ def weight_bytes(path: Path) -> int:
 
 
 def clear(job: Job) -> None:
-    """Remove the folder of a job."""
-    shutil.rmtree(job.folder, ignore_errors=True)
+    """Remove what a job left."""
+    remove(job.folder)

@@ -24,6 +24,7 @@ from typing import Any
 
 from llmc.errors import UserError
 from llmc.recipes.commands import COMMANDS
+from llmc.small_files import parse_yaml, refuse_aliases
 
 BASE, EACH = "base", "each"  # names that no step may have
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,47}")
@@ -100,9 +101,10 @@ def parse(name: str, text: str, folder: Path, problems: list[str]) -> Recipe:
     """Parse `text`. Errors are added to `problems`, and parsing continues. UserError if it is not a YAML mapping."""
     import yaml
 
+    refuse_aliases(text, name)
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, RecursionError) as e:
         mark = getattr(e, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""
         raise UserError(f"{name} is not valid YAML: {where}{getattr(e, 'problem', None) or e}",
@@ -229,9 +231,4 @@ def setting(text: str) -> tuple[str, str]:
 
 def scalar(text: str) -> Any:
     """A value of the command line, parsed as YAML: 4, 0.5, true, [a, b], q4_1."""
-    import yaml
-
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as e:
-        raise UserError(f"{text!r} is not a value: {e}", "quote it") from e
+    return parse_yaml(text, repr(text), "quote it")

@@ -12,7 +12,7 @@ from typing import Any
 from llmc import api
 from llmc.console import duration, say
 from llmc.errors import UserError
-from llmc.files import write_json
+from llmc.files import write_json, writing
 from llmc.recipes import report
 from llmc.recipes.chain import Chain, load
 from llmc.recipes.commands import PAGE, REPORT
@@ -45,12 +45,12 @@ def run_recipe(recipe: str | Path, config: RunConfig) -> RunReport | Plan:
     """
     chain = load(recipe, config.model, dict(setting(s) for s in config.set))
     folder = config.out or Path(chain.recipe.name)
-    hashes = open_folder(folder)
+    hashes = open_folder(folder, chain.base)
     jobs = jobs_of(chain, folder, hashes)
-    state = states(jobs, hashes)
     if config.dry_run:
-        return {"recipe": chain.recipe.name, "folder": str(folder), "plan": plan(jobs, chain.base, state)}
+        return {"recipe": chain.recipe.name, "folder": str(folder), "plan": plan(jobs, chain.base, states(jobs, hashes))}
     with locked(folder):
+        state = states(jobs, hashes)  # not before: another run may just have finished some
         hashes.save()
         todo = [j for j in jobs.values() if state[j.id][0] in (RUN, RESUME)]
         if todo:
@@ -66,20 +66,23 @@ def run_recipe(recipe: str | Path, config: RunConfig) -> RunReport | Plan:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Lock the run folder for this process, if the system has flock. UserError if another run holds the lock."""
-    folder.mkdir(parents=True, exist_ok=True)
     mark = folder / MARK
-    if not mark.exists():
-        write_json(mark, {"kind": "llmc-run", "schema": SCHEMA})
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    with mark.open("rb") as f:
+    with writing(mark):
+        folder.mkdir(parents=True, exist_ok=True)
+        f = mark.open("ab")  # the file stays the same: a lock on one that is replaced would keep nobody out
+    with f:
         try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise UserError(f"another run is using {folder}", "wait for it, or choose another folder with -o") from e
+            import fcntl
+        except ImportError:  # Windows
+            pass
+        else:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as e:
+                raise UserError(f"another run is using {folder}", "wait for it, or choose another folder with -o") from e
+        if not mark.stat().st_size:
+            f.write((json.dumps({"kind": "llmc-run", "schema": SCHEMA}, indent=2, sort_keys=True) + "\n").encode())
+            f.flush()
         yield
 
 

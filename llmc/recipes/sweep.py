@@ -44,14 +44,15 @@ def sweep(recipe: str | Path, config: SweepConfig) -> SweepReport | SweepPlan:
     chains = _chains(recipe, config, settings, choices)
     name = next(iter(chains.values())).recipe.name
     folder = config.out or Path(name)
-    hashes = open_folder(folder)
+    base = next(iter(chains.values())).base
+    hashes = open_folder(folder, base)
     jobs = {variant: jobs_of(chain, folder, hashes) for variant, chain in chains.items()}
     unique, owner = _unique(jobs, chains)
-    base = next(iter(chains.values())).base
-    state = states(unique, hashes)
     if config.dry_run:
-        return {"recipe": name, "folder": str(folder), "variants": list(chains), "plan": plan(unique, base, state)}
+        return {"recipe": name, "folder": str(folder), "variants": list(chains),
+                "plan": plan(unique, base, states(unique, hashes))}
     with locked(folder):
+        state = states(unique, hashes)  # not before: another run may just have finished some
         hashes.save()
         todo = {i: j for i, j in unique.items() if state[i][0] in (RUN, RESUME)}
         say(f"{len(chains)} variants with {sum(map(len, jobs.values()))} steps, {len(unique)} of them different")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from llmc.console import say, warn
 from llmc.errors import UserError
-from llmc.files import cache_folder, check_disk, sha256
+from llmc.files import cache_folder, check_disk, sha256, work_folder
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.gguf import field, open_gguf
+from llmc.formats.gguf_check import MERGE, check_runnable, parts
 from llmc.formats.manifest import MANIFEST
 from llmc.formats.model_folder import publish
 from llmc.formats.names import Names
@@ -25,32 +24,23 @@ if TYPE_CHECKING:
     from gguf import GGUFReader
     from transformers import PreTrainedModel
 
+ANOTHER_CACHE = "name another cache with LLMC_CACHE"
 GO_BACK = "start from the Hugging Face folder it was made from"
 
 
 def dequantized_folder(file: Path) -> Path:
     """The float16 Hugging Face folder of a .gguf file, in the cache. It is made once for each content."""
+    if (found := len(parts(file))) > 1:
+        raise UserError(f"{file} is the first of {found} parts, which transformers cannot read", MERGE)
+    check_runnable(file)
     digest = sha256(file)
     out = cache_folder() / "dequantized" / digest[:16] / f"{file.stem}-f16"
     if not (out / MANIFEST).is_file():
-        with _work_folder(out) as work:
+        with work_folder(out, ANOTHER_CACHE) as work:
             source = {**_dequantize(file, work), "files": {file.name: digest}}
             publish(work, out, "hf", source, [{"name": "dequantize", "config": {"dtype": "float16"}}])
     warn(f"the weights are dequantized from {file.name}: they keep its rounding errors")
     return out
-
-
-@contextmanager
-def _work_folder(out: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `out`. Afterwards it is deleted unless it was published."""
-    work = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        work.mkdir(parents=True)
-        yield work
-    except PermissionError as e:
-        raise UserError(f"no permission to write into {out.parent}", "name another cache with LLMC_CACHE") from e
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _dequantize(file: Path, work: Path) -> dict[str, Any]:
@@ -112,7 +102,7 @@ def load_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
     unpack = {"quantization_config": config(dequantize=True)} if config else {}
     with quiet_transformers(), _reading_back(file):
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=dtype, output_loading_info=True, **unpack)
+            file.parent, gguf_file=file.name, dtype=dtype, output_loading_info=True, local_files_only=True, **unpack)
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{file} lacks {len(missing)} tensors, first {missing[0]}", "download it again")
@@ -120,7 +110,7 @@ def load_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
         if t.is_floating_point() and not bool(torch.isfinite(t).all()):
             raise UserError(f"{name} of {file} holds values that {dtype} cannot hold", GO_BACK)
     with quiet_transformers(), _reading_back(file):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
     restore_bos(tokenizer, field(reader, "tokenizer.ggml.add_bos_token"))
     return model.eval(), tokenizer
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from llmc.errors import UserError
 from llmc.machine import _read
+from llmc.runtimes.onnx_session import GPUS, library
 
 
 def gpus() -> list[dict[str, Any]]:
@@ -18,11 +19,9 @@ def gpus() -> list[dict[str, Any]]:
     except UserError:
         pass  # no llama.cpp here
     try:
-        import onnxruntime
-    except (ImportError, OSError):
-        return found
-    from llmc.runtimes.onnx_session import GPUS
-
+        onnxruntime = library()
+    except UserError:
+        return found  # no onnxruntime here
     driver = _read("/proc/driver/nvidia/version").partition("\n")[0] or None
     return found + [{"name": p.removesuffix("ExecutionProvider"), "driver": driver if "CUDA" in p else None,
                      "backend": "onnxruntime"} for p in onnxruntime.get_available_providers() if p in GPUS]

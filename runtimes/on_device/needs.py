@@ -9,12 +9,14 @@ from importlib import metadata
 from pathlib import Path
 
 from llmc.formats.artifacts.table import FORMATS
+from llmc.privacy import telemetry_off
 
 MODULES = {package: module for kind in FORMATS for package, module in kind.packages.items()}
 
 
 def examine() -> dict[str, str | None]:
     """{package: its version, or None if it is absent or does not load}."""
+    telemetry_off()
     found: dict[str, str | None] = {}
     for package, module in MODULES.items():
         try:

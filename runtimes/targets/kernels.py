@@ -8,7 +8,6 @@ one type without a vocabulary. Their size is that of typical models; they are no
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -61,10 +60,9 @@ def kernel_rates(types: set[str], threads: int, cache: Path | None = None) -> di
             }
             p.step(name)
     if cache is not None:
-        from llmc.files import write_json
+        from llmc.files import write_note
 
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        write_json(cache, known)
+        write_note(cache, known)
     return known
 
 
@@ -75,8 +73,10 @@ def _cached(cache: Path | None, threads: int) -> dict[str, Any]:
     from llmc.machine import cpu_model
 
     head = {"threads": threads, "cpu": cpu_model(), "version": version("llama-cpp-python")}
-    if cache is not None and cache.is_file():
-        found: dict[str, Any] = json.loads(cache.read_text(encoding="utf-8"))
+    if cache is not None:
+        from llmc.files import read_note
+
+        found = read_note(cache)
         if {k: found.get(k) for k in head} == head and "attention" in found:
             return found
     return {**head, "layer_seconds": None, "attention": None, "types": {}}

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import os
 import re
-import tomllib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from llmc.errors import UserError
+from llmc.small_files import read_toml
 
 FILE = "targets.toml"
 LOCAL = ("local-cpu", "local-gpu")
@@ -91,14 +91,9 @@ def targets_file(given: Path | None = None) -> Path:
 def load_targets(given: Path | None = None) -> dict[str, Target]:
     """All targets by name, local ones first. Raises UserError if `given` does not exist or a file is not valid."""
     path = targets_file(given)
-    try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        if given is not None:
-            raise UserError(f"there is no file {given}", "make it with `llmc target add NAME ADDRESS --targets FILE`") from e
-        found = {}
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as e:
-        raise UserError(f"{path} is not TOML: {e}", "correct it, or name another file with --targets") from e
+    if given is not None and not path.exists():
+        raise UserError(f"there is no file {given}", "make it with `llmc target add NAME ADDRESS --targets FILE`")
+    found = read_toml(path, "correct it, or name another file with --targets") if path.exists() else {}
     tables = found.get("targets", {})
     if not isinstance(tables, dict) or (odd := sorted(found.keys() - {"targets"})):
         raise UserError(f"{path}: {', '.join(odd) if isinstance(tables, dict) else 'targets'} is not a table of targets",

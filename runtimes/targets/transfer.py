@@ -20,6 +20,7 @@ from typing import IO
 from llmc.console import progress, say, size, warn
 from llmc.errors import UserError
 from llmc.files import sha256
+from llmc.formats.gguf_check import parts
 from llmc.runtimes.targets.shell import Shell, failure, run
 
 BLOCK = 1 << 20
@@ -112,12 +113,17 @@ class File:
 
 def files_of(artifact: Path) -> list[File]:
     """The files of an artifact (a file or a folder), sorted by name. A later change is found when the copy is verified."""
-    paths = [artifact] if artifact.is_file() else sorted(p for p in artifact.rglob("*") if p.is_file())
+    paths = _of_file(artifact) if artifact.is_file() else sorted(p for p in artifact.rglob("*") if p.is_file())
     if not paths:
         raise UserError(f"{artifact} is neither a file nor a folder with files",
                         "give a .gguf file or a folder that `llmc export` wrote")
     base = artifact.parent if artifact.is_file() else artifact
     return [File(p.relative_to(base).as_posix(), p, sha256(p), p.stat().st_size) for p in paths]
+
+
+def _of_file(artifact: Path) -> list[Path]:
+    """The file, or all parts of a split .gguf file."""
+    return parts(artifact) if artifact.suffix == ".gguf" else [artifact]
 
 
 def key_of(files: list[File]) -> str:

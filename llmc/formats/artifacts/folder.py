@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from functools import partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from llmc.errors import UserError
 from llmc.formats.artifact import Artifact, collected
+from llmc.small_files import read_json_object
 
 if TYPE_CHECKING:
     from llmc.formats.checkpoint import Checkpoint
@@ -36,6 +37,9 @@ class FolderArtifact(Artifact):
         return self._open().files
 
     def deciding_files(self) -> list[Path]:
+        from llmc.formats.checkpoint import read_config
+
+        read_config(self.path)  # a folder without it is told as such
         return [self.path / "config.json", *self.weight_files()]
 
     def source_files(self) -> list[Path]:
@@ -159,9 +163,9 @@ def _quantize_config_problems(config: dict[str, Any], copy: Path) -> Iterator[st
         yield f"{copy.name} is missing"
         return
     try:
-        other = json.loads(copy.read_text(encoding="utf-8"))
-    except ValueError as e:
-        yield f"{copy.name} is not valid JSON: {e}"
+        other = read_json_object(copy)
+    except UserError as e:
+        yield e.problem
         return
     for key in sorted(config.keys() | other.keys()):
         if config.get(key) != other.get(key):

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from llmc.errors import UserError
 from llmc.formats.artifact import Artifact
 
 if TYPE_CHECKING:
-    from gguf import GGUFReader
+    from gguf import GGUFReader, ReaderTensor
 
     from llmc.formats.kv import KvShape
     from llmc.formats.tensors import Tensor
@@ -30,10 +31,16 @@ class GgufArtifact(Artifact):
         return None
 
     def weight_files(self) -> list[Path]:
-        return [self.path]
+        """Of a split file: all its parts."""
+        from llmc.formats.gguf_check import parts
+
+        return parts(self.path)
 
     def deciding_files(self) -> list[Path]:
-        return [self.path]
+        return self.weight_files()
+
+    def files(self) -> list[Path]:
+        return self.weight_files()
 
     def tensors(self) -> list[Tensor]:
         from llmc.families.names import classify
@@ -41,12 +48,22 @@ class GgufArtifact(Artifact):
 
         return [Tensor(t.name, classify(t.name), t.tensor_type.name, int(t.n_elements), int(t.n_bytes),
                        sum(int(n) > 1 for n in t.shape))
-                for t in self._reader().tensors]
+                for t in self._entries()]
+
+    def _entries(self) -> list[ReaderTensor]:
+        """The tensors of all parts."""
+        from llmc.formats.gguf import open_gguf
+
+        return [t for part in self.weight_files() for t in open_gguf(part).tensors]
 
     def shape(self) -> dict[str, int]:
         heads = self._own("attention.head_count")
-        embedding = next(t for t in self._reader().tensors if t.name == "token_embd.weight")
-        return {"layers": int(self._own("block_count")), "vocabulary": int(embedding.shape[1]),
+        embedding = next((t for t in self._entries() if t.name == "token_embd.weight"), None)
+        layers = self._own("block_count")
+        if embedding is None or not layers or not heads:
+            raise UserError(f"{self.path} is not a language model: it has no token_embd.weight, block_count or head_count",
+                            "give the .gguf file of the model itself")
+        return {"layers": int(layers), "vocabulary": int(embedding.shape[1]),
                 "heads": int(max(heads) if isinstance(heads, list) else heads)}  # a list has a value for each layer
 
     def kv_shape(self) -> KvShape | None:
@@ -56,12 +73,13 @@ class GgufArtifact(Artifact):
         kv_heads = self._own("attention.head_count_kv") or heads
         if not layers or not heads or self._own("attention.kv_lora_rank") is not None:
             return None
-        per_layer = [int(n) for n in kv_heads] if isinstance(kv_heads, list) else [int(kv_heads)] * int(layers)
+        per_layer = [int(n) for n in kv_heads] if isinstance(kv_heads, list) else [int(kv_heads)]
         most = max(per_layer)
         if any(n not in (0, most) for n in per_layer):
             return None
         head_dim = self._own("attention.key_length") or int(self._own("embedding_length")) // int(heads)
-        return {"layers": sum(n > 0 for n in per_layer), "kv_heads": most, "head_dim": int(head_dim), "window": None,
+        cached = sum(n > 0 for n in per_layer) if isinstance(kv_heads, list) else int(layers)
+        return {"layers": cached, "kv_heads": most, "head_dim": int(head_dim), "window": None,
                 "sliding_layers": 0}
 
     def facts(self) -> dict[str, Any]:
@@ -70,7 +88,7 @@ class GgufArtifact(Artifact):
 
         reader = self._reader()
         tokens = reader.get_field("tokenizer.ggml.tokens")
-        blocks = {t.tensor_type.name for t in reader.tensors if t.name.startswith("blk.") and len(t.shape) > 1}
+        blocks = {t.tensor_type.name for t in self._entries() if t.name.startswith("blk.") and len(t.shape) > 1}
         return {
             "format": f"GGUF version {self._field('GGUF.version')}",
             "architecture": self._field("general.architecture"),
@@ -93,9 +111,14 @@ class GgufArtifact(Artifact):
         }
 
     def problems(self) -> Iterator[str]:
-        """A file without tensors. A truncated file raises UserError when it is opened, because each tensor is mapped."""
-        if not self._reader().tensors:
+        """A file without tensors, and what llama.cpp could not run. A truncated file raises UserError when it is opened."""
+        from llmc.formats.gguf_check import faults
+        from llmc.formats.gguf_header import read_header
+
+        if not self._entries():
             yield f"{self.path.name} holds no tensors"
+        elif self._field("general.type") in (None, "model"):
+            yield from faults(read_header(self.path))
 
     def _reader(self) -> GGUFReader:
         from llmc.formats.gguf import open_gguf

@@ -9,6 +9,7 @@ from llmc.formats.artifact import Artifact
 from llmc.formats.artifacts.folder import FolderArtifact
 from llmc.formats.artifacts.gguf import GgufArtifact
 from llmc.formats.artifacts.onnx import OnnxArtifact
+from llmc.temporary import restore
 
 # The first class that recognises a path is its format. FolderArtifact accepts every folder, so it is the last.
 FORMATS: tuple[type[Artifact], ...] = (GgufArtifact, OnnxArtifact, FolderArtifact)
@@ -21,6 +22,7 @@ def format_of(path: Path) -> type[Artifact] | None:
 
 def artifact_at(path: Path) -> Artifact:
     """The artifact at a path. Raises UserError if there is none."""
+    restore(path)
     cls = format_of(path)
     if cls is None or not path.exists():
         raise no_artifact(path)

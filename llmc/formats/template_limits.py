@@ -1,0 +1,86 @@
+"""Chat templates that loop, recurse or explode are stopped. Jinja's sandbox keeps them from the system, not from taking time
+and memory."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from llmc.errors import UserError
+
+SECONDS = 10.0
+MEMORY = 1 << 30  # bytes that a rendering may take
+MOST = 4_000_000, 20  # characters of the result: this many, and this many times the messages
+HINT = "give another template (--chat-template FILE of `llmc export`), or leave the template out"
+
+
+class SlowTemplateError(Exception):
+    """Raised inside a rendering that takes too long."""
+
+
+def render_within_limits(render: Callable[[], str], given: int, where: str) -> str:
+    """What `render` returns. Raises UserError if it takes too much time or memory, or if its result is too long.
+
+    given: characters of the messages. where: what the error names.
+    """
+    try:
+        with _limited_memory(), _limited_time():
+            text = render()
+    except SlowTemplateError as e:
+        raise UserError(f"{where}: the chat template was stopped after {SECONDS:g} seconds", HINT) from e
+    except OverflowError as e:  # jinja's own limit on range()
+        raise UserError(f"{where}: the chat template was stopped: {e}", HINT) from e
+    except MemoryError as e:
+        raise UserError(f"{where}: the chat template was stopped: it needs more than {MEMORY >> 20:,} MB", HINT) from e
+    except RecursionError as e:
+        raise UserError(f"{where}: the chat template was stopped: it calls itself without end", HINT) from e
+    if len(text) > MOST[0] + MOST[1] * given:
+        raise UserError(f"{where}: the chat template made {len(text):,} characters of {given:,}", HINT)
+    return text
+
+
+@contextmanager
+def _limited_time() -> Iterator[None]:
+    """Raise SlowTemplateError in this thread after SECONDS, between two steps of Python."""
+    thread = ctypes.c_ulong(threading.get_ident())
+    raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
+    lock, over = threading.Lock(), False
+
+    def stop() -> None:
+        with lock:
+            if not over:
+                raise_in(thread, ctypes.py_object(SlowTemplateError))
+
+    timer = threading.Timer(SECONDS, stop)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        with lock:
+            over = True
+            raise_in(thread, None)  # one that was not raised yet
+        timer.cancel()
+
+
+@contextmanager
+def _limited_memory() -> Iterator[None]:
+    """A limit on the addresses of this process, where the system has one (Linux)."""
+    status = Path("/proc/self/statm")
+    try:
+        import resource
+
+        used = int(status.read_text().split()[0]) * resource.getpagesize()
+    except (ImportError, OSError):
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limits = [n for n in (soft, hard, used + MEMORY) if n != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

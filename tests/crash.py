@@ -1,0 +1,80 @@
+"""A process that dies before the n-th of its calls that change a file, played in this process."""
+
+from __future__ import annotations
+
+import builtins
+import io
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+class Dead(BaseException):
+    """The process is gone. No handler of `Exception` and no `finally` may touch a file any more."""
+
+
+class Calls:
+    """Counts the calls that change files below `folder`, and ends the process before number `at` (from 1; 0: never).
+
+    at once: every later call fails too, as after SIGKILL. Otherwise only this one is interrupted, as by Ctrl-C.
+    """
+
+    def __init__(self, folder: Path, at: int = 0, at_once: bool = True) -> None:
+        self.folder, self.at, self.at_once, self.count = str(folder), at, at_once, 0
+
+    def before(self, *places: Any) -> None:
+        named = [os.fsdecode(p) for p in places if isinstance(p, str | bytes | os.PathLike)]
+        if named and not any(os.path.abspath(p).startswith(self.folder) for p in named):
+            return
+        self.count += 1
+        if self.at and (self.count == self.at or (self.at_once and self.count > self.at)):
+            raise Dead if self.at_once else KeyboardInterrupt
+
+
+@contextmanager
+def counted(calls: Calls) -> Iterator[Calls]:
+    """Inside, file calls are counted."""
+    def wrapped(real: Callable[..., Any], writes: Callable[..., bool] = lambda *a, **k: True) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            if writes(*args, **options):
+                calls.before(*(() if "dir_fd" in options else args[:2] if real in two else args[:1]))
+            return real(*args, **options)
+        return call
+
+    two = (os.replace, os.rename)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("fsync", "replace", "rename", "mkdir", "rmdir", "unlink"):
+            patch.setattr(os, name, wrapped(getattr(os, name)))
+        patch.setattr(os, "open", wrapped(os.open, lambda path, flags, *a, **k: bool(flags & os.O_CREAT)))
+        opened = wrapped(io.open, lambda file, mode="r", *a, **k: not isinstance(file, int) and mode.strip("tb") != "r")
+        patch.setattr(io, "open", opened)
+        patch.setattr(builtins, "open", opened)
+        yield calls
+
+
+def died(make: Callable[[], Any], folder: Path, at: int, at_once: bool) -> bool:
+    """Run `make` until its call number `at`. False if it was finished before."""
+    try:
+        with counted(Calls(folder, at, at_once)):
+            make()
+    except (Dead, KeyboardInterrupt):
+        return True
+    return False
+
+
+def number_of_calls(make: Callable[[], Any], folder: Path) -> int:
+    """How many file calls `make` needs."""
+    with counted(Calls(folder)) as calls:
+        make()
+    return calls.count
+
+
+def listing(folder: Path) -> set[str]:
+    """Every file and folder below `folder`."""
+    with suppress(FileNotFoundError):
+        return {p.relative_to(folder).as_posix() for p in folder.rglob("*")}
+    return set()
