@@ -18,6 +18,7 @@ from llmc.errors import UserError
 from llmc.files import staged_file
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.hf import load_tokenizer, load_torch_model
+from llmc.formats.text_rows import described
 from llmc.machine import torch_device
 
 SAMPLING_BATCH = 32
@@ -65,7 +66,11 @@ def calibration_text(skeleton: Skeleton, files: dict[str, str], c: Settings, thr
     if c.seq_len > limit:
         raise UserError(f"--seq-len {c.seq_len}: {source} has positions for {limit} tokens", f"use --seq-len {limit} or less")
     if c.calibration != SELF:
-        return load_calibration(c.calibration, tokenizer, c.samples, c.seq_len)
+        rows = skeleton.model.get_input_embeddings().weight.shape[0]
+        text = load_calibration(c.calibration, tokenizer, c.samples, c.seq_len, rows)
+        if "rows" in text.origin:
+            say(f"calibration text {text.origin['name']}{described(text.origin['rows'])}")
+        return text
     say("no calibration text was given: sampling text from the model "
         "(text like the model's later input is better: --calibration FILE)")
     origin = {"seed": c.seed, "temperature": 1.0, "samples": c.samples, "seq_len": c.seq_len}

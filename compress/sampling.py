@@ -24,7 +24,9 @@ def sample_from_model(model: nn.Module, tokenizer: Any, samples: int, seq_len: i
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     special = torch.tensor(sorted(set(tokenizer.all_special_ids)), dtype=torch.int64)
-    vocabulary = len(tokenizer)
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    rows = embedding.weight.shape[0]
+    vocabulary = min(len(tokenizer), rows)  # a tokenizer may have added tokens that the model does not know
     ordinary = torch.ones(vocabulary)
     ordinary[special[special < vocabulary]] = 0
     done = []

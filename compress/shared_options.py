@@ -9,7 +9,8 @@ from llmc.options import ADVANCED, CALIBRATION, RUN, option
 PRECISIONS = ("auto", "bf16", "fp32")  # of matrix products in training
 
 
-def calibration(help: str = "Calibration text: a text or .jsonl file, hf:NAME, or self. self is text sampled from the model.",
+def calibration(help: str = "Calibration text: a file, hf:NAME, or self. self is text sampled from the model. "
+                     "A .json, .jsonl, .csv, .tsv or .parquet file has rows, any other file is plain text.",
                 default: Any = "self", **declared: Any) -> Any:
     return option(default, help=help, metavar="TEXT", **declared)
 

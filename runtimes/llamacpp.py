@@ -291,6 +291,11 @@ class LlamaCpp:
         return frozenset(i for i in range(self.vocab_size) if self._lib.llama_vocab_is_eog(self._vocab, i))
 
     @property
+    def window(self) -> int:
+        """Tokens of the sliding window that llama.cpp applies; 0 if it applies none, whatever the file says."""
+        return int(self._lib.llama_model_n_swa(self._model))
+
+    @property
     def metadata(self) -> dict[str, str]:
         """The file's key-value pairs as llama.cpp prints them (it leaves out long arrays)."""
         lib, m = self._lib, self._model

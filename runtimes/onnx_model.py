@@ -11,7 +11,7 @@ import numpy as np
 from llmc.errors import UserError
 from llmc.files import read_json
 from llmc.formats.onnx_folder import QDQ_LEVEL, OnnxFolder, open_onnx
-from llmc.formats.template_limits import render_within_limits
+from llmc.formats.tokenizer_json import open_tokenizer_json
 from llmc.runtimes import onnx_session
 from llmc.runtimes.base import TOO_LONG
 from llmc.runtimes.onnx_kv import KvCache, read_signature
@@ -147,7 +147,7 @@ class OnnxModel:
     def tokenizer(self) -> Any:
         """The folder's tokenizer.json, read by the `tokenizers` package without transformers."""
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.folder)
+            self._tokenizer = open_tokenizer_json(self.folder)
         return self._tokenizer
 
     def tokenize(self, text: str, special: bool = True) -> np.ndarray:
@@ -157,15 +157,14 @@ class OnnxModel:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def chat(self, user: str) -> str:
+        from llmc.formats.chat_template import render
         from llmc.formats.hf import load_tokenizer
 
         tokenizer = load_tokenizer(self.folder)
         if not tokenizer.chat_template:
             raise UserError(f"{self.folder} has no chat template", "leave out --chat: the prompt is continued as it is")
         messages = [{"role": "user", "content": user}]
-        return render_within_limits(
-            lambda: str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)), len(user),
-            str(self.folder))
+        return render(tokenizer, messages, str(self.folder), add_generation_prompt=True)
 
     @property
     def end_tokens(self) -> frozenset[int]:
@@ -202,19 +201,9 @@ class OnnxModel:
         self._work.cleanup()
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizers.Tokenizer of a folder's tokenizer.json."""
-    from tokenizers import Tokenizer
-
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise UserError(f"{folder} has no tokenizer.json", "copy the base model's tokenizer files into it")
-    return Tokenizer.from_file(str(path))
-
-
 def tokenize(folder: Path, text: str) -> np.ndarray:
     """The ids of a text, int [n], from a folder's tokenizer, without loading the model."""
-    return np.array(load_tokenizer(folder).encode(text).ids)
+    return np.array(open_tokenizer_json(folder).encode(text).ids)
 
 
 def _ids(value: Any) -> set[int]:

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from llmc.errors import UserError
+from llmc.formats.chat_template import render
 from llmc.formats.hf import load_tokenizer, load_torch_model
-from llmc.formats.template_limits import render_within_limits
 from llmc.machine import torch_device
 from llmc.runtimes.base import TOO_LONG
 
@@ -65,6 +65,11 @@ class TorchModel:
             raise UserError(f"{tokens} tokens do not fit {self.folder}'s context of {self.context}", TOO_LONG)
 
     def _batch(self, ids: np.ndarray) -> torch.Tensor:
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        if (highest := int(ids.max())) >= rows:
+            token = self.tokenizer.convert_ids_to_tokens(highest)
+            raise UserError(f"the text has token {highest} ({token}), and the embedding of {self.folder} has {rows} rows",
+                            "leave this token out of the text")
         return torch.from_numpy(np.asarray(ids, dtype=np.int64))[None].to(self.device)
 
     @property
@@ -84,9 +89,7 @@ class TorchModel:
         if not self.tokenizer.chat_template:
             raise UserError(f"{self.folder} has no chat template", "leave out --chat: the prompt is continued as it is")
         messages = [{"role": "user", "content": user}]
-        return render_within_limits(
-            lambda: str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)), len(user),
-            str(self.folder))
+        return render(self.tokenizer, messages, str(self.folder), add_generation_prompt=True)
 
     @property
     def end_tokens(self) -> frozenset[int]:

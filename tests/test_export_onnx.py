@@ -134,6 +134,29 @@ def test_the_chat_template_can_be_dropped_or_replaced(exported: SimpleNamespace,
     assert report["chat_template_sha256"] != exported.report["chat_template_sha256"]
 
 
+def test_named_templates_become_files_and_the_tokenizer_neither_pads_nor_cuts(tmp_path: Path) -> None:
+    folder, chat = build("llama", tmp_path / "m", num_hidden_layers=1), "{% for m in messages %}{{ m.content }}{% endfor %}"
+    for name, values in (
+        ("tokenizer_config.json", {"chat_template": [{"name": "default", "template": chat},
+                                                     {"name": "tool", "template": chat + "!"}]}),
+        ("tokenizer.json", {"truncation": {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}})):
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | values))
+    report, out = export(folder), tmp_path / "m-onnx"
+    assert json.loads((out / "tokenizer_config.json").read_text())["chat_template"] == chat
+    assert (out / "chat_template.jinja").read_text() == chat
+    assert (out / "additional_chat_templates" / "tool.jinja").read_text() == chat + "!"
+    assert json.loads((out / "tokenizer.json").read_text())["truncation"] is None
+    counts = report["token_ids"]["chat_tokens"]
+    assert counts["tool"] == counts["default"] + 1
+    assert report["token_ids"]["around_added_tokens"] == {"compared": 2, "unlike": {}, "tokens": {}}
+    assert llmc.verify(out)["problems"] == []
+
+
+def test_a_window_that_the_graph_lacks_is_noted(tmp_path: Path) -> None:
+    assert any("sliding window of 160" in n for n in export(build("mistral", tmp_path / "m", sliding_window=160))["notes"])
+    assert not any("sliding window" in n for n in export(build("gemma3_text", tmp_path / "g"))["notes"])
+
+
 @pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox"])
 def test_unknown_families_are_named_with_the_known_ones(family: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"llmc does not write .* as ONNX; it writes .*LlamaForCausalLM.*Phi3ForCausalLM"):

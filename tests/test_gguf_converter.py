@@ -17,7 +17,7 @@ from tiny import build
 
 from llmc.errors import UserError
 from llmc.export.gguf import GgufExportConfig, export_gguf
-from llmc.export.gguf.converter import Row, RowIndex
+from llmc.export.gguf.converter import Row, RowIndex, _is_matrix
 from llmc.formats.gguf import field
 from llmc.formats.types import IntegerType
 
@@ -44,6 +44,25 @@ def test_a_float_model_goes_through_too(tmp_path):
     report = export(build("llama", tmp_path / "m"), checkout(tmp_path / "llama.cpp"), float_type="q8_0")
     assert report["tensor_types"] == {"Q8_0": 11, "F32": 5}
     assert not list(tmp_path.glob(".llmc-convert-*"))
+
+
+@pytest.mark.parametrize(("name", "shape", "matrix"), [
+    ("blk.0.attn_q.weight", (64, 64), True), ("blk.3.ffn_up_exps.weight", (4, 64, 64), True),
+    ("blk.0.ssm_in.weight", (64, 64), True),
+    ("blk.0.ffn_down_shexp.weight", (64, 64), True), ("blk.0.attn_kv_b.weight", (64, 64), True),
+    ("per_layer_token_embd.weight", (64, 64), True), ("blk.0.time_mix_key.weight", (64, 64), True),
+    ("blk.0.ffn_gate_inp.weight", (4, 64), False), ("blk.0.ssm_conv1d.weight", (64, 4), False),
+    ("blk.0.ssm_a", (64, 16), False),
+    ("blk.0.attn_q_norm.weight", (4, 64), False), ("blk.0.attn_norm.weight", (64,), False),
+    ("position_embd.weight", (64, 64), False), ("blk.0.time_mix_w1.weight", (64, 8), False)])
+def test_float_type_is_that_of_every_matrix_whatever_its_name(name: str, shape: tuple[int, ...], matrix: bool) -> None:
+    assert _is_matrix(name, shape) is matrix
+
+
+def test_a_window_that_llama_cpp_ignores_is_noted(tmp_path):
+    folder = build("llama", tmp_path / "m")
+    tiny.edit_config(folder, sliding_window=128)
+    assert any("sliding window of 128 tokens" in n for n in export(folder, checkout(tmp_path / "llama.cpp"))["notes"])
 
 
 def test_metadata_is_the_converters_and_what_llmc_knows_better(tmp_path):

@@ -22,7 +22,7 @@ class DistillConfig:
     teacher: str = option(help="Float model to learn from: a folder, a .gguf file, or a hub id.", metavar="MODEL")
     _: KW_ONLY
     calibration: tuple[str, ...] = shared.calibration(
-        "Text to train on: a text or .jsonl file, hf:NAME, or self. self is text sampled from the teacher. The option may be "
+        "Text to train on: a file, hf:NAME, or self. self is text sampled from the teacher. The option may be "
         "repeated.", ("self",))
     sampled: int = shared.sampled()
     steps: int = option(200, help="Number of optimizer steps.", low=1)
@@ -54,7 +54,7 @@ class DistillConfig:
     check_every: int = shared.check_every()
     patience: int = shared.patience()
     answers_only: bool = option(
-        False, help="Train only on the assistant's messages in .jsonl files.", group=CALIBRATION)
+        False, help="Train only on what assistants say in the conversations of files with rows.", group=CALIBRATION)
     checkpointing: bool = shared.checkpointing()
     precision: str = shared.precision()
     seed: int = shared.seed("Seed of the order of sequences, of --calibration self and of adapters.")

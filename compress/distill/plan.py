@@ -11,6 +11,7 @@ from llmc.compress.distill.config import DistillConfig
 from llmc.compress.ends import is_tied
 from llmc.compress.skeleton import Skeleton, find_layers, get_weight, is_linear
 from llmc.compress.teaching.loss import CHUNK_BYTES
+from llmc.compress.text import rows_in
 
 RUNTIME = 600_000_000  # bytes of memory for Python, torch and transformers
 SHARE = 0.5  # of a matrix product's speed that training reaches; attention, norms and optimizer take the rest
@@ -39,7 +40,8 @@ def plan_of(student: Skeleton, teacher: Skeleton, c: DistillConfig, dtype: torch
             "teacher_parameters": teacher_size, "trained": trained, "tokens": tokens, "memory_bytes": memory,
             "seconds": seconds,
             "disk_bytes": 3 * folder + 2 * 16 * trained + cached, "device": str(device), "threads": threads,
-            "precision": str(dtype).removeprefix("torch."), "steps": c.steps, "loss": c.loss}
+            "precision": str(dtype).removeprefix("torch."), "steps": c.steps, "loss": c.loss,
+            "calibration_rows": {spec: rows for spec in c.calibration if (rows := rows_in(spec))}}
 
 
 def _parameters(m: Skeleton) -> int:

@@ -21,7 +21,7 @@ class HealConfig:
         help="Float model to learn from: a folder, a .gguf file, or a hub id. It is the model that was quantized. With "
              "--scope end-to-end it may be a larger model with the same tokenizer.", metavar="MODEL")
     calibration: tuple[str, ...] = shared.calibration(
-        "Text to train on: a text or .jsonl file, hf:NAME, or self. self is text sampled from the teacher. The option may be "
+        "Text to train on: a file, hf:NAME, or self. self is text sampled from the teacher. The option may be "
         "repeated.", ("self",))
     sampled: int = shared.sampled()
     scope: str = option(

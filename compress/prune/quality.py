@@ -35,16 +35,14 @@ def split(sequences: torch.Tensor, held_out: int) -> tuple[torch.Tensor, torch.T
 def judge(source: Path, pruned: Path, sequences: torch.Tensor, name: str, device: str) -> dict[str, Any]:
     """The metrics of metrics.summarise, each a value with its standard error, and a description of the measurement.
 
-    sequences: int64 [n, seq_len]. The first token becomes BOS if the tokenizer starts texts with BOS.  name: of the text.
+    sequences: int64 [n, seq_len]. They begin as the tokenizer begins a text, because calibration text does.
+    name: of the text.
     """
     tokenizer = FolderTokenizer(source)
-    ids = sequences.clone()
-    if tokenizer.bos is not None:
-        ids[:, 0] = tokenizer.bos
-    before = run(source, ids, device, None, "the source")
-    after = run(pruned, ids, device, None, "the pruned model")
-    first = ids.shape[1] // 2
-    targets = ids[:, first + 1 :].numpy()
+    before = run(source, sequences, device, None, "the source")
+    after = run(pruned, sequences, device, None, "the pruned model")
+    first = sequences.shape[1] // 2
+    targets = sequences[:, first + 1 :].numpy()
     nll, base_nll, kld = (np.empty(targets.shape, np.float32) for _ in range(3))
     top1 = np.empty(targets.shape, bool)
     with head_of(before) as base_head, head_of(after) as head:
@@ -53,8 +51,9 @@ def judge(source: Path, pruned: Path, sequences: torch.Tensor, name: str, device
             nll[i], base_nll[i] = metrics.nll(got, nexts), metrics.nll(wanted, nexts)
             kld[i], top1[i] = metrics.divergence(wanted, got)
     scored = sum(len(tokenizer.decode(row).encode()) for row in targets)
-    return {"text": f"{len(ids)} sequences of {name} that pruning did not use", "sequences": len(ids),
-            "seq_len": ids.shape[1], "scored": f"tokens {first + 1} to {ids.shape[1] - 1} of each (counted from 0)",
+    return {"text": f"{len(sequences)} sequences of {name} that pruning did not use", "sequences": len(sequences),
+            "seq_len": sequences.shape[1],
+            "scored": f"tokens {first + 1} to {sequences.shape[1] - 1} of each (counted from 0)",
             "scored_tokens": int(targets.size), **metrics.summarise(nll, scored, kld, top1, base_nll)}
 
 

@@ -20,7 +20,7 @@ from llmc.compress.prune.methods import Made, make, reference_sequences
 from llmc.compress.prune.quality import advice, judge, split, zeros_of
 from llmc.compress.prune.width import narrowed
 from llmc.compress.skeleton import Skeleton, get_weight, linears_of
-from llmc.compress.text import Calibration
+from llmc.compress.text import Calibration, rows_in
 from llmc.compress.unfinished import fingerprint
 from llmc.console import say
 from llmc.errors import UserError
@@ -117,6 +117,7 @@ class _Job:
             "layers": len(self.skeleton.layers), "bytes_before": before, "disk_bytes": 2 * before + states,
             "memory_bytes": memory, "whole_model_in_memory": c.method == "depth" and c.by == "kl", "device": c.device,
             "threads": self.threads, "matmul": matmul_precision(), "calibration": c.calibration,
+            "calibration_rows": rows_in(c.calibration),
             "tokens": (c.sequences - c.held_out) * c.seq_len, "held_out_tokens": c.held_out * c.seq_len,
         }
 

@@ -147,7 +147,8 @@ def _measured(config: QuantizeConfig, skeleton: Skeleton, source: dict[str, Any]
     if config.calibration == SELF:
         key |= {"calibration": SELF, "seed": config.seed}
     else:
-        text = load_calibration(config.calibration, tokenizer, SEQUENCES, length)
+        text = load_calibration(config.calibration, tokenizer, SEQUENCES, length,
+                                skeleton.model.get_input_embeddings().weight.shape[0])
         ids, key["calibration"] = text.sequences, hashlib.sha256(text.sequences.numpy().tobytes()).hexdigest()
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     kept = Path(NOTES) / f"sensitivity-{digest[:16]}.json"

@@ -32,7 +32,7 @@ from llmc.compress.quantize.budget import memory_bytes as memory_to_measure
 from llmc.compress.quantize.config import QuantizeConfig, budget_lines
 from llmc.compress.quantize.layer_pass import QuantizePass, digest
 from llmc.compress.skeleton import Skeleton, get_weight, linears_of
-from llmc.compress.text import Calibration
+from llmc.compress.text import Calibration, rows_in
 from llmc.compress.transform.choose import Choice, choose
 from llmc.compress.unfinished import fingerprint
 from llmc.console import say, warn
@@ -161,7 +161,8 @@ class _Job:
             "disk_bytes": 2 * out_bytes + states + self._transform_bytes(),  # the layers, and the output folder
             "memory_bytes": max(memory, memory_to_measure(self.skeleton)) if c.target else memory,
             "device": c.device, "threads": self.threads, "matmul": matmul_precision(),
-            "calibration": c.calibration if c.calibrated else None, "tokens": c.samples * c.seq_len,
+            "calibration": c.calibration if c.calibrated else None,
+            "calibration_rows": rows_in(c.calibration) if c.calibrated else {}, "tokens": c.samples * c.seq_len,
             "imatrix": self.importance and self.importance.origin,
             **({"plan": self.assignment.plan} if c.target else {}),
         }

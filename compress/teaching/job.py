@@ -27,7 +27,7 @@ from llmc.errors import UserError
 from llmc.files import staged_file
 from llmc.formats import model_folder
 from llmc.formats.checkpoint import Checkpoint
-from llmc.formats.hf import load_tokenizer, load_torch_model
+from llmc.formats.hf import load_config, load_tokenizer, load_torch_model
 from llmc.formats.manifest import passes_of, read_manifest
 from llmc.formats.shards import pieces_of, rest_of
 from llmc.formats.source import describe_source
@@ -87,7 +87,8 @@ class Job(ABC):
 
     def texts(self) -> Texts:
         """The sequences for training and the held-out ones."""
-        return gather(self.settings, load_tokenizer(self.folder), self._sample, self.processes, self.answers_only)
+        rows = min(load_config(folder).get_text_config().vocab_size for folder in (self.folder, self.teacher_folder))
+        return gather(self.settings, load_tokenizer(self.folder), self._sample, self.processes, self.answers_only, rows)
 
     def _sample(self, count: int) -> torch.Tensor:
         """Sample `count` sequences from the teacher, or read those of an interrupted run."""

@@ -57,20 +57,21 @@ class Texts:
 
 
 def gather(c: TextSettings, tokenizer: Any, sample: Callable[[int], torch.Tensor], processes: int = 1,
-           answers_only: bool = False) -> Texts:
+           answers_only: bool = False, rows: int | None = None) -> Texts:
     """The sequences of a run, shuffled by the seed. UserError if the text is too short.
 
     The held-out sequences depend only on the files and on their number, so runs of different lengths have the same ones. They
     are evenly spaced over all files or, without files, over the sampled text.
 
     sample: from a number n to sampled sequences of the teacher, int64 [n, seq_len].  processes: number of processes that
-    train together, each on its own batches.  answers_only: of the files, learn only the assistant's messages.
+    train together, each on its own batches.  answers_only: of the files, learn only the assistant's messages.  rows: of
+    the smallest embedding; None: the ids are not compared with it.
     """
     at_once = c.batch * c.accumulate * processes
     needed = c.steps * at_once
     named = [spec for spec in c.calibration if spec != SELF]
     sampled = min(needed, c.sampled) if named else c.held_out + min(needed, max(SELF_SEQUENCES - c.held_out, at_once))
-    load = load_answers if answers_only else partial(load_calibration, samples=None)
+    load = partial(load_answers, rows=rows) if answers_only else partial(load_calibration, samples=None, rows=rows)
     whole = [load(spec, tokenizer, seq_len=c.seq_len) for spec in named]
     own = [from_model(sample(sampled), tokenizer, {"seed": c.seed, "temperature": 1.0})] if sampled else []
     held, rest = _hold_out(whole or own, c.held_out)

@@ -22,6 +22,7 @@ from llmc.errors import UserError
 from llmc.evals.report.schema import TextProtocol
 from llmc.files import sha256
 from llmc.formats.checkpoint import TOKENIZER_FILES
+from llmc.formats.text_ends import bos_of, sequences
 from llmc.runtimes.base import Runtime
 
 
@@ -48,9 +49,7 @@ class FolderTokenizer:
         self._tokenizer = load_tokenizer(folder)
         self._tokenizer.model_max_length = 1 << 40  # no limit: the whole text is tokenized, and `cut` makes the chunks
         self.sha256 = hash_tokenizer(folder)
-        ids = self._tokenizer("a")["input_ids"]
-        bos = self._tokenizer.bos_token_id
-        self.bos: int | None = bos if bos is not None and ids[0] == bos else None
+        self.bos: int | None = bos_of(self._tokenizer)
 
     def encode(self, text: str) -> np.ndarray:
         return np.array(self._tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
@@ -122,18 +121,15 @@ def cut(name: str, text: str, tokenizer: Tokenizer, context: int, chunks: int) -
     Raises UserError if the text is shorter than one chunk.
     """
     ids = tokenizer.encode(text)
-    if tokenizer.bos is not None:
-        ids = np.concatenate([np.array([tokenizer.bos], dtype=np.int32), ids])
-    available = len(ids) // context
+    every = sequences(ids, context, tokenizer.bos)
+    available = len(every)
     if available == 0:
         raise UserError(f"the text {name} has {len(ids)} tokens, fewer than one chunk of {context}",
                         "give a longer text or a smaller --context")
     taken = min(available, chunks or available)
-    cut_ids = ids[: taken * context].reshape(taken, context).copy()
+    cut_ids = every[:taken]
     first = context // 2
     length = sum(len(tokenizer.decode(chunk[first + 1 :]).encode()) for chunk in cut_ids)
-    if tokenizer.bos is not None:
-        cut_ids[:, 0] = tokenizer.bos
     protocol = EvalProtocol(
         text=name, text_sha256=hashlib.sha256(text.encode()).hexdigest(), tokenizer_sha256=tokenizer.sha256,
         ids_sha256=hashlib.sha256(cut_ids.astype("<i4").tobytes()).hexdigest(), context=context, stride=context,

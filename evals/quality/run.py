@@ -49,7 +49,7 @@ def evaluate(config: EvalConfig) -> Report:
     artifact = locate(config.artifact)
     base = locate(config.base) if config.base is not None else None
     wanted = () if config.no_text else (config.text, config.second_text)
-    texts = [load_text(t) for t in wanted if t is not None]
+    texts = [load_text(t, artifact_at(base or artifact).tokenizer_folder) for t in wanted if t is not None]
     asked = task_items.load(config.tasks, config.task_items)
     overlaps = {name: _overlap(artifact, name, text) for name, text in [*texts, *((t.name, t.text) for t in asked)]}
     described = report.describe_artifact(artifact)

@@ -6,24 +6,28 @@ import zipfile
 from pathlib import Path
 
 from llmc.errors import UserError
+from llmc.formats.text_files import is_table
+from llmc.formats.text_rows import read_documents
 
 PYTHON_DOCS = "python-docs"
 WIKITEXT = "wikitext"
 
 
-def load_text(spec: str) -> tuple[str, str]:
-    """Return (name, text). spec: a file path, 'python-docs' or 'wikitext'. Raises UserError if the text cannot be read."""
+def load_text(spec: str, folder: Path | None = None) -> tuple[str, str]:
+    """Return (name, text). spec: a file path, 'python-docs' or 'wikitext'. Raises UserError if the text cannot be read.
+
+    folder: with the tokenizer, whose chat template renders the conversations of a file."""
     if spec == PYTHON_DOCS:
         return spec, _python_docs()
     if spec == WIKITEXT:
         return spec, _wikitext()
     path = Path(spec).expanduser()
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, IsADirectoryError) as e:
-        raise UserError(f"there is no text file {spec}", f"give a text file, {WIKITEXT} or {PYTHON_DOCS}") from e
-    except UnicodeDecodeError as e:
-        raise UserError(f"{spec} is not UTF-8 text (byte {e.start})", "convert it to UTF-8") from e
+    tokenizer = None
+    if folder is not None and is_table(path):
+        from llmc.formats.hf import load_tokenizer
+
+        tokenizer = load_tokenizer(folder)
+    text = "\n\n".join(read_documents(path, tokenizer).texts)
     if not text.strip():
         raise UserError(f"{spec} is empty", "give a text of a few thousand words")
     return path.name, text

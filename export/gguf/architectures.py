@@ -13,6 +13,7 @@ import numpy as np
 
 from llmc.errors import UserError
 from llmc.export.gguf.rope import add_rope
+from llmc.export.windows import ignored
 from llmc.families import FAMILIES, nearest, of_config
 from llmc.families.row import Family, activation_of
 
@@ -112,10 +113,7 @@ def _add_window(writer: GGUFWriter, family: Family, c: Any) -> list[str]:
     window = getattr(c, "sliding_window", None)
     if family.gguf.window == "key":
         writer.add_sliding_window(window or 0)  # 0: none
-    if not window or window >= c.max_position_embeddings or not getattr(c, "use_sliding_window", True):
-        return []
-    return [f"llama.cpp runs this architecture with full attention; the model's sliding window of {window} tokens "
-            "is not applied, so texts longer than that are computed differently"]
+    return ignored("llama.cpp", c, 0)
 
 
 def interleave(rows: int, heads: int) -> np.ndarray:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGUFReader, GGUFValueType, GGUFWriter, ReaderTensor
+from gguf import GGML_QUANT_SIZES, GGUFReader, GGUFValueType, GGUFWriter, ReaderTensor
 from safetensors.torch import save_file
 
 from llmc.console import progress, say
@@ -36,15 +37,20 @@ from llmc.export.gguf.writer import GgufTensor, Source
 from llmc.families.names import is_layer_matrix
 from llmc.files import check_disk, work_folder, write_json
 from llmc.formats import pretokenizers, quantized
-from llmc.formats.checkpoint import INDEX, TOKENIZER_FILES, Checkpoint
+from llmc.formats.checkpoint import INDEX, Checkpoint
 from llmc.formats.gguf import field, open_gguf
 from llmc.formats.gguf_header import read_header
+from llmc.formats.tokenizer_files import copy_tokenizer_files
 
 SCRIPT = "convert_hf_to_gguf.py"
 SHARD = 1_000_000_000
 PATIENCE = 600  # seconds that the converter may take, beside those for its weights
 SLOWEST = 5_000_000  # bytes of weights per second
 TAIL = 65536  # bytes of its messages that are read
+# what llama.cpp needs in float32: routers, position tables, short convolutions, and small ones of RWKV and Gemma 3n
+ALWAYS_FLOAT = re.compile(
+    r"ffn_gate_inp(_shexp)?\.|^(position_embd|token_types)\.|(ssm_conv1d\w*|shortconv\.conv)\.|attn_rel_b\."
+    r"|time_mix_(?!key|value|receptance|gate|output)|altup_(correct|predict)_coef\.")
 NO_WAY = "llmc cannot write the codes of this architecture into GGUF"
 OURS = ("general.architecture", "general.type", "general.name", "general.size_label", "general.license",
         "general.quantized_by", "general.base_model.", "general.file_type", "general.quantization_version",
@@ -92,9 +98,9 @@ def converted(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, types: Types
 def _write_skeleton(ckpt: Checkpoint, linears: list[str], folder: Path) -> Path:
     """Write the float model as a Hugging Face folder, one shard of about a gigabyte at a time; return the folder."""
     folder.mkdir()
-    for name in (*TOKENIZER_FILES, "generation_config.json"):
-        if (ckpt.folder / name).is_file():
-            shutil.copy(ckpt.folder / name, folder)
+    copy_tokenizer_files(ckpt.folder, folder)
+    if (ckpt.folder / "generation_config.json").is_file():
+        shutil.copy(ckpt.folder / "generation_config.json", folder)
     write_json(folder / "config.json", {k: v for k, v in ckpt.config.items() if k != "quantization_config"})
     packed = {name for linear in linears for name in quantized.parts(linear)}
     weight_map: dict[str, str] = {}
@@ -268,7 +274,9 @@ def _float_entry(t: ReaderTensor, shape: tuple[int, ...], types: Types) -> GgufT
     if t.tensor_type not in (Kind.F32, Kind.F16, Kind.BF16):
         raise UserError(f"llama.cpp's converter wrote {t.name} as {t.tensor_type.name}", "this model cannot be converted")
     is_end = t.name in ("token_embd.weight", "output.weight")
-    kind = types.of(t.name, shape) if is_end or is_layer_matrix(t.name) else Kind.F32
+    kind = types.of(t.name, shape) if is_end or _is_matrix(t.name, shape) else Kind.F32
+    if not is_end and not is_layer_matrix(t.name) and shape[-1] % GGML_QUANT_SIZES[kind][0]:
+        kind = Kind.F16  # as llama.cpp's converter does; e.g. narrow projections of state-space layers
     blocks.check_rows(t.name, shape, kind)
 
     def source() -> Source:
@@ -278,6 +286,11 @@ def _float_entry(t: ReaderTensor, shape: tuple[int, ...], types: Types) -> GgufT
         return torch.from_numpy(data)
 
     return GgufTensor(t.name, shape, kind, source)
+
+
+def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether llama.cpp's converter would write a tensor in the type of matrices (prepare_tensors of its ModelBase)."""
+    return len(shape) > 1 and name.endswith(".weight") and not name.endswith("_norm.weight") and not ALWAYS_FLOAT.search(name)
 
 
 def _code_entry(name: str, shape: tuple[int, ...], ckpt: Checkpoint, linears: list[str], rows: list[Row]) -> GgufTensor:

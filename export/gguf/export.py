@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from llmc.export.gguf.config import GgufExportConfig
 from llmc.export.gguf.plan import Plan, Planner, Types
 from llmc.export.gguf.writer import GgufTensor
 from llmc.export.source import model_folder, source_of, stem
+from llmc.export.windows import ignored
 from llmc.files import check_disk
 from llmc.formats import quantized
+from llmc.formats.chat_template import hash_template
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.hf import load_config, load_tokenizer
 from llmc.formats.manifest import check_output, new_manifest, note_last, read_manifest, staged_artifact
@@ -104,14 +107,19 @@ def _finish(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, threads: int, 
         writer.write(w, tmp, entries, lambda: verify.header(tmp, ckpt, w.arch))
         verified = verify.tensors(tmp, entries)
         checks = verify.in_llama_cpp(tmp, ckpt, tok, plan.vocabulary, entries, plan.context_length, threads)
+        # where llama.cpp has a window, it has that of the architecture's layers
+        unapplied = ignored("llama.cpp", load_config(ckpt.folder), 0 if checks["window"] == 0 else sys.maxsize)
+        late = [note for note in unapplied if note not in plan.notes]
         report = {
             "path": str(out), "source": str(ckpt.folder), "architecture": w.arch, "file_type": type_name,
             "bytes": tmp.stat().st_size, "bytes_by_class": writer.bytes_by_role(entries), "parameters": parameters,
             "tensor_types": dict(Counter(e.kind.name for e in entries)), "verified": verified,
-            "pre_tokenizer": v.pre, "chat_template_sha256": v.template_sha256, "notes": plan.notes, **checks,
+            "pre_tokenizer": v.pre, "chat_template_sha256": hash_template(v.template), "notes": plan.notes + late, **checks,
         }
         manifest.update(_record(ckpt, config, source, report))
     note_last(out, "gguf")
+    for note in late:
+        warn(note)
     if not checks["token_ids"]["leading_space_alike"]:
         warn("a text that begins with a space is tokenized differently by llama.cpp and by transformers")
     if not checks["token_ids"]["combining_marks_alike"]:

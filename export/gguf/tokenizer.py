@@ -6,7 +6,6 @@ Both are read from tokenizer.json. If a folder has none, transformers builds it 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections import Counter
@@ -20,7 +19,8 @@ from gguf import GGUFWriter, TokenType
 from llmc.errors import UserError
 from llmc.files import read_json
 from llmc.formats import pretokenizers
-from llmc.formats.chat_template import chat_template_of
+from llmc.formats.chat_template import DEFAULT, Template, by_name, chat_template_of
+from llmc.formats.text_ends import note_of_eos
 
 # Texts that llama.cpp recognizes as end tokens without metadata (src/llama-vocab.cpp, "eog")
 ENDS_BY_TEXT = {
@@ -51,15 +51,8 @@ class Vocabulary:
     special_ids: dict[str, int] = field(default_factory=dict)
     ends: list[int] = field(default_factory=list)
     """Every id that ends a generation; that of the tokenizer comes first."""
-    template: str | list[dict[str, str]] | None = None
+    template: Template | None = None
     notes: list[str] = field(default_factory=list)
-
-    @property
-    def template_sha256(self) -> str | None:
-        if self.template is None:
-            return None
-        text = self.template if isinstance(self.template, str) else json.dumps(self.template, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_vocabulary(folder: Path, tokenizer: Any, size: int, pre: str | None, chat_template: str) -> Vocabulary:
@@ -95,6 +88,7 @@ def complete(v: Vocabulary, folder: Path, tokenizer: Any, chat_template: str) ->
     added = tokenizer_spec(folder, tokenizer).get("added_tokens", [])
     v.strips_right = any(a["special"] and a.get("rstrip") for a in added)
     _add_affixes(v, tokenizer)
+    v.notes += note_of_eos(tokenizer)
     _add_special_ids(v, folder, tokenizer)
     v.template = chat_template_of(folder, tokenizer, chat_template)
 
@@ -253,5 +247,14 @@ def add_behaviour(writer: GGUFWriter, v: Vocabulary, present: Collection[str] = 
             writer.add_uint32(key, i)
     writer.add_add_bos_token(v.add_bos)
     writer.add_add_eos_token(v.add_eos)
-    if v.template is not None:
-        writer.add_chat_template(v.template)
+    named = by_name(v.template)
+    keys = {name: re.sub("[^A-Za-z0-9]", "_", name) for name in named if name != DEFAULT}
+    if len(set(keys.values())) < len(keys):
+        raise UserError(f"the chat templates {', '.join(keys)} have the same names in GGUF, which knows letters and digits",
+                        "rename one, or leave the templates out with --chat-template drop")
+    for name, key in keys.items():
+        writer.add_string(f"tokenizer.chat_template.{key}", named[name])
+    if keys:
+        writer.add_array("tokenizer.chat_templates", sorted(keys.values()))
+    if DEFAULT in named:
+        writer.add_string("tokenizer.chat_template", named[DEFAULT])

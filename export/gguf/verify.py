@@ -18,9 +18,10 @@ from gguf.quants import dequantize
 
 from llmc.console import progress
 from llmc.errors import UserError
+from llmc.export import token_proof
 from llmc.export.gguf import blocks
 from llmc.export.gguf.blocks import Kind
-from llmc.export.gguf.tokenizer import Vocabulary
+from llmc.export.gguf.tokenizer import Vocabulary, tokenizer_spec
 from llmc.export.gguf.writer import GgufTensor
 from llmc.export.parity import GENERATED, PLEASE_REPORT, PROMPT, check_ids, compare_logits, first_difference, show
 from llmc.export.reference import reference_logits
@@ -30,6 +31,7 @@ from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.gguf_check import check_runnable
 from llmc.formats.pretokenizers import WITHOUT_MARKS
 from llmc.formats.quantized import Quantized, as_blocks, rows_of
+from llmc.formats.tokenizer_json import TOKENIZER, open_tokenizer_json
 from llmc.formats.types import BlockTensor
 from llmc.runtimes.amx import use_extra_buffers
 from llmc.runtimes.llamacpp import LlamaCpp, check_loads
@@ -170,14 +172,12 @@ def logits(runtime: LlamaCpp, ckpt: Checkpoint, ids: np.ndarray, bound: Bound,
 
 
 def tokens(runtime: LlamaCpp, tokenizer: Any, folder: Path, v: Vocabulary) -> dict[str, Any]:
-    """Check that tokenizer.json, transformers and llama.cpp give the same ids, and that llama.cpp knows every added token and
-    every end token. Returns the counts; raises UserError."""
+    """Check that tokenizer.json, transformers and llama.cpp give the same ids, also of chat prompts, and that llama.cpp knows
+    every added token and every end token. Returns the counts; raises UserError."""
     ids = list(tokenizer(CHECK_TEXT, add_special_tokens=False)["input_ids"])
-    path = folder / "tokenizer.json"
+    path = folder / TOKENIZER
     if path.is_file():
-        from tokenizers import Tokenizer
-
-        plain = Tokenizer.from_file(str(path)).encode(CHECK_TEXT, add_special_tokens=False).ids
+        plain = open_tokenizer_json(folder).encode(CHECK_TEXT, add_special_tokens=False).ids
         if at := first_difference(plain, ids):
             raise UserError(f"transformers does not tokenize as {path} does: {show(at[0], plain, ids, tokenizer)}",
                             "every tool that uses transformers gets wrong tokens: try another version of it")
@@ -204,7 +204,15 @@ def tokens(runtime: LlamaCpp, tokenizer: Any, folder: Path, v: Vocabulary) -> di
                         "generation of this model", "try a newer llama-cpp-python")
     alike = {text: runtime.tokenize(text, special=False).tolist()
              == list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (MARKS, " a")}
-    return {"text_tokens": len(ids), "added_tokens": len(added), "end_tokens": sorted(ends),
+    side = token_proof.Side("llama.cpp", lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"]),
+                            lambda text: runtime.tokenize(text, special=False).tolist(),
+                            "export it as ONNX (--format onnx), or leave the template out (--chat-template drop)")
+    prompts = token_proof.chats(side, tokenizer, v.template)
+    spec = tokenizer_spec(folder, tokenizer)
+    known = [{**t, "content": v.tokens[t["id"]]} for t in spec.get("added_tokens", []) if t["id"] < len(v.tokens)]
+    beside = token_proof.added(side, tokenizer, spec, known)
+    return {"text_tokens": len(ids), "added_tokens": len(added), "chat_tokens": prompts, "around_added_tokens": beside,
+            "end_tokens": sorted(ends),
             "combining_marks_alike": alike[MARKS], "leading_space_alike": alike[" a"]}
 
 
@@ -231,6 +239,7 @@ def in_llama_cpp(path: Path, ckpt: Checkpoint, tokenizer: Any, v: Vocabulary, en
             "token_ids": tokens(runtime, tokenizer, ckpt.folder, v),
             "logits": logits(runtime, ckpt, ids, Bound.of(entries), end_matrices(path)),
             "generated": generate(runtime),
+            "window": runtime.window,
         }
     finally:
         runtime.close()

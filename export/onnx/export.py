@@ -15,13 +15,16 @@ from llmc.console import say, size, warn
 from llmc.errors import UserError
 from llmc.export.onnx.config import OnnxExportConfig
 from llmc.export.source import model_folder, source_of, stem
+from llmc.export.windows import ignored
 from llmc.files import check_disk, staged_folder, write_json
 from llmc.formats import quantized
+from llmc.formats.chat_template import hash_template
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.hf import load_config, load_tokenizer
 from llmc.formats.manifest import check_output, hash_folder, new_manifest, note_last, read_manifest
 from llmc.formats.no_code import remove_code
 from llmc.formats.onnx_folder import MODEL
+from llmc.formats.text_ends import note_of_eos
 from llmc.machine import physical_cores
 
 PACKAGES = {"onnx": "onnx", "onnx_ir": "onnx-ir", "onnxruntime": "onnxruntime", "onnxruntime_genai": "onnxruntime-genai"}
@@ -77,8 +80,10 @@ def _write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> 
     weights.notes += [ends_early] if ends_early else []
     emitter = emit.Emitter(weights, qdq=config.int4 == "qdq")
     made = graph.build(ckpt, hf, weights, model, rows, emitter, work)
+    weights.notes += ignored("ONNX Runtime", hf, graph.windowed(made))
     tok = load_tokenizer(ckpt.folder)
     template = files.copy_tokenizer(ckpt.folder, work, tok, config.chat_template)
+    weights.notes += note_of_eos(tok)
     total = sum(e.nbytes for e in emitter.entries.values())
     check_disk(work, total + (64 << 20), f"writing {out}")
     for note in weights.notes:
@@ -99,7 +104,7 @@ def _write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> 
     notes = weights.notes + onnx_lint.as_notes(findings)
     for note in onnx_lint.as_notes(findings):
         say(f"note: {note}")
-    genai = verify.in_genai(work, tok, context)
+    genai = verify.in_genai(work, tok, template, hf.get_text_config().vocab_size, context)
     if not genai["token_ids"]["combining_marks_alike"]:
         warn("words with combining marks (Hindi, Tamil, Thai …) are tokenized differently by onnxruntime-genai")
     if not genai["token_ids"]["leading_space_alike"]:
@@ -112,7 +117,7 @@ def _write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> 
         "int4": config.int4, "tied": weights.tied, "verified": verified, "logits": checked,
         "accuracy_level": taken.level, "head_accuracy_level": taken.head, "accuracy_reason": reason,
         "accuracy_levels": [asdict(m) for m in measured],
-        "chat_template_sha256": template, "notes": notes, "lint": [asdict(f) for f in findings],
+        "chat_template_sha256": hash_template(template), "notes": notes, "lint": [asdict(f) for f in findings],
         "seconds": round(time.perf_counter() - started, 1), **genai,
     }
 

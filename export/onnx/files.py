@@ -2,41 +2,57 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from llmc.errors import UserError
 from llmc.files import read_json
-from llmc.formats.chat_template import chat_template_of
-from llmc.formats.checkpoint import CARD_FILES, TOKENIZER_FILES
+from llmc.formats.chat_template import DEFAULT, JINJA, NAMED, PROCESSOR, Template, by_name, chat_template_of
+from llmc.formats.checkpoint import CARD_FILES
 from llmc.formats.onnx_folder import GENAI, QDQ_LEVEL
+from llmc.formats.tokenizer_files import copy_tokenizer_files
 
-TEMPLATES = ("chat_template.jinja", "chat_template.json")
+CONFIG = "tokenizer_config.json"
 
 
-def copy_tokenizer(folder: Path, work: Path, tokenizer: Any, choice: str) -> str | None:
-    """Copy the tokenizer's files and the card; return the sha256 of the folder's chat template, None if it has none."""
+def copy_tokenizer(folder: Path, work: Path, tokenizer: Any, choice: str) -> Template | None:
+    """Copy the tokenizer's files and the card; return the chat templates that the folder `work` has."""
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder} has no tokenizer.json, which onnxruntime-genai reads",
                         "save the tokenizer again with transformers (AutoTokenizer.from_pretrained, then save_pretrained)")
     template = chat_template_of(folder, tokenizer, choice)
-    for name in (*TOKENIZER_FILES, *CARD_FILES, "generation_config.json"):
-        if (folder / name).is_file() and not (choice != "keep" and name in TEMPLATES):
+    for name in (*CARD_FILES, "generation_config.json"):
+        if (folder / name).is_file():
             shutil.copyfile(folder / name, work / name)
-    if choice != "keep":
-        config = work / "tokenizer_config.json"
-        values = read_json(config)
-        if values.pop("chat_template", None) is not None:
-            config.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        if template is not None:
-            (work / TEMPLATES[0]).write_text(str(template), encoding="utf-8")
-    if template is None:
-        return None
-    text = template if isinstance(template, str) else json.dumps(template)
-    return hashlib.sha256(text.encode()).hexdigest()
+    in_config = read_json(folder / CONFIG).get("chat_template")
+    files = (folder / JINJA).is_file() or (folder / NAMED).is_dir()
+    if choice == "keep" and (template is None or isinstance(in_config, str) or (in_config is None and files)):
+        copy_tokenizer_files(folder, work)
+    else:
+        copy_tokenizer_files(folder, work, without=(JINJA, PROCESSOR, NAMED))
+        _write_templates(work, by_name(template), in_config is not None)
+    return template
+
+
+def _write_templates(work: Path, named: dict[str, str], in_config: bool) -> None:
+    """Write each template into its own file. A template of tokenizer_config.json can only be a text for onnxruntime-genai:
+    there the default takes the place of a list."""
+    if in_config:
+        values = read_json(work / CONFIG)
+        del values["chat_template"]
+        if len(named) > 1 and DEFAULT in named:
+            values["chat_template"] = named[DEFAULT]
+        (work / CONFIG).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for name, text in named.items():
+        if name == DEFAULT:
+            path = work / JINJA
+        else:
+            path = work / NAMED / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}.jinja"
+            path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8", newline="")
 
 
 def end_ids(folder: Path, tokenizer: Any) -> list[int]:

@@ -231,6 +231,12 @@ def build(ckpt: Checkpoint, hf: Any, weights: Weights, model: nn.Module, rows: R
     return made.model
 
 
+def windowed(made: ir.Model) -> int:
+    """The number of attention nodes with a sliding window."""
+    attributes = (node.attributes.get("local_window_size") for node in made.graph)
+    return sum(a is not None and a.as_int() > 0 for a in attributes)
+
+
 def _as_the_builder_reads(hf: Any) -> Any:
     """A copy of transformers' config with the graph's context length.
 

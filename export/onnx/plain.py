@@ -32,9 +32,11 @@ from llmc.export.parity import GENERATED, PLEASE_REPORT, PROMPT, check_ids
 from llmc.export.reference import reference_logits
 from llmc.files import check_disk, write_json
 from llmc.formats import quantized
+from llmc.formats.chat_template import hash_template
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.hf import load_tokenizer, load_torch_model, quiet_transformers
 from llmc.formats.onnx_folder import MODEL
+from llmc.formats.text_ends import note_of_eos
 from llmc.machine import physical_cores
 from llmc.runtimes.onnx_model import OnnxModel
 
@@ -80,10 +82,11 @@ def check_model(config: OnnxExportConfig, ckpt: Checkpoint) -> None:
 def write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> dict[str, Any]:
     """Trace, write and verify the folder `work`; return the report."""
     started = time.perf_counter()
-    notes = ["the values of the codes are written as float32"] if quantized.is_quantized(ckpt) else []
+    dequantized = quantized.is_quantized(ckpt)
+    tok = load_tokenizer(ckpt.folder)
+    notes = (["the values of the codes are written as float32"] if dequantized else []) + note_of_eos(tok)
     for note in notes:
         warn(note)
-    tok = load_tokenizer(ckpt.folder)
     template = files.copy_tokenizer(ckpt.folder, work, tok, config.chat_template)
     write_json(work / "config.json", {k: v for k, v in ckpt.config.items() if k != "quantization_config"})
     model = load_torch_model(ckpt.folder)
@@ -109,9 +112,9 @@ def write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> d
     return {
         "path": out, "source": str(ckpt.folder), "architecture": architecture, "exporter": "optimum",
         "bytes": sum(p.stat().st_size for p in work.iterdir() if p.is_file()),
-        "weight_bytes": (work / writer.DATA).stat().st_size, "dequantized": bool(notes), **operators,
+        "weight_bytes": (work / writer.DATA).stat().st_size, "dequantized": dequantized, **operators,
         "verified": verified, "logits": logits, "cached_logits": cached, "generated": generated,
-        "generated_tokens": cached["tokens"], "chat_template_sha256": template, "notes": notes,
+        "generated_tokens": cached["tokens"], "chat_template_sha256": hash_template(template), "notes": notes,
         "seconds": round(time.perf_counter() - started, 1),
     }
 

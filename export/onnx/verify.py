@@ -17,16 +17,20 @@ import torch
 
 from llmc.console import progress
 from llmc.errors import UserError
+from llmc.export import token_proof
 from llmc.export.onnx import layout
 from llmc.export.onnx.emit import Placed
 from llmc.export.onnx.w8a8_proof import Linears
 from llmc.export.onnx.weights import W8A8, Weights
 from llmc.export.parity import GENERATED, PLEASE_REPORT, PROMPT, compare_logits, first_difference, show
 from llmc.export.reference import reference_logits
+from llmc.files import read_json
 from llmc.formats import quantized
+from llmc.formats.chat_template import Template
 from llmc.formats.check_text import CHECK_TEXT, MARKS
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.onnx_folder import open_onnx
+from llmc.formats.tokenizer_json import TOKENIZER
 from llmc.formats.types import IntegerType, QuantizedTensor
 from llmc.runtimes.onnx_model import OnnxModel
 from llmc.runtimes.onnx_session import genai_library
@@ -149,8 +153,10 @@ def bounded(expected: np.ndarray, found: np.ndarray, what: str) -> dict[str, Any
             "max_mean_kld": MOST_KLD, "top1_agreement": top1}
 
 
-def in_genai(folder: Path, tokenizer: Any, context_length: int) -> dict[str, Any]:
-    """Open the folder in onnxruntime-genai, compare the token ids and continue PROMPT greedily; return the results."""
+def in_genai(folder: Path, tokenizer: Any, template: Template | None, rows: int, context_length: int) -> dict[str, Any]:
+    """Open the folder in onnxruntime-genai, compare the token ids and continue PROMPT greedily; return the results.
+
+    template: the chat templates of the folder. rows: of the embedding."""
     og = genai_library()
     try:
         model = og.Model(str(folder))
@@ -166,6 +172,12 @@ def in_genai(folder: Path, tokenizer: Any, context_length: int) -> dict[str, Any
             raise UserError("onnxruntime-genai does not tokenize as the model does: "
                             f"{show(at[0], expected, found, tokenizer)}",
                             "its tokenizer does not support this kind; export it as GGUF (--format gguf)")
+    side = token_proof.Side("onnxruntime-genai", lambda text: list(tokenizer(text)["input_ids"]),
+                            lambda text: genai_tokenizer.encode(text).tolist(),
+                            "export it as GGUF (--format gguf), or leave the template out (--chat-template drop)")
+    prompts = token_proof.chats(side, tokenizer, template)
+    spec = read_json(folder / TOKENIZER)
+    beside = token_proof.added(side, tokenizer, spec, [t for t in spec.get("added_tokens", []) if t["id"] < rows])
     params = og.GeneratorParams(model)
     prompt = list(tokenizer(PROMPT)["input_ids"])
     params.set_search_options(max_length=min(len(prompt) + GENERATED, context_length), do_sample=False)
@@ -174,6 +186,7 @@ def in_genai(folder: Path, tokenizer: Any, context_length: int) -> dict[str, Any
     while not generator.is_done():
         generator.generate_next_token()
     made = generator.get_sequence(0).tolist()
-    return {"token_ids": {"text_tokens": len(tokenizer(CHECK_TEXT)["input_ids"]), "combining_marks_alike": alike[MARKS],
+    return {"token_ids": {"text_tokens": len(tokenizer(CHECK_TEXT)["input_ids"]), "chat_tokens": prompts,
+                          "around_added_tokens": beside, "combining_marks_alike": alike[MARKS],
                           "leading_space_alike": alike[" a"]},
             "generated": tokenizer.decode(made, skip_special_tokens=True), "generated_tokens": len(made) - len(prompt)}

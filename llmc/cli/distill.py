@@ -10,6 +10,7 @@ import typer
 from llmc.cli.options import Json, add
 from llmc.compress.distill.config import DistillConfig
 from llmc.console import command, duration, set_quiet, size
+from llmc.formats.text_rows import described
 
 
 def register(app: typer.Typer) -> None:
@@ -37,10 +38,11 @@ def distill(
 
 def _plan(p: dict[str, Any]) -> str:
     time = f"about {duration(p['seconds'])}" if p["seconds"] is not None else "time not estimated on this device"
+    texts = "".join(f"  text {spec}{described(rows)}\n" for spec, rows in p["calibration_rows"].items())
     return (f"{p['source']} -> {p['out']}\n"
             f"  {p['layers'][0]} layers, {p['parameters'] / 1e6:.1f} M parameters, train {p['trained'] / 1e6:.1f} M, "
             f"learn from {p['layers'][1]} layers, {p['teacher_parameters'] / 1e6:.1f} M\n"
-            f"  {p['loss']}, {p['steps']} steps, {p['tokens']:,} tokens\n"
+            f"  {p['loss']}, {p['steps']} steps, {p['tokens']:,} tokens\n{texts}"
             f"  about {size(p['memory_bytes'])} of memory, at most {size(p['disk_bytes'])} of disk, {time}\n"
             f"  on {p['device']}, {p['threads']} threads, products in {p['precision']}")
 

@@ -10,6 +10,7 @@ import typer
 from llmc.cli.options import Json, add
 from llmc.compress.prune.config import PruneConfig
 from llmc.console import duration, set_quiet, size
+from llmc.formats.text_rows import described
 
 
 def register(app: typer.Typer) -> None:
@@ -38,7 +39,8 @@ def _plan(p: dict[str, Any]) -> str:
     notes = "".join(f"  {note}\n" for note in p["notes"])
     whole = " (the whole model)" if p["whole_model_in_memory"] else ""
     return (f"{p['source']} -> {p['out']}\n  {p['what']} of {p['layers']} layers, {size(p['bytes_before'])}\n{notes}"
-            f"  {scored}evaluated on {p['held_out_tokens']:,} tokens of {p['calibration']}\n"
+            f"  {scored}evaluated on {p['held_out_tokens']:,} tokens of {p['calibration']}"
+            f"{described(p['calibration_rows'])}\n"
             f"  at most about {size(p['memory_bytes'])} of memory{whole} and {size(p['disk_bytes'])} of disk\n"
             f"  on {p['device']}, {p['threads']} threads, activation products in {p['matmul']}")
 

@@ -11,6 +11,7 @@ from llmc.cli.heal import outcome
 from llmc.cli.options import Json, add
 from llmc.compress.quantize.config import QuantizeConfig, budget_lines
 from llmc.console import command, duration, set_quiet, size
+from llmc.formats.text_rows import described
 
 
 def register(app: typer.Typer) -> None:
@@ -36,7 +37,8 @@ def quantize(
 
 def _plan(p: dict[str, Any]) -> str:
     first = "" if p["transform"] == "none" else f"transform {p['transform']}, then "
-    text = f"calibrated on {p['tokens']:,} tokens of {p['calibration']}" if p["calibration"] else "no data"
+    text = (f"calibrated on {p['tokens']:,} tokens of {p['calibration']}{described(p['calibration_rows'])}"
+            if p["calibration"] else "no data")
     if m := p["imatrix"]:
         text = f"weighted by {m['name']} ({m['chunk_count']} chunks of {', '.join(m['datasets']) or 'unnamed text'})"
     budget = budget_lines(p["plan"], p["types"], p["end_types"]) + "\n" if "plan" in p else ""

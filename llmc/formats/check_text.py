@@ -1,4 +1,4 @@
-"""The text on which tokenizers are compared. It contains what tokenizers split differently."""
+"""The texts on which tokenizers are compared: what they split in different ways, and texts around special tokens."""
 
 from __future__ import annotations
 
@@ -14,3 +14,14 @@ CHECK_TEXT = (
     "I'm you're he'll we've they'd it's I'M WE'LL snake_case camelCase HTTPServer ALLCAPS x=y+z; e.g. etc.)]}>"
 )
 MARKS = "हिन्दी में लिखा, தமிழ் எழுத்து, ภาษาไทยที่นี่"  # scripts with combining marks
+CHAT = [
+    {"role": "system", "content": "You are a helpful assistant."},
+    {"role": "user", "content": "Hello! How much is 12 + 30?"},
+    {"role": "assistant", "content": "It is 42.\n\nIs there more?"},
+    {"role": "user", "content": "No, thank you."},
+]
+
+
+def around(token: str) -> list[str]:
+    """Texts with a token inside, before and after words, spaces and line ends, and beside itself."""
+    return [f"a{token}  b", f"a {token}b", f"{token}user\nHello{token}\n", f"con{token}enate", f"{token}{token} a"]

@@ -14,6 +14,7 @@ from torch import nn
 from llmc.errors import UserError
 from llmc.files import read_json
 from llmc.formats import contents, quantized
+from llmc.formats.chat_template import DEFAULT, by_name, in_one_form, of_processor
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.config_json import HINT, read_checked
 from llmc.formats.ends import check_tied
@@ -40,7 +41,7 @@ def load_tokenizer(folder: Path) -> Any:
             more = {"extra_special_tokens": {}, "additional_special_tokens": extra}
     try:
         with quiet_transformers():
-            return auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **more)
+            tokenizer = auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **more)
     except Exception as e:
         if not isinstance(e, EDGE) and type(e) is not Exception:  # the package tokenizers raises Exception itself
             raise
@@ -48,6 +49,10 @@ def load_tokenizer(folder: Path) -> Any:
             load_config(folder)  # transformers reads it for the tokenizer too: an error in it is told as such
         raise UserError(f"{folder} has no tokenizer that transformers can read: {(str(e).splitlines() or [repr(e)])[0]}",
                         "copy the base model's tokenizer files into it") from e
+    if not tokenizer.chat_template and (template := in_one_form(of_processor(folder), folder)):
+        named = by_name(template)
+        tokenizer.chat_template = named if set(named) != {DEFAULT} else named[DEFAULT]
+    return tokenizer
 
 
 def load_config(folder: Path) -> Any:

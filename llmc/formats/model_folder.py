@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from llmc.files import publish_folder, write_json
-from llmc.formats.checkpoint import CARD_FILES, TOKENIZER_FILES, Checkpoint
+from llmc.formats.checkpoint import CARD_FILES, Checkpoint
 from llmc.formats.manifest import MANIFEST, hash_folder, new_manifest
 from llmc.formats.no_code import remove_code
 from llmc.formats.shards import Piece, pieces_of, write_checkpoint
+from llmc.formats.tokenizer_files import copy_tokenizer_files
 
 CONFIGS = ("config.json", "quantize_config.json")
-TEMPLATES = "additional_chat_templates"  # the folder of a tokenizer with several chat templates
 
 Check = Callable[[Checkpoint], None]  # raises an error if the written folder is wrong
 
@@ -37,10 +37,8 @@ def write(folder: Path, source: Path, pieces: list[Piece], config: dict[str, Any
         values = (config, quantization) if quantization.get("quant_method") == "gptq" else (config,)
         for name, value in zip(CONFIGS, values, strict=False):
             (folder / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    _copy(source, folder, *TOKENIZER_FILES, *CARD_FILES, "generation_config.json")
-    if templates := sorted((source / TEMPLATES).glob("*.jinja")):
-        (folder / TEMPLATES).mkdir()
-        _copy(source, folder, *(f"{TEMPLATES}/{file.name}" for file in templates))
+    copy_tokenizer_files(source, folder)
+    _copy(source, folder, *CARD_FILES, "generation_config.json")
     remove_code(folder, "the model")
     return _read_back(folder, pieces, check)
 

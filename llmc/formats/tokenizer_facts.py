@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
-from llmc.files import read_json, sha256
+from llmc.files import sha256
+from llmc.formats.chat_template import hash_template, template_in
 from llmc.formats.checkpoint import TOKENIZER_FILES
 
 
@@ -16,18 +15,5 @@ def of_folder(folder: Path, vocabulary: int | None) -> dict[str, Any]:
     return {
         "files": {n: sha256(folder / n) for n in TOKENIZER_FILES if (folder / n).is_file()},
         "vocabulary": vocabulary,
-        "chat_template_sha256": hash_text(_template(folder)),
+        "chat_template_sha256": hash_template(template_in(folder)),
     }
-
-
-def hash_text(text: str | None) -> str | None:
-    """sha256 of a text."""
-    return None if text is None else hashlib.sha256(text.encode()).hexdigest()
-
-
-def _template(folder: Path) -> str | None:
-    """The chat template, from its own file or from tokenizer_config.json."""
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    template = read_json(folder / "tokenizer_config.json").get("chat_template")
-    return json.dumps(template) if isinstance(template, list) else template  # a list holds several named templates

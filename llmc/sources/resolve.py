@@ -8,6 +8,7 @@ from pathlib import Path
 from llmc.console import say
 from llmc.errors import UserError
 from llmc.formats.artifacts.table import format_of
+from llmc.formats.chat_template import NAMED
 from llmc.formats.checkpoint import CARD_FILES, TOKENIZER_FILES
 from llmc.temporary import restore
 
@@ -15,6 +16,9 @@ from llmc.temporary import restore
 ENDINGS = (".gguf", ".onnx", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json", ".jsonl", ".yaml", ".yml", ".toml",
            ".txt", ".md", ".npz", ".zip", ".tar", ".gz")
 HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
+# every folder but NAMED, in fnmatch's words: it leaves NAMED's spelling at some letter, or ends before it, or goes on
+OTHER_FOLDERS = [*(f"{NAMED[:i]}[!{c}]*/*" for i, c in enumerate(NAMED)),
+                 *(f"{NAMED[:i]}/*" for i in range(1, len(NAMED))), f"{NAMED}?*/*"]
 WHAT_TO_GIVE = "give a Hugging Face folder, a .gguf file or a hub id (org/name)"
 
 
@@ -72,8 +76,8 @@ def _download(repo: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(
             repo, revision=revision,
-            allow_patterns=["*.safetensors", "*.json", *TOKENIZER_FILES, *CARD_FILES],
-            ignore_patterns=["*/*", "consolidated*"],  # other formats' folders; Mistral's second copy of the weights
+            allow_patterns=["*.safetensors", "*.json", *TOKENIZER_FILES, *CARD_FILES, f"{NAMED}/*.jinja"],
+            ignore_patterns=[*OTHER_FOLDERS, "consolidated*"],  # of other formats; Mistral's second copy of the weights
         ))
     except errors.GatedRepoError as e:
         raise UserError(f"{repo} requires that you accept its licence first",

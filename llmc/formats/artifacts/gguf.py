@@ -12,6 +12,7 @@ from llmc.formats.artifact import Artifact
 if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
 
+    from llmc.formats.chat_template import Template
     from llmc.formats.kv import KvShape
     from llmc.formats.tensors import Tensor
 
@@ -84,7 +85,7 @@ class GgufArtifact(Artifact):
 
     def facts(self) -> dict[str, Any]:
         """Adds 'metadata': all values that are not lists."""
-        from llmc.formats.tokenizer_facts import hash_text
+        from llmc.formats.chat_template import hash_template
 
         reader = self._reader()
         tokens = reader.get_field("tokenizer.ggml.tokens")
@@ -103,10 +104,10 @@ class GgufArtifact(Artifact):
             "tokenizer": {
                 "model": self._field("tokenizer.ggml.model"), "pre": self._field("tokenizer.ggml.pre"),
                 "vocabulary": None if tokens is None else len(tokens.data), "eos": self._end_ids(),
-                "chat_template_sha256": hash_text(self._field("tokenizer.chat_template")),
+                "chat_template_sha256": hash_template(self._template()),
             },
             "licence": self._field("general.license"),
-            "metadata": {k: v for k in reader.fields if not k.startswith("GGUF.") and k != "tokenizer.chat_template"
+            "metadata": {k: v for k in reader.fields if not k.startswith(("GGUF.", "tokenizer.chat_template"))
                          and not isinstance(v := self._field(k), list)},
         }
 
@@ -129,6 +130,15 @@ class GgufArtifact(Artifact):
         from llmc.formats.gguf import field
 
         return field(self._reader(), key)
+
+    def _template(self) -> Template | None:
+        """The chat templates of the file. The file has other names than the model where these have odd characters."""
+        from llmc.formats.chat_template import DEFAULT, in_one_form
+
+        names = self._field("tokenizer.chat_templates") or []
+        found = {name: self._field(f"tokenizer.chat_template.{name}") for name in names}
+        found[DEFAULT] = self._field("tokenizer.chat_template")
+        return in_one_form({name: text for name, text in found.items() if text is not None}, self.path)
 
     def _own(self, key: str) -> Any:
         """A metadata value whose key starts with the architecture's name."""
