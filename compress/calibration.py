@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from llmc.compress.arguments import LayerArguments
 from llmc.compress.layer_run import LayerRun
 from llmc.compress.passes import LayerPass, LayerWatch
 from llmc.compress.skeleton import Skeleton, get_weight, trace_layer
@@ -117,7 +118,7 @@ class Streams:
 
     def __init__(self, skeleton: Skeleton, sequences: torch.Tensor | None, work: Workspace, lengths: dict[str, int],
                  batch: int) -> None:
-        self.work, self.stores, self.arguments = work, list[StateStore](), list[dict[str, Any]]()
+        self.work, self.stores, self.arguments = work, list[StateStore](), list[LayerArguments]()
         if sequences is None:
             return
         width, hidden = sequences.shape[1], skeleton.config.get_text_config().hidden_size
@@ -220,10 +221,11 @@ class Loop:
     def _with_text(self, pass_: LayerPass | LayerWatch, index: int, layer: nn.Module) -> None:
         """Run the pass over one layer with text, and run the layer."""
         store, arguments, settings = self.streams.stores[0], self.streams.arguments[index], self.settings
-        trace = trace_layer(layer, store.read(0, 1).to(self.skeleton.device), arguments)
+        trace = trace_layer(layer, store.read(0, 1).to(self.skeleton.device), arguments.of(1))
         ran = {name for group in trace.groups for name in group.names}
-        if idle := sorted(set(self.skeleton.linears(index)) - ran):
-            raise UserError(f"{self.skeleton.layer_name(index)}.{idle[0]} did not run on the calibration text",
+        prefix = self.skeleton.layer_name(index)
+        if idle := sorted({f"{prefix}.{n}" for n in set(self.skeleton.linears(index)) - ran} - self.skeleton.kept):
+            raise UserError(f"{idle[0]} did not run on the calibration text",
                             "mixtures of experts are not supported yet")
         pass_.begin(index, layer, trace.groups)
         run = LayerRun(layer, arguments, trace, store, self.work.folder, settings.true_sequential, settings.workers,

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from llmc.compress.skeleton import Skeleton
-from llmc.errors import UserError
 
 
 def is_tied(skeleton: Skeleton) -> bool:
     """Whether embedding and head are one matrix."""
-    return bool(getattr(skeleton.config, "tie_word_embeddings", False))
+    return skeleton.ends.says_tied
 
 
 def name_of(skeleton: Skeleton, module: object) -> str:
@@ -17,18 +16,6 @@ def name_of(skeleton: Skeleton, module: object) -> str:
 
 
 def stored_head(skeleton: Skeleton) -> str:
-    """The checkpoint's name of an untied head. UserError if it cannot be found.
-
-    transformers renames some heads as it loads them (GPT-NeoX's embed_out becomes lm_head). Then the head is the one matrix
-    of its shape that is not the embedding.
-    """
-    model, checkpoint = skeleton.model, skeleton.checkpoint
-    head = model.get_output_embeddings()
-    if found := skeleton.names.find(name_of(skeleton, head)):
-        return found
-    shape, embedding = tuple(head.weight.shape), skeleton.names.find(name_of(skeleton, model.get_input_embeddings()))
-    alike = [n for n in checkpoint.names() if checkpoint.shape(n) == shape and n != embedding]
-    if len(alike) != 1:
-        raise UserError(f"config.json of {checkpoint.folder} says that the head is a separate matrix, and {len(alike)} "
-                        f"tensors could be it", "download the model again, or correct tie_word_embeddings")
-    return alike[0]
+    """The checkpoint's name of an untied head."""
+    assert skeleton.ends.head is not None, "the head is tied"
+    return skeleton.ends.head

@@ -52,7 +52,7 @@ def run(folder: Path, sequences: torch.Tensor, device: str, type_of: Callable[[i
                 weight = get_weight(linear)
                 set_weight(linear, rtn(weight, type_of(weight.shape[1])).dequantize())
         for part in ran.states.split(batch):  # views: each batch is replaced by the layer's output
-            out = layer(part, **arguments[index])
+            out = layer(part, **arguments[index].of(len(part)))
             ran.tuples = isinstance(out, tuple)
             part.copy_(out[0] if ran.tuples else out)
         return ""

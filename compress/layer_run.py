@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from llmc.compress.arguments import LayerArguments
 from llmc.compress.skeleton import Ending, LayerTrace, LinearGroup, StopForward, get_weight, replaced
 from llmc.compress.states import Scratch, StateStore
 from llmc.compress.workers import share
@@ -53,7 +54,7 @@ class LayerRun:
     four times). This is correct only if everything before the linear is final.
     """
 
-    def __init__(self, layer: nn.Module, arguments: dict[str, Any], trace: LayerTrace, store: StateStore, scratch: Path,
+    def __init__(self, layer: nn.Module, arguments: LayerArguments, trace: LayerTrace, store: StateStore, scratch: Path,
                  sequential: bool, workers: int = 1, peaks: bool = False) -> None:
         self.layer, self.arguments, self.store, self.workers, self.peaks = layer, arguments, store, workers, peaks
         self.groups, self.current = trace.groups, Current()
@@ -156,7 +157,7 @@ class LayerRun:
                 hidden = store.read(first, last).to(self.device)
                 self.current.worker, self.current.batch, self.current.hidden = worker, batch, hidden
                 with suppress(StopForward), fast_forward(self.device):
-                    out = self.layer(hidden, **self.arguments)
+                    out = self.layer(hidden, **self.arguments.of(len(hidden)))
                     store.write(first, out[0] if isinstance(out, tuple) else out)
                 yield
 

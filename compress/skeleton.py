@@ -1,12 +1,13 @@
 """A model without weights in memory: built on the meta device, and filled one decoder layer at a time.
 
-This module does not depend on the architecture. The decoder layers are the longest module list whose members hold linears.
-To find the linears of a layer that share an input, one sequence is run through it.
+This module does not depend on the architecture. The decoder layers are the module list that is as long as the text config
+says. To find the linears of a layer that share an input, one sequence is run through it.
 """
 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,9 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from llmc.compress.arguments import LayerArguments, TextDependent
 from llmc.errors import UserError
+from llmc.formats import contents, quantized
 from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.ends import Ends, ends_of
 from llmc.formats.hf import load_config
+from llmc.formats.layouts import listed
 from llmc.formats.names import Names, missing
 
 
@@ -27,6 +32,9 @@ class LinearGroup:
 
     names: tuple[str, ...]
     in_features: int
+
+
+EXPERTS = re.compile(r"(?:^|[._])(?:experts?|moe)(?:[._]|$)")  # in the names of a mixture of experts
 
 
 class StopForward(Exception):  # noqa: N818 - not an error
@@ -72,7 +80,38 @@ class Skeleton:
                             "llmc needs a causal language model that transformers knows without remote code") from e
         self.model.eval()
         self.layers_name, self.layers = find_layers(self.model)
-        self.names = Names.of(checkpoint, self.model)
+        self.kept: frozenset[str] = frozenset()  # linears that no pass changes (coverage.py)
+        linears = quantized.linears(checkpoint)
+        self.names = Names.of(checkpoint, self.model, linears)
+        self._check_layers()
+        self.ends: Ends = ends_of(checkpoint, self.model, self.names)[0]
+        self._check_unread({part for linear in linears for part in quantized.parts(linear)})
+
+    def _check_layers(self) -> None:
+        """Raise UserError if the checkpoint lacks a parameter of a decoder layer, and say what kind of model it is."""
+        folder, names = self.checkpoint.folder, self.checkpoint.names()
+        lacking = [f"{self.layers_name}.{n}" for n, _ in self.layers.named_parameters()
+                   if self.names.locate(f"{self.layers_name}.{n}") is None]
+        if not lacking:
+            return
+        if experts := [n for n in names if EXPERTS.search(n)]:
+            share = sum(self.checkpoint.nbytes(n) for n in experts) / sum(map(self.checkpoint.nbytes, names))
+            raise UserError(f"{folder} is a mixture of experts, which llmc cannot change yet: {len(experts)} tensors of "
+                            f"experts ({listed(experts)}) are {100 * share:.1f} % of its bytes",
+                            "give a dense model; `llmc eval` runs this one, and llama.cpp's tools convert and quantize it")
+        kind = (self.checkpoint.config.get("architectures") or [""])[0]
+        if str(kind).endswith("ForConditionalGeneration") or "vision_config" in self.checkpoint.config:
+            raise UserError(f"{folder} is a multimodal model ({kind}), and its language model has other names in the files "
+                            f"(there is no {lacking[0]})",
+                            "give its language model as a folder of its own (the text-only checkpoint, or save "
+                            "`model.language_model` with its head by `save_pretrained`)")
+        raise missing(folder, *lacking)
+
+    def _check_unread(self, codes: set[str]) -> None:
+        known = {name for name, _ in self.model.named_buffers()}
+        unread = [n for n in self.checkpoint.names() if n not in codes and n != self.ends.head and n not in known
+                  and self.names.find_own(n) is None]
+        contents.check_unread(self.checkpoint, unread, "are left as they are")
 
     def load(self, module: nn.Module, prefix: str) -> None:
         """Fill a module's parameters and persistent buffers from the checkpoint, in float32.
@@ -132,12 +171,12 @@ class Skeleton:
         return {n: m for n, m in self.layers[index].named_modules() if is_linear(m)}
 
     @torch.no_grad()
-    def enter(self, batches: Iterator[torch.Tensor], width: int) -> tuple[list[dict[str, Any]], Iterator[torch.Tensor]]:
+    def enter(self, batches: Iterator[torch.Tensor], width: int) -> tuple[list[LayerArguments], Iterator[torch.Tensor]]:
         """Run the part of the model before its first layer. width: number of tokens in a sequence.
 
         Returns (the keyword arguments that the model passes to each decoder layer, the input states of layer 0, float32
-        [n, width, hidden], batch by batch). The arguments are recorded with one sequence, so they broadcast. The embedding is
-        freed after the last batch.
+        [n, width, hidden], batch by batch). The embedding is freed after the last batch. UserError if the arguments depend on
+        the text.
         """
         arguments: list[dict[str, Any]] = []
         entering: list[torch.Tensor] = []
@@ -173,7 +212,17 @@ class Skeleton:
         try:
             for layer in self.layers:
                 layer.forward = record  # type: ignore[method-assign]
-            run(torch.zeros(1, width, dtype=torch.int64))
+            runs = []
+            for ids in (torch.zeros(1, width, dtype=torch.int64), self._two_texts(width)):
+                arguments.clear()
+                try:
+                    run(ids)
+                except (TypeError, ValueError, IndexError, AttributeError) as e:  # of the model's own code
+                    raise self._uncalibrated(f"its model code needs more of a layer than hidden states ({e})") from e
+                runs.append(list(arguments))
+            found = [LayerArguments.of_two_runs(one, two) for one, two in zip(*runs, strict=True)]
+        except TextDependent as e:
+            raise self._uncalibrated(f"its layers are given {e}, which depends on the text or on other layers") from e
         finally:
             for layer, forward in zip(self.layers, forwards, strict=True):
                 layer.forward = forward  # type: ignore[method-assign]
@@ -187,7 +236,17 @@ class Skeleton:
                 self.layers[0].forward = forwards[0]  # type: ignore[method-assign]
                 self.leave()
 
-        return arguments, states()
+        return found, states()
+
+    def _two_texts(self, width: int) -> torch.Tensor:
+        """Token ids [2, width] of two texts that differ from each other and from zeros."""
+        ids = torch.arange(2 * width, dtype=torch.int64) % (self.model.get_input_embeddings().weight.shape[0] - 1) + 1
+        return ids.view(2, width)
+
+    def _uncalibrated(self, why: str) -> UserError:
+        self.leave()
+        return UserError(f"llmc cannot run the architecture {self.config.model_type!r} of {self.checkpoint.folder} layer by "
+                         f"layer: {why}", "`llmc quantize --method rtn` runs no text")
 
     def leave(self) -> None:
         """Free the modules that `enter` loaded."""
@@ -214,14 +273,23 @@ def _to(value: Any, device: torch.device) -> Any:
     return value
 
 
-def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Returns (name, module list) of the decoder layers: the longest module list whose members hold linears. UserError if
-    there is none."""
+def find_layers(model: Any) -> tuple[str, nn.ModuleList]:
+    """Returns (name, module list) of the decoder layers: the module list with linears that has as many members as the text
+    config says. If several have (vision layers), the one in the module with the text config. UserError if there is none."""
+    text = model.config.get_text_config()
+    count = getattr(text, "num_hidden_layers", None)
     lists = [(n, m) for n, m in model.named_modules()
-             if isinstance(m, nn.ModuleList) and len(m) and any(is_linear(x) for x in m[0].modules())]
+             if isinstance(m, nn.ModuleList) and len(m) == count and any(is_linear(x) for x in m[0].modules())]
     if not lists:
-        raise UserError(f"{type(model).__name__} has no list of decoder layers", "llmc needs a decoder-only model")
-    return max(lists, key=lambda pair: len(pair[1]))
+        raise UserError(f"{type(model).__name__} has no list of {count} decoder layers", "llmc needs a decoder-only model")
+
+    def of_text(name: str) -> bool:
+        """Whether the nearest module above with a config has the text config."""
+        above = [model, *(model.get_submodule(name[:i]) for i, c in enumerate(name) if c == ".")]
+        config = next(m.config for m in reversed(above) if hasattr(m, "config"))
+        return bool(config.get_text_config().model_type == text.model_type)
+
+    return next((pair for pair in lists if of_text(pair[0])), lists[0])
 
 
 @dataclass(frozen=True)
@@ -324,10 +392,11 @@ def _states(out: Any) -> torch.Tensor:
 
 
 def linears_of(skeleton: Skeleton) -> Iterator[tuple[int, str, torch.nn.Module]]:
-    """(layer index, name in the model, module) of every linear in the decoder layers."""
+    """(layer index, name in the model, module) of every linear in the decoder layers, without those that are kept."""
     for index in range(len(skeleton.layers)):
         for name, module in skeleton.linears(index).items():
-            yield index, f"{skeleton.layer_name(index)}.{name}", module
+            if (full := f"{skeleton.layer_name(index)}.{name}") not in skeleton.kept:
+                yield index, full, module
 
 
 def returning(output: Any) -> Callable[..., Any]:

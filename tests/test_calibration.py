@@ -181,7 +181,7 @@ def test_norms_are_idle_where_the_part_they_feed_is_replaced(tmp_path: Path) -> 
         arguments, entering = skeleton.enter(iter([SEQUENCES[:1]]), SEQUENCES.shape[1])
         (states,) = entering
         with skeleton.layer(0) as layer:
-            trace = trace_layer(layer, states, arguments[0])
+            trace = trace_layer(layer, states, arguments[0].of(1))
         assert {name: ending.feeders for name, ending in trace.endings.items()} == feeders
 
 

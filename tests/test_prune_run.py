@@ -12,7 +12,7 @@ import pytest
 import torch
 from killing import Command, resumed
 from pruning import load, prune
-from tiny import build, edit_config, tokenizer
+from tiny import build, edit_config, edit_tensors, tokenizer
 
 import llmc
 from llmc.errors import UserError
@@ -87,6 +87,8 @@ def test_dry_run_writes_nothing(options: dict[str, Any], tmp_path: Path, text: P
 def test_quantized_folders_are_refused(tmp_path: Path, text: Path) -> None:
     base = build("llama", tmp_path / "base")
     edit_config(base, quantization_config={"quant_method": "awq"})
+    with edit_tensors(base) as tensors:
+        tensors["model.layers.0.mlp.up_proj.qweight"] = torch.zeros(64, 16, dtype=torch.int32)
     with pytest.raises(UserError, match="quantized already"):
         prune(base, text, tmp_path / "out")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from killing import Command, interrupted, resumed
 from quantizing import settings
-from tiny import FAMILIES, build, divergence, edit_config, poison, tokenizer
+from tiny import FAMILIES, build, divergence, edit_config, edit_tensors, poison, tokenizer
 from transformers import AutoModelForCausalLM
 
 import llmc
@@ -184,6 +184,12 @@ def truncate(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def as_awq(folder: Path) -> None:
+    edit_config(folder, quantization_config={"quant_method": "awq"})
+    with edit_tensors(folder) as tensors:
+        tensors["model.layers.0.mlp.up_proj.qweight"] = torch.zeros(64, 16, dtype=torch.int32)
+
+
 BAD_MODELS = {
     "NaN": (lambda f: poison(f, "model.layers.1.mlp.up_proj.weight"), "model.layers.1.mlp.up_proj.weight .* NaN"),
     "half a download": (truncate, "the download is incomplete"),
@@ -191,7 +197,7 @@ BAD_MODELS = {
     "pickle": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pickle"),
     "unknown architecture": (lambda f: edit_config(f, model_type="wonder"), "wonder"),
     "other shapes": (lambda f: edit_config(f, intermediate_size=96), "shape"),
-    "quantized already": (lambda f: edit_config(f, quantization_config={"quant_method": "awq"}), "quantized already"),
+    "quantized already": (as_awq, "quantized already"),
 }
 
 

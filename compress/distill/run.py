@@ -35,6 +35,7 @@ from llmc.errors import UserError
 from llmc.files import check_disk
 from llmc.formats.hf import load_torch_model
 from llmc.formats.manifest import check_output, note_last
+from llmc.formats.source import model_name
 from llmc.machine import physical_cores
 from llmc.precision import prepare_cpu
 from llmc.sources.resolve import resolve_model
@@ -76,7 +77,7 @@ class _Job(Job):
     def __init__(self, folder: Path, teacher: Path, config: DistillConfig, threads: int) -> None:
         self.accelerator, device = join_team(config.device)
         self.processes = self.accelerator.num_processes
-        super().__init__(folder, teacher, config, threads, config.out or Path(f"{folder.resolve().name}-distilled"), device)
+        super().__init__(folder, teacher, config, threads, config.out or Path(f"{model_name(folder)}-distilled"), device)
         self.config, self.answers_only = config, config.answers_only
         self.student, self.taught = (Skeleton(open_float(f), "cpu") for f in (folder, teacher))
         self.vocab = common_vocabulary(self.student, self.taught)

@@ -109,7 +109,7 @@ class Blocks:
 
     def _output(self, layer: nn.Module, index: int, states: torch.Tensor) -> torch.Tensor:
         with self.forward():
-            out = layer(states.to(self.skeleton.device), **self.streams.arguments[index])
+            out = layer(states.to(self.skeleton.device), **self.streams.arguments[index].of(len(states)))
         found: torch.Tensor = (out[0] if isinstance(out, tuple) else out).float()
         return found
 

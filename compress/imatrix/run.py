@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from llmc.compress.calibration import Loop, Workspace, settings_for
+from llmc.compress.coverage import checked
 from llmc.compress.imatrix.config import ImatrixConfig
 from llmc.compress.imatrix.importance import matrix_names
 from llmc.compress.passes import LayerWatch
@@ -28,7 +29,7 @@ from llmc.errors import UserError
 from llmc.files import check_disk, sha256
 from llmc.formats.imatrix import Imatrix, InputSums, write_imatrix
 from llmc.formats.manifest import check_output, new_manifest, staged_artifact
-from llmc.formats.source import describe_source
+from llmc.formats.source import describe_source, model_name
 from llmc.machine import physical_cores, torch_device
 from llmc.precision import matmul_precision, prepare_cpu
 from llmc.sources.resolve import resolve_model
@@ -89,8 +90,9 @@ class _Job:
     def __init__(self, source: Path, config: ImatrixConfig, threads: int) -> None:
         self.source, self.config, self.threads = source, config, threads
         self.skeleton = Skeleton(open_float(source), str(torch_device(config.device)))
+        checked(self.skeleton, "measured")
         self.names = matrix_names(self.skeleton)
-        self.out = config.out or Path(f"{source.resolve().name}-imatrix.gguf")
+        self.out = config.out or Path(f"{model_name(source)}-imatrix.gguf")
         self.work = self.out.with_name(f".{self.out.name}.unfinished")
         check_output(self.out, "imatrix", source, config)
         hidden = self.skeleton.config.get_text_config().hidden_size

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from llmc.compress.calibration import BATCH_BYTES, SUMS_BYTES, Workspace
+from llmc.compress.coverage import checked
 from llmc.compress.preparation import calibration_text, check_weights, open_float, sampled_file, sampling_memory
-from llmc.compress.prune.config import PATTERNS, PruneConfig
+from llmc.compress.prune.config import MASKS, PATTERNS, PruneConfig
 from llmc.compress.prune.depth import prove
 from llmc.compress.prune.methods import Made, make, reference_sequences
 from llmc.compress.prune.quality import advice, judge, split, zeros_of
@@ -27,7 +28,7 @@ from llmc.files import check_disk
 from llmc.formats import model_folder
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.manifest import check_output, note_last, passes_of
-from llmc.formats.source import describe_source, origin_of
+from llmc.formats.source import describe_source, model_name, origin_of
 from llmc.machine import check_memory, physical_cores, torch_device
 from llmc.precision import matmul_precision, prepare_cpu
 from llmc.sources.resolve import resolve_model
@@ -66,7 +67,9 @@ class _Job:
         self.source, self.config, self.threads = source, config, threads
         self.checkpoint = open_float(source)
         self.skeleton = Skeleton(self.checkpoint, str(torch_device(config.device)))
-        self.out = config.out or Path(f"{source.resolve().name}-{config.what}")
+        if config.method in MASKS:
+            checked(self.skeleton, "pruned")
+        self.out = config.out or Path(f"{model_name(source)}-{config.what}")
         self.work = self.out.with_name(f".{self.out.name}.unfinished")
         if not config.dry_run:
             check_output(self.out, "hf", source, config)

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from llmc.compress.quantize import presets
 from llmc.compress.quantize.config import INTEGER, QuantizeConfig
 from llmc.compress.skeleton import Skeleton, get_weight, linears_of
@@ -110,7 +108,8 @@ def _preset(c: QuantizeConfig, skeleton: Skeleton) -> Assignment:
 
 
 def _check_rows(c: QuantizeConfig, skeleton: Skeleton, types: dict[str, AnyType]) -> None:
-    """UserError if the rows of a linear do not divide into its type's groups."""
+    """UserError if the rows of a linear do not divide into its type's groups, or if GPTQ cannot pack them."""
+    _check_packing(skeleton, types)
     widths = {linear: get_weight(module).shape[1] for _, linear, module in linears_of(skeleton)}
     uneven = sorted((w, block_size(types[linear])) for linear, w in widths.items() if w % block_size(types[linear]))
     if not uneven:
@@ -121,6 +120,19 @@ def _check_rows(c: QuantizeConfig, skeleton: Skeleton, types: dict[str, AnyType]
         f"rows of {uneven[0][0]} weights do not divide into groups of {uneven[0][1]} in {skeleton.checkpoint.folder}",
         f"use --group-size {fits[0]}" if fits and not by_name else "no group size of 32, 64 or 128 fits this model"
         if not by_name else "no GGUF block type fits rows that are not a multiple of 32")
+
+
+def _check_packing(skeleton: Skeleton, types: dict[str, AnyType]) -> None:
+    """A GPTQ checkpoint packs the zero points of 32 / bits rows into a word (llmc.formats.gptq)."""
+    qtype = Assignment("", types).portable
+    if qtype is None:
+        return
+    per = 32 // qtype.bits
+    if uneven := [(n, len(get_weight(m))) for _, n, m in linears_of(skeleton) if len(get_weight(m)) % per]:
+        name, rows = uneven[0]
+        raise UserError(f"{len(uneven)} linears of {skeleton.checkpoint.folder} have a number of rows that is no multiple of "
+                        f"{per} (first {name}: {rows}), and a GPTQ checkpoint of {qtype.bits} bits cannot hold them",
+                        f"use --type q4_1, q5_0 or q6_k, or leave them as floats with --keep {name.rpartition('.')[2]}")
 
 
 def keeps_zeros(source: Path, c: QuantizeConfig, assignment: Assignment) -> bool:
@@ -153,10 +165,4 @@ def embedding_shape(skeleton: Skeleton) -> tuple[int, int]:
 
 def has_own_head(skeleton: Skeleton) -> bool:
     """Whether the checkpoint holds a head that differs from the embedding. The export uses the same rule."""
-    names = {id(m): n for n, m in skeleton.model.named_modules()}
-    head, embedding = (skeleton.names.find(f"{names[id(m)]}.weight") if id(m) in names else None for m in (
-        skeleton.model.get_output_embeddings(), skeleton.model.get_input_embeddings()))
-    if head is None or embedding is None:
-        return False
-    ckpt = skeleton.checkpoint
-    return ckpt.shape(head) != ckpt.shape(embedding) or not torch.equal(ckpt.tensor(head), ckpt.tensor(embedding))
+    return not skeleton.ends.one

@@ -43,6 +43,9 @@ class QuantizeConfig:
     target_kld: float | None = option(
         None, help="Find the smallest file whose predicted KL divergence is at most this, as in 0.05.", above=0,
         group=ADVANCED)
+    keep: str | None = option(
+        None, help="Parameters of the decoder layers that stay floats: parts of their names, with commas between them, as in "
+                   "layers.0.,v_proj. * stands for anything.", metavar="PATTERNS", shown="none", group=ADVANCED)
     method: str = option(
         "gptq", help="Rounding method. gptq compensates errors and needs text. rtn rounds to nearest and needs no text.",
         choices=METHODS, group=ADVANCED)
@@ -93,6 +96,9 @@ class QuantizeConfig:
         if self.target_size is not None and self.peer is None and parse_size(self.target_size) is None:
             problems.append(f"--target-size {self.target_size}: give bytes with a unit, as in 90MB, 1.2GB or 85MiB, or "
                             "as:PRESET")
+        if self.keep is not None and self.transform != "none":
+            problems.append("--keep goes without --transform, which is chosen with every linear rounded: run "
+                            "`llmc transform` first")
         if self.transform != "none" and (self.preset or given):
             problems.append(f"--transform {self.transform} needs one type for all linears: give --type or --bits, or run "
                             "`llmc transform` first")
@@ -130,6 +136,8 @@ class QuantizeConfig:
         deciding = {**asdict(self), "imatrix": self.imatrix and self.imatrix.name}
         for name in ("out", "resume", "dry_run", "heal"):  # healing has its own manifest entry
             del deciding[name]
+        if self.keep is None:
+            del deciding["keep"]
         if self.method == "rtn":
             text = () if self.calibrated or self.target else ("calibration", "samples", "seq_len", "seed")
             for name in ("damp", "true_sequential", *text):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,6 +47,9 @@ class QuantizePass(LayerPass):
 
     def change(self, layer: nn.Module, group: LinearGroup, statistics: InputStatistics | None) -> None:
         """Quantize the group's linears, which share the Hessian. Linears of one type are stacked (rows are independent)."""
+        group = replace(group, names=tuple(n for n in group.names if f"{self.prefix}.{n}" in self.assignment.types))
+        if not group.names:  # kept as floats
+            return
         if statistics is None:
             for name in group.names:
                 self._round(name, layer.get_submodule(name))

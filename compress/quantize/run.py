@@ -23,6 +23,7 @@ from llmc.compress.calibration import (
     settings_for,
     spread,
 )
+from llmc.compress.coverage import checked
 from llmc.compress.imatrix.importance import Importance
 from llmc.compress.preparation import calibration_text, check_weights, open_float, sampled_file, sampling_memory
 from llmc.compress.quantize.assignment import assign, keeps_zeros
@@ -43,7 +44,7 @@ from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.manifest import check_output, note_last, passes_of
 from llmc.formats.quantized import read
 from llmc.formats.shards import pieces_of, rest_of
-from llmc.formats.source import describe_source, origin_of
+from llmc.formats.source import describe_source, model_name, origin_of
 from llmc.machine import check_memory, physical_cores, torch_device
 from llmc.precision import matmul_precision, prepare_cpu
 from llmc.sources.resolve import resolve_model
@@ -111,8 +112,10 @@ class _Job:
         self.checkpoint = open_float(source)
         self.skeleton = Skeleton(self.checkpoint, str(torch_device(config.device)))
         target = re.sub("[ :]", "-", (config.target or "").removeprefix("--"))
+        self.coverage = checked(self.skeleton, "quantized", config.keep, can_keep=True)
+        self.skeleton.kept = self.coverage.left_linears()
         what = config.type or config.preset or target or f"{config.bits}bit"
-        self.out = config.out or Path(f"{source.resolve().name}-{config.method}-{what}")
+        self.out = config.out or Path(f"{model_name(source)}-{config.method}-{what}")
         self.work = self.out.with_name(f".{self.out.name}.unfinished")
         if not config.dry_run:
             check_output(self.out, "gptq", source, config)
@@ -158,7 +161,7 @@ class _Job:
             memory = max(memory, sampling_memory(self.skeleton, c.seq_len))  # it is over before the first layer
         return {
             "source": str(self.source), "out": str(self.out), **self._what(), "method": c.method,
-            "bits_per_weight": self._bits() / weights,
+            "bits_per_weight": self._bits_per_weight(),
             "layers": len(self.skeleton.layers), "linear_weights": weights, "out_bytes": out_bytes,
             "transform": c.transform, "heal": c.heal, "zeros_kept": self.masked,
             "disk_bytes": 2 * out_bytes + states + self._transform_bytes(),  # the layers, and the output folder
@@ -178,13 +181,21 @@ class _Job:
     def _what(self) -> dict[str, Any]:
         """The entries on types, for plan, manifest and result."""
         a = self.assignment
-        what = {"type": a.name, "types": a.counts(), "fallback_types": a.missed, "end_types": a.end_types}
+        what = {"type": a.name, "types": a.counts(), "fallback_types": a.missed, "end_types": a.end_types,
+                "floats": self.coverage.record()}
         return what if a.plan is None else what | {"plan": {k: v for k, v in a.plan.items() if k != "tensors"}}
 
     def _bits(self) -> float:
         """The number of bits of all quantized weights, factors included."""
         return sum(get_weight(m).numel() * self.assignment.types[name].bits_per_weight
                    for _, name, m in linears_of(self.skeleton))
+
+    def _bits_per_weight(self) -> float:
+        """Over all matrices of the decoder layers, those that stay floats included."""
+        floats = [(p.value.numel(), self.checkpoint.nbytes(self.skeleton.names.stored(p.name)))
+                  for p in self.coverage.float_matrices()]
+        weights = self._linear_weights() + sum(n for n, _ in floats)
+        return (self._bits() + 8 * sum(nbytes for _, nbytes in floats)) / weights
 
     def _linear_weights(self) -> int:
         return sum(get_weight(m).numel() for _, _, m in linears_of(self.skeleton))
@@ -203,6 +214,7 @@ class _Job:
             choice = choose(self.source, self.skeleton, self.config, text, self.threads, self._transformed())
             self.checkpoint = Checkpoint.open(choice.folder)  # from now on all weights are those of the transformed model
             self.skeleton = Skeleton(self.checkpoint, str(self.skeleton.device))
+            self.skeleton.kept = self.coverage.left_linears()
         calibration = text if self.config.method == "gptq" else None
         deciding = {**self.config.numbers(), "imatrix": self.importance and self.importance.origin,
                     "types": {n: self.assignment.stored(n) for n in self.assignment.types}}
@@ -263,7 +275,7 @@ class _Job:
         remove(sampled_file(self.work))
         remove(self._transformed())
         total = sum(p.stat().st_size for p in self.out.glob("*.safetensors"))
-        return {"out": str(self.out), **self._what(), "bits_per_weight": self._bits() / self._linear_weights(),
+        return {"out": str(self.out), **self._what(), "bits_per_weight": self._bits_per_weight(),
                 "bytes": total, "transform": choice.record if choice else None,
                 "weights_sha256": model_folder.weight_hashes(manifest),
                 **{k: v for k, v in summary.items() if k != "layers"}}
@@ -272,13 +284,26 @@ class _Job:
         """`quantization_config` of config.json."""
         a = self.assignment
         if a.portable:
-            quantization = gptq_format.config(a.portable, self.config.damp, self.config.true_sequential, None)
+            quantization = gptq_format.config(a.portable, self.config.damp, self.config.true_sequential,
+                                              *self._quantized_by_layer())
         else:
             stored = {n: self.skeleton.names.stored(f"{n}.weight").removesuffix(".weight") for n in a.types}
             quantization = blocks_format.config({stored[n]: a.stored(n) for n in a.types})
         if a.end_types:
             quantization["end_types"] = a.end_types
         return quantization
+
+    def _quantized_by_layer(self) -> tuple[list[list[str]] | None, list[str]]:
+        """What a GPTQ config says if some linears stay floats: the quantized linears of a layer if all layers have the same,
+        and otherwise the names of the linears that stay."""
+        kept = self.skeleton.kept
+        if not kept:
+            return None, []
+        layers = [[n for n in self.skeleton.linears(i) if f"{self.skeleton.layer_name(i)}.{n}" not in kept]
+                  for i in range(len(self.skeleton.layers))]
+        if all(names == layers[0] for names in layers):
+            return [[name] for name in layers[0]], []
+        return None, sorted(self.skeleton.names.stored(f"{n}.weight").removesuffix(".weight") for n in kept)
 
     def _verify(self, records: list[dict[str, Any]], written: Checkpoint) -> None:
         """Check that every linear of the written checkpoint decodes to the codes and scales that were computed."""

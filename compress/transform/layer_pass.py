@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from llmc.compress.arguments import LayerArguments
 from llmc.compress.layer_run import InputStatistics
 from llmc.compress.passes import LayerPass
 from llmc.compress.skeleton import LinearGroup, Skeleton, get_weight
@@ -38,7 +39,7 @@ class Transform(LayerPass):
     stream: R1 [hidden, hidden] float64, if the layer's input and output are rotated; else None.
     """
 
-    def __init__(self, skeleton: Skeleton, arguments: list[dict[str, Any]], stream: torch.Tensor | None = None) -> None:
+    def __init__(self, skeleton: Skeleton, arguments: list[LayerArguments], stream: torch.Tensor | None = None) -> None:
         self.skeleton, self.arguments, self.stream = skeleton, arguments, stream
 
     def begin(self, index: int, layer: nn.Module, groups: list[LinearGroup]) -> None:
@@ -68,7 +69,7 @@ class Transform(LayerPass):
 
     def _run(self, layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            out = layer(states, **self.arguments[self.index])
+            out = layer(states, **self.arguments[self.index].of(len(states)))
         found: torch.Tensor = out[0] if isinstance(out, tuple) else out
         return found
 
@@ -89,7 +90,7 @@ class Rotation(Transform):
     A rotation changes the whole layer, so `begin` does it and there are no groups.
     """
 
-    def __init__(self, skeleton: Skeleton, arguments: list[dict[str, Any]], seed: int, stream: torch.Tensor | None) -> None:
+    def __init__(self, skeleton: Skeleton, arguments: list[LayerArguments], seed: int, stream: torch.Tensor | None) -> None:
         super().__init__(skeleton, arguments, stream)
         self.seed = seed
 
@@ -117,7 +118,7 @@ class Scaling(Transform):
     are the error bound of 8-bit inputs (scaling.int8_noise), relative to 'before' = 1.
     """
 
-    def __init__(self, skeleton: Skeleton, arguments: list[dict[str, Any]], type_of: Callable[[int], AnyType],
+    def __init__(self, skeleton: Skeleton, arguments: list[LayerArguments], type_of: Callable[[int], AnyType],
                  smooth: float | None = None) -> None:
         super().__init__(skeleton, arguments)
         self.type_of, self.smooth = type_of, smooth

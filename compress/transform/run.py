@@ -7,8 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from llmc.compress.coverage import checked
 from llmc.compress.ends import is_tied
-from llmc.compress.preparation import calibration_text, check_weights, sampled_file
+from llmc.compress.preparation import calibration_text, check_weights, open_float, sampled_file
 from llmc.compress.quantize.assignment import type_for
 from llmc.compress.skeleton import Skeleton
 from llmc.compress.text import Calibration
@@ -21,7 +22,7 @@ from llmc.errors import UserError
 from llmc.files import check_disk
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.manifest import check_output, note_last
-from llmc.formats.source import hash_source
+from llmc.formats.source import hash_source, model_name
 from llmc.machine import physical_cores, torch_device
 from llmc.precision import prepare_cpu
 from llmc.sources.resolve import resolve_model
@@ -40,7 +41,7 @@ def transform(model: str | Path, config: TransformConfig) -> dict[str, Any]:
     prepare_cpu(threads)
     check_output(config.out, "hf", model, config)
     source = resolve_model(model)
-    out = config.out or Path("-".join([source.resolve().name, *(n for n in (config.rotate, config.scaling) if n != "none")]))
+    out = config.out or Path("-".join([model_name(source), *(n for n in (config.rotate, config.scaling) if n != "none")]))
     skeleton = check(source, config)
     check_output(out, "hf", source, config)
     check_disk(out, disk_bytes(skeleton, config), "transforming")
@@ -57,15 +58,13 @@ def transform(model: str | Path, config: TransformConfig) -> dict[str, Any]:
 
 def check(source: Path, config: TransformConfig) -> Skeleton:
     """Make all checks before any work. Returns the model without weights. UserError if the options do not fit the model."""
-    checkpoint = Checkpoint.open(source)
-    if checkpoint.quantization is not None:
-        raise UserError(f"{source} is quantized already ({checkpoint.quantization.get('quant_method')})",
-                        "transforms come before quantization: start from the float model")
+    checkpoint = open_float(source)
     if config.rotate != "none" and mask_of(source):
         raise UserError(f"{source} was pruned to a mask, and --rotate {config.rotate} would fill its zeros",
                         "use --scaling alone, which keeps zeros, or rotate before you prune")
     skeleton = Skeleton(checkpoint, str(torch_device(config.device)))
     family = family_of(skeleton.config)
+    checked(skeleton, "transformed")
     if config.rotate == "r1r2":
         if family.unrotatable:
             raise UserError(f"--rotate r1r2 cannot rotate the residual stream of {source}: {family.unrotatable}",

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from llmc.compress.arguments import LayerArguments
 from llmc.compress.calibration import Loop, LoopSettings, Workspace, settings_for
 from llmc.compress.ends import is_tied, name_of, stored_head
 from llmc.compress.skeleton import Skeleton
@@ -57,7 +58,7 @@ class Stage(ABC):
         return self._publish(work, key)
 
     @abstractmethod
-    def layers(self, work: Workspace, arguments: list[dict[str, Any]]) -> None:
+    def layers(self, work: Workspace, arguments: list[LayerArguments]) -> None:
         """Change every decoder layer that is not finished yet. arguments: see `proof_arguments`."""
 
     def outside(self, work: Workspace) -> None:  # noqa: B027 - most stages have nothing to do there
@@ -70,7 +71,7 @@ class Stage(ABC):
         """Further manifest entries of the pass."""
         return {}
 
-    def proof_arguments(self) -> list[dict[str, Any]]:
+    def proof_arguments(self) -> list[LayerArguments]:
         """The keyword arguments that the model passes to each layer for PROOF_TOKENS tokens, for the check of the output."""
         arguments, _ = self.skeleton.enter(iter(()), PROOF_TOKENS)
         self.skeleton.leave()
@@ -112,7 +113,7 @@ class ScalingStage(Stage):
     def entry(self) -> dict[str, Any]:
         return {"calibration": self.calibration.origin if self.calibration else None}
 
-    def layers(self, work: Workspace, arguments: list[dict[str, Any]]) -> None:
+    def layers(self, work: Workspace, arguments: list[LayerArguments]) -> None:
         smooth = self.settings.get("alpha")
         transform = Scaling(self.skeleton, arguments, self.type_of, smooth)
         if self.calibration is None:
@@ -129,7 +130,7 @@ class RotateStage(Stage):
 
     name = "rotate"
 
-    def layers(self, work: Workspace, arguments: list[dict[str, Any]]) -> None:
+    def layers(self, work: Workspace, arguments: list[LayerArguments]) -> None:
         hidden, seed = self.skeleton.config.get_text_config().hidden_size, self.settings["seed"]
         with_r1 = self.settings["rotate"] == "r1r2"
         self.stream = orthogonal(hidden, torch.Generator().manual_seed(seed)) if with_r1 else None

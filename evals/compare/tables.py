@@ -39,7 +39,7 @@ def _sizes(artifacts: list[Compared]) -> Table:
         ratio = f"{a['differences']['size_ratio']:.1%}" if a["differences"] else "100%"
         rows.append([a["name"], size(w["file_bytes"]), ratio, size(w["token_bytes"]), f"{w['bits_per_weight']:.2f}",
                      f"{w['decoder_bits_per_weight']:.2f}", matrices(w)])
-    return "Size", "a token reads: weights, when decoding; in decoder: bits per weight of attention and MLP", rows
+    return "Size", "a token reads: weights, when decoding; in decoder: bits per weight of the matrices in its layers", rows
 
 
 def _quality(artifacts: list[Compared], index: int) -> Table:

@@ -67,7 +67,7 @@ def quality_lines(report: Report) -> str:
     assert quality is not None
     weight = artifact["size"]
     lines = [f"{artifact['name']}  {size(weight['file_bytes'])}, {weight['bits_per_weight']:.2f} bits per weight "
-             f"({weight['decoder_bits_per_weight']:.2f} in attention and MLP), run by {_ran_by(quality['runtime'])}",
+             f"({weight['decoder_bits_per_weight']:.2f} in the decoder's matrices), run by {_ran_by(quality['runtime'])}",
              f"  {matrices(weight)}", f"  KV cache in {kv_text(quality['kv'])}"]
     for t in quality["texts"]:
         p = t["protocol"]

@@ -14,7 +14,7 @@ import numpy as np
 from llmc.errors import UserError
 from llmc.export.gguf.rope import add_rope
 from llmc.export.windows import ignored
-from llmc.families import FAMILIES, by_architecture, nearest
+from llmc.families import FAMILIES, nearest, of_config
 from llmc.families.row import Family, activation_of
 
 if TYPE_CHECKING:
@@ -42,12 +42,10 @@ def find_architecture(config: dict[str, Any], hint: str = CONVERTER) -> Family:
     """The family row for the `architectures` of a config.json.
 
     Raises UserError, with `hint`, if llmc does not write that family into GGUF."""
-    names = config.get("architectures") or []
-    for name in names:
-        family = by_architecture(name)
-        if family and family.gguf.name:
-            return family
-    what = ", ".join(names) or config.get("model_type") or "unnamed"
+    family = of_config(config)
+    if family and family.gguf.name:
+        return family
+    what = ", ".join(config.get("architectures") or []) or config.get("model_type") or "unnamed"
     known = [f.architecture for f in FAMILIES.values() if f.gguf.name]
     raise UserError(f"llmc does not write the architecture {what} as GGUF; it writes {', '.join(known)}"
                     + nearest(what, known), hint)

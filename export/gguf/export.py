@@ -40,6 +40,7 @@ def run(config: GgufExportConfig) -> dict[str, Any]:
     ckpt = Checkpoint.open(folder)
     # errors that are cheap to find come before slow work
     quantized.linears(ckpt)
+    quantized.check_order(ckpt)
     if config.converter is None:
         find_architecture(ckpt.config)
     threads = config.threads or physical_cores()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,12 +18,12 @@ from llmc.export.gguf.config import GgufExportConfig
 from llmc.export.gguf.tokenizer import Vocabulary
 from llmc.export.gguf.writer import GgufTensor, Source
 from llmc.families.row import Family
-from llmc.formats import quantized
+from llmc.formats import ends, quantized
 from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.contents import is_buffer
 from llmc.formats.types import QuantizedTensor
 
 HEAD = "lm_head.weight"
-COMPUTED = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(bias|masked_bias)$")  # buffers stored in old checkpoints
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class Planner:
         packed = {name for linear in self.linears for name in quantized.parts(linear)}
         zero_biases = 0
         for name in self.ckpt.names():
-            if name in packed or COMPUTED.search(name):
+            if name in packed or is_buffer(name, self.ckpt.shape(name)):
                 continue
             if name.endswith(".bias") and name.removesuffix(".bias") in self.linears and self._is_spare(name):
                 zero_biases += 1
@@ -172,13 +171,8 @@ class Planner:
             raise UserError(f"{self.ckpt.folder} has no token embedding", "download the model again")
         head = next((e for e in found if e.name == "output.weight"), None)
         says_tied = bool(getattr(self.hf, "tie_word_embeddings", False))
-        equal = head is None or (not head.codes and _same(embedding.source(), head.source()))
-        if says_tied and not equal:
-            raise UserError(f"config.json of {self.ckpt.folder} says that head and embedding are one matrix, but its "
-                            f"{HEAD} differs", "set tie_word_embeddings to false in config.json if the head is right")
-        if head is None and not says_tied:
-            raise UserError(f"config.json of {self.ckpt.folder} says that the head is a separate matrix, but there is no "
-                            f"{HEAD}", "download the model again, or correct tie_word_embeddings")
+        equal = ends.Ends(self.ckpt.folder, says_tied, None if head is None else HEAD, lambda: head is not None
+                          and not head.codes and _same(embedding.source(), head.source())).one
         if not equal and not self.family.gguf.own_head:
             raise UserError(f"the head differs from the embedding, and llama.cpp's {self.family.gguf.name} has one matrix",
                             "llama.cpp cannot run this model as it is")
@@ -207,4 +201,4 @@ def _inexact_mins(source: Callable[[], Source]) -> bool:
 def _same(a: Source, b: Source) -> bool:
     assert isinstance(a, torch.Tensor)
     assert isinstance(b, torch.Tensor)
-    return a.dtype == b.dtype and torch.equal(a, b)
+    return ends.equal(a, b)

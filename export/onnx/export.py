@@ -44,6 +44,7 @@ def run(config: OnnxExportConfig) -> dict[str, Any]:
     ckpt = Checkpoint.open(folder)
     # errors that are cheap to find come before slow work
     quantized.linears(ckpt)
+    quantized.check_order(ckpt)
     if config.exporter == "optimum":
         plain.check_model(config, ckpt)
     else:

@@ -26,10 +26,12 @@ from llmc.errors import UserError
 from llmc.export.onnx import emit, rope
 from llmc.export.onnx.weights import Piece, Weights
 from llmc.export.parity import PLEASE_REPORT
-from llmc.families import FAMILIES, by_architecture, nearest
+from llmc.families import FAMILIES, nearest, of_config
 from llmc.families.row import Onnx
 from llmc.formats import quantized
 from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.contents import is_buffer
+from llmc.formats.ends import ends_of
 from llmc.formats.names import Names, missing
 from llmc.runtimes.onnx_session import genai_library
 
@@ -37,7 +39,7 @@ from llmc.runtimes.onnx_session import genai_library
 def find_architecture(config: dict[str, Any]) -> Onnx:
     """The builder's names for the family of a config.json; raises UserError if the builder does not support it."""
     name = (config.get("architectures") or [f"model_type {config.get('model_type')}"])[0]
-    family = by_architecture(name)
+    family = of_config(config)
     if family is None or not family.onnx.builder:
         known = [f.architecture for f in FAMILIES.values() if f.onnx.builder]
         raise UserError(f"llmc does not write {name} as ONNX; it writes {', '.join(known)}{nearest(name, known)}",
@@ -155,7 +157,7 @@ def skeleton(ckpt: Checkpoint, hf: Any) -> tuple[nn.Module, Rows, Ends]:
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(hf, dtype=torch.float32, trust_remote_code=False)
     names = Names.of(ckpt, model, quantized.linears(ckpt))
-    ends = _find_ends(ckpt, hf, model, names)
+    ends = _find_ends(ckpt, model, names)
     rows, numbered, used = Rows(), dict[str, nn.Parameter](), {ends.spare}
     for name, p in list(model.named_parameters(remove_duplicate=False)):
         owner = model.get_submodule(name.rpartition(".")[0])
@@ -183,31 +185,19 @@ def skeleton(ckpt: Checkpoint, hf: Any) -> tuple[nn.Module, Rows, Ends]:
     return model.eval(), rows, ends
 
 
-def _find_ends(ckpt: Checkpoint, hf: Any, model: Any, names: Names) -> Ends:
+def _find_ends(ckpt: Checkpoint, model: Any, names: Names) -> Ends:
     """Find embedding and head. The tensors decide whether they are tied; raises UserError if config.json contradicts them."""
-    modules = {id(m): n for n, m in model.named_modules()}
-    embedding, head = (names.locate(f"{modules[id(m)]}.weight")
-                       for m in (model.get_input_embeddings(), model.get_output_embeddings()))
-    if embedding is None or embedding[1]:
-        raise UserError(f"{ckpt.folder} has no token embedding", "download the model again")
-    says_tied = bool(getattr(hf, "tie_word_embeddings", False))
-    if head is None and not says_tied:
-        raise UserError(f"config.json of {ckpt.folder} says that the head is a separate matrix, but there is none",
-                        "download the model again, or correct tie_word_embeddings")
-    equal = head is None or (not head[1] and torch.equal(ckpt.tensor(head[0]), ckpt.tensor(embedding[0])))
-    if says_tied and not equal:
-        raise UserError(f"config.json of {ckpt.folder} says that head and embedding are one matrix, but its head differs",
-                        "set tie_word_embeddings to false in config.json if the head is right")
-    one = embedding[0].removesuffix(".weight")
-    if head is None:
+    found, embedding = ends_of(ckpt, model, names)
+    one = embedding.name.removesuffix(".weight")
+    if found.head is None:
         return Ends(one, one)
-    return Ends(one, one, head[0]) if equal else Ends(one, head[0].removesuffix(".weight"))
+    return Ends(one, one, found.head) if found.one else Ends(one, found.head.removesuffix(".weight"))
 
 
 def _refuse_leftovers(ckpt: Checkpoint, used: set[str | None]) -> None:
-    """Raise UserError for a tensor that the model does not use. Rotary tables and AutoGPTQ's zero biases may be left over."""
+    """Raise UserError for a tensor that the model does not use. Buffers and AutoGPTQ's zero biases may be left over."""
     for name in ckpt.names():
-        if name not in used and "rotary_emb.inv_freq" not in name and not (
+        if name not in used and not is_buffer(name, ckpt.shape(name)) and not (
                 name.endswith(".bias") and not bool(ckpt.tensor(name).any())):
             raise UserError(f"{name} of {ckpt.folder} has no place in the model that its config.json names",
                             "the checkpoint holds tensors that its architecture does not have")

@@ -45,9 +45,17 @@ def _plan(p: dict[str, Any]) -> str:
     then = f", then healed for {p['heal']} steps" if p["heal"] else ""
     return (f"{p['source']} -> {p['out']}\n{budget}"
             f"  {first}{p['method']} on {'these types' if budget else _types(p)}, {text}{then}\n"
-            f"  {p['layers']} layers, {p['linear_weights'] / 1e6:.1f} M weights, {size(p['out_bytes'])} when done\n"
+            f"  {p['layers']} layers, {p['linear_weights'] / 1e6:.1f} M weights, {p['bits_per_weight']:.3g} bits per weight "
+            f"of the layers' matrices, {size(p['out_bytes'])} when done\n{_floats(p)}"
             f"  at most about {size(p['memory_bytes'])} of memory and {size(p['disk_bytes'])} of disk\n"
             f"  on {p['device']}, {p['threads']} threads, activation products in {p['matmul']}")
+
+
+def _floats(r: dict[str, Any]) -> str:
+    """The matrices that stay floats, one line for each rule; nothing for biases and norms."""
+    kept = {why: k for why, k in r["floats"].items() if why not in ("biases", "norms and other vectors")}
+    return "".join(f"  stay floats: {k['tensors']} {why} ({k['weights'] / 1e6:.3g} M weights): {', '.join(k['names'])}\n"
+                   for why, k in kept.items())
 
 
 def _types(r: dict[str, Any]) -> str:
@@ -61,6 +69,6 @@ def _summary(r: dict[str, Any]) -> str:
     fallbacks = f", {r['fallbacks']} layers fell back to RTN" if r["fallbacks"] else ""
     taken = f"transform {r['transform']['taken']}: {r['transform']['why']}\n" if r["transform"] else ""
     healed = f"healed: {outcome(r['healed'])}\n" if "healed" in r else ""
-    return (f"{taken}{healed}{r['out']}: {_types(r)}, {r['bits_per_weight']:.3g} bits per linear weight, {size(r['bytes'])}, "
-            f"mean layer error {100 * r['error']:.2f} %{fallbacks}, {duration(r['seconds'])}\n"
+    return (f"{taken}{healed}{r['out']}: {_types(r)}, {r['bits_per_weight']:.3g} bits per weight, {size(r['bytes'])}, "
+            f"mean layer error {100 * r['error']:.2f} %{fallbacks}, {duration(r['seconds'])}\n{_floats(r)}"
             f"next: {command('llmc', 'export', '--format', 'gguf', r['out'])}")

@@ -9,7 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
+from llmc.errors import UserError
 from llmc.families.row import Family
 from llmc.families.table import ROWS
 
@@ -24,6 +26,21 @@ def by_model_type(name: str) -> Family | None:
 def by_architecture(name: str) -> Family | None:
     """The row for a class name in `architectures` of a config.json."""
     return next((f for f in FAMILIES.values() if f.architecture == name), None)
+
+
+def of_config(config: dict[str, Any]) -> Family | None:
+    """The row for a config.json: by its `architectures`, or by its model_type if it names none.
+
+    Raises UserError if it names the base class of a family, which has no head."""
+    names = config.get("architectures") or []
+    family = by_model_type(str(config.get("model_type")))
+    if not names:
+        return family
+    found = next((f for name in names if (f := by_architecture(name))), None)
+    if found is None and family is not None and _stem(str(names[0]).removesuffix("Model")) == _stem(family.architecture):
+        raise UserError(f"config.json gives the architecture {names[0]}, which is a base class without a head",
+                        f'if the folder holds a whole language model, write "{family.architecture}" in `architectures`')
+    return found
 
 
 def by_gguf(name: str) -> Family | None:

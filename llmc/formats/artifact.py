@@ -33,7 +33,7 @@ class Size(TypedDict):
     tensor_bytes: int  # of the tensors only
     parameters: int  # number of weights of all tensors
     bits_per_weight: float  # 8 * tensor_bytes / parameters
-    decoder_bits_per_weight: float  # of attention and MLP matrices only
+    decoder_bits_per_weight: float  # of attention, MLP and all other matrices of the decoder layers
     # that decoding one token reads: all tensors except an untied embedding and the experts that the token does not use
     token_bytes: int
     token_parameters: NotRequired[int]  # number of these weights; missing in reports of earlier versions
@@ -130,14 +130,14 @@ class Artifact(ABC):
         tied = classes["head"]["parameters"] == 0
         tensor_bytes = sum(t.nbytes for t in found)
         parameters = sum(t.parameters for t in found)
-        decoder = [classes["attention"], classes["mlp"]]
-        decoder_parameters = sum(c["parameters"] for c in decoder)
+        decoder = [t for t in found if t.in_decoder]
+        decoder_parameters = sum(t.parameters for t in decoder)
         read = [t for t in found if tied or t.kind != "embedding"]
         return {
             "file_bytes": sum(p.stat().st_size for p in self.weight_files()),
             "tensor_bytes": tensor_bytes, "parameters": parameters,
             "bits_per_weight": 8 * tensor_bytes / parameters,
-            "decoder_bits_per_weight": 8 * sum(c["bytes"] for c in decoder) / max(1, decoder_parameters),
+            "decoder_bits_per_weight": 8 * sum(t.nbytes for t in decoder) / max(1, decoder_parameters),
             "token_bytes": sum(t.token_bytes for t in read), "token_parameters": sum(t.token_parameters for t in read),
             "tied": tied, "types": dict(sorted(types.items())), "matrices": dict(sorted(matrices.items())),
             "classes": classes,

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc.errors import UserError
+from llmc.formats import contents, layouts
 from llmc.formats.config_json import read_checked
+from llmc.formats.weight_files import INDEX, SINGLE, weight_files
 
 if TYPE_CHECKING:
     import torch
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+__all__ = ["CARD_FILES", "INDEX", "SINGLE", "TOKENIZER_FILES", "Checkpoint", "model_files", "read_config", "read_header"]
+
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json",
@@ -34,7 +36,10 @@ def read_header(path: Path) -> dict[str, Any]:
             if not 0 < n <= min(100_000_000, actual - 8):
                 raise UserError(f"{path} is not a complete safetensors file", "download it again")
             header: dict[str, Any] = json.loads(f.read(n))
-        end = 8 + n + max((int(v["data_offsets"][1]) for k, v in header.items() if k != "__metadata__"), default=0)
+        tensors = [v for k, v in header.items() if k != "__metadata__"]
+        end = 8 + n + max((int(v["data_offsets"][1]) for v in tensors), default=0)
+        if not all(isinstance(v["dtype"], str) and all(isinstance(n, int) for n in v["shape"]) for v in tensors):
+            raise ValueError("a type or shape is none")
     except FileNotFoundError as e:
         raise UserError(f"the shard {path} is missing", "download the whole model folder again") from e
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
@@ -53,29 +58,30 @@ class Checkpoint:
     config: dict[str, Any]
     shard_of: dict[str, Path] = field(repr=False)
     headers: dict[Path, dict[str, Any]] = field(repr=False)
+    quantization: dict[str, Any] | None = None
+    """How its codes are stored (contents.quantization_of). None for a float model."""
 
     @classmethod
-    def open(cls, folder: Path | str) -> Checkpoint:
+    def open(cls, folder: Path | str, look: bool = False) -> Checkpoint:
+        """Read config.json and the headers of the weights.
+
+        look: accept codes that no config explains, to list them only. Raises UserError if the files contradict each other.
+        """
         folder = Path(folder)
         config = read_config(folder)
-        shards = _shards(folder)
+        shards, weight_map = weight_files(folder)
         headers = {s: read_header(s) for s in shards}
-        shard_of = {name: s for s, h in headers.items() for name in h if name != "__metadata__"}
-        if (folder / INDEX).is_file():
-            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-            if missing := sorted(set(index) - set(shard_of)):
-                raise UserError(f"{folder}: {len(missing)} tensors of {INDEX} are in no shard, first {missing[0]}",
-                                "download the model again")
-        return cls(folder, config, shard_of, headers)
+        ckpt = cls(folder, config, _places(folder, headers, weight_map), headers)
+        ckpt.quantization = contents.quantization_of(ckpt)
+        if ckpt.quantization is None:
+            ckpt.config = {k: v for k, v in config.items() if k != "quantization_config"}
+        if not look:
+            contents.check(ckpt)
+        return ckpt
 
     @property
     def files(self) -> list[Path]:
         return list(self.headers)
-
-    @property
-    def quantization(self) -> dict[str, Any] | None:
-        """`quantization_config` of config.json, or None for a float model."""
-        return self.config.get("quantization_config")
 
     def names(self) -> list[str]:
         return list(self.shard_of)
@@ -111,7 +117,8 @@ class Checkpoint:
 
 def model_files(folder: Path) -> list[Path]:
     """The files that define a model and its tokenizer."""
-    names = ("config.json", "generation_config.json", INDEX, *TOKENIZER_FILES)
+    index = () if (folder / SINGLE).is_file() else (INDEX,)
+    names = ("config.json", "generation_config.json", *index, *TOKENIZER_FILES)
     return [folder / n for n in names if (folder / n).is_file()] + Checkpoint.open(folder).files
 
 
@@ -121,28 +128,36 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a model folder", "give a Hugging Face folder, a .gguf file or a hub id")
     if not path.is_file():
-        raise UserError(f"{folder} has no config.json", "give a Hugging Face model folder")
+        raise layouts.no_config(folder)
+    layouts.refuse_adapter(folder)
     return read_checked(path)
 
 
-def _shards(folder: Path) -> list[Path]:
-    """The shard files, in order. Raises UserError if one is missing or outside the folder."""
-    if (folder / INDEX).is_file():
-        try:
-            names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise UserError(f"{folder / INDEX} is damaged", "download the model again") from e
-        for n in names:
-            if not isinstance(n, str) or "/" in n or "\\" in n or n in ("", "..") or not n.endswith(".safetensors"):
-                raise UserError(f"{folder / INDEX} points outside the folder: {n!r}",
-                                "do not trust this model; shards must be .safetensors files beside the index")
-            if not (folder / n).is_file():
-                raise UserError(f"the shard {n} is missing from {folder}", "download the whole model folder again")
-        return [folder / n for n in names]
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
-    if pickles:
-        raise UserError(f"{folder} has only pickle weights ({pickles[0]}), which can run code when read",
-                        "convert it to safetensors first (`save_pretrained` of transformers does)")
-    raise UserError(f"{folder} has no {SINGLE} and no {INDEX}", "give a model folder with safetensors weights")
+def _places(folder: Path, headers: dict[Path, dict[str, Any]], weight_map: dict[str, str]) -> dict[str, Path]:
+    """{tensor: its file}. Raises UserError if the index names a tensor that no file has, or if two files have one tensor with
+    other values."""
+    found: dict[str, Path] = {}
+    for file, header in headers.items():
+        for name in header:
+            if name == "__metadata__":
+                continue
+            if name in found and not _same(name, headers, found[name], file):
+                raise UserError(f"{name} is in {found[name].name} and in {file.name} of {folder}, with other values",
+                                "two saves are mixed: download or save the model again")
+            if name not in found or weight_map.get(name) == file.name:
+                found[name] = file
+    if lost := sorted(weight_map.keys() - found.keys()):
+        raise UserError(f"{folder}: {len(lost)} tensors of {INDEX} are in no shard, first {lost[0]}",
+                        "download the model again")
+    return {name: found[name] for header in headers.values() for name in header if name in found}
+
+
+def _same(name: str, headers: dict[Path, dict[str, Any]], one: Path, other: Path) -> bool:
+    """Whether two files hold a tensor with the same type, shape and bytes."""
+    if any(headers[one][name][key] != headers[other][name][key] for key in ("dtype", "shape")):
+        return False
+    from safetensors import safe_open
+
+    with safe_open(one, framework="pt") as a, safe_open(other, framework="pt") as b:
+        x, y = a.get_tensor(name), b.get_tensor(name)
+        return bool((x == y).all())

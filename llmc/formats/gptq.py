@@ -13,6 +13,7 @@ gives garbage silently, so the label is checked against the values.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -56,11 +57,12 @@ def encode(q: QuantizedTensor) -> dict[str, torch.Tensor]:
     }
 
 
-def config(qtype: IntegerType, damp: float, true_sequential: bool, layers_in_block: list[list[str]] | None) -> dict[str, Any]:
+def config(qtype: IntegerType, damp: float, true_sequential: bool, layers_in_block: list[list[str]] | None,
+           kept: list[str] | None = None) -> dict[str, Any]:
     """`quantization_config` of config.json, and the whole content of quantize_config.json.
 
     layers_in_block: the quantized linears of a decoder layer (`["self_attn.q_proj"], …`); None if all are quantized.
-    Without it, readers assume that every linear of a layer is quantized.
+    Without it, readers assume that every linear of a layer is quantized, except those that `kept` names.
     """
     c: dict[str, Any] = {
         "quant_method": "gptq", "bits": qtype.bits, "group_size": qtype.group_size, "sym": qtype.symmetric,
@@ -70,6 +72,8 @@ def config(qtype: IntegerType, damp: float, true_sequential: bool, layers_in_blo
     }
     if layers_in_block is not None:
         c["modules_in_block_to_quantize"] = layers_in_block
+    if kept:
+        c["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in kept}  # as GPTQModel and vLLM read it
     return c
 
 
@@ -84,10 +88,11 @@ def type_of(ckpt: Checkpoint) -> IntegerType:
     if c.get("quant_method") != "gptq" or c.get("bits") not in (4, 8):
         raise UserError(f"{ckpt.folder} is quantized as {c.get('quant_method')!r} with {c.get('bits')!r} bits; "
                         "llmc reads GPTQ with 4 or 8 bits", "start from the float model")
-    if c.get("desc_act"):
-        raise UserError(f"{ckpt.folder} uses desc_act (a run-time column order), which no GGUF or ONNX type can hold",
-                        "quantize the float model with llmc, which keeps the columns in their order")
-    return IntegerType(c["bits"], c["group_size"], c.get("sym", True))
+    form, size = c.get("checkpoint_format") or c.get("format") or "gptq", c.get("group_size")
+    if form not in ("gptq", "gptq_v2") or type(size) is not int or not (size == -1 or size > 0):
+        raise UserError(f"{ckpt.folder} is GPTQ with checkpoint_format {form!r} and group_size {size!r}; llmc reads gptq and "
+                        "gptq_v2 with a group size of -1 or more than 0", "start from the float model")
+    return IntegerType(c["bits"], size, c.get("sym", True))
 
 
 def shape(ckpt: Checkpoint, linear: str) -> tuple[int, int]:
@@ -98,7 +103,56 @@ def shape(ckpt: Checkpoint, linear: str) -> tuple[int, int]:
 
 def read(ckpt: Checkpoint, linear: str, qtype: IntegerType) -> QuantizedTensor:
     """One quantized linear, codes [out, in]. Accepts versions 1 and 2. Raises UserError if the zero points
-    contradict the version label."""
+    contradict the version label, or if its columns are in another order (act-order)."""
+    q, order = _read(ckpt, linear, qtype)
+    if order is not None:
+        raise _permuted(ckpt, linear)
+    return q
+
+
+def dequantized(ckpt: Checkpoint, linear: str, qtype: IntegerType) -> torch.Tensor:
+    """One linear as float32 [out, in]. Each column takes scale and zero point of the group that g_idx names."""
+    q, groups = _read(ckpt, linear, qtype)
+    if groups is None:
+        return q.dequantize()
+    zeros = q.zeros.float() if q.zeros is not None else torch.full_like(q.scales, q.type.zero, dtype=torch.float32)
+    return (q.codes.float() - zeros[:, groups]) * q.scales.float()[:, groups]
+
+
+def check_order(ckpt: Checkpoint) -> None:
+    """Raise UserError if a linear's columns are in another order, which no GGUF or ONNX type can hold."""
+    qtype = type_of(ckpt)
+    for linear in quantized_linears(ckpt):
+        if _groups(ckpt, linear, qtype, shape(ckpt, linear)[1]) is not None:
+            raise _permuted(ckpt, linear)
+
+
+def _permuted(ckpt: Checkpoint, linear: str) -> UserError:
+    return UserError(f"{linear} of {ckpt.folder} has a permuted g_idx (desc_act: columns in another order), which no "
+                     "GGUF or ONNX type can hold",
+                     "quantize the float model with llmc, which keeps the columns in their order")
+
+
+def _groups(ckpt: Checkpoint, linear: str, qtype: IntegerType, width: int) -> torch.Tensor | None:
+    """int64 [in], the group of each column. None if column i is in group i // group_size."""
+    if f"{linear}.g_idx" not in ckpt:
+        return None
+    group_size = qtype.group_size if qtype.group_size > 0 else width
+    found = ckpt.tensor(f"{linear}.g_idx").to(torch.int64)
+    if torch.equal(found, torch.arange(width) // group_size):
+        return None
+    if not (ckpt.quantization or {}).get("desc_act"):
+        raise UserError(f"{linear} of {ckpt.folder} has a permuted g_idx, and its config says that columns are in order "
+                        "(desc_act false)", "the folder is damaged or its label is wrong: make or download it again")
+    groups = ckpt.shape(f"{linear}.scales")[0]
+    if found.shape != (width,) or not bool(((found >= 0) & (found < groups)).all()):
+        raise UserError(f"{linear}.g_idx of {ckpt.folder} does not name one of {groups} groups for each of {width} columns",
+                        "the folder is damaged: make or download it again")
+    return found
+
+
+def _read(ckpt: Checkpoint, linear: str, qtype: IntegerType) -> tuple[QuantizedTensor, torch.Tensor | None]:
+    """A linear, and the group of each column (`_groups`)."""
     bits = qtype.bits
     if missing := [part for part in PARTS[:3] if f"{linear}.{part}" not in ckpt]:
         raise UserError(f"{linear}.{' and '.join(missing)} is missing from {ckpt.folder}", "make or download it again")
@@ -106,10 +160,7 @@ def read(ckpt: Checkpoint, linear: str, qtype: IntegerType) -> QuantizedTensor:
     scales = ckpt.tensor(f"{linear}.scales").to(torch.float16).t().contiguous()
     stored = unpack(ckpt.tensor(f"{linear}.qzeros").t().contiguous(), bits)
     group_size = qtype.group_size if qtype.group_size > 0 else codes.shape[1]
-    expected = torch.arange(codes.shape[1], dtype=torch.int32) // group_size
-    if f"{linear}.g_idx" in ckpt and not torch.equal(ckpt.tensor(f"{linear}.g_idx").to(torch.int32), expected):
-        raise UserError(f"{linear} of {ckpt.folder} has a permuted g_idx, which no GGUF or ONNX type can hold",
-                        "quantize the float model with llmc")
+    groups = _groups(ckpt, linear, qtype, codes.shape[1])
     c = ckpt.quantization or {}
     v2 = (c.get("checkpoint_format") or c.get("format") or "gptq") == "gptq_v2"
     zeros = stored if v2 else (stored + 1) & 0xFF
@@ -118,5 +169,5 @@ def read(ckpt: Checkpoint, linear: str, qtype: IntegerType) -> QuantizedTensor:
             raise UserError(f"{linear} of {ckpt.folder} is labelled sym, {'v2' if v2 else 'v1'}, but its zero points are "
                             f"{int(zeros.min())}…{int(zeros.max())}, not {qtype.zero}",
                             "its checkpoint_format label is wrong: correct it or quantize again")
-        return QuantizedTensor(IntegerType(bits, group_size, True), codes, scales)
-    return QuantizedTensor(IntegerType(bits, group_size, False), codes, scales, zeros)
+        return QuantizedTensor(IntegerType(bits, group_size, True), codes, scales), groups
+    return QuantizedTensor(IntegerType(bits, group_size, False), codes, scales, zeros), groups

@@ -13,10 +13,11 @@ from torch import nn
 
 from llmc.errors import UserError
 from llmc.files import read_json
-from llmc.formats import quantized
+from llmc.formats import contents, quantized
 from llmc.formats.chat_template import DEFAULT, by_name, in_one_form, of_processor
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.config_json import HINT, read_checked
+from llmc.formats.ends import check_tied
 from llmc.formats.names import Names, missing
 
 # What transformers raises at a folder that it cannot read.
@@ -117,6 +118,8 @@ def load_torch_model(folder: Path, device: str = "cpu", dtype: torch.dtype = tor
                         "llmc runs causal language models whose code is part of transformers") from e
     if lacking := sorted(info["missing_keys"]):
         raise missing(folder, *lacking)
+    contents.check_unread(ckpt, sorted(info["unexpected_keys"]), "are not read")
+    check_tied(ckpt, model, Names.of(ckpt, model, quantized.linears(ckpt)))
     return model.eval().to(device)
 
 
@@ -132,7 +135,7 @@ def _dequantized(ckpt: Checkpoint, skeleton: nn.Module, dtype: torch.dtype) -> d
     packed = {name for linear in linears for name in quantized.parts(linear)}
     weights = {name: ckpt.tensor(name).to(dtype) for name in ckpt.names() if name not in packed}
     for linear in linears:
-        w = quantized.read(ckpt, linear).dequantize()
+        w = quantized.dequantized(ckpt, linear)
         path = names.find_own(linear)
         module = skeleton.get_submodule(path) if path else None
         if isinstance(module, Conv1D):

@@ -17,7 +17,7 @@ METHODS = ("gptq", blocks.METHOD)  # what `quant_method` of config.json can be
 
 
 def is_quantized(ckpt: Checkpoint) -> bool:
-    """Whether config.json says that the folder is quantized, also in a form that llmc cannot read."""
+    """Whether the folder holds codes, also in a form that llmc cannot read."""
     return ckpt.quantization is not None
 
 
@@ -68,6 +68,17 @@ def shape(ckpt: Checkpoint, linear: str) -> tuple[int, int]:
 def read(ckpt: Checkpoint, linear: str) -> Quantized:
     """One linear, codes [out, in]."""
     return blocks.read(ckpt, linear) if _is_blocks(ckpt) else gptq.read(ckpt, linear, gptq.type_of(ckpt))
+
+
+def dequantized(ckpt: Checkpoint, linear: str) -> torch.Tensor:
+    """One linear, float32 [out, in]. Also for GPTQ's columns in another order, which `read` refuses."""
+    return blocks.read(ckpt, linear).dequantize() if _is_blocks(ckpt) else gptq.dequantized(ckpt, linear, gptq.type_of(ckpt))
+
+
+def check_order(ckpt: Checkpoint) -> None:
+    """Raise UserError if `read` would refuse a linear because of the order of its columns. Reads g_idx only."""
+    if not _is_blocks(ckpt) and is_quantized(ckpt):
+        gptq.check_order(ckpt)
 
 
 def encode(q: Quantized) -> dict[str, torch.Tensor]:

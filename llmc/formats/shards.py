@@ -58,7 +58,8 @@ def pieces_of(file: Path, names: Iterable[str] | None = None) -> list[Piece]:
 
 def rest_of(checkpoint: Checkpoint, replaced: Container[str]) -> list[Piece]:
     """The tensors of a checkpoint, unchanged, without those in `replaced`."""
-    return [p for file in checkpoint.files for p in pieces_of(file) if p.name not in replaced]
+    return [p for file in checkpoint.files for p in pieces_of(file)
+            if p.name not in replaced and checkpoint.shard_of[p.name] == file]
 
 
 def write_checkpoint(folder: Path, pieces: list[Piece], max_shard: int = MAX_SHARD) -> None:

@@ -63,6 +63,12 @@ def origin_of(folder: Path, described: dict[str, Any] | None = None) -> dict[str
     return described or describe_source(folder)
 
 
+def model_name(folder: Path) -> str:
+    """The name for what is made of a folder: its own, or the model's if it is a snapshot in the hub's cache."""
+    name, _ = _name_and_revision(folder)
+    return name.rpartition("/")[2]
+
+
 def _name_and_revision(folder: Path) -> tuple[str, str | None]:
     """The hub's name and commit of a folder that huggingface_hub downloaded, else the folder's own name and None.
 

@@ -34,7 +34,7 @@ class FolderArtifact(Artifact):
         return self.path
 
     def weight_files(self) -> list[Path]:
-        return sorted(self.path.glob("*.safetensors"))
+        return self._open().files
 
     def deciding_files(self) -> list[Path]:
         from llmc.formats.checkpoint import read_config
@@ -76,16 +76,17 @@ class FolderArtifact(Artifact):
 
                 out, width = shape(ckpt, linear)
                 yield Tensor(f"{linear}.weight", classify(linear), type_of(ckpt, linear).gguf_type, out * width,
-                             ckpt.nbytes(name))
-            elif f"{linear}.qweight" not in ckpt:
-                yield Tensor(name, classify(name), ckpt.dtype(name), prod(ckpt.shape(name)), ckpt.nbytes(name))
+                             ckpt.nbytes(name), axes=2)
+            elif f"{linear}.qweight" not in ckpt or not bits:
+                yield Tensor(name, classify(name), ckpt.dtype(name), prod(ckpt.shape(name)), ckpt.nbytes(name),
+                             axes=sum(n > 1 for n in ckpt.shape(name)))
             elif part == "bias":
                 yield Tensor(name, classify(name), ckpt.dtype(name), ckpt.shape(name)[0], ckpt.nbytes(name))
             elif part == "qweight":
                 words, out = ckpt.shape(name)
                 packed = [f"{linear}.{p}" for p in ("qweight", "qzeros", "scales", "g_idx") if f"{linear}.{p}" in ckpt]
                 yield Tensor(f"{linear}.weight", classify(linear), f"GPTQ int{bits}", words * out * 32 // bits,
-                             sum(ckpt.nbytes(p) for p in packed))
+                             sum(ckpt.nbytes(p) for p in packed), axes=2)
 
     def shape(self) -> dict[str, int]:
         config = self._config(self._open().config)
@@ -94,10 +95,10 @@ class FolderArtifact(Artifact):
                 "vocabulary": int(config["vocab_size"])}
 
     def kv_shape(self) -> KvShape | None:
-        from llmc.files import read_json
+        from llmc.formats.checkpoint import read_config
         from llmc.formats.kv import shape_of_config
 
-        return shape_of_config(self._config(read_json(self.path / "config.json")))
+        return shape_of_config(self._config(read_config(self.path)))
 
     def facts(self) -> dict[str, Any]:
         from llmc.formats.source import front_matter
@@ -123,8 +124,11 @@ class FolderArtifact(Artifact):
 
     def problems(self) -> Iterator[str]:
         """Tensors that are unreadable or not finite, and quantization labels that contradict each other or the codes."""
+        from llmc.formats import contents
+
         ckpt = self._open()
         problems: list[str] = []
+        collected(problems, partial(contents.check, ckpt))
         packed: set[str] = set()
         if ckpt.quantization is not None:
             from llmc.formats import quantized
@@ -137,7 +141,7 @@ class FolderArtifact(Artifact):
             if not linears:
                 yield f"config.json says {method}, but there is no quantized linear"
             for linear in linears:
-                collected(problems, partial(quantized.read, ckpt, linear))
+                collected(problems, partial(quantized.dequantized, ckpt, linear))
         for name in sorted(set(ckpt.names()) - packed):
             collected(problems, partial(ckpt.tensor, name))
         yield from problems
@@ -145,7 +149,7 @@ class FolderArtifact(Artifact):
     def _open(self) -> Checkpoint:
         from llmc.formats.checkpoint import Checkpoint
 
-        return Checkpoint.open(self.path)
+        return Checkpoint.open(self.path, look=True)
 
     @staticmethod
     def _config(config: dict[str, Any]) -> dict[str, Any]:

@@ -49,7 +49,8 @@ class GgufArtifact(Artifact):
         from llmc.formats.tensors import Tensor
 
         used = share(self._own("expert_count"), self._own("expert_used_count"))
-        return [Tensor(t.name, classify(t.name), t.tensor_type.name, int(t.n_elements), int(t.n_bytes), used_of(t.name, used))
+        return [Tensor(t.name, classify(t.name), t.tensor_type.name, int(t.n_elements), int(t.n_bytes),
+                       used_of(t.name, used), axes=sum(int(n) > 1 for n in t.shape))
                 for t in self._entries()]
 
     def _entries(self) -> list[ReaderTensor]:
