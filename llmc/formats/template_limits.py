@@ -22,10 +22,12 @@ class SlowTemplateError(Exception):
 
 
 def render_within_limits(render: Callable[[], str], given: int, where: str) -> str:
-    """What `render` returns. Raises UserError if it takes too much time or memory, or if its result is too long.
+    """What `render` returns. Raises UserError if it fails, takes too much time or memory, or makes too long a result.
 
     given: characters of the messages. where: what the error names.
     """
+    from jinja2 import TemplateError
+
     try:
         with _limited_memory(), _limited_time():
             text = render()
@@ -37,6 +39,8 @@ def render_within_limits(render: Callable[[], str], given: int, where: str) -> s
         raise UserError(f"{where}: the chat template was stopped: it needs more than {MEMORY >> 20:,} MB", HINT) from e
     except RecursionError as e:
         raise UserError(f"{where}: the chat template was stopped: it calls itself without end", HINT) from e
+    except (TemplateError, TypeError, KeyError, IndexError, ValueError, AttributeError, ArithmeticError) as e:
+        raise UserError(f"{where}: the model's chat template refused the messages: {e}", "check roles and contents") from e
     if len(text) > MOST[0] + MOST[1] * given:
         raise UserError(f"{where}: the chat template made {len(text):,} characters of {given:,}", HINT)
     return text
