@@ -20,7 +20,7 @@ from typing import IO
 from llmc.console import progress, say, size, warn
 from llmc.errors import UserError
 from llmc.files import sha256
-from llmc.formats.gguf_check import parts
+from llmc.formats.gguf_check import PART, parts
 from llmc.runtimes.targets.shell import Shell, failure, run
 
 BLOCK = 1 << 20
@@ -122,8 +122,8 @@ def files_of(artifact: Path) -> list[File]:
 
 
 def _of_file(artifact: Path) -> list[Path]:
-    """The file, or all parts of a split .gguf file."""
-    return parts(artifact) if artifact.suffix == ".gguf" else [artifact]
+    """The file; all parts, if its name is that of a part of a split .gguf file. What is in it, the runtime there finds out."""
+    return parts(artifact) if PART.fullmatch(artifact.name) else [artifact]
 
 
 def key_of(files: list[File]) -> str:
