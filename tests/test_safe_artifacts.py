@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -116,3 +118,12 @@ def test_a_good_rendering_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch)
     assert threading.active_count() <= threads + 1
     if resource is not None:
         assert resource.getrlimit(resource.RLIMIT_AS) == before
+
+
+def test_a_rendering_leaves_python_as_it_was() -> None:
+    """Python 3.11 hangs under a tracer if an asynchronous exception was taken back before it was raised."""
+    code = ("import sys\nfrom llmc.formats.template_limits import render_within_limits\n"
+            "assert render_within_limits(lambda: 'text', 1, 'it') == 'text'\n"
+            "sys.settrace(lambda *_: None)\ndef step() -> int:\n    return 1\nprint(sum(step() for _ in range(1000)))\n")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "1000\n"

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from llmc.errors import UserError
@@ -50,24 +51,32 @@ def render_within_limits(render: Callable[[], str], given: int, where: str) -> s
 def _limited_time() -> Iterator[None]:
     """Raise SlowTemplateError in this thread after SECONDS, between two steps of Python."""
     thread = ctypes.c_ulong(threading.get_ident())
-    raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
-    lock, over = threading.Lock(), False
+    lock, over, fired, raised = threading.Lock(), False, False, False
 
     def stop() -> None:
+        nonlocal fired
         with lock:
             if not over:
-                raise_in(thread, ctypes.py_object(SlowTemplateError))
+                fired = True
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(SlowTemplateError))
 
     timer = threading.Timer(SECONDS, stop)
     timer.daemon = True
     timer.start()
     try:
         yield
+    except SlowTemplateError:
+        raised = True
+        raise
     finally:
+        timer.cancel()
         with lock:
             over = True
-            raise_in(thread, None)  # one that was not raised yet
-        timer.cancel()
+        # One on its way is let arrive. Taking it back would leave Python's mark that something is pending set for good: it
+        # is slower then, and Python 3.11 hangs under a tracer.
+        with suppress(SlowTemplateError):
+            while fired and not raised:
+                time.sleep(0.001)
 
 
 @contextmanager

@@ -122,7 +122,7 @@ def files_of(artifact: Path) -> list[File]:
 
 
 def _of_file(artifact: Path) -> list[Path]:
-    """The file; all parts, if its name is that of a part of a split .gguf file. What is in it, the runtime there finds out."""
+    """The file; all parts, if its name is that of a part of a split .gguf file. The runtime there checks what is in it."""
     return parts(artifact) if PART.fullmatch(artifact.name) else [artifact]
 
 
