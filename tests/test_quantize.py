@@ -220,7 +220,7 @@ def test_rows_that_do_not_divide(tmp_path: Path, text: Path) -> None:
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    ("", "is empty"), ("a few words", r"has \d+ tokens"), (None, "does not exist")])
+    ("", "is empty"), ("a few words", r"has \d+ tokens"), (None, "there is no text file")])
 def test_bad_calibration_text(content: str | None, message: str, tmp_path: Path) -> None:
     base = build("llama", tmp_path / "base")
     path = tmp_path / "bad.txt"

@@ -24,7 +24,7 @@ TREE = "LLMC_ARM64_CACHE"  # a cache folder in which `llmc target setup` of emul
 def test_without_the_emulator_its_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
     target = Target("arm", "emulated-arm64", cache=str(tmp_path))
-    with pytest.raises(UserError, match="arm: there is no qemu-aarch64-static here") as e:
+    with pytest.raises(UserError, match="arm: qemu-aarch64-static is not installed here") as e:
         EmulatedDevice(target)
     assert "apt-get install qemu-user-static" in e.value.hint
     with pytest.raises(UserError, match="lacks apt-get, dpkg-deb, aarch64-linux-gnu-gcc, aarch64-linux-gnu-g"):

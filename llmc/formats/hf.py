@@ -59,10 +59,13 @@ def load_config(folder: Path) -> Any:
     """The transformers config of a folder, without `quantization_config`. No code from the folder is run."""
     from transformers import AutoConfig
 
-    read_checked(folder / "config.json")
+    own_code = "AutoConfig" in (read_checked(folder / "config.json").get("auto_map") or {})
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except EDGE as e:
+        if own_code:
+            raise UserError(f"llmc cannot load {folder}: its architecture is code in the folder (auto_map), which is not run",
+                            "llmc runs causal language models whose code is part of transformers") from e
         raise UserError(f"transformers cannot read {folder / 'config.json'}: {' '.join(str(e).split())[:300]}", HINT) from e
     if hasattr(config, "quantization_config"):
         del config.quantization_config
