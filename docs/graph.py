@@ -8,7 +8,6 @@ Imports inside functions count like all others.
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from pathlib import Path
 
 from llmc.closure import imports, modules, source
@@ -92,17 +91,21 @@ def problems(edges: dict[str, tuple[str, ...]]) -> list[str]:
 
 
 def drawing(edges: dict[str, tuple[str, ...]]) -> str:
-    """The rooms as a table: what each is for, how many modules and lines it has, and how often it imports which room."""
-    lines = ["| room | what it is for | modules | lines | imports |", "|---|---|---|---|---|"]
+    """The rooms as a table: the purpose of each, and the rooms that it imports."""
+    lines = ["| room | what it is for | imports |", "|---|---|---|"]
     for room, purpose in ROOMS.items():
         own = [m for m in edges if room_of(m) == room]
-        if not own:
-            continue
-        size = sum(source(m).read_text(encoding="utf-8").count("\n") for m in own)
-        arrows = Counter(room_of(o) for m in own for o in edges[m] if room_of(o) != room)
-        there = ", ".join(f"{r} {arrows[r]}" for r in ROOMS if arrows[r])
-        lines.append(f"| {room} | {purpose} | {len(own)} | {size:,} | {there} |")
+        there = {room_of(o) for m in own for o in edges[m]} - {room}
+        if own:
+            lines.append(f"| {room} | {purpose} | {', '.join(r for r in ROOMS if r in there)} |")
     return "\n".join(lines)
+
+
+def sizes(edges: dict[str, tuple[str, ...]]) -> str:
+    """A line for each room: how many modules and lines it has."""
+    own = {room: [m for m in edges if room_of(m) == room] for room in ROOMS}
+    lines = {room: sum(source(m).read_text(encoding="utf-8").count("\n") for m in found) for room, found in own.items()}
+    return "\n".join(f"{room:<14} {len(found):>4} modules {lines[room]:>7,} lines" for room, found in own.items())
 
 
 def main() -> None:
@@ -116,6 +119,7 @@ def main() -> None:
         wrong += [] if new == page else ["docs/architecture.md: the drawing is old, run `make graph`"]
     else:
         PAGE.write_text(new, encoding="utf-8")
+        print(sizes(edges))
     if wrong:
         sys.exit("\n".join(wrong))
 

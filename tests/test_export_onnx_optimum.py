@@ -102,7 +102,7 @@ def test_what_a_trace_would_get_wrong_is_refused(tmp_path: Path) -> None:
     base = tiny.build("llama", tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
     for changes, said in (({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, r"\(dynamic\)"),
-                          ({"model_type": "mpt2"}, "does not know the architecture 'mpt2'")):
+                          ({"model_type": "mpt2"}, "does not support the architecture 'mpt2'")):
         tiny.edit_config(base, **{**config, **changes})
         with pytest.raises(UserError, match=said):
             llmc.export(base, format="onnx", exporter="optimum", out=tmp_path / "out")
