@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -65,7 +66,7 @@ class Curve:
         return bool(since >= c.patience * c.check_every)
 
 
-class Training:
+class Training(ABC):
     """parameters: the trained parameters, by name.  lr: learning rate of groups whose share is 1.  work: the folder for the
     best parameters and the state for `--resume`.  writes: whether this process writes there (one of several processes
     does)."""
@@ -78,13 +79,13 @@ class Training:
         self.config, self.lr, self.parameters, self.optimizer = config, lr, parameters, optimizer
         self.work, self.writes = work, writes
 
+    @abstractmethod
     def learn(self, step: int) -> float:
         """Make the gradients of a step. Returns the loss of the step."""
-        raise NotImplementedError
 
+    @abstractmethod
     def judge(self) -> dict[str, float]:
         """The metrics on the held-out text: the metric `by`, and others."""
-        raise NotImplementedError
 
     def update(self) -> None:
         """Move the parameters along their gradients."""
