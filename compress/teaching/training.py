@@ -95,7 +95,7 @@ class Training(ABC):
         """The learning rate. start: the metrics on the held-out text before the first step."""
         return self.lr
 
-    def settled(self) -> None:
+    def settled(self) -> None:  # noqa: B027 - most trainings have nothing to do here
         """Called after files were written: wait until all processes can read them."""
 
     def train(self) -> Curve:
