@@ -161,7 +161,8 @@ def test_commands_with_text(tmp_path: Path, made: SimpleNamespace, text: Path, c
     run = getattr(llmc, command)
     given = {"calibration": str(text), **SETTINGS, **options}
     survives(lambda out: run(made.base, out=out, **given),
-             lambda out: run(made.base, out=out, resume=True, **given), tmp_path)
+             lambda out: run(made.base, out=out, resume=True, **given), tmp_path,
+             name="out.gguf" if command == "imatrix" else "out")
 
 
 @pytest.mark.parametrize("command", ["heal", "distill"])

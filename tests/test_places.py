@@ -202,5 +202,5 @@ def test_notes_that_cannot_be_kept_are_a_warning(tmp_path: Path, capsys: pytest.
 def test_a_note_that_is_damaged(tmp_path: Path) -> None:
     manifest.note_last(tmp_path / "small", "gptq")
     (tmp_path / ".llmc/last.json").write_text("[")
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match=r"last\.json is not valid JSON"):
         manifest.last_artifact()
