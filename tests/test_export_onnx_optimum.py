@@ -114,7 +114,7 @@ def test_what_a_trace_would_get_wrong_is_refused(tmp_path: Path) -> None:
     assert plain.read_back(tmp_path, own, model)["matrices"] == 15
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 4] += 1
-    with pytest.raises(UserError, match=r"does not hold model.layers.1.mlp.up_proj.weight"):
+    with pytest.raises(UserError, match=r"does not hold the values of model.layers.1.mlp.up_proj.weight"):
         plain.read_back(tmp_path, own, model)
     data = (tmp_path / "model.onnx.data").read_bytes()
     (tmp_path / "model.onnx.data").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
