@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,8 +21,8 @@ from llmc.errors import UserError
 from llmc.formats import contents, quantized
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.ends import Ends, ends_of
-from llmc.formats.hf import load_config
-from llmc.formats.layouts import listed
+from llmc.formats.hf import empty_model, load_config
+from llmc.formats.mixture import unfuse
 from llmc.formats.names import Names, missing
 
 
@@ -64,48 +64,33 @@ class Skeleton:
     """The model of a checkpoint on the meta device. The caller loads and frees its parts."""
 
     def __init__(self, checkpoint: Checkpoint, device: str) -> None:
-        from accelerate import init_empty_weights
-        from transformers import AutoModelForCausalLM
-
         self.checkpoint, self.device = checkpoint, torch.device(device)
-        folder = str(checkpoint.folder)
-        try:
-            self.config = load_config(checkpoint.folder)
-            with init_empty_weights(include_buffers=False):
-                self.model = AutoModelForCausalLM.from_config(
-                    self.config, dtype=torch.float32, trust_remote_code=False)
-        except (ValueError, KeyError, ImportError) as e:
-            kind = checkpoint.config.get("model_type", "unknown")
-            raise UserError(f"transformers cannot build the architecture {kind!r} of {folder}: {str(e).splitlines()[0]}",
-                            "llmc needs a causal language model that transformers knows without remote code") from e
-        self.model.eval()
-        self.layers_name, self.layers = find_layers(self.model)
-        self.kept: frozenset[str] = frozenset()  # linears that no pass changes (coverage.py)
+        self.config = load_config(checkpoint.folder)
+        self.model = empty_model(self.config)
         linears = quantized.linears(checkpoint)
         self.names = Names.of(checkpoint, self.model, linears)
+        self._lazy: dict[int, tuple[str, bool]] = {}  # id of an expert's linear -> (its name, whether the files transpose it)
+        self.layers_name, self.layers = find_layers(self.model)
+        self._unfuse()
+        self.kept: frozenset[str] = frozenset()  # linears that no pass changes (coverage.py)
         self._check_layers()
         self.ends: Ends = ends_of(checkpoint, self.model, self.names)[0]
         self._check_unread({part for linear in linears for part in quantized.parts(linear)})
 
+    def _unfuse(self) -> None:
+        """Replace stacked experts of the decoder layers by linears, which are filled when their expert runs."""
+        for path, experts in unfuse(self.layers, lambda name: self.names.leaves(f"{self.layers_name}.{name}")).items():
+            for number in range(experts.count):
+                for name, linear in experts.linears(number).items():
+                    self._lazy[id(linear)] = f"{self.layers_name}.{path}.{name}", experts.transposed
+            experts.fill = self.filled
+
     def _check_layers(self) -> None:
-        """Raise UserError if the checkpoint lacks a parameter of a decoder layer, and say what kind of model it is."""
-        folder, names = self.checkpoint.folder, self.checkpoint.names()
+        """Raise UserError if the checkpoint lacks a parameter of a decoder layer."""
         lacking = [f"{self.layers_name}.{n}" for n, _ in self.layers.named_parameters()
                    if self.names.locate(f"{self.layers_name}.{n}") is None]
-        if not lacking:
-            return
-        if experts := [n for n in names if EXPERTS.search(n)]:
-            share = sum(self.checkpoint.nbytes(n) for n in experts) / sum(map(self.checkpoint.nbytes, names))
-            raise UserError(f"{folder} is a mixture of experts, which llmc cannot change yet: {len(experts)} tensors of "
-                            f"experts ({listed(experts)}) are {100 * share:.1f} % of its bytes",
-                            "give a dense model; `llmc eval` runs this one, and llama.cpp's tools convert and quantize it")
-        kind = (self.checkpoint.config.get("architectures") or [""])[0]
-        if str(kind).endswith("ForConditionalGeneration") or "vision_config" in self.checkpoint.config:
-            raise UserError(f"{folder} is a multimodal model ({kind}), and its language model has other names in the files "
-                            f"(there is no {lacking[0]})",
-                            "give its language model as a folder of its own (the text-only checkpoint, or save "
-                            "`model.language_model` with its head by `save_pretrained`)")
-        raise missing(folder, *lacking)
+        if lacking:
+            raise missing(self.checkpoint.folder, *lacking)
 
     def _check_unread(self, codes: set[str]) -> None:
         known = {name for name, _ in self.model.named_buffers()}
@@ -120,30 +105,55 @@ class Skeleton:
         a tensor is missing or has another shape than in config.json.
         """
         for path, sub in module.named_modules():
+            if id(sub) in self._lazy:  # `filled` reads it
+                continue
             here = f"{prefix}.{path}".strip(".")
             embedding = isinstance(sub, nn.Embedding)
             for name, _ in [*sub.named_parameters(recurse=False), *sub.named_buffers(recurse=False)]:
                 full = f"{here}.{name}"
-                stored = self.names.find(full)
-                if stored is None:
+                value = self.names.read(full)
+                if value is None:
                     if name in sub._buffers:  # computed when the module is built
                         sub._buffers[name] = sub._buffers[name].to(self.device)  # type: ignore[union-attr]
                         continue
                     raise missing(self.checkpoint.folder, full)
-                value = self.checkpoint.tensor(stored)
                 if value.is_floating_point() and not embedding:
                     value = value.to(torch.float32)
                 value = value.to(self.device)
                 if name in sub._buffers:
                     sub._buffers[name] = value
                     continue
-                expected = sub._parameters[name]
-                if expected is not None and expected.shape != value.shape:
-                    raise UserError(f"{stored} has shape {list(value.shape)}, config.json says {list(expected.shape)}",
-                                    "the checkpoint and its config.json do not belong together")
+                self._check_shape(full, value, sub._parameters[name])
                 sub._parameters[name] = nn.Parameter(value, requires_grad=False)
             if embedding and not sub._forward_hooks:
                 sub.register_forward_hook(lambda _m, _args, out: out.float())
+
+    def _check_shape(self, name: str, value: torch.Tensor, expected: torch.Tensor | None) -> None:
+        if expected is not None and expected.shape != value.shape:
+            place = self.names.locate(name)
+            raise UserError(f"{place.name if place else name} has shape {list(value.shape)}, config.json says "
+                            f"{list(expected.shape)}", "the checkpoint and its config.json do not belong together")
+
+    @contextmanager
+    def filled(self, linears: Iterable[nn.Module]) -> Iterator[None]:
+        """Inside, these linears have their weights. Linears of experts are filled here and freed at the end; others have
+        theirs as long as their layer is loaded."""
+        empty = [m for m in linears if id(m) in self._lazy and m.weight.device.type == "meta"]  # type: ignore[union-attr]
+        try:
+            for linear in empty:
+                name, transposed = self._lazy[id(linear)]
+                place, value = self.names.locate(f"{name}.weight"), self.names.read(f"{name}.weight")
+                if place is None or value is None:
+                    raise missing(self.checkpoint.folder, f"{name}.weight")
+                if place.expert is not None and transposed:
+                    value = value.t()
+                value = value.to(self.device, torch.float32).contiguous()
+                self._check_shape(f"{name}.weight", value, linear.weight)  # type: ignore[arg-type]
+                linear.weight = nn.Parameter(value, requires_grad=False)
+            yield
+        finally:
+            for linear in empty:
+                self.free(linear)
 
     @staticmethod
     def free(module: nn.Module) -> None:
@@ -254,12 +264,15 @@ class Skeleton:
             self.free(part)
 
     def outside(self) -> list[tuple[nn.Module, str]]:
-        """(module, name) of every module outside the decoder layers and the head that has parameters or buffers itself."""
+        """(module, name) of every module outside the decoder layers and the head that has parameters or buffers itself.
+        Of a multimodal model only those of the part with the decoder layers: a text uses no others."""
         head = self.model.get_output_embeddings()
+        is_text = self.config.get_text_config() is self.config
+        part = "" if is_text else self.layers_name.rpartition(".")[0] + "."
         found = []
         for name, module in self.model.named_modules():
             inside = name.startswith(self.layers_name + ".") or module is head
-            if not inside and (module._parameters or module._buffers):
+            if not inside and name.startswith(part) and (module._parameters or module._buffers):
                 found.append((module, name))
         return found
 
