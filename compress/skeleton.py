@@ -10,7 +10,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from llmc.formats import contents, quantized
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.ends import Ends, ends_of
 from llmc.formats.hf import empty_model, load_config
-from llmc.formats.mixture import unfuse
+from llmc.formats.mixture import Experts, unfuse
 from llmc.formats.names import Names, missing
 
 
@@ -327,11 +327,13 @@ class LayerTrace:
     """groups: linears by shared input, in the order in which they run.
     writers: linears whose output is the output of a child module of the layer (in a Llama layer o_proj of self_attn and
     down_proj of mlp). It is added to the residual stream.
-    endings: {name of the child: its Ending}, for the children that return only their last linear's output."""
+    endings: {name of the child: its Ending}, for the children that return only their last linear's output.
+    mixtures: {name of a module of experts: the number of groups that run before it}. Its linears are in no group."""
 
     groups: list[LinearGroup]
     writers: set[str]
     endings: dict[str, Ending]
+    mixtures: dict[str, int] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -342,6 +344,7 @@ def trace_layer(layer: nn.Module, hidden: torch.Tensor, arguments: dict[str, Any
     outputs: dict[str, torch.Tensor] = {}
     writers: set[str] = set()
     endings: dict[str, Ending] = {}
+    mixtures: dict[str, int] = {}
 
     def linear(name: str) -> Any:
         def note(_module: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
@@ -364,7 +367,10 @@ def trace_layer(layer: nn.Module, hidden: torch.Tensor, arguments: dict[str, Any
                     endings[name] = Ending(source, None if rest is None else len(rest))
         return note
 
-    handles = [m.register_forward_hook(linear(n)) for n, m in layer.named_modules() if is_linear(m)]
+    inside = {id(x) for m in layer.modules() if isinstance(m, Experts) for x in m.modules()}
+    handles = [m.register_forward_hook(linear(n)) for n, m in layer.named_modules() if is_linear(m) and id(m) not in inside]
+    handles += [m.register_forward_pre_hook(lambda _m, _args, n=n: mixtures.update({n: len(seen)}))
+                for n, m in layer.named_modules() if isinstance(m, Experts)]
     handles += [m.register_forward_hook(part(n)) for n, m in layer.named_children()]
     try:
         leaving = layer(hidden, **arguments)
@@ -381,7 +387,7 @@ def trace_layer(layer: nn.Module, hidden: torch.Tensor, arguments: dict[str, Any
     norms = [n for n, m in layer.named_children() if n in outputs and not any(is_linear(x) for x in m.modules())]
     for name in endings:
         endings[name] = replace(endings[name], feeders=tuple(n for n in norms if idle(n, name)))
-    return LayerTrace([LinearGroup(tuple(names), tensor.shape[-1]) for tensor, names in seen], writers, endings)
+    return LayerTrace([LinearGroup(tuple(names), tensor.shape[-1]) for tensor, names in seen], writers, endings, mixtures)
 
 
 @contextmanager

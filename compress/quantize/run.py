@@ -201,8 +201,8 @@ class _Job:
         return sum(get_weight(m).numel() for _, _, m in linears_of(self.skeleton))
 
     def _linear_names(self) -> set[str]:
-        """The checkpoint's names of the weights that will be quantized."""
-        return {self.skeleton.names.stored(f"{n}.weight") for n in self.assignment.types}
+        """The checkpoint's names of the tensors that will be quantized."""
+        return self.skeleton.names.replaced(f"{n}.weight" for n in self.assignment.types)
 
     def run(self) -> dict[str, Any]:
         source = self.described

@@ -176,13 +176,21 @@ def _dequantized(ckpt: Checkpoint, skeleton: nn.Module, dtype: torch.dtype) -> d
     from transformers.pytorch_utils import Conv1D
 
     linears = quantized.linears(ckpt)
-    names = Names.of(ckpt, skeleton)
+    names = Names.of(ckpt, skeleton, linears)
+    modules = dict(skeleton.named_modules())
     packed = {name for linear in linears for name in quantized.parts(linear)}
     weights = {name: ckpt.tensor(name).to(dtype) for name in ckpt.names() if name not in packed}
+    stacks: dict[str, torch.Tensor] = {}
     for linear in linears:
         w = quantized.dequantized(ckpt, linear)
-        path = names.find_own(linear)
-        module = skeleton.get_submodule(path) if path else None
+        if (place := names.stack_of(linear)) is not None:
+            parameter, number = place
+            owner: Any = modules[parameter.rpartition(".")[0]]
+            empty = owner.get_parameter(parameter.rpartition(".")[2])
+            stack = stacks.setdefault(parameter, torch.empty(empty.shape, dtype=dtype, device="cpu"))
+            stack[number] = w.t() if owner.is_transposed else w
+            continue
+        module = modules.get(names.find_own(linear) or "")
         if isinstance(module, Conv1D):
             w = w.t().contiguous()
         expected = getattr(module, "weight", w)  # transformers may stack or rename weights while loading
@@ -190,7 +198,7 @@ def _dequantized(ckpt: Checkpoint, skeleton: nn.Module, dtype: torch.dtype) -> d
             raise UserError(f"{linear} of {ckpt.folder} has shape {list(w.shape)}, config.json says "
                             f"{list(expected.shape)}", "the checkpoint and its config.json do not belong together")
         weights[f"{linear}.weight"] = w.to(dtype)
-    return weights
+    return weights | stacks
 
 
 @contextmanager

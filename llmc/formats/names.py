@@ -160,6 +160,32 @@ class Names:
                 return Stored(linear, True)
         return self.locate(self.tied[parameter]) if parameter in self.tied else None
 
+    def replaced(self, parameters: Iterable[str]) -> set[str]:
+        """The tensors in the files that hold these float parameters and no others: they are left out if the parameters are
+        stored in another way. UserError if only some experts of a stacked tensor are among them."""
+        experts: dict[str, set[int]] = {}
+        found = set()
+        for parameter in parameters:
+            place = self.locate(parameter)
+            if place is None:
+                raise missing(self.folder, parameter)
+            found.add(place.name)
+            if place.expert is not None:
+                experts.setdefault(place.name, set()).add(place.expert)
+        for stacked, numbers in experts.items():
+            assert self.checkpoint is not None
+            if len(numbers) < (count := self.checkpoint.shape(stacked)[0]):
+                raise UserError(f"{stacked} of {self.folder} holds {count} experts in one tensor, and {count - len(numbers)} of "
+                                "them would stay as they are", "give a --keep that fits all of its experts, or none")
+        return found
+
+    def stack_of(self, stored: str) -> tuple[str, int] | None:
+        """(stacked parameter, number of the expert) of a quantized linear that is one expert of it; None for other linears."""
+        split = re.fullmatch(r"(.*)\.(\d+)\.(\w+)", self._own.get(stored, ""))
+        if split and (parameter := f"{split.group(1)}.{split.group(3)}") in self.stacked:
+            return parameter, int(split.group(2))
+        return None
+
     def find_own(self, stored: str) -> str | None:
         """The model's name for the module or parameter that the files name `stored`. None if the model lacks it."""
         if stored in self._own:
