@@ -26,12 +26,13 @@ from llmc.compress.arguments import LayerArguments
 from llmc.compress.layer_run import LayerRun
 from llmc.compress.mixture_run import MixtureRun
 from llmc.compress.passes import LayerPass, LayerWatch
-from llmc.compress.skeleton import LinearGroup, Skeleton, get_weight, trace_layer
+from llmc.compress.skeleton import LinearGroup, Skeleton, trace_layer
 from llmc.compress.states import StateStore
 from llmc.compress.unfinished import open_unfinished
 from llmc.console import progress, warn
 from llmc.errors import UserError
 from llmc.files import fsync, staged_file, write_json
+from llmc.formats.linears import get_weight
 
 # The unchanged model also runs, on an eighth of the sequences and on at least 16. It does not run on all of them, because
 # this second forward pass takes time. Error of the states after 13 layers of SmolLM2-135M (128 sequences): 1.55 % with 32

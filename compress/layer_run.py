@@ -14,9 +14,10 @@ from torch import nn
 
 from llmc.compress.arguments import LayerArguments
 from llmc.compress.mixture_run import ENOUGH, STRENGTH, MixtureRun, Routed
-from llmc.compress.skeleton import Ending, LayerTrace, LinearGroup, StopForward, get_weight, replaced
+from llmc.compress.skeleton import Ending, LayerTrace, LinearGroup, StopForward, replaced
 from llmc.compress.states import Scratch, StateStore
 from llmc.compress.workers import share
+from llmc.formats.linears import get_weight
 from llmc.precision import fast_forward, fast_matmul, matmul_precision
 
 
@@ -256,8 +257,10 @@ class LayerRun:
         return run
 
     def close(self) -> None:
-        for scratch in [*self.inputs.values(), *self.unchanged.values(), *self.mixtures]:
+        for scratch in [*self.inputs.values(), *self.unchanged.values()]:
             scratch.close()
+        for mixture in self.mixtures:
+            mixture.close()
 
 
 class Current(threading.local):

@@ -1,13 +1,13 @@
 """The experts of one layer in the calibration loop: one expert at a time, over all tokens that the router sends to it.
 
-A layer of 128 experts does not fit into memory as floats, and no single batch reaches every expert. So the layer runs up to its
-experts first, and what it gives them is kept in files: the input of every token, the numbers of its experts and their weights.
-Then each expert is read once: its statistics are gathered, the pass changes it, and its outputs are added to a file. After the
-last expert the layer runs on with these outputs.
+A layer of 128 experts does not fit into memory as floats, and no single batch reaches every expert. So the layer runs up to
+its experts first, and what it gives them is kept in files: the input of every token, the numbers of its experts and their
+weights. Then each expert is read once: its statistics are gathered, the pass changes it, and its outputs are added to a file.
+After the last expert the layer runs on with these outputs.
 
 A token counts with the square of its routing weight, because the model multiplies the expert's output by this weight. An
-expert that few tokens reach has a poor Hessian H_e. It is shrunk towards the Hessian H that a sample of all tokens of the layer
-gives at the same linear, each Hessian being the mean over its tokens:
+expert that few tokens reach has a poor Hessian H_e. It is shrunk towards the Hessian H that a sample of all tokens of the
+layer gives at the same linear, each Hessian being the mean over its tokens:
 
     n H_e + STRENGTH * columns * H        (n tokens reached the expert)
 

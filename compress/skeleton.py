@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,8 +22,10 @@ from llmc.formats import contents, quantized
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.ends import Ends, ends_of
 from llmc.formats.hf import empty_model, load_config
-from llmc.formats.mixture import Experts, unfuse
-from llmc.formats.names import Names, missing
+from llmc.formats.linears import around, find_layers, is_linear
+from llmc.formats.mixture import Experts
+from llmc.formats.names import missing
+from llmc.formats.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -41,25 +43,6 @@ class StopForward(Exception):  # noqa: N818 - not an error
     """Raised by a hook to end a forward pass when the rest is not needed."""
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is an nn.Linear, or transformers' Conv1D (GPT-2), which stores its weight transposed."""
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, nn.Linear | Conv1D)
-
-
-def get_weight(linear: nn.Module) -> torch.Tensor:
-    """The weight as [out, in] (a view)."""
-    weight = linear.weight.data
-    assert isinstance(weight, torch.Tensor)
-    return weight if isinstance(linear, nn.Linear) else weight.t()
-
-
-def set_weight(linear: nn.Module, weight: torch.Tensor) -> None:
-    """Replace the weight by `weight` [out, in]."""
-    get_weight(linear).copy_(weight)
-
-
 class Skeleton:
     """The model of a checkpoint on the meta device. The caller loads and frees its parts."""
 
@@ -67,23 +50,15 @@ class Skeleton:
         self.checkpoint, self.device = checkpoint, torch.device(device)
         self.config = load_config(checkpoint.folder)
         self.model = empty_model(self.config)
-        linears = quantized.linears(checkpoint)
-        self.names = Names.of(checkpoint, self.model, linears)
-        self._lazy: dict[int, tuple[str, bool]] = {}  # id of an expert's linear -> (its name, whether the files transpose it)
+        self.weights = Weights(checkpoint, self.model, device)
+        self.names, self.load, self.free, self.filled = (
+            self.weights.names, self.weights.load, self.weights.free, self.weights.filled)
         self.layers_name, self.layers = find_layers(self.model)
-        self._unfuse()
+        self.weights.unfuse(self.layers, self.layers_name)
         self.kept: frozenset[str] = frozenset()  # linears that no pass changes (coverage.py)
         self._check_layers()
         self.ends: Ends = ends_of(checkpoint, self.model, self.names)[0]
-        self._check_unread({part for linear in linears for part in quantized.parts(linear)})
-
-    def _unfuse(self) -> None:
-        """Replace stacked experts of the decoder layers by linears, which are filled when their expert runs."""
-        for path, experts in unfuse(self.layers, lambda name: self.names.leaves(f"{self.layers_name}.{name}")).items():
-            for number in range(experts.count):
-                for name, linear in experts.linears(number).items():
-                    self._lazy[id(linear)] = f"{self.layers_name}.{path}.{name}", experts.transposed
-            experts.fill = self.filled
+        self._check_unread({part for linear in quantized.linears(checkpoint) for part in quantized.parts(linear)})
 
     def _check_layers(self) -> None:
         """Raise UserError if the checkpoint lacks a parameter of a decoder layer."""
@@ -97,71 +72,6 @@ class Skeleton:
         unread = [n for n in self.checkpoint.names() if n not in codes and n != self.ends.head and n not in known
                   and self.names.find_own(n) is None]
         contents.check_unread(self.checkpoint, unread, "are left as they are")
-
-    def load(self, module: nn.Module, prefix: str) -> None:
-        """Fill a module's parameters and persistent buffers from the checkpoint, in float32.
-
-        Embeddings keep their stored dtype, because they can be gigabytes; a hook casts their output to float32. UserError if
-        a tensor is missing or has another shape than in config.json.
-        """
-        for path, sub in module.named_modules():
-            if id(sub) in self._lazy:  # `filled` reads it
-                continue
-            here = f"{prefix}.{path}".strip(".")
-            embedding = isinstance(sub, nn.Embedding)
-            for name, _ in [*sub.named_parameters(recurse=False), *sub.named_buffers(recurse=False)]:
-                full = f"{here}.{name}"
-                value = self.names.read(full)
-                if value is None:
-                    if name in sub._buffers:  # computed when the module is built
-                        sub._buffers[name] = sub._buffers[name].to(self.device)  # type: ignore[union-attr]
-                        continue
-                    raise missing(self.checkpoint.folder, full)
-                if value.is_floating_point() and not embedding:
-                    value = value.to(torch.float32)
-                value = value.to(self.device)
-                if name in sub._buffers:
-                    sub._buffers[name] = value
-                    continue
-                self._check_shape(full, value, sub._parameters[name])
-                sub._parameters[name] = nn.Parameter(value, requires_grad=False)
-            if embedding and not sub._forward_hooks:
-                sub.register_forward_hook(lambda _m, _args, out: out.float())
-
-    def _check_shape(self, name: str, value: torch.Tensor, expected: torch.Tensor | None) -> None:
-        if expected is not None and expected.shape != value.shape:
-            place = self.names.locate(name)
-            raise UserError(f"{place.name if place else name} has shape {list(value.shape)}, config.json says "
-                            f"{list(expected.shape)}", "the checkpoint and its config.json do not belong together")
-
-    @contextmanager
-    def filled(self, linears: Iterable[nn.Module]) -> Iterator[None]:
-        """Inside, these linears have their weights. Linears of experts are filled here and freed at the end; others have
-        theirs as long as their layer is loaded."""
-        empty = [m for m in linears if id(m) in self._lazy and m.weight.device.type == "meta"]  # type: ignore[union-attr]
-        try:
-            for linear in empty:
-                name, transposed = self._lazy[id(linear)]
-                place, value = self.names.locate(f"{name}.weight"), self.names.read(f"{name}.weight")
-                if place is None or value is None:
-                    raise missing(self.checkpoint.folder, f"{name}.weight")
-                if place.expert is not None and transposed:
-                    value = value.t()
-                value = value.to(self.device, torch.float32).contiguous()
-                self._check_shape(f"{name}.weight", value, linear.weight)  # type: ignore[arg-type]
-                linear.weight = nn.Parameter(value, requires_grad=False)
-            yield
-        finally:
-            for linear in empty:
-                self.free(linear)
-
-    @staticmethod
-    def free(module: nn.Module) -> None:
-        """Move a module's parameters back to the meta device."""
-        for sub in module.modules():
-            for name, p in sub._parameters.items():
-                if p is not None and p.device.type != "meta":
-                    sub._parameters[name] = nn.Parameter(p.data.to("meta"), requires_grad=False)
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
@@ -264,17 +174,10 @@ class Skeleton:
             self.free(part)
 
     def outside(self) -> list[tuple[nn.Module, str]]:
-        """(module, name) of every module outside the decoder layers and the head that has parameters or buffers itself.
-        Of a multimodal model only those of the part with the decoder layers: a text uses no others."""
+        """(module, name) of every module outside the decoder layers and the head that a text uses and that has parameters or
+        buffers itself."""
         head = self.model.get_output_embeddings()
-        is_text = self.config.get_text_config() is self.config
-        part = "" if is_text else self.layers_name.rpartition(".")[0] + "."
-        found = []
-        for name, module in self.model.named_modules():
-            inside = name.startswith(self.layers_name + ".") or module is head
-            if not inside and name.startswith(part) and (module._parameters or module._buffers):
-                found.append((module, name))
-        return found
+        return [(module, name) for name, module in around(self.model, self.layers_name) if module is not head]
 
 
 def _to(value: Any, device: torch.device) -> Any:
@@ -284,25 +187,6 @@ def _to(value: Any, device: torch.device) -> Any:
     if isinstance(value, tuple):
         return tuple(_to(v, device) for v in value)
     return value
-
-
-def find_layers(model: Any) -> tuple[str, nn.ModuleList]:
-    """Returns (name, module list) of the decoder layers: the module list with linears that has as many members as the text
-    config says. If several have (vision layers), the one in the module with the text config. UserError if there is none."""
-    text = model.config.get_text_config()
-    count = getattr(text, "num_hidden_layers", None)
-    lists = [(n, m) for n, m in model.named_modules()
-             if isinstance(m, nn.ModuleList) and len(m) == count and any(is_linear(x) for x in m[0].modules())]
-    if not lists:
-        raise UserError(f"{type(model).__name__} has no list of {count} decoder layers", "llmc needs a decoder-only model")
-
-    def of_text(name: str) -> bool:
-        """Whether the nearest module above with a config has the text config."""
-        above = [model, *(model.get_submodule(name[:i]) for i, c in enumerate(name) if c == ".")]
-        config = next(m.config for m in reversed(above) if hasattr(m, "config"))
-        return bool(config.get_text_config().model_type == text.model_type)
-
-    return next((pair for pair in lists if of_text(pair[0])), lists[0])
 
 
 @dataclass(frozen=True)

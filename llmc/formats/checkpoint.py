@@ -102,7 +102,6 @@ class Checkpoint:
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor as stored. Raises UserError if a float tensor holds NaN or infinity."""
-        import torch
         from safetensors import safe_open
 
         with safe_open(self.shard_of[name], framework="pt") as f:
@@ -116,6 +115,14 @@ class Checkpoint:
         with safe_open(self.shard_of[name], framework="pt") as f:
             t: torch.Tensor = f.get_slice(name)[index]
         return self._checked(name, t)
+
+    def empty(self, name: str) -> torch.Tensor:
+        """A tensor without elements, in the stored type."""
+        from safetensors import safe_open
+
+        with safe_open(self.shard_of[name], framework="pt") as f:
+            t: torch.Tensor = f.get_slice(name)[0:0]
+        return t
 
     def _checked(self, name: str, t: torch.Tensor) -> torch.Tensor:
         import torch

@@ -109,7 +109,7 @@ def spellings(name: str, prefix: str) -> tuple[str, str, str]:
 
 
 def expert_of(stored: str) -> tuple[int, str]:
-    """(number, what follows it) of the expert in the name of a tensor: (3, 'gate_proj') for 'mlp.experts.3.gate_proj.weight'."""
+    """(number, what follows it) of the expert in a tensor's name: (3, 'gate_proj') for 'mlp.experts.3.gate_proj.weight'."""
     found = re.search(r"^.*\.(\d+)\.(.+?)(?:\.weight)?$", stored)
     assert found is not None, stored
     return int(found.group(1)), found.group(2)

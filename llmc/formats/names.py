@@ -1,7 +1,7 @@
 """The mapping between the parameters of a transformers model and the tensors in the files of its checkpoint.
 
-transformers itself says which parameter a tensor is for (conversion.py). Without its table, a tensor has the parameter's name, or
-this name without or with the prefix of the base model ("layers.0…" for "model.layers.0…"). A quantized linear X has codes
+transformers itself says which parameter a tensor is for (conversion.py). Without its table, a tensor has the parameter's
+name, or this name without or with the prefix of the base model ("layers.0…" for "model.layers.0…"). A quantized linear X has codes
 instead of a tensor "X.weight". The matrix of one expert can be a tensor of its own, or a slice of a stacked one: then its codes
 are called "STACKED.NUMBER".
 """
@@ -61,7 +61,8 @@ class Names:
 
         conversion = Conversion(model)
         own = (name for part in (model.named_modules(), model.named_parameters(remove_duplicate=False)) for name, _ in part)
-        names = cls(checkpoint.folder, checkpoint.names(), conversion.prefix, [*own, *conversion.known], linears, tied, conversion)
+        names = cls(checkpoint.folder, checkpoint.names(), conversion.prefix, [*own, *conversion.known], linears, tied,
+                    conversion)
         names.checkpoint, names.stacked = checkpoint, stacked_names(model)
         names._fill()
         return names
@@ -175,12 +176,12 @@ class Names:
         for stacked, numbers in experts.items():
             assert self.checkpoint is not None
             if len(numbers) < (count := self.checkpoint.shape(stacked)[0]):
-                raise UserError(f"{stacked} of {self.folder} holds {count} experts in one tensor, and {count - len(numbers)} of "
-                                "them would stay as they are", "give a --keep that fits all of its experts, or none")
+                raise UserError(f"{stacked} of {self.folder} holds {count} experts in one tensor, and "
+                                f"{count - len(numbers)} of them would stay as they are", "give a --keep that fits all of its experts, or none")
         return found
 
     def stack_of(self, stored: str) -> tuple[str, int] | None:
-        """(stacked parameter, number of the expert) of a quantized linear that is one expert of it; None for other linears."""
+        """(stacked parameter, number of the expert) of a quantized linear that is one of its experts; None for others."""
         split = re.fullmatch(r"(.*)\.(\d+)\.(\w+)", self._own.get(stored, ""))
         if split and (parameter := f"{split.group(1)}.{split.group(3)}") in self.stacked:
             return parameter, int(split.group(2))
@@ -204,7 +205,8 @@ class Names:
 
     def read(self, parameter: str) -> torch.Tensor | None:
         """The values of a float parameter or buffer as they are stored. None if it has no tensor, or is stored as codes."""
-        assert self.checkpoint is not None and self.conversion is not None
+        assert self.checkpoint is not None
+        assert self.conversion is not None
         if parameter in self._merged and parameter not in self._places:
             parts = self._merged[parameter]
             if any(name in self.linears for name, _ in parts):
@@ -222,7 +224,9 @@ class Names:
 
     def _slice(self, parameter: str, place: Stored) -> torch.Tensor:
         """The matrix of one expert of a stacked tensor, in the orientation of the model's stacked parameter."""
-        assert self.checkpoint is not None and self.conversion is not None and place.expert is not None
+        assert self.checkpoint is not None
+        assert self.conversion is not None
+        assert place.expert is not None
         value = self.checkpoint.part(place.name, place.expert)
         stacked = re.sub(r"\.\d+\.(\w+)\.weight$", r".\1", parameter)
         if merged := self._merged.get(stacked):
