@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from llmc.compress.arguments import LayerArguments
-from llmc.compress.skeleton import Ending, LayerTrace, LinearGroup, StopForward, get_weight, replaced
+from llmc.compress.skeleton import LinearGroup, StopForward, get_weight
 from llmc.compress.states import Scratch, StateStore
+from llmc.compress.tracing import Ending, LayerTrace, direct_uses, replaced, states_of
 from llmc.compress.workers import share
 from llmc.precision import fast_forward, fast_matmul, matmul_precision
 
@@ -60,7 +61,7 @@ class LayerRun:
         self.groups, self.current = trace.groups, Current()
         self.device = next(layer.parameters()).device
         dtype = torch.bfloat16 if matmul_precision() == "bf16" else torch.float32
-        self.writers = trace.writers
+        self.writers, self.direct = trace.writers, trace.direct
         self.endings = trace.endings if sequential else {}
         self.inputs = {e.linear: Scratch(scratch / f"input-{part}", dtype) for part, e in self.endings.items()}
         self.unchanged = {g.names[0]: Scratch(scratch / f"unchanged-{i}", dtype) for i, g in enumerate(trace.groups)}
@@ -142,10 +143,13 @@ class LayerRun:
     def _relative(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """1 / (root mean square of the residual stream) at each token, [tokens, 1] (see InputStatistics)."""
         linear: Any = self.layer.get_submodule(name)
-        hidden = self.current.hidden
+        hidden = self.current.hidden.movedim(self.store.axis, 0)  # [n, seq_len, hidden], or [n, streams, seq_len, hidden]
         with fast_forward(self.device):
             added = nn.functional.linear(x, get_weight(linear), linear.bias)
+        added = added.reshape(hidden.shape[0], *[1] * (hidden.ndim - 3), *hidden.shape[-2:])
         norm = torch.maximum(torch.linalg.vector_norm(hidden, dim=-1), torch.linalg.vector_norm(hidden + added, dim=-1))
+        if norm.ndim > 2:  # over the streams of a model with several
+            norm = norm.flatten(1, -2).square().mean(1).sqrt()
         return norm.mul_(hidden.shape[-1] ** -0.5).clamp_min_(1e-6).reciprocal_().view(-1, 1)
 
     def _forward(self, store: StateStore, workers: int) -> None:
@@ -156,9 +160,11 @@ class LayerRun:
             for batch, (first, last) in batches[worker::workers]:
                 hidden = store.read(first, last).to(self.device)
                 self.current.worker, self.current.batch, self.current.hidden = worker, batch, hidden
-                with suppress(StopForward), fast_forward(self.device):
-                    out = self.layer(hidden, **self.arguments.of(len(hidden)))
-                    store.write(first, out[0] if isinstance(out, tuple) else out)
+                with suppress(StopForward), fast_forward(self.device), direct_uses(self.layer, self.direct):
+                    call = self.arguments.call(first, last, store.carried)
+                    out = self.layer(hidden, **call.kwargs)
+                    store.write(first, states_of(out))
+                    call.carry(out)
                 yield
 
         with fast_matmul(), replaced(self.layer, self._shortcuts()):
@@ -185,7 +191,7 @@ class LayerRun:
 
 
 class Current(threading.local):
-    """The worker of this thread: its number, its batch, and the layer's input states [n, seq_len, hidden] in that batch."""
+    """The worker of this thread: its number, its batch, and the layer's input states in that batch, as the layer takes them."""
 
     worker: int
     batch: int
