@@ -122,9 +122,9 @@ class Streams:
     def __init__(self, skeleton: Skeleton, sequences: torch.Tensor | None, work: Workspace, lengths: dict[str, int],
                  batch: int) -> None:
         self.work, self.stores, self.arguments = work, list[StateStore](), list[LayerArguments]()
+        self.given = Rows(work.folder, "given", 0 if sequences is None else len(sequences))
         if sequences is None:
             return
-        self.given = Rows(work.folder, "given", len(sequences))
         entered = enter(skeleton, (sequences[a:b] for a, b in batches_of(len(sequences), batch)), sequences.shape[1],
                         self.given)
         self.arguments = entered.layers

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from llmc.compress.skeleton import LinearGroup, StopForward, get_weight
 from llmc.compress.states import Scratch, StateStore
 from llmc.compress.tracing import Ending, LayerTrace, direct_uses, replaced, states_of
 from llmc.compress.workers import share
+from llmc.console import warn
 from llmc.precision import fast_forward, fast_matmul, matmul_precision
 
 
@@ -62,9 +64,23 @@ class LayerRun:
         self.device = next(layer.parameters()).device
         dtype = torch.bfloat16 if matmul_precision() == "bf16" else torch.float32
         self.writers, self.direct = trace.writers, trace.direct
+        self.forward = self._precision()
         self.endings = trace.endings if sequential else {}
         self.inputs = {e.linear: Scratch(scratch / f"input-{part}", dtype) for part, e in self.endings.items()}
         self.unchanged = {g.names[0]: Scratch(scratch / f"unchanged-{i}", dtype) for i, g in enumerate(trace.groups)}
+
+    def _precision(self) -> Callable[[torch.device], AbstractContextManager[None]]:
+        """The context in which the layer runs: that of bf16, if its code runs there."""
+        if matmul_precision() != "bf16":
+            return fast_forward
+        hidden = self.store.read(0, 1).to(self.device)
+        try:
+            with torch.no_grad(), fast_forward(self.device):
+                self.layer(hidden, **self.arguments.of(0, 1, self.store.carried))
+        except RuntimeError as e:  # some code mixes types in ways that autocast does not know, as index_add_
+            _say_slow(type(self.layer).__name__, str(e).splitlines()[0])
+            return lambda _device: fast_matmul()
+        return fast_forward
 
     def keep_unchanged_inputs(self, store: StateStore) -> None:
         """Run the unchanged layer over the reference states and store the input of every group."""
@@ -144,7 +160,7 @@ class LayerRun:
         """1 / (root mean square of the residual stream) at each token, [tokens, 1] (see InputStatistics)."""
         linear: Any = self.layer.get_submodule(name)
         hidden = self.current.hidden.movedim(self.store.axis, 0)  # [n, seq_len, hidden], or [n, streams, seq_len, hidden]
-        with fast_forward(self.device):
+        with self.forward(self.device):
             added = nn.functional.linear(x, get_weight(linear), linear.bias)
         added = added.reshape(hidden.shape[0], *[1] * (hidden.ndim - 3), *hidden.shape[-2:])
         norm = torch.maximum(torch.linalg.vector_norm(hidden, dim=-1), torch.linalg.vector_norm(hidden + added, dim=-1))
@@ -160,7 +176,7 @@ class LayerRun:
             for batch, (first, last) in batches[worker::workers]:
                 hidden = store.read(first, last).to(self.device)
                 self.current.worker, self.current.batch, self.current.hidden = worker, batch, hidden
-                with suppress(StopForward), fast_forward(self.device), direct_uses(self.layer, self.direct):
+                with suppress(StopForward), self.forward(self.device), direct_uses(self.layer, self.direct):
                     call = self.arguments.call(first, last, store.carried)
                     out = self.layer(hidden, **call.kwargs)
                     store.write(first, states_of(out))
@@ -188,6 +204,11 @@ class LayerRun:
     def close(self) -> None:
         for scratch in [*self.inputs.values(), *self.unchanged.values()]:
             scratch.close()
+
+
+@cache
+def _say_slow(kind: str, why: str) -> None:
+    warn(f"layers of the kind {kind} run in float32, because their code does not run in bf16: {why}")
 
 
 class Current(threading.local):
