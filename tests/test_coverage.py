@@ -10,11 +10,11 @@ import pytest
 import tiny
 import torch
 import transformers as T
+from architectures import build
 from safetensors.torch import load_file
 from tiny import COMMON
 
 import llmc
-from llmc.compress.arguments import LayerArguments, Repeated, TextDependent
 from llmc.compress.coverage import KEPT, cover
 from llmc.compress.skeleton import Skeleton, find_layers
 from llmc.errors import UserError
@@ -149,57 +149,18 @@ def test_rows_that_zero_points_do_not_fill_are_refused_before_work(tmp_path: Pat
     llmc.quantize(base, method="rtn", keep="down_proj", bits=8, out=tmp_path / "q")  # 132 is a multiple of 4
 
 
-# ---------------------------------------------------------------------------------------------------- arguments
+def test_few_linears_that_no_type_holds_stay_floats(tmp_path: Path) -> None:
+    """4 rows for the two small projections of Qwen 3.5's linear attention: a GPTQ checkpoint packs 8. q4_1 holds them."""
+    base = build("qwen3_5_text", tmp_path / "m")
+    plan = llmc.quantize(base, method="rtn", dry_run=True)
+    why = "linears whose number of rows is no multiple of 8 (a GPTQ checkpoint packs 8 into a word)"
+    names = [f"model.layers.*.linear_attn.in_proj_{x}.weight" for x in "ab"]
+    assert plan["floats"][why] == {"tensors": 6, "weights": 6 * 4 * 64, "names": names}
+    llmc.quantize(base, method="rtn", out=tmp_path / "q")
+    assert load_torch_model(tmp_path / "q")(torch.zeros(1, 4, dtype=torch.int64)).logits.isfinite().all()
+    assert why not in llmc.quantize(base, method="rtn", type="q4_1", dry_run=True)["floats"]
 
 
-def test_arguments_of_two_runs() -> None:
-    table, mask, alibi = torch.rand(1, 4, 2), torch.rand(1, 1, 4, 4), torch.rand(3, 1, 4)
-    one = {"rotary": (table, table), "mask": mask, "alibi": alibi, "use_cache": False, "cache": None}
-    two = {**one, "mask": torch.cat([mask, mask]), "alibi": torch.cat([alibi, alibi])}
-    found = LayerArguments.of_two_runs(one, two)
-    assert found.values["rotary"][0] is table
-    assert isinstance(found.values["mask"], Repeated)
-    for n in (1, 2, 5):
-        given = found.of(n)
-        assert torch.equal(given["mask"], torch.cat([mask] * n))
-        assert torch.equal(given["alibi"], torch.cat([alibi] * n))
-        assert given["use_cache"] is False
-    for name, value in (("mask", torch.rand(2, 1, 4, 4)), ("alibi", torch.rand(3, 1, 4)), ("cache", {})):
-        with pytest.raises(TextDependent, match=name):
-            LayerArguments.of_two_runs(one | {name: {} if name == "cache" else one[name]}, two | {name: value})
-
-
-@pytest.mark.parametrize("config", [
-    T.BloomConfig(vocab_size=512, hidden_size=64, n_layer=2, n_head=4),
-    T.XGLMConfig(vocab_size=512, d_model=64, ffn_dim=128, num_layers=2, attention_heads=4, max_position_embeddings=256),
-], ids=["bloom", "xglm"])
-def test_layers_see_what_they_see_in_the_model(config: Any, tmp_path: Path) -> None:
-    """Masks and biases that grow with the batch: the states of the layer loop are those of the whole model."""
-    folder = save(tmp_path / "m", config)
-    skeleton = Skeleton(Checkpoint.open(folder), "cpu")
-    ids = torch.arange(3 * 16).view(3, 16)
-    with torch.no_grad():
-        arguments, states = skeleton.enter(iter([ids]), 16)
-        hidden = torch.cat(list(states))
-        for i in range(2):
-            with skeleton.layer(i) as layer:
-                out = layer(hidden, **arguments[i].of(3))
-                hidden = out[0] if isinstance(out, tuple) else out
-        model = load_torch_model(folder)
-        seen: list[torch.Tensor] = []
-        layers = find_layers(model)[1]
-        layers[-1].register_forward_hook(lambda _m, _a, out: seen.append(out[0] if isinstance(out, tuple) else out))
-        model(ids, use_cache=False)
-    assert torch.allclose(hidden, seen[0], atol=1e-5)
-
-
-def test_layers_that_see_the_tokens_are_refused(tmp_path: Path, text: Path) -> None:
-    """Gemma 3n hands each layer embeddings of the tokens."""
-    config = T.Gemma3nTextConfig(
-        **{**COMMON, "num_hidden_layers": 2}, head_dim=16, vocab_size_per_layer_input=512, hidden_size_per_layer_input=16,
-        layer_types=["sliding_attention", "full_attention"], num_kv_shared_layers=0, activation_sparsity_pattern=[0.0, 0.0],
-        laurel_rank=8)
-    folder = save(tmp_path / "m", config)
-    with pytest.raises(UserError, match=r"layer by layer: its layers are given .*depends on the text") as e:
-        llmc.quantize(folder, calibration=str(text), samples=8, seq_len=64, keep="altup")
-    assert "--method rtn" in e.value.hint
+def test_gates_that_are_no_linears_are_counted(tmp_path: Path) -> None:
+    plan = llmc.quantize(build("recurrent_gemma", tmp_path / "m"), method="rtn", dry_run=True)
+    assert plan["floats"]["block-diagonal matrices"]["weights"] == 2 * 2 * 4 * 16 * 16
