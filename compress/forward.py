@@ -18,11 +18,12 @@ from llmc.compress.calibration import sequences_at_once, walk
 from llmc.compress.ends import is_tied, name_of, stored_head
 from llmc.compress.entering import Outputs, enter
 from llmc.compress.rows import Carried, Rows
-from llmc.compress.skeleton import Skeleton, get_weight, set_weight
+from llmc.compress.skeleton import Skeleton
 from llmc.compress.states import batches_of
 from llmc.compress.teaching.loss import CHUNK_BYTES, divergence
 from llmc.compress.tracing import states_of
 from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.linears import get_weight, set_weight
 from llmc.formats.types import AnyType
 from llmc.rounding.rtn import rtn
 

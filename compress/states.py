@@ -25,7 +25,7 @@ class StateStore:
     carried: what earlier layers made for the present and later ones beside the states."""
 
     def __init__(self, folder: Path, name: str, count: int, shape: tuple[int, ...], batch: int, axis: int = 0) -> None:
-        self.files = [folder / f"{name}.{side}.f32" for side in "abc"]
+        self.name, self.files = name, [folder / f"{name}.{side}.f32" for side in "abc"]
         self.count, self.shape, self.batch, self.axis, self.side = count, shape, batch, axis, 0
         self.row = math.prod(shape) * 4  # bytes of one sequence
         self.carried = Carried(folder, f"{name}.carried", count)
@@ -39,6 +39,12 @@ class StateStore:
         count = (last - first) * self.row // 4
         flat = np.fromfile(self.files[self.side], dtype=np.float32, count=count, offset=first * self.row)
         return torch.from_numpy(flat).view(last - first, *self.shape).movedim(0, self.axis)
+
+    def rows(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The input states [n, hidden] of single tokens, numbered over all sequences."""
+        length, hidden = self.shape
+        flat = np.memmap(self.files[self.side], np.float32, "r", shape=(self.count * length, hidden))
+        return torch.from_numpy(np.asarray(flat[tokens.numpy()]))
 
     def replace(self, batches: Iterable[torch.Tensor]) -> None:
         """Write the layer's output, batch by batch in order, to the next file. It is durable after `settle`."""

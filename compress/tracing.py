@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from llmc.compress.arguments import Call
-from llmc.compress.skeleton import LinearGroup, is_linear
+from llmc.compress.skeleton import LinearGroup
+from llmc.formats.linears import is_linear
+from llmc.formats.mixture import Experts
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,14 @@ class LayerTrace:
     down_proj of mlp). It is added to the residual stream.
     endings: {name of the child: its Ending}, for the children that return only their last linear's output. A layer that makes
     something for later layers has none: all of it must run.
-    direct: linears whose weight is used without a call."""
+    direct: linears whose weight is used without a call.
+    mixtures: {name of a module of experts: the number of groups that run before it}. Its linears are in no group."""
 
     groups: list[LinearGroup]
     writers: set[str]
     endings: dict[str, Ending]
     direct: frozenset[str] = frozenset()
+    mixtures: dict[str, int] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -61,7 +65,7 @@ def trace_layer(layer: nn.Module, hidden: torch.Tensor, call: Callable[[], Call]
     watch = _Watch(layer, hidden)
     watch.run(call)
     ran = watch.ran()
-    if uncalled := frozenset(n for n, m in layer.named_modules() if is_linear(m)) - ran:
+    if uncalled := frozenset(watch.linears) - ran:
         again = _Watch(layer, hidden)
         again.run(call, uncalled)
         if direct := (again.ran() - ran):
@@ -80,9 +84,14 @@ class _Watch:
         self.outputs: dict[str, torch.Tensor] = {}
         self.writers: set[str] = set()
         self.endings: dict[str, Ending] = {}
+        self.mixtures: dict[str, int] = {}
+        self.experts = {n: m for n, m in layer.named_modules() if isinstance(m, Experts)}
+        inside = {id(x) for m in self.experts.values() for x in m.modules()}
+        self.linears = {n: m for n, m in layer.named_modules() if is_linear(m) and id(m) not in inside}
 
     def run(self, call: Callable[[], Call], direct: frozenset[str] = frozenset()) -> None:
-        handles = [m.register_forward_hook(self._linear(n)) for n, m in self.layer.named_modules() if is_linear(m)]
+        handles = [m.register_forward_hook(self._linear(n)) for n, m in self.linears.items()]
+        handles += [m.register_forward_pre_hook(self._mixture(n)) for n, m in self.experts.items()]
         handles += [m.register_forward_hook(self._child(n)) for n, m in self.layer.named_children()]
         given = call()
         try:
@@ -102,7 +111,12 @@ class _Watch:
         endings = {name: replace(ending, feeders=tuple(n for n in norms if self._idle(call, n, name, direct)))
                    for name, ending in self.endings.items()}
         groups = [LinearGroup(tuple(names), tensor.shape[-1]) for tensor, names in self.seen]
-        return LayerTrace(groups, self.writers, endings, direct)
+        return LayerTrace(groups, self.writers, endings, direct, self.mixtures)
+
+    def _mixture(self, name: str) -> Callable[..., None]:
+        def note(_module: nn.Module, _args: Any) -> None:
+            self.mixtures.setdefault(name, len(self.seen))
+        return note
 
     def _linear(self, name: str) -> Callable[..., None]:
         def note(_module: nn.Module, args: tuple[torch.Tensor, ...], out: Any) -> None:
@@ -170,9 +184,7 @@ class _DirectUses(TorchFunctionMode):
         return out
 
     def _product(self, func: Any, args: Any, known: list[Any], out: Any) -> None:
-        if func is nn.functional.linear and known[1] and not known[1][1]:
-            _called(known[1][0], args[0], out)
-        elif func in PRODUCTS and known[1] and known[1][1]:
+        if (func is nn.functional.linear and known[1] and not known[1][1]) or (func in PRODUCTS and known[1] and known[1][1]):
             _called(known[1][0], args[0], out)
         elif func in PRODUCTS and known[0] and not known[0][1] and args[1].ndim > 1:
             _called(known[0][0], args[1].transpose(-1, -2), out.transpose(-1, -2))

@@ -16,9 +16,10 @@ from llmc.compress.calibration import Loop, LoopSettings, Workspace
 from llmc.compress.entering import enter
 from llmc.compress.layer_run import InputStatistics, add_gram, mirror_upper
 from llmc.compress.passes import LayerPass
-from llmc.compress.skeleton import LinearGroup, Skeleton, get_weight, set_weight
+from llmc.compress.skeleton import LinearGroup, Skeleton
 from llmc.compress.tracing import trace_layer
 from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.linears import get_weight, set_weight
 
 SEQUENCES = torch.randint(0, 512, (5, 48), generator=torch.Generator().manual_seed(1))
 EXPECTED_GROUPS = {

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from llmc.compress.quantize.assignment import type_called
-from llmc.compress.skeleton import get_weight
 from llmc.compress.teaching.loss import divergence
 from llmc.compress.tracing import Replay, recorded, replaced
+from llmc.formats.linears import get_weight
 from llmc.formats.types import BLOCK_TYPES
 from llmc.rounding.rtn import rtn
 
