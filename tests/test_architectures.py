@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import DENSE, build
+from architectures import DENSE, MIXED, build
 from killing import interrupted
 from test_calibration import Recorder, coarse, stream
 from tiny import divergence
@@ -19,11 +19,12 @@ from llmc.compress.calibration import Loop, LoopSettings, Workspace
 from llmc.compress.coverage import cover
 from llmc.compress.entering import enter
 from llmc.compress.passes import LayerPass
-from llmc.compress.skeleton import LinearGroup, Skeleton, find_layers, get_weight, set_weight
+from llmc.compress.skeleton import LinearGroup, Skeleton
 from llmc.compress.tracing import states_of, trace_layer
 from llmc.errors import UserError
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.hf import load_torch_model
+from llmc.formats.linears import find_layers, get_weight, set_weight
 
 IDS = torch.randint(0, 512, (5, 48), generator=torch.Generator().manual_seed(1))
 GEMMA = ("gemma3n_text", "gemma4_text")  # their layers read the tokens, and keys of earlier layers
@@ -58,19 +59,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return get
 
 
-@pytest.mark.parametrize("kind", DENSE)
+@pytest.mark.parametrize("kind", [*DENSE, *MIXED])
 def test_layer_by_layer_is_the_whole_model(kind: str, folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forward, "sequences_at_once", lambda *_: 2)  # batches of 2, 2, 1
     ran = forward.run(folder(kind), IDS, "cpu", None, "the model")
     assert distance(ran.states, last_states(load_torch_model(folder(kind))).movedim(ran.axis, 0)) < 5e-6
 
 
-@pytest.mark.parametrize("kind", DENSE)
+@pytest.mark.parametrize("kind", [*DENSE, "jamba", "zaya"])
 def test_gptq_takes_every_matrix_and_loses_less_than_rounding(kind: str, folder: Any, text: Path, tmp_path: Path) -> None:
     base = folder(kind)
     done = llmc.quantize(base, calibration=str(text), samples=16, seq_len=64, threads=2, out=tmp_path / "gptq")
     llmc.quantize(base, method="rtn", threads=2, out=tmp_path / "rtn")
-    assert done["fallbacks"] == done["events"] == 0
+    assert done["fallbacks"] == 0
+    assert done["events"] == 0 or kind in MIXED  # experts that few tokens reach
     entry = json.loads((tmp_path / "gptq" / "llmc.json").read_text())["passes"][0]
     quantized = {f"{layer['layer']}.{name}" for layer in entry["layers"] for name in layer["linears"]}
     skeleton = Skeleton(Checkpoint.open(base), "cpu")
@@ -81,6 +83,11 @@ def test_gptq_takes_every_matrix_and_loses_less_than_rounding(kind: str, folder:
         number, _, path = name.removeprefix(f"{skeleton.layers_name}.").partition(".")
         assert (f"{number}.{path}" in quantized) != (f"{skeleton.layers_name}.*.{path}.weight" in kept), name
     assert divergence(tmp_path / "gptq", base) < divergence(tmp_path / "rtn", base)
+
+
+def test_layers_that_share_weights_are_refused(folder: Any) -> None:
+    with pytest.raises(UserError, match=r"share weights \(model.layers.3.shared_transformer.* is model.layers.1"):
+        Skeleton(Checkpoint.open(folder("zamba2")), "cpu")
 
 
 @pytest.mark.parametrize("kind", [*GEMMA, "mamba", "falcon_h1"])
@@ -130,7 +137,7 @@ def test_damaged_files_of_a_stopped_run_are_refused(pattern: str, folder: Any, t
         loop(Workspace(tmp_path, {}, resume=False)).run(Recorder(), lambda r: "")
     file = max(tmp_path.glob(pattern))
     file.write_bytes(file.read_bytes()[:-1] + b"x")
-    with pytest.raises(UserError, match="hidden states in .* are damaged"):
+    with pytest.raises(UserError, match=r"hidden states in .* are damaged"):
         loop(Workspace(tmp_path, {}, resume=True))
 
 

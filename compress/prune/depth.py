@@ -124,10 +124,12 @@ def check_alike(skeleton: Skeleton) -> None:
     layer does not compute the same after another one is removed."""
     entered = enter(skeleton, iter(()), PROBE_TOKENS, Rows(skeleton.checkpoint.folder, "none", 0))
     skeleton.leave()
-    if own := [f"{skeleton.layer_name(x.layer)} ({', '.join(names)})" for x in entered.layers if (names := x.own(entered.layers))]:
-        raise UserError(f"no layer of {skeleton.checkpoint.folder} can be removed: its layers are given values that other layers "
-                        f"make, or that are made for their number, as {own[0]}",
-                        "use --method width, or a method that makes weights zero")
+    own = {x.layer: names for x in entered.layers if (names := x.own(entered.layers))}
+    if own:
+        first = min(own)
+        raise UserError(f"no layer of {skeleton.checkpoint.folder} can be removed: its layers are given values that other "
+                        f"layers make, or that are made for their number, as {skeleton.layer_name(first)} "
+                        f"({', '.join(own[first])})", "use --method width, or a method that makes weights zero")
 
 
 # ------------------------------------------------------------------------------------------------------- the new model
