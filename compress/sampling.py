@@ -34,6 +34,8 @@ def sample_from_model(model: nn.Module, tokenizer: Any, samples: int, seq_len: i
 
     The result is reproducible for the same model, seed, batch and thread count, because the generator is local.
     """
+    from transformers import Cache
+
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     special = torch.tensor(sorted(set(tokenizer.all_special_ids)), dtype=torch.int64)
@@ -42,7 +44,8 @@ def sample_from_model(model: nn.Module, tokenizer: Any, samples: int, seq_len: i
     vocabulary = min(len(tokenizer), rows)  # a tokenizer may have added tokens that the model does not know
     ordinary = torch.ones(vocabulary)
     ordinary[special[special < vocabulary]] = 0
-    # what a model returns under the name of one of its arguments is its cache: past_key_values, in Mamba cache_params
+    # A Cache that a model returns under the name of one of its arguments: past_key_values, in Mamba cache_params. (RWKV's state
+    # is no Cache: in transformers 5.23 it is right for one sequence, and mixes those of a batch.)
     takes = set(inspect.signature(model.forward).parameters)
     done = []
     with progress("sampling calibration text, token", seq_len * -(-samples // batch)) as p:
@@ -55,7 +58,7 @@ def sample_from_model(model: nn.Module, tokenizer: Any, samples: int, seq_len: i
             p.step(n=ids.shape[1])
             while ids.shape[1] < seq_len:
                 out = model(feed.to(device), use_cache=True, **cache)
-                cache = {name: out[name] for name in out if name in takes}
+                cache = {name: out[name] for name in out if name in takes and isinstance(out[name], Cache)}
                 probabilities = torch.softmax(out.logits[:, -1].float().cpu(), dim=-1)
                 probabilities[:, vocabulary:] = 0  # padding rows of the head are not tokens
                 chosen = torch.multinomial(probabilities, 1, generator=generator)

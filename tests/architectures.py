@@ -10,8 +10,8 @@ import torch
 from tiny import COMMON, randomized, tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-MAMBA2: dict[str, Any] = {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 32,
-                          "mamba_d_conv": 4, "mamba_expand": 2, "mamba_chunk_size": 16}
+MAMBA2: dict[str, Any] = {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1,
+                          "mamba_d_state": 32, "mamba_d_conv": 4, "mamba_expand": 2, "mamba_chunk_size": 16}
 MOE: dict[str, Any] = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 GEMMA: dict[str, Any] = {
     "num_hidden_layers": 5, "head_dim": 16, "vocab_size_per_layer_input": 512, "hidden_size_per_layer_input": 32,

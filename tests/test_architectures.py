@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,18 @@ import torch
 from architectures import DENSE, MIXED, build
 from killing import interrupted
 from test_calibration import Recorder, coarse, stream
-from tiny import divergence
+from tiny import divergence, tokenizer
+from transformers.utils import ModelOutput
 
 import llmc
-from llmc.compress import forward
+from llmc import precision
+from llmc.compress import forward, layer_run
 from llmc.compress.calibration import Loop, LoopSettings, Workspace
 from llmc.compress.coverage import cover
 from llmc.compress.entering import enter
 from llmc.compress.passes import LayerPass
+from llmc.compress.quantize.sensitivity import Probe
+from llmc.compress.sampling import sample_from_model
 from llmc.compress.skeleton import LinearGroup, Skeleton
 from llmc.compress.tracing import states_of, trace_layer
 from llmc.errors import UserError
@@ -189,11 +194,67 @@ def test_layers_of_any_kind_can_be_removed(kind: str, folder: Any, text: Path, t
         assert done["proof"] == 0.0
 
 
-def test_layers_that_depend_on_others_cannot_be_removed(folder: Any, text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "given"), [("gemma4_text", "0 (per_layer_input, shared_kv_states)"),
+                                             ("zaya", "1 (prev_router_hidden_states)")])
+def test_layers_that_depend_on_others_cannot_be_removed(kind: str, given: str, folder: Any, text: Path, tmp_path: Path) -> None:
     for by in ("kl", "influence"):
-        with pytest.raises(UserError, match=r"can be removed: .* model.layers.0 \(per_layer_input, shared_kv_states\)"):
-            llmc.prune(folder("gemma4_text"), method="depth", drop=1, by=by, calibration=str(text), samples=12, seq_len=32,
+        with pytest.raises(UserError, match=rf"can be removed: .* model.layers.{re.escape(given)}"):
+            llmc.prune(folder(kind), method="depth", drop=1, by=by, calibration=str(text), samples=12, seq_len=32,
                        out=tmp_path / by)
+
+
+@pytest.mark.parametrize("kind", ["gemma4_text", "zaya", "bamba"])
+def test_a_model_runs_on_from_recorded_layers(kind: str, folder: Any) -> None:
+    """Also where later layers read what the recorded ones put into a container."""
+    model = load_torch_model(folder(kind))
+    probe = Probe(model, find_layers(model)[0], IDS[:1])
+    assert all(abs(probe.divergence(first)) < 1e-9 for first in range(probe.count + 1))
+
+
+class Forgetful(torch.nn.Module):
+    """A model whose cache cannot be used."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def get_input_embeddings(self) -> Any:
+        return self.model.get_input_embeddings()
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
+        return ModelOutput(logits=self.model(input_ids=input_ids, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("kind", ["bloom", "mamba", "mamba2", "rwkv", "openai-gpt", "recurrent_gemma"])
+def test_text_is_sampled_with_whatever_cache_there_is(kind: str, folder: Any) -> None:
+    model = load_torch_model(folder(kind))
+    found = sample_from_model(model, tokenizer(), 2, 12, seed=0, batch=2)
+    assert torch.equal(found, sample_from_model(Forgetful(model), tokenizer(), 2, 12, seed=0, batch=2))
+
+
+@pytest.fixture
+def _bf16(_full_precision: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (precision, layer_run):
+        monkeypatch.setattr(module, "matmul_precision", lambda: "bf16")
+
+
+@pytest.mark.usefixtures("_bf16")
+@pytest.mark.parametrize("kind", [*GEMMA, "mamba"])
+def test_kept_values_have_the_type_that_the_layer_sees(kind: str, folder: Any, tmp_path: Path) -> None:
+    """Keys that are made under autocast are read by another layer, there and in the float32 run that traces it."""
+    _, loop, _ = stream(folder(kind), tmp_path, LoopSettings(batch=2, reference=2))
+    _, reference = loop.streams.stores
+    assert distance(reference.read(0, 2), last_states(load_torch_model(folder(kind))).narrow(reference.axis, 0, 2)) < 0.1
+
+
+@pytest.mark.usefixtures("_bf16")
+def test_code_that_does_not_mix_with_bf16_runs_in_float32(folder: Any, tmp_path: Path, capsys: Any) -> None:
+    """DBRX adds up its experts with index_add_, which wants one type."""
+    layer_run._say_slow.cache_clear()
+    _, loop, _ = stream(folder("dbrx"), tmp_path, LoopSettings(batch=2, reference=4))
+    assert "layers of the kind DbrxBlock run in float32" in capsys.readouterr().err
+    reference = loop.streams.stores[1]
+    assert distance(reference.read(0, 4), last_states(load_torch_model(folder("dbrx")))[:4]) < 0.1
 
 
 @pytest.mark.parametrize("kind", ["gemma3n_text", "gemma4_text", "mamba", "openai-gpt"])
