@@ -1,5 +1,5 @@
-"""What a model hands to its decoder layers beside the hidden states: masks, positions, rotary tables, embeddings of the tokens,
-and what earlier layers made.
+"""What a model hands to its decoder layers beside the hidden states: masks, positions, rotary tables, embeddings of the
+tokens, and what earlier layers made.
 
 The arguments are recorded in runs of the model with other texts and other numbers of sequences, with layers that do nothing
 (entering.py). Comparing the runs tells what each tensor is:
@@ -24,6 +24,7 @@ from llmc.compress.rows import Carried, Rows
 
 # The content of a container in JSON: None, {"row": key of a tensor}, {"tuple": [tree, …]} or {"list": [tree, …]}
 Tree = Any
+CPU = torch.device("cpu")
 
 
 class Unfit(Exception):  # noqa: N818 - its message says what of the model does not fit
@@ -148,7 +149,7 @@ class LayerArguments:
     values: dict[str, Any]
     given: Rows | None = None
     keeps: tuple[Kept, ...] = ()
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
     def call(self, first: int, last: int, carried: Carried | None = None) -> Call:
         """The arguments for the sequences `first` … `last - 1` of a stream. carried: what earlier layers made in it."""

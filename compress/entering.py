@@ -31,6 +31,7 @@ from llmc.compress.arguments import (
 from llmc.compress.rows import Rows
 from llmc.compress.skeleton import Skeleton, StopForward
 from llmc.errors import UserError
+from llmc.files import check_disk
 
 PLAIN = (bool, int, float, str, torch.dtype, torch.device)  # what may be passed on as it is, besides tensors and None
 
@@ -171,10 +172,13 @@ def enter(skeleton: Skeleton, batches: Iterator[torch.Tensor], width: int, given
         if given is None and not all(layer.alone for layer in layers):
             raise Unfit("its layers are given values that depend on the text or on other layers")
         axis = compared.axis()
+        if given is not None and places:
+            needed = given.count * sum(place.of(runs[0]).nbytes for place in places.values())
+            check_disk(given.folder, needed, "keeping what the layers are given of the text")
     except Unfit as e:
         skeleton.leave()
-        raise UserError(f"llmc cannot run the architecture {skeleton.config.model_type!r} of {skeleton.checkpoint.folder} layer "
-                        f"by layer: {e}", "`llmc quantize --method rtn` runs no text") from e
+        raise UserError(f"llmc cannot run the architecture {skeleton.config.model_type!r} of {skeleton.checkpoint.folder} "
+                        f"layer by layer: {e}", "`llmc quantize --method rtn` runs no text") from e
     shape = tuple(runs[0].states[0].movedim(axis, 0).shape[1:])
     assert recorder.outputs is not None
     del runs, compared  # large

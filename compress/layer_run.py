@@ -290,7 +290,7 @@ def _say_slow(kind: str, why: str) -> None:
 
 
 class Current(threading.local):
-    """The worker of this thread: its number, its batch, and the layer's input states in that batch, as the layer takes them."""
+    """The worker of this thread: its number, its batch, and the layer's input states in that batch."""
 
     worker: int
     batch: int

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from llmc.errors import UserError
 from llmc.formats import contents, quantized
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.ends import Ends, ends_of
@@ -59,6 +60,10 @@ class Skeleton:
         """Raise UserError if the checkpoint lacks a parameter of a decoder layer."""
         lacking = [f"{self.layers_name}.{n}" for n, _ in self.layers.named_parameters()
                    if self.names.locate(f"{self.layers_name}.{n}") is None]
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        if shared := [n for n in lacking if n in tied]:
+            raise UserError(f"layers of {self.checkpoint.folder} share weights ({shared[0]} is {tied[shared[0]]}), and llmc changes "
+                            "the weights of one layer at a time", "give another model; `llmc eval` runs this one")
         if lacking:
             raise missing(self.checkpoint.folder, *lacking)
 

@@ -7,7 +7,7 @@ its weight (Mamba's dt_proj). `direct_uses` watches such products and calls the 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -160,7 +160,8 @@ def direct_uses(layer: nn.Module, names: frozenset[str]) -> Any:
 
 
 SAME = (torch.Tensor.to, torch.Tensor.float, torch.Tensor.contiguous, torch.Tensor.type_as, torch.Tensor.detach)
-TURNED = (torch.t, torch.Tensor.t, torch.transpose, torch.Tensor.transpose, torch.Tensor.T.__get__, torch.Tensor.mT.__get__)
+TURNED = (torch.t, torch.Tensor.t, torch.transpose, torch.Tensor.transpose,
+          torch.Tensor.T.__get__, torch.Tensor.mT.__get__)  # type: ignore[attr-defined]
 PRODUCTS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm)
 
 
@@ -199,7 +200,7 @@ def _called(linear: Any, x: torch.Tensor, out: torch.Tensor) -> None:
 
 
 @contextmanager
-def replaced(layer: nn.Module, forwards: dict[str, Callable[..., Any]]) -> Iterator[None]:
+def replaced(layer: nn.Module, forwards: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
     """Inside, the submodules of a layer named in `forwards` run these functions instead of their forward."""
     parts = [(layer.get_submodule(name), forward) for name, forward in forwards.items()]
     before = [part.forward for part, _ in parts]

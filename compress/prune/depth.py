@@ -124,10 +124,12 @@ def check_alike(skeleton: Skeleton) -> None:
     layer does not compute the same after another one is removed."""
     entered = enter(skeleton, iter(()), PROBE_TOKENS, Rows(skeleton.checkpoint.folder, "none", 0))
     skeleton.leave()
-    if own := [f"{skeleton.layer_name(x.layer)} ({', '.join(names)})" for x in entered.layers if (names := x.own(entered.layers))]:
-        raise UserError(f"no layer of {skeleton.checkpoint.folder} can be removed: its layers are given values that other layers "
-                        f"make, or that are made for their number, as {own[0]}",
-                        "use --method width, or a method that makes weights zero")
+    own = {x.layer: names for x in entered.layers if (names := x.own(entered.layers))}
+    if own:
+        first = min(own)
+        raise UserError(f"no layer of {skeleton.checkpoint.folder} can be removed: its layers are given values that other "
+                        f"layers make, or that are made for their number, as {skeleton.layer_name(first)} "
+                        f"({', '.join(own[first])})", "use --method width, or a method that makes weights zero")
 
 
 # ------------------------------------------------------------------------------------------------------- the new model
@@ -165,11 +167,19 @@ def shortened(raw: dict[str, Any], config: Any, dropped: list[int]) -> dict[str,
     edited: dict[str, Any] = {
         key: [value[i] for i in kept] for key, value in known.items()
         if isinstance(value, list) and len(value) == count and not key.endswith("token_id") and key != "architectures"}
+    edited |= {key: [kept.index(i) for i in value if i in kept] for key, value in known.items()
+               if key not in edited and _layer_numbers(key, value, count)}
     edited[getattr(text, "attribute_map", {}).get("num_hidden_layers", "num_hidden_layers")] = len(kept)
     if isinstance(limit := known.get("max_window_layers"), int):
         edited["max_window_layers"] = sum(i < limit for i in kept)
     own = {k: v for k, v in {**before, **edited}.items() if k not in STALE}
     return {**raw, "text_config": own} if "text_config" in raw else own
+
+
+def _layer_numbers(key: str, value: Any, count: int) -> bool:
+    """Whether an entry of config.json is a list of layers' numbers, as Bamba's attn_layer_indices."""
+    return (bool(re.search(r"layer|attn", key)) and isinstance(value, list) and value != [] and len(set(value)) == len(value)
+            and all(type(v) is int and 0 <= v < count for v in value))
 
 
 def prove(source: Path, pruned: Path, dropped: list[int], ids: torch.Tensor, device: str) -> float:
@@ -180,10 +190,14 @@ def prove(source: Path, pruned: Path, dropped: list[int], ids: torch.Tensor, dev
     count = len(Skeleton(Checkpoint.open(source), device).layers)
     kept = [i for i in range(count) if i not in dropped]
     wanted = run(source, ids, device, None, "the source without these layers", kept).states
-    found = run(pruned, ids, device, None, "the new folder").states
+    what = f"layers {', '.join(map(str, sorted(dropped)))} of {source} cannot be removed"
+    hint = "use --method width, or a method that makes weights zero"
+    try:
+        found = run(pruned, ids, device, None, "the new folder").states
+    except UserError as e:
+        raise UserError(f"{what}: the kinds of the others depend on their number ({e.problem})", hint) from e
     difference = float((wanted - found).abs().max() / wanted.abs().max())
     if not difference < TOLERANCE:
-        raise UserError(f"layers {', '.join(map(str, sorted(dropped)))} of {source} cannot be removed: after the others are "
-                        f"renumbered, the output differs by {difference:.2g} (relative), because its layers depend on their "
-                        "number", "use --method width, or a method that makes weights zero")
+        raise UserError(f"{what}: after the others are renumbered, the output differs by {difference:.2g} (relative), because "
+                        "its layers depend on their number", hint)
     return difference
