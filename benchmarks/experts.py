@@ -37,9 +37,10 @@ from llmc.formats.hf import load_torch_model
 
 A3B: dict[str, Any] = {
     "vocab_size": 151_936, "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768,
-    "num_hidden_layers": 48, "num_experts": 128, "num_experts_per_tok": 8, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
-    "norm_topk_prob": True, "tie_word_embeddings": False, "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe",
-    "torch_dtype": "bfloat16", "max_position_embeddings": 40_960, "rope_theta": 1_000_000.0, "rms_norm_eps": 1e-6,
+    "num_hidden_layers": 48, "num_experts": 128, "num_experts_per_tok": 8, "num_attention_heads": 32,
+    "num_key_value_heads": 4, "head_dim": 128, "norm_topk_prob": True, "tie_word_embeddings": False,
+    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "torch_dtype": "bfloat16",
+    "max_position_embeddings": 40_960, "rope_theta": 1_000_000.0, "rms_norm_eps": 1e-6,
 }
 FULL = (0, 1)  # layers with noise
 STRENGTHS = (0.0, 0.05, 0.25, 1.0, 4.0)
