@@ -32,6 +32,7 @@ from llmc.formats import quantized
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.manifest import check_output, note_last
 from llmc.formats.names import Names
+from llmc.locks import locked
 from llmc.machine import physical_cores, torch_device
 from llmc.precision import prepare_cpu
 from llmc.sources.resolve import resolve_model
@@ -47,7 +48,8 @@ def heal(model: str | Path, config: HealConfig) -> dict[str, Any]:
     prepare_cpu(threads)
     check_output(config.out, "gptq", model, config)
     job = _Job(resolve_model(model), resolve_model(config.teacher), config, threads)
-    result = job.run()
+    with locked(job.out):
+        result = job.run()
     note_last(job.out, job.kind)
     return {**result, "seconds": round(time.monotonic() - start, 1)}
 
