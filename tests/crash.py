@@ -97,10 +97,11 @@ def _steady(path: Path, folder: Path) -> Any:
     if path.is_dir() or path.is_symlink():
         return "a folder or a link"
     data = path.read_bytes()
-    if path.suffix == ".json":
+    if path.suffix == ".json" and data:
         return _without_clock(json.loads(data.replace(os.fsencode(folder), b"HERE")))
     if path.suffix in (".html", ".md", ".toml"):
-        return re.sub(rb"[0-9][0-9.,:T+-]*", b"#", data.replace(os.fsencode(folder), b"HERE"))
+        text = re.sub(rb'<svg[^>]*aria-label="seconds">.*?</svg>', b"a chart", data.replace(os.fsencode(folder), b"HERE"))
+        return re.sub(rb"[0-9][0-9.,:T+-]*", b"#", text)
     return data
 
 

@@ -106,10 +106,6 @@ def _write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> 
     for note in onnx_lint.as_notes(findings):
         say(f"note: {note}")
     genai = verify.in_genai(work, tok, template, hf.get_text_config().vocab_size, context)
-    if not genai["token_ids"]["combining_marks_alike"]:
-        warn("words with combining marks (Hindi, Tamil, Thai …) are tokenized differently by onnxruntime-genai")
-    if not genai["token_ids"]["leading_space_alike"]:
-        warn("a text that begins with a space is tokenized differently by onnxruntime-genai and by transformers")
     return {
         "path": out, "source": str(ckpt.folder), "architecture": hf.architectures[0],
         "bytes": sum(p.stat().st_size for p in work.iterdir() if p.is_file()),
