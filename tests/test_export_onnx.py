@@ -196,7 +196,8 @@ def test_options_that_contradict_the_model_are_refused(exported: SimpleNamespace
 
 
 def test_the_bytes_depend_on_neither_the_process_nor_the_place(exported: SimpleNamespace, tmp_path: Path) -> None:
-    code = "import llmc, sys; llmc.export(sys.argv[1], format='onnx', out='out', accuracy_level='4', threads=int(sys.argv[2]))"
+    code = ("import llmc, sys\n"
+            "llmc.export(sys.argv[1], format='onnx', out='out', accuracy_level='4', threads=int(sys.argv[2]))")
     found, running = [], []
     for seed in ("1", "2"):  # of the order of sets, and the number of threads
         (tmp_path / f"place {seed}").mkdir()
