@@ -19,6 +19,8 @@ NOTES = (".hashes.json", "step-times.json")  # they depend on the clock and on h
 CLOCK = ("accuracy_levels", "accuracy_reason", "at", "created", "files", "resumed", "seconds", "speeds",
          "bytes", "left")  # of a step's reports, which hold seconds
 
+TIME = re.compile("(–|# s|# min # s|# h # min)( \\(resumed\\))?".encode())  # of a step, on a page; digits are # there
+
 
 class Dead(BaseException):
     """The process is gone. No handler of `Exception` and no `finally` may touch a file any more."""
@@ -101,7 +103,7 @@ def _steady(path: Path, folder: Path) -> Any:
         return _without_clock(json.loads(data.replace(os.fsencode(folder), b"HERE")))
     if path.suffix in (".html", ".md", ".toml"):
         text = re.sub(rb'<svg[^>]*aria-label="seconds">.*?</svg>', b"a chart", data.replace(os.fsencode(folder), b"HERE"))
-        return re.sub(rb"[0-9][0-9.,:T+-]*", b"#", text)
+        return TIME.sub(b"a time", re.sub(rb"[0-9][0-9.,:T+-]*", b"#", text))
     return data
 
 
