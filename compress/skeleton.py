@@ -62,8 +62,8 @@ class Skeleton:
                    if self.names.locate(f"{self.layers_name}.{n}") is None]
         tied = getattr(self.model, "all_tied_weights_keys", None) or {}
         if shared := [n for n in lacking if n in tied]:
-            raise UserError(f"layers of {self.checkpoint.folder} share weights ({shared[0]} is {tied[shared[0]]}), and llmc changes "
-                            "the weights of one layer at a time", "give another model; `llmc eval` runs this one")
+            raise UserError(f"layers of {self.checkpoint.folder} share weights ({shared[0]} is {tied[shared[0]]}), and llmc "
+                            "changes the weights of one layer at a time", "give another model; `llmc eval` runs this one")
         if lacking:
             raise missing(self.checkpoint.folder, *lacking)
 
