@@ -50,7 +50,8 @@ class Skeleton:
         self.names, self.load, self.free, self.filled = (
             self.weights.names, self.weights.load, self.weights.free, self.weights.filled)
         self.layers_name, self.layers = find_layers(self.model)
-        self.weights.unfuse(self.layers, self.layers_name)
+        # {name of a module of experts: the module}
+        self.experts = {f"{self.layers_name}.{n}": m for n, m in self.weights.unfuse(self.layers, self.layers_name).items()}
         self.kept: frozenset[str] = frozenset()  # linears that no pass changes (coverage.py)
         self._check_layers()
         self.ends: Ends = ends_of(checkpoint, self.model, self.names)[0]

@@ -24,9 +24,10 @@ from llmc.compress.calibration import (
     spread,
 )
 from llmc.compress.coverage import checked
+from llmc.compress.ends import name_of
 from llmc.compress.imatrix.importance import Importance
 from llmc.compress.preparation import calibration_text, check_weights, open_float, sampled_file, sampling_memory
-from llmc.compress.quantize.assignment import assign, keeps_zeros, unfit
+from llmc.compress.quantize.assignment import assign, has_own_head, keeps_zeros, unfit
 from llmc.compress.quantize.budget import assign_to_budget
 from llmc.compress.quantize.budget import memory_bytes as memory_to_measure
 from llmc.compress.quantize.config import QuantizeConfig, budget_lines
@@ -41,6 +42,7 @@ from llmc.formats import blocks as blocks_format
 from llmc.formats import gptq as gptq_format
 from llmc.formats import model_folder
 from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.experts import share_of_config, used_of
 from llmc.formats.linears import get_weight
 from llmc.formats.manifest import check_output, note_last, passes_of
 from llmc.formats.quantized import read
@@ -167,7 +169,7 @@ class _Job:
             "source": str(self.source), "out": str(self.out), **self._what(), "method": c.method,
             "bits_per_weight": self._bits_per_weight(),
             "layers": len(self.skeleton.layers), "linear_weights": weights, "out_bytes": out_bytes,
-            "transform": c.transform, "heal": c.heal, "zeros_kept": self.masked,
+            "token_bytes": self._token_bytes(), "transform": c.transform, "heal": c.heal, "zeros_kept": self.masked,
             "disk_bytes": 2 * out_bytes + states + self._transform_bytes(),  # the layers, and the output folder
             "memory_bytes": max(memory, memory_to_measure(self.skeleton)) if c.target else memory,
             "device": c.device, "threads": self.threads, "matmul": matmul_precision(),
@@ -200,6 +202,16 @@ class _Job:
                   for p in self.coverage.float_matrices()]
         weights = self._linear_weights() + sum(n for n, _ in floats)
         return (self._bits() + 8 * sum(nbytes for _, nbytes in floats)) / weights
+
+    def _token_bytes(self) -> int:
+        """The bytes of the output that decoding a token reads: of experts only those that the router chooses."""
+        chosen = share_of_config(self.skeleton.config.get_text_config().to_dict())
+        left = set(self.checkpoint.names()) - self._linear_names()
+        if has_own_head(self.skeleton):  # of the embedding one row is read
+            left -= {self.skeleton.names.stored(name_of(self.skeleton, self.skeleton.model.get_input_embeddings()))}
+        linears = sum(get_weight(m).numel() * self.assignment.types[name].bits_per_weight / 8 * used_of(name, chosen)
+                      for _, name, m in linears_of(self.skeleton))
+        return round(linears + sum(self.checkpoint.nbytes(n) * used_of(n, chosen) for n in left))
 
     def _linear_weights(self) -> int:
         return sum(get_weight(m).numel() for _, _, m in linears_of(self.skeleton))
