@@ -61,13 +61,13 @@ class LoopSettings:
 
 def sequences_at_once(skeleton: Skeleton, seq_len: int, workers: int = 1) -> int:
     """The batch size of each worker, so that the activations of all workers take about BATCH_BYTES."""
-    widest = max(max(get_weight(m).shape) for m in skeleton.linears(0).values())
+    widest = max(max(shape) for layer in skeleton.shapes for shape in layer)
     return max(1, min(16, BATCH_BYTES // (seq_len * widest * 4 * workers)))
 
 
 def workers_for(skeleton: Skeleton) -> int:
     """How many batches to run in parallel: on a CPU one per thread, as long as the workers' sums fit SUMS_BYTES; else 1."""
-    widest = max(get_weight(m).shape[1] for m in skeleton.linears(0).values())
+    widest = skeleton.widths[-1]
     return 1 if skeleton.device.type != "cpu" else max(1, min(torch.get_num_threads(), SUMS_BYTES // (12 * widest * widest)))
 
 

@@ -90,6 +90,14 @@ def test_gptq_takes_every_matrix_and_loses_less_than_rounding(kind: str, folder:
     assert divergence(tmp_path / "gptq", base) < divergence(tmp_path / "rtn", base)
 
 
+def test_sizes_are_those_of_the_largest_layer(folder: Any) -> None:
+    """Layers of nemotron_h are a Mamba, an MLP or an attention."""
+    skeleton = Skeleton(Checkpoint.open(folder("nemotron_h")), "cpu")
+    sizes = [sum(get_weight(m).numel() for m in skeleton.linears(i).values()) for i in range(len(skeleton.layers))]
+    assert skeleton.layer_weights == max(sizes) > sizes[2]
+    assert skeleton.widths == [64, 128]
+
+
 def test_layers_that_share_weights_are_refused(folder: Any) -> None:
     with pytest.raises(UserError, match=r"share weights \(model.layers.3.shared_transformer.* is model.layers.1"):
         Skeleton(Checkpoint.open(folder("zamba2")), "cpu")
