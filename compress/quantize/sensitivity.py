@@ -18,7 +18,6 @@ from torch import nn
 from llmc.compress.quantize.assignment import type_called
 from llmc.compress.teaching.loss import divergence
 from llmc.compress.tracing import Replay, recorded, replaced
-from llmc.formats.linears import get_weight
 from llmc.formats.types import BLOCK_TYPES
 from llmc.rounding.rtn import rtn
 

@@ -18,6 +18,7 @@ from llmc.formats.chat_template import DEFAULT, by_name, in_one_form, of_process
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.config_json import HINT, read_checked
 from llmc.formats.ends import check_tied
+from llmc.formats.mixture import is_transposed
 from llmc.formats.names import Names, missing
 
 # What transformers raises at a folder that it cannot read.
@@ -188,7 +189,7 @@ def _dequantized(ckpt: Checkpoint, skeleton: nn.Module, dtype: torch.dtype) -> d
             owner: Any = modules[parameter.rpartition(".")[0]]
             empty = owner.get_parameter(parameter.rpartition(".")[2])
             stack = stacks.setdefault(parameter, torch.empty(empty.shape, dtype=dtype, device="cpu"))
-            stack[number] = w.t() if owner.is_transposed else w
+            stack[number] = w.t() if is_transposed(owner) else w
             continue
         module = modules.get(names.find_own(linear) or "")
         if isinstance(module, Conv1D):
