@@ -102,8 +102,8 @@ class _Job:
         """The plan: the options, the size of the model, and the disk and memory that pruning needs (bytes)."""
         c = self.config
         hidden = self.skeleton.config.get_text_config().hidden_size
-        widest = max(max(get_weight(m).shape) for m in self.skeleton.linears(0).values())
-        layer = sum(get_weight(m).numel() for m in self.skeleton.linears(0).values()) * 4
+        widest = max(max(shape) for of_layer in self.skeleton.shapes for shape in of_layer)
+        layer = 4 * self.skeleton.layer_weights
         tokens = c.sequences * c.seq_len if c.method in ("wanda", "sparsegpt") else 0
         reference = reference_sequences(c) * c.seq_len
         states = 12 * hidden * (tokens + reference) + 4 * (hidden + widest) * tokens + 4 * (3 * hidden + widest) * reference

@@ -158,8 +158,7 @@ class _Job:
         """The plan: types and options, the size of the output, and the disk and memory that quantization needs (bytes)."""
         c, weights = self.config, self._linear_weights()
         hidden = self.skeleton.config.get_text_config().hidden_size
-        widest = max(get_weight(m).shape[1] for m in self.skeleton.linears(0).values())
-        layer = sum(get_weight(m).numel() for m in self.skeleton.linears(0).values()) * 4
+        widest, layer = self.skeleton.widths[-1], 4 * self.skeleton.layer_weights
         tokens, reference = (n * c.seq_len if c.calibrated else 0 for n in (c.samples, self._reference_sequences()))
         # three files of states; the inputs of the two linears that end a child module; the unchanged inputs of four groups
         states = 12 * hidden * (tokens + reference) + 4 * (hidden + widest) * tokens + 4 * (3 * hidden + widest) * reference
@@ -265,7 +264,7 @@ class _Job:
 
     def _explain(self, calibration: Calibration) -> None:
         """Print the number of calibration tokens per Hessian column, and warn if it is low."""
-        widths = sorted({get_weight(m).shape[1] for m in self.skeleton.linears(0).values()})
+        widths = sorted({get_weight(m).shape[1] for _, _, m in linears_of(self.skeleton)})
         per_column = [calibration.tokens / w for w in widths]
         say(f"calibration: {calibration.origin['name']}, {calibration.tokens:,} tokens, "
             + ", ".join(f"{p:.1f} per column of {w}" for p, w in zip(per_column, widths, strict=True)))
