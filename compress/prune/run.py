@@ -30,6 +30,7 @@ from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.linears import get_weight
 from llmc.formats.manifest import check_output, note_last, passes_of
 from llmc.formats.source import describe_source, model_name, origin_of
+from llmc.locks import locked
 from llmc.machine import check_memory, physical_cores, torch_device
 from llmc.precision import matmul_precision, prepare_cpu
 from llmc.sources.resolve import resolve_model
@@ -56,7 +57,8 @@ def prune(model: str | Path, config: PruneConfig) -> dict[str, Any]:
     if config.method == "depth" and config.by == "kl":
         check_memory(plan["memory_bytes"], "measuring the model without each layer, with the whole model in memory,")
     check_weights(job.checkpoint)
-    result = job.run()
+    with locked(job.out):
+        result = job.run()
     note_last(job.out, "hf")
     return {**result, "seconds": round(time.monotonic() - start, 1)}
 

@@ -48,6 +48,7 @@ from llmc.formats.manifest import check_output, note_last, passes_of
 from llmc.formats.quantized import read
 from llmc.formats.shards import pieces_of, rest_of
 from llmc.formats.source import describe_source, model_name, origin_of
+from llmc.locks import check_unlocked, locked
 from llmc.machine import check_memory, physical_cores, torch_device
 from llmc.precision import matmul_precision, prepare_cpu
 from llmc.sources.resolve import resolve_model
@@ -75,7 +76,8 @@ def quantize(model: str | Path, config: QuantizeConfig) -> dict[str, Any]:
     check_memory(plan["memory_bytes"], "quantizing" + (" on text that the whole model writes" if sampled else ""),
                  "give a text with --calibration FILE" if sampled else "lower --seq-len")
     check_weights(job.checkpoint)
-    result = quantize_and_heal(job) if config.heal else job.run()
+    with locked(job.out):
+        result = quantize_and_heal(job) if config.heal else job.run()
     note_last(job.out, job.kind)
     return {**result, "seconds": round(time.monotonic() - start, 1)}
 
@@ -125,6 +127,7 @@ class _Job:
         self.work = self.out.with_name(f".{self.out.name}.unfinished")
         if not config.dry_run:
             check_output(self.out, "gptq", source, config)
+            check_unlocked(self.out)  # now, because measuring for a target takes long
         self.importance = Importance(config.imatrix, self.skeleton) if config.imatrix else None
         self.assignment = (assign_to_budget(config, self.skeleton, self.described) if config.target
                            else assign(config, self.skeleton))
