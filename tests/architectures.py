@@ -60,7 +60,7 @@ MIXED: dict[str, dict[str, Any]] = {
               "attn_layer_period": 4, "attn_layer_offset": 2, "expert_layer_period": 2, "expert_layer_offset": 1},
     "zaya": {"num_hidden_layers": 4, "head_dim": 16, **MOE, "num_experts_per_tok": 1},
     "llama4_text": {"num_hidden_layers": 4, "head_dim": 16, "intermediate_size_mlp": 128,
-                    "interleave_moe_layer_step": 2, **MOE},
+                    "interleave_moe_layer_step": 2, **MOE, "num_experts_per_tok": 1},
     "dbrx": {"d_model": 64, "n_heads": 4, "n_layers": 3, "max_seq_len": 256,
              "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
              "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}},

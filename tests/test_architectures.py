@@ -71,7 +71,7 @@ def test_layer_by_layer_is_the_whole_model(kind: str, folder: Any, monkeypatch: 
     assert distance(ran.states, last_states(load_torch_model(folder(kind))).movedim(ran.axis, 0)) < 5e-6
 
 
-@pytest.mark.parametrize("kind", [*DENSE, "jamba", "zaya"])
+@pytest.mark.parametrize("kind", [*DENSE, "jamba", "zaya", "llama4_text"])
 def test_gptq_takes_every_matrix_and_loses_less_than_rounding(kind: str, folder: Any, text: Path, tmp_path: Path) -> None:
     base = folder(kind)
     done = llmc.quantize(base, calibration=str(text), samples=16, seq_len=64, threads=2, out=tmp_path / "gptq")
