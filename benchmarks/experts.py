@@ -1,6 +1,6 @@
 """Measure what experts cost `llmc quantize`: its memory on a model like Qwen3-30B-A3B, and how much few tokens are worth.
 
-    python benchmarks/experts.py memory --work FOLDER --tokenizer MODEL
+    python benchmarks/experts.py memory --work FOLDER --tokenizer MODEL --layers 2
     python benchmarks/experts.py shrink --work FOLDER --steps 600
 
 memory: writes a folder of the shape of Qwen3-30B-A3B (48 layers of 128 experts) as a sparse file, with noise in two layers
@@ -98,7 +98,7 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
     start = time.monotonic()
     process = subprocess.Popen([*map(str, command)])
     ends: list[float] = []
-    while process.poll() is None and len(ends) < len(FULL):
+    while process.poll() is None and len(ends) < args.layers:
         time.sleep(1)
         state = work / "state.json"
         done = json.loads(state.read_text())["done"] if state.is_file() else 0
@@ -177,6 +177,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, help="a folder with a tokenizer, for `memory`")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=len(FULL), help="layers to run, for `memory`")
     parser.add_argument("--steps", type=int, default=600)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
