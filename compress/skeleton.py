@@ -108,6 +108,12 @@ class Skeleton:
         """{name inside the layer: linear} of a decoder layer."""
         return {n: m for n, m in self.layers[index].named_modules() if is_linear(m)}
 
+    def starred(self, linear: str) -> str:
+        """The model's name of a linear, with * for the number of its expert: all experts of a layer are one tensor in many
+        files."""
+        path = next((p for p in self.experts if linear.startswith(f"{p}.")), None)
+        return linear if path is None else f"{path}.*.{linear.removeprefix(path).split('.', 2)[2]}"
+
     def leave(self) -> None:
         """Free the modules outside the layers (entering.py loads them)."""
         for part, _ in self.outside():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from llmc.compress.zeros import mask_of
 from llmc.console import warn
 from llmc.errors import UserError
 from llmc.families.names import role_of
+from llmc.formats.layouts import listed
 from llmc.formats.linears import get_weight
 from llmc.formats.types import BLOCK_TYPES, FALLBACK, AnyType, IntegerType
 
@@ -55,7 +57,34 @@ class Assignment:
 
 def assign(config: QuantizeConfig, skeleton: Skeleton) -> Assignment:
     """The types that `config` gives the model of `skeleton`. UserError if a type cannot hold a linear's rows."""
-    return _preset(config, skeleton) if config.preset else _uniform(config, skeleton)
+    found = _preset(config, skeleton) if config.preset else _uniform(config, skeleton)
+    named = types_by_name(config, skeleton)
+    if not named:
+        return found
+    found = replace(found, types={n: type_called(named[n]) if n in named else t for n, t in found.types.items()},
+                    missed={n: t for n, t in found.missed.items() if n not in named})
+    _check_rows(config, skeleton, found.types)
+    return found
+
+
+def types_by_name(config: QuantizeConfig, skeleton: Skeleton) -> dict[str, str]:
+    """{linear: type} of --type-of. UserError if a pattern fits no linear, or some experts of a layer and not all of them:
+    they are one tensor in a file."""
+    found: dict[str, str] = {}
+    linears = [name for _, name, _ in linears_of(skeleton)]
+    for pattern, qtype in config.named_types:
+        fits = [n for n in linears if fnmatchcase(n, f"*{pattern}*")]
+        if not fits:
+            raise UserError(f"--type-of {pattern}={qtype}: no linear of the decoder layers has a name with this part",
+                            f"layer 0 has {listed(list(skeleton.linears(0)), 20)}")
+        found |= dict.fromkeys(fits, qtype)
+    types: dict[str, set[str | None]] = {}
+    for name in linears:
+        types.setdefault(skeleton.starred(name), set()).add(found.get(name))
+    if mixed := [name for name, some in types.items() if len(some) > 1]:
+        raise UserError(f"--type-of gives the experts of {mixed[0]} several types, and they are one tensor in a GGUF file",
+                        "give a pattern that fits all experts of a layer, as in experts.*.down_proj=q6_k")
+    return found
 
 
 def type_called(name: str) -> AnyType:

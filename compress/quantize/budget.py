@@ -23,7 +23,14 @@ from torch import nn
 
 from llmc import closure
 from llmc.compress.quantize import sensitivity
-from llmc.compress.quantize.assignment import Assignment, assign, embedding_shape, has_own_head, type_called
+from llmc.compress.quantize.assignment import (
+    Assignment,
+    assign,
+    embedding_shape,
+    has_own_head,
+    type_called,
+    types_by_name,
+)
 from llmc.compress.quantize.config import QuantizeConfig
 from llmc.compress.quantize.knapsack import Frontier, Option
 from llmc.compress.sampling import sample_from_model
@@ -85,8 +92,13 @@ def assign_to_budget(config: QuantizeConfig, skeleton: Skeleton, source: dict[st
     measured = _measured(config, skeleton, source, matrices)
     options = {name: _options(m, measured[name], config.method) for name, m in matrices.items()}
     keep = mask_of(skeleton.checkpoint.folder) is not None and not config.lose_zeros
-    allowed = {name: [o for o in found if name in ENDS or block_types.BLOCK_TYPES[o.name].holds_zero or not keep]
+    named = {skeleton.starred(n): qtype for n, qtype in types_by_name(config, skeleton).items()}
+    allowed = {name: [o for o in found if o.name == named.get(name, o.name) and (
+                   name in ENDS or block_types.BLOCK_TYPES[o.name].holds_zero or not keep)]
                for name, found in options.items()}
+    if lost := [name for name, some in allowed.items() if not some]:
+        raise UserError(f"--type-of: {lost[0]} cannot have the type {named.get(lost[0])}",
+                        f"its rows of {matrices[lost[0]].shape[1]} weights fit {', '.join(o.name for o in options[lost[0]])}")
     equal = {name: next(o for o in options[name] if o.name == qtype) for name, qtype in peer.items()}
     parameters = sum(m.weights for m in matrices.values()) + outside.parameters
     chosen = _solve(config, Frontier(allowed), outside, parameters, equal)
@@ -102,7 +114,7 @@ def assign_to_budget(config: QuantizeConfig, skeleton: Skeleton, source: dict[st
 def types_of(preset: str, config: QuantizeConfig, skeleton: Skeleton) -> dict[str, str]:
     """{name of the matrix, as in `matrices_of`: the type that a preset gives it}."""
     mix = assign(QuantizeConfig(preset=preset, method=config.method), skeleton)
-    return {**mix.end_types, **{starred(skeleton, name): str(t.gguf_type).lower() for name, t in mix.types.items()}}
+    return {**mix.end_types, **{skeleton.starred(name): str(t.gguf_type).lower() for name, t in mix.types.items()}}
 
 
 def matrices_of(skeleton: Skeleton) -> dict[str, Matrix]:
@@ -114,7 +126,7 @@ def matrices_of(skeleton: Skeleton) -> dict[str, Matrix]:
     stacks: dict[str, Matrix] = {}
     for layer, name, module in linears_of(skeleton):
         out, width_in = get_weight(module).shape
-        before = stacks.get(key := starred(skeleton, name), Matrix(key, (0, width_in), layer, ()))
+        before = stacks.get(key := skeleton.starred(name), Matrix(key, (0, width_in), layer, ()))
         stacks[key] = replace(before, shape=(before.shape[0] + out, width_in), parts=(*before.parts, name))
     found += stacks.values()
     if has_own_head(skeleton):
@@ -123,12 +135,6 @@ def matrices_of(skeleton: Skeleton) -> dict[str, Matrix]:
         raise UserError(f"rows of {uneven[0].shape[1]} weights ({uneven[0].name}) fit no GGUF type",
                         "a budget needs rows that are a multiple of 32: use --bits")
     return {m.name: m for m in found}
-
-
-def starred(skeleton: Skeleton, linear: str) -> str:
-    """The name of a linear, with * for the number of its expert: all experts of a layer get one type."""
-    path = next((p for p in skeleton.experts if linear.startswith(f"{p}.")), None)
-    return linear if path is None else f"{path}.*.{linear.removeprefix(path).split('.', 2)[2]}"
 
 
 def _outside(skeleton: Skeleton, source: dict[str, Any], matrices: set[str]) -> Outside:

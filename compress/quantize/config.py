@@ -46,6 +46,10 @@ class QuantizeConfig:
     keep: str | None = option(
         None, help="Parameters of the decoder layers that stay floats: parts of their names, with commas between them, as in "
                    "layers.0.,v_proj. * stands for anything.", metavar="PATTERNS", shown="none", group=ADVANCED)
+    type_of: str | None = option(
+        None, help="GGUF types of some linears, against --bits, --type, --preset or a target: parts of their names with a "
+                   "type, with commas between them, as in down_proj=q6_k,layers.0.=q8_0. * stands for anything. The last "
+                   "that fits counts.", metavar="PATTERN=TYPE", shown="none", group=ADVANCED)
     method: str = option(
         "gptq", help="Rounding method. gptq compensates errors and needs text. rtn rounds to nearest and needs no text.",
         choices=METHODS, group=ADVANCED)
@@ -105,11 +109,21 @@ class QuantizeConfig:
         named = "--type" if self.type else "--preset" if self.preset else given[0] if given else ""
         if named and (self.bits, self.group_size, self.sym) != (4, 32, True):
             problems.append(f"{named} sets bits, group and symmetry: leave out --bits, --group-size and --asym")
+        if wrong := [pattern or qtype for pattern, qtype in self.named_types if not pattern or qtype not in BLOCK_TYPES]:
+            problems.append(f"--type-of {wrong[0]}: give NAME=TYPE, as in down_proj=q6_k. Types: {', '.join(BLOCK_TYPES)}")
+        if self.type_of and (self.transform != "none" or not self.sym):
+            problems.append("--type-of goes without --transform and --asym, which are for one type in all linears")
         if self.fallback is not None and self.fallback not in FALLBACKS:
             problems.append(f"--fallback {self.fallback}: must be a type with blocks of 32: {', '.join(FALLBACKS)}")
         if self.fallback and not self.type:
             problems.append("--fallback is the type of rows that --type cannot hold: give --type")
         check(self, "quantize", problems)
+
+    @property
+    def named_types(self) -> list[tuple[str, str]]:
+        """(part of a name, type) of --type-of, in the order given."""
+        parts = (part.rpartition("=") for part in (self.type_of or "").split(",") if part)
+        return [(pattern, qtype) for pattern, _, qtype in parts]
 
     @property
     def calibrated(self) -> bool:
@@ -136,8 +150,9 @@ class QuantizeConfig:
         deciding = {**asdict(self), "imatrix": self.imatrix and self.imatrix.name}
         for name in ("out", "resume", "dry_run", "heal"):  # healing has its own manifest entry
             del deciding[name]
-        if self.keep is None:
-            del deciding["keep"]
+        for name in ("keep", "type_of"):
+            if deciding[name] is None:
+                del deciding[name]
         if self.method == "rtn":
             text = () if self.calibrated or self.target else ("calibration", "samples", "seq_len", "seed")
             for name in ("damp", "true_sequential", *text):
