@@ -36,6 +36,49 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
     "gpt_neox": {"rotary_pct": 0.25},
 }
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}
+SLIDING = {"sliding_window": 32, "num_hidden_layers": 4}
+# the other families of llmc's table, each in its usual form and in another: {name of the test: (family, values)}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "smollm3": ("smollm3", {"num_hidden_layers": 4, "tie_word_embeddings": True}),
+    "smollm3_yarn": ("smollm3", {"num_hidden_layers": 5, "attention_bias": False, "rope_parameters": YARN,
+                                 "tie_word_embeddings": False}),
+    "ministral3": ("ministral3", {"head_dim": 32, "rope_parameters": {
+        **YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32.0, "beta_slow": 1.0, "llama_4_scaling_beta": 0.1}}),
+    "granite": ("granite", {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.02,
+                            "logits_scaling": 8.0, "tie_word_embeddings": True}),
+    "granite_bias": ("granite", {"embedding_multiplier": 2.0, "logits_scaling": 0.5, "attention_bias": True, "mlp_bias": True,
+                                 "rope_parameters": LLAMA3, "attention_multiplier": 0.3}),
+    "seed_oss": ("seed_oss", {"head_dim": 32, "num_key_value_heads": 1, "attention_bias": True, "attention_out_bias": False}),
+    "ernie4_5": ("ernie4_5", {"head_dim": 32, "use_bias": False, "tie_word_embeddings": True}),
+    "hunyuan_v1_dense": ("hunyuan_v1_dense", {"head_dim": 32, "tie_word_embeddings": True, "rope_parameters": {
+        "rope_type": "dynamic", "alpha": 100.0, "rope_theta": 10000.0, "factor": 1.0}}),
+    "hunyuan_plain": ("hunyuan_v1_dense", {"head_dim": 16}),
+    "gemma": ("gemma", {"head_dim": 32, "num_key_value_heads": 1}),
+    "arcee": ("arcee", {"rope_parameters": YARN}),
+    "arcee_llama3": ("arcee", {"rope_parameters": LLAMA3, "tie_word_embeddings": True, "head_dim": 32}),
+    "apertus": ("apertus", {"rope_parameters": LLAMA3, "hidden_act": "xielu"}),
+    "olmo2": ("olmo2", {"num_key_value_heads": 4}),
+    "olmo2_tied": ("olmo2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "olmo3": ("olmo3", {**SLIDING, "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}, "full_attention": YARN}}),
+    "exaone4": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 2, "rope_parameters": LLAMA3, "tie_word_embeddings": True}),
+    "exaone4_window": ("exaone4", {"sliding_window": 32, "num_hidden_layers": 64, "hidden_size": 32, "intermediate_size": 32}),
+    "glm4": ("glm4", {"head_dim": 32, "attention_bias": True}),
+    "stablelm": ("stablelm", {"num_key_value_heads": 4, "use_qkv_bias": True, "tie_word_embeddings": False}),
+    "stablelm_parallel": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
+    "starcoder2": ("starcoder2", {"tie_word_embeddings": True}),
+    "starcoder2_window": ("starcoder2", {"sliding_window": 160}),
+    "nemotron": ("nemotron", {"head_dim": 16}),
+    "nemotron_bias": ("nemotron", {"head_dim": 16, "attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}),
+    "cohere": ("cohere", {"logit_scale": 0.0625}),
+    "cohere2": ("cohere2", {**SLIDING, "logit_scale": 0.25}),
+    "phi": ("phi", {"num_key_value_heads": 4}),
+    "gpt_neox": ("gpt_neox", {"rotary_pct": 0.25}),
+    "gpt_neox_sequential": ("gpt_neox", {"rotary_pct": 1.0, "use_parallel_residual": False, "num_key_value_heads": None}),
+}
 
 
 @functools.cache
@@ -125,8 +168,8 @@ def tokenizer(style: str = "gpt2") -> PreTrainedTokenizerFast:
 
 
 def config(family: str, **overrides: Any) -> Any:
-    kwargs = {**COMMON, **FAMILIES[family], **overrides}
-    return AutoConfig.for_model(family, **kwargs)
+    model_type, values = (family, FAMILIES[family]) if family in FAMILIES else MODELS[family]
+    return AutoConfig.for_model(model_type, **{**COMMON, **values, **overrides})
 
 
 def build(family: str, folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, style: str | None = None,

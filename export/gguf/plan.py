@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from gguf import GGUFWriter
 
 from llmc.errors import UserError
 from llmc.export.gguf import blocks
-from llmc.export.gguf.architectures import TensorNames, interleave
+from llmc.export.gguf.architectures import TensorNames, apart, interleave
 from llmc.export.gguf.blocks import Kind
 from llmc.export.gguf.config import GgufExportConfig
 from llmc.export.gguf.tokenizer import Vocabulary
@@ -23,7 +24,7 @@ from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.contents import is_buffer
 from llmc.formats.types import QuantizedTensor
 
-HEAD = "lm_head.weight"
+EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"  # llama.cpp's names
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,12 @@ class Types:
                    reason)
 
     def of(self, name: str, shape: tuple[int, ...]) -> Kind:
-        """The type of a tensor. Vectors and position embeddings stay F32: llama.cpp adds them to float32 values."""
-        if name == "token_embd.weight":
+        """The type of a tensor. Vectors, norms and position embeddings stay F32: llama.cpp applies them to float32 values."""
+        if name == EMBEDDING:
             return self.embedding
-        if name == "output.weight":
+        if name == OUTPUT:
             return self.head
-        return Kind.F32 if len(shape) == 1 or name == "position_embd.weight" else self.matrix
+        return Kind.F32 if len(shape) == 1 or name.endswith("norm.weight") or name == "position_embd.weight" else self.matrix
 
 
 @dataclass
@@ -81,11 +82,12 @@ def reorder(source: Source, rows: np.ndarray) -> Source:
 class Planner:
     """Plans the file tensors of a checkpoint of one family."""
 
-    def __init__(self, ckpt: Checkpoint, family: Family, hf: Any, types: Types) -> None:
-        self.ckpt, self.family, self.hf, self.types = ckpt, family, hf, types
+    def __init__(self, ckpt: Checkpoint, family: Family, hf: Any, types: Types, writer: GGUFWriter) -> None:
+        self.ckpt, self.family, self.hf, self.types, self.writer = ckpt, family, hf, types, writer
         self.names = TensorNames(family, hf.num_hidden_layers)
         self.linears = set(quantized.linears(ckpt))
         self.notes: list[str] = []
+        self.scalars: dict[str, dict[int, float]] = {key: {} for key in family.gguf.scalars.values()}
 
     def entries(self) -> list[GgufTensor]:
         found = [self._quantized(linear) for linear in self.linears]
@@ -96,8 +98,8 @@ class Planner:
                 continue
             if name.endswith(".bias") and name.removesuffix(".bias") in self.linears and self._is_spare(name):
                 zero_biases += 1
-                continue
-            found.append(self._float(name))
+            elif not self._is_scalar(name):
+                found.append(self._float(name))
         if zero_biases:
             self.notes.append(f"{zero_biases} biases that are all zero were left out")
         found = self._tie(found)
@@ -117,9 +119,27 @@ class Planner:
         """True for an all-zero bias that AutoGPTQ added to a linear without one. GPT-2 has real biases everywhere."""
         return not self.family.transposed and not bool(self.ckpt.tensor(bias).any())
 
+    def add_scalars(self) -> None:
+        """Write the numbers that llama.cpp has in its metadata, a list with one for each layer. After `entries`."""
+        for key, values in self.scalars.items():
+            if sorted(values) != list(range(self.hf.num_hidden_layers)):
+                raise UserError(f"{self.ckpt.folder} has {key} for {len(values)} of {self.hf.num_hidden_layers} layers",
+                                "download the model again")
+            getattr(self.writer, f"add_{key}")([values[i] for i in sorted(values)])
+
+    def _is_scalar(self, name: str) -> bool:
+        """True for a tensor that is a number of its layer in llama.cpp's metadata. Keeps the number."""
+        found = re.search(r"\.(\d+)\.(.*)", name)
+        key = self.family.gguf.scalars.get(found[2]) if found else None
+        if found and key:
+            self.scalars[key][int(found[1])] = float(self.ckpt.tensor(name))
+        return key is not None
+
     def _rows(self, module: str, rows: int) -> np.ndarray | None:
         """The order of the rows in the file; None if it is that of the checkpoint."""
         role = self.family.role_of(module)
+        if self.family.qkv_by_head and role == "attn_qkv":
+            return apart(rows, self.hf.num_attention_heads, self.family.key_heads(self.hf))
         if self.family.gguf.interleaved and role in ("attn_q", "attn_k"):
             heads = self.hf.num_attention_heads if role == "attn_q" else self.hf.num_key_value_heads
             if rows % (2 * heads):
@@ -166,16 +186,18 @@ class Planner:
         """Remove a head that equals the embedding: llama.cpp then uses the embedding for both.
 
         Raises UserError if config.json, the checkpoint, the options and the architecture contradict each other."""
-        embedding = next((e for e in found if e.name == "token_embd.weight"), None)
+        embedding = next((e for e in found if e.name == EMBEDDING), None)
         if embedding is None:
             raise UserError(f"{self.ckpt.folder} has no token embedding", "download the model again")
-        head = next((e for e in found if e.name == "output.weight"), None)
+        head, rule = next((e for e in found if e.name == OUTPUT), None), self.family.gguf.head
         says_tied = bool(getattr(self.hf, "tie_word_embeddings", False))
-        equal = ends.Ends(self.ckpt.folder, says_tied, None if head is None else HEAD, lambda: head is not None
+        equal = ends.Ends(self.ckpt.folder, says_tied, head and (head.stored or OUTPUT), lambda: head is not None
                           and not head.codes and _same(embedding.source(), head.source())).one
-        if not equal and not self.family.gguf.own_head:
+        if not equal and rule == "tied":
             raise UserError(f"the head differs from the embedding, and llama.cpp's {self.family.gguf.name} has one matrix",
                             "llama.cpp cannot run this model as it is")
+        if equal and rule == "own":  # llama.cpp reads a second copy
+            return [e for e in found if e is not head] + [replace(embedding, name=OUTPUT, kind=self.types.head)]
         if equal and self.types.head != self.types.embedding:
             raise UserError(f"head and embedding of {self.ckpt.folder} are one matrix: it cannot be both "
                             f"{self.types.head.name} and {self.types.embedding.name}",
