@@ -40,6 +40,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}
 SLIDING = {"sliding_window": 32, "num_hidden_layers": 4}
+MIXTURE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 # the other families of llmc's table, each in its usual form and in another: {name of the test: (family, values)}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("smollm3", {"num_hidden_layers": 4, "tie_word_embeddings": True}),
@@ -78,6 +79,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi": ("phi", {"num_key_value_heads": 4}),
     "gpt_neox": ("gpt_neox", {"rotary_pct": 0.25}),
     "gpt_neox_sequential": ("gpt_neox", {"rotary_pct": 1.0, "use_parallel_residual": False, "num_key_value_heads": None}),
+    "falcon": ("falcon", {"multi_query": True}),
+    "falcon_grouped": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "tie_word_embeddings": False}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2_moe": ("qwen2_moe", {**MIXTURE, "shared_expert_intermediate_size": 96}),
+    "qwen3_moe": ("qwen3_moe", {**MIXTURE, "head_dim": 32, "norm_topk_prob": True}),
+    "olmoe": ("olmoe", {**MIXTURE, "intermediate_size": 32, "num_key_value_heads": 4}),
+    "lfm2": ("lfm2", {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]}),
 }
 
 

@@ -20,7 +20,6 @@ from llmc.families.row import Family, activation_of
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-INNER = ("intermediate_size", "n_inner", "ffn_hidden_size")
 EPSILONS = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps")
 APPROXIMATED = {"gelu": "its approximation with tanh, which differs by at most 0.0005"}
 
@@ -66,13 +65,14 @@ def add_hyperparameters(writer: GGUFWriter, family: Family, c: Any) -> tuple[dic
     writer.add_block_count(c.num_hidden_layers)
     writer.add_context_length(c.max_position_embeddings)
     writer.add_embedding_length(c.hidden_size)
-    writer.add_feed_forward_length(_first(c, INNER) or 4 * c.hidden_size)
     writer.add_head_count(heads)
-    writer.add_head_count_kv(family.key_heads(c))
+    keys, kinds = family.key_heads(c), getattr(c, "layer_types", None) or []
+    without = family.gguf.unattended
+    writer.add_head_count_kv([0 if kind == without else keys for kind in kinds] if without else keys)
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     add_epsilon = writer.add_layer_norm_eps if family.centred else writer.add_layer_norm_rms_eps
-    add_epsilon(_first(c, EPSILONS))
+    add_epsilon(next(value for name in EPSILONS if (value := getattr(c, name, None)) is not None))
     tensors = add_rope(writer, c.to_dict(), head_dim, c.max_position_embeddings) if family.rotary else {}
     notes = _add_window(writer, family, c)
     for name, key in family.gguf.values.items():
@@ -83,15 +83,10 @@ def add_hyperparameters(writer: GGUFWriter, family: Family, c: Any) -> tuple[dic
     return tensors, notes
 
 
-def _first(c: Any, names: tuple[str, ...]) -> Any:
-    """The value of the first of these names that a transformers config has; None if it has none."""
-    return next((value for name in names if (value := getattr(c, name, None)) is not None), None)
-
-
 def _check_assumptions(family: Family, c: Any, head_dim: int) -> None:
     """Raise UserError if config.json contradicts what llama.cpp's code for the architecture assumes."""
     g = family.gguf
-    if (activation := activation_of(c)) not in g.activations:
+    if (activation := activation_of(c)) not in ("", *g.activations):
         raise _unlike("the activation", activation, g.activations[0])
     for name, value in g.assumed.items():
         if bool(found := getattr(c, name, value)) != bool(value):  # None, 0 and false all mean: absent

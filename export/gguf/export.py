@@ -70,7 +70,7 @@ def plan_file(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, types: Types
     rope_tensors, notes = add_hyperparameters(w, family, hf)
     planner = Planner(ckpt, family, hf, types, w)
     entries = planner.entries()
-    planner.add_scalars()
+    planner.add_values(entries)
     rows = next(e.shape[0] for e in entries if e.name == "token_embd.weight")
     w.add_vocab_size(rows)
     vocabulary = tokenizer.read_vocabulary(ckpt.folder, tok, rows, config.pre, config.chat_template)

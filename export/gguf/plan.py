@@ -25,6 +25,8 @@ from llmc.formats.contents import is_buffer
 from llmc.formats.types import QuantizedTensor
 
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"  # llama.cpp's names
+FLOAT32 = re.compile(r"norm\.weight$|^position_embd\.|\.ffn_gate_inp(_shexp)?\.|\.shortconv\.conv\.")
+STACKED = re.compile(r"(.*\.\d+\..*?)(?:\.norms)?\.(\d+)(\..*)")  # experts, and StableLM's norms: one of each in a layer
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,12 @@ class Types:
                    reason)
 
     def of(self, name: str, shape: tuple[int, ...]) -> Kind:
-        """The type of a tensor. Vectors, norms and position embeddings stay F32: llama.cpp applies them to float32 values."""
+        """The type of a tensor. Vectors and what FLOAT32 matches stay F32, as llama.cpp wants them."""
         if name == EMBEDDING:
             return self.embedding
         if name == OUTPUT:
             return self.head
-        return Kind.F32 if len(shape) == 1 or name.endswith("norm.weight") or name == "position_embd.weight" else self.matrix
+        return Kind.F32 if len(shape) == 1 or FLOAT32.search(name) else self.matrix
 
 
 @dataclass
@@ -90,7 +92,7 @@ class Planner:
         self.scalars: dict[str, dict[int, float]] = {key: {} for key in family.gguf.scalars.values()}
 
     def entries(self) -> list[GgufTensor]:
-        found = [self._quantized(linear) for linear in self.linears]
+        placed = [(self._quantized(linear), f"{linear}.weight") for linear in self.linears]
         packed = {name for linear in self.linears for name in quantized.parts(linear)}
         zero_biases = 0
         for name in self.ckpt.names():
@@ -99,18 +101,47 @@ class Planner:
             if name.endswith(".bias") and name.removesuffix(".bias") in self.linears and self._is_spare(name):
                 zero_biases += 1
             elif not self._is_scalar(name):
-                found.append(self._float(name))
+                placed.append((self._float(name), name))
         if zero_biases:
             self.notes.append(f"{zero_biases} biases that are all zero were left out")
-        found = self._tie(found)
+        found = self._tie(self._stack(placed))
         names = [e.name for e in found]
         if twice := next((n for n in names if names.count(n) > 1), None):
             raise UserError(f"two tensors of {self.ckpt.folder} map to {twice}", "the checkpoint holds a weight twice")
         self._check_mins(found)
         return sorted(found, key=lambda e: e.order)
 
-    def _gguf_name(self, name: str) -> str:
+    def _stack(self, placed: list[tuple[GgufTensor, str]]) -> list[GgufTensor]:
+        """Make one tensor of all experts' matrices of one kind in a layer. placed: tensors with their stored names."""
+        found, stacks = [], dict[str, dict[int, GgufTensor]]()
+        for e, name in placed:
+            number = self._place(name)[1]
+            if number is None:
+                found.append(e)
+            elif stacks.setdefault(e.name, {}).setdefault(number, e) is not e:
+                raise UserError(f"two tensors of {self.ckpt.folder} map to part {number} of {e.name}",
+                                "the checkpoint holds a weight twice")
+        for name, parts in stacks.items():
+            ordered = [parts[i] for i in sorted(parts)]
+            first = ordered[0]
+            if sorted(parts) != list(range(len(parts))) or len({e.shape for e in ordered}) > 1:
+                raise UserError(f"{self.ckpt.folder} has the parts {sorted(parts)} of {name}, not one after the other and alike",
+                                "download the model again")
+            if kinds := sorted({e.kind.name for e in ordered if e.kind != first.kind or e.codes != first.codes}):
+                raise UserError(f"the parts of {name} have the types {first.kind.name} and {', '.join(kinds)}, and a tensor "
+                                "has one type", "quantize all experts of a layer to one type")
+            found.append(replace(first, shape=(len(ordered), *first.shape), more=tuple(e.source for e in ordered[1:])))
+        return found
+
+    def _place(self, name: str) -> tuple[str | None, int | None]:
+        """(llama.cpp's name of a tensor, its number in a stack; None if it has none)."""
         if mapped := self.names.find(name):
+            return mapped, None
+        part = STACKED.fullmatch(name)
+        return (self.names.find(part[1] + part[3]), int(part[2])) if part else (None, None)
+
+    def _gguf_name(self, name: str) -> str:
+        if mapped := self._place(name)[0]:
             return mapped
         raise UserError(f"{name} of {self.ckpt.folder} has no place in llama.cpp's {self.family.gguf.name} architecture",
                         "the checkpoint holds tensors that the architecture in its config.json does not have")
@@ -119,8 +150,13 @@ class Planner:
         """True for an all-zero bias that AutoGPTQ added to a linear without one. GPT-2 has real biases everywhere."""
         return not self.family.transposed and not bool(self.ckpt.tensor(bias).any())
 
-    def add_scalars(self) -> None:
-        """Write the numbers that llama.cpp has in its metadata, a list with one for each layer. After `entries`."""
+    def add_values(self, entries: list[GgufTensor]) -> None:
+        """Write the metadata that are found in the tensors: the width of MLPs, and lists with one number for each layer."""
+        widths = {e.shape[-1] for e in entries if e.name.endswith(".ffn_down.weight")} or {self.hf.intermediate_size}
+        if len(widths) > 1:
+            raise UserError(f"the MLPs of {self.ckpt.folder} have the widths {sorted(widths)}, and llmc writes one for all layers",
+                            "llmc cannot write this model into GGUF")
+        self.writer.add_feed_forward_length(widths.pop())
         for key, values in self.scalars.items():
             if sorted(values) != list(range(self.hf.num_hidden_layers)):
                 raise UserError(f"{self.ckpt.folder} has {key} for {len(values)} of {self.hf.num_hidden_layers} layers",
@@ -163,6 +199,8 @@ class Planner:
     def _float(self, name: str) -> GgufTensor:
         module, _, what = name.rpartition(".")
         shape = self.ckpt.shape(name)
+        if len(shape) == 3 and shape[1] == 1:  # the kernels of a convolution: llama.cpp's have two axes
+            shape = (shape[0], shape[2])
         transposed = self.family.transposed and what == "weight" and self.family.role_of(module) is not None
         if transposed:
             shape = shape[::-1]
@@ -174,8 +212,7 @@ class Planner:
 
         def source() -> Source:
             t = self.ckpt.tensor(name)
-            if transposed:
-                t = t.t()
+            t = t.t() if transposed else t.reshape(shape)
             if offset:
                 t = t.to(torch.float32) + offset
             return t if rows is None else reorder(t, rows)
@@ -209,7 +246,7 @@ class Planner:
 
     def _check_mins(self, entries: list[GgufTensor]) -> None:
         """Raise UserError if asymmetric 4-bit GPTQ codes do not fit Q4_1: it stores -scale * zero as a float16."""
-        wrong = [e.name for e in entries if e.kind == Kind.Q4_1 and e.codes and _inexact_mins(e.source)]
+        wrong = [e.name for e in entries if e.kind == Kind.Q4_1 and e.codes and any(map(_inexact_mins, e.sources))]
         if wrong:
             raise UserError(f"{len(wrong)} layers (first {wrong[0]}) have a minimum, -scale * zero, that Q4_1's "
                             "float16 cannot hold exactly", "quantize with --sym: its codes fit Q4_0 bit for bit")

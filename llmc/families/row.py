@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 SILU = ("silu", "swish")
@@ -30,6 +30,7 @@ class Gguf:
     unrotated: every such layer (4: the 4th, the 8th, ...) is without rotary positions, whatever the file says; 0: none.
     assumed: values of config.json that it assumes; a key that config.json lacks has the assumed value.
     values: {name in config.json: name of the value in the gguf package}, which it reads. required: those that it cannot lack.
+    unattended: the kind in layer_types of layers without attention; empty: all have it.
     scalars: {tensor of a layer that holds one number: the name of its list in the gguf package}.
     wide_scale_layers: a model with this number of layers scales attention by hidden_size / heads, all others by head_dim.
     seventy_from: with at least this number of query heads for each key head, llama-quantize treats 80 layers as "70B" and
@@ -50,6 +51,7 @@ class Gguf:
     assumed: Mapping[str, Any] = field(default_factory=dict)
     values: Mapping[str, str] = field(default_factory=dict)
     required: tuple[str, ...] = ()
+    unattended: str = ""
     scalars: Mapping[str, str] = field(default_factory=dict)
     wide_scale_layers: int = 0
     seventy_from: int = 0
@@ -81,6 +83,7 @@ class Family:
     grouped: query heads share num_key_value_heads key and value heads. rotary: positions are rotary embeddings.
     transposed: float weights of linears are stored as [in, out] (Conv1D).
     scaled_embedding: the embedding is multiplied by the square root of the number of channels.
+    unmapped: what layers have that the other fields do not describe; empty if nothing. Then layers cannot be changed.
     """
 
     model_type: str
@@ -99,6 +102,7 @@ class Family:
     rotary: bool = True
     transposed: bool = False
     scaled_embedding: bool = False
+    unmapped: str = ""
     gguf: Gguf = Gguf()
     onnx: Onnx = Onnx()
 
@@ -115,6 +119,10 @@ class Family:
                 found[norm] = (*found.get(norm, ()), *(self.linears[role] for role in roles if role in self.linears))
         return found
 
+    def norms_of(self, modules: Container[str]) -> dict[str, tuple[str, ...]]:
+        """`norms` of one layer, by the names of its modules: without a norm of its own, the MLP reads that of attention."""
+        return self.norms if self.mlp_norm in modules else replace(self, mlp_norm=self.attention_norm).norms
+
     @property
     def all_norms(self) -> tuple[str, ...]:
         """Every norm of a layer, each once."""
@@ -122,8 +130,10 @@ class Family:
 
     def key_heads(self, config: Any) -> int:
         """The number of key and value heads in a transformers config."""
-        found = getattr(config, "num_key_value_heads", None) if self.grouped else None
-        return int(found or config.num_attention_heads)
+        if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+            return 1  # Falcon
+        found = (getattr(config, name, None) for name in ("num_key_value_heads", "num_kv_heads"))
+        return int((self.grouped and next(filter(None, found), None)) or config.num_attention_heads)
 
     @property
     def value(self) -> str:
@@ -154,12 +164,14 @@ class Family:
     @property
     def unnarrowable(self) -> str:
         """The reason why layers cannot be made narrower; '' if they can."""
+        if self.unmapped:
+            return self.unmapped
         if self.centred:
             return "its LayerNorm subtracts the mean of all channels"
         return "" if self.gated else "its MLP has no gate"
 
 
 def activation_of(config: Any) -> str:
-    """The name of the MLP's activation in a transformers config."""
-    found = getattr(config, "hidden_activation", None) or getattr(config, "activation_function", None) or config.hidden_act
-    return str(found)
+    """The name of the MLP's activation in a transformers config; '' if it names none (the code has a fixed one)."""
+    names = ("hidden_activation", "activation_function", "hidden_act", "activation")
+    return str(next((found for name in names if (found := getattr(config, name, None))), ""))

@@ -16,7 +16,8 @@ LLAMA = Family(
              "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
              "ffn_down": "mlp.down_proj"},
     attention_norm="input_layernorm", mlp_norm="post_attention_layernorm",
-    gguf=Gguf("llama", interleaved=True, rope=("linear", "yarn", "llama3", "longrope"), seventy_from=2),
+    gguf=Gguf("llama", interleaved=True, rope=("linear", "yarn", "llama3", "longrope"), seventy_from=2,
+              values={"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}),
     onnx=Onnx("LlamaModel"))
 MISTRAL = replace(LLAMA, model_type="mistral", architecture="MistralForCausalLM", onnx=Onnx("MistralModel"))
 QWEN2 = replace(LLAMA, model_type="qwen2", architecture="Qwen2ForCausalLM", gguf=Gguf("qwen2", seventy_from=1),
@@ -62,6 +63,12 @@ GPT_NEOX = replace(
     rotary=True, transposed=False,
     gguf=Gguf("gptneox", GELU, head="own", partial_rotary=True, values={"use_parallel_residual": "parallel_residual"},
               assumed={"attention_bias": True}))
+
+FALCON = replace(
+    GPT_NEOX, model_type="falcon", architecture="FalconForCausalLM",
+    linears={**GPT_NEOX.linears, "attn_qkv": "self_attention.query_key_value", "attn_output": "self_attention.dense"},
+    mlp_norm=GPT_NEOX.attention_norm, final_norm="ln_f", grouped=True, unmapped="its sizes have norms of different names",
+    gguf=Gguf("falcon", GELU, assumed={"alibi": False, "parallel_attn": True}))
 
 # RMSNorm before attention and MLP, as Llama
 FREQUENCIES = ("linear", "yarn", "llama3")  # where llama.cpp reads a factor for each frequency
@@ -122,6 +129,28 @@ PHI = replace(
     linears={**UNGATED, "attn_output": "self_attn.dense", "ffn_up": "mlp.fc1", "ffn_down": "mlp.fc2"},
     gguf=Gguf("phi2", GELU_TANH, head="own", partial_rotary=True, assumed={"qk_layernorm": False}))
 
-ROWS = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, GPT2, OPT, GPT_NEOX, SMOLLM3, MINISTRAL3, GRANITE, SEED_OSS,
-        ERNIE4_5, HUNYUAN, GEMMA, ARCEE, APERTUS, OLMO2, OLMO3, EXAONE4, GLM4, STABLELM, STARCODER2, NEMOTRON, COHERE, COHERE2,
-        PHI)
+# layers of several kinds
+EXPERTS = {"num_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
+EXPERT_WIDTH = {"moe_intermediate_size": "expert_feed_forward_length"}
+MIXTURE = replace(LLAMA, linears={role: linear for role, linear in LLAMA.linears.items() if role.startswith("attn")},
+                  unmapped="its experts are matrices of their own", onnx=Onnx())
+MIXTRAL = replace(MIXTURE, model_type="mixtral", architecture="MixtralForCausalLM")
+QWEN2_MOE = replace(
+    MIXTURE, model_type="qwen2_moe", architecture="Qwen2MoeForCausalLM",
+    gguf=Gguf("qwen2moe", head="own", assumed={"norm_topk_prob": False}, values={
+        **EXPERTS, **EXPERT_WIDTH, "shared_expert_intermediate_size": "expert_shared_feed_forward_length"}))
+QWEN3_MOE = replace(MIXTURE, model_type="qwen3_moe", architecture="Qwen3MoeForCausalLM", head_norms=QWEN3.head_norms,
+                    gguf=Gguf("qwen3moe", assumed={"norm_topk_prob": True}, values={**EXPERTS, **EXPERT_WIDTH}))
+OLMOE = replace(MIXTURE, model_type="olmoe", architecture="OlmoeForCausalLM", head_norms=QWEN3.head_norms,
+                gguf=Gguf("olmoe", head="own", assumed={"norm_topk_prob": False, "clip_qkv": None}, values=EXPERTS))
+LFM2 = replace(
+    LLAMA, model_type="lfm2", architecture="Lfm2ForCausalLM", unmapped="its layers are of two kinds", onnx=Onnx(),
+    linears={**LLAMA.linears, "attn_output": "self_attn.out_proj", "ffn_gate": "feed_forward.w1", "ffn_up": "feed_forward.w3",
+             "ffn_down": "feed_forward.w2"},
+    attention_norm="operator_norm", mlp_norm="ffn_norm", final_norm="embedding_norm",
+    head_norms=("self_attn.q_layernorm", "self_attn.k_layernorm"),
+    gguf=Gguf("lfm2", unattended="conv", assumed={"conv_bias": False}, values={"conv_L_cache": "shortconv_l_cache"}))
+
+ROWS = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, GPT2, OPT, GPT_NEOX, FALCON, SMOLLM3, MINISTRAL3, GRANITE,
+        SEED_OSS, ERNIE4_5, HUNYUAN, GEMMA, ARCEE, APERTUS, OLMO2, OLMO3, EXAONE4, GLM4, STABLELM, STARCODER2, NEMOTRON, COHERE, COHERE2,
+        PHI, MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, LFM2)
