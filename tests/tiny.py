@@ -40,7 +40,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}
 SLIDING = {"sliding_window": 32, "num_hidden_layers": 4}
-MIXTURE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+MIXTURE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
 # the other families of llmc's table, each in its usual form and in another: {name of the test: (family, values)}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("smollm3", {"num_hidden_layers": 4, "tie_word_embeddings": True}),
@@ -48,8 +48,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
                                  "tie_word_embeddings": False}),
     "ministral3": ("ministral3", {"head_dim": 32, "rope_parameters": {
         **YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32.0, "beta_slow": 1.0, "llama_4_scaling_beta": 0.1}}),
-    "granite": ("granite", {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.02,
-                            "logits_scaling": 8.0, "tie_word_embeddings": True}),
+    "granite": ("granite", {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.3,
+                            "logits_scaling": 0.25, "tie_word_embeddings": True}),
     "granite_bias": ("granite", {"embedding_multiplier": 2.0, "logits_scaling": 0.5, "attention_bias": True, "mlp_bias": True,
                                  "rope_parameters": LLAMA3, "attention_multiplier": 0.3}),
     "seed_oss": ("seed_oss", {"head_dim": 32, "num_key_value_heads": 1, "attention_bias": True, "attention_out_bias": False}),
@@ -74,8 +74,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "starcoder2_window": ("starcoder2", {"sliding_window": 160}),
     "nemotron": ("nemotron", {"head_dim": 16}),
     "nemotron_bias": ("nemotron", {"head_dim": 16, "attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}),
-    "cohere": ("cohere", {"logit_scale": 0.0625}),
-    "cohere2": ("cohere2", {**SLIDING, "logit_scale": 0.25}),
+    "cohere": ("cohere", {"logit_scale": 1.5}),
+    "cohere2": ("cohere2", {**SLIDING, "logit_scale": 0.7}),
     "phi": ("phi", {"num_key_value_heads": 4}),
     "gpt_neox": ("gpt_neox", {"rotary_pct": 0.25}),
     "gpt_neox_sequential": ("gpt_neox", {"rotary_pct": 1.0, "use_parallel_residual": False, "num_key_value_heads": None}),
@@ -87,6 +87,20 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("olmoe", {**MIXTURE, "intermediate_size": 32, "num_key_value_heads": 4}),
     "lfm2": ("lfm2", {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]}),
 }
+
+
+def family_of(name: str) -> str:
+    """The model_type of an entry of FAMILIES or MODELS."""
+    return name if name in FAMILIES else MODELS[name][0]
+
+
+def values_of(name: str) -> dict[str, Any]:
+    """What the config of an entry states."""
+    return {**COMMON, **(FAMILIES[name] if name in FAMILIES else MODELS[name][1])}
+
+
+# one entry for each family
+EACH = {family_of(name): name for name in reversed([*FAMILIES, *MODELS])}
 
 
 @functools.cache
@@ -176,8 +190,7 @@ def tokenizer(style: str = "gpt2") -> PreTrainedTokenizerFast:
 
 
 def config(family: str, **overrides: Any) -> Any:
-    model_type, values = (family, FAMILIES[family]) if family in FAMILIES else MODELS[family]
-    return AutoConfig.for_model(model_type, **{**COMMON, **values, **overrides})
+    return AutoConfig.for_model(family_of(family), **{**values_of(family), **overrides})
 
 
 def build(family: str, folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, style: str | None = None,

@@ -69,10 +69,10 @@ def family_of(config: Any) -> Family:
     kind = config.get_text_config().model_type
     family = by_model_type(kind)
     if family is None or family.unmapped:
-        known = [name for name, f in FAMILIES.items() if not f.unmapped]
+        near = "" if family else nearest(kind, [name for name, f in FAMILIES.items() if not f.unmapped])
         raise UserError(f"llmc does not know which channels of the architecture {kind!r} can be transformed"
-                        + (f": {family.unmapped}" if family else ""),
-                        f"it knows {', '.join(known)}{nearest(kind, known)}; quantize without a transform")
+                        + (f": {family.unmapped}" if family else near),
+                        "quantize without a transform; `llmc models` shows what each architecture can do")
     return family
 
 

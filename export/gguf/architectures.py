@@ -50,8 +50,8 @@ def find_architecture(config: dict[str, Any], hint: str = CONVERTER) -> Family:
         return family
     what = ", ".join(config.get("architectures") or []) or config.get("model_type") or "unnamed"
     known = [f.architecture for f in FAMILIES.values() if f.gguf.name]
-    raise UserError(f"llmc does not write the architecture {what} as GGUF; it writes {', '.join(known)}"
-                    + nearest(what, known), hint)
+    raise UserError(f"llmc does not write the architecture {what} as GGUF{nearest(what, known)}; `llmc models` lists those that "
+                    "it writes", hint)
 
 
 def add_hyperparameters(writer: GGUFWriter, family: Family, c: Any) -> tuple[dict[str, np.ndarray], list[str]]:
