@@ -45,9 +45,9 @@ def models_page() -> str:
     """docs/models.md."""
     return f"""# Model families
 
-What `llmc models` prints. Written by `make docs` from the tables that the commands use and from `llmc/families/proved.json`, which
-`make test-models` writes. `family` is `model_type` in config.json. Other decoder-only models of transformers can be quantized, and
-pruned by masks and by depth, too: each command says if it cannot.
+What `llmc models` prints. Written by `make docs` from the tables that the commands use and from
+`llmc/families/proved.json`, which `make test-models` writes. `family` is `model_type` in config.json. Other decoder-only
+models of transformers can be quantized, and pruned by masks and by depth, too: each command says if it cannot.
 
 {markdown(models())}
 """

@@ -46,4 +46,5 @@ def write(path: Path = PROOFS) -> None:
 
 
 def _worst(runs: list[dict[str, float]]) -> dict[str, float]:
-    return {key: float(f"{max(run[key] for run in runs if key in run):.1e}") for key in sorted({k for run in runs for k in run})}
+    names = sorted({name for run in runs for name in run})
+    return {name: float(f"{max(run[name] for run in runs if name in run):.1e}") for name in names}

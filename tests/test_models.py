@@ -71,7 +71,10 @@ def kld(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 LATER = pytest.mark.xfail(strict=True, reason="the reference uses a convolution's weights before it reads them")
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=LATER) if n == "lfm2" else n for n in those(lambda f: f.gguf.name, 64)])
+WRITTEN = those(lambda f: f.gguf.name, 64)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=LATER if n == "lfm2" else ()) for n in WRITTEN])
 def test_gguf(name: str, tmp_path: Path) -> None:
     """Both files pass the exporter's own proofs, and the float one a narrower bound; codes of every linear are carried."""
     with proving(name, "gguf") as figures:
@@ -139,7 +142,7 @@ def test_the_codes_of_every_expert_are_in_its_place(family: str, tmp_path: Path)
         assert np.array_equal(dequantize(t.data, Kind.Q4_0)[expert], q.dequantize().numpy())
 
 
-@pytest.mark.parametrize("name", those(lambda f: not f.unmapped))
+@pytest.mark.parametrize("name", those(lambda f: "experts" not in f.unmapped))
 def test_quantize(name: str, tmp_path: Path, text: Path) -> None:
     with proving(name, "quantize") as figures:
         base = build(name, tmp_path / "base")
@@ -155,15 +158,15 @@ def test_transform(name: str, tmp_path: Path, text: Path) -> None:
     """Scaled and rotated as far as the row allows."""
     row = FAMILIES[family_of(name)]
     with proving(name, "transform") as figures:
-        base = build(name, tmp_path / "base", tie_word_embeddings=False)
-        rotate = "r2" if row.unrotatable else "r1r2"
-        llmc.transform(base, scaling="awq", rotate=rotate, calibration=text, samples=8, seq_len=64, out=tmp_path / "t", threads=1)
+        base, rotate = build(name, tmp_path / "base", tie_word_embeddings=False), "r2" if row.unrotatable else "r1r2"
+        llmc.transform(base, scaling="awq", rotate=rotate, calibration=text, samples=8, seq_len=64, out=tmp_path / "t",
+                       threads=1)
         figures["kld"] = abs(kld(exact_logits(tmp_path / "t"), exact_logits(base)))
         assert figures["kld"] < 1e-6
-    changed = Checkpoint.open(tmp_path / "t")
-    before = Checkpoint.open(base)
-    same = [n for n in before.names() if before.tensor(n).ndim > 1 and torch.equal(before.tensor(n), changed.tensor(n).float())]
-    assert len(same) <= len(before.names()) / 4 or row.unrotatable
+    before, after = Checkpoint.open(base), Checkpoint.open(tmp_path / "t")
+    readers = [n for n in before.names() if n.endswith(f".{row.out}.weight")]
+    assert len(readers) == tiny.values_of(name)["num_hidden_layers"]
+    assert not any(torch.allclose(before.tensor(n), after.tensor(n), rtol=0.1) for n in readers)
     if row.unrotatable:
         with pytest.raises(UserError, match="cannot rotate the residual stream"):
             llmc.transform(base, scaling="none", rotate="r1r2", out=tmp_path / "r", threads=1)
@@ -176,7 +179,7 @@ def test_layers_that_no_row_describes_are_not_transformed(name: str, tmp_path: P
         llmc.transform(base, scaling="equalize", out=tmp_path / "t", threads=1)
 
 
-@pytest.mark.parametrize("name", those(lambda f: not f.unmapped))
+@pytest.mark.parametrize("name", those(lambda f: "experts" not in f.unmapped))
 def test_masks(name: str, tmp_path: Path, text: Path) -> None:
     with proving(name, "masks") as figures:
         base = build(name, tmp_path / "base")
@@ -187,7 +190,7 @@ def test_masks(name: str, tmp_path: Path, text: Path) -> None:
         figures["sparsity"] = done["sparsity"]
 
 
-@pytest.mark.parametrize("name", those(lambda f: not f.unmapped))
+@pytest.mark.parametrize("name", those(lambda f: "experts" not in f.unmapped))
 def test_depth(name: str, tmp_path: Path, text: Path) -> None:
     """The pruned folder computes what the whole model does when that layer hands its input through."""
     with proving(name, "depth") as figures:

@@ -65,8 +65,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2_tied": ("olmo2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
     "olmo3": ("olmo3", {**SLIDING, "rope_parameters": {
         "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}, "full_attention": YARN}}),
-    "exaone4": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 2, "rope_parameters": LLAMA3, "tie_word_embeddings": True}),
-    "exaone4_window": ("exaone4", {"sliding_window": 32, "num_hidden_layers": 64, "hidden_size": 32, "intermediate_size": 32}),
+    "exaone4": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 2, "rope_parameters": LLAMA3,
+                            "tie_word_embeddings": True}),
+    "exaone4_window": ("exaone4", {"sliding_window": 32, "num_hidden_layers": 64, "hidden_size": 32,
+                                   "intermediate_size": 32}),
     "glm4": ("glm4", {"head_dim": 32, "attention_bias": True}),
     "stablelm": ("stablelm", {"num_key_value_heads": 4, "use_qkv_bias": True, "tie_word_embeddings": False}),
     "stablelm_parallel": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),

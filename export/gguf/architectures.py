@@ -50,8 +50,8 @@ def find_architecture(config: dict[str, Any], hint: str = CONVERTER) -> Family:
         return family
     what = ", ".join(config.get("architectures") or []) or config.get("model_type") or "unnamed"
     known = [f.architecture for f in FAMILIES.values() if f.gguf.name]
-    raise UserError(f"llmc does not write the architecture {what} as GGUF{nearest(what, known)}; `llmc models` lists those that "
-                    "it writes", hint)
+    raise UserError(f"llmc does not write the architecture {what} as GGUF{nearest(what, known)}; `llmc models` lists those "
+                    "that it writes", hint)
 
 
 def add_hyperparameters(writer: GGUFWriter, family: Family, c: Any) -> tuple[dict[str, np.ndarray], list[str]]:
@@ -114,8 +114,8 @@ def _add_window(writer: GGUFWriter, family: Family, c: Any) -> list[str]:
     if family.gguf.window == "layers":
         sliding = [layer_type == "sliding_attention" for layer_type in getattr(c, "layer_types", None) or []]
         if any(sliding) and depth and depth != c.num_hidden_layers:
-            raise UserError(f"some layers of this model have a sliding window, and llama.cpp's {writer.arch} architecture has "
-                            f"one only in models of {depth} layers, not of {c.num_hidden_layers}",
+            raise UserError(f"some layers of this model have a sliding window, and llama.cpp's {writer.arch} architecture "
+                            f"has one only in models of {depth} layers, not of {c.num_hidden_layers}",
                             "llama.cpp cannot run this model as it is")
         if sliding and window:
             writer.add_sliding_window(window)

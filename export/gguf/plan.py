@@ -125,8 +125,8 @@ class Planner:
             ordered = [parts[i] for i in sorted(parts)]
             first = ordered[0]
             if sorted(parts) != list(range(len(parts))) or len({e.shape for e in ordered}) > 1:
-                raise UserError(f"{self.ckpt.folder} has the parts {sorted(parts)} of {name}, not one after the other and alike",
-                                "download the model again")
+                raise UserError(f"{self.ckpt.folder} has the parts {sorted(parts)} of {name}: some are missing, or their "
+                                "shapes differ", "download the model again")
             if kinds := sorted({e.kind.name for e in ordered if e.kind != first.kind or e.codes != first.codes}):
                 raise UserError(f"the parts of {name} have the types {first.kind.name} and {', '.join(kinds)}, and a tensor "
                                 "has one type", "quantize all experts of a layer to one type")
@@ -154,8 +154,8 @@ class Planner:
         """Write the metadata that are found in the tensors: the width of MLPs, and lists with one number for each layer."""
         widths = {e.shape[-1] for e in entries if e.name.endswith(".ffn_down.weight")} or {self.hf.intermediate_size}
         if len(widths) > 1:
-            raise UserError(f"the MLPs of {self.ckpt.folder} have the widths {sorted(widths)}, and llmc writes one for all layers",
-                            "llmc cannot write this model into GGUF")
+            raise UserError(f"the MLPs of {self.ckpt.folder} have the widths {sorted(widths)}, and llmc writes one for all "
+                            "layers", "llmc cannot write this model into GGUF")
         self.writer.add_feed_forward_length(widths.pop())
         for key, values in self.scalars.items():
             if sorted(values) != list(range(self.hf.num_hidden_layers)):
@@ -227,8 +227,9 @@ class Planner:
         if embedding is None:
             raise UserError(f"{self.ckpt.folder} has no token embedding", "download the model again")
         head, rule = next((e for e in found if e.name == OUTPUT), None), self.family.gguf.head
+        head_name = None if head is None else head.stored or OUTPUT
         says_tied = bool(getattr(self.hf, "tie_word_embeddings", False))
-        equal = ends.Ends(self.ckpt.folder, says_tied, head and (head.stored or OUTPUT), lambda: head is not None
+        equal = ends.Ends(self.ckpt.folder, says_tied, head_name, lambda: head is not None
                           and not head.codes and _same(embedding.source(), head.source())).one
         if not equal and rule == "tied":
             raise UserError(f"the head differs from the embedding, and llama.cpp's {self.family.gguf.name} has one matrix",

@@ -24,7 +24,8 @@ ADVICE = "use --converter with a llama.cpp checkout, if its converter supports t
 
 @dataclass(frozen=True)
 class RopeParameters:
-    """kind: 'default', 'linear', 'yarn', 'llama3', 'longrope' or 'ntk_alpha'. local_theta: the base of sliding layers if it differs."""
+    """kind: 'default', 'linear', 'yarn', 'llama3', 'longrope' or 'ntk_alpha'. local_theta: the base of sliding layers, if it
+    is given apart."""
 
     kind: str
     theta: float
@@ -87,8 +88,8 @@ def add_rope(writer: GGUFWriter, config: dict[str, Any], head_dim: int, context:
         raise UserError(f"llama.cpp's {writer.arch} architecture does not support the rope type {rope.kind!r}", ADVICE)
     if (temperature := rope.values.get("llama_4_scaling_beta")) is not None:
         if not family.gguf.temperature or rope.kind != "yarn":
-            raise UserError(f"queries are scaled by llama_4_scaling_beta, and llama.cpp's {writer.arch} architecture does not "
-                            f"do that with the rope type {rope.kind!r}", ADVICE)
+            raise UserError(f"queries are scaled by llama_4_scaling_beta, and llama.cpp's {writer.arch} architecture does "
+                            f"not do that with the rope type {rope.kind!r}", ADVICE)
         writer.add_attn_temperature_scale(float(temperature))
     if rope.kind in ("default", "ntk_alpha"):
         return {}

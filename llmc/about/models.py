@@ -94,8 +94,8 @@ def describe(table: dict[str, Any]) -> str:
 def legend(table: dict[str, Any]) -> list[str]:
     """What the words of the table mean, one line each."""
     made = ", ".join(f"{name} {version}" for name, version in table["packages"].items())
-    return ["yes: the project's tests proved it on tiny models. untested: nothing forbids it.",
-            "transform: channels can be scaled; r2, r1r2: the rotations that keep the output.",
+    return ["yes: the project's tests proved it on tiny models. untested: they did not. -: llmc cannot, and says why.",
+            "transform: channels can be scaled; r2, r1r2: the largest rotation that keeps the output.",
             "GGUF: llmc's own writer; converter: llama.cpp's converter knows it.",
             f"proved with {made}."]
 
@@ -110,13 +110,13 @@ def markdown(table: dict[str, Any]) -> str:
 
 
 def summary(table: dict[str, Any]) -> str:
-    """The families that each command was proved for, as a list for README.md."""
+    """The families that each command takes, as a list for README.md."""
     def names(keep: Callable[[dict[str, Any]], bool]) -> str:
         return ", ".join(row["family"] for row in table["families"] if keep(row))
 
-    return "\n".join(textwrap.fill(line, 128, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False) for line in (
-        f"* `llmc export` writes GGUF by itself for {names(lambda row: row['gguf']['own'] != NO)}.",
-        f"* `llmc export --format onnx` works for {names(lambda row: row['onnx'] != NO)}.",
-        f"* `llmc transform` works for {names(lambda row: row['transform'] != NO)}. The residual stream can be rotated "
-        f"(`--rotate r1r2`) for {names(lambda row: row['rotation'] == 'r1r2')}.",
-        f"* `llmc prune --method width` works for {names(lambda row: row['prune']['width'] != NO)}."))
+    lines = (f"* `llmc export` writes GGUF by itself for {names(lambda row: row['gguf']['own'] != NO)}.",
+             f"* `llmc export --format onnx` works for {names(lambda row: row['onnx'] != NO)}.",
+             f"* `llmc transform` works for {names(lambda row: row['transform'] != NO)}. The residual stream can be rotated "
+             f"(`--rotate r1r2`) for {names(lambda row: row['rotation'] == 'r1r2')}.",
+             f"* `llmc prune --method width` works for {names(lambda row: row['prune']['width'] != NO)}.")
+    return "\n".join(textwrap.fill(line, 128, subsequent_indent="  ", break_on_hyphens=False) for line in lines)

@@ -19,8 +19,8 @@ def models(
 ) -> None:
     """Show what llmc can do with each model family.
 
-    Families are model_type in config.json. Other decoder-only models of transformers can be quantized, and pruned by masks and
-    by depth, too; each command says if it cannot.
+    Families are model_type in config.json. Other decoder-only models of transformers can be quantized, and pruned by masks
+    and by depth, too; each command says if it cannot.
     """
     from llmc.about.models import describe
     from llmc.about.models import models as table

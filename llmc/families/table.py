@@ -132,16 +132,16 @@ PHI = replace(
 # layers of several kinds
 EXPERTS = {"num_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
 EXPERT_WIDTH = {"moe_intermediate_size": "expert_feed_forward_length"}
-MIXTURE = replace(LLAMA, linears={role: linear for role, linear in LLAMA.linears.items() if role.startswith("attn")},
-                  unmapped="its experts are matrices of their own", onnx=Onnx())
-MIXTRAL = replace(MIXTURE, model_type="mixtral", architecture="MixtralForCausalLM")
+ATTENTION = {role: linear for role, linear in LLAMA.linears.items() if role.startswith("attn")}
+MIXTRAL = replace(LLAMA, model_type="mixtral", architecture="MixtralForCausalLM", linears=ATTENTION, onnx=Onnx(),
+                  unmapped="its experts are matrices of their own")
 QWEN2_MOE = replace(
-    MIXTURE, model_type="qwen2_moe", architecture="Qwen2MoeForCausalLM",
+    MIXTRAL, model_type="qwen2_moe", architecture="Qwen2MoeForCausalLM",
     gguf=Gguf("qwen2moe", head="own", assumed={"norm_topk_prob": False}, values={
         **EXPERTS, **EXPERT_WIDTH, "shared_expert_intermediate_size": "expert_shared_feed_forward_length"}))
-QWEN3_MOE = replace(MIXTURE, model_type="qwen3_moe", architecture="Qwen3MoeForCausalLM", head_norms=QWEN3.head_norms,
+QWEN3_MOE = replace(MIXTRAL, model_type="qwen3_moe", architecture="Qwen3MoeForCausalLM", head_norms=QWEN3.head_norms,
                     gguf=Gguf("qwen3moe", assumed={"norm_topk_prob": True}, values={**EXPERTS, **EXPERT_WIDTH}))
-OLMOE = replace(MIXTURE, model_type="olmoe", architecture="OlmoeForCausalLM", head_norms=QWEN3.head_norms,
+OLMOE = replace(MIXTRAL, model_type="olmoe", architecture="OlmoeForCausalLM", head_norms=QWEN3.head_norms,
                 gguf=Gguf("olmoe", head="own", assumed={"norm_topk_prob": False, "clip_qkv": None}, values=EXPERTS))
 LFM2 = replace(
     LLAMA, model_type="lfm2", architecture="Lfm2ForCausalLM", unmapped="its layers are of two kinds", onnx=Onnx(),
@@ -151,6 +151,4 @@ LFM2 = replace(
     head_norms=("self_attn.q_layernorm", "self_attn.k_layernorm"),
     gguf=Gguf("lfm2", unattended="conv", assumed={"conv_bias": False}, values={"conv_L_cache": "shortconv_l_cache"}))
 
-ROWS = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, GPT2, OPT, GPT_NEOX, FALCON, SMOLLM3, MINISTRAL3, GRANITE,
-        SEED_OSS, ERNIE4_5, HUNYUAN, GEMMA, ARCEE, APERTUS, OLMO2, OLMO3, EXAONE4, GLM4, STABLELM, STARCODER2, NEMOTRON, COHERE, COHERE2,
-        PHI, MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, LFM2)
+ROWS = tuple(row for row in list(globals().values()) if isinstance(row, Family))
