@@ -44,7 +44,7 @@ MIXTURE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 
 # the other families of llmc's table, each in its usual form and in another: {name of the test: (family, values)}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("smollm3", {"num_hidden_layers": 4, "tie_word_embeddings": True}),
-    "smollm3_yarn": ("smollm3", {"num_hidden_layers": 5, "attention_bias": False, "rope_parameters": YARN,
+    "smollm3_yarn": ("smollm3", {"num_hidden_layers": 5, "rope_parameters": YARN,
                                  "tie_word_embeddings": False}),
     "ministral3": ("ministral3", {"head_dim": 32, "rope_parameters": {
         **YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32.0, "beta_slow": 1.0, "llama_4_scaling_beta": 0.1}}),
