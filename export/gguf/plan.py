@@ -137,6 +137,8 @@ class Planner:
         """(llama.cpp's name of a tensor, its number in a stack; None if it has none)."""
         if mapped := self.names.find(name):
             return mapped, None
+        if self.family.gguf.head == "tied" and name.endswith("lm_head.weight"):
+            return OUTPUT, None  # `_tie` leaves it out, or refuses it
         part = STACKED.fullmatch(name)
         return (self.names.find(part[1] + part[3]), int(part[2])) if part else (None, None)
 
@@ -147,8 +149,8 @@ class Planner:
                         "the checkpoint holds tensors that the architecture in its config.json does not have")
 
     def _is_spare(self, bias: str) -> bool:
-        """True for an all-zero bias that AutoGPTQ added to a linear without one. GPT-2 has real biases everywhere."""
-        return not self.family.transposed and not bool(self.ckpt.tensor(bias).any())
+        """True for an all-zero bias that AutoGPTQ added to a linear without one."""
+        return not self.family.gguf.biased and not bool(self.ckpt.tensor(bias).any())
 
     def add_values(self, entries: list[GgufTensor]) -> None:
         """Write the metadata that are found in the tensors: the width of MLPs, and lists with one number for each layer."""
@@ -235,6 +237,7 @@ class Planner:
             raise UserError(f"the head differs from the embedding, and llama.cpp's {self.family.gguf.name} has one matrix",
                             "llama.cpp cannot run this model as it is")
         if equal and rule == "own":  # llama.cpp reads a second copy
+            blocks.check_rows(OUTPUT, embedding.shape, self.types.head)
             return [e for e in found if e is not head] + [replace(embedding, name=OUTPUT, kind=self.types.head)]
         if equal and self.types.head != self.types.embedding:
             raise UserError(f"head and embedding of {self.ckpt.folder} are one matrix: it cannot be both "

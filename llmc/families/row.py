@@ -21,6 +21,7 @@ class Gguf:
     name: llama.cpp's name, empty if llmc cannot write the family. activations: the values of hidden_act that it computes.
     interleaved: it rotates neighbouring rows of Q and K; transformers rotates row i with row i + head_dim / 2.
     head: 'any': the file has no head if the embedding stands for it; 'own': the file always has a head; 'tied': it never has.
+    biased: its linears always have biases, also where they are zero.
     rope: the types of rotary scaling that it supports. partial_rotary: it can rotate a part of each head.
     temperature: queries far into a text are scaled (llama_4_scaling_beta of the rotary parameters), and yarn reads mscale.
     local_theta: sliding layers may have another base of rotation.
@@ -41,6 +42,7 @@ class Gguf:
     activations: tuple[str, ...] = SILU
     interleaved: bool = False
     head: str = "any"
+    biased: bool = False
     rope: tuple[str, ...] = ("linear", "yarn")
     partial_rotary: bool = False
     temperature: bool = False

@@ -48,7 +48,8 @@ GPT2 = Family(
     linears={"attn_qkv": "attn.c_attn", "attn_output": "attn.c_proj", "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
     attention_norm="ln_1", mlp_norm="ln_2", final_norm="ln_f", centred=True, gated=False, grouped=False, rotary=False,
     transposed=True,
-    gguf=Gguf("gpt2", GELU_TANH, assumed={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}))
+    gguf=Gguf("gpt2", GELU_TANH, biased=True,
+              assumed={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}))
 OPT = replace(
     GPT2, model_type="opt", architecture="OPTForCausalLM",
     linears={"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
@@ -61,8 +62,8 @@ GPT_NEOX = replace(
              "ffn_down": "mlp.dense_4h_to_h"},
     attention_norm="input_layernorm", mlp_norm="post_attention_layernorm", final_norm="final_layer_norm", qkv_by_head=True,
     rotary=True, transposed=False,
-    gguf=Gguf("gptneox", GELU, head="own", partial_rotary=True, values={"use_parallel_residual": "parallel_residual"},
-              assumed={"attention_bias": True}))
+    gguf=Gguf("gptneox", GELU, head="own", biased=True, partial_rotary=True, assumed={"attention_bias": True},
+              values={"use_parallel_residual": "parallel_residual"}))
 
 FALCON = replace(
     GPT_NEOX, model_type="falcon", architecture="FalconForCausalLM",
@@ -116,7 +117,7 @@ STABLELM = replace(LLAMA, model_type="stablelm", architecture="StableLmForCausal
                    gguf=Gguf("stablelm", head="own", partial_rotary=True))
 STARCODER2 = replace(
     STABLELM, model_type="starcoder2", architecture="Starcoder2ForCausalLM", gated=False,
-    linears={**UNGATED, "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}, gguf=Gguf("starcoder2", GELU))
+    linears={**UNGATED, "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}, gguf=Gguf("starcoder2", GELU, biased=True))
 NEMOTRON = replace(STABLELM, model_type="nemotron", architecture="NemotronForCausalLM", linears=UNGATED, gated=False,
                    offset=1.0, gguf=Gguf("nemotron", RELU2, head="own", partial_rotary=True))
 COHERE = replace(STABLELM, model_type="cohere", architecture="CohereForCausalLM", mlp_norm=LLAMA.attention_norm,
@@ -127,7 +128,7 @@ PHI = replace(
     NEMOTRON, model_type="phi", architecture="PhiForCausalLM", mlp_norm=LLAMA.attention_norm, offset=0.0,
     final_norm="final_layernorm",
     linears={**UNGATED, "attn_output": "self_attn.dense", "ffn_up": "mlp.fc1", "ffn_down": "mlp.fc2"},
-    gguf=Gguf("phi2", GELU_TANH, head="own", partial_rotary=True, assumed={"qk_layernorm": False}))
+    gguf=Gguf("phi2", GELU_TANH, head="own", biased=True, partial_rotary=True, assumed={"qk_layernorm": False}))
 
 # layers of several kinds
 EXPERTS = {"num_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
