@@ -10,7 +10,7 @@ PIP := -m pip --disable-pip-version-check install --quiet -c
 LINKS := build/links
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-optimum lint typecheck links docs graph wheel clean
+.PHONY: help demo test test-models test-optimum lint typecheck links docs graph wheel clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -20,6 +20,9 @@ demo: $(VENV)/.demo  ## Quantize, export, evaluate and compare a real 135 M mode
 
 test: $(VENV)/.dev lint  ## Lint, type-check, check the docs, run the tests
 	$(BIN)/python -m pytest
+
+test-models: $(VENV)/.dev  ## Every family of `llmc models` through every command; writes what was proved
+	LLMC_PROVED=1 $(BIN)/python -m pytest -m models tests/test_models.py
 
 # what reads models with transformers in each way that llmc has, and every family; a few minutes
 OPTIMUM_TESTS := $(addprefix tests/test_,$(addsuffix .py,export_onnx_optimum runtimes_torch calibration sources gguf_export gguf_plan gguf_verify gguf_metadata))

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Write docs/cli.md, the help of every command, from the commands themselves; `--check` only tells if it is current."""
+"""Write docs/cli.md, the help of every command, from the commands themselves, and docs/models.md and README.md's list of
+families from the table of `llmc models`; `--check` only tells if they are current."""
 
 from __future__ import annotations
 
@@ -8,9 +9,12 @@ from pathlib import Path
 
 import typer
 
+from llmc.about.models import markdown, models, summary
 from llmc.cli import app
 
-PAGE = Path(__file__).with_name("cli.md")
+PAGE, MODELS = (Path(__file__).with_name(name) for name in ("cli.md", "models.md"))
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- models: made by docs/generate.py -->", "<!-- end of models -->"
 WIDTH = 100
 INTRODUCTION = """What `llmc --help` and `llmc COMMAND --help` print. Written by `make docs`: change the code instead.
 
@@ -37,12 +41,35 @@ def _block(title: str, text: str) -> list[str]:
     return [f"## {title}", "", "```text", *(line.rstrip() for line in text.strip().splitlines()), "```", ""]
 
 
+def models_page() -> str:
+    """docs/models.md."""
+    return f"""# Model families
+
+What `llmc models` prints. Written by `make docs` from the tables that the commands use and from
+`llmc/families/proved.json`, which `make test-models` writes. `family` is `model_type` in config.json. Other decoder-only
+models of transformers can be quantized, and pruned by masks and by depth, too: each command says if it cannot.
+
+{markdown(models())}
+"""
+
+
+def readme() -> str:
+    """README.md with its list of families."""
+    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
+    return f"{before}{BEGIN}\n{summary(models())}\n{END}{rest.partition(END)[2]}"
+
+
+def pages() -> dict[Path, str]:
+    """Every file that is written here."""
+    return {PAGE: page(), MODELS: models_page(), README: readme()}
+
+
 def main() -> None:
-    if "--check" in sys.argv[1:]:
-        if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != page():
-            raise SystemExit(f"{PAGE} is not what the commands say: run `make docs` and commit it")
-    else:
-        PAGE.write_text(page(), encoding="utf-8")
+    for path, text in pages().items():
+        if "--check" not in sys.argv[1:]:
+            path.write_text(text, encoding="utf-8")
+        elif not path.is_file() or path.read_text(encoding="utf-8") != text:
+            raise SystemExit(f"{path} is not what the program says: run `make docs` and commit it")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,12 @@ def test_cli_page_is_current() -> None:
     assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == generator().page(), "run `make docs`"
 
 
+def test_the_lists_of_families_are_current() -> None:
+    for path, text in generator().pages().items():
+        if path.name != "cli.md":
+            assert path.read_text(encoding="utf-8") == text, f"{path}: run `make docs`"
+
+
 def commands(group: Any = None, prefix: str = "") -> dict[str, set[str]]:
     """The options of every command, those of a group by both words: 'target setup'."""
     found: dict[str, set[str]] = {}

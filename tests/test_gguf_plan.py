@@ -75,8 +75,8 @@ def test_wrong_options_are_all_named_at_once():
     assert all(x in e.value.problem for x in ("--embedding 'q3'", "--head 'q9'", "--threads 0"))
 
 
-def test_an_unknown_architecture_names_the_known_ones_and_the_converter(tmp_path):
-    with pytest.raises(UserError, match=r"OPTForCausalLM.*LlamaForCausalLM, MistralForCausalLM.*GPT2LMHeadModel") as e:
+def test_an_unknown_architecture_names_the_table_and_the_converter(tmp_path):
+    with pytest.raises(UserError, match=r"OPTForCausalLM as GGUF.*`llmc models`") as e:
         export(build("opt", tmp_path / "m"))
     assert "--converter" in e.value.hint
 
@@ -102,3 +102,39 @@ def test_a_tensor_without_a_place_is_named(tmp_path):
         tensors["model.extra.weight"] = torch.ones(3)
     with pytest.raises(UserError, match=r"model\.extra\.weight .* has no place"):
         export(folder)
+
+
+SLIDING_BASE = {"sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+                "full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
+
+
+@pytest.mark.parametrize(("name", "values", "words"), [
+    ("smollm3", {"no_rope_layers": [1, 1, 0, 1]}, r"no_rope_layers = \[1, 1, 0, 1\].*\[1, 1, 1, 0\]"),
+    ("exaone4_window", {"num_hidden_layers": 4}, "a sliding window, and .* only in models of 64 layers, not of 4"),
+    ("olmo3", {"rope_parameters": SLIDING_BASE}, "rope_theta is 5000 in sliding layers and 10000 in the others"),
+    ("apertus", {"hidden_act": "relu2"}, "the activation = 'relu2'"),
+    ("phi", {"qk_layernorm": True}, "qk_layernorm = True"),
+    ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob = False"),
+    ("cohere", {"tie_word_embeddings": False}, "the head differs from the embedding, and .* command-r has one matrix"),
+])
+def test_what_llama_cpp_does_not_compute_is_named(name, values, words, tmp_path):
+    with pytest.raises(UserError, match=words):
+        export(build(name, tmp_path / "m", **values))
+    assert not (tmp_path / "m.gguf").exists()
+
+
+def test_zero_biases_stay_where_llama_cpp_wants_biases(tmp_path):
+    folder = build("starcoder2", tmp_path / "m", num_hidden_layers=1)
+    with edit_tensors(folder) as tensors:
+        for name in tensors:
+            if name.endswith("proj.bias"):
+                tensors[name].zero_()
+    gptq_folder(folder, tmp_path / "q", IntegerType(4, 32))
+    assert "blk.0.attn_q.bias" in stored(export(tmp_path / "q")["path"])
+
+
+def test_a_tied_head_is_written_twice_where_llama_cpp_has_two_matrices(tmp_path):
+    folder = build("olmo2_tied", tmp_path / "m", num_hidden_layers=1)
+    gptq_folder(folder, tmp_path / "q", IntegerType(4, 32))
+    types = {n: t.tensor_type.name for n, t in stored(export(tmp_path / "q", embedding="f16", head="q8_0")["path"]).items()}
+    assert (types["token_embd.weight"], types["output.weight"]) == ("F16", "Q8_0")

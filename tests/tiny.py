@@ -36,6 +36,73 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
     "gpt_neox": {"rotary_pct": 0.25},
 }
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}
+SLIDING = {"sliding_window": 32, "num_hidden_layers": 4}
+MIXTURE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+# the other families of llmc's table, each in its usual form and in another: {name of the test: (family, values)}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "smollm3": ("smollm3", {"num_hidden_layers": 4, "tie_word_embeddings": True}),
+    "smollm3_yarn": ("smollm3", {"num_hidden_layers": 5, "rope_parameters": YARN,
+                                 "tie_word_embeddings": False}),
+    "ministral3": ("ministral3", {"head_dim": 32, "rope_parameters": {
+        **YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32.0, "beta_slow": 1.0, "llama_4_scaling_beta": 0.1}}),
+    "granite": ("granite", {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.3,
+                            "logits_scaling": 0.25, "tie_word_embeddings": True}),
+    "granite_bias": ("granite", {"embedding_multiplier": 2.0, "logits_scaling": 0.5, "attention_bias": True, "mlp_bias": True,
+                                 "rope_parameters": LLAMA3, "attention_multiplier": 0.3}),
+    "seed_oss": ("seed_oss", {"head_dim": 32, "num_key_value_heads": 1, "attention_bias": True, "attention_out_bias": False}),
+    "ernie4_5": ("ernie4_5", {"head_dim": 32, "use_bias": False, "tie_word_embeddings": True}),
+    "hunyuan_v1_dense": ("hunyuan_v1_dense", {"head_dim": 32, "tie_word_embeddings": True, "rope_parameters": {
+        "rope_type": "dynamic", "alpha": 100.0, "rope_theta": 10000.0, "factor": 1.0}}),
+    "hunyuan_plain": ("hunyuan_v1_dense", {"head_dim": 16}),
+    "gemma": ("gemma", {"head_dim": 32, "num_key_value_heads": 1}),
+    "arcee": ("arcee", {"rope_parameters": YARN}),
+    "arcee_llama3": ("arcee", {"rope_parameters": LLAMA3, "tie_word_embeddings": True, "head_dim": 32}),
+    "apertus": ("apertus", {"rope_parameters": LLAMA3, "hidden_act": "xielu"}),
+    "olmo2": ("olmo2", {"num_key_value_heads": 4}),
+    "olmo2_tied": ("olmo2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "olmo3": ("olmo3", {**SLIDING, "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}, "full_attention": YARN}}),
+    "exaone4": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 2, "rope_parameters": LLAMA3,
+                            "tie_word_embeddings": True}),
+    "exaone4_window": ("exaone4", {"sliding_window": 32, "num_hidden_layers": 64, "hidden_size": 32,
+                                   "intermediate_size": 32}),
+    "glm4": ("glm4", {"head_dim": 32, "attention_bias": True}),
+    "stablelm": ("stablelm", {"num_key_value_heads": 4, "use_qkv_bias": True, "tie_word_embeddings": False}),
+    "stablelm_parallel": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
+    "starcoder2": ("starcoder2", {"tie_word_embeddings": True}),
+    "starcoder2_window": ("starcoder2", {"sliding_window": 160}),
+    "nemotron": ("nemotron", {"head_dim": 16}),
+    "nemotron_bias": ("nemotron", {"head_dim": 16, "attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}),
+    "cohere": ("cohere", {"logit_scale": 1.5}),
+    "cohere2": ("cohere2", {**SLIDING, "logit_scale": 0.7}),
+    "phi": ("phi", {"num_key_value_heads": 4}),
+    "gpt_neox": ("gpt_neox", {"rotary_pct": 0.25}),
+    "gpt_neox_sequential": ("gpt_neox", {"rotary_pct": 1.0, "use_parallel_residual": False, "num_key_value_heads": None}),
+    "falcon": ("falcon", {"multi_query": True}),
+    "falcon_grouped": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "tie_word_embeddings": False}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2_moe": ("qwen2_moe", {**MIXTURE, "shared_expert_intermediate_size": 96}),
+    "qwen3_moe": ("qwen3_moe", {**MIXTURE, "head_dim": 32, "norm_topk_prob": True}),
+    "olmoe": ("olmoe", {**MIXTURE, "intermediate_size": 32, "num_key_value_heads": 4}),
+    "lfm2": ("lfm2", {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]}),
+}
+
+
+def family_of(name: str) -> str:
+    """The model_type of an entry of FAMILIES or MODELS."""
+    return name if name in FAMILIES else MODELS[name][0]
+
+
+def values_of(name: str) -> dict[str, Any]:
+    """What the config of an entry states."""
+    return {**COMMON, **(FAMILIES[name] if name in FAMILIES else MODELS[name][1])}
+
+
+# one entry for each family
+EACH = {family_of(name): name for name in reversed([*FAMILIES, *MODELS])}
 
 
 @functools.cache
@@ -125,8 +192,7 @@ def tokenizer(style: str = "gpt2") -> PreTrainedTokenizerFast:
 
 
 def config(family: str, **overrides: Any) -> Any:
-    kwargs = {**COMMON, **FAMILIES[family], **overrides}
-    return AutoConfig.for_model(family, **kwargs)
+    return AutoConfig.for_model(family_of(family), **{**values_of(family), **overrides})
 
 
 def build(family: str, folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, style: str | None = None,

@@ -47,7 +47,8 @@ class Shape:
     def of(cls, config: Any) -> Shape:
         c = config.get_text_config()
         heads = c.num_attention_heads
-        groups = getattr(c, "num_key_value_heads", None) or heads
+        family = by_model_type(c.model_type)
+        groups = family.key_heads(c) if family else heads
         return cls(c.intermediate_size, groups, heads // groups, getattr(c, "head_dim", None) or c.hidden_size // heads,
                    c.hidden_size)
 
@@ -60,7 +61,7 @@ def family_of(config: Any) -> Family:
         known = [name for name, f in FAMILIES.items() if not f.unnarrowable]
         raise UserError(f"--method width does not know the architecture {kind!r}"
                         + (f": {family.unnarrowable}" if family else nearest(kind, known)),
-                        f"it knows {', '.join(known)}; the other methods work for every architecture")
+                        "the other methods work for every architecture; `llmc models` shows what each can do")
     return family
 
 
@@ -193,9 +194,10 @@ class Slices:
         }
         if role := f.role_of(owner):
             return of_role[role]
-        if owner.endswith(tuple(f".{norm}" for norm in f.head_norms)):
-            return None, None
-        if owner.endswith(tuple(f".{norm}" for norm in (f.attention_norm, f.mlp_norm, *f.post_norms))):
+        for norm, heads in zip(f.head_norms, (query, kv), strict=False):
+            if owner.endswith(f".{norm}"):  # of one head, or in OLMo of all of them
+                return (None if tensor.shape[0] == s.head else heads), None
+        if owner.endswith(tuple(f".{norm}" for norm in f.all_norms)):
             return self.hidden, None
         raise UserError(f"--method width does not know the role of {name}",
                         "use --method depth, or a method that makes weights zero")

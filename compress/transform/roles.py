@@ -68,9 +68,11 @@ def family_of(config: Any) -> Family:
     """The family of a transformers config. UserError if it is unknown."""
     kind = config.get_text_config().model_type
     family = by_model_type(kind)
-    if family is None:
-        raise UserError(f"llmc does not know which channels of the architecture {kind!r} can be transformed",
-                        f"it knows {', '.join(FAMILIES)}{nearest(kind, FAMILIES)}; quantize without a transform")
+    if family is None or family.unmapped:
+        near = "" if family else nearest(kind, [name for name, f in FAMILIES.items() if not f.unmapped])
+        raise UserError(f"llmc does not know which channels of the architecture {kind!r} can be transformed"
+                        + (f": {family.unmapped}" if family else near),
+                        "quantize without a transform; `llmc models` shows what each architecture can do")
     return family
 
 
@@ -80,10 +82,9 @@ def map_layer(config: Any, layer: nn.Module) -> LayerMap:
     used = (family.value, family.out, family.up, family.down)
     shape = {n: tuple(get_weight(layer.get_submodule(n)).shape) for n in used}
     query = c.num_attention_heads
-    kv = getattr(c, "num_key_value_heads", None) if family.grouped else None
-    heads = Heads(query, kv or query, shape[family.out][1] // query)
+    heads = Heads(query, family.key_heads(c), shape[family.out][1] // query)
     left, norms = [], []
-    for name, readers in family.norms.items():
+    for name, readers in family.norms_of(dict(layer.named_modules())).items():
         width = get_weight(layer.get_submodule(readers[0])).shape[1]
         place = Place(name, readers, width, torch.arange(width))
         if reason := _norm_is_fixed(c, layer.get_submodule(name)):
@@ -93,7 +94,7 @@ def map_layer(config: Any, layer: nn.Module) -> LayerMap:
     channels = heads.kv * heads.width
     head = torch.arange(query)[:, None] // (query // heads.kv)
     value = Place(family.value, (family.out,), channels, (head * heads.width + torch.arange(heads.width)).flatten(),
-                  _third_of_each_head(heads) if family.qkv_by_head else _last(shape[family.value][0], channels))
+                  _last_of_each_group(heads) if family.qkv_by_head else _last(shape[family.value][0], channels))
     inner = shape[family.down][1]
     up: Place | None = Place(family.up, (family.down,), inner, torch.arange(inner), _last(shape[family.up][0], inner))
     between = None if family.gated else activation_of(c)  # in a gated MLP only the gate passes the activation
@@ -108,9 +109,10 @@ def _last(rows: int, channels: int) -> torch.Tensor:
     return torch.arange(rows - channels, rows)
 
 
-def _third_of_each_head(heads: Heads) -> torch.Tensor:
-    """The rows of the values if the matrix holds q, k, v of head 0, then those of head 1, and so on (GPT-NeoX)."""
-    first = torch.arange(heads.kv)[:, None] * 3 * heads.width + 2 * heads.width
+def _last_of_each_group(heads: Heads) -> torch.Tensor:
+    """The rows of the values if the matrix holds the queries of a key head, its k, its v, and so on (GPT-NeoX, Falcon)."""
+    group = heads.query // heads.kv + 2
+    first = (torch.arange(heads.kv)[:, None] * group + group - 1) * heads.width
     return (first + torch.arange(heads.width)).flatten()
 
 

@@ -20,6 +20,9 @@ from llmc.families.row import Family, activation_of
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
+EPSILONS = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps")
+APPROXIMATED = {"gelu": "its approximation with tanh, which differs by at most 0.0005"}
+
 CONVERTER = "use --converter PATH_TO_A_LLAMA.CPP_CHECKOUT: llama.cpp's converter supports many more"
 
 
@@ -47,8 +50,8 @@ def find_architecture(config: dict[str, Any], hint: str = CONVERTER) -> Family:
         return family
     what = ", ".join(config.get("architectures") or []) or config.get("model_type") or "unnamed"
     known = [f.architecture for f in FAMILIES.values() if f.gguf.name]
-    raise UserError(f"llmc does not write the architecture {what} as GGUF; it writes {', '.join(known)}"
-                    + nearest(what, known), hint)
+    raise UserError(f"llmc does not write the architecture {what} as GGUF{nearest(what, known)}; `llmc models` lists those "
+                    "that it writes", hint)
 
 
 def add_hyperparameters(writer: GGUFWriter, family: Family, c: Any) -> tuple[dict[str, np.ndarray], list[str]]:
@@ -62,35 +65,38 @@ def add_hyperparameters(writer: GGUFWriter, family: Family, c: Any) -> tuple[dic
     writer.add_block_count(c.num_hidden_layers)
     writer.add_context_length(c.max_position_embeddings)
     writer.add_embedding_length(c.hidden_size)
-    inner = getattr(c, "intermediate_size", None) or getattr(c, "n_inner", None) or 4 * c.hidden_size
-    writer.add_feed_forward_length(inner)
     writer.add_head_count(heads)
-    writer.add_head_count_kv((getattr(c, "num_key_value_heads", None) if family.grouped else None) or heads)
+    keys, kinds = family.key_heads(c), getattr(c, "layer_types", None) or []
+    without = family.gguf.unattended
+    writer.add_head_count_kv([0 if kind == without else keys for kind in kinds] if without else keys)
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
-    if hasattr(c, "rms_norm_eps"):
-        writer.add_layer_norm_rms_eps(c.rms_norm_eps)
-    else:
-        writer.add_layer_norm_eps(c.layer_norm_epsilon)
+    add_epsilon = writer.add_layer_norm_eps if family.centred else writer.add_layer_norm_rms_eps
+    add_epsilon(next(value for name in EPSILONS if (value := getattr(c, name, None)) is not None))
     tensors = add_rope(writer, c.to_dict(), head_dim, c.max_position_embeddings) if family.rotary else {}
     notes = _add_window(writer, family, c)
-    for name in family.gguf.softcaps:
-        if value := getattr(c, name):
-            getattr(writer, f"add_{name}")(value)
+    for name, key in family.gguf.values.items():
+        if (value := getattr(c, name, None)) is not None:
+            getattr(writer, f"add_{key}")(value)
+    if (activation := activation_of(c)) in APPROXIMATED:
+        notes.append(f"the model's activation is {activation!r}, and llama.cpp computes {APPROXIMATED[activation]}")
     return tensors, notes
 
 
 def _check_assumptions(family: Family, c: Any, head_dim: int) -> None:
     """Raise UserError if config.json contradicts what llama.cpp's code for the architecture assumes."""
     g = family.gguf
-    if (activation := activation_of(c)) not in g.activations:
+    if (activation := activation_of(c)) not in ("", *g.activations):
         raise _unlike("the activation", activation, g.activations[0])
     for name, value in g.assumed.items():
         if bool(found := getattr(c, name, value)) != bool(value):  # None, 0 and false all mean: absent
             raise _unlike(name, found, value)
-    for name, needed in g.softcaps.items():
-        if needed and not getattr(c, name):
+    for name in g.required:
+        if not getattr(c, name):
             raise _unlike(name, getattr(c, name), "a positive number")
+    rotated = [(i + 1) % g.unrotated != 0 for i in range(c.num_hidden_layers)] if g.unrotated else []
+    if g.unrotated and [bool(x) for x in c.no_rope_layers] != rotated:
+        raise _unlike("no_rope_layers", c.no_rope_layers, [int(x) for x in rotated])
     wide = c.num_hidden_layers == g.wide_scale_layers
     scale = c.hidden_size // c.num_attention_heads if wide else head_dim
     if (found := getattr(c, "query_pre_attn_scalar", scale)) != scale:
@@ -104,13 +110,17 @@ def _unlike(name: str, value: Any, allowed: Any) -> UserError:
 
 def _add_window(writer: GGUFWriter, family: Family, c: Any) -> list[str]:
     """Write the sliding window if the architecture has one; else return a note if the model has one."""
+    window, depth = getattr(c, "sliding_window", None), family.gguf.window_depth
     if family.gguf.window == "layers":
-        sliding = [layer_type == "sliding_attention" for layer_type in c.layer_types]
-        if any(sliding):
-            writer.add_sliding_window(c.sliding_window)
-            writer.add_array(f"{writer.arch}.attention.sliding_window_pattern", sliding)
+        sliding = [layer_type == "sliding_attention" for layer_type in getattr(c, "layer_types", None) or []]
+        if any(sliding) and depth and depth != c.num_hidden_layers:
+            raise UserError(f"some layers of this model have a sliding window, and llama.cpp's {writer.arch} architecture "
+                            f"has one only in models of {depth} layers, not of {c.num_hidden_layers}",
+                            "llama.cpp cannot run this model as it is")
+        if sliding and window:
+            writer.add_sliding_window(window)
+            writer.add_sliding_window_pattern(sliding)
         return []
-    window = getattr(c, "sliding_window", None)
     if family.gguf.window == "key":
         writer.add_sliding_window(window or 0)  # 0: none
     return ignored("llama.cpp", c, 0)
@@ -119,3 +129,10 @@ def _add_window(writer: GGUFWriter, family: Family, c: Any) -> list[str]:
 def interleave(rows: int, heads: int) -> np.ndarray:
     """The row order of Q and K in llama.cpp's `llama` architecture: within each head 0, d/2, 1, d/2 + 1, and so on."""
     return np.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).reshape(-1)
+
+
+def apart(rows: int, heads: int, keys: int) -> np.ndarray:
+    """The row order of q, k and v in one matrix in llama.cpp: all of q, all of k, all of v. In the checkpoint, each of `keys`
+    groups has its query heads, its k, its v."""
+    groups = np.arange(rows).reshape(keys, heads // keys + 2, -1)
+    return np.concatenate([groups[:, :-2].reshape(-1), groups[:, -2].reshape(-1), groups[:, -1].reshape(-1)])

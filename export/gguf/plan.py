@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from gguf import GGUFWriter
 
 from llmc.errors import UserError
 from llmc.export.gguf import blocks
-from llmc.export.gguf.architectures import TensorNames, interleave
+from llmc.export.gguf.architectures import TensorNames, apart, interleave
 from llmc.export.gguf.blocks import Kind
 from llmc.export.gguf.config import GgufExportConfig
 from llmc.export.gguf.tokenizer import Vocabulary
@@ -23,7 +24,9 @@ from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.contents import is_buffer
 from llmc.formats.types import QuantizedTensor
 
-HEAD = "lm_head.weight"
+EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"  # llama.cpp's names
+FLOAT32 = re.compile(r"norm\.weight$|^position_embd\.|\.ffn_gate_inp(_shexp)?\.|\.shortconv\.conv\.")
+STACKED = re.compile(r"(.*\.\d+\..*?)(?:\.norms)?\.(\d+)(\..*)")  # experts, and StableLM's norms: one of each in a layer
 
 
 @dataclass(frozen=True)
@@ -53,12 +56,12 @@ class Types:
                    reason)
 
     def of(self, name: str, shape: tuple[int, ...]) -> Kind:
-        """The type of a tensor. Vectors and position embeddings stay F32: llama.cpp adds them to float32 values."""
-        if name == "token_embd.weight":
+        """The type of a tensor. Vectors and what FLOAT32 matches stay F32, as llama.cpp wants them."""
+        if name == EMBEDDING:
             return self.embedding
-        if name == "output.weight":
+        if name == OUTPUT:
             return self.head
-        return Kind.F32 if len(shape) == 1 or name == "position_embd.weight" else self.matrix
+        return Kind.F32 if len(shape) == 1 or FLOAT32.search(name) else self.matrix
 
 
 @dataclass
@@ -81,14 +84,15 @@ def reorder(source: Source, rows: np.ndarray) -> Source:
 class Planner:
     """Plans the file tensors of a checkpoint of one family."""
 
-    def __init__(self, ckpt: Checkpoint, family: Family, hf: Any, types: Types) -> None:
-        self.ckpt, self.family, self.hf, self.types = ckpt, family, hf, types
+    def __init__(self, ckpt: Checkpoint, family: Family, hf: Any, types: Types, writer: GGUFWriter) -> None:
+        self.ckpt, self.family, self.hf, self.types, self.writer = ckpt, family, hf, types, writer
         self.names = TensorNames(family, hf.num_hidden_layers)
         self.linears = set(quantized.linears(ckpt))
         self.notes: list[str] = []
+        self.scalars: dict[str, dict[int, float]] = {key: {} for key in family.gguf.scalars.values()}
 
     def entries(self) -> list[GgufTensor]:
-        found = [self._quantized(linear) for linear in self.linears]
+        placed = [(self._quantized(linear), f"{linear}.weight") for linear in self.linears]
         packed = {name for linear in self.linears for name in quantized.parts(linear)}
         zero_biases = 0
         for name in self.ckpt.names():
@@ -96,30 +100,84 @@ class Planner:
                 continue
             if name.endswith(".bias") and name.removesuffix(".bias") in self.linears and self._is_spare(name):
                 zero_biases += 1
-                continue
-            found.append(self._float(name))
+            elif not self._is_scalar(name):
+                placed.append((self._float(name), name))
         if zero_biases:
             self.notes.append(f"{zero_biases} biases that are all zero were left out")
-        found = self._tie(found)
+        found = self._tie(self._stack(placed))
         names = [e.name for e in found]
         if twice := next((n for n in names if names.count(n) > 1), None):
             raise UserError(f"two tensors of {self.ckpt.folder} map to {twice}", "the checkpoint holds a weight twice")
         self._check_mins(found)
         return sorted(found, key=lambda e: e.order)
 
-    def _gguf_name(self, name: str) -> str:
+    def _stack(self, placed: list[tuple[GgufTensor, str]]) -> list[GgufTensor]:
+        """Make one tensor of all experts' matrices of one kind in a layer. placed: tensors with their stored names."""
+        found, stacks = [], dict[str, dict[int, GgufTensor]]()
+        for e, name in placed:
+            number = self._place(name)[1]
+            if number is None:
+                found.append(e)
+            elif stacks.setdefault(e.name, {}).setdefault(number, e) is not e:
+                raise UserError(f"two tensors of {self.ckpt.folder} map to part {number} of {e.name}",
+                                "the checkpoint holds a weight twice")
+        for name, parts in stacks.items():
+            ordered = [parts[i] for i in sorted(parts)]
+            first = ordered[0]
+            if sorted(parts) != list(range(len(parts))) or len({e.shape for e in ordered}) > 1:
+                raise UserError(f"{self.ckpt.folder} has the parts {sorted(parts)} of {name}: some are missing, or their "
+                                "shapes differ", "download the model again")
+            if kinds := sorted({e.kind.name for e in ordered if e.kind != first.kind or e.codes != first.codes}):
+                raise UserError(f"the parts of {name} have the types {first.kind.name} and {', '.join(kinds)}, and a tensor "
+                                "has one type", "quantize all experts of a layer to one type")
+            found.append(replace(first, shape=(len(ordered), *first.shape), more=tuple(e.source for e in ordered[1:])))
+        return found
+
+    def _place(self, name: str) -> tuple[str | None, int | None]:
+        """(llama.cpp's name of a tensor, its number in a stack; None if it has none)."""
         if mapped := self.names.find(name):
+            return mapped, None
+        if self.family.gguf.head == "tied" and name.endswith("lm_head.weight"):
+            return OUTPUT, None  # `_tie` leaves it out, or refuses it
+        part = STACKED.fullmatch(name)
+        return (self.names.find(part[1] + part[3]), int(part[2])) if part else (None, None)
+
+    def _gguf_name(self, name: str) -> str:
+        if mapped := self._place(name)[0]:
             return mapped
         raise UserError(f"{name} of {self.ckpt.folder} has no place in llama.cpp's {self.family.gguf.name} architecture",
                         "the checkpoint holds tensors that the architecture in its config.json does not have")
 
     def _is_spare(self, bias: str) -> bool:
-        """True for an all-zero bias that AutoGPTQ added to a linear without one. GPT-2 has real biases everywhere."""
-        return not self.family.transposed and not bool(self.ckpt.tensor(bias).any())
+        """True for an all-zero bias that AutoGPTQ added to a linear without one."""
+        return not self.family.gguf.biased and not bool(self.ckpt.tensor(bias).any())
+
+    def add_values(self, entries: list[GgufTensor]) -> None:
+        """Write the metadata that are found in the tensors: the width of MLPs, and lists with one number for each layer."""
+        widths = {e.shape[-1] for e in entries if e.name.endswith(".ffn_down.weight")} or {self.hf.intermediate_size}
+        if len(widths) > 1:
+            raise UserError(f"the MLPs of {self.ckpt.folder} have the widths {sorted(widths)}, and llmc writes one for all "
+                            "layers", "llmc cannot write this model into GGUF")
+        self.writer.add_feed_forward_length(widths.pop())
+        for key, values in self.scalars.items():
+            if sorted(values) != list(range(self.hf.num_hidden_layers)):
+                raise UserError(f"{self.ckpt.folder} has {key} for {len(values)} of {self.hf.num_hidden_layers} layers",
+                                "download the model again")
+            getattr(self.writer, f"add_{key}")([values[i] for i in sorted(values)])
+
+    def _is_scalar(self, name: str) -> bool:
+        """True for a tensor that is a number of its layer in llama.cpp's metadata. Keeps the number."""
+        found = re.search(r"\.(\d+)\.(.*)", name)
+        key = self.family.gguf.scalars.get(found[2]) if found else None
+        if found and key:
+            self.scalars[key][int(found[1])] = float(self.ckpt.tensor(name))
+        return key is not None
 
     def _rows(self, module: str, rows: int) -> np.ndarray | None:
         """The order of the rows in the file; None if it is that of the checkpoint."""
         role = self.family.role_of(module)
+        if self.family.qkv_by_head and role == "attn_qkv":
+            return apart(rows, self.hf.num_attention_heads, self.family.key_heads(self.hf))
         if self.family.gguf.interleaved and role in ("attn_q", "attn_k"):
             heads = self.hf.num_attention_heads if role == "attn_q" else self.hf.num_key_value_heads
             if rows % (2 * heads):
@@ -143,6 +201,8 @@ class Planner:
     def _float(self, name: str) -> GgufTensor:
         module, _, what = name.rpartition(".")
         shape = self.ckpt.shape(name)
+        if len(shape) == 3 and shape[1] == 1:  # the kernels of a convolution: llama.cpp's have two axes
+            shape = (shape[0], shape[2])
         transposed = self.family.transposed and what == "weight" and self.family.role_of(module) is not None
         if transposed:
             shape = shape[::-1]
@@ -154,8 +214,7 @@ class Planner:
 
         def source() -> Source:
             t = self.ckpt.tensor(name)
-            if transposed:
-                t = t.t()
+            t = t.t() if transposed else t.reshape(shape)
             if offset:
                 t = t.to(torch.float32) + offset
             return t if rows is None else reorder(t, rows)
@@ -166,16 +225,20 @@ class Planner:
         """Remove a head that equals the embedding: llama.cpp then uses the embedding for both.
 
         Raises UserError if config.json, the checkpoint, the options and the architecture contradict each other."""
-        embedding = next((e for e in found if e.name == "token_embd.weight"), None)
+        embedding = next((e for e in found if e.name == EMBEDDING), None)
         if embedding is None:
             raise UserError(f"{self.ckpt.folder} has no token embedding", "download the model again")
-        head = next((e for e in found if e.name == "output.weight"), None)
+        head, rule = next((e for e in found if e.name == OUTPUT), None), self.family.gguf.head
+        head_name = None if head is None else head.stored or OUTPUT
         says_tied = bool(getattr(self.hf, "tie_word_embeddings", False))
-        equal = ends.Ends(self.ckpt.folder, says_tied, None if head is None else HEAD, lambda: head is not None
+        equal = ends.Ends(self.ckpt.folder, says_tied, head_name, lambda: head is not None
                           and not head.codes and _same(embedding.source(), head.source())).one
-        if not equal and not self.family.gguf.own_head:
+        if not equal and rule == "tied":
             raise UserError(f"the head differs from the embedding, and llama.cpp's {self.family.gguf.name} has one matrix",
                             "llama.cpp cannot run this model as it is")
+        if equal and rule == "own":  # llama.cpp reads a second copy
+            blocks.check_rows(OUTPUT, embedding.shape, self.types.head)
+            return [e for e in found if e is not head] + [replace(embedding, name=OUTPUT, kind=self.types.head)]
         if equal and self.types.head != self.types.embedding:
             raise UserError(f"head and embedding of {self.ckpt.folder} are one matrix: it cannot be both "
                             f"{self.types.head.name} and {self.types.embedding.name}",
@@ -187,7 +250,7 @@ class Planner:
 
     def _check_mins(self, entries: list[GgufTensor]) -> None:
         """Raise UserError if asymmetric 4-bit GPTQ codes do not fit Q4_1: it stores -scale * zero as a float16."""
-        wrong = [e.name for e in entries if e.kind == Kind.Q4_1 and e.codes and _inexact_mins(e.source)]
+        wrong = [e.name for e in entries if e.kind == Kind.Q4_1 and e.codes and any(map(_inexact_mins, e.sources))]
         if wrong:
             raise UserError(f"{len(wrong)} layers (first {wrong[0]}) have a minimum, -scale * zero, that Q4_1's "
                             "float16 cannot hold exactly", "quantize with --sym: its codes fit Q4_0 bit for bit")

@@ -24,7 +24,8 @@ ADVICE = "use --converter with a llama.cpp checkout, if its converter supports t
 
 @dataclass(frozen=True)
 class RopeParameters:
-    """kind: 'default', 'linear', 'yarn', 'llama3' or 'longrope'. local_theta: the base of sliding layers if it differs."""
+    """kind: 'default', 'linear', 'yarn', 'llama3', 'longrope' or 'ntk_alpha'. local_theta: the base of sliding layers, if it
+    is given apart."""
 
     kind: str
     theta: float
@@ -44,8 +45,9 @@ def rope_parameters(config: dict[str, Any]) -> RopeParameters:
     if (kind := _kind(local)) != "default":
         raise UserError(f"the sliding layers use rope type {kind!r}, which GGUF cannot store", ADVICE)
     values = {k: v for k, v in found.items() if v is not None}
-    if config.get("partial_rotary_factor") is not None:
-        values.setdefault("partial_rotary_factor", config["partial_rotary_factor"])
+    for name in ("partial_rotary_factor", "rotary_pct"):  # transformers 4
+        if config.get(name) is not None:
+            values.setdefault("partial_rotary_factor", config[name])
     if config.get("original_max_position_embeddings") is not None:  # Phi-3 uses the value outside of rope_scaling
         values["original_max_position_embeddings"] = config["original_max_position_embeddings"]
     theta = float(values.get("rope_theta") or config.get("rope_theta") or 10000.0)
@@ -56,6 +58,8 @@ def rope_parameters(config: dict[str, Any]) -> RopeParameters:
 
 def _kind(values: dict[str, Any]) -> str:
     kind = str(values.get("rope_type") or values.get("type") or "default")
+    if kind == "dynamic" and values.get("alpha"):
+        return "ntk_alpha"  # HunYuan's: not dynamic at all
     return "longrope" if kind == "su" else kind
 
 
@@ -73,13 +77,22 @@ def add_rope(writer: GGUFWriter, config: dict[str, Any], head_dim: int, context:
         raise UserError(f"only {dims} of {head_dim} dimensions of a head are rotated, and llama.cpp's {writer.arch} "
                         "architecture rotates all", ADVICE)
     writer.add_rope_dimension_count(dims)
-    writer.add_rope_freq_base(rope.theta)
-    if rope.local_theta is not None:
+    scale = float(rope.values["alpha"]) ** (dims / (dims - 2)) if rope.kind == "ntk_alpha" else 1.0
+    writer.add_rope_freq_base(rope.theta * scale)
+    if rope.local_theta is not None and family.gguf.local_theta:
         writer.add_rope_freq_base_swa(rope.local_theta)
-    if rope.kind == "default":
-        return {}
-    if rope.kind not in family.gguf.rope:
+    elif rope.local_theta not in (None, rope.theta):
+        raise UserError(f"rope_theta is {rope.local_theta:g} in sliding layers and {rope.theta:g} in the others, and "
+                        f"llama.cpp's {writer.arch} architecture has one for both", ADVICE)
+    if rope.kind not in ("default", *family.gguf.rope):
         raise UserError(f"llama.cpp's {writer.arch} architecture does not support the rope type {rope.kind!r}", ADVICE)
+    if (temperature := rope.values.get("llama_4_scaling_beta")) is not None:
+        if not family.gguf.temperature or rope.kind != "yarn":
+            raise UserError(f"queries are scaled by llama_4_scaling_beta, and llama.cpp's {writer.arch} architecture does "
+                            f"not do that with the rope type {rope.kind!r}", ADVICE)
+        writer.add_attn_temperature_scale(float(temperature))
+    if rope.kind in ("default", "ntk_alpha"):
+        return {}
     if rope.kind == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(rope.values["factor"]))

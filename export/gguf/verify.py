@@ -22,7 +22,7 @@ from llmc.export import token_proof
 from llmc.export.gguf import blocks
 from llmc.export.gguf.blocks import Kind
 from llmc.export.gguf.tokenizer import Vocabulary, tokenizer_spec
-from llmc.export.gguf.writer import GgufTensor
+from llmc.export.gguf.writer import GgufTensor, Source
 from llmc.export.parity import GENERATED, PLEASE_REPORT, PROMPT, check_ids, compare_logits, first_difference, show
 from llmc.export.reference import reference_logits
 from llmc.formats import packing
@@ -80,8 +80,12 @@ def _damaged(path: Path, what: str) -> UserError:
 
 
 def _compare(path: Path, e: GgufTensor, data: np.ndarray) -> None:
-    """Compare a tensor of the file, data uint8 [rows, bytes per row], with its source; raise UserError if they differ."""
-    source = e.source()
+    """Compare a tensor of the file, data uint8 [rows, bytes per row], with its sources; raise UserError if they differ."""
+    for source, part in zip(e.sources, np.array_split(data, len(e.sources)), strict=True):
+        _compare_part(path, e, source(), part)
+
+
+def _compare_part(path: Path, e: GgufTensor, source: Source, data: np.ndarray) -> None:
     if isinstance(source, torch.Tensor):
         if not np.array_equal(data, blocks.encode_float(e.name, source, e.kind)):
             raise _damaged(path, f"{e.name} differs from its source in {e.kind.name}")

@@ -1,6 +1,6 @@
 """The tensors of a GGUF file and its writer. A tensor is read from its source when it is written.
 
-One tensor is in memory at a time, so the largest one bounds the peak.
+One tensor, or one expert of a stack, is in memory at a time, so the largest one bounds the peak.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, cast
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ class GgufTensor:
 
     shape: rows first, as in numpy and torch (the file stores it reversed).
     source: reads the values, codes or floats, with the rows in the file's order.
+    more: if the tensor is a stack (experts), the sources of the matrices after the first one. All have as many rows.
     codes: True if the source has codes: they are copied and not rounded again.
     stored: the name of a float tensor in the checkpoint.
     """
@@ -40,6 +42,12 @@ class GgufTensor:
     source: Callable[[], Source]
     codes: bool = False
     stored: str | None = None
+    more: tuple[Callable[[], Source], ...] = ()
+
+    @property
+    def sources(self) -> tuple[Callable[[], Source], ...]:
+        """The sources of its rows, in their order. One is read at a time."""
+        return (self.source, *self.more)
 
     @property
     def nbytes(self) -> int:
@@ -59,6 +67,17 @@ class GgufTensor:
         return (int(layer[1]) if layer else 1 << 30), self.name
 
 
+class _Data:
+    """What the gguf package needs of an array: the data of a tensor, made when they are written, one source at a time."""
+
+    def __init__(self, tensor: GgufTensor) -> None:
+        self.tensor, self.nbytes = tensor, tensor.nbytes
+
+    def tofile(self, file: BinaryIO) -> None:
+        for source in self.tensor.sources:
+            blocks.encode(self.tensor.name, source(), self.tensor.kind).tofile(file)
+
+
 def write(writer: GGUFWriter, path: Path, entries: list[GgufTensor], check: Callable[[], None] = lambda: None) -> None:
     """Write the metadata in `writer` and the tensors to `path`.
 
@@ -75,7 +94,7 @@ def write(writer: GGUFWriter, path: Path, entries: list[GgufTensor], check: Call
         check()
         with progress("writing tensor", len(entries)) as p:
             for e in entries:
-                writer.write_tensor_data(blocks.encode(e.name, e.source(), e.kind))
+                writer.write_tensor_data(cast(np.ndarray, _Data(e)))
                 p.step(e.name)
     finally:
         writer.close()

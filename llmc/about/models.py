@@ -1,0 +1,122 @@
+"""`llmc models`: what llmc can do with each model family, from the tables that its commands use.
+
+`proved.json` beside the tables has what the project's tests last proved (`make test-models` writes it).
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import textwrap
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from llmc.errors import UserError
+from llmc.families import FAMILIES
+from llmc.families.row import Family
+
+PROOFS = Path(__file__).parents[1] / "families" / "proved.json"
+PROVED, UNTESTED, NO = "proved", "untested", "no"
+PRUNING = ("masks", "depth", "width")
+
+
+def models(converter: Path | None = None) -> dict[str, Any]:
+    """The table. converter: the folder of llama.cpp's converter, None if it is not known.
+
+    Returns {'packages' (of the proofs), 'families': [{'family', 'architecture', 'quantize', 'transform', 'rotation', 'prune',
+    'gguf', 'onnx', 'why_not', 'proofs'}]}. A cell is 'proved', 'untested' or 'no'; 'gguf' is {'own', 'converter' (None: not
+    known)}; 'why_not' has the reasons; 'proofs' are the largest figures of the tests.
+    """
+    proved = json.loads(PROOFS.read_text(encoding="utf-8"))
+    registered = None if converter is None else converter_architectures(converter)
+    return {"packages": proved["packages"],
+            "families": [_row(f, proved["families"].get(f.model_type, {}), registered) for f in FAMILIES.values()]}
+
+
+def _row(family: Family, proofs: dict[str, Any], registered: frozenset[str] | None) -> dict[str, Any]:
+    def cell(what: str, can: bool = True) -> str:
+        return NO if not can else PROVED if what in proofs else UNTESTED
+
+    can_turn = not (family.unmapped or family.unrotatable)
+    reasons = {"transform": family.unmapped, "rotation": family.unrotatable, "width": family.unnarrowable}
+    return {
+        "family": family.model_type, "architecture": family.architecture,
+        "quantize": cell("quantize"),
+        "transform": cell("transform", not family.unmapped),
+        "rotation": NO if family.unmapped else "r1r2" if can_turn else "r2",
+        "prune": {"masks": cell("masks"), "depth": cell("depth"), "width": cell("width", not family.unnarrowable)},
+        "gguf": {"own": cell("gguf", bool(family.gguf.name)),
+                 "converter": None if registered is None else family.architecture in registered},
+        "onnx": cell("onnx", bool(family.onnx.builder)),
+        "why_not": {what: why for what, why in reasons.items() if why},
+        "proofs": proofs,
+    }
+
+
+def converter_architectures(folder: Path) -> frozenset[str]:
+    """The text architectures that the converter of a llama.cpp checkout knows. Its code is read and not executed."""
+    path = folder / "conversion" / "__init__.py"
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError) as e:
+        raise UserError(f"{folder} has no readable conversion/__init__.py: {e}",
+                        "give the folder of a llama.cpp checkout of 2026 or later") from e
+    tables = [node.value for node in tree.body if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Dict)
+              and isinstance(node.target, ast.Name) and node.target.id == "TEXT_MODEL_MAP"]
+    if not tables:
+        raise UserError(f"{path} has no TEXT_MODEL_MAP", "give the folder of a llama.cpp checkout of 2026 or later")
+    return frozenset(ast.literal_eval(tables[0]))
+
+
+WORDS = {PROVED: "yes", UNTESTED: "untested", NO: "-"}
+HEADINGS = ("family", "quantize", "transform", "prune", "GGUF", "ONNX")
+
+
+def cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """A row of the printed table, in the order of HEADINGS."""
+    able = [(what, word) for what, word in row["prune"].items() if word != NO]
+    prune = ", ".join(what for what, word in able if word == PROVED) or UNTESTED
+    turn = f", {row['rotation']}" if row["transform"] == PROVED else ""
+    own, other = row["gguf"]["own"], row["gguf"]["converter"]
+    gguf = "converter" if own == NO and other else WORDS[own]
+    return row["family"], WORDS[row["quantize"]], WORDS[row["transform"]] + turn, prune, gguf, WORDS[row["onnx"]]
+
+
+def describe(table: dict[str, Any]) -> str:
+    """The table as text, with what its words mean."""
+    rows = [HEADINGS, *(cells(row) for row in table["families"])]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADINGS))]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*lines, "", *legend(table)])
+
+
+def legend(table: dict[str, Any]) -> list[str]:
+    """What the words of the table mean, one line each."""
+    made = ", ".join(f"{name} {version}" for name, version in table["packages"].items())
+    return ["yes: the project's tests proved it on tiny models. untested: they did not. -: llmc cannot, and says why.",
+            "transform: channels can be scaled; r2, r1r2: the largest rotation that keeps the output.",
+            "GGUF: llmc's own writer; converter: llama.cpp's converter knows it.",
+            f"proved with {made}."]
+
+
+def markdown(table: dict[str, Any]) -> str:
+    """The table as a page of the documentation."""
+    def line(values: Iterable[str]) -> str:
+        return f"| {' | '.join(values)} |"
+
+    rows = [line(HEADINGS), line("---" for _ in HEADINGS), *(line(cells(row)) for row in table["families"])]
+    return "\n".join([*rows, "", *(f"* {text}" for text in legend(table))])
+
+
+def summary(table: dict[str, Any]) -> str:
+    """The families that each command takes, as a list for README.md."""
+    def names(keep: Callable[[dict[str, Any]], bool]) -> str:
+        return ", ".join(row["family"] for row in table["families"] if keep(row))
+
+    lines = (f"* `llmc export` writes GGUF by itself for {names(lambda row: row['gguf']['own'] != NO)}.",
+             f"* `llmc export --format onnx` works for {names(lambda row: row['onnx'] != NO)}.",
+             f"* `llmc transform` works for {names(lambda row: row['transform'] != NO)}. The residual stream can be rotated "
+             f"(`--rotate r1r2`) for {names(lambda row: row['rotation'] == 'r1r2')}.",
+             f"* `llmc prune --method width` works for {names(lambda row: row['prune']['width'] != NO)}.")
+    return "\n".join(textwrap.fill(line, 128, subsequent_indent="  ", break_on_hyphens=False) for line in lines)
