@@ -16,8 +16,7 @@ from typing import Any, Protocol
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmc.compress.preparation import SAMPLING_BATCH
-from llmc.compress.sampling import sample_from_model
+from llmc.compress.sampling import BATCH, sample_from_model
 from llmc.compress.teaching.models import load_teacher
 from llmc.compress.teaching.teacher import Cached, Running, Teacher
 from llmc.compress.teaching.texts import Texts, TextSettings, gather, named_texts
@@ -100,7 +99,7 @@ class Job(ABC):
                 say(f"sampling {count} sequences of text from the teacher")
                 model = load_torch_model(self.teacher_folder, str(self.device), torch.bfloat16)
                 ids = sample_from_model(model, load_tokenizer(self.folder), count, self.settings.seq_len, self.settings.seed,
-                                        SAMPLING_BATCH)
+                                        BATCH)
                 with staged_file(kept) as tmp:
                     save_file({"ids": ids}, tmp)
         return load_file(kept)["ids"]
