@@ -26,7 +26,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-TEXT = "\n\n".join(topics[k] for k in sorted(topics))
+TEXT = "\n\n".join(topics[k] for k in sorted(topics))[:100_000]
 HEAD = 64  # width of an attention head
 
 
@@ -86,8 +86,8 @@ SHAPES = {
     "long context": Shape(512, 1408, 3, 2, tokens=2048),
 }
 TEXT_OPTIONS = ["--calibration", "TEXT", "--samples", "4", "--seq-len", "TOKENS"]
-TRAINING = ["--teacher", "MODEL", "--calibration", "TEXT", "--sampled", "0", "--seq-len", "TOKENS", "--steps", "4",
-            "--held-out", "2"]
+TRAINING = ["--teacher", "MODEL", "--calibration", "TEXT", "--sampled", "0", "--seq-len", "TOKENS", "--steps", "2",
+            "--held-out", "1"]
 COMMANDS = {  # in this order: later ones read the results of earlier ones
     "quantize": ["quantize", "MODEL", *TEXT_OPTIONS, "-o", "QUANTIZED"],
     "budget": ["quantize", "MODEL", "--target-bpw", "6", *TEXT_OPTIONS, "-o", "OUT"],
@@ -99,9 +99,9 @@ COMMANDS = {  # in this order: later ones read the results of earlier ones
     "self": ["imatrix", "MODEL", "--samples", "4", "--seq-len", "128", "-o", "OUT.gguf"],
     "export gguf": ["export", "QUANTIZED", "-o", "SMALL.gguf"],
     "export onnx": ["export", "QUANTIZED", "--format", "onnx", "-o", "ONNX"],
-    "eval gguf": ["eval", "SMALL.gguf", "--base", "MODEL", "--text", "TEXT", "--chunks", "2", "--context", "TOKENS"],
-    "eval onnx": ["eval", "ONNX", "--base", "MODEL", "--text", "TEXT", "--chunks", "2", "--context", "TOKENS"],
-    "eval folder": ["eval", "QUANTIZED", "--base", "MODEL", "--text", "TEXT", "--chunks", "2", "--context", "TOKENS"],
+    "eval gguf": ["eval", "SMALL.gguf", "--base", "MODEL", "--text", "TEXT", "--chunks", "1", "--context", "TOKENS"],
+    "eval onnx": ["eval", "ONNX", "--base", "MODEL", "--text", "TEXT", "--chunks", "1", "--context", "TOKENS"],
+    "eval folder": ["eval", "QUANTIZED", "--base", "MODEL", "--text", "TEXT", "--chunks", "1", "--context", "TOKENS"],
 }
 
 

@@ -179,10 +179,12 @@ def gptq_work(g: Group, block: int, kinds: int) -> int:
     moments = (
         2 * n + n + 2 * n + 3 * w,  # compensate: drift and its Hessian, W; ridge and factor; W', W D and the solution
         n + 2 * n + 3 * w,  # damped: the reordered Hessian and its factor; W transposed
-        3 * n + 3 * w + (5 + 10 / block) * part + (w > part) * part,  # search: factor, and in W's order; candidates
+        # search: factor, and in W's order; candidates; `metric`: a block's inverse in float32 and, twice, in float64
+        3 * n + 3 * w + (5 + 10 / block) * part + (w > part) * part + 5 * FLOAT * g.width * block,
         3 * n + 5 * w,  # sweep: factor, and divided by its diagonal; W in the order of the sweep, codes
-        n + 9 * w,  # refine, new factors: W, codes, values and gradient, three times
-        n + 8 * w + kinds * w + part + 4 * system,  # refit: the same, units, a product, A and its copies
+        n + 10 * w,  # refine, new factors: W, codes; values and gradient before, after, and the better ones
+        # refit in the second turn: W, codes, values and gradient twice; units; then two products and A, or one and A's copies
+        n + 8 * w + kinds * w + max(2 * part + system, part + 4 * system) + 10 * w / block,
     )
     return int(max(moments))
 
