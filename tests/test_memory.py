@@ -92,7 +92,8 @@ def test_no_step_needs_less_if_a_size_grows(field: str) -> None:
 def tiny_settings(**changed: Any) -> Any:
     from types import SimpleNamespace
 
-    return SimpleNamespace(**{"batch": 2, "seq_len": 64, "held_out": 2, "checkpointing": False, "teacher_top_k": None, **changed})
+    return SimpleNamespace(**{"batch": 2, "seq_len": 64, "held_out": 2, "checkpointing": False, "teacher_top_k": None,
+                              **changed})
 
 
 def test_less_is_trained_and_kept_with_the_options_that_save_memory() -> None:
@@ -186,18 +187,19 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"base": base, "text": text, "quantized": at / "quantized"}
 
 
+SHORT = {"samples": 8, "seq_len": 64}
+TRAINING = {"seq_len": 64, "sampled": 0}
 Run = Callable[[dict[str, Path], dict[str, Any]], Any]
 COMMANDS: dict[str, Run] = {
-    "quantize": lambda f, o: llmc.quantize(f["base"], calibration=f["text"], samples=4, seq_len=64, **o),
+    "quantize": lambda f, o: llmc.quantize(f["base"], calibration=f["text"], **SHORT, **o),
     "quantize rtn": lambda f, o: llmc.quantize(f["base"], method="rtn", **o),
-    "prune": lambda f, o: llmc.prune(f["base"], calibration=f["text"], samples=8, seq_len=64, **o),
-    "prune depth": lambda f, o: llmc.prune(f["base"], method="depth", drop=1, calibration=f["text"], samples=8, seq_len=64, **o),
-    "transform": lambda f, o: llmc.transform(f["base"], calibration=f["text"], samples=4, seq_len=64, **o),
-    "imatrix": lambda f, o: llmc.imatrix(f["base"], calibration=f["text"], samples=4, seq_len=64, **o),
-    "heal": lambda f, o: llmc.heal(f["quantized"], f["base"], calibration=f["text"], seq_len=64, sampled=0, **o),
-    "heal block": lambda f, o: llmc.heal(f["quantized"], f["base"], calibration=f["text"], seq_len=64, scope="block", sampled=0,
-                                         **o),
-    "distill": lambda f, o: llmc.distill(f["base"], f["base"], calibration=f["text"], seq_len=64, sampled=0, **o),
+    "prune": lambda f, o: llmc.prune(f["base"], calibration=f["text"], **SHORT, **o),
+    "prune depth": lambda f, o: llmc.prune(f["base"], method="depth", drop=1, calibration=f["text"], **SHORT, **o),
+    "transform": lambda f, o: llmc.transform(f["base"], calibration=f["text"], **SHORT, **o),
+    "imatrix": lambda f, o: llmc.imatrix(f["base"], calibration=f["text"], **SHORT, **o),
+    "heal": lambda f, o: llmc.heal(f["quantized"], f["base"], calibration=f["text"], **TRAINING, **o),
+    "heal block": lambda f, o: llmc.heal(f["quantized"], f["base"], calibration=f["text"], scope="block", **TRAINING, **o),
+    "distill": lambda f, o: llmc.distill(f["base"], f["base"], calibration=f["text"], **TRAINING, **o),
     "export gguf": lambda f, o: llmc.export(f["quantized"], **o),
     "export onnx": lambda f, o: llmc.export(f["quantized"], format="onnx", **o),
 }
@@ -225,7 +227,8 @@ def test_eval_plans_its_memory_and_refuses_what_does_not_fit(
 
     from llmc.cli import run
 
-    command = ["eval", str(folders["quantized"]), "--base", str(folders["base"]), "--text", str(folders["text"]), "--context", "64"]
+    quantized, base, text = (str(folders[name]) for name in ("quantized", "base", "text"))
+    command = ["eval", quantized, "--base", base, "--text", text, "--context", "64"]
     assert run([*command, "--dry-run", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["memory_bytes"] == sum(v for k, v in plan["memory"].items() if k != "step")
@@ -255,7 +258,8 @@ def test_text_of_the_model_itself_is_a_step_of_every_command_that_samples_it(
 
 
 def test_pages_that_are_read_once_do_not_decide(monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = Memory((Step("loading", {PROCESS: 500, "weights": 1000}, once=700), Step("running", {PROCESS: 500, "work": 1100})))
+    memory = Memory((Step("loading", {PROCESS: 500, "weights": 1000}, once=700),
+                     Step("running", {PROCESS: 500, "work": 1100})))
     assert memory.plan()["memory_bytes"] == 2200
     monkeypatch.setattr("llmc.machine.free_memory", lambda: 1100)
     memory.check("it")

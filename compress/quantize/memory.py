@@ -10,6 +10,7 @@ from llmc.compress.memory import (
     Sizes,
     entering,
     gptq_work,
+    judging,
     reading,
     rtn_work,
     sampling,
@@ -18,11 +19,13 @@ from llmc.compress.memory import (
 from llmc.compress.quantize.config import QuantizeConfig
 from llmc.compress.skeleton import Skeleton
 from llmc.compress.text import SELF
+from llmc.compress.transform.choose import HELD_MOST
+from llmc.compress.transform.memory import scaling
 from llmc.formats.types import AnyType, IntegerType
-from llmc.memory import PROCESS, TORCH, Memory, Step
+from llmc.memory import PROCESS, TORCH, Step
 
 
-def memory_of(skeleton: Skeleton, c: QuantizeConfig, types: Iterable[AnyType], reference: bool) -> Memory:
+def memory_of(skeleton: Skeleton, c: QuantizeConfig, types: Iterable[AnyType], reference: bool) -> list[Step]:
     """The steps of a quantization. types: of the linears.  reference: the unchanged model runs too."""
     sizes, kinds = Sizes.of(skeleton), set(types)
     steps = [reading(sizes)]
@@ -32,9 +35,13 @@ def memory_of(skeleton: Skeleton, c: QuantizeConfig, types: Iterable[AnyType], r
         run = Running.of(skeleton, c.seq_len)
         steps += [entering(sizes, c.seq_len), run.tracing(), run.gathering(3 if reference else 1, not c.true_sequential),
                   _rounding(run.held, "GPTQ", sizes, kinds)]
+        if c.transform != "none":
+            steps += scaling(run, calibrated=True)
+        if c.transform == "auto":  # each candidate is compared with the base on at most HELD_MOST sequences
+            steps += judging(sizes, HELD_MOST * c.seq_len, c.seq_len, run)
     else:
         steps.append(_rounding({PROCESS: TORCH, "one layer in float32": FLOAT * sizes.layer}, "rounding", sizes, kinds))
-    return Memory(steps)
+    return steps
 
 
 def _rounding(held: dict[str, int], what: str, s: Sizes, types: set[AnyType]) -> Step:

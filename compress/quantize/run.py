@@ -22,6 +22,8 @@ from llmc.compress.calibration import (
     spread,
 )
 from llmc.compress.coverage import checked
+from llmc.compress.heal.config import HealConfig
+from llmc.compress.heal.memory import after_quantizing
 from llmc.compress.imatrix.importance import Importance
 from llmc.compress.preparation import calibration_text, check_weights, open_float, sampled_file
 from llmc.compress.quantize.assignment import assign, keeps_zeros
@@ -77,19 +79,15 @@ def quantize(model: str | Path, config: QuantizeConfig) -> dict[str, Any]:
 
 
 def quantize_and_heal(job: _Job) -> dict[str, Any]:
-    """Quantize into a folder beside the output, heal this folder into the output, and remove it. A resumed run uses it again.
-
-    The teacher is the given model, before any transform."""
-    from llmc.compress.heal.config import HealConfig
+    """Quantize into a folder beside the output, heal this folder into the output, and remove it. A resumed run uses it
+    again."""
     from llmc.compress.heal.run import heal
 
-    c, out = job.config, job.out
+    c, out, settings = job.config, job.out, job.healing()
     job.out = out.with_name(f".{out.name}.unhealed")
     note = job.out.with_suffix(".json")  # the fingerprint of the finished folder, and its result
     key = fingerprint(__name__, {**c.numbers(), "imatrix": job.importance and job.importance.origin}, job.threads,
                       job.described["files"], calibration_content=content_of(c.calibration))
-    settings = HealConfig(teacher=str(job.source), calibration=(c.calibration,), steps=c.heal, seq_len=c.seq_len, seed=c.seed,
-                          device=c.device, threads=c.threads, out=out, resume=c.resume)
     found = json.loads(note.read_text(encoding="utf-8")) if c.resume and note.is_file() and job.out.is_dir() else {}
     if found.get("key") == key:
         say(f"{job.out} is finished: healing continues")
@@ -169,10 +167,20 @@ class _Job:
         }
 
     def memory(self) -> Memory:
-        """The memory that quantization needs, the measurement of a budget included."""
+        """The memory that quantization needs, the measurement of a budget and the healing included."""
         c = self.config
-        found = memory_of(self.skeleton, c, self.assignment.types.values(), reference=self._reference_sequences() > 0)
-        return Memory([*found.steps, measuring(self.skeleton, SEQUENCES, LENGTH)]) if c.target else found
+        steps = memory_of(self.skeleton, c, self.assignment.types.values(), reference=self._reference_sequences() > 0)
+        if c.target:
+            steps.append(measuring(self.skeleton, SEQUENCES, LENGTH))
+        if c.heal:
+            steps += after_quantizing(self.skeleton, self.assignment.types, self.healing())
+        return Memory(steps)
+
+    def healing(self) -> HealConfig:
+        """The options of the healing that follows. The teacher is the given model, before any transform."""
+        c = self.config
+        return HealConfig(teacher=str(self.source), calibration=(c.calibration,), steps=c.heal, seq_len=c.seq_len,
+                          seed=c.seed, device=c.device, threads=c.threads, out=self.out, resume=c.resume)
 
     def _transform_bytes(self) -> int:
         """Bytes of disk for the float32 folders of the transformed model: a working folder and the candidates."""

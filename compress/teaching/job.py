@@ -30,7 +30,7 @@ from llmc.formats.hf import load_config, load_tokenizer, load_torch_model
 from llmc.formats.manifest import passes_of, read_manifest
 from llmc.formats.shards import pieces_of, rest_of
 from llmc.formats.source import describe_source
-from llmc.precision import matmul_precision
+from llmc.precision import training_dtype
 from llmc.temporary import remove
 
 
@@ -58,9 +58,7 @@ class Job(ABC):
         self.out, self.device = out, device
         self.work = out.with_name(f".{out.name}.unfinished")
         self.checkpoint = Checkpoint.open(folder)
-        native = matmul_precision() == "bf16" or device.type != "cpu"
-        precision = config.precision if config.precision != "auto" else "bf16" if native else "fp32"
-        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.dtype = training_dtype(config.precision, device)
 
     @abstractmethod
     def run(self) -> dict[str, Any]:

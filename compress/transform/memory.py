@@ -9,20 +9,26 @@ from llmc.compress.transform.config import TransformConfig
 from llmc.memory import PROCESS, TORCH, Memory, Step
 
 
+def scaling(run: Running, calibrated: bool) -> list[Step]:
+    """`ScalingStage`. calibrated: it needs text.
+
+    `search_alpha` has the Hessians of all groups; one of them scaled, twice; the readers' weights, and some rows of them
+    scaled and rounded. `apply_scaling` has float64 copies of a linear."""
+    groups = run.sizes.groups
+    hessians = sum(g.square for g in groups) if calibrated else max(g.square for g in groups)
+    work = max(max(2 * g.square + 2 * g.weights, 4 * g.largest) for g in groups)
+    gathering = [run.tracing(), run.gathering(1, groups_at_once=True)] if calibrated else []
+    return [*gathering, Step("scaling a layer", {**run.held, "Hessians": hessians, "matrices of scaling": work})]
+
+
 def memory_of(skeleton: Skeleton, c: TransformConfig) -> Memory:
     """The steps of a transform."""
     s, run = Sizes.of(skeleton), Running.of(skeleton, c.seq_len)
     steps = [reading(s), entering(s, c.seq_len)]
-    if c.calibrated:
-        steps += [run.tracing(), run.gathering(1, groups_at_once=True)]
-        if c.calibration == SELF:
-            steps.append(sampling(skeleton, c.seq_len, c.samples))
+    if c.calibrated and c.calibration == SELF:
+        steps.append(sampling(skeleton, c.seq_len, c.samples))
     if c.scaling != "none":
-        # `search_alpha`: the Hessians of all groups; one scaled, twice; the readers' weights, some rows of them scaled and
-        # rounded.  `apply_scaling`: float64 copies of a linear
-        hessians = sum(g.square for g in s.groups) if c.calibrated else max(g.square for g in s.groups)
-        work = max(max(2 * g.square + 2 * g.weights, 4 * g.largest) for g in s.groups)
-        steps.append(Step("scaling a layer", {**run.held, "Hessians": hessians, "matrices of scaling": work}))
+        steps += scaling(run, c.calibrated)
     if c.rotate != "none":
         work = 4 * max(g.largest for g in s.groups)  # `rotate_rows`: a linear and its product in float64
         steps.append(Step("rotating a layer", {**run.held, "matrices of rotation": work}))
