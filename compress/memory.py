@@ -168,19 +168,19 @@ class Running:
         return Step("gathering statistics", {**self.held, "sums": sums, "activations": self.tokens * self.sizes.per_token})
 
 
-def gptq_work(g: Group, block: int, kinds: int) -> int:
-    """`QuantizePass.change` and `gptq` on a group whose linears have one type, at their fullest of five moments.
+def gptq_work(g: Group, block: int, kinds: int, run: int) -> int:
+    """`QuantizePass.change` and `gptq` on a group whose linears have one type, at their fullest moment.
 
-    block: weights that share a factor.  kinds: factors of a block (2 with a minimum).  n: bytes of [in, in], w: of all
-    weights.  The target and its copy for gptq are there in every moment (2 w), and the Hessian (n)."""
+    block: weights that share a factor.  kinds: factors of a block (2 with a minimum).  run: weights that share a scale.
+    n: bytes of [in, in], w: of all weights.  The target and its copy for gptq are there in every moment (2 w), and the Hessian (n)."""
     n, w = g.square, g.weights
     part = w * min(1.0, ROWS / sum(g.outs))  # `search` and `least_squares` take ROWS rows at once
     system = FLOAT * (kinds * g.width // block) ** 2 * min(ROWS, sum(g.outs))  # `_least_squares`: A
     moments = (
         2 * n + n + 2 * n + 3 * w,  # compensate: drift and its Hessian, W; ridge and factor; W', W D and the solution
         n + 2 * n + 3 * w,  # damped: the reordered Hessian and its factor; W transposed
-        # search: factor, and in W's order; candidates; `metric`: a block's inverse in float32 and, twice, in float64
-        3 * n + 3 * w + (5 + 10 / block) * part + (w > part) * part + 5 * FLOAT * g.width * block,
+        # search: factor, and in W's order; candidates; `metric`: a run's inverse in float32 and, twice, in float64
+        3 * n + 3 * w + (5 + 10 / block) * part + (w > part) * part + 5 * FLOAT * g.width * run,
         3 * n + 5 * w,  # sweep: factor, and divided by its diagonal; W in the order of the sweep, codes
         n + 10 * w,  # refine, new factors: W, codes; values and gradient before, after, and the better ones
         # refit in the second turn: W, codes, values and gradient twice; units; then two products and A, or one and A's copies

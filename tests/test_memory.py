@@ -60,8 +60,8 @@ def test_a_plan_is_the_sum_of_the_terms_of_its_largest_step(steps: list[Step]) -
 
 
 @settings(max_examples=200, deadline=None)
-@given(groups, widths, st.sampled_from([(32, 1), (128, 1), (256, 2)]))
-def test_the_matrices_of_a_layer_need_more_if_the_layer_is_larger(g: Group, more: int, factors: tuple[int, int]) -> None:
+@given(groups, widths, st.sampled_from([(32, 1, 32), (128, 1, 128), (256, 2, 32)]))
+def test_the_matrices_of_a_layer_need_more_if_the_layer_is_larger(g: Group, more: int, factors: tuple[int, int, int]) -> None:
     wider, taller = Group(g.width + more, g.outs), Group(g.width, (*g.outs, more))
     for work in (lambda x: plans.gptq_work(x, *factors), plans.sparsegpt_work, lambda x: plans.rtn_work(x, factors[1])):
         assert 0 < work(g) <= min(work(wider), work(taller))

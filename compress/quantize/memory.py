@@ -51,11 +51,12 @@ def _rounding(held: dict[str, int], what: str, s: Sizes, types: set[AnyType]) ->
     return Step(what, {**held, "codes": s.layer, f"matrices of {what}": work})
 
 
-def _factors(qtype: AnyType, width: int) -> tuple[int, int]:
-    """(weights that share a factor, factors of a block)."""
+def _factors(qtype: AnyType, width: int) -> tuple[int, int, int]:
+    """(weights that share a factor, factors of a block, weights that share a scale)."""
     if isinstance(qtype, IntegerType):
-        return (qtype.group_size if qtype.group_size > 0 else width), 1
-    return qtype.block, 1 + qtype.has_min
+        group = qtype.group_size if qtype.group_size > 0 else width
+        return group, 1, group
+    return qtype.block, 1 + qtype.has_min, qtype.group
 
 
 def measuring(skeleton: Skeleton, sequences: int, length: int) -> Step:
