@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from llmc.compress.calibration import sequences_at_once, workers_for
 from llmc.compress.ends import is_tied
 from llmc.compress.sampling import BATCH, sampling_terms
-from llmc.compress.skeleton import Skeleton, get_weight
+from llmc.compress.skeleton import Skeleton
+from llmc.formats.linears import get_weight
 from llmc.memory import PROCESS, TORCH, Step
 from llmc.rounding.scales import ROWS
 
@@ -119,9 +120,11 @@ def sampling(skeleton: Skeleton, seq_len: int, sequences: int = BATCH) -> Step:
 
 
 def entering(s: Sizes, seq_len: int) -> Step:
-    """`Skeleton.enter`: the embedding stays mapped in its stored type; loading it makes `reading`'s copy. Two texts run."""
-    first = reading(s)
-    return Step("embedding the text", {**first.terms, "states": 3 * FLOAT * s.hidden * seq_len}, first.once)
+    """`entering.enter`: layer 0 runs; four texts of six sequences pass the layers, and two of them change in every layer. The
+    embedding stays mapped in its stored type."""
+    return Step("embedding the text", {
+        PROCESS: TORCH, "one layer in float32": FLOAT * s.layer, "activations": seq_len * s.per_token,
+        "states": FLOAT * s.hidden * seq_len * (6 + 2 * s.layers)}, s.element * s.head)
 
 
 def whole_model(s: Sizes) -> dict[str, int]:
@@ -172,7 +175,8 @@ def gptq_work(g: Group, block: int, kinds: int, run: int) -> int:
     """`QuantizePass.change` and `gptq` on a group whose linears have one type, at their fullest moment.
 
     block: weights that share a factor.  kinds: factors of a block (2 with a minimum).  run: weights that share a scale.
-    n: bytes of [in, in], w: of all weights.  The target and its copy for gptq are there in every moment (2 w), and the Hessian (n)."""
+    n: bytes of [in, in], w: of all weights.  The target and its copy for gptq are there in every moment (2 w), and the
+    Hessian (n)."""
     n, w = g.square, g.weights
     part = w * min(1.0, ROWS / sum(g.outs))  # `search` and `least_squares` take ROWS rows at once
     system = FLOAT * (kinds * g.width // block) ** 2 * min(ROWS, sum(g.outs))  # `_least_squares`: A

@@ -25,6 +25,7 @@ from llmc.compress.skeleton import Skeleton
 from llmc.compress.teaching import memory as teaching
 from llmc.errors import UserError
 from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.hf import load_torch_model
 from llmc.formats.types import BLOCK_TYPES, AnyType, IntegerType
 from llmc.memory import PROCESS, Memory, Step
 from llmc.rounding.rtn import rtn
@@ -157,12 +158,15 @@ def test_sparsegpt_allocates_what_its_plan_says() -> None:
 @pytest.mark.parametrize("shape", [{}, {"intermediate_size": 512}, {"hidden_size": 128, "num_hidden_layers": 1}])
 def test_a_layer_runs_in_the_activations_of_its_plan(shape: dict[str, int], tmp_path: Path) -> None:
     folder = tiny.build("llama", tmp_path / "m", **shape)
-    skeleton = Skeleton(Checkpoint.open(folder), "cpu")
-    sizes, arguments = Sizes.of(skeleton), skeleton.enter(iter(()), 256)[0]
-    states = torch.randn(1, 256, sizes.hidden)
-    with skeleton.layer(0) as layer, torch.no_grad():
-        layer(states, **arguments[0].of(1))  # the first run makes kernels
-        found = allocated(lambda: layer(states, **arguments[0].of(1)))
+    sizes, model = Sizes.of(Skeleton(Checkpoint.open(folder), "cpu")), load_torch_model(folder)
+    given: list[tuple[Any, Any]] = []
+    layer = model.model.layers[0]
+    handle = layer.register_forward_pre_hook(lambda _m, args, kwargs: given.append((args, kwargs)), with_kwargs=True)
+    with torch.no_grad():
+        model(torch.zeros(1, 256, dtype=torch.int64), use_cache=False)
+        handle.remove()
+        args, kwargs = given[0]
+        found = allocated(lambda: layer(*args, **kwargs))
     assert 0.6 * found < 256 * sizes.per_token < 2 * found
 
 
@@ -232,17 +236,11 @@ def test_eval_plans_its_memory_and_refuses_what_does_not_fit(
     assert run([*command, "--dry-run", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["memory_bytes"] == sum(v for k, v in plan["memory"].items() if k != "step")
-    weights = 4 * sum(p.numel() for p in llmc_model(folders["base"]).parameters())
+    weights = 4 * sum(p.numel() for p in load_torch_model(folders["base"]).parameters())
     assert plan["memory"]["weights in float32 of base"] == plan["memory"]["weights in float32 of quantized"] == weights
     monkeypatch.setattr("llmc.machine.free_memory", lambda: 0)
     assert run(command) == 2
     assert "of memory and 0 B is free" in capsys.readouterr().err
-
-
-def llmc_model(folder: Path) -> Any:
-    from llmc.formats.hf import load_torch_model
-
-    return load_torch_model(folder)
 
 
 def test_text_of_the_model_itself_is_a_step_of_every_command_that_samples_it(

@@ -9,9 +9,10 @@ import torch
 
 from llmc.compress.distill.config import DistillConfig
 from llmc.compress.memory import FLOAT, reading, sampling, weights_of
-from llmc.compress.skeleton import Skeleton, find_layers, get_weight, is_linear
+from llmc.compress.skeleton import Skeleton
 from llmc.compress.teaching.memory import distilling, loading, model_of, opening, sampled
 from llmc.compress.text import rows_in
+from llmc.formats.linears import find_layers, get_weight, is_linear
 from llmc.memory import Memory
 
 SHARE = 0.5  # of a matrix product's speed that training reaches; attention, norms and optimizer take the rest

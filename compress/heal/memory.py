@@ -10,10 +10,11 @@ import torch
 from llmc.compress.calibration import sequences_at_once
 from llmc.compress.heal.config import HealConfig
 from llmc.compress.memory import FLOAT, entering, reading, sampling
-from llmc.compress.skeleton import Skeleton, get_weight, linears_of
+from llmc.compress.skeleton import Skeleton, linears_of
 from llmc.compress.teaching.memory import healing, healing_block, loading, model_of, opening, sampled
 from llmc.formats import quantized
 from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.linears import get_weight
 from llmc.formats.types import AnyType, IntegerType
 from llmc.memory import Memory, Step
 from llmc.precision import training_dtype

@@ -9,10 +9,11 @@ import torch
 
 from llmc.compress.ends import is_tied
 from llmc.compress.memory import FLOAT, Sizes
-from llmc.compress.skeleton import Skeleton, get_weight, linears_of
+from llmc.compress.skeleton import Skeleton, linears_of
 from llmc.compress.teaching.loss import CACHE_BYTES, CHUNK_BYTES
 from llmc.compress.teaching.texts import TextSettings
 from llmc.compress.text import SELF
+from llmc.formats.linears import get_weight
 from llmc.memory import PROCESS, TORCH, Step
 
 ADAM = 2 * FLOAT  # bytes of the two moments of a parameter
