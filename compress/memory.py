@@ -132,14 +132,12 @@ def whole_model(s: Sizes) -> dict[str, int]:
     return {"the whole model in float32": FLOAT * s.weights}
 
 
-def batch_of(skeleton: Skeleton, seq_len: int, workers: int) -> int:
-    """Tokens in the batches of all workers."""
-    return workers * sequences_at_once(skeleton, seq_len, workers) * seq_len
-
-
 @dataclass(frozen=True)
 class Running:
-    """The loop over the layers. tokens: of the batches of all workers.  workers: their number.  seq_len: of one sequence."""
+    """The loop over the layers. tokens: of the batches of all workers.  workers: their number.  seq_len: of one sequence.
+
+    Several workers are threads of their own, and a thread keeps the small blocks (up to 32 MB in glibc) that it frees. So the
+    activations of the workers count also while the main thread works."""
 
     sizes: Sizes
     tokens: int
@@ -147,13 +145,20 @@ class Running:
     seq_len: int
 
     @classmethod
-    def of(cls, skeleton: Skeleton, seq_len: int, workers: int | None = None) -> Running:
+    def of(cls, skeleton: Skeleton, seq_len: int, sequences: int, workers: int | None = None) -> Running:
         workers = workers or workers_for(skeleton)
-        return cls(Sizes.of(skeleton), batch_of(skeleton, seq_len, workers), workers, seq_len)
+        at_once = min(sequences, workers * sequences_at_once(skeleton, seq_len, workers))
+        return cls(Sizes.of(skeleton), at_once * seq_len, workers, seq_len)
 
     @property
     def held(self) -> dict[str, int]:
-        """What is in memory in every moment of a layer: its weights in float32."""
+        """What is in memory while the main thread works on a layer."""
+        kept = {"activations of the workers": self.tokens * self.sizes.per_token} if self.workers > 1 else {}
+        return {**self.layer, **kept}
+
+    @property
+    def layer(self) -> dict[str, int]:
+        """The weights of a layer."""
         return {PROCESS: TORCH, "one layer in float32": FLOAT * self.sizes.layer}
 
     def tracing(self) -> Step:
@@ -168,7 +173,7 @@ class Running:
         drift and its Hessian).  groups_at_once: the sums of all groups are made in one run."""
         squares = [g.square for g in self.sizes.groups]
         sums = matrices * self.workers * (sum(squares) if groups_at_once else max(squares))
-        return Step("gathering statistics", {**self.held, "sums": sums, "activations": self.tokens * self.sizes.per_token})
+        return Step("gathering statistics", {**self.layer, "sums": sums, "activations": self.tokens * self.sizes.per_token})
 
 
 def gptq_work(g: Group, block: int, kinds: int, run: int) -> int:
@@ -218,7 +223,7 @@ def judging(s: Sizes, held_tokens: int, seq_len: int, run: Running) -> list[Step
     states = 2 * FLOAT * s.hidden * held_tokens
     logits = FLOAT * s.vocabulary * (seq_len // 2)
     return [
-        Step("judging, layers", {**run.held, "states": states, "activations": run.tokens * s.per_token}),
+        Step("judging, layers", {**run.layer, "states": states, "activations": run.tokens * s.per_token}),
         # each head is a float32 copy of what is stored, and the embedding is mapped for it
         Step("judging, heads", {PROCESS: TORCH, "states": states, "heads in float32": 2 * FLOAT * s.head,
                                 "logits": 2 * logits + rows_of_logits(s.vocabulary)}, 2 * s.element * s.head),

@@ -102,7 +102,7 @@ class _Job:
         self.out = config.out or Path(f"{model_name(source)}-imatrix.gguf")
         self.work = self.out.with_name(f".{self.out.name}.unfinished")
         sizes = Sizes.of(self.skeleton)
-        run = Running.of(self.skeleton, config.seq_len, workers=1)
+        run = Running.of(self.skeleton, config.seq_len, config.samples, workers=1)
         steps = [reading(sizes), entering(sizes, config.seq_len), run.tracing(), run.gathering(0)]
         if config.calibration == SELF:
             steps.append(sampling(self.skeleton, config.seq_len, config.samples))

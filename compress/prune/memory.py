@@ -13,7 +13,7 @@ SUMS = {"wanda": 1, "sparsegpt": 3}  # matrices [in, in] of a group: the Hessian
 
 def memory_of(skeleton: Skeleton, c: PruneConfig) -> Memory:
     """The steps of a pruning, its judgement included."""
-    sizes, run = Sizes.of(skeleton), Running.of(skeleton, c.seq_len)
+    sizes, run = Sizes.of(skeleton), Running.of(skeleton, c.seq_len, c.sequences)
     steps = [reading(sizes), entering(sizes, c.seq_len), *judging(sizes, c.held_out * c.seq_len, c.seq_len, run)]
     if c.calibration == SELF:
         steps.append(sampling(skeleton, c.seq_len, c.sequences))

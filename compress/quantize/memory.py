@@ -32,7 +32,7 @@ def memory_of(skeleton: Skeleton, c: QuantizeConfig, types: Iterable[AnyType], r
     if c.calibrated and c.calibration == SELF:
         steps.append(sampling(skeleton, c.seq_len, c.samples))
     if c.method == "gptq":
-        run = Running.of(skeleton, c.seq_len)
+        run = Running.of(skeleton, c.seq_len, c.samples)
         steps += [entering(sizes, c.seq_len), run.tracing(), run.gathering(3 if reference else 1, not c.true_sequential),
                   _rounding(run.held, "GPTQ", sizes, kinds)]
         if c.transform != "none":

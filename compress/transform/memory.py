@@ -23,7 +23,7 @@ def scaling(run: Running, calibrated: bool) -> list[Step]:
 
 def memory_of(skeleton: Skeleton, c: TransformConfig) -> Memory:
     """The steps of a transform."""
-    s, run = Sizes.of(skeleton), Running.of(skeleton, c.seq_len)
+    s, run = Sizes.of(skeleton), Running.of(skeleton, c.seq_len, c.samples)
     steps = [reading(s), entering(s, c.seq_len)]
     if c.calibrated and c.calibration == SELF:
         steps.append(sampling(skeleton, c.seq_len, c.samples))
