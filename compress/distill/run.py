@@ -9,7 +9,7 @@ the type that the folder stores.
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from llmc.files import check_disk
 from llmc.formats.hf import load_torch_model
 from llmc.formats.manifest import check_output, note_last
 from llmc.formats.source import model_name
+from llmc.locks import locked
 from llmc.machine import physical_cores
 from llmc.precision import prepare_cpu
 from llmc.sources.resolve import resolve_model
@@ -63,7 +64,8 @@ def distill(student: str | Path, config: DistillConfig) -> dict[str, Any]:
     check_disk(job.out, plan["disk_bytes"], "distilling")
     if job.device.type == "cpu":
         memory_of(job.student, job.taught, config, job.dtype).check("distilling", "use --checkpointing or --teacher-top-k 64")
-    result = job.run()
+    with locked(job.out) if job.leads else nullcontext():
+        result = job.run()
     if not job.leads:
         return {}
     note_last(job.out, "hf")

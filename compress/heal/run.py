@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from llmc.compress.coverage import left_float
 from llmc.compress.heal.blocks import Blocks
 from llmc.compress.heal.config import HealConfig
 from llmc.compress.heal.memory import memory_of
@@ -34,6 +35,7 @@ from llmc.formats import quantized
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.manifest import check_output, note_last
 from llmc.formats.names import Names
+from llmc.locks import locked
 from llmc.machine import physical_cores, torch_device
 from llmc.precision import prepare_cpu
 from llmc.sources.resolve import resolve_model
@@ -53,7 +55,8 @@ def heal(model: str | Path, config: HealConfig) -> dict[str, Any]:
     if config.dry_run:
         return job.plan()
     job.check()
-    result = job.run()
+    with locked(job.out):
+        result = job.run()
     note_last(job.out, job.kind)
     return {**result, "seconds": round(time.monotonic() - start, 1)}
 
@@ -77,6 +80,7 @@ class _Job(Job):
         self.taught = Skeleton(taught, str(self.device))
         self.student = Skeleton(self.checkpoint, "cpu")
         self.vocab = common_vocabulary(self.student, self.taught)
+        self.left = left_float(self.student, "healed")
         self.kind = "gptq" if (self.checkpoint.quantization or {}).get("quant_method") == "gptq" else "blocks"
         self.memory = memory_of(self.student, self.taught, config, self.dtype)
 
@@ -111,7 +115,7 @@ class _Job(Job):
         self.open_work()
         texts = self.texts()
         changed, result = self._blocks(texts) if self.config.scope == "block" else self._end_to_end(texts)
-        return self.publish(self.kind, changed, texts, result)
+        return self.publish(self.kind, changed, texts, {**result, "floats": self.left})
 
     def _end_to_end(self, texts: Texts) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Returns (the changed tensors by their names in the folder, the result to report)."""

@@ -31,6 +31,7 @@ from llmc.files import check_disk, sha256
 from llmc.formats.imatrix import Imatrix, InputSums, write_imatrix
 from llmc.formats.manifest import check_output, new_manifest, staged_artifact
 from llmc.formats.source import describe_source, model_name
+from llmc.locks import locked
 from llmc.machine import physical_cores, torch_device
 from llmc.memory import Memory
 from llmc.precision import matmul_precision, prepare_cpu
@@ -88,7 +89,8 @@ def imatrix(model: str | Path, config: ImatrixConfig) -> dict[str, Any]:
     if config.dry_run:
         return job.plan()
     job.check()
-    return {**job.run(), "seconds": round(time.monotonic() - start, 1)}
+    with locked(job.out):
+        return {**job.run(), "seconds": round(time.monotonic() - start, 1)}
 
 
 class _Job:

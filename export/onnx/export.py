@@ -28,6 +28,7 @@ from llmc.formats.manifest import check_output, hash_folder, new_manifest, note_
 from llmc.formats.no_code import remove_code
 from llmc.formats.onnx_folder import MODEL
 from llmc.formats.text_ends import note_of_eos
+from llmc.locks import locked
 from llmc.machine import physical_cores
 from llmc.memory import ONNX_RUNTIME, PROCESS, TORCH, Memory, Step
 
@@ -69,7 +70,7 @@ def run(config: OnnxExportConfig) -> dict[str, Any]:
     check_output(out, "onnx", config, folder)
     if config.exporter == "optimum":
         _traced(ckpt)[0].check("exporting", MORE)
-    with staged_folder(out) as work:
+    with locked(out), staged_folder(out) as work:
         write = plain.write if config.exporter == "optimum" else _write
         report = write(config, ckpt, work, str(out))
         remove_code(work, str(out))
@@ -159,10 +160,6 @@ def _write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> 
     for note in onnx_lint.as_notes(findings):
         say(f"note: {note}")
     genai = verify.in_genai(work, tok, template, hf.get_text_config().vocab_size, context)
-    if not genai["token_ids"]["combining_marks_alike"]:
-        warn("words with combining marks (Hindi, Tamil, Thai …) are tokenized differently by onnxruntime-genai")
-    if not genai["token_ids"]["leading_space_alike"]:
-        warn("a text that begins with a space is tokenized differently by onnxruntime-genai and by transformers")
     return {
         "path": out, "source": str(ckpt.folder), "architecture": hf.architectures[0],
         "bytes": sum(p.stat().st_size for p in work.iterdir() if p.is_file()),
