@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from llmc.closure import digest
-from llmc.compress.sampling import sample_from_model, sampling_bytes
+from llmc.compress.memory import sampling
+from llmc.compress.sampling import BATCH, sample_from_model
 from llmc.compress.skeleton import Skeleton
 from llmc.compress.text import SELF, Calibration, from_model, load_calibration
 from llmc.console import say
@@ -21,10 +22,9 @@ from llmc.files import staged_file
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.hf import load_tokenizer, load_torch_model
 from llmc.formats.text_rows import described
-from llmc.machine import check_memory, torch_device
+from llmc.machine import torch_device
+from llmc.memory import Memory
 from llmc.precision import matmul_precision
-
-SAMPLING_BATCH = 32
 
 
 class Settings(Protocol):
@@ -82,19 +82,13 @@ def calibration_text(skeleton: Skeleton, files: dict[str, str], c: Settings, thr
     ids = _sampled_before(kept, key) if c.resume else None
     if ids is None:
         if c.device == "cpu":
-            check_memory(sampling_memory(skeleton, c.seq_len), "sampling text from the whole model",
-                         "give a text with --calibration FILE")
+            Memory((sampling(skeleton, c.seq_len, c.samples),)).check("calibrating", "give a text with --calibration FILE")
         loaded = load_torch_model(source, str(torch_device(c.device)), torch.bfloat16)
-        ids = sample_from_model(loaded, tokenizer, c.samples, c.seq_len, c.seed, SAMPLING_BATCH)
+        ids = sample_from_model(loaded, tokenizer, c.samples, c.seq_len, c.seed, BATCH)
         del loaded
         with staged_file(kept) as tmp:
             save_file({"ids": ids}, tmp, metadata={"key": json.dumps(key, sort_keys=True)})
     return from_model(ids, tokenizer, origin)
-
-
-def sampling_memory(skeleton: Skeleton, seq_len: int) -> int:
-    """Bytes of memory that `calibration_text` needs to sample text from the model."""
-    return sampling_bytes(skeleton.config, sum(p.numel() for p in skeleton.model.parameters()), seq_len, SAMPLING_BATCH)
 
 
 def sampled_file(work: Path) -> Path:

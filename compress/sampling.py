@@ -16,16 +16,17 @@ from torch import nn
 from llmc.console import progress
 from llmc.formats.kv import bytes_at, shape_of_config
 
-PROCESS = 500_000_000  # bytes of Python, torch and transformers
+BATCH = 32  # sequences at once
 
 
-def sampling_bytes(config: Any, parameters: int, seq_len: int, batch: int) -> int:
-    """The peak of memory for `sample_from_model` on the CPU: the whole model in bfloat16, the KV cache of a batch, the logits
-    of a batch. config: a Hugging Face config. parameters: number of weights."""
+def sampling_terms(config: Any, parameters: int, seq_len: int, batch: int) -> dict[str, int]:
+    """The memory of `sample_from_model` on the CPU, bytes by what they are for. config: a Hugging Face config. parameters:
+    number of weights."""
     text = config.get_text_config()
     shape = shape_of_config(text.to_dict())
-    each = bytes_at(shape, seq_len, "f16") if shape else 4 * text.hidden_size * text.num_hidden_layers * seq_len
-    return 2 * parameters + batch * (each + 16 * text.vocab_size) + PROCESS
+    each = bytes_at(shape, seq_len, "bf16") if shape else 4 * text.hidden_size * text.num_hidden_layers * seq_len
+    # logits of the start and of the last token in bfloat16; logits, exponentials and probabilities in float32
+    return {"the whole model in bfloat16": 2 * parameters, "KV cache": batch * each, "logits": batch * 16 * text.vocab_size}
 
 
 @torch.no_grad()

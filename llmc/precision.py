@@ -25,6 +25,12 @@ def matmul_precision() -> str:
     return "bf16" if capability.get("avx512_bf16") or capability.get("amx_bf16") else "ieee"
 
 
+def training_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The type of the products of a training. precision: 'bf16', 'fp32', or 'auto': bf16 where the device multiplies it."""
+    native = matmul_precision() == "bf16" or device.type != "cpu"
+    return torch.bfloat16 if precision == "bf16" or (precision == "auto" and native) else torch.float32
+
+
 def prepare_cpu(threads: int) -> None:
     """Set torch's number of threads, and let its allocator request pages of 2 MiB.
 

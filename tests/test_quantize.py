@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 
 import llmc
 from llmc.compress import calibration
+from llmc.compress.memory import sampling, weights_of
 from llmc.compress.quantize.config import QuantizeConfig
 from llmc.compress.quantize.run import quantize
-from llmc.compress.sampling import PROCESS
 from llmc.compress.skeleton import Skeleton
 from llmc.errors import UserError
 from llmc.formats import gptq as gptq_format
@@ -27,6 +27,7 @@ from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.hf import load_torch_model
 from llmc.formats.kv import bytes_at
 from llmc.formats.manifest import hash_folder
+from llmc.memory import PROCESS, Step
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -155,16 +156,20 @@ def test_sampling_counts_in_the_plan_of_memory(tmp_path: Path, text: Path, monke
     base = build("llama", tmp_path / "m", vocab_size=40_000)
     plans = {c: quantize(base, QuantizeConfig(calibration=c, samples=2, seq_len=64, dry_run=True, out=tmp_path / "q"))
              for c in (str(text), "self")}
-    weights, cache = Skeleton(Checkpoint.open(base), "cpu").model.num_parameters(), artifact_at(base).kv_shape()
+    skeleton, cache = Skeleton(Checkpoint.open(base), "cpu"), artifact_at(base).kv_shape()
     assert cache is not None
-    parts = 2 * weights + 32 * (bytes_at(cache, 64, "f16") + 16 * 40_000) + PROCESS
+    parts = {"the whole model in bfloat16": 2 * weights_of(skeleton), "KV cache": 2 * bytes_at(cache, 64, "bf16"),
+             "logits": 2 * 16 * 40_000}
+    step = sampling(skeleton, 64, 2)
+    assert {k: v for k, v in step.terms.items() if k != PROCESS} == parts
     layers = plans[str(text)]["memory_bytes"]
-    assert plans["self"]["memory_bytes"] == max(layers, parts)
-    monkeypatch.setattr("llmc.compress.quantize.run.sampling_memory", lambda *a: layers + 10**9)
+    assert plans["self"]["memory_bytes"] == max(layers, step.peak)
+    large = Step(step.name, {PROCESS: 0, "the whole model": layers + 10**9})
+    monkeypatch.setattr("llmc.compress.quantize.memory.sampling", lambda *a: large)
     asked = QuantizeConfig(calibration="self", samples=2, seq_len=64, out=tmp_path / "q")
     assert quantize(base, replace(asked, dry_run=True))["memory_bytes"] == layers + 10**9
     monkeypatch.setattr("llmc.machine.free_memory", lambda: layers + 10**9 - 1)
-    with pytest.raises(UserError, match=r"quantizing on text that the whole model writes needs .*\n.*--calibration FILE"):
+    with pytest.raises(UserError, match=r"quantizing on text that the whole model writes .* needs .*\n.*--calibration FILE"):
         quantize(base, asked)
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 

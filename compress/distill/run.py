@@ -18,7 +18,7 @@ import torch
 from llmc.compress.distill.adapters import add_adapters, check_peft, merge_adapters
 from llmc.compress.distill.config import DistillConfig
 from llmc.compress.distill.masks import Masks, masks_of
-from llmc.compress.distill.plan import plan_of
+from llmc.compress.distill.plan import memory_of, plan_of
 from llmc.compress.distill.student import Student, map_layers
 from llmc.compress.distill.team import join_team
 from llmc.compress.distill.train import Distilling
@@ -62,6 +62,8 @@ def distill(student: str | Path, config: DistillConfig) -> dict[str, Any]:
         return {"source": str(job.folder), "out": str(job.out), **plan}
     check_output(job.out, "hf", job.folder, config)
     check_disk(job.out, plan["disk_bytes"], "distilling")
+    if job.device.type == "cpu":
+        memory_of(job.student, job.taught, config, job.dtype).check("distilling", "use --checkpointing or --teacher-top-k 64")
     with locked(job.out) if job.leads else nullcontext():
         result = job.run()
     if not job.leads:

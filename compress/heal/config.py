@@ -46,6 +46,7 @@ class HealConfig:
     threads: int | None = options.threads()
     out: Path | None = options.out("Folder to write.", "MODEL-healed")
     resume: bool = shared.resume("check on the held-out text, or its last finished layer")
+    dry_run: bool = options.dry_run()
 
     def __post_init__(self) -> None:
         problems = []
@@ -59,6 +60,6 @@ class HealConfig:
     def numbers(self) -> dict[str, Any]:
         """The options that affect the result, for manifests and for the fingerprint of `--resume`."""
         deciding = asdict(self)
-        for name in ("out", "resume", "device"):
+        for name in ("out", "resume", "device", "dry_run"):
             del deciding[name]
         return deciding

@@ -20,12 +20,14 @@ import torch
 from llmc.compress.coverage import left_float
 from llmc.compress.heal.blocks import Blocks
 from llmc.compress.heal.config import HealConfig
+from llmc.compress.heal.memory import memory_of
 from llmc.compress.heal.student import load_student, moved, norm_weights, stored_tensors
 from llmc.compress.heal.train import EndToEnd
 from llmc.compress.skeleton import Skeleton
 from llmc.compress.teaching.job import Job
 from llmc.compress.teaching.texts import Texts
 from llmc.compress.teaching.vocabulary import common_vocabulary
+from llmc.compress.text import rows_in
 from llmc.console import warn
 from llmc.errors import UserError
 from llmc.files import check_disk
@@ -43,12 +45,16 @@ def heal(model: str | Path, config: HealConfig) -> dict[str, Any]:
     """Heal the quantized folder `model`.
 
     Returns {'out', 'steps', 'best_step', 'kld': {'before', 'after'}, 'seconds', …}; with scope 'block' it has 'error' (of the
-    layers' outputs) instead of 'kld'."""
+    layers' outputs) instead of 'kld'. With `dry_run` it returns the plan."""
     start = time.monotonic()
     threads = config.threads or physical_cores()
     prepare_cpu(threads)
-    check_output(config.out, "gptq", model, config)
+    if not config.dry_run:
+        check_output(config.out, "gptq", model, config)
     job = _Job(resolve_model(model), resolve_model(config.teacher), config, threads)
+    if config.dry_run:
+        return job.plan()
+    job.check()
     with locked(job.out):
         result = job.run()
     note_last(job.out, job.kind)
@@ -72,12 +78,27 @@ class _Job(Job):
         if config.scope == "block":
             _check_layers(self.checkpoint, taught)
         self.taught = Skeleton(taught, str(self.device))
-        student = Skeleton(self.checkpoint, "cpu")
-        self.vocab = common_vocabulary(student, self.taught)
-        self.left = left_float(student, "healed")
-        check_output(self.out, "gptq", folder, config)
+        self.student = Skeleton(self.checkpoint, "cpu")
+        self.vocab = common_vocabulary(self.student, self.taught)
+        self.left = left_float(self.student, "healed")
         self.kind = "gptq" if (self.checkpoint.quantization or {}).get("quant_method") == "gptq" else "blocks"
+        self.memory = memory_of(self.student, self.taught, config, self.dtype)
+
+    def check(self) -> None:
+        """UserError if the output, the disk or the memory do not allow the run."""
+        check_output(self.out, "gptq", self.folder, self.config)
         check_disk(self.out, self._disk_bytes(), "healing")
+        if self.device.type == "cpu":
+            self.memory.check("healing", "use --scope block, or --teacher-top-k 64" if self.config.scope != "block" else "")
+
+    def plan(self) -> dict[str, Any]:
+        """The plan: the options, and the disk and memory that healing needs (bytes)."""
+        c = self.config
+        return {"source": str(self.folder), "out": str(self.out), "teacher": str(self.teacher_folder), "scope": c.scope,
+                "layers": len(self.student.layers), "steps": c.steps, "tokens": c.steps * c.batch * c.accumulate * c.seq_len,
+                **self.memory.plan(), "disk_bytes": self._disk_bytes(), "device": str(self.device), "threads": self.threads,
+                "precision": str(self.dtype).removeprefix("torch."),
+                "calibration_rows": {spec: rows for spec in c.calibration if (rows := rows_in(spec))}}
 
     def _disk_bytes(self) -> int:
         """Bytes for the folder, the changed tensors and the state of a resumed run, and for the teacher's most likely tokens

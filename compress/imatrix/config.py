@@ -23,6 +23,7 @@ class ImatrixConfig:
     threads: int | None = options.threads()
     out: Path | None = options.out("File to write.", "MODEL-imatrix.gguf")
     resume: bool = shared.resume()
+    dry_run: bool = options.dry_run()
 
     def __post_init__(self) -> None:
         check(self, "imatrix")
@@ -30,6 +31,6 @@ class ImatrixConfig:
     def numbers(self) -> dict[str, Any]:
         """The options that affect the result, for manifests and for the fingerprint of `--resume`."""
         deciding = asdict(self)
-        for name in ("out", "resume"):
+        for name in ("out", "resume", "dry_run"):
             del deciding[name]
         return deciding

@@ -19,10 +19,11 @@ from llmc.compress.calibration import Loop, Workspace, settings_for
 from llmc.compress.coverage import checked
 from llmc.compress.imatrix.config import ImatrixConfig
 from llmc.compress.imatrix.importance import matrix_names
+from llmc.compress.memory import FLOAT, Running, Sizes, entering, reading, sampling
 from llmc.compress.passes import LayerWatch
 from llmc.compress.preparation import calibration_text, check_weights, open_float, sampled_file
 from llmc.compress.skeleton import LinearGroup, Skeleton
-from llmc.compress.text import Calibration
+from llmc.compress.text import SELF, Calibration, rows_in
 from llmc.compress.unfinished import fingerprint
 from llmc.console import say
 from llmc.errors import UserError
@@ -32,6 +33,7 @@ from llmc.formats.manifest import check_output, new_manifest, staged_artifact
 from llmc.formats.source import describe_source, model_name
 from llmc.locks import locked
 from llmc.machine import physical_cores, torch_device
+from llmc.memory import Memory
 from llmc.precision import matmul_precision, prepare_cpu
 from llmc.sources.resolve import resolve_model
 from llmc.temporary import remove
@@ -74,14 +76,19 @@ class SquaresPass(LayerWatch):
 def imatrix(model: str | Path, config: ImatrixConfig) -> dict[str, Any]:
     """Write the importance matrix of `model`.
 
-    Returns {'out', 'layers', 'matrices', 'tokens', 'calibration', 'sha256', 'bytes', 'seconds'}. UserError comes before any
+    Returns {'out', 'layers', 'matrices', 'tokens', 'calibration', 'sha256', 'bytes', 'seconds'}; with `dry_run` the plan.
+    UserError comes before any
     work if a check can find the problem.
     """
     start = time.monotonic()
     threads = config.threads or physical_cores()
     prepare_cpu(threads)
-    check_output(config.out, "imatrix", model, config)
+    if not config.dry_run:
+        check_output(config.out, "imatrix", model, config)
     job = _Job(resolve_model(model), config, threads)
+    if config.dry_run:
+        return job.plan()
+    job.check()
     with locked(job.out):
         return {**job.run(), "seconds": round(time.monotonic() - start, 1)}
 
@@ -96,10 +103,27 @@ class _Job:
         self.names = matrix_names(self.skeleton)
         self.out = config.out or Path(f"{model_name(source)}-imatrix.gguf")
         self.work = self.out.with_name(f".{self.out.name}.unfinished")
-        check_output(self.out, "imatrix", source, config)
-        hidden = self.skeleton.config.get_text_config().hidden_size
-        states = config.samples * config.seq_len * hidden * 4
-        check_disk(self.out, 3 * states, "gathering statistics")  # the hidden states take three files
+        sizes = Sizes.of(self.skeleton)
+        run = Running.of(self.skeleton, config.seq_len, config.samples, workers=1)
+        steps = [reading(sizes), entering(sizes, config.seq_len), run.tracing(), run.gathering(0)]
+        if config.calibration == SELF:
+            steps.append(sampling(self.skeleton, config.seq_len, config.samples))
+        self.memory = Memory(steps)
+        self.disk = 3 * FLOAT * config.samples * config.seq_len * sizes.hidden  # the hidden states take three files
+
+    def plan(self) -> dict[str, Any]:
+        """The plan: the options, and the disk and memory that it needs (bytes)."""
+        c = self.config
+        return {"source": str(self.source), "out": str(self.out), "layers": len(self.skeleton.layers),
+                "matrices": len(self.names), "tokens": c.samples * c.seq_len, "calibration": c.calibration,
+                "calibration_rows": rows_in(c.calibration), "disk_bytes": self.disk, **self.memory.plan(), "device": c.device,
+                "threads": self.threads, "matmul": matmul_precision()}
+
+    def check(self) -> None:
+        """UserError if the output, the disk, the memory or the weights do not allow the run."""
+        check_output(self.out, "imatrix", self.source, self.config)
+        check_disk(self.out, self.disk, "gathering statistics")
+        self.memory.check("gathering statistics", "lower --seq-len")
         check_weights(self.skeleton.checkpoint)
 
     def run(self) -> dict[str, Any]:

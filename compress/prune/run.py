@@ -11,16 +11,17 @@ from typing import Any
 
 import torch
 
-from llmc.compress.calibration import BATCH_BYTES, SUMS_BYTES, Workspace
+from llmc.compress.calibration import Workspace
 from llmc.compress.coverage import checked
-from llmc.compress.preparation import calibration_text, check_weights, open_float, sampled_file, sampling_memory
+from llmc.compress.preparation import calibration_text, check_weights, open_float, sampled_file
 from llmc.compress.prune.config import MASKS, PATTERNS, PruneConfig
 from llmc.compress.prune.depth import prove
+from llmc.compress.prune.memory import memory_of
 from llmc.compress.prune.methods import Made, make, reference_sequences
 from llmc.compress.prune.quality import advice, judge, split, zeros_of
 from llmc.compress.prune.width import narrowed
 from llmc.compress.skeleton import Skeleton, linears_of
-from llmc.compress.text import SELF, Calibration, rows_in
+from llmc.compress.text import Calibration, rows_in
 from llmc.compress.unfinished import fingerprint
 from llmc.console import say
 from llmc.errors import UserError
@@ -31,7 +32,7 @@ from llmc.formats.linears import get_weight
 from llmc.formats.manifest import check_output, note_last, passes_of
 from llmc.formats.source import describe_source, model_name, origin_of
 from llmc.locks import locked
-from llmc.machine import check_memory, physical_cores, torch_device
+from llmc.machine import physical_cores, torch_device
 from llmc.precision import matmul_precision, prepare_cpu
 from llmc.sources.resolve import resolve_model
 from llmc.temporary import remove
@@ -54,8 +55,8 @@ def prune(model: str | Path, config: PruneConfig) -> dict[str, Any]:
     if config.dry_run:
         return plan
     check_disk(job.out, plan["disk_bytes"], "pruning")
-    if config.method == "depth" and config.by == "kl":
-        check_memory(plan["memory_bytes"], "measuring the model without each layer, with the whole model in memory,")
+    whole = config.method == "depth" and config.by == "kl"
+    memory_of(job.skeleton, config).check("pruning", "use --by influence" if whole else "lower --seq-len")
     check_weights(job.checkpoint)
     with locked(job.out):
         result = job.run()
@@ -103,25 +104,17 @@ class _Job:
         c = self.config
         hidden = self.skeleton.config.get_text_config().hidden_size
         widest = max(max(shape) for of_layer in self.skeleton.shapes for shape in of_layer)
-        layer = 4 * self.skeleton.layer_weights
         tokens = c.sequences * c.seq_len if c.method in ("wanda", "sparsegpt") else 0
         reference = reference_sequences(c) * c.seq_len
         states = 12 * hidden * (tokens + reference) + 4 * (hidden + widest) * tokens + 4 * (3 * hidden + widest) * reference
         if c.method in ("depth", "width"):
             states = 12 * hidden * c.sequences * c.seq_len
         before = sum(self.checkpoint.nbytes(n) for n in self.checkpoint.names())
-        head = self.skeleton.model.get_output_embeddings().weight.numel() * 4
-        judging = 8 * hidden * c.held_out * c.seq_len + 2 * head  # the states and heads of both models
-        memory = 600_000_000 + 2 * layer + 16 * widest * widest + SUMS_BYTES + 4 * BATCH_BYTES + judging
-        if c.method == "depth" and c.by == "kl":
-            memory = max(memory, 4 * sum(p.numel() for p in self.skeleton.model.parameters()) + 2 * head + 800_000_000)
-        if c.calibration == SELF and c.device == "cpu" and c.sequences:
-            memory = max(memory, sampling_memory(self.skeleton, c.seq_len))
         return {
             "source": str(self.source), "out": str(self.out), "method": c.method, "what": c.what, "notes": self.notes,
             "layers": len(self.skeleton.layers), "bytes_before": before, "disk_bytes": 2 * before + states,
-            "memory_bytes": memory, "whole_model_in_memory": c.method == "depth" and c.by == "kl", "device": c.device,
-            "threads": self.threads, "matmul": matmul_precision(), "calibration": c.calibration,
+            **memory_of(self.skeleton, c).plan(), "whole_model_in_memory": c.method == "depth" and c.by == "kl",
+            "device": c.device, "threads": self.threads, "matmul": matmul_precision(), "calibration": c.calibration,
             "calibration_rows": rows_in(c.calibration),
             "tokens": (c.sequences - c.held_out) * c.seq_len, "held_out_tokens": c.held_out * c.seq_len,
         }

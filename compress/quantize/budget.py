@@ -33,6 +33,7 @@ from llmc.compress.quantize.assignment import (
 )
 from llmc.compress.quantize.config import QuantizeConfig
 from llmc.compress.quantize.knapsack import Frontier, Option
+from llmc.compress.quantize.memory import measuring
 from llmc.compress.sampling import sample_from_model
 from llmc.compress.skeleton import Skeleton, linears_of
 from llmc.compress.text import SELF, load_calibration
@@ -47,7 +48,8 @@ from llmc.formats.linears import get_weight
 from llmc.formats.manifest import NOTES
 from llmc.formats.mixture import unfuse
 from llmc.formats.source import origin_of
-from llmc.machine import check_memory, torch_device
+from llmc.machine import torch_device
+from llmc.memory import Memory
 from llmc.precision import fast_matmul, matmul_precision
 
 if TYPE_CHECKING:
@@ -172,7 +174,8 @@ def _measured(config: QuantizeConfig, skeleton: Skeleton, source: dict[str, Any]
     if found:
         say(f"using the sensitivities of an earlier run: {kept}")
         return found
-    check_memory(memory_bytes(skeleton), "measuring the sensitivity of every matrix, with the whole model in memory,")
+    if config.device == "cpu":
+        Memory((measuring(skeleton, SEQUENCES, length),)).check("quantizing to a budget", "choose the types with --preset")
     model = load_torch_model(skeleton.checkpoint.folder, str(torch_device(config.device)), torch.float32)
     unfuse(model, skeleton.names.leaves)
     if ids is None:  # another seed than GPTQ's calibration text has
@@ -195,15 +198,6 @@ def measure(model: nn.Module, layers: str, ids: torch.Tensor, matrices: list[Mat
                                   "errors": sensitivity.errors(weights, sensitivity.candidates(matrix.shape[1]))}
             p.step(matrix.name)
     return found
-
-
-def memory_bytes(skeleton: Skeleton) -> int:
-    """The peak memory of the measurement, in bytes: the model in float32, every layer's output, the logits of the base and of
-    the changed model."""
-    weights = sum(p.numel() for p in skeleton.model.parameters()) * 4
-    rows, width = embedding_shape(skeleton)
-    hidden = width * len(skeleton.layers) * SEQUENCES * LENGTH * 4
-    return weights + hidden + rows * (SEQUENCES + 5) * LENGTH * 4 + 400_000_000
 
 
 # ------------------------------------------------------------------------------------------------------------ choosing

@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from llmc.compress.calibration import (
-    BATCH_BYTES,
     REFERENCE_LEAST,
     REFERENCE_SHARE,
-    SUMS_BYTES,
     Loop,
     LoopSettings,
     Workspace,
@@ -25,13 +23,15 @@ from llmc.compress.calibration import (
 )
 from llmc.compress.coverage import checked
 from llmc.compress.ends import name_of
+from llmc.compress.heal.config import HealConfig
+from llmc.compress.heal.memory import after_quantizing
 from llmc.compress.imatrix.importance import Importance
-from llmc.compress.preparation import calibration_text, check_weights, open_float, sampled_file, sampling_memory
+from llmc.compress.preparation import calibration_text, check_weights, open_float, sampled_file
 from llmc.compress.quantize.assignment import assign, has_own_head, keeps_zeros, unfit
-from llmc.compress.quantize.budget import assign_to_budget
-from llmc.compress.quantize.budget import memory_bytes as memory_to_measure
+from llmc.compress.quantize.budget import LENGTH, SEQUENCES, assign_to_budget
 from llmc.compress.quantize.config import QuantizeConfig, budget_lines
 from llmc.compress.quantize.layer_pass import QuantizePass, digest
+from llmc.compress.quantize.memory import measuring, memory_of
 from llmc.compress.skeleton import Skeleton, linears_of
 from llmc.compress.text import SELF, Calibration, content_of, rows_in
 from llmc.compress.transform.choose import Choice, choose
@@ -49,7 +49,8 @@ from llmc.formats.quantized import read
 from llmc.formats.shards import pieces_of, rest_of
 from llmc.formats.source import describe_source, model_name, origin_of
 from llmc.locks import check_unlocked, locked
-from llmc.machine import check_memory, physical_cores, torch_device
+from llmc.machine import physical_cores, torch_device
+from llmc.memory import Memory
 from llmc.precision import matmul_precision, prepare_cpu
 from llmc.sources.resolve import resolve_model
 from llmc.temporary import remove
@@ -73,8 +74,8 @@ def quantize(model: str | Path, config: QuantizeConfig) -> dict[str, Any]:
         return plan
     check_disk(job.out, plan["disk_bytes"], "quantizing")
     sampled = config.calibrated and config.calibration == SELF
-    check_memory(plan["memory_bytes"], "quantizing" + (" on text that the whole model writes" if sampled else ""),
-                 "give a text with --calibration FILE" if sampled else "lower --seq-len")
+    job.memory().check("quantizing" + (" on text that the whole model writes" if sampled else ""),
+                       "give a text with --calibration FILE" if sampled else "lower --seq-len")
     check_weights(job.checkpoint)
     with locked(job.out):
         result = quantize_and_heal(job) if config.heal else job.run()
@@ -83,19 +84,15 @@ def quantize(model: str | Path, config: QuantizeConfig) -> dict[str, Any]:
 
 
 def quantize_and_heal(job: _Job) -> dict[str, Any]:
-    """Quantize into a folder beside the output, heal this folder into the output, and remove it. A resumed run uses it again.
-
-    The teacher is the given model, before any transform."""
-    from llmc.compress.heal.config import HealConfig
+    """Quantize into a folder beside the output, heal this folder into the output, and remove it. A resumed run uses it
+    again."""
     from llmc.compress.heal.run import heal
 
-    c, out = job.config, job.out
+    c, out, settings = job.config, job.out, job.healing()
     job.out = out.with_name(f".{out.name}.unhealed")
     note = job.out.with_suffix(".json")  # the fingerprint of the finished folder, and its result
     key = fingerprint(__name__, {**c.numbers(), "imatrix": job.importance and job.importance.origin}, job.threads,
                       job.described["files"], calibration_content=content_of(c.calibration))
-    settings = HealConfig(teacher=str(job.source), calibration=(c.calibration,), steps=c.heal, seq_len=c.seq_len, seed=c.seed,
-                          device=c.device, threads=c.threads, out=out, resume=c.resume)
     found = json.loads(note.read_text(encoding="utf-8")) if c.resume and note.is_file() and job.out.is_dir() else {}
     if found.get("key") == key:
         say(f"{job.out} is finished: healing continues")
@@ -158,28 +155,41 @@ class _Job:
         """The plan: types and options, the size of the output, and the disk and memory that quantization needs (bytes)."""
         c, weights = self.config, self._linear_weights()
         hidden = self.skeleton.config.get_text_config().hidden_size
-        widest, layer = self.skeleton.widths[-1], 4 * self.skeleton.layer_weights
+        widest = self.skeleton.widths[-1]
         tokens, reference = (n * c.seq_len if c.calibrated else 0 for n in (c.samples, self._reference_sequences()))
         # three files of states; the inputs of the two linears that end a child module; the unchanged inputs of four groups
         states = 12 * hidden * (tokens + reference) + 4 * (hidden + widest) * tokens + 4 * (3 * hidden + widest) * reference
         other = sum(self.checkpoint.nbytes(n) for n in set(self.checkpoint.names()) - self._linear_names())
         out_bytes = other + round(self._bits() / 8)
-        memory = 600_000_000 + 2 * layer + 4 * widest * widest * 4 + SUMS_BYTES + BATCH_BYTES * 4
-        if c.calibrated and c.calibration == SELF and c.device == "cpu":
-            memory = max(memory, sampling_memory(self.skeleton, c.seq_len))  # it is over before the first layer
         return {
             "source": str(self.source), "out": str(self.out), **self._what(), "method": c.method,
             "bits_per_weight": self._bits_per_weight(),
             "layers": len(self.skeleton.layers), "linear_weights": weights, "out_bytes": out_bytes,
             "token_bytes": self._token_bytes(), "transform": c.transform, "heal": c.heal, "zeros_kept": self.masked,
             "disk_bytes": 2 * out_bytes + states + self._transform_bytes(),  # the layers, and the output folder
-            "memory_bytes": max(memory, memory_to_measure(self.skeleton)) if c.target else memory,
+            **self.memory().plan(),
             "device": c.device, "threads": self.threads, "matmul": matmul_precision(),
             "calibration": c.calibration if c.calibrated else None,
             "calibration_rows": rows_in(c.calibration) if c.calibrated else {}, "tokens": c.samples * c.seq_len,
             "imatrix": self.importance and self.importance.origin,
             **({"plan": self.assignment.plan} if c.target else {}),
         }
+
+    def memory(self) -> Memory:
+        """The memory that quantization needs, the measurement of a budget and the healing included."""
+        c = self.config
+        steps = memory_of(self.skeleton, c, self.assignment.types.values(), reference=self._reference_sequences() > 0)
+        if c.target:
+            steps.append(measuring(self.skeleton, SEQUENCES, LENGTH))
+        if c.heal:
+            steps += after_quantizing(self.skeleton, self.assignment.types, self.healing())
+        return Memory(steps)
+
+    def healing(self) -> HealConfig:
+        """The options of the healing that follows. The teacher is the given model, before any transform."""
+        c = self.config
+        return HealConfig(teacher=str(self.source), calibration=(c.calibration,), steps=c.heal, seq_len=c.seq_len,
+                          seed=c.seed, device=c.device, threads=c.threads, out=self.out, resume=c.resume)
 
     def _transform_bytes(self) -> int:
         """Bytes of disk for the float32 folders of the transformed model: a working folder and the candidates."""

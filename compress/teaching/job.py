@@ -16,8 +16,7 @@ from typing import Any, Protocol
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmc.compress.preparation import SAMPLING_BATCH
-from llmc.compress.sampling import sample_from_model
+from llmc.compress.sampling import BATCH, sample_from_model
 from llmc.compress.teaching.models import load_teacher
 from llmc.compress.teaching.teacher import Cached, Running, Teacher
 from llmc.compress.teaching.texts import Texts, TextSettings, gather, named_texts
@@ -31,7 +30,7 @@ from llmc.formats.hf import load_config, load_tokenizer, load_torch_model
 from llmc.formats.manifest import passes_of, read_manifest
 from llmc.formats.shards import pieces_of, rest_of
 from llmc.formats.source import describe_source
-from llmc.precision import matmul_precision
+from llmc.precision import training_dtype
 from llmc.temporary import remove
 
 
@@ -59,9 +58,7 @@ class Job(ABC):
         self.out, self.device = out, device
         self.work = out.with_name(f".{out.name}.unfinished")
         self.checkpoint = Checkpoint.open(folder)
-        native = matmul_precision() == "bf16" or device.type != "cpu"
-        precision = config.precision if config.precision != "auto" else "bf16" if native else "fp32"
-        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.dtype = training_dtype(config.precision, device)
 
     @abstractmethod
     def run(self) -> dict[str, Any]:
@@ -100,7 +97,7 @@ class Job(ABC):
                 say(f"sampling {count} sequences of text from the teacher")
                 model = load_torch_model(self.teacher_folder, str(self.device), torch.bfloat16)
                 ids = sample_from_model(model, load_tokenizer(self.folder), count, self.settings.seq_len, self.settings.seed,
-                                        SAMPLING_BATCH)
+                                        BATCH)
                 with staged_file(kept) as tmp:
                     save_file({"ids": ids}, tmp)
         return load_file(kept)["ids"]

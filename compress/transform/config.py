@@ -46,6 +46,7 @@ class TransformConfig:
     alpha: float = option(
         0.5, help="Share of the activations' range that --scaling smoothquant moves into the weights.", low=0, high=1,
         group=ADVANCED)
+    dry_run: bool = options.dry_run()
 
     @property
     def calibrated(self) -> bool:
@@ -67,7 +68,7 @@ class TransformConfig:
 
     def numbers(self) -> dict[str, Any]:
         """The options that affect the result, for manifests and for the fingerprint of `--resume`."""
-        return {k: v for k, v in asdict(self).items() if k not in ("out", "resume", "device", "threads")}
+        return {k: v for k, v in asdict(self).items() if k not in ("out", "resume", "device", "threads", "dry_run")}
 
     def numbers_of(self, stage: str) -> dict[str, Any]:
         """The options that affect the result of one stage, 'rotate' or 'scaling'."""

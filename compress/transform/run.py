@@ -12,8 +12,9 @@ from llmc.compress.ends import is_tied
 from llmc.compress.preparation import calibration_text, check_weights, open_float, sampled_file
 from llmc.compress.quantize.assignment import type_for
 from llmc.compress.skeleton import Skeleton
-from llmc.compress.text import Calibration
+from llmc.compress.text import Calibration, rows_in
 from llmc.compress.transform.config import TransformConfig
+from llmc.compress.transform.memory import memory_of
 from llmc.compress.transform.roles import family_of
 from llmc.compress.transform.stage import RotateStage, ScalingStage, Stage
 from llmc.compress.zeros import mask_of
@@ -25,7 +26,7 @@ from llmc.formats.manifest import check_output, note_last
 from llmc.formats.source import hash_source, model_name
 from llmc.locks import locked
 from llmc.machine import physical_cores, torch_device
-from llmc.precision import prepare_cpu
+from llmc.precision import matmul_precision, prepare_cpu
 from llmc.sources.resolve import resolve_model
 from llmc.temporary import remove
 
@@ -35,17 +36,28 @@ Q8_0_BYTES = 34 / 32  # bytes per weight
 def transform(model: str | Path, config: TransformConfig) -> dict[str, Any]:
     """Write a float folder with the same output as `model`.
 
-    Returns {'out', 'passes' [of this run], 'proof', 'left', 'widened', 'grown_bytes', 'untied_bytes', 'seconds'}.
+    Returns {'out', 'passes' [of this run], 'proof', 'left', 'widened', 'grown_bytes', 'untied_bytes', 'seconds'}; with
+    `dry_run` the plan.
     """
     start = time.monotonic()
     threads = config.threads or physical_cores()
     prepare_cpu(threads)
-    check_output(config.out, "hf", model, config)
+    if not config.dry_run:
+        check_output(config.out, "hf", model, config)
     source = resolve_model(model)
     out = config.out or Path("-".join([model_name(source), *(n for n in (config.rotate, config.scaling) if n != "none")]))
     skeleton = check(source, config)
+    memory = memory_of(skeleton, config)
+    if config.dry_run:
+        return {"source": str(source), "out": str(out), "scaling": config.scaling, "rotate": config.rotate,
+                "layers": len(skeleton.layers), "disk_bytes": disk_bytes(skeleton, config), **memory.plan(),
+                "calibration": config.calibration if config.calibrated else None,
+                "calibration_rows": rows_in(config.calibration) if config.calibrated else {},
+                "tokens": config.samples * config.seq_len, "device": config.device, "threads": threads,
+                "matmul": matmul_precision()}
     check_output(out, "hf", source, config)
     check_disk(out, disk_bytes(skeleton, config), "transforming")
+    memory.check("transforming", "lower --seq-len")
     check_weights(skeleton.checkpoint)
     kept = sampled_file(out.with_name(f".{out.name}.unfinished"))
     calibration = None

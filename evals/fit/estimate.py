@@ -29,6 +29,7 @@ from llmc.evals.report.schema import Facts
 from llmc.formats import kv
 from llmc.formats.artifacts.table import artifact_at, format_of
 from llmc.formats.kv import KvShape
+from llmc.runtimes.memory import REPACKED, REPACKED_SOMEWHERE
 
 if TYPE_CHECKING:
     from llmc.runtimes.targets.profile import Profile
@@ -41,10 +42,6 @@ LIKE_BELOW, LIKE_ABOVE = 0.75, 1.25
 HERE_BELOW, HERE_ABOVE = 0.85, 1.15
 MICRO_BATCH = 512  # tokens that llama.cpp processes at once
 PROCESS = 60_000_000  # bytes of Python, numpy and llama.cpp's libraries in a process of `llmc bench`
-# Types that llama.cpp repacks (copies in another order) for the CPU. The mapped file stays in memory too. REPACKED: on x86
-# and on ARM. REPACKED_SOMEWHERE: on at least one of them (ggml/src/ggml-cpu/repack.cpp, ggml_repack_get_optimal_repack_type).
-REPACKED = {"Q4_0", "Q4_K", "IQ4_NL"}
-REPACKED_SOMEWHERE = {*REPACKED, "Q2_K", "Q5_K", "Q6_K", "Q8_0"}
 NO_ATTENTION = "for attention only the bytes of the KV cache are counted: a long context is slower"
 OTHER = ""  # key of the rate for all types without a rate of their own
 

@@ -43,6 +43,7 @@ class EvalConfig:
         None, help="Device that runs the artifact (see `llmc target`). The base runs on this machine.", metavar="NAME",
         group=RUN, shown="this machine")
     targets: Path | None = options.targets()
+    dry_run: bool = options.dry_run()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", fitting(tuple[str, ...], self.tasks))

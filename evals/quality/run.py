@@ -17,6 +17,7 @@ from llmc.console import progress, say, warn
 from llmc.errors import UserError
 from llmc.evals.quality import metrics, task_items, tasks
 from llmc.evals.quality.config import EvalConfig
+from llmc.evals.quality.memory import memory_of
 from llmc.evals.quality.protocol import Chunks, FolderTokenizer, RuntimeTokenizer, Tokenizer, cut
 from llmc.evals.quality.texts import load_text
 from llmc.evals.report import store as report
@@ -39,6 +40,14 @@ SAMPLE = ("Hello  world, it's 2024-11-05;\n\n\tdef f(x):  return x*100000  # naÃ
 SAME_TEXT = 0.02  # a share of common 13-word sequences above this is not chance or quotation
 
 
+def plan(config: EvalConfig) -> dict[str, Any]:
+    """The plan: the models, the number of tokens in a chunk, and the memory that the evaluation needs here (bytes)."""
+    artifact, base = locate(config.artifact), locate(config.base) if config.base is not None else None
+    base = None if base == artifact else base
+    return {"artifact": str(artifact), "base": None if base is None else str(base), "context": config.context,
+            "chunks": config.chunks, "tasks": list(config.tasks), **memory_of(artifact, base, config).plan()}
+
+
 def evaluate(config: EvalConfig) -> Report:
     """Return the report of `config.artifact` with its `quality` section. Write it to `config.output` if that is given.
 
@@ -58,6 +67,8 @@ def evaluate(config: EvalConfig) -> Report:
     base_digest = None if base is None else report.hash_artifact(base)
     # the same file on another device or with another KV cache type is not its own base: it must be measured
     is_base = base_digest == described["sha256"] and kv_type == artifact_at(artifact).kv_default and config.target is None
+    if config.device == "cpu":
+        memory_of(artifact, None if is_base else base, config).check("evaluating", "choose a smaller --context")
     if config.second_text is None and texts:
         say("hint: --second-text FILE with a different text shows whether the model overfits to the calibration text")
     if base is None and texts:

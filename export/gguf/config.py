@@ -38,6 +38,7 @@ class GgufExportConfig:
     chat_template: str = option(
         "keep", help="Chat template of the result: keep, drop, or a Jinja file.", metavar="keep|drop|FILE")
     threads: int | None = options.threads("Number of CPU threads of the checks.")
+    dry_run: bool = options.dry_run()
 
     def __post_init__(self) -> None:
         check(self, "export", word=Wrong.out_of_range)

@@ -20,6 +20,7 @@ from llmc.export.gguf.blocks import Kind
 from llmc.export.gguf.config import GgufExportConfig
 from llmc.export.gguf.plan import Plan, Planner, Types
 from llmc.export.gguf.writer import GgufTensor
+from llmc.export.memory import MORE, memory_of
 from llmc.export.source import model_folder, source_of, stem
 from llmc.export.windows import ignored
 from llmc.files import check_disk
@@ -30,12 +31,16 @@ from llmc.formats.hf import load_config, load_tokenizer
 from llmc.formats.manifest import check_output, new_manifest, note_last, read_manifest, staged_artifact
 from llmc.formats.pretokenizers import WITHOUT_MARKS
 from llmc.machine import physical_cores
+from llmc.memory import LLAMA_CPP, Memory
+from llmc.runtimes.amx import use_extra_buffers
+from llmc.runtimes.memory import REPACKED
 
 
 def run(config: GgufExportConfig) -> dict[str, Any]:
-    """Run `llmc.export.gguf.export_gguf`. If a check fails, no file is left."""
+    """Run `llmc.export.gguf.export_gguf`. If a check fails, no file is left. With `dry_run` it returns the plan."""
     _need_packages()
-    check_output(config.out, "gguf", config)
+    if not config.dry_run:
+        check_output(config.out, "gguf", config)
     folder = model_folder(config.model)
     ckpt = Checkpoint.open(folder)
     # errors that are cheap to find come before slow work
@@ -49,6 +54,9 @@ def run(config: GgufExportConfig) -> dict[str, Any]:
     tok = load_tokenizer(folder)
     if config.converter is None:
         return _finish(config, ckpt, tok, threads, types, plan_file(config, ckpt, tok, types))
+    if config.dry_run:
+        raise UserError("--dry-run does not go with --converter: the converter lays out the file while it runs",
+                        "leave out --dry-run")
     from llmc.export.gguf.converter import converted
 
     with converted(config, ckpt, tok, types) as plan:
@@ -96,9 +104,15 @@ def _finish(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, threads: int, 
     w.add_file_type(number)
     w.add_quantization_version(GGML_QUANT_VERSION)
     out = config.out or Path(f"{stem(ckpt.folder, source)}-{type_name}.gguf")
-    check_output(out, "gguf", config, ckpt.folder)
     total = sum(e.nbytes for e in entries)
+    memory = _memory(ckpt, entries)
+    if config.dry_run:
+        return {"source": str(ckpt.folder), "out": str(out), "architecture": w.arch, "file_type": type_name, "bytes": total,
+                "bytes_by_class": writer.bytes_by_role(entries), "notes": plan.notes, "disk_bytes": total, **memory.plan(),
+                "threads": threads}
+    check_output(out, "gguf", config, ckpt.folder)
     check_disk(out, total + (64 << 20), f"writing {out}")
+    memory.check("exporting", MORE)
     for note in plan.notes:
         warn(note)
     say(f"writing {out}: {size(total)} of tensors, mostly {type_name}; embedding "
@@ -128,6 +142,13 @@ def _finish(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, threads: int, 
         warn(f"words with combining marks (Hindi, Tamil, Thai …) are tokenized differently by llama.cpp's {v.pre!r}"
              + (f"; --pre {other} keeps them whole, in versions of llama.cpp that have it" if other else ""))
     return report
+
+
+def _memory(ckpt: Checkpoint, entries: list[GgufTensor]) -> Memory:
+    """The memory of writing and verifying the file."""
+    ends = [int(np.prod(e.shape)) for e in entries if e.name in ("token_embd.weight", "output.weight")]
+    copies = sum(e.nbytes for e in entries if e.kind.name in REPACKED) if use_extra_buffers() else 0
+    return memory_of(ckpt.folder, sum(e.nbytes for e in entries), ends, copies, LLAMA_CPP)
 
 
 def _record(ckpt: Checkpoint, config: GgufExportConfig, source: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:

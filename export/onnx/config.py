@@ -47,6 +47,7 @@ class OnnxExportConfig:
         shown="the type of a preset if ONNX has it, else 8 for a quantized model, else --dtype")
     chat_template: str = like(GgufExportConfig, "chat_template")
     threads: int | None = like(GgufExportConfig, "threads")
+    dry_run: bool = like(GgufExportConfig, "dry_run")
 
     def __post_init__(self) -> None:
         check(self, "export", self._contradictions(), Wrong.out_of_range)

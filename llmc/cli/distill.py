@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from llmc import memory
 from llmc.cli.options import Json, add
 from llmc.compress.distill.config import DistillConfig
 from llmc.console import command, duration, set_quiet, size
@@ -43,7 +44,7 @@ def _plan(p: dict[str, Any]) -> str:
             f"  {p['layers'][0]} layers, {p['parameters'] / 1e6:.1f} M parameters, train {p['trained'] / 1e6:.1f} M, "
             f"learn from {p['layers'][1]} layers, {p['teacher_parameters'] / 1e6:.1f} M\n"
             f"  {p['loss']}, {p['steps']} steps, {p['tokens']:,} tokens\n{texts}"
-            f"  about {size(p['memory_bytes'])} of memory, at most {size(p['disk_bytes'])} of disk, {time}\n"
+            f"  {memory.described(p)} and {size(p['disk_bytes'])} of disk, {time}\n"
             f"  on {p['device']}, {p['threads']} threads, products in {p['precision']}")
 
 

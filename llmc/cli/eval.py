@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import typer
 
+from llmc import memory
 from llmc.cli.options import Json, add
 from llmc.evals.quality.config import EvalConfig
 
@@ -21,9 +23,18 @@ def evaluate(config: EvalConfig, as_json: Json = False) -> None:
     on multiple-choice and last-word tasks, scored as in lm-evaluation-harness. To see what a device's arithmetic changes,
     give the same file as --base, and the device as --target. --json leaves out the values of each token.
     """
-    from llmc.evals.quality.run import evaluate
+    from llmc.evals.quality.run import evaluate, plan
     from llmc.evals.report import store as report
     from llmc.evals.report.show import quality_lines
 
+    if config.dry_run:
+        found = plan(config)
+        print(json.dumps(found, indent=2) if as_json else _plan(found))
+        return
     made = evaluate(config)
     print(json.dumps(report.without_arrays(made), indent=2, ensure_ascii=False) if as_json else quality_lines(made))
+
+
+def _plan(p: dict[str, Any]) -> str:
+    base = f" against {p['base']}" if p["base"] else ""
+    return f"{p['artifact']}{base}, {p['context']} tokens at a time\n  {memory.described(p)}"

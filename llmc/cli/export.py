@@ -7,7 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
+from llmc import memory
 from llmc.cli.options import Json, add
+from llmc.console import size
 from llmc.export.formats import FORMATS
 
 
@@ -33,13 +35,16 @@ def export(
     sources = {name: context.get_parameter_source(name) for name in options}
     given = {name: options[name] for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
     report = api.export(format=format, **given)
-    print(json.dumps(report, indent=2) if as_json else describe(report))
+    print(json.dumps(report, indent=2) if as_json else _plan(report) if options["dry_run"] else describe(report))
+
+
+def _plan(p: dict[str, Any]) -> str:
+    notes = "".join(f"  {note}\n" for note in p.get("notes", []))
+    return f"{p['source']} -> {p['out']}\n  {size(p['bytes'])} of matrices when done\n{notes}  {memory.described(p)}"
 
 
 def describe(report: dict[str, Any]) -> str:
     """The report as text."""
-    from llmc.console import size
-
     verified, logits, ids = report["verified"], report["logits"], report.get("token_ids", {})
     lines = [f"{report['path']}: {size(report['bytes'])}, {report['architecture']}"]
     if "forms" in report:

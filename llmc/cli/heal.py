@@ -7,9 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
+from llmc import memory
 from llmc.cli.options import Json, add
 from llmc.compress.heal.config import HealConfig
-from llmc.console import command, duration, set_quiet
+from llmc.console import command, duration, set_quiet, size
+from llmc.formats.text_rows import described
 
 
 def register(app: typer.Typer) -> None:
@@ -30,7 +32,15 @@ def heal(
     from llmc.compress.heal.run import heal as run
 
     result = run(model, config)
-    print(json.dumps(result, indent=2) if as_json else _summary(result))
+    print(json.dumps(result, indent=2) if as_json else _plan(result) if config.dry_run else _summary(result))
+
+
+def _plan(p: dict[str, Any]) -> str:
+    texts = "".join(f"  text {spec}{described(rows)}\n" for spec, rows in p["calibration_rows"].items())
+    return (f"{p['source']} -> {p['out']}\n"
+            f"  {p['layers']} layers learn from {p['teacher']}, {p['scope']}, {p['steps']} steps, {p['tokens']:,} tokens\n"
+            f"{texts}  {memory.described(p)} and {size(p['disk_bytes'])} of disk\n"
+            f"  on {p['device']}, {p['threads']} threads, products in {p['precision']}")
 
 
 def _summary(r: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from llmc import memory
 from llmc.cli.options import Json, add
 from llmc.compress.prune.config import PruneConfig
 from llmc.console import duration, set_quiet, size
@@ -37,11 +38,10 @@ def prune(
 def _plan(p: dict[str, Any]) -> str:
     scored = f"scored on {p['tokens']:,} tokens of {p['calibration']}, " if p["tokens"] else "no data; "
     notes = "".join(f"  {note}\n" for note in p["notes"])
-    whole = " (the whole model)" if p["whole_model_in_memory"] else ""
     return (f"{p['source']} -> {p['out']}\n  {p['what']} of {p['layers']} layers, {size(p['bytes_before'])}\n{notes}"
             f"  {scored}evaluated on {p['held_out_tokens']:,} tokens of {p['calibration']}"
             f"{described(p['calibration_rows'])}\n"
-            f"  at most about {size(p['memory_bytes'])} of memory{whole} and {size(p['disk_bytes'])} of disk\n"
+            f"  {memory.described(p)} and {size(p['disk_bytes'])} of disk\n"
             f"  on {p['device']}, {p['threads']} threads, activation products in {p['matmul']}")
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from llmc import memory
 from llmc.cli.heal import outcome
 from llmc.cli.options import Json, add
 from llmc.compress.quantize.config import QuantizeConfig, budget_lines
@@ -47,8 +48,7 @@ def _plan(p: dict[str, Any]) -> str:
             f"  {first}{p['method']} on {'these types' if budget else _types(p)}, {text}{then}\n"
             f"  {p['layers']} layers, {p['linear_weights'] / 1e6:.1f} M weights, {p['bits_per_weight']:.3g} bits per weight "
             f"of the layers' matrices, {size(p['out_bytes'])} when done ({size(p['token_bytes'])} read per token)\n"
-            f"{_floats(p)}"
-            f"  at most about {size(p['memory_bytes'])} of memory and {size(p['disk_bytes'])} of disk\n"
+            f"{_floats(p)}  {memory.described(p)} and {size(p['disk_bytes'])} of disk\n"
             f"  on {p['device']}, {p['threads']} threads, activation products in {p['matmul']}")
 
 

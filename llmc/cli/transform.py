@@ -7,9 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
+from llmc import memory
 from llmc.cli.options import Json, add
 from llmc.compress.transform.config import TransformConfig
 from llmc.console import command, duration, set_quiet, size
+from llmc.formats.text_rows import described
 
 
 def register(app: typer.Typer) -> None:
@@ -29,7 +31,16 @@ def transform(
     from llmc.compress.transform.run import transform as run
 
     result = run(model, config)
-    print(json.dumps(result, indent=2) if as_json else _summary(result))
+    print(json.dumps(result, indent=2) if as_json else _plan(result) if config.dry_run else _summary(result))
+
+
+def _plan(p: dict[str, Any]) -> str:
+    rows = described(p["calibration_rows"])
+    text = f"{p['tokens']:,} tokens of {p['calibration']}{rows}" if p["calibration"] else "no data"
+    return (f"{p['source']} -> {p['out']}\n"
+            f"  scaling {p['scaling']}, rotation {p['rotate']} of {p['layers']} layers, {text}\n"
+            f"  {memory.described(p)} and {size(p['disk_bytes'])} of disk\n"
+            f"  on {p['device']}, {p['threads']} threads, activation products in {p['matmul']}")
 
 
 def _summary(r: dict[str, Any]) -> str:

@@ -73,17 +73,12 @@ def own_plan(job: Job, model: Path | str, base: str, exists: bool) -> dict[str, 
     """
     options = job.step.typed.options()
     try:
-        # the plan of a budget takes minutes: it measures first
-        if job.step.command in ("prune", "distill", "quantize") and not getattr(job.step.typed.config, "target", None):
+        # the plan of a budget takes minutes: it measures first; that of healing reads the step's own input
+        planned = ("prune", "distill", "quantize", "imatrix", "transform", *(("heal",) if exists else ()))
+        if job.step.command in planned and not getattr(job.step.typed.config, "target", None):
             teacher = {"teacher": base} if job.teacher else {}
             plan: dict[str, Any] = getattr(api, job.step.command)(model, dry_run=True, **teacher, **options)
             return {k: plan[k] for k in ("memory_bytes", "disk_bytes") if k in plan}
-        if job.step.command == "transform":
-            from llmc.compress.transform.run import check, disk_bytes
-            from llmc.sources.resolve import resolve_model
-
-            config = job.step.typed.config
-            return {"disk_bytes": disk_bytes(check(resolve_model(model), config), config)}
     except UserError:
         if exists:
             raise
