@@ -98,13 +98,16 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
     start = time.monotonic()
     process = subprocess.Popen([*map(str, command)])
     ends: list[float] = []
-    while process.poll() is None and len(ends) < args.layers:
+    ended, usage = 0, None
+    while not ended and len(ends) < args.layers:
         time.sleep(1)
+        ended, _, usage = os.wait4(process.pid, os.WNOHANG)
         state = work / "state.json"
         done = json.loads(state.read_text())["done"] if state.is_file() else 0
         ends += [time.monotonic() - start] * (done - len(ends))
-    process.send_signal(signal.SIGINT)
-    _, _, usage = os.wait4(process.pid, 0)
+    if not ended:
+        process.send_signal(signal.SIGINT)
+        _, _, usage = os.wait4(process.pid, 0)
     return {"peak_gb": usage.ru_maxrss * 1024 / 1e9, "seconds_to_layer": [round(e) for e in ends],
             "tokens": args.samples * args.seq_len, "threads": torch.get_num_threads()}
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import nn
+
 from llmc.compress.calibration import sequences_at_once, workers_for
 from llmc.compress.ends import is_tied
 from llmc.compress.sampling import BATCH, sampling_terms
 from llmc.compress.skeleton import Skeleton
 from llmc.formats.linears import get_weight
+from llmc.formats.mixture import Experts
 from llmc.memory import PROCESS, TORCH, Step
 from llmc.rounding.scales import ROWS
 
@@ -47,12 +50,14 @@ class Sizes:
     """The shapes of a model that decide its memory.
 
     layer, weights: number of weights of the largest decoder layer, and of the whole model (a tied matrix counts once).
-    groups: of the largest layer.  hidden: width of the residual stream.  vocabulary: rows of the head.  layers: their number.
+    resident: number of weights of the layer that are in memory at once: of its experts, those of the largest.
+    groups: of the largest layer, with one of its experts.  hidden: width of the residual stream.  vocabulary: rows of the head.  layers: their number.
     embedding, head, tensor: number of weights of the embedding, of the head and of the largest tensor.
     stored, stored_layer: bytes of the whole model and of the embedding in its files.  element: bytes of its weights there.
     """
 
     layer: int
+    resident: int
     weights: int
     groups: tuple[Group, ...]
     hidden: int
@@ -66,14 +71,14 @@ class Sizes:
     @classmethod
     def of(cls, skeleton: Skeleton) -> Sizes:
         checkpoint, head = skeleton.checkpoint, skeleton.model.get_output_embeddings().weight
-        layer = max(skeleton.layers, key=lambda m: sum(p.numel() for p in m.parameters()))
+        layer = max(skeleton.layers, key=lambda m: (resident(m), sum(p.numel() for p in m.parameters())))
         index = next(i for i, m in enumerate(skeleton.layers) if m is layer)
         largest = max(checkpoint.names(), key=checkpoint.nbytes)
         numbers = 1
         for n in checkpoint.shape(largest):
             numbers *= n
-        return cls(sum(p.numel() for p in layer.parameters()), weights_of(skeleton), groups_of(skeleton, index),
-                   skeleton.config.get_text_config().hidden_size, head.shape[0], len(skeleton.layers), head.numel(), numbers,
+        return cls(sum(p.numel() for p in layer.parameters()), resident(layer), weights_of(skeleton),
+                   groups_of(skeleton, index), skeleton.config.get_text_config().hidden_size, head.shape[0], len(skeleton.layers), head.numel(), numbers,
                    sum(map(checkpoint.nbytes, checkpoint.names())), checkpoint.nbytes(largest) // numbers)
 
     @property
@@ -90,6 +95,15 @@ class Sizes:
         return FLOAT * (4 * self.widest + 4 * self.hidden)
 
 
+def resident(layer: nn.Module) -> int:
+    """The number of a layer's weights that are in memory at once. Experts are read one at a time."""
+    experts = [m for m in layer.modules() if isinstance(m, Experts)]
+    single = [sum(p.numel() for p in linear.parameters()) for m in experts for n in range(m.count)
+              for linear in m.linears(n).values()]
+    one = max((sum(p.numel() for x in m.linears(0).values() for p in x.parameters()) for m in experts), default=0)
+    return sum(p.numel() for p in layer.parameters()) - sum(single) + one
+
+
 def weights_of(skeleton: Skeleton) -> int:
     """The number of weights. A tied matrix counts once (a skeleton holds it twice)."""
     twice = skeleton.model.get_output_embeddings().weight.numel() if is_tied(skeleton) else 0
@@ -101,6 +115,8 @@ def groups_of(skeleton: Skeleton, index: int) -> tuple[Group, ...]:
     group may hold one more (an output projection that is as wide), so its bytes are an upper bound."""
     found: dict[tuple[str, int], list[int]] = {}
     for name, linear in skeleton.linears(index).items():
+        if skeleton.is_another_expert(index, name):  # all are like the first
+            continue
         out, width = get_weight(linear).shape
         found.setdefault((name.rpartition(".")[0], width), []).append(out)
     return tuple(Group(width, tuple(outs)) for (_, width), outs in found.items())
@@ -123,7 +139,7 @@ def entering(s: Sizes, seq_len: int) -> Step:
     """`entering.enter`: layer 0 runs; four texts of six sequences pass the layers, and two of them change in every layer. The
     embedding stays mapped in its stored type."""
     return Step("embedding the text", {
-        PROCESS: TORCH, "one layer in float32": FLOAT * s.layer, "activations": seq_len * s.per_token,
+        PROCESS: TORCH, "one layer in float32": FLOAT * s.resident, "activations": seq_len * s.per_token,
         "states": FLOAT * s.hidden * seq_len * (6 + 2 * s.layers)}, s.element * s.head)
 
 
@@ -159,7 +175,7 @@ class Running:
     @property
     def layer(self) -> dict[str, int]:
         """The weights of a layer."""
-        return {PROCESS: TORCH, "one layer in float32": FLOAT * self.sizes.layer}
+        return {PROCESS: TORCH, "one layer in float32": FLOAT * self.sizes.resident}
 
     def tracing(self) -> Step:
         """`trace_layer`: inputs and outputs of every linear for one sequence stay until it ends."""

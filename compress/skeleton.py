@@ -114,6 +114,11 @@ class Skeleton:
         path = next((p for p in self.experts if linear.startswith(f"{p}.")), None)
         return linear if path is None else f"{path}.*.{linear.removeprefix(path).split('.', 2)[2]}"
 
+    def is_another_expert(self, index: int, linear: str) -> bool:
+        """Whether a linear of a layer belongs to an expert, and not to the first one."""
+        name = f"{self.layer_name(index)}.{linear}"
+        return self.starred(name) != name and self.starred(name).replace(".*.", ".0.") != name
+
     def leave(self) -> None:
         """Free the modules outside the layers (entering.py loads them)."""
         for part, _ in self.outside():

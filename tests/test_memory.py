@@ -68,11 +68,11 @@ def test_the_matrices_of_a_layer_need_more_if_the_layer_is_larger(g: Group, more
         assert 0 < work(g) <= min(work(wider), work(taller))
 
 
-SIZES = Sizes(layer=1000, weights=9000, groups=(Group(64, (64, 32)), Group(128, (64,))), hidden=64, vocabulary=100, layers=4,
-              head=6400, tensor=6400, stored=18000, element=2)
+SIZES = Sizes(layer=1000, resident=1000, weights=9000, groups=(Group(64, (64, 32)), Group(128, (64,))), hidden=64,
+              vocabulary=100, layers=4, head=6400, tensor=6400, stored=18000, element=2)
 
 
-@pytest.mark.parametrize("field", ["layer", "weights", "hidden", "vocabulary", "layers", "head", "tensor", "stored"])
+@pytest.mark.parametrize("field", ["layer", "resident", "weights", "hidden", "vocabulary", "layers", "head", "tensor", "stored"])
 def test_no_step_needs_less_if_a_size_grows(field: str) -> None:
     larger = dataclasses.replace(SIZES, **{field: 2 * getattr(SIZES, field)})
 

@@ -40,7 +40,7 @@ def memory_of(skeleton: Skeleton, c: QuantizeConfig, types: Iterable[AnyType], r
         if c.transform == "auto":  # each candidate is compared with the base on at most HELD_MOST sequences
             steps += judging(sizes, HELD_MOST * c.seq_len, c.seq_len, run)
     else:
-        steps.append(_rounding({PROCESS: TORCH, "one layer in float32": FLOAT * sizes.layer}, "rounding", sizes, kinds))
+        steps.append(_rounding({PROCESS: TORCH, "one layer in float32": FLOAT * sizes.resident}, "rounding", sizes, kinds))
     return steps
 
 
