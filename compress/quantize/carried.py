@@ -1,0 +1,92 @@
+"""Models whose weights lie on a type already: trained for it (QAT), or dequantized. What the plan, the types and the report
+say of them. llmc.rounding.lattice finds the codes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from llmc.compress.quantize.assignment import Assignment, type_called
+from llmc.compress.skeleton import Skeleton, get_weight, linears_of
+from llmc.formats.types import AnyType
+from llmc.rounding import lattice
+
+CARRIED = "carried"  # the method of a linear whose blocks all lie on its type
+
+
+def look(skeleton: Skeleton) -> dict[str, str]:
+    """{linear: the type on which most of its blocks lie}, without linears that lie on none. A few blocks of each linear are
+    tried. The first, the middle and the last layer are read first: if no linear of them lies on a type, the others are not
+    read, because training and dequantizing leave no layer out."""
+    last = len(skeleton.layers) - 1
+    if not (found := _types(skeleton, sorted({0, last // 2, last}))):
+        return {}
+    return {**found, **_types(skeleton, [i for i in range(last) if i not in (0, last // 2, last)])}
+
+
+def _types(skeleton: Skeleton, layers: Iterable[int]) -> dict[str, str]:
+    wanted, found = {name for _, name, _ in linears_of(skeleton)}, {}
+    for index in layers:
+        with skeleton.layer(index), torch.no_grad():
+            for name, module in skeleton.linears(index).items():
+                full = f"{skeleton.layer_name(index)}.{name}"
+                if full in wanted and (qtype := lattice.type_of(get_weight(module))):
+                    found[full] = qtype.name
+    return found
+
+
+def keeping(a: Assignment, on: Mapping[str, str]) -> Assignment:
+    """The types of `a`, with the types on which linears lie in place of the asked ones."""
+    types = {linear: type_called(on[linear]) if linear in on else qtype for linear, qtype in a.types.items()}
+    names = {qtype.name for qtype in types.values()}
+    return Assignment(names.pop() if len(names) == 1 else CARRIED, types, {k: v for k, v in a.missed.items() if k not in on},
+                      a.end_types)
+
+
+def complete(skeleton: Skeleton, types: Mapping[str, AnyType]) -> bool:
+    """Whether every block of every linear lies on the linear's type. Stops at the first that does not."""
+    for index in range(len(skeleton.layers)):
+        with skeleton.layer(index), torch.no_grad():
+            for name, module in skeleton.linears(index).items():
+                qtype = types.get(f"{skeleton.layer_name(index)}.{name}")
+                if qtype is not None and not ((found := lattice.find(get_weight(module), qtype)) and found.whole):
+                    return False
+    return True
+
+
+def count(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+    """{type: {'linears', 'blocks', 'carried' (blocks)}} of the linears with carried blocks. records: of the layers."""
+    found: dict[str, Counter[str]] = {}
+    for record in records:
+        for linear in record["linears"].values():
+            if of := linear.get("carried"):
+                found.setdefault(linear["type"], Counter()).update(linears=1, **of)
+    return {qtype: dict(counts) for qtype, counts in sorted(found.items())}
+
+
+def planned(a: Assignment, on: Mapping[str, str]) -> tuple[str, ...]:
+    """What the plan says of linears that lie on a type, by a sample of their blocks: a line for those that keep it, and one
+    for those that are rounded to another."""
+    kept = Counter(on[n] for n, qtype in a.types.items() if n in on and _called(qtype) == on[n])
+    lost = Counter(on[n] for n, qtype in a.types.items() if n in on and _called(qtype) != on[n])
+
+    def listed(counts: Counter[str]) -> str:
+        return ", ".join(f"{n} on {name}" for name, n in counts.most_common())
+
+    found = []
+    if kept:
+        found.append(f"{kept.total()} of {len(a.types)} linears lie on their type already ({listed(kept)}): their codes are "
+                     "carried over")
+    if lost:
+        found.append(f"{lost.total()} of {len(a.types)} linears lie on another type already ({listed(lost)}) and are rounded "
+                     "again, which loses; without --bits, --type, --preset and targets they keep it")
+    return tuple(found)
+
+
+def _called(qtype: AnyType) -> str:
+    """The block type with the same values."""
+    return str(qtype.gguf_type or qtype.name).lower()

@@ -1,0 +1,205 @@
+"""Weights that lie on a type already: codes and factors are found again, bit for bit, from the values alone.
+
+Quantization-aware training and dequantized files leave float weights  v = round(d * level[code] + m).  d and m are float16,
+and `round` is to the type in which the folder stores its weights (float32, float16 or bfloat16). This module finds d, m and
+the codes of each block. A block lies on the type if they give every stored value again, exactly; there is no tolerance. So a
+block that lies on a type by chance is carried without loss too.
+
+The search: the outermost weight of a block has one of the levels, so d is near  weight / level.  The rounding of the stored
+value moves d by at most a few float16 numbers. All of them are tried, the outermost level first, as quantizers use it. With a
+minimum m, the smallest weight has code 0, so m is near it. This holds for every quantizer that takes m from that weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from llmc.formats.quantized import tensors_of, with_tensors
+from llmc.formats.types import BLOCK_TYPES, AnyType, BlockTensor, BlockType, IntegerType, QuantizedTensor
+from llmc.rounding.block_factors import BlockFactors, codes_of
+from llmc.rounding.scales import Factors, Scales
+
+# The most float16 numbers between weight / level and d, by the type of the stored values. A stored value is wrong by at most
+# 2^-8, 2^-11 or 2^-24 of itself. Neighbours in float16 are at least 2^-11 of themselves apart. One more for the division.
+REACH = {torch.bfloat16: 9, torch.float16: 2, torch.float32: 1}
+CHUNK = 1 << 21  # weights times candidates at once, to bound memory
+SAMPLE = 8  # blocks of a matrix that are looked at before it is searched
+LIKELY = 0.5  # share of these blocks from which on it is searched
+# Share of all blocks from which on a matrix counts as one of this type. The blocks that lie on it are held while GPTQ rounds
+# the others. Random matrices, 1 % and 10 % of the blocks off Q4_0: the error is 1.3 times the one when every code may move,
+# and 0.7 times that of rounding to nearest. Held codes are those that were trained, so they are worth this.
+LEAST = 0.9
+
+
+@dataclass
+class Found:
+    """A matrix [out, in] as codes of a type. tensor: of all blocks; the codes of blocks that do not lie on it mean nothing.
+    lies: bool [out, in / block]."""
+
+    tensor: QuantizedTensor | BlockTensor
+    lies: torch.Tensor
+
+    @property
+    def whole(self) -> bool:
+        return bool(self.lies.all())
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """bool [out, in]: the weights whose blocks lie on the type."""
+        return self.lies.repeat_interleave(self.tensor.shape[1] // self.lies.shape[1], 1)
+
+    def over(self, other: QuantizedTensor | BlockTensor) -> QuantizedTensor | BlockTensor:
+        """`other`, a tensor of the same type, with the blocks that lie on the type in place of its own."""
+        mine = tensors_of(self.tensor)
+        return with_tensors(other, {n: torch.where(self.weights if n == "codes" else self.lies, mine[n], t)
+                                    for n, t in tensors_of(other).items()})
+
+    @classmethod
+    def none_of(cls, shape: tuple[int, ...], qtype: AnyType, device: torch.device) -> Found:
+        """A matrix of which no block lies on the type."""
+        codes = torch.zeros(shape, dtype=torch.uint8, device=device)
+        levels = as_blocks(qtype)
+        assert levels is not None
+        d = torch.zeros(shape[0], shape[1] // levels.block, dtype=torch.float16, device=device)
+        return cls(_tensor(qtype, codes, d, d.clone()), torch.zeros_like(d, dtype=torch.bool))
+
+
+def stacked(found: Sequence[Found]) -> Found:
+    """Matrices of one type as one matrix, [sum of out, in]."""
+    parts = [tensors_of(f.tensor) for f in found]
+    joined = {n: torch.cat([p[n] for p in parts]) for n in parts[0]}
+    return Found(with_tensors(found[0].tensor, joined), torch.cat([f.lies for f in found]))
+
+
+class Held:
+    """The blocks of a `Found` that lie on its type, as GPTQ takes them: it gives their codes whatever the target is.
+
+    All are [in, out], the transpose of a weight. weights: true where the codes and values (float32) are given.
+    """
+
+    def __init__(self, found: Found) -> None:
+        t = found.tensor
+        self.weights, self.values = found.weights.t(), t.dequantize().t()
+        self.codes, self.blocks = t.codes.t().to(torch.float32), found.lies.t()
+        if isinstance(t, QuantizedTensor):
+            scale = t.scales.t().to(torch.float32)
+            self.factors: Factors = Scales(t.type, scale, torch.full_like(scale, t.type.zero))
+        else:
+            self.factors = BlockFactors(t.type, t.d.t().to(torch.float32), None if t.m is None else t.m.t().to(torch.float32),
+                                        None, None)
+
+    def over(self, factors: Factors) -> Factors:
+        """`factors` with those of the held blocks in place of its own."""
+        return factors.where(self.blocks, self.factors)
+
+
+def as_blocks(qtype: AnyType) -> BlockType | None:
+    """The levels of a type that can be found again, as a block type; None for the other types. Those have more factors than
+    one scale and one minimum for each block, or whole zero points."""
+    if isinstance(qtype, BlockType):
+        return qtype if qtype.scale_range is None else None
+    levels = tuple(range(-qtype.zero, qtype.zero))
+    return BlockType(qtype.name, qtype.group_size, qtype.group_size, levels) if qtype.symmetric else None
+
+
+TYPES = tuple(sorted(filter(as_blocks, BLOCK_TYPES.values()), key=lambda t: t.bits_per_weight))
+
+
+def precision(w: torch.Tensor) -> torch.dtype:
+    """The coarsest type that holds every value of w: the one in which they were stored, whatever w is."""
+    for dtype in (torch.bfloat16, torch.float16):
+        if torch.equal(w.to(dtype).to(w.dtype), w):
+            return dtype
+    return torch.float32
+
+
+def find(w: torch.Tensor, qtype: AnyType) -> Found | None:
+    """Codes and factors of w float32 [out, in] on a type. None if the type cannot be found again, if its blocks do not divide
+    the rows, or if too few blocks lie on it (LEAST)."""
+    levels = as_blocks(qtype)
+    if levels is None or w.shape[1] % levels.block or share(w, levels) < LIKELY:
+        return None
+    dtype, step = precision(w), max(1, CHUNK // w.shape[1])
+    parts = [_blocks(part.reshape(-1, levels.block), levels, dtype) for part in w.split(step)]
+    codes, d, m, lies = (torch.cat(p) for p in zip(*parts, strict=True))
+    if float(lies.double().mean()) < LEAST:
+        return None
+    rows = w.shape[0]
+    codes, d, m, lies = codes.view(rows, -1), d.view(rows, -1), m.view(rows, -1), lies.view(rows, -1)
+    return Found(_tensor(qtype, codes, d, m), lies)
+
+
+def _tensor(qtype: AnyType, codes: torch.Tensor, d: torch.Tensor, m: torch.Tensor) -> QuantizedTensor | BlockTensor:
+    """codes [out, in] and factors float16 [out, blocks] as a tensor of a type without integer factors."""
+    if isinstance(qtype, IntegerType):
+        return QuantizedTensor(qtype, codes, d)
+    return BlockTensor(qtype, codes, d, m if qtype.has_min else None)
+
+
+def share(w: torch.Tensor, qtype: BlockType, most: int = SAMPLE) -> float:
+    """The share of a few blocks of w that lie on a type. Blocks of zeros, which lie on every type, are left out."""
+    blocks = w.reshape(-1, qtype.block)
+    filled = blocks.any(1).nonzero()[:, 0]
+    if len(filled) == 0:
+        return 1.0
+    some = filled[torch.linspace(0, len(filled) - 1, min(most, len(filled))).long()]
+    return float(_blocks(blocks[some], qtype, precision(w))[3].double().mean())
+
+
+def type_of(w: torch.Tensor) -> BlockType | None:
+    """The type on which most blocks of w float32 [out, in] lie, the smallest of equals; None if no type has LIKELY of
+    a few of them."""
+    if not bool(w.any()):
+        return None
+    shares = {t.name: share(w, t) for t in TYPES if w.shape[1] % t.block == 0}
+    best = max(shares, key=shares.__getitem__, default=None)
+    return BLOCK_TYPES[best] if best is not None and shares[best] >= LIKELY else None
+
+
+def _blocks(v: torch.Tensor, qtype: BlockType,
+            dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Blocks v float32 [n, block] -> codes uint8 [n, block], d and m float16 [n], lies bool [n]."""
+    levels = torch.tensor(qtype.levels, dtype=torch.float32, device=v.device)
+    codes = torch.full(v.shape, int(levels.abs().argmin()), dtype=torch.uint8, device=v.device)
+    d, m = (torch.zeros(len(v), dtype=torch.float16, device=v.device) for _ in range(2))
+    lies = ~v.any(1)
+    left, tried, candidates = (~lies).nonzero()[:, 0], 0, _candidates(qtype, dtype).to(v.device)
+    while len(left) and tried < len(candidates):
+        x = v[left]
+        some = candidates[tried : tried + max(1, CHUNK // x.numel())]  # many candidates at once for the last few blocks
+        tried += len(some)
+        level, step, low_step = some.t()[..., None]  # [candidates, 1]
+        low = _moved(x.amin(1), low_step) if qtype.has_min else torch.zeros_like(x[None, :, 0])
+        # with a minimum the largest weight has the highest code of its block, else the weight farthest from zero an outer one
+        end = x.amax(1) if qtype.has_min else x.gather(1, x.abs().argmax(1, keepdim=True))[:, 0]
+        scale = _moved((end - low) / (level * (end - low).sign()), step)
+        found = codes_of(x, scale[..., None], low[..., None], qtype)  # [candidates, n, block]
+        again = (levels[found.long()] * scale[..., None] + low[..., None]).to(dtype).to(torch.float32)
+        hits = (again == x).all(2)
+        at, first = hits.any(0).nonzero()[:, 0], hits.to(torch.uint8).argmax(0)
+        first = first[at]
+        codes[left[at]] = found[first, at].to(torch.uint8)
+        d[left[at]], lies[left[at]] = scale[first, at].to(torch.float16), True
+        m[left[at]] = low.expand(scale.shape)[first, at].to(torch.float16)
+        left = left[~hits.any(0)]
+    return codes, d, m, lies
+
+
+def _candidates(qtype: BlockType, dtype: torch.dtype) -> torch.Tensor:
+    """int64 [candidates, 3], the likeliest first: the level of the outermost weight, times the sign of d; the float16 numbers
+    from its quotient to d, and from the smallest weight to m."""
+    steps = sorted(range(-REACH[dtype], REACH[dtype] + 1), key=abs)
+    sizes = sorted({abs(x) for x in qtype.levels} - {0}, reverse=True)
+    signs = (1,) if qtype.has_min else (1, -1)  # of two ways to write a block the one with d > 0, as quantizers do
+    found = [(sign * size, step, low_step) for size in sizes for sign in signs
+             for low_step in (steps if qtype.has_min else (0,)) for step in steps]
+    return torch.tensor(found)
+
+
+def _moved(x: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """The float16 number `steps` numbers farther from zero than the one nearest to x, as float32; 0 if there is none."""
+    found = (x.to(torch.float16).view(torch.int16) + steps).to(torch.int16).view(torch.float16).to(torch.float32)
+    return torch.where(torch.isfinite(found) & (found.sign() == x.sign()), found, 0.0)
