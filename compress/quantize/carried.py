@@ -68,16 +68,17 @@ def count(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
     return {qtype: dict(counts) for qtype, counts in sorted(found.items())}
 
 
-def planned(a: Assignment, on: Mapping[str, str]) -> tuple[str, ...]:
+def planned(a: Assignment, on: Mapping[str, str], stored: Iterable[str] = ()) -> tuple[str, ...]:
     """What the plan says of linears that lie on a type, by a sample of their blocks: a line for those that keep it, and one
-    for those that are rounded to another."""
+    for those that are rounded to another. stored: the types of tensors that the folder stores as codes (FP8, MXFP4)."""
     kept = Counter(on[n] for n, qtype in a.types.items() if n in on and _called(qtype) == on[n])
     lost = Counter(on[n] for n, qtype in a.types.items() if n in on and _called(qtype) != on[n])
 
     def listed(counts: Counter[str]) -> str:
         return ", ".join(f"{n} on {name}" for name, n in counts.most_common())
 
-    found = []
+    found = [f"{n} tensors are stored as {name}, and what is quantized of them is rounded again"
+             for name, n in sorted(Counter(stored).items())]
     if kept:
         found.append(f"{kept.total()} of {len(a.types)} linears lie on their type already ({listed(kept)}): their codes are "
                      "carried over")

@@ -127,7 +127,7 @@ class _Job:
         self.on = carried.look(self.skeleton) if config.carry and config.transform == "none" else {}
         if self.on and not config.typed:
             self.assignment = carried.keeping(self.assignment, self.on)
-        self.notes = carried.planned(self.assignment, self.on)
+        self.notes = carried.planned(self.assignment, self.on, (c.type for c in self.checkpoint.decoded.tensors.values()))
         self._say_missed()
         self.masked = keeps_zeros(source, config, self.assignment)
 

@@ -1,4 +1,6 @@
-"""Reads a Hugging Face model folder: safetensors only, one tensor at a time. Everything is checked before it is used."""
+"""Reads a Hugging Face model folder: safetensors only, one tensor at a time. Everything is checked before it is used.
+
+FP8 and MXFP4 tensors are read as the values that they mean (decoded.py): a folder of them is a float model."""
 
 from __future__ import annotations
 
@@ -9,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc.errors import UserError
-from llmc.formats import contents, layouts
+from llmc.formats import contents, fp8, layouts, mxfp4
 from llmc.formats.config_json import read_checked
+from llmc.formats.decoded import Coded, Decoded
+from llmc.formats.packed import layout_of
 from llmc.formats.weight_files import INDEX, SINGLE, weight_files
 
 if TYPE_CHECKING:
@@ -23,6 +27,7 @@ TOKENIZER_FILES = (
     "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json",
     "chat_template.jinja", "chat_template.json",
 )
+DECODERS = {"fp8": fp8.decode, "mxfp4": mxfp4.decode}  # by Layout.floats
 CARD_FILES = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.txt", "USE_POLICY.md")
 
 
@@ -60,6 +65,8 @@ class Checkpoint:
     headers: dict[Path, dict[str, Any]] = field(repr=False)
     quantization: dict[str, Any] | None = None
     """How its codes are stored (contents.quantization_of). None for a float model."""
+    decoded: Decoded = field(default_factory=Decoded)
+    """Its float tensors that are stored as codes."""
 
     @classmethod
     def open(cls, folder: Path | str, look: bool = False) -> Checkpoint:
@@ -73,6 +80,11 @@ class Checkpoint:
         headers = {s: read_header(s) for s in shards}
         ckpt = cls(folder, config, _places(folder, headers, weight_map), headers)
         ckpt.quantization = contents.quantization_of(ckpt)
+        if form := layout_of(ckpt.quantization).floats:
+            ckpt.decoded = DECODERS[form](ckpt, ckpt.quantization or {})
+            if ckpt.decoded.tensors:
+                contents.warn_of_decoded(folder, ckpt.decoded.note)
+                ckpt.quantization = None
         if ckpt.quantization is None:
             ckpt.config = {k: v for k, v in config.items() if k != "quantization_config"}
         if not look:
@@ -84,33 +96,56 @@ class Checkpoint:
         return list(self.headers)
 
     def names(self) -> list[str]:
-        return list(self.shard_of)
+        """The tensors that the model knows. A decoded one stands where the first of its parts is stored."""
+        named = {coded.parts[0]: name for name, coded in self.decoded.tensors.items()}
+        parts = self.decoded.parts()
+        return [named.get(n, n) for n in self.shard_of if n in named or n not in parts]
 
     def __contains__(self, name: str) -> bool:
-        return name in self.shard_of
+        return name in self.decoded.tensors or (name in self.shard_of and name not in self.decoded.parts())
 
     def shape(self, name: str) -> tuple[int, ...]:
+        if coded := self.coded(name):
+            return coded.shape
         return tuple(self.headers[self.shard_of[name]][name]["shape"])
 
     def dtype(self, name: str) -> str:
-        """The stored type by its safetensors name: 'F32', 'F16', 'BF16', 'I32', …"""
+        """The stored type by its safetensors name: 'F32', 'F16', 'BF16', 'I32', 'F8_E4M3', …; 'MXFP4' for experts in it."""
+        if coded := self.coded(name):
+            return coded.type
         return str(self.headers[self.shard_of[name]][name]["dtype"])
 
     def nbytes(self, name: str) -> int:
-        start, end = self.headers[self.shard_of[name]][name]["data_offsets"]
-        return int(end - start)
+        """The bytes that a tensor takes in the files, with its scales."""
+        def stored(part: str) -> int:
+            start, end = self.headers[self.shard_of[part]][part]["data_offsets"]
+            return int(end - start)
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """One tensor as stored. Raises UserError if a float tensor holds NaN or infinity."""
-        import torch
+        coded = self.coded(name)
+        return sum(map(stored, coded.parts if coded else (name,)))
+
+    def coded(self, name: str) -> Coded | None:
+        """How a float tensor is stored as codes. None if it is stored as it is."""
+        return self.decoded.tensors.get(name)
+
+    def raw(self, name: str) -> torch.Tensor:
+        """One tensor as stored, codes as codes."""
         from safetensors import safe_open
 
         with safe_open(self.shard_of[name], framework="pt") as f:
             t: torch.Tensor = f.get_tensor(name)
+        return t
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor as stored, or the values that its codes mean. Raises UserError if floats are NaN or infinite."""
+        import torch
+
+        coded = self.coded(name)
+        t = coded.values() if coded else self.raw(name)
         if t.is_floating_point() and not bool(torch.isfinite(t.sum(dtype=torch.float32))) and not bool(
             torch.isfinite(t).all()
         ):
-            raise UserError(f"{name} in {self.shard_of[name]} holds NaN or infinity",
+            raise UserError(f"{name} in {self.shard_of[coded.parts[0] if coded else name]} holds NaN or infinity",
                             "the checkpoint is damaged or training diverged: use an earlier one")
         return t
 
