@@ -45,17 +45,21 @@ def brute(block: list[float], levels: range, dtype: torch.dtype) -> bool:
     return bool(fits.all(0).any())
 
 
-@pytest.mark.parametrize(("name", "dtype"), list(product(NAMES, DTYPES)))
+COARSE = {n for n in NAMES if n.endswith("_k")}  # bfloat16 holds their integers too coarsely
+
+
+@pytest.mark.parametrize(("name", "dtype"), [x for x in product(NAMES, DTYPES) if x[0] not in COARSE or x[1] != torch.bfloat16])
 def test_codes_of_llama_cpp_are_found_again(name: str, dtype: torch.dtype) -> None:
-    q = of_llama_cpp(weight(24, 128), name)
+    q = of_llama_cpp(weight(24, 512), name)
     stored = q.dequantize().to(dtype)
     found = lattice.find(stored.float(), q.type)
     assert found is not None
     assert found.whole
     t = found.tensor
-    assert torch.equal(t.codes, q.codes)
+    if name != "q6_k":
+        assert torch.equal(t.codes, q.codes)
     assert torch.equal(t.dequantize().to(dtype), stored)
-    if dtype != torch.bfloat16:  # bfloat16 holds several d as the same values
+    if dtype != torch.bfloat16 and name != "q6_k":  # bfloat16 holds several d as the same values; q6_k: all signs may change
         assert pack(t).tobytes() == pack(q).tobytes()
     qtype = lattice.type_of(stored.float())
     assert qtype is not None
@@ -73,9 +77,9 @@ def test_against_the_search_over_every_float16(dtype: torch.dtype) -> None:
     v[20:23, 2:] = 0
     levels = lattice.as_blocks(qtype)
     assert levels is not None
-    codes, scale, _, lies = lattice._blocks(v, levels, dtype)
+    t, lies = lattice._blocks(v, levels, dtype)
     assert lies.tolist() == [brute(row.tolist(), range(-8, 8), dtype) for row in v]
-    again = ((codes.float() - 8) * scale.float()[:, None]).to(dtype).float()
+    again = ((t.codes.float() - 8) * t.d.float()).to(dtype).float()
     assert torch.equal(again[lies], v[lies])
     assert 10 <= int(lies.sum()) < 30
 
@@ -95,6 +99,7 @@ def test_trained_weights_lie_on_no_type(dtype: torch.dtype) -> None:
     assert lattice.type_of(torch.zeros(4, 64)) is None
     assert lattice.find(weight(64, 256), BLOCK_TYPES["q4_0"]) is None
     assert lattice.find(weight(64, 256), BLOCK_TYPES["q4_k"]) is None
+    assert lattice.find(weight(64, 256), BLOCK_TYPES["q2_k"]) is None
 
 
 def test_extreme_values() -> None:
@@ -111,14 +116,14 @@ def test_extreme_values() -> None:
 
 def partly(w: torch.Tensor, name: str, off: float) -> tuple[torch.Tensor, torch.Tensor]:
     """w rounded to a type except a share `off` of the blocks; returns it and where it is rounded, [out, blocks]."""
-    q = of_llama_cpp(w, name)
-    lies = torch.rand(w.shape[0], w.shape[1] // 32, generator=torch.Generator().manual_seed(2)) >= off
-    return torch.where(lies.repeat_interleave(32, 1), q.dequantize(), w), lies
+    q, block = of_llama_cpp(w, name), BLOCK_TYPES[name].block
+    lies = torch.rand(w.shape[0], w.shape[1] // block, generator=torch.Generator().manual_seed(2)) >= off
+    return torch.where(lies.repeat_interleave(block, 1), q.dequantize(), w), lies
 
 
-@pytest.mark.parametrize("name", ["q4_0", "q4_1", "iq4_nl"])
+@pytest.mark.parametrize("name", ["q4_0", "q4_1", "iq4_nl", "q4_k", "q6_k"])
 def test_blocks_off_the_type_are_rounded_around_those_that_stay(name: str) -> None:
-    w, h = problem(64, 128)
+    w, h = problem(64, 256)
     mixed, lies = partly(w, name, 0.05)
     qtype = BLOCK_TYPES[name]
     found = lattice.find(mixed, qtype)
@@ -128,7 +133,8 @@ def test_blocks_off_the_type_are_rounded_around_those_that_stay(name: str) -> No
     assert isinstance(result.weight, BlockTensor)
     nearest = found.over(rtn(mixed, qtype))
     for q in (result.weight, nearest):
-        assert torch.equal(q.codes[found.weights], of_llama_cpp(w, name).codes[found.weights])
+        if name != "q6_k":
+            assert torch.equal(q.codes[found.weights], of_llama_cpp(w, name).codes[found.weights])
         assert torch.equal(q.dequantize()[found.weights], mixed[found.weights])
     held = lost(result.weight.dequantize(), mixed, h)
     assert held < lost(nearest.dequantize(), mixed, h)  # the rest is rounded by GPTQ, not to nearest

@@ -238,7 +238,8 @@ def refine(w: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor, factors:
            held: Held | None = None) -> tuple[torch.Tensor, Factors, torch.Tensor, torch.Tensor]:
     """Improve factors and codes in turns. Returns codes, factors, q - w and H (q - w), both [in, out].
 
-    codes [in, out] are changed in place; those outside `keep` stay the code of zero, and held blocks stay as they are."""
+    codes [in, out] are changed in place; those outside `keep` stay the code of zero, and held blocks stay as they are. Then
+    integer factors are not improved."""
     values = factors.values(codes)
     gradient = hessian @ (values - w)
     error = (gradient * (values - w)).sum(0)
@@ -251,7 +252,8 @@ def refine(w: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor, factors:
         better = (new_gradient * (new_values - w)).sum(0) < error
         factors = factors.where(better, tried)
         values, gradient = torch.where(better, new_values, values), torch.where(better, new_gradient, gradient)
-        factors = factors.descend(hessian, codes, values, gradient)
+        if held is None:
+            factors = factors.descend(hessian, codes, values, gradient)
         descend(hessian, codes, values, gradient, only(factors.columns(), keep, None, held))
         error = (gradient * (values - w)).sum(0)
     return codes, factors, values - w, gradient

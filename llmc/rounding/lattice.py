@@ -2,7 +2,7 @@
 
 Quantization-aware training and dequantized files leave float weights  v = round(d * level[code] + m).  d and m are float16,
 and `round` is to the type in which the folder stores its weights (float32, float16 or bfloat16). This module finds d, m and
-the codes of each block. A block lies on the type if they give every stored value again, exactly; there is no tolerance. So a
+the codes of each block; lattice_k.py does for types with integer scales. A block lies on the type if they give every stored value again, exactly; there is no tolerance. So a
 block that lies on a type by chance is carried without loss too.
 
 The search: the outermost weight of a block has one of the levels, so d is near  weight / level.  The rounding of the stored
@@ -19,6 +19,7 @@ import torch
 
 from llmc.formats.quantized import tensors_of, with_tensors
 from llmc.formats.types import BLOCK_TYPES, AnyType, BlockTensor, BlockType, IntegerType, QuantizedTensor
+from llmc.rounding import lattice_k
 from llmc.rounding.block_factors import BlockFactors, codes_of
 from llmc.rounding.scales import Factors, Scales
 
@@ -49,22 +50,22 @@ class Found:
     @property
     def weights(self) -> torch.Tensor:
         """bool [out, in]: the weights whose blocks lie on the type."""
-        return self.lies.repeat_interleave(self.tensor.shape[1] // self.lies.shape[1], 1)
+        return _wide(self.lies, self.tensor.shape[1])
 
     def over(self, other: QuantizedTensor | BlockTensor) -> QuantizedTensor | BlockTensor:
         """`other`, a tensor of the same type, with the blocks that lie on the type in place of its own."""
         mine = tensors_of(self.tensor)
-        return with_tensors(other, {n: torch.where(self.weights if n == "codes" else self.lies, mine[n], t)
+        return with_tensors(other, {n: torch.where(_wide(self.lies, t.shape[1]), mine[n], t)
                                     for n, t in tensors_of(other).items()})
 
     @classmethod
     def none_of(cls, shape: tuple[int, ...], qtype: AnyType, device: torch.device) -> Found:
         """A matrix of which no block lies on the type."""
-        codes = torch.zeros(shape, dtype=torch.uint8, device=device)
         levels = as_blocks(qtype)
         assert levels is not None
-        d = torch.zeros(shape[0], shape[1] // levels.block, dtype=torch.float16, device=device)
-        return cls(_tensor(qtype, codes, d, d.clone()), torch.zeros_like(d, dtype=torch.bool))
+        rows, blocks = shape[0], shape[1] // levels.block
+        nothing = _nothing(levels, rows * blocks, device)
+        return cls(_joined([nothing], qtype, rows), torch.zeros(rows, blocks, dtype=torch.bool, device=device))
 
 
 def stacked(found: Sequence[Found]) -> Found:
@@ -88,19 +89,25 @@ class Held:
             scale = t.scales.t().to(torch.float32)
             self.factors: Factors = Scales(t.type, scale, torch.full_like(scale, t.type.zero))
         else:
-            self.factors = BlockFactors(t.type, t.d.t().to(torch.float32), None if t.m is None else t.m.t().to(torch.float32),
-                                        None, None)
+            d, *others = (None if x is None else x.t().to(torch.float32) for x in (t.d, t.m, t.scales, t.mins))
+            assert d is not None
+            self.factors = BlockFactors(t.type, d, *others)
 
     def over(self, factors: Factors) -> Factors:
         """`factors` with those of the held blocks in place of its own."""
         return factors.where(self.blocks, self.factors)
 
 
+def _wide(lies: torch.Tensor, columns: int) -> torch.Tensor:
+    """bool [out, blocks] -> [out, columns]: of groups or weights."""
+    return lies.repeat_interleave(columns // lies.shape[1], 1)
+
+
 def as_blocks(qtype: AnyType) -> BlockType | None:
-    """The levels of a type that can be found again, as a block type; None for the other types. Those have more factors than
-    one scale and one minimum for each block, or whole zero points."""
+    """The levels of a type that can be found again, as a block type; None for the other types: whole zero points, uneven levels
+    with integer scales, and K types of few levels."""
     if isinstance(qtype, BlockType):
-        return qtype if qtype.scale_range is None else None
+        return qtype if qtype.scale_range is None or lattice_k.found_again(qtype) else None
     levels = tuple(range(-qtype.zero, qtype.zero))
     return BlockType(qtype.name, qtype.group_size, qtype.group_size, levels) if qtype.symmetric else None
 
@@ -124,19 +131,31 @@ def find(w: torch.Tensor, qtype: AnyType) -> Found | None:
         return None
     dtype, step = precision(w), max(1, CHUNK // w.shape[1])
     parts = [_blocks(part.reshape(-1, levels.block), levels, dtype) for part in w.split(step)]
-    codes, d, m, lies = (torch.cat(p) for p in zip(*parts, strict=True))
+    lies = torch.cat([p[1] for p in parts])
     if float(lies.double().mean()) < LEAST:
         return None
-    rows = w.shape[0]
-    codes, d, m, lies = codes.view(rows, -1), d.view(rows, -1), m.view(rows, -1), lies.view(rows, -1)
-    return Found(_tensor(qtype, codes, d, m), lies)
+    return Found(_joined([p[0] for p in parts], qtype, w.shape[0]), lies.view(w.shape[0], -1))
 
 
-def _tensor(qtype: AnyType, codes: torch.Tensor, d: torch.Tensor, m: torch.Tensor) -> QuantizedTensor | BlockTensor:
-    """codes [out, in] and factors float16 [out, blocks] as a tensor of a type without integer factors."""
+def _joined(parts: Sequence[BlockTensor], qtype: AnyType, rows: int) -> QuantizedTensor | BlockTensor:
+    """Blocks, a row for each, as a matrix of `rows` rows."""
+    found = [tensors_of(p) for p in parts]
+    tensors = {n: torch.cat([f[n] for f in found]).view(rows, -1) for n in found[0]}
     if isinstance(qtype, IntegerType):
-        return QuantizedTensor(qtype, codes, d)
-    return BlockTensor(qtype, codes, d, m if qtype.has_min else None)
+        return QuantizedTensor(qtype, tensors["codes"], tensors["d"])
+    return BlockTensor(qtype, **tensors)
+
+
+def _nothing(qtype: BlockType, n: int, device: torch.device) -> BlockTensor:
+    """n blocks of zeros, a row for each."""
+    def zeros(columns: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(n, columns, dtype=dtype, device=device)
+
+    code = min(range(len(qtype.levels)), key=lambda i: abs(qtype.levels[i]))
+    return BlockTensor(qtype, torch.full((n, qtype.block), code, dtype=torch.uint8, device=device), zeros(1, torch.float16),
+                       zeros(1, torch.float16) if qtype.has_min else None,
+                       zeros(qtype.groups, torch.int16) if qtype.scale_range else None,
+                       zeros(qtype.groups, torch.int16) if qtype.min_range else None)
 
 
 def share(w: torch.Tensor, qtype: BlockType, most: int = SAMPLE) -> float:
@@ -146,7 +165,7 @@ def share(w: torch.Tensor, qtype: BlockType, most: int = SAMPLE) -> float:
     if len(filled) == 0:
         return 1.0
     some = filled[torch.linspace(0, len(filled) - 1, min(most, len(filled))).long()]
-    return float(_blocks(blocks[some], qtype, precision(w))[3].double().mean())
+    return float(_blocks(blocks[some], qtype, precision(w))[1].double().mean())
 
 
 def type_of(w: torch.Tensor) -> BlockType | None:
@@ -159,12 +178,12 @@ def type_of(w: torch.Tensor) -> BlockType | None:
     return BLOCK_TYPES[best] if best is not None and shares[best] >= LIKELY else None
 
 
-def _blocks(v: torch.Tensor, qtype: BlockType,
-            dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Blocks v float32 [n, block] -> codes uint8 [n, block], d and m float16 [n], lies bool [n]."""
+def _blocks(v: torch.Tensor, qtype: BlockType, dtype: torch.dtype) -> tuple[BlockTensor, torch.Tensor]:
+    """Blocks v float32 [n, block] -> (codes and factors, a row for each block; whether it lies on the type, bool [n])."""
+    if qtype.scale_range is not None:
+        return lattice_k.find(v, qtype, dtype)
     levels = torch.tensor(qtype.levels, dtype=torch.float32, device=v.device)
-    codes = torch.full(v.shape, int(levels.abs().argmin()), dtype=torch.uint8, device=v.device)
-    d, m = (torch.zeros(len(v), dtype=torch.float16, device=v.device) for _ in range(2))
+    made = _nothing(qtype, len(v), v.device)
     lies = ~v.any(1)
     left, tried, candidates = (~lies).nonzero()[:, 0], 0, _candidates(qtype, dtype).to(v.device)
     while len(left) and tried < len(candidates):
@@ -181,11 +200,12 @@ def _blocks(v: torch.Tensor, qtype: BlockType,
         hits = (again == x).all(2)
         at, first = hits.any(0).nonzero()[:, 0], hits.to(torch.uint8).argmax(0)
         first = first[at]
-        codes[left[at]] = found[first, at].to(torch.uint8)
-        d[left[at]], lies[left[at]] = scale[first, at].to(torch.float16), True
-        m[left[at]] = low.expand(scale.shape)[first, at].to(torch.float16)
+        made.codes[left[at]] = found[first, at].to(torch.uint8)
+        made.d[left[at], 0], lies[left[at]] = scale[first, at].to(torch.float16), True
+        if made.m is not None:
+            made.m[left[at], 0] = low.expand(scale.shape)[first, at].to(torch.float16)
         left = left[~hits.any(0)]
-    return codes, d, m, lies
+    return made, lies
 
 
 def _candidates(qtype: BlockType, dtype: torch.dtype) -> torch.Tensor:
