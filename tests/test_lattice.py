@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from itertools import product
+import shutil
+from collections.abc import Callable
+from itertools import cycle, product
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +50,8 @@ def brute(block: list[float], levels: range, dtype: torch.dtype) -> bool:
 COARSE = {n for n in NAMES if n.endswith("_k")}  # bfloat16 holds their integers too coarsely
 
 
-@pytest.mark.parametrize(("name", "dtype"), [x for x in product(NAMES, DTYPES) if x[0] not in COARSE or x[1] != torch.bfloat16])
+@pytest.mark.parametrize(("name", "dtype"), [(name, dtype) for name, dtype in product(NAMES, DTYPES)
+                                             if name not in COARSE or dtype != torch.bfloat16])
 def test_codes_of_llama_cpp_are_found_again(name: str, dtype: torch.dtype) -> None:
     q = of_llama_cpp(weight(24, 512), name)
     stored = q.dequantize().to(dtype)
@@ -157,6 +160,21 @@ def put_on(folder: Path, name: str, off: float = 0.0, dtype: torch.dtype = torch
 
 def codes_of(folder: Path, linear: str) -> BlockTensor:
     return quantized.as_blocks(quantized.read(Checkpoint.open(folder), linear))
+
+
+def test_a_mix_of_types_keeps_each(wide_base: Callable[[str], Path], tmp_path: Path) -> None:
+    """As a dequantized Q4_K_M file: the folder has llmc's blocks, the same as those that were dequantized."""
+    base = Path(shutil.copytree(wide_base("llama"), tmp_path / "base"))
+    made: dict[str, BlockTensor] = {}
+    with edit_tensors(base) as tensors:
+        for name, key in zip(cycle(["q4_k", "q5_0", "q5_k"]), filter(is_decoder_linear, list(tensors)), strict=False):
+            made[key.removesuffix(".weight")] = q = of_llama_cpp(tensors[key].float(), name)
+            tensors[key] = q.dequantize().half()
+    result = llmc.quantize(base, out=tmp_path / "q")
+    assert result["type"] == "carried"
+    assert {n: c["carried"] / c["blocks"] for n, c in result["carried"].items()} == {"q4_k": 1.0, "q5_0": 1.0, "q5_k": 1.0}
+    for linear, q in made.items():
+        assert pack(codes_of(tmp_path / "q", linear)).tobytes() == pack(q).tobytes()
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("q4_0", torch.bfloat16), ("q4_0", torch.float16), ("q8_0", torch.float16),

@@ -2,8 +2,8 @@
 
 Quantization-aware training and dequantized files leave float weights  v = round(d * level[code] + m).  d and m are float16,
 and `round` is to the type in which the folder stores its weights (float32, float16 or bfloat16). This module finds d, m and
-the codes of each block; lattice_k.py does for types with integer scales. A block lies on the type if they give every stored value again, exactly; there is no tolerance. So a
-block that lies on a type by chance is carried without loss too.
+the codes of each block (lattice_k.py for types with integer scales). A block lies on the type if they give every stored value
+again, exactly; there is no tolerance. So a block that lies on a type by chance is carried without loss too.
 
 The search: the outermost weight of a block has one of the levels, so d is near  weight / level.  The rounding of the stored
 value moves d by at most a few float16 numbers. All of them are tried, the outermost level first, as quantizers use it. With a
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -27,7 +28,7 @@ from llmc.rounding.scales import Factors, Scales
 # 2^-8, 2^-11 or 2^-24 of itself. Neighbours in float16 are at least 2^-11 of themselves apart. One more for the division.
 REACH = {torch.bfloat16: 9, torch.float16: 2, torch.float32: 1}
 CHUNK = 1 << 21  # weights times candidates at once, to bound memory
-SAMPLE = 8  # blocks of a matrix that are looked at before it is searched
+ROWS, SAMPLE = 64, 8  # rows of a matrix, and blocks of them, that are looked at before it is searched
 LIKELY = 0.5  # share of these blocks from which on it is searched
 # Share of all blocks from which on a matrix counts as one of this type. The blocks that lie on it are held while GPTQ rounds
 # the others. Random matrices, 1 % and 10 % of the blocks off Q4_0: the error is 1.3 times the one when every code may move,
@@ -104,8 +105,8 @@ def _wide(lies: torch.Tensor, columns: int) -> torch.Tensor:
 
 
 def as_blocks(qtype: AnyType) -> BlockType | None:
-    """The levels of a type that can be found again, as a block type; None for the other types: whole zero points, uneven levels
-    with integer scales, and K types of few levels."""
+    """The levels of a type that can be found again, as a block type; None for the other types: those with zero points, and
+    with integer scales of few or uneven levels."""
     if isinstance(qtype, BlockType):
         return qtype if qtype.scale_range is None or lattice_k.found_again(qtype) else None
     levels = tuple(range(-qtype.zero, qtype.zero))
@@ -158,14 +159,19 @@ def _nothing(qtype: BlockType, n: int, device: torch.device) -> BlockTensor:
                        zeros(qtype.groups, torch.int16) if qtype.min_range else None)
 
 
-def share(w: torch.Tensor, qtype: BlockType, most: int = SAMPLE) -> float:
-    """The share of a few blocks of w that lie on a type. Blocks of zeros, which lie on every type, are left out."""
-    blocks = w.reshape(-1, qtype.block)
-    filled = blocks.any(1).nonzero()[:, 0]
-    if len(filled) == 0:
+def share(w: torch.Tensor, qtype: BlockType) -> float:
+    """The share of a few blocks of w that lie on a type. Blocks of zeros, which lie on every type, are left out. If the first
+    two do not lie on it, the others are not tried."""
+    rows = w[torch.linspace(0, len(w) - 1, min(ROWS, len(w))).long()]
+    blocks = rows.reshape(-1, qtype.block)
+    blocks = blocks[blocks.any(1)]
+    if len(blocks) == 0:
         return 1.0
-    some = filled[torch.linspace(0, len(filled) - 1, min(most, len(filled))).long()]
-    return float(_blocks(blocks[some], qtype, precision(w))[1].double().mean())
+    some = blocks[torch.linspace(0, len(blocks) - 1, min(SAMPLE, len(blocks))).long()]
+    dtype = precision(rows)
+    if not bool(_blocks(some[:2], qtype, dtype)[1].any()):
+        return 0.0
+    return float(_blocks(some, qtype, dtype)[1].double().mean())
 
 
 def type_of(w: torch.Tensor) -> BlockType | None:
@@ -208,6 +214,7 @@ def _blocks(v: torch.Tensor, qtype: BlockType, dtype: torch.dtype) -> tuple[Bloc
     return made, lies
 
 
+@lru_cache
 def _candidates(qtype: BlockType, dtype: torch.dtype) -> torch.Tensor:
     """int64 [candidates, 3], the likeliest first: the level of the outermost weight, times the sign of d; the float16 numbers
     from its quotient to d, and from the smallest weight to m."""
