@@ -23,14 +23,19 @@ from safetensors.torch import save_file
 from torch import nn
 
 from llmc.compress.arguments import LayerArguments
+from llmc.compress.entering import enter
 from llmc.compress.layer_run import LayerRun
+from llmc.compress.mixture_run import MixtureRun
 from llmc.compress.passes import LayerPass, LayerWatch
-from llmc.compress.skeleton import Skeleton, get_weight, trace_layer
-from llmc.compress.states import StateStore
+from llmc.compress.rows import Rows
+from llmc.compress.skeleton import LinearGroup, Skeleton
+from llmc.compress.states import StateStore, batches_of
+from llmc.compress.tracing import trace_layer
 from llmc.compress.unfinished import open_unfinished
-from llmc.console import progress
+from llmc.console import progress, warn
 from llmc.errors import UserError
 from llmc.files import fsync, staged_file, write_json
+from llmc.formats.linears import get_weight
 
 # The unchanged model also runs, on an eighth of the sequences and on at least 16. It does not run on all of them, because
 # this second forward pass takes time. Error of the states after 13 layers of SmolLM2-135M (128 sequences): 1.55 % with 32
@@ -95,8 +100,8 @@ class Workspace:
             save_file({k: v.contiguous() for k, v in tensors.items()}, tmp, metadata={"format": "pt"})
         write_json(self.layer_file(index).with_suffix(".json"), record)
 
-    def commit(self, done: int, side: int = 0, checksums: list[int] | None = None) -> None:
-        self.state |= {"done": done, "side": side, "checksums": checksums or []}
+    def commit(self, done: int, side: int = 0, checksums: list[int] | None = None, **more: Any) -> None:
+        self.state |= {"done": done, "side": side, "checksums": checksums or [], **more}
         write_json(self.folder / "state.json", self.state)
         fsync(self.folder)
 
@@ -113,23 +118,25 @@ class Streams:
 
     sequences: int64 [n, seq_len], or None if no text is run; then there are no streams.
     lengths: {name of a stream: number of its sequences}; the first stream has all sequences.
-    arguments: the keyword arguments that the model passes to each layer.
+    arguments: the keyword arguments that the model passes to each layer.  given: those of them that depend on the text.
     """
 
     def __init__(self, skeleton: Skeleton, sequences: torch.Tensor | None, work: Workspace, lengths: dict[str, int],
                  batch: int) -> None:
         self.work, self.stores, self.arguments = work, list[StateStore](), list[LayerArguments]()
+        self.given = Rows(work.folder, "given", 0 if sequences is None else len(sequences))
         if sequences is None:
             return
-        width, hidden = sequences.shape[1], skeleton.config.get_text_config().hidden_size
-        self.stores = [StateStore(work.folder, name, (n, width, hidden), batch) for name, n in lengths.items()]
+        entered = enter(skeleton, (sequences[a:b] for a, b in batches_of(len(sequences), batch)), sequences.shape[1],
+                        self.given)
+        self.arguments = entered.layers
+        self.stores = [StateStore(work.folder, name, n, entered.shape, batch, entered.axis) for name, n in lengths.items()]
         first, *others = self.stores
-        self.arguments, entering = skeleton.enter((sequences[a:b] for a, b in first.starts()), width)
         if work.done:
             skeleton.leave()
             self._restore()
             return
-        first.replace(entering)
+        first.replace(entered.states)
         first.advance()
         for store in others:  # all streams start from the same states
             store.replace(first.read(a, b) for a, b in store.starts())
@@ -148,11 +155,16 @@ class Streams:
 
     def settle(self, done: int, side: int) -> None:
         """Make the files `side` durable. From now on a resumed run starts from them, after the first `done` layers."""
-        self.work.commit(done, side, [store.settle(side) for store in self.stores])
+        self.work.commit(done, side, [store.settle(side) for store in self.stores], given=self.given.settle(done),
+                         carried=[store.carried.settle(done) for store in self.stores])
+        for rows in (self.given, *(store.carried for store in self.stores)):
+            rows.forget(done)
 
     def _restore(self) -> None:
         state = self.work.state
-        if not all(s.restore(state["side"], c) for s, c in zip(self.stores, state["checksums"], strict=True)):
+        found = [s.restore(state["side"], c) for s, c in zip(self.stores, state["checksums"], strict=True)]
+        found += [s.carried.restore(c) for s, c in zip(self.stores, state["carried"], strict=True)]
+        if not all([*found, self.given.restore(state["given"])]):
             raise UserError(f"the hidden states in {self.work.folder} are damaged",
                             "run without --resume to start again")
 
@@ -206,35 +218,41 @@ class Loop:
 
     def _one(self, pass_: LayerPass | LayerWatch, index: int, layer: nn.Module) -> dict[str, Any]:
         """Run the pass over one layer and write its output states. Returns the layer's record."""
+        experts: dict[str, Any] = {}
         if self.streams.stores:
-            self._with_text(pass_, index, layer)
+            experts = self._with_text(pass_, index, layer)
         else:
             assert isinstance(pass_, LayerPass), "there is nothing to watch without text"
             groups = pass_.groups(layer)
             pass_.begin(index, layer, groups)
             for group in groups:
-                pass_.change(layer, group, None)
+                with self.skeleton.filled(layer.get_submodule(n) for n in group.names):
+                    pass_.change(layer, group, None)
         tensors, record = pass_.finish(index, layer)
+        if experts:
+            record |= {"experts": experts, "events": [*record.get("events", ()), *sparse(index, experts)]}
         self.work.save_layer(index, tensors, record)
         return record
 
-    def _with_text(self, pass_: LayerPass | LayerWatch, index: int, layer: nn.Module) -> None:
-        """Run the pass over one layer with text, and run the layer."""
+    def _with_text(self, pass_: LayerPass | LayerWatch, index: int, layer: nn.Module) -> dict[str, Any]:
+        """Run the pass over one layer with text, and run the layer. Returns what reached its experts, by their module."""
         store, arguments, settings = self.streams.stores[0], self.streams.arguments[index], self.settings
-        trace = trace_layer(layer, store.read(0, 1).to(self.skeleton.device), arguments.of(1))
-        ran = {name for group in trace.groups for name in group.names}
+        trace = trace_layer(layer, store.read(0, 1).to(self.skeleton.device), lambda: arguments.call(0, 1, store.carried))
+        run = LayerRun(layer, arguments, trace, store, self.work.folder, settings.true_sequential, settings.workers,
+                       settings.peaks)
+        groups = [*trace.groups, *(g for m in run.mixtures for n in range(m.experts.count) for g in m.groups(n))]
+        ran = {name for group in groups for name in group.names}
         prefix = self.skeleton.layer_name(index)
         if idle := sorted({f"{prefix}.{n}" for n in set(self.skeleton.linears(index)) - ran} - self.skeleton.kept):
             raise UserError(f"{idle[0]} did not run on the calibration text",
-                            "mixtures of experts are not supported yet")
-        pass_.begin(index, layer, trace.groups)
-        run = LayerRun(layer, arguments, trace, store, self.work.folder, settings.true_sequential, settings.workers,
-                       settings.peaks)
+                            f"leave it as it is with --keep {idle[0].rpartition('.')[2]}, or use --method rtn")
+        pass_.begin(index, layer, groups)
         try:
             if isinstance(pass_, LayerWatch):
                 run.watch(pass_.see)
             else:
                 self._change(pass_, layer, run)
+            return {mixture.name: mixture.coverage(store) for mixture in run.mixtures}
         finally:
             run.close()
 
@@ -242,10 +260,39 @@ class Loop:
         """Let the pass change every group, then run the changed layer."""
         for reference in self.streams.stores[1:]:
             run.keep_unchanged_inputs(reference)
-        for stage in [[g] for g in run.groups] if self.settings.true_sequential else [run.groups]:
+        for stage in stages(run, self.settings.true_sequential):
+            if isinstance(stage, MixtureRun):
+                run.change_experts(stage, lambda group, statistics: pass_.change(layer, group, statistics))
+                continue
             for group, statistics in zip(stage, run.gather(stage), strict=True):
                 pass_.change(layer, group, statistics)
         run.write_outputs()
+
+
+def sparse(index: int, experts: dict[str, Any]) -> list[str]:
+    """Sentences on the experts of a layer that few tokens reached."""
+    found = []
+    for name, seen in experts.items():
+        if seen["starved"]:
+            tokens = seen["tokens"]
+            least = min(range(len(tokens)), key=tokens.__getitem__)
+            found.append(f"{name}: {seen['starved']} of {len(tokens)} experts saw fewer tokens than they have columns "
+                         f"({seen['unseen']} none; least: expert {least} of layer {index} saw {tokens[least]} tokens, "
+                         f"{tokens[least] / seen['columns']:.1f} per column): their statistics lean on the layer's")
+            warn(f"layer {index}: {found[-1]}")
+    return found
+
+
+def stages(run: LayerRun, sequential: bool) -> list[list[LinearGroup] | MixtureRun]:
+    """What is changed one after another in a layer: groups of linears, and modules of experts. Beside experts the groups
+    are always changed one after another, because the layer cannot run through its experts for each of them."""
+    if not run.mixtures:
+        return [[g] for g in run.groups] if sequential else [run.groups]
+    found: list[list[LinearGroup] | MixtureRun] = []
+    for position in range(len(run.groups) + 1):
+        found += [m for m in run.mixtures if m.after == position]
+        found += [[g] for g in run.groups[position : position + 1]]
+    return found
 
 
 def spread(sequences: torch.Tensor, first: int) -> torch.Tensor:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,13 @@ import torch
 from torch import nn
 
 from llmc.compress.arguments import LayerArguments
-from llmc.compress.skeleton import Ending, LayerTrace, LinearGroup, StopForward, get_weight, replaced
+from llmc.compress.mixture_run import ENOUGH, STRENGTH, MixtureRun, Routed
+from llmc.compress.skeleton import LinearGroup, StopForward
 from llmc.compress.states import Scratch, StateStore
+from llmc.compress.tracing import Ending, LayerTrace, direct_uses, replaced, states_of
 from llmc.compress.workers import share
+from llmc.console import warn
+from llmc.formats.linears import get_weight
 from llmc.precision import fast_forward, fast_matmul, matmul_precision
 
 
@@ -60,18 +65,100 @@ class LayerRun:
         self.groups, self.current = trace.groups, Current()
         self.device = next(layer.parameters()).device
         dtype = torch.bfloat16 if matmul_precision() == "bf16" else torch.float32
-        self.writers = trace.writers
+        self.writers, self.direct = trace.writers, trace.direct
+        self.forward = self._precision()
         self.endings = trace.endings if sequential else {}
         self.inputs = {e.linear: Scratch(scratch / f"input-{part}", dtype) for part, e in self.endings.items()}
         self.unchanged = {g.names[0]: Scratch(scratch / f"unchanged-{i}", dtype) for i, g in enumerate(trace.groups)}
+        self.mixtures = [MixtureRun(name, layer.get_submodule(name), after, scratch, self.forward)  # type: ignore[arg-type]
+                         for name, after in trace.mixtures.items()]
+
+    def _precision(self) -> Callable[[torch.device], AbstractContextManager[None]]:
+        """The context in which the layer runs: that of bf16, if its code runs there."""
+        if matmul_precision() != "bf16":
+            return fast_forward
+        hidden = self.store.read(0, 1).to(self.device)
+        try:
+            with torch.no_grad(), fast_forward(self.device):
+                self.layer(hidden, **self.arguments.of(0, 1, self.store.carried))
+        except RuntimeError as e:  # some code mixes types in ways that autocast does not know, as index_add_
+            _say_slow(type(self.layer).__name__, str(e).splitlines()[0])
+            return lambda _device: fast_matmul()
+        return fast_forward
 
     def keep_unchanged_inputs(self, store: StateStore) -> None:
         """Run the unchanged layer over the reference states and store the input of every group."""
+        self.run_experts(store)
         self._watched(store, lambda group, x: self.unchanged[group.names[0]].put(self.current.batch, x), self.workers)
 
     def watch(self, see: Callable[[LinearGroup, torch.Tensor], None]) -> None:
         """Run the unchanged layer and call `see` with the input of every group, in the order of the batches."""
+        for mixture in self.mixtures:
+            def show(number: int, routed: Routed, mixture: MixtureRun = mixture) -> None:
+                for last, group in enumerate(mixture.groups(number)):
+                    for rows, _, _ in mixture.inputs(number, routed, bool(last)):
+                        see(group, rows[None])
+            self.route(mixture, self.store)
+            mixture.run(self.store, show)
         self._watched(self.store, see, workers=1)
+
+    def run_experts(self, store: StateStore) -> None:
+        """Run the experts as they are over a stream. Later runs of the layer over this stream take their outputs."""
+        for mixture in self.mixtures:
+            self.route(mixture, store)
+            mixture.run(store)
+
+    def route(self, mixture: MixtureRun, store: StateStore) -> None:
+        """Run the layer up to a module of experts and keep what the router sends there."""
+        self._forward(store, 1, {mixture.name: mixture.recorder(store, self._position)})
+
+    def change_experts(self, mixture: MixtureRun,
+                       change: Callable[[LinearGroup, InputStatistics], None]) -> None:
+        """Let a pass change every expert, one after another. Later runs of the layer take the changed experts' outputs."""
+        self.route(mixture, self.store)
+
+        def visit(number: int, routed: Routed) -> None:
+            for last, group in enumerate(mixture.groups(number)):
+                change(group, self._of_expert(mixture, number, routed, bool(last)))
+
+        mixture.run(self.store, visit)
+
+    def _of_expert(self, mixture: MixtureRun, number: int, routed: Routed, last: bool) -> InputStatistics:
+        """The statistics of the input of an expert's first linears, or of its last one (see mixture_run.py)."""
+        group = mixture.groups(number)[last]
+        found = InputStatistics(torch.zeros(group.in_features, group.in_features, device=self.device))
+        if self.peaks:
+            found.peak = torch.zeros(group.in_features, device=self.device)
+        tokens, weights = routed.sent_to(number)
+        for x, part, by in mixture.inputs(number, routed, last):
+            add_gram(found.hessian, self._weighted(mixture, number, x, part, by, last))
+            found.tokens += len(x)
+            if found.peak is not None:
+                found.peak = torch.maximum(found.peak, x.abs().amax(0).float())
+        if len(tokens) < ENOUGH * group.in_features:
+            typical = float(weights.square().mean().sqrt()) if len(weights) else float(routed.weights.mean())
+            prior, n = torch.zeros_like(found.hessian), 0
+            for x, part, by in mixture.inputs(number, routed, last, sample=True):
+                add_gram(prior, self._weighted(mixture, number, x, part, by * typical, last))
+                n += len(x)
+            found.hessian.add_(prior, alpha=STRENGTH * group.in_features / n)
+        mirror_upper(found.hessian)
+        return found
+
+    def _weighted(self, mixture: MixtureRun, number: int, x: torch.Tensor, tokens: torch.Tensor, by: torch.Tensor,
+                  last: bool) -> torch.Tensor:
+        """Rows x [n, in] of an expert's linear, times the weight of their tokens in the output of the layer."""
+        scale = by.to(self.device)
+        if last:
+            hidden = self.store.rows(tokens).to(self.device)
+            added = mixture.outer(number, x) * scale[:, None]
+            norm = torch.maximum(torch.linalg.vector_norm(hidden, dim=-1), torch.linalg.vector_norm(hidden + added, dim=-1))
+            scale = scale / norm.mul_(hidden.shape[-1] ** -0.5).clamp_min_(1e-6)
+        return x.float() * scale[:, None]
+
+    def _position(self) -> int:
+        """The first sequence of this thread's batch."""
+        return self.current.batch * self.store.batch
 
     def write_outputs(self) -> None:
         """Run the changed layer. Its output is written to the store as the next states."""
@@ -142,31 +229,42 @@ class LayerRun:
     def _relative(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """1 / (root mean square of the residual stream) at each token, [tokens, 1] (see InputStatistics)."""
         linear: Any = self.layer.get_submodule(name)
-        hidden = self.current.hidden
-        with fast_forward(self.device):
+        hidden = self.current.hidden.movedim(self.store.axis, 0)  # [n, seq_len, hidden], or [n, streams, seq_len, hidden]
+        with self.forward(self.device):
             added = nn.functional.linear(x, get_weight(linear), linear.bias)
+        added = added.reshape(hidden.shape[0], *[1] * (hidden.ndim - 3), *hidden.shape[-2:])
         norm = torch.maximum(torch.linalg.vector_norm(hidden, dim=-1), torch.linalg.vector_norm(hidden + added, dim=-1))
+        if norm.ndim > 2:  # over the streams of a model with several
+            norm = norm.flatten(1, -2).square().mean(1).sqrt()
         return norm.mul_(hidden.shape[-1] ** -0.5).clamp_min_(1e-6).reciprocal_().view(-1, 1)
 
-    def _forward(self, store: StateStore, workers: int) -> None:
-        """Run the layer over the states of `store` and write its output there, except for batches that a hook stopped."""
+    def _forward(self, store: StateStore, workers: int, instead: dict[str, Callable[..., Any]] | None = None) -> None:
+        """Run the layer over the states of `store` and write its output there, except for batches that a hook stopped.
+
+        instead: {name of a module: function that runs in its place}."""
         batches = list(enumerate(store.starts()))
 
         def job(worker: int) -> Iterator[None]:
             for batch, (first, last) in batches[worker::workers]:
                 hidden = store.read(first, last).to(self.device)
                 self.current.worker, self.current.batch, self.current.hidden = worker, batch, hidden
-                with suppress(StopForward), fast_forward(self.device):
-                    out = self.layer(hidden, **self.arguments.of(len(hidden)))
-                    store.write(first, out[0] if isinstance(out, tuple) else out)
+                with suppress(StopForward), self.forward(self.device), direct_uses(self.layer, self.direct):
+                    call = self.arguments.call(first, last, store.carried)
+                    out = self.layer(hidden, **call.kwargs)
+                    store.write(first, states_of(out))
+                    call.carry(out)
                 yield
 
-        with fast_matmul(), replaced(self.layer, self._shortcuts()):
+        with fast_matmul(), replaced(self.layer, self._shortcuts(store) | (instead or {})):
             share(workers, job)
 
-    def _shortcuts(self) -> dict[str, Callable[..., Any]]:
-        """Forward functions for the child modules whose last linear's input is known: they run that linear alone."""
+    def _shortcuts(self, store: StateStore) -> dict[str, Callable[..., Any]]:
+        """Forward functions for the child modules whose last linear's input is known: they run that linear alone. Experts
+        that have run return their outputs."""
         forwards: dict[str, Callable[..., Any]] = {}
+        for mixture in self.mixtures:
+            if (answer := mixture.answering(store, self._position)) is not None:
+                forwards[mixture.name] = answer
         for name, ending in self.endings.items():
             if self.inputs[ending.linear].places:
                 forwards[name] = self._ending(ending)
@@ -182,10 +280,17 @@ class LayerRun:
     def close(self) -> None:
         for scratch in [*self.inputs.values(), *self.unchanged.values()]:
             scratch.close()
+        for mixture in self.mixtures:
+            mixture.close()
+
+
+@cache
+def _say_slow(kind: str, why: str) -> None:
+    warn(f"layers of the kind {kind} run in float32, because their code does not run in bf16: {why}")
 
 
 class Current(threading.local):
-    """The worker of this thread: its number, its batch, and the layer's input states [n, seq_len, hidden] in that batch."""
+    """The worker of this thread: its number, its batch, and the layer's input states in that batch."""
 
     worker: int
     batch: int

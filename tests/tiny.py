@@ -140,19 +140,24 @@ def build(family: str, folder: Path, seed: int = 0, dtype: torch.dtype = torch.f
     style = style or ("qwen2" if family == "qwen2" else "gpt2")
     if style in ("llama", "gemma"):
         overrides = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, **overrides}
-    model = AutoModelForCausalLM.from_config(config(family, **overrides)).eval()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.ndim >= 2:
-                p.normal_(0.0, 0.15)
-            elif "norm" in name or "ln" in name:
-                p.add_(torch.randn_like(p) * 0.1)
-            else:
-                p.normal_(0.0, 0.1)
-    model.tie_weights()
+    model = randomized(AutoModelForCausalLM.from_config(config(family, **overrides)))
     model.to(dtype).save_pretrained(folder, max_shard_size=overrides.get("max_shard_size", "5GB"))
     tokenizer(style).save_pretrained(folder)
     return folder
+
+
+@torch.no_grad()
+def randomized(model: Any) -> Any:
+    """Draw the weights of a model."""
+    for name, p in model.eval().named_parameters():
+        if p.ndim >= 2:
+            p.normal_(0.0, 0.15)
+        elif "norm" in name or "ln" in name:
+            p.add_(torch.randn_like(p) * 0.1)
+        else:
+            p.normal_(0.0, 0.1)
+    model.tie_weights()
+    return model
 
 
 def edit_config(folder: Path, **values: Any) -> None:

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmc.compress.skeleton import get_weight, is_linear
 from llmc.compress.teaching.models import cast_head, checkpoint_layers
 from llmc.formats import quantized
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.hf import load_torch_model
+from llmc.formats.linears import get_weight, is_linear
 from llmc.formats.names import Names
 from llmc.formats.quantized import Quantized
 from llmc.formats.types import BlockTensor
@@ -119,9 +119,18 @@ class HealedLinear(nn.Module):
         return self._made
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self._product(x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """[out, in], for model code that multiplies with the weight itself (Mamba's dt_proj)."""
+        return self._product(torch.eye(self.levels.shape[1], device=self.levels.device)).t()
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
         weight, low = self._multiply_out()
         y: torch.Tensor = _Product.apply(x.to(self.dtype), weight, self.shift, self.lift, low, self.reach)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return y
 
 
 def levels_of(q: Quantized) -> torch.Tensor:

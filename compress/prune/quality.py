@@ -59,7 +59,7 @@ def judge(source: Path, pruned: Path, sequences: torch.Tensor, name: str, device
 
 def _logits(ran: Run, to_logits: Any, i: int, first: int) -> np.ndarray:
     """float32 [scored, vocab]: the logits that predict the tokens after token `first` of sequence i."""
-    states = ran.states[i : i + 1, first:-1].contiguous()
+    states = ran.states[i : i + 1, ..., first:-1, :].contiguous()
     found: torch.Tensor = to_logits(states)[0]
     return found.float().cpu().numpy()
 
@@ -78,7 +78,8 @@ def zeros_of(checkpoint: Checkpoint) -> tuple[list[int], list[int]]:
     skeleton = Skeleton(checkpoint, "cpu")
     zeros, weights = [0] * len(skeleton.layers), [0] * len(skeleton.layers)
     for layer, name, _ in linears_of(skeleton):
-        tensor = checkpoint.tensor(skeleton.names.stored(f"{name}.weight"))
+        tensor = skeleton.names.read(f"{name}.weight")
+        assert tensor is not None
         zeros[layer] += int((tensor == 0).sum())
         weights[layer] += tensor.numel()
     return zeros, weights

@@ -5,38 +5,47 @@ say of them. llmc.rounding.lattice finds the codes.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from llmc.compress.quantize.assignment import Assignment, type_called
-from llmc.compress.skeleton import Skeleton, get_weight, linears_of
+from llmc.compress.skeleton import Skeleton, linears_of
+from llmc.formats.linears import get_weight
 from llmc.formats.types import AnyType
 from llmc.rounding import lattice
 
 CARRIED = "carried"  # the method of a linear whose blocks all lie on its type
+SOME = 16  # linears of a layer that are looked at first
 
 
 def look(skeleton: Skeleton) -> dict[str, str]:
     """{linear: the type on which most of its blocks lie}, without linears that lie on none. A few blocks of each linear are
-    tried. The first, the middle and the last layer are read first: if no linear of them lies on a type, the others are not
+    tried. Some linears of the first, the middle and the last layer are read first: if none lies on a type, the others are not
     read, because training and dequantizing leave no layer out."""
     last = len(skeleton.layers) - 1
-    if not (found := _types(skeleton, sorted({0, last // 2, last}))):
+    some = (name for i in sorted({0, last // 2, last}) for name in _spread([n for at, n, _ in linears_of(skeleton) if at == i]))
+    if all(lattice.type_of(w) is None for _, w in _weights(skeleton, set(some))):
         return {}
-    return {**found, **_types(skeleton, [i for i in range(last) if i not in (0, last // 2, last)])}
+    found = {name: lattice.type_of(w) for name, w in _weights(skeleton, {name for _, name, _ in linears_of(skeleton)})}
+    return {name: qtype.name for name, qtype in found.items() if qtype is not None}
 
 
-def _types(skeleton: Skeleton, layers: Iterable[int]) -> dict[str, str]:
-    wanted, found = {name for _, name, _ in linears_of(skeleton)}, {}
-    for index in layers:
-        with skeleton.layer(index), torch.no_grad():
-            for name, module in skeleton.linears(index).items():
-                full = f"{skeleton.layer_name(index)}.{name}"
-                if full in wanted and (qtype := lattice.type_of(get_weight(module))):
-                    found[full] = qtype.name
-    return found
+def _spread(names: list[str]) -> list[str]:
+    """A few of the names, evenly spaced: a mixture of experts has hundreds of linears in a layer."""
+    return [names[i * len(names) // SOME] for i in range(SOME)] if len(names) > SOME else names
+
+
+def _weights(skeleton: Skeleton, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, weight [out, in]) of these linears. One is in memory at a time."""
+    for index in range(len(skeleton.layers)):
+        wanted = {f"{skeleton.layer_name(index)}.{n}": m for n, m in skeleton.linears(index).items()}
+        if wanted := {n: m for n, m in wanted.items() if n in names}:
+            with skeleton.layer(index), torch.no_grad():
+                for name, module in wanted.items():
+                    with skeleton.filled([module]):
+                        yield name, get_weight(module)
 
 
 def keeping(a: Assignment, on: Mapping[str, str]) -> Assignment:
@@ -49,13 +58,7 @@ def keeping(a: Assignment, on: Mapping[str, str]) -> Assignment:
 
 def complete(skeleton: Skeleton, types: Mapping[str, AnyType]) -> bool:
     """Whether every block of every linear lies on the linear's type. Stops at the first that does not."""
-    for index in range(len(skeleton.layers)):
-        with skeleton.layer(index), torch.no_grad():
-            for name, module in skeleton.linears(index).items():
-                qtype = types.get(f"{skeleton.layer_name(index)}.{name}")
-                if qtype is not None and not ((found := lattice.find(get_weight(module), qtype)) and found.whole):
-                    return False
-    return True
+    return all((found := lattice.find(w, types[name])) is not None and found.whole for name, w in _weights(skeleton, types))
 
 
 def count(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int]]:

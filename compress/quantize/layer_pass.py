@@ -15,8 +15,9 @@ from llmc.compress.passes import LayerPass
 from llmc.compress.quantize.assignment import Assignment
 from llmc.compress.quantize.carried import CARRIED
 from llmc.compress.quantize.gptq import compensate, gptq
-from llmc.compress.skeleton import LinearGroup, Skeleton, get_weight, set_weight
+from llmc.compress.skeleton import LinearGroup, Skeleton
 from llmc.console import warn
+from llmc.formats.linears import get_weight, set_weight
 from llmc.formats.quantized import Quantized, as_blocks, encode, rows_of, tensors_of, with_tensors
 from llmc.formats.types import AnyType
 from llmc.rounding import lattice

@@ -14,7 +14,8 @@ from torch import nn
 from llmc.compress.arguments import LayerArguments
 from llmc.compress.layer_run import InputStatistics
 from llmc.compress.passes import LayerPass
-from llmc.compress.skeleton import LinearGroup, Skeleton, get_weight
+from llmc.compress.skeleton import LinearGroup, Skeleton
+from llmc.compress.tracing import states_of
 from llmc.compress.transform.roles import Place, map_layer
 from llmc.compress.transform.rotations import orthogonal, rotate_heads, rotate_stream
 from llmc.compress.transform.scaling import (
@@ -26,6 +27,7 @@ from llmc.compress.transform.scaling import (
     smoothing_factors,
     writer_size,
 )
+from llmc.formats.linears import get_weight
 from llmc.formats.types import AnyType
 
 PROOF_TOKENS = 32
@@ -69,9 +71,7 @@ class Transform(LayerPass):
 
     def _run(self, layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            out = layer(states, **self.arguments[self.index].of(len(states)))
-        found: torch.Tensor = out[0] if isinstance(out, tuple) else out
-        return found
+            return states_of(layer(states, **self.arguments[self.index].of(0, len(states))))
 
     def _changed(self, layer: nn.Module) -> dict[str, torch.Tensor]:
         found = {}

@@ -32,6 +32,7 @@ from llmc.formats import quantized
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.contents import is_buffer
 from llmc.formats.ends import ends_of
+from llmc.formats.hf import empty_model
 from llmc.formats.names import Names, missing
 from llmc.runtimes.onnx_session import genai_library
 
@@ -151,11 +152,7 @@ class Ends:
 
 def skeleton(ckpt: Checkpoint, hf: Any) -> tuple[nn.Module, Rows, Ends]:
     """The model with row numbers as matrices and real norms and biases; the row numbers; the names of embedding and head."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(hf, dtype=torch.float32, trust_remote_code=False)
+    model = empty_model(hf)
     names = Names.of(ckpt, model, quantized.linears(ckpt))
     ends = _find_ends(ckpt, model, names)
     rows, numbered, used = Rows(), dict[str, nn.Parameter](), {ends.spare}
@@ -165,7 +162,7 @@ def skeleton(ckpt: Checkpoint, hf: Any) -> tuple[nn.Module, Rows, Ends]:
         found = names.locate(f"{ends.head}.weight" if is_head else name)
         if found is None:
             raise missing(ckpt.folder, name)
-        stored, is_codes = found
+        stored, is_codes = found.name, found.is_codes
         used.update(quantized.parts(stored) if is_codes else [stored])
         if p.ndim == 2 and isinstance(owner, nn.Linear | nn.Embedding):
             module = stored if is_codes else stored.removesuffix(".weight")

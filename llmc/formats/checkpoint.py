@@ -128,23 +128,36 @@ class Checkpoint:
         """How a float tensor is stored as codes. None if it is stored as it is."""
         return self.decoded.tensors.get(name)
 
-    def raw(self, name: str) -> torch.Tensor:
-        """One tensor as stored, codes as codes."""
+    def raw(self, name: str, index: int | slice | None = None) -> torch.Tensor:
+        """One tensor as stored, codes as codes. index: a slice along the first axis; None: all of it."""
         from safetensors import safe_open
 
         with safe_open(self.shard_of[name], framework="pt") as f:
-            t: torch.Tensor = f.get_tensor(name)
+            t: torch.Tensor = f.get_tensor(name) if index is None else f.get_slice(name)[index]
         return t
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor as stored, or the values that its codes mean. Raises UserError if floats are NaN or infinite."""
+        coded = self.coded(name)
+        return self._checked(name, coded.values(None) if coded else self.raw(name))
+
+    def part(self, name: str, index: int) -> torch.Tensor:
+        """One slice along the first axis of a tensor. Errors as from `tensor`."""
+        coded = self.coded(name)
+        return self._checked(name, coded.values(index) if coded else self.raw(name, index))
+
+    def empty(self, name: str) -> torch.Tensor:
+        """A tensor without elements, in the stored type, or in that of the values of codes."""
+        coded = self.coded(name)
+        return coded.values(slice(0, 0)) if coded else self.raw(name, slice(0, 0))
+
+    def _checked(self, name: str, t: torch.Tensor) -> torch.Tensor:
         import torch
 
-        coded = self.coded(name)
-        t = coded.values() if coded else self.raw(name)
         if t.is_floating_point() and not bool(torch.isfinite(t.sum(dtype=torch.float32))) and not bool(
             torch.isfinite(t).all()
         ):
+            coded = self.coded(name)
             raise UserError(f"{name} in {self.shard_of[coded.parts[0] if coded else name]} holds NaN or infinity",
                             "the checkpoint is damaged or training diverged: use an earlier one")
         return t

@@ -14,16 +14,19 @@ if TYPE_CHECKING:
     import torch
 
 
+Index = int | slice | None  # along the first axis; None: all of it
+
+
 @dataclass(frozen=True)
 class Coded:
     """A float tensor that is stored as codes. parts: the names of its stored tensors.  type: of the codes, for reports.
-    shape: of the values.  dtype: of the values, by its safetensors name.  values: reads them."""
+    shape: of the values.  dtype: of the values, by its safetensors name.  values: reads them, or a slice of them."""
 
     parts: tuple[str, ...]
     type: str
     shape: tuple[int, ...]
     dtype: str
-    values: Callable[[], torch.Tensor] = field(repr=False)
+    values: Callable[[Index], torch.Tensor] = field(repr=False)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from llmc.errors import UserError
-from llmc.formats.decoded import Coded, Decoded
+from llmc.formats.decoded import Coded, Decoded, Index
 from llmc.formats.layouts import listed
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def _blocks(ckpt: Checkpoint, name: str, scale: str, asked: list[int]) -> tuple[
     return tuple(found)
 
 
-def _values(ckpt: Checkpoint, name: str, scale: str, blocks: tuple[int, ...]) -> torch.Tensor:
+def _values(ckpt: Checkpoint, name: str, scale: str, blocks: tuple[int, ...], index: Index) -> torch.Tensor:
     import torch
 
     codes, factors = ckpt.raw(name).to(torch.float32), ckpt.raw(scale).to(torch.float32)
@@ -85,4 +85,5 @@ def _values(ckpt: Checkpoint, name: str, scale: str, blocks: tuple[int, ...]) ->
     for axis, block in enumerate(blocks):
         if factors.shape[axis] > 1:
             factors = factors.repeat_interleave(block, axis).narrow(axis, 0, codes.shape[axis])
-    return codes.mul_(factors)
+    values = codes.mul_(factors)
+    return values if index is None else values[index]

@@ -16,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from llmc.errors import UserError
-from llmc.formats.decoded import Coded, Decoded
+from llmc.formats.decoded import Coded, Decoded, Index
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,9 +45,10 @@ def decode(ckpt: Checkpoint, config: dict[str, Any]) -> Decoded:
     return Decoded(found, note=f"{len(found)} tensors of experts are MXFP4: they are read as the values that they mean")
 
 
-def _values(ckpt: Checkpoint, name: str) -> torch.Tensor:
-    """A parameter bfloat16 [experts, in, out]."""
-    return dequantize(ckpt.raw(f"{name}_blocks"), ckpt.raw(f"{name}_scales")).transpose(-1, -2).contiguous()
+def _values(ckpt: Checkpoint, name: str, index: Index) -> torch.Tensor:
+    """A parameter bfloat16 [experts, in, out], or some of its experts."""
+    values = dequantize(ckpt.raw(f"{name}_blocks", index), ckpt.raw(f"{name}_scales", index))
+    return values.transpose(-1, -2).contiguous()
 
 
 def dequantize(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
