@@ -25,8 +25,8 @@ def look(skeleton: Skeleton) -> dict[str, str]:
     tried. Some linears of the first, the middle and the last layer are read first: if none lies on a type, the others are not
     read, because training and dequantizing leave no layer out."""
     last = len(skeleton.layers) - 1
-    some = (name for i in sorted({0, last // 2, last}) for name in _spread([n for at, n, _ in linears_of(skeleton) if at == i]))
-    if all(lattice.type_of(w) is None for _, w in _weights(skeleton, set(some))):
+    first = {name for i in (0, last // 2, last) for name in _spread([n for at, n, _ in linears_of(skeleton) if at == i])}
+    if all(lattice.type_of(w) is None for _, w in _weights(skeleton, first)):
         return {}
     found = {name: lattice.type_of(w) for name, w in _weights(skeleton, {name for _, name, _ in linears_of(skeleton)})}
     return {name: qtype.name for name, qtype in found.items() if qtype is not None}
