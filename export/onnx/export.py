@@ -25,6 +25,7 @@ from llmc.formats.manifest import check_output, hash_folder, new_manifest, note_
 from llmc.formats.no_code import remove_code
 from llmc.formats.onnx_folder import MODEL
 from llmc.formats.text_ends import note_of_eos
+from llmc.locks import locked
 from llmc.machine import physical_cores
 
 PACKAGES = {"onnx": "onnx", "onnx_ir": "onnx-ir", "onnxruntime": "onnxruntime", "onnxruntime_genai": "onnxruntime-genai"}
@@ -53,7 +54,7 @@ def run(config: OnnxExportConfig) -> dict[str, Any]:
     out = config.out or Path(f"{stem(folder, source)}-onnx")
     check_output(out, "onnx", config, folder)
     torch.set_num_threads(config.threads or physical_cores())
-    with staged_folder(out) as work:
+    with locked(out), staged_folder(out) as work:
         write = plain.write if config.exporter == "optimum" else _write
         report = write(config, ckpt, work, str(out))
         remove_code(work, str(out))
@@ -105,10 +106,6 @@ def _write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> 
     for note in onnx_lint.as_notes(findings):
         say(f"note: {note}")
     genai = verify.in_genai(work, tok, template, hf.get_text_config().vocab_size, context)
-    if not genai["token_ids"]["combining_marks_alike"]:
-        warn("words with combining marks (Hindi, Tamil, Thai …) are tokenized differently by onnxruntime-genai")
-    if not genai["token_ids"]["leading_space_alike"]:
-        warn("a text that begins with a space is tokenized differently by onnxruntime-genai and by transformers")
     return {
         "path": out, "source": str(ckpt.folder), "architecture": hf.architectures[0],
         "bytes": sum(p.stat().st_size for p in work.iterdir() if p.is_file()),

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import torch
 
-from llmc.console import progress
+from llmc.console import progress, warn
 from llmc.errors import UserError
 from llmc.export import token_proof
 from llmc.export.onnx import layout
@@ -153,6 +153,34 @@ def bounded(expected: np.ndarray, found: np.ndarray, what: str) -> dict[str, Any
             "max_mean_kld": MOST_KLD, "top1_agreement": top1}
 
 
+def token_ids(name: str, encode: token_proof.Ids, folder: Path, tokenizer: Any, template: Template | None,
+              rows: int) -> dict[str, Any]:
+    """Compare the ids of texts, of rendered chats and around added tokens. Returns the counts. Raises UserError if those of
+    the check text or of a chat differ, and warns of the others.
+
+    name: of the runtime.  encode: its ids of a text.  folder: the written one.  template: its chat templates.  rows: of the
+    embedding."""
+    alike = {}
+    for text in (CHECK_TEXT, MARKS, " a"):
+        expected, found = list(tokenizer(text)["input_ids"]), encode(text)
+        at = first_difference(expected, found)
+        alike[text] = at is None
+        if text is CHECK_TEXT and at is not None:
+            raise UserError(f"{name} does not tokenize as the model does: {show(at[0], expected, found, tokenizer)}",
+                            "its tokenizer does not support this kind; export it as GGUF (--format gguf)")
+    side = token_proof.Side(name, lambda text: list(tokenizer(text)["input_ids"]), encode,
+                            "export it as GGUF (--format gguf), or leave the template out (--chat-template drop)")
+    prompts = token_proof.chats(side, tokenizer, template)
+    spec = read_json(folder / TOKENIZER)
+    beside = token_proof.added(side, tokenizer, spec, [t for t in spec.get("added_tokens", []) if t["id"] < rows])
+    if not alike[MARKS]:
+        warn(f"words with combining marks (Hindi, Tamil, Thai …) are tokenized differently by {name}")
+    if not alike[" a"]:
+        warn(f"a text that begins with a space is tokenized differently by {name} and by transformers")
+    return {"text_tokens": len(tokenizer(CHECK_TEXT)["input_ids"]), "chat_tokens": prompts, "around_added_tokens": beside,
+            "combining_marks_alike": alike[MARKS], "leading_space_alike": alike[" a"]}
+
+
 def in_genai(folder: Path, tokenizer: Any, template: Template | None, rows: int, context_length: int) -> dict[str, Any]:
     """Open the folder in onnxruntime-genai, compare the token ids and continue PROMPT greedily; return the results.
 
@@ -163,21 +191,8 @@ def in_genai(folder: Path, tokenizer: Any, template: Template | None, rows: int,
         genai_tokenizer = og.Tokenizer(model)
     except RuntimeError as e:
         raise UserError(f"onnxruntime-genai does not open the folder: {e}", PLEASE_REPORT) from e
-    alike = {}
-    for text in (CHECK_TEXT, MARKS, " a"):
-        expected, found = list(tokenizer(text)["input_ids"]), genai_tokenizer.encode(text).tolist()
-        at = first_difference(expected, found)
-        alike[text] = at is None
-        if text is CHECK_TEXT and at is not None:
-            raise UserError("onnxruntime-genai does not tokenize as the model does: "
-                            f"{show(at[0], expected, found, tokenizer)}",
-                            "its tokenizer does not support this kind; export it as GGUF (--format gguf)")
-    side = token_proof.Side("onnxruntime-genai", lambda text: list(tokenizer(text)["input_ids"]),
-                            lambda text: genai_tokenizer.encode(text).tolist(),
-                            "export it as GGUF (--format gguf), or leave the template out (--chat-template drop)")
-    prompts = token_proof.chats(side, tokenizer, template)
-    spec = read_json(folder / TOKENIZER)
-    beside = token_proof.added(side, tokenizer, spec, [t for t in spec.get("added_tokens", []) if t["id"] < rows])
+    ids = token_ids("onnxruntime-genai", lambda text: genai_tokenizer.encode(text).tolist(), folder, tokenizer, template,
+                    rows)
     params = og.GeneratorParams(model)
     prompt = list(tokenizer(PROMPT)["input_ids"])
     params.set_search_options(max_length=min(len(prompt) + GENERATED, context_length), do_sample=False)
@@ -186,7 +201,5 @@ def in_genai(folder: Path, tokenizer: Any, template: Template | None, rows: int,
     while not generator.is_done():
         generator.generate_next_token()
     made = generator.get_sequence(0).tolist()
-    return {"token_ids": {"text_tokens": len(tokenizer(CHECK_TEXT)["input_ids"]), "chat_tokens": prompts,
-                          "around_added_tokens": beside, "combining_marks_alike": alike[MARKS],
-                          "leading_space_alike": alike[" a"]},
-            "generated": tokenizer.decode(made, skip_special_tokens=True), "generated_tokens": len(made) - len(prompt)}
+    return {"token_ids": ids, "generated": tokenizer.decode(made, skip_special_tokens=True),
+            "generated_tokens": len(made) - len(prompt)}
