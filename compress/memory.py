@@ -51,7 +51,8 @@ class Sizes:
 
     layer, weights: number of weights of the largest decoder layer, and of the whole model (a tied matrix counts once).
     resident: number of weights of the layer that are in memory at once: of its experts, those of the largest.
-    groups: of the largest layer, with one of its experts.  hidden: width of the residual stream.  vocabulary: rows of the head.  layers: their number.
+    groups: of the largest layer, with one of its experts.  hidden: width of the residual stream.  vocabulary: rows of the
+    head.  layers: their number.
     embedding, head, tensor: number of weights of the embedding, of the head and of the largest tensor.
     stored, stored_layer: bytes of the whole model and of the embedding in its files.  element: bytes of its weights there.
     """
@@ -78,7 +79,8 @@ class Sizes:
         for n in checkpoint.shape(largest):
             numbers *= n
         return cls(sum(p.numel() for p in layer.parameters()), resident(layer), weights_of(skeleton),
-                   groups_of(skeleton, index), skeleton.config.get_text_config().hidden_size, head.shape[0], len(skeleton.layers), head.numel(), numbers,
+                   groups_of(skeleton, index), skeleton.config.get_text_config().hidden_size, head.shape[0],
+                   len(skeleton.layers), head.numel(), numbers,
                    sum(map(checkpoint.nbytes, checkpoint.names())), checkpoint.nbytes(largest) // numbers)
 
     @property
@@ -123,9 +125,9 @@ def groups_of(skeleton: Skeleton, index: int) -> tuple[Group, ...]:
 
 
 def reading(s: Sizes) -> Step:
-    """`Checkpoint.tensor`: the largest tensor is mapped, and summed in float32 to find NaN (torch makes a copy for that)."""
+    """`Checkpoint.tensor`: the largest tensor is read, and summed in float32 to find NaN (torch makes a copy for that)."""
     copy = 0 if s.element >= FLOAT else FLOAT * s.tensor
-    return Step("reading the weights", {PROCESS: TORCH, "a float32 copy of the largest tensor": copy}, s.element * s.tensor)
+    return Step("reading the weights", {PROCESS: TORCH, "the largest tensor and a float32 copy": s.element * s.tensor + copy})
 
 
 def sampling(skeleton: Skeleton, seq_len: int, sequences: int = BATCH) -> Step:
@@ -137,10 +139,10 @@ def sampling(skeleton: Skeleton, seq_len: int, sequences: int = BATCH) -> Step:
 
 def entering(s: Sizes, seq_len: int) -> Step:
     """`entering.enter`: layer 0 runs; four texts of six sequences pass the layers, and two of them change in every layer. The
-    embedding stays mapped in its stored type."""
+    embedding stays in its stored type."""
     return Step("embedding the text", {
         PROCESS: TORCH, "one layer in float32": FLOAT * s.resident, "activations": seq_len * s.per_token,
-        "states": FLOAT * s.hidden * seq_len * (6 + 2 * s.layers)}, s.element * s.head)
+        "states": FLOAT * s.hidden * seq_len * (6 + 2 * s.layers), "embedding": s.element * s.head})
 
 
 def whole_model(s: Sizes) -> dict[str, int]:
@@ -240,9 +242,9 @@ def judging(s: Sizes, held_tokens: int, seq_len: int, run: Running) -> list[Step
     logits = FLOAT * s.vocabulary * (seq_len // 2)
     return [
         Step("judging, layers", {**run.layer, "states": states, "activations": run.tokens * s.per_token}),
-        # each head is a float32 copy of what is stored, and the embedding is mapped for it
-        Step("judging, heads", {PROCESS: TORCH, "states": states, "heads in float32": 2 * FLOAT * s.head,
-                                "logits": 2 * logits + rows_of_logits(s.vocabulary)}, 2 * s.element * s.head),
+        # each head is a float32 copy of what is stored, and the embedding is there for it
+        Step("judging, heads", {PROCESS: TORCH, "states": states, "heads and embeddings": 2 * (FLOAT + s.element) * s.head,
+                                "logits": 2 * logits + rows_of_logits(s.vocabulary)}),
     ]
 
 

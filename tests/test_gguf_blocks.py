@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from llmc.errors import UserError
 from llmc.export.gguf import blocks
 from llmc.formats import packing
-from llmc.formats.quantized import as_blocks, minimums
+from llmc.formats.quantized import as_blocks
 from llmc.formats.types import BLOCK_TYPES, IntegerType, QuantizedTensor
 from llmc.rounding.q6_k import round_q6_k
 
@@ -67,14 +67,11 @@ def test_unpacking_undoes_packing(bits, group_size, seed):
     assert found.m is None
 
 
-def test_asymmetric_codes_fit_q4_1_where_the_minimum_is_a_float16():
+def test_asymmetric_codes_are_levels_of_q5_0():
     q = random_tensor(IntegerType(4, 64, symmetric=False))
-    q.scales = torch.full_like(q.scales, 0.25)
-    q.zeros = torch.randint(1, 16, q.scales.shape, dtype=torch.uint8)
-    assert minimums(q)[1] == 0
-    assert np.array_equal(dequantize(pack_codes(q), Kind.Q4_1), q.dequantize().numpy())
-    q.scales[0, 0], q.zeros[0, 0] = 1.0009765625, 11  # 11 * (1 + 2**-10) needs 14 bits
-    assert minimums(q)[1] == 1
+    q.zeros = torch.randint(0, 16, q.scales.shape, dtype=torch.uint8)
+    q.codes[0, :2], q.codes[1, :2], q.zeros[0, 0], q.zeros[1, 0] = 15, 0, 0, 15  # 15 steps and -15
+    assert np.array_equal(dequantize(pack_codes(q), Kind.Q5_0), q.dequantize().numpy())
 
 
 @pytest.mark.parametrize("qtype", [IntegerType(8, 32, symmetric=False), IntegerType(4, 16), IntegerType(4, 48)])

@@ -19,7 +19,7 @@ from tiny import build, edit_tensors
 
 from llmc.errors import UserError
 from llmc.formats.manifest import last_artifact, note_last
-from llmc.formats.types import IntegerType, QuantizedTensor
+from llmc.formats.types import IntegerType
 from llmc.runtimes.llamacpp import LlamaCpp
 from llmc.runtimes.torch_model import TorchModel
 
@@ -121,22 +121,13 @@ def test_zero_biases_of_autogptq_are_left_out(tmp_path):
     assert "1 biases that are all zero were left out" in export(tmp_path / "q")["notes"]
 
 
-def powers_of_two(q: QuantizedTensor) -> QuantizedTensor:
-    q.scales = torch.exp2(q.scales.float().log2().round()).half()
-    return q
-
-
-def test_asymmetric_codes_go_into_q4_1_or_nowhere(tmp_path):
+def test_asymmetric_codes_go_into_q5_0(tmp_path):
     folder = build("llama", tmp_path / "m", num_hidden_layers=1)
-    gptq_folder(folder, tmp_path / "q", IntegerType(4, 32, symmetric=False))
-    with pytest.raises(UserError, match=r"7 layers .* float16 cannot hold exactly") as e:
-        export(tmp_path / "q")
-    assert "--sym" in e.value.hint
-    source = gptq_folder(folder, tmp_path / "exact", IntegerType(4, 32, symmetric=False), change=powers_of_two)
-    t = stored(export(tmp_path / "exact")["path"])["blk.0.attn_v.weight"]
-    assert t.tensor_type == Kind.Q4_1
+    source = gptq_folder(folder, tmp_path / "q", IntegerType(4, 32, symmetric=False))
+    t = stored(export(tmp_path / "q")["path"])["blk.0.attn_v.weight"]
+    assert t.tensor_type == Kind.Q5_0
     expected = source["model.layers.0.self_attn.v_proj"].dequantize().numpy()
-    assert np.array_equal(dequantize(t.data, Kind.Q4_1), expected)
+    assert np.array_equal(dequantize(t.data, Kind.Q5_0), expected)
 
 
 @pytest.mark.parametrize("package", ["gguf", "llama_cpp"])

@@ -72,7 +72,8 @@ SIZES = Sizes(layer=1000, resident=1000, weights=9000, groups=(Group(64, (64, 32
               vocabulary=100, layers=4, head=6400, tensor=6400, stored=18000, element=2)
 
 
-@pytest.mark.parametrize("field", ["layer", "resident", "weights", "hidden", "vocabulary", "layers", "head", "tensor", "stored"])
+@pytest.mark.parametrize("field", ["layer", "resident", "weights", "hidden", "vocabulary", "layers", "head", "tensor",
+                                   "stored"])
 def test_no_step_needs_less_if_a_size_grows(field: str) -> None:
     larger = dataclasses.replace(SIZES, **{field: 2 * getattr(SIZES, field)})
 

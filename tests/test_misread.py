@@ -104,10 +104,10 @@ def test_codes_without_a_config_are_no_weights(model: Path, change: object, name
 
 def test_hf_quant_config_says_what_the_codes_are(model: Path) -> None:
     tiny.change_tensors(model, to_fp8)
-    (model / "hf_quant_config.json").write_text('{"producer": {}, "quantization": {"quant_algo": "FP8"}}')
+    (model / "hf_quant_config.json").write_text('{"producer": {}, "quantization": {"quant_algo": "NVFP4"}}')
     with pytest.raises(UserError, match=r"quantized already \(modelopt\)"):
         llmc.quantize(model, method="rtn")
-    with pytest.raises(UserError, match="quantized as 'modelopt'"):
+    with pytest.raises(UserError, match=r"quantized as 'modelopt' \(NVFP4"):
         load_torch_model(model)
 
 

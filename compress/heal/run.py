@@ -35,6 +35,7 @@ from llmc.formats import quantized
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.manifest import check_output, note_last
 from llmc.formats.names import Names
+from llmc.formats.packed import layout_of
 from llmc.locks import locked
 from llmc.machine import physical_cores, torch_device
 from llmc.precision import prepare_cpu
@@ -72,6 +73,9 @@ class _Job(Job):
         self.config = config
         if not quantized.linears(self.checkpoint):
             raise UserError(f"{folder} is a float model: there is nothing to heal", "run `llmc quantize` on it first")
+        if quantized.form_of(self.checkpoint) not in quantized.OWN:
+            raise UserError(f"{folder} holds codes of {layout_of(self.checkpoint.quantization).name}, and healing writes "
+                            "GPTQ or GGUF types", "quantize the float model with llmc, and heal that")
         taught = Checkpoint.open(teacher)
         if taught.quantization is not None:
             raise UserError(f"the teacher {teacher} is quantized itself", "give a float model as --teacher")

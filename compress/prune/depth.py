@@ -29,7 +29,7 @@ from llmc.compress.tracing import Replay, recorded, replaced, states_of
 from llmc.console import progress
 from llmc.errors import UserError
 from llmc.formats.checkpoint import Checkpoint
-from llmc.formats.shards import Piece, pieces_of
+from llmc.formats.shards import Piece, rest_of
 from llmc.precision import fast_forward
 
 PROBE_TOKENS = 8
@@ -147,7 +147,7 @@ def pieces_without(skeleton: Skeleton, dropped: list[int]) -> list[Piece]:
     """Every tensor that stays, unchanged, with the layers renumbered."""
     kept = [i for i in range(len(skeleton.layers)) if i not in dropped]
     found = []
-    for piece in (piece for shard in skeleton.checkpoint.files for piece in pieces_of(shard)):
+    for piece in rest_of(skeleton.checkpoint, ()):
         place = place_of(skeleton, piece.name)
         if place is None:
             found.append(piece)

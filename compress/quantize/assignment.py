@@ -94,7 +94,7 @@ def type_called(name: str) -> AnyType:
 
 def type_for(c: QuantizeConfig, width: int) -> AnyType:
     """The type that --bits or --type gives a linear with rows of `width` weights; --fallback if its blocks do not fit."""
-    wanted = IntegerType(c.bits, c.group_size, c.sym) if c.type is None else type_called(c.type)
+    wanted = IntegerType(c.code_bits, c.group_size, c.sym) if c.type is None else type_called(c.type)
     other = c.fallback or FALLBACK.get(str(c.type))  # None if --type has blocks of 32
     return type_called(other) if other and width % block_size(wanted) else wanted
 

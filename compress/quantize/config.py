@@ -18,6 +18,7 @@ INTEGER = {"q4_0": 4, "q8_0": 8}  # bits of the block types that are also intege
 METHODS = ("gptq", "rtn")
 TRANSFORMS = ("none", "scaling", "rotate", "rotate+scaling", "auto")
 BITS = (4, 8)
+DEFAULT_BITS = 4
 GROUP_SIZES = (32, 64, 128)
 FALLBACKS = tuple(name for name, qtype in BLOCK_TYPES.items() if qtype.block == 32)
 
@@ -26,7 +27,7 @@ FALLBACKS = tuple(name for name, qtype in BLOCK_TYPES.items() if qtype.block == 
 class QuantizeConfig:
     """The options of `llmc quantize` and `llmc.quantize`."""
 
-    bits: int = option(4, help="Number of bits of a weight's code.", choices=BITS)
+    bits: int | None = option(None, help="Number of bits of a weight's code.", choices=BITS, shown="4")
     type: str | None = option(None, help="GGUF weight type of all linears, instead of --bits.", choices=tuple(BLOCK_TYPES))
     fallback: str | None = option(
         None, help="Weight type of rows that --type cannot hold, because 256 does not divide them. It has blocks of 32: "
@@ -60,6 +61,10 @@ class QuantizeConfig:
     sym: bool = option(
         True, help="Fix the zero point (--sym) or store one for each group (--asym). Q4_0 and Q8_0 files need --sym.",
         flags=("--sym/--asym",), group=ADVANCED)
+    carry: bool = option(
+        True, help="Keep the codes of weights that lie on a weight type already, as in models trained for a type and in "
+                   "dequantized files (--carry), or round them like others (--no-carry). Without --bits, --type, --preset "
+                   "or a target, a model of such weights keeps its types.", flags=("--carry/--no-carry",), group=ADVANCED)
     calibration: str = shared.calibration()
     samples: int = shared.samples()
     seq_len: int = shared.seq_len()
@@ -107,7 +112,7 @@ class QuantizeConfig:
             problems.append(f"--transform {self.transform} needs one type for all linears: give --type or --bits, or run "
                             "`llmc transform` first")
         named = "--type" if self.type else "--preset" if self.preset else given[0] if given else ""
-        if named and (self.bits, self.group_size, self.sym) != (4, 32, True):
+        if named and (self.code_bits, self.group_size, self.sym) != (DEFAULT_BITS, 32, True):
             problems.append(f"{named} sets bits, group and symmetry: leave out --bits, --group-size and --asym")
         if wrong := [pattern or qtype for pattern, qtype in self.named_types if not pattern or qtype not in BLOCK_TYPES]:
             problems.append(f"--type-of {wrong[0]}: give NAME=TYPE, as in down_proj=q6_k. Types: {', '.join(BLOCK_TYPES)}")
@@ -124,6 +129,17 @@ class QuantizeConfig:
         """(part of a name, type) of --type-of, in the order given."""
         parts = (part.rpartition("=") for part in (self.type_of or "").split(",") if part)
         return [(pattern, qtype) for pattern, _, qtype in parts]
+
+    @property
+    def code_bits(self) -> int:
+        """--bits, or its default."""
+        return self.bits or DEFAULT_BITS
+
+    @property
+    def typed(self) -> bool:
+        """Whether the user asks for types: weights that lie on another type are then rounded."""
+        return (self.bits is not None or (self.group_size, self.sym) != (32, True)
+                or any(x is not None for x in (self.type, self.preset, self.target)))
 
     @property
     def calibrated(self) -> bool:
@@ -147,7 +163,7 @@ class QuantizeConfig:
     def numbers(self) -> dict[str, Any]:
         """The options that affect the result, for manifests and for the fingerprint of `--resume`. Round-to-nearest without
         transform or budget leaves out the calibration options."""
-        deciding = {**asdict(self), "imatrix": self.imatrix and self.imatrix.name}
+        deciding = {**asdict(self), "bits": self.code_bits, "imatrix": self.imatrix and self.imatrix.name}
         for name in ("out", "resume", "dry_run", "heal"):  # healing has its own manifest entry
             del deciding[name]
         for name in ("keep", "type_of"):
@@ -171,3 +187,11 @@ def budget_lines(plan: dict[str, Any], counts: dict[str, int], end_types: dict[s
     return (f"  {plan['target']}: {size(plan['file_bytes'])} as .gguf, {plan['bits_per_weight']:.3f} bits per weight, "
             f"predicted KL divergence {plan['predicted_kld']:.3g}\n{peer}"
             f"  types  {types}{ends}\n  bytes  {classes}")
+
+
+def carried_lines(counts: dict[str, dict[str, int]]) -> str:
+    """'99.97 % of the blocks of 210 linears lie on q4_0: carried over', one line for each type. Rounded down: 100 % is all.
+    counts: {type: {'linears', 'blocks', 'carried'}}."""
+    shares = {qtype: int(10_000 * n["carried"] / n["blocks"]) / 100 for qtype, n in counts.items()}
+    return "".join(f"{shares[qtype]:g} % of the blocks of {n['linears']} linears lie on {qtype}: carried over\n"
+                   for qtype, n in counts.items())

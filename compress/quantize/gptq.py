@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 import torch
 
 from llmc.formats.types import AnyType, BlockTensor, QuantizedTensor
+from llmc.rounding.lattice import Found, Held
 from llmc.rounding.scales import Columns, Factors
 from llmc.rounding.search import objective, search_factors
 
@@ -131,29 +132,33 @@ def damped(hessian: torch.Tensor, damp: float, by_use: bool = True) -> Damped:
 
 
 def gptq(weight: torch.Tensor, hessian: torch.Tensor, qtype: AnyType, damp: float = 0.01,
-         refinements: int = REFINEMENTS, keep: torch.Tensor | None = None) -> GPTQResult:
+         refinements: int = REFINEMENTS, keep: torch.Tensor | None = None, found: Found | None = None) -> GPTQResult:
     """Quantize `weight` float32 [out, in] under `hessian` float32 [in, in], which is damped in place and restored at the end.
 
     damp: see `damped`.  keep: bool [out, in], for types with a code for zero. Weights outside `keep` get this code, the other
     weights compensate the error, and the scales are searched for the weights that stay.
+    found: blocks that lie on the type already. They keep their codes and factors; errors of others do not move them.
     """
     w = weight.t().contiguous()
     stay = None if keep is None else keep.t().contiguous()
+    held = None if found is None else Held(found)
     energy, squares = objective(w, hessian), hessian.diagonal().clone()
-    found = damped(hessian, damp)
-    factor, order = found.factor, found.order
+    ready = damped(hessian, damp)
+    factor, order = ready.factor, ready.order
     if factor is None or order is None:
         hessian.diagonal().copy_(squares)
-        return GPTQResult(None, energy.clone(), energy, found.damp, found.dead, found.events)
+        return GPTQResult(None, energy.clone(), energy, ready.damp, ready.dead, ready.events)
     back = torch.argsort(order)
     factors = search_factors(w if stay is None else w * stay, hessian, factor[:, back], qtype)
-    codes = sweep(w[order], factor, only(factors.columns(order), stay, order))[back]
-    del factor, found.factor
-    codes, factors, moved, gradient = refine(w, hessian, codes, factors, refinements, stay)
+    if held is not None:
+        factors = held.over(factors)
+    codes = sweep(w[order], factor, only(factors.columns(order), stay, order, held))[back]
+    del factor, ready.factor
+    codes, factors, moved, gradient = refine(w, hessian, codes, factors, refinements, stay, held)
     gradient.addcmul_(hessian.diagonal().sub(squares)[:, None], moved, value=-1)  # what the damping added
     hessian.diagonal().copy_(squares)
     error = (gradient * moved).sum(0).clamp_(min=0)
-    return GPTQResult(factors.tensor(codes), error, energy, found.damp, found.dead, found.events)
+    return GPTQResult(factors.tensor(codes), error, energy, ready.damp, ready.dead, ready.events)
 
 
 class Kept:
@@ -166,12 +171,29 @@ class Kept:
         return self.columns.round(column, target * self.keep[column], code)
 
 
-def only(columns: Columns, keep: torch.Tensor | None, order: torch.Tensor | None = None) -> Columns | Kept:
-    """Returns `columns`, wrapped so that weights outside `keep` [in, out] are quantized to zero. order: of the columns."""
-    return columns if keep is None else Kept(columns, keep if order is None else keep[order])
+class Given:
+    """Columns of a weight of which some blocks are held: there, the code is the given one, whatever the target is."""
+
+    def __init__(self, columns: Columns | Kept, held: Held, order: torch.Tensor | None) -> None:
+        self.columns = columns
+        parts = (held.weights, held.codes, held.values)
+        self.weights, self.codes, self.values = (p.unbind() if order is None else p[order].unbind() for p in parts)
+
+    def round(self, column: int, target: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
+        value = self.columns.round(column, target, code)
+        torch.where(self.weights[column], self.codes[column], code, out=code)
+        return torch.where(self.weights[column], self.values[column], value)
 
 
-def sweep(w: torch.Tensor, factor: torch.Tensor, columns: Columns | Kept) -> torch.Tensor:
+def only(columns: Columns, keep: torch.Tensor | None, order: torch.Tensor | None = None,
+         held: Held | None = None) -> Columns | Kept | Given:
+    """Returns `columns`, wrapped so that weights outside `keep` [in, out] are quantized to zero, and held blocks to their
+    codes. order: of the columns."""
+    kept = columns if keep is None else Kept(columns, keep if order is None else keep[order])
+    return kept if held is None else Given(kept, held, order)
+
+
+def sweep(w: torch.Tensor, factor: torch.Tensor, columns: Columns | Kept | Given) -> torch.Tensor:
     """Algorithm 1 of the GPTQ paper. Returns codes (as floats) [in, out].
 
     w: [in, out], overwritten.  factor: U with U^T U = H^-1.  columns: round to the type. All are in the order of the sweep.
@@ -191,7 +213,7 @@ def sweep(w: torch.Tensor, factor: torch.Tensor, columns: Columns | Kept) -> tor
 
 
 def descend(hessian: torch.Tensor, codes: torch.Tensor, values: torch.Tensor, gradient: torch.Tensor,
-            columns: Columns | Kept) -> None:
+            columns: Columns | Kept | Given) -> None:
     """One pass of coordinate descent (QuantEase, eq. 7): one code after another becomes the best one for the present others,
     the nearest to q_j - gradient_j / H_jj.
 
@@ -212,21 +234,26 @@ def descend(hessian: torch.Tensor, codes: torch.Tensor, values: torch.Tensor, gr
 
 
 def refine(w: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor, factors: Factors,
-           turns: int, keep: torch.Tensor | None = None) -> tuple[torch.Tensor, Factors, torch.Tensor, torch.Tensor]:
+           turns: int, keep: torch.Tensor | None = None,
+           held: Held | None = None) -> tuple[torch.Tensor, Factors, torch.Tensor, torch.Tensor]:
     """Improve factors and codes in turns. Returns codes, factors, q - w and H (q - w), both [in, out].
 
-    codes [in, out] are changed in place; those outside `keep` stay the code of zero."""
+    codes [in, out] are changed in place; those outside `keep` stay the code of zero, and held blocks stay as they are. Then
+    integer factors are not improved."""
     values = factors.values(codes)
     gradient = hessian @ (values - w)
     error = (gradient * (values - w)).sum(0)
     for _ in range(turns):
         tried = factors.refit(hessian, codes, gradient)
+        if held is not None:
+            tried = held.over(tried)
         new_values = tried.values(codes)
         new_gradient = hessian @ (new_values - w)
         better = (new_gradient * (new_values - w)).sum(0) < error
         factors = factors.where(better, tried)
         values, gradient = torch.where(better, new_values, values), torch.where(better, new_gradient, gradient)
-        factors = factors.descend(hessian, codes, values, gradient)
-        descend(hessian, codes, values, gradient, only(factors.columns(), keep))
+        if held is None:
+            factors = factors.descend(hessian, codes, values, gradient)
+        descend(hessian, codes, values, gradient, only(factors.columns(), keep, None, held))
         error = (gradient * (values - w)).sum(0)
     return codes, factors, values - w, gradient

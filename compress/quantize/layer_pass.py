@@ -13,12 +13,15 @@ from llmc.compress.imatrix.importance import Importance
 from llmc.compress.layer_run import InputStatistics
 from llmc.compress.passes import LayerPass
 from llmc.compress.quantize.assignment import Assignment
+from llmc.compress.quantize.carried import CARRIED
 from llmc.compress.quantize.gptq import compensate, gptq
 from llmc.compress.skeleton import LinearGroup, Skeleton
 from llmc.console import warn
 from llmc.formats.linears import get_weight, set_weight
 from llmc.formats.quantized import Quantized, as_blocks, encode, rows_of, tensors_of, with_tensors
 from llmc.formats.types import AnyType
+from llmc.rounding import lattice
+from llmc.rounding.lattice import Found
 from llmc.rounding.rtn import rtn
 from llmc.rounding.search import objective
 
@@ -29,15 +32,17 @@ class QuantizePass(LayerPass):
 
     assignment: the type of every linear.  importance: weights of the columns for rounding to nearest.
     masked: weights that are zero stay zero. (Rounding to nearest always keeps them, on types with a code for zero.)
+    carry: blocks that lie on their linear's type keep their codes; only the others are rounded.
 
     A layer's record: {'layer', 'error' (lost share of the output energy of all linears), 'events' [sentences],
-    'linears': {name: {'type', 'error', 'method' ('gptq' | 'rtn'), 'damp', 'dead_columns', 'tokens_per_column', 'sha256'}}}.
+    'linears': {name: {'type', 'error', 'method' ('gptq' | 'rtn' | 'carried'), 'damp', 'dead_columns', 'tokens_per_column',
+    'sha256', 'carried' {'blocks', 'carried'} if blocks lie on the type}}}.
     """
 
     def __init__(self, skeleton: Skeleton, assignment: Assignment, damp: float, importance: Importance | None = None,
-                 masked: bool = False) -> None:
+                 masked: bool = False, carry: bool = True) -> None:
         self.skeleton, self.assignment, self.damp, self.importance = skeleton, assignment, damp, importance
-        self.masked = masked
+        self.masked, self.carry = masked, carry
 
     def begin(self, index: int, layer: nn.Module, groups: list[LinearGroup]) -> None:
         self.prefix = self.skeleton.layer_name(index)
@@ -49,7 +54,12 @@ class QuantizePass(LayerPass):
     def change(self, layer: nn.Module, group: LinearGroup, statistics: InputStatistics | None) -> None:
         """Quantize the group's linears, which share the Hessian. Linears of one type are stacked (rows are independent)."""
         group = replace(group, names=tuple(n for n in group.names if f"{self.prefix}.{n}" in self.assignment.types))
-        if not group.names:  # kept as floats
+        self.found = {n: self._on_its_type(n, layer.get_submodule(n)) for n in group.names}
+        for name, found in self.found.items():
+            if found is not None and found.whole:
+                self._carry(name, layer.get_submodule(name), found, statistics)
+        group = replace(group, names=tuple(n for n in group.names if n not in self.quantized))
+        if not group.names:  # kept as floats, or carried over
             return
         if statistics is None:
             for name in group.names:
@@ -76,7 +86,10 @@ class QuantizePass(LayerPass):
                  tokens_per_column: float) -> None:
         """Run GPTQ on linears with the same input and type. targets: the weights to quantize, [out, in]."""
         keep = torch.cat([get_weight(layer.get_submodule(n)) != 0 for n in targets]) if self.masked else None
-        result = gptq(torch.cat(list(targets.values())), hessian, qtype, self.damp, keep=keep)
+        some = [self.found[n] or Found.none_of(t.shape, qtype, t.device) for n, t in targets.items()
+                if any(self.found[n] for n in targets)]
+        result = gptq(torch.cat(list(targets.values())), hessian, qtype, self.damp, keep=keep,
+                      found=lattice.stacked(some) if some else None)
         for event in result.events:
             self._note(f"{next(iter(targets))}: {event}")
         if result.weight is None:
@@ -86,7 +99,7 @@ class QuantizePass(LayerPass):
             rows = slice(row, row := row + target.shape[0])
             linear = layer.get_submodule(name)
             if result.weight is None:
-                q, method = rtn(get_weight(linear), qtype), "rtn"
+                q, method = self._nearest(name, linear), "rtn"
                 error = objective((q.dequantize() - target).t(), hessian)
             else:
                 q, method, error = rows_of(result.weight, rows), "gptq", result.error[rows]
@@ -97,12 +110,27 @@ class QuantizePass(LayerPass):
     def _round(self, name: str, linear: nn.Module) -> None:
         """Round one linear to nearest. Its error is the squared error relative to the squared weights, both weighted by the
         importance if it is known."""
-        weight = get_weight(linear)
         counts, record = self._importance(name)
-        q = rtn(weight, self._type(name), counts)
-        by = 1.0 if counts is None else counts.to(weight.device)
-        lost, energy = float(((q.dequantize() - weight).square() * by).sum()), float((weight.square() * by).sum())
-        self._keep(name, linear, q, lost, energy, method="rtn", **record)
+        q = self._nearest(name, linear, counts)
+        self._keep(name, linear, q, *_squares(q, get_weight(linear), counts), method="rtn", **record)
+
+    def _nearest(self, name: str, linear: nn.Module, counts: torch.Tensor | None = None) -> Quantized:
+        """Round a linear to nearest, except the blocks that lie on its type."""
+        q, found = rtn(get_weight(linear), self._type(name), counts), self.found[name]
+        return q if found is None else found.over(q)
+
+    def _on_its_type(self, name: str, linear: nn.Module) -> Found | None:
+        return lattice.find(get_weight(linear), self._type(name)) if self.carry else None
+
+    def _carry(self, name: str, linear: nn.Module, found: Found, statistics: InputStatistics | None) -> None:
+        """Store the codes of a linear that lies on its type. Its error is that of the type in which its values were stored:
+        bfloat16 holds d * level to 3 digits."""
+        q, weight = found.tensor, get_weight(linear)
+        if statistics is None:
+            self._keep(name, linear, q, *_squares(q, weight, None), method=CARRIED)
+            return
+        lost, energy = (float(objective(x.t(), statistics.hessian).double().sum()) for x in (q.dequantize() - weight, weight))
+        self._keep(name, linear, q, max(0.0, lost), energy, method=CARRIED)
 
     def _importance(self, name: str) -> tuple[torch.Tensor | None, dict[str, Any]]:
         """Returns (the importance of the columns of a linear, entries for its record). As in GPTQ, a column whose input was
@@ -139,6 +167,8 @@ class QuantizePass(LayerPass):
             cpu = as_blocks(cpu)
         self.quantized[name] = cpu
         error = lost / energy if energy else 0.0
+        if (found := self.found[name]) is not None:
+            record["carried"] = {"blocks": found.lies.numel(), "carried": int(found.lies.sum())}
         self.linears[name] = {"type": cpu.type.name, "error": error, **record, "sha256": digest(cpu)}
         self.lost += lost
         self.energy += energy
@@ -146,6 +176,12 @@ class QuantizePass(LayerPass):
     def _note(self, event: str) -> None:
         self.events.append(event)
         warn(f"{self.prefix}.{event}")
+
+
+def _squares(q: Quantized, weight: torch.Tensor, counts: torch.Tensor | None) -> tuple[float, float]:
+    """The squared error of q [out, in], and the squared weights, both with the columns weighted by `counts` [in]."""
+    by = 1.0 if counts is None else counts.to(weight.device)
+    return float(((q.dequantize() - weight).square() * by).sum()), float((weight.square() * by).sum())
 
 
 def digest(q: Quantized) -> str:

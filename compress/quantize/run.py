@@ -27,6 +27,7 @@ from llmc.compress.heal.config import HealConfig
 from llmc.compress.heal.memory import after_quantizing
 from llmc.compress.imatrix.importance import Importance
 from llmc.compress.preparation import calibration_text, check_weights, open_float, sampled_file
+from llmc.compress.quantize import carried
 from llmc.compress.quantize.assignment import assign, has_own_head, keeps_zeros, unfit
 from llmc.compress.quantize.budget import LENGTH, SEQUENCES, assign_to_budget
 from llmc.compress.quantize.config import QuantizeConfig, budget_lines
@@ -119,7 +120,7 @@ class _Job:
         for why, linears in unfit(config, self.skeleton).items():
             self.coverage.leave(why, linears, self.skeleton)
         self.skeleton.kept = self.coverage.left_linears()
-        what = config.type or config.preset or target or f"{config.bits}bit"
+        what = config.type or config.preset or target or f"{config.code_bits}bit"
         self.out = config.out or Path(f"{model_name(source)}-{config.method}-{what}")
         self.work = self.out.with_name(f".{self.out.name}.unfinished")
         if not config.dry_run:
@@ -128,6 +129,11 @@ class _Job:
         self.importance = Importance(config.imatrix, self.skeleton) if config.imatrix else None
         self.assignment = (assign_to_budget(config, self.skeleton, self.described) if config.target
                            else assign(config, self.skeleton))
+        # a transform moves weights off their type
+        self.on = carried.look(self.skeleton) if config.carry and config.transform == "none" else {}
+        if self.on and not config.typed:
+            self.assignment = carried.keeping(self.assignment, self.on)
+        self.notes = carried.planned(self.assignment, self.on, (c.type for c in self.checkpoint.decoded.tensors.values()))
         self._say_missed()
         self.masked = keeps_zeros(source, config, self.assignment)
 
@@ -171,7 +177,7 @@ class _Job:
             "device": c.device, "threads": self.threads, "matmul": matmul_precision(),
             "calibration": c.calibration if c.calibrated else None,
             "calibration_rows": rows_in(c.calibration) if c.calibrated else {}, "tokens": c.samples * c.seq_len,
-            "imatrix": self.importance and self.importance.origin,
+            "imatrix": self.importance and self.importance.origin, "on_types": self.on, "notes": list(self.notes),
             **({"plan": self.assignment.plan} if c.target else {}),
         }
 
@@ -235,7 +241,11 @@ class _Job:
     def run(self) -> dict[str, Any]:
         source = self.described
         text = choice = None
-        if self.config.calibrated:
+        for note in self.notes:
+            say(note)
+        if self._all_carried():
+            say("every block lies on its type: all codes are carried over, and no text is needed")
+        elif self.config.calibrated:
             kept = sampled_file(self.work)
             text = calibration_text(self.skeleton, source["files"], self.config, self.threads, kept)
         if text is not None and self.config.transform != "none":
@@ -252,7 +262,8 @@ class _Job:
             say(budget_lines(self.assignment.plan, self.assignment.counts(), self.assignment.end_types))
         if work.done:
             say(f"resuming after layer {work.done} of {len(self.skeleton.layers)}")
-        pass_ = QuantizePass(self.skeleton, self.assignment, self.config.damp, self.importance, self.masked)
+        pass_ = QuantizePass(self.skeleton, self.assignment, self.config.damp, self.importance, self.masked,
+                             self.config.carry)
         if calibration is None:
             Loop(self.skeleton, None, work, LoopSettings()).run(pass_)
         else:
@@ -262,6 +273,11 @@ class _Job:
                                     reference=self._reference_sequences())
             Loop(self.skeleton, sequences, work, settings).run(pass_, lambda r: f"error {100 * r['error']:.2f} %")
         return self._publish(work, source, calibration, choice)
+
+    def _all_carried(self) -> bool:
+        """Whether nothing is left to round."""
+        types = self.assignment.types
+        return self.on.keys() >= types.keys() and carried.complete(self.skeleton, types)
 
     def _reference_sequences(self) -> int:
         """The number of sequences that also run through the unchanged model."""
@@ -348,7 +364,8 @@ def _summary(records: list[dict[str, Any]], method: str) -> dict[str, Any]:
     linears = [x for r in records for x in r["linears"].values()]
     return {
         "error": sum(r["error"] for r in records) / len(records),
-        "fallbacks": sum(any(x["method"] != method for x in r["linears"].values()) for r in records),
+        "fallbacks": sum(any(x["method"] not in (method, carried.CARRIED) for x in r["linears"].values()) for r in records),
         "events": sum(len(r["events"]) for r in records),
         "dead_columns": sum(x.get("dead_columns", 0) for x in linears),
+        "carried": carried.count(records),
     }

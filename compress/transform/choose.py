@@ -105,7 +105,7 @@ class _Maker:
         """Make the folder of a candidate. 'rotate+scaling' starts from the folder of 'rotate'."""
         folder, c = self.work / name, self.config
         same = {n: getattr(c, n) for n in (*TARGET, *CALIBRATED, "seed", "device", "threads")}
-        same["resume"] = True  # without --resume, `choose` has emptied the folder
+        same["bits"], same["resume"] = c.code_bits, True  # without --resume, `choose` has emptied the folder
         if name == "none":
             return self.source
         if name == "rotate":

@@ -8,7 +8,7 @@ from typing import Any
 
 from llmc import options
 from llmc.compress import shared_options as shared
-from llmc.compress.quantize.config import QuantizeConfig
+from llmc.compress.quantize.config import BITS, DEFAULT_BITS, QuantizeConfig
 from llmc.options import ADVANCED, check, like, option
 
 SCALINGS = ("awq", "equalize", "smoothquant", "none")
@@ -29,7 +29,7 @@ class TransformConfig:
         choices=ROTATIONS)
     untie: bool = option(
         False, help="Give a tied head its own matrix, for --rotate r1r2. The model grows by this matrix.", group=ADVANCED)
-    bits: int = like(QuantizeConfig, "bits", help="Number of bits of a weight's code that scales are searched for.")
+    bits: int = option(DEFAULT_BITS, help="Number of bits of a weight's code that scales are searched for.", choices=BITS)
     type: str | None = like(
         QuantizeConfig, "type", help="GGUF weight type that scales are searched for, instead of --bits.")
     fallback: str | None = like(QuantizeConfig, "fallback")

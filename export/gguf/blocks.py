@@ -9,7 +9,7 @@ from gguf import GGMLQuantizationType as Kind
 
 from llmc.errors import UserError
 from llmc.formats import packing
-from llmc.formats.quantized import Quantized, as_blocks
+from llmc.formats.quantized import Quantized, as_blocks, block_type
 from llmc.formats.types import BlockType, IntegerType
 from llmc.rounding.tables import CHUNK, round_rows
 
@@ -19,14 +19,11 @@ BYTES = np.dtype(np.uint8)
 
 def kind_of_type(qtype: IntegerType | BlockType) -> Kind:
     """The GGUF type that holds the codes of a quantization type without change; raises UserError if there is none."""
-    if isinstance(qtype, BlockType):
-        return Kind[qtype.gguf_type]
-    if qtype.group_size % BLOCK == 0 and qtype.bits == 4:
-        return Kind.Q4_0 if qtype.symmetric else Kind.Q4_1
-    if qtype.group_size % BLOCK == 0 and qtype.bits == 8 and qtype.symmetric:
-        return Kind.Q8_0
-    raise UserError(f"no GGUF type holds {qtype.name} exactly",
-                    "quantize with --sym and a group size of 32, 64 or 128")
+    held = block_type(qtype)
+    if held is None:
+        raise UserError(f"no GGUF type holds {qtype.name} exactly",
+                        "quantize with --sym and a group size of 32, 64 or 128")
+    return Kind[held.gguf_type]
 
 
 def nbytes(kind: Kind, shape: tuple[int, ...]) -> int:

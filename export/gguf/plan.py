@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,7 +21,7 @@ from llmc.families.row import Family
 from llmc.formats import ends, quantized
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.contents import is_buffer
-from llmc.formats.types import QuantizedTensor
+from llmc.formats.layouts import listed
 
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"  # llama.cpp's names
 FLOAT32 = re.compile(r"norm\.weight$|^position_embd\.|\.ffn_gate_inp(_shexp)?\.|\.shortconv\.conv\.")
@@ -88,11 +87,16 @@ class Planner:
         self.ckpt, self.family, self.hf, self.types, self.writer = ckpt, family, hf, types, writer
         self.names = TensorNames(family, hf.num_hidden_layers)
         self.linears = set(quantized.linears(ckpt))
-        self.notes: list[str] = []
+        self.notes = quantized.notes_of_codes(ckpt)
         self.scalars: dict[str, dict[int, float]] = {key: {} for key in family.gguf.scalars.values()}
 
     def entries(self) -> list[GgufTensor]:
-        placed = [(self._quantized(linear), f"{linear}.weight") for linear in self.linears]
+        unheld = sorted(n for n in self.linears if quantized.block_type(quantized.type_of(self.ckpt, n)) is None)
+        placed = [(self._unheld(n) if n in unheld else self._quantized(n), f"{n}.weight") for n in self.linears]
+        if unheld:
+            types = " and ".join(sorted({quantized.type_name(self.ckpt, n) for n in unheld}))
+            self.notes.append(f"no GGUF type holds {types}: the codes of {len(unheld)} linears ({listed(unheld)}) are "
+                              f"written as their values in {self.types.matrix.name}, which takes more bytes")
         packed = {name for linear in self.linears for name in quantized.parts(linear)}
         zero_biases = 0
         for name in self.ckpt.names():
@@ -108,7 +112,6 @@ class Planner:
         names = [e.name for e in found]
         if twice := next((n for n in names if names.count(n) > 1), None):
             raise UserError(f"two tensors of {self.ckpt.folder} map to {twice}", "the checkpoint holds a weight twice")
-        self._check_mins(found)
         return sorted(found, key=lambda e: e.order)
 
     def _stack(self, placed: list[tuple[GgufTensor, str]]) -> list[GgufTensor]:
@@ -198,6 +201,18 @@ class Planner:
 
         return GgufTensor(self._gguf_name(f"{linear}.weight"), shape, kind, source, codes=True)
 
+    def _unheld(self, linear: str) -> GgufTensor:
+        """A linear whose codes no GGUF type holds, as its values."""
+        shape, kind = quantized.shape(self.ckpt, linear), self.types.matrix
+        blocks.check_rows(linear, shape, kind)
+        rows = self._rows(linear, shape[0])
+
+        def source() -> Source:
+            w = quantized.dequantized(self.ckpt, linear)
+            return w if rows is None else reorder(w, rows)
+
+        return GgufTensor(self._gguf_name(f"{linear}.weight"), shape, kind, source)
+
     def _float(self, name: str) -> GgufTensor:
         module, _, what = name.rpartition(".")
         shape = self.ckpt.shape(name)
@@ -247,18 +262,6 @@ class Planner:
             raise UserError(f"the head of {self.ckpt.folder} is quantized: its codes are copied as {head.kind.name}",
                             "leave --head out")
         return [e for e in found if not (equal and e is head)]
-
-    def _check_mins(self, entries: list[GgufTensor]) -> None:
-        """Raise UserError if asymmetric 4-bit GPTQ codes do not fit Q4_1: it stores -scale * zero as a float16."""
-        wrong = [e.name for e in entries if e.kind == Kind.Q4_1 and e.codes and any(map(_inexact_mins, e.sources))]
-        if wrong:
-            raise UserError(f"{len(wrong)} layers (first {wrong[0]}) have a minimum, -scale * zero, that Q4_1's "
-                            "float16 cannot hold exactly", "quantize with --sym: its codes fit Q4_0 bit for bit")
-
-
-def _inexact_mins(source: Callable[[], Source]) -> bool:
-    q = source()
-    return isinstance(q, QuantizedTensor) and quantized.minimums(q)[1] > 0
 
 
 def _same(a: Source, b: Source) -> bool:

@@ -44,7 +44,7 @@ class Weights:
         """embedding, head: module names in the checkpoint; one name if they are one matrix."""
         self.ckpt, self.embedding, self.head = ckpt, embedding, head
         self.linears = set(quantized.linears(ckpt))
-        self.notes: list[str] = []
+        self.notes = quantized.notes_of_codes(ckpt)
         if self.linears and config.dtype is not None:
             raise UserError(f"{ckpt.folder} is quantized: its codes are copied, so --dtype {config.dtype} has no effect",
                             "leave --dtype out, or export the float model")

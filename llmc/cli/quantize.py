@@ -10,7 +10,7 @@ import typer
 from llmc import memory
 from llmc.cli.heal import outcome
 from llmc.cli.options import Json, add
-from llmc.compress.quantize.config import QuantizeConfig, budget_lines
+from llmc.compress.quantize.config import QuantizeConfig, budget_lines, carried_lines
 from llmc.console import command, duration, set_quiet, size
 from llmc.formats.text_rows import described
 
@@ -43,12 +43,13 @@ def _plan(p: dict[str, Any]) -> str:
     if m := p["imatrix"]:
         text = f"weighted by {m['name']} ({m['chunk_count']} chunks of {', '.join(m['datasets']) or 'unnamed text'})"
     budget = budget_lines(p["plan"], p["types"], p["end_types"]) + "\n" if "plan" in p else ""
+    notes = "".join(f"  {note}\n" for note in p["notes"])
     then = f", then healed for {p['heal']} steps" if p["heal"] else ""
     return (f"{p['source']} -> {p['out']}\n{budget}"
             f"  {first}{p['method']} on {'these types' if budget else _types(p)}, {text}{then}\n"
             f"  {p['layers']} layers, {p['linear_weights'] / 1e6:.1f} M weights, {p['bits_per_weight']:.3g} bits per weight "
             f"of the layers' matrices, {size(p['out_bytes'])} when done ({size(p['token_bytes'])} read per token)\n"
-            f"{_floats(p)}  {memory.described(p)} and {size(p['disk_bytes'])} of disk\n"
+            f"{_floats(p)}{notes}  {memory.described(p)} and {size(p['disk_bytes'])} of disk\n"
             f"  on {p['device']}, {p['threads']} threads, activation products in {p['matmul']}")
 
 
@@ -70,6 +71,7 @@ def _summary(r: dict[str, Any]) -> str:
     fallbacks = f", {r['fallbacks']} layers fell back to RTN" if r["fallbacks"] else ""
     taken = f"transform {r['transform']['taken']}: {r['transform']['why']}\n" if r["transform"] else ""
     healed = f"healed: {outcome(r['healed'])}\n" if "healed" in r else ""
-    return (f"{taken}{healed}{r['out']}: {_types(r)}, {r['bits_per_weight']:.3g} bits per weight, {size(r['bytes'])}, "
+    return (f"{taken}{healed}{carried_lines(r['carried'])}"
+            f"{r['out']}: {_types(r)}, {r['bits_per_weight']:.3g} bits per weight, {size(r['bytes'])}, "
             f"mean layer error {100 * r['error']:.2f} %{fallbacks}, {duration(r['seconds'])}\n{_floats(r)}"
             f"next: {command('llmc', 'export', '--format', 'gguf', r['out'])}")

@@ -1,4 +1,6 @@
-"""Reads a Hugging Face model folder: safetensors only, one tensor at a time. Everything is checked before it is used."""
+"""Reads a Hugging Face model folder: safetensors only, one tensor at a time. Everything is checked before it is used.
+
+FP8 and MXFP4 tensors are read as the values that they mean (decoded.py): a folder of them is a float model."""
 
 from __future__ import annotations
 
@@ -6,11 +8,13 @@ import json
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from llmc.errors import UserError
-from llmc.formats import contents, layouts
+from llmc.formats import contents, fp8, layouts, mxfp4
 from llmc.formats.config_json import read_checked
+from llmc.formats.decoded import Coded, Decoded
+from llmc.formats.packed import layout_of
 from llmc.formats.weight_files import INDEX, SINGLE, weight_files
 
 if TYPE_CHECKING:
@@ -23,6 +27,14 @@ TOKENIZER_FILES = (
     "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json",
     "chat_template.jinja", "chat_template.json",
 )
+# torch's name of a safetensors type
+TORCH_TYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16",
+    "U8": "uint8", "BOOL": "bool", "C64": "complex64",
+}
+DECODERS = {"fp8": fp8.decode, "mxfp4": mxfp4.decode}  # by Layout.floats
 CARD_FILES = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.txt", "USE_POLICY.md")
 
 
@@ -60,6 +72,8 @@ class Checkpoint:
     headers: dict[Path, dict[str, Any]] = field(repr=False)
     quantization: dict[str, Any] | None = None
     """How its codes are stored (contents.quantization_of). None for a float model."""
+    decoded: Decoded = field(default_factory=Decoded)
+    """Its float tensors that are stored as codes."""
 
     @classmethod
     def open(cls, folder: Path | str, look: bool = False) -> Checkpoint:
@@ -73,6 +87,11 @@ class Checkpoint:
         headers = {s: read_header(s) for s in shards}
         ckpt = cls(folder, config, _places(folder, headers, weight_map), headers)
         ckpt.quantization = contents.quantization_of(ckpt)
+        if form := layout_of(ckpt.quantization).floats:
+            ckpt.decoded = DECODERS[form](ckpt, ckpt.quantization or {})
+            if ckpt.decoded.tensors:
+                contents.warn_of_decoded(folder, ckpt.decoded.note)
+                ckpt.quantization = None
         if ckpt.quantization is None:
             ckpt.config = {k: v for k, v in config.items() if k != "quantization_config"}
         if not look:
@@ -84,45 +103,80 @@ class Checkpoint:
         return list(self.headers)
 
     def names(self) -> list[str]:
-        return list(self.shard_of)
+        """The tensors that the model knows. A decoded one stands where the first of its parts is stored."""
+        named = {coded.parts[0]: name for name, coded in self.decoded.tensors.items()}
+        parts = self.decoded.parts()
+        return [named.get(n, n) for n in self.shard_of if n in named or n not in parts]
 
     def __contains__(self, name: str) -> bool:
-        return name in self.shard_of
+        return name in self.decoded.tensors or (name in self.shard_of and name not in self.decoded.parts())
 
     def shape(self, name: str) -> tuple[int, ...]:
+        if coded := self.coded(name):
+            return coded.shape
         return tuple(self.headers[self.shard_of[name]][name]["shape"])
 
     def dtype(self, name: str) -> str:
-        """The stored type by its safetensors name: 'F32', 'F16', 'BF16', 'I32', …"""
+        """The stored type by its safetensors name: 'F32', 'F16', 'BF16', 'I32', 'F8_E4M3', …; 'MXFP4' for experts in it."""
+        if coded := self.coded(name):
+            return coded.type
         return str(self.headers[self.shard_of[name]][name]["dtype"])
 
     def nbytes(self, name: str) -> int:
-        start, end = self.headers[self.shard_of[name]][name]["data_offsets"]
-        return int(end - start)
+        """The bytes that a tensor takes in the files, with its scales."""
+        def stored(part: str) -> int:
+            start, end = self.headers[self.shard_of[part]][part]["data_offsets"]
+            return int(end - start)
+
+        coded = self.coded(name)
+        return sum(map(stored, coded.parts if coded else (name,)))
+
+    def coded(self, name: str) -> Coded | None:
+        """How a float tensor is stored as codes. None if it is stored as it is."""
+        return self.decoded.tensors.get(name)
+
+    def raw(self, name: str, index: int | slice | None = None) -> torch.Tensor:
+        """One tensor as stored, codes as codes. index: a slice along the first axis; None: all of it.
+
+        The bytes are read, not mapped: a file that is larger than the memory cannot be mapped on every system.
+        """
+        import torch
+
+        file = self.shard_of[name]
+        entry = self.headers[file][name]
+        kind: torch.dtype | None = getattr(torch, TORCH_TYPES.get(entry["dtype"], ""), None)
+        if kind is None:
+            raise UserError(f"{name} of {file} has the type {entry['dtype']}, which llmc cannot read",
+                            f"types: {', '.join(TORCH_TYPES)}")
+        (start, end), shape = entry["data_offsets"], list(entry["shape"])
+        if index is not None:
+            rows = range(shape[0])[index]
+            first, count = (rows, 1) if isinstance(rows, int) else (rows.start, len(rows))
+            row = (end - start) // max(1, shape[0])
+            start, end = start + first * row, start + (first + count) * row
+            shape = shape[1:] if isinstance(rows, int) else [count, *shape[1:]]
+        found = torch.empty(end - start, dtype=torch.uint8)
+        with file.open("rb") as f:
+            f.seek(_data_start(f) + start)
+            read = f.readinto(found.numpy().data)
+        if read != end - start:
+            raise UserError(f"{file} ends inside {name}", "download it again")
+        return found.view(kind).view(shape)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor as stored. Raises UserError if a float tensor holds NaN or infinity."""
-        from safetensors import safe_open
-
-        with safe_open(self.shard_of[name], framework="pt") as f:
-            t: torch.Tensor = f.get_tensor(name)
-        return self._checked(name, t)
+        """One tensor as stored, or the values that its codes mean. Raises UserError if floats are NaN or infinite."""
+        coded = self.coded(name)
+        return self._checked(name, coded.values(None) if coded else self.raw(name))
 
     def part(self, name: str, index: int) -> torch.Tensor:
         """One slice along the first axis of a tensor. Errors as from `tensor`."""
-        from safetensors import safe_open
-
-        with safe_open(self.shard_of[name], framework="pt") as f:
-            t: torch.Tensor = f.get_slice(name)[index]
-        return self._checked(name, t)
+        coded = self.coded(name)
+        return self._checked(name, coded.values(index) if coded else self.raw(name, index))
 
     def empty(self, name: str) -> torch.Tensor:
-        """A tensor without elements, in the stored type."""
-        from safetensors import safe_open
-
-        with safe_open(self.shard_of[name], framework="pt") as f:
-            t: torch.Tensor = f.get_slice(name)[0:0]
-        return t
+        """A tensor without elements, in the stored type, or in that of the values of codes."""
+        coded = self.coded(name)
+        return coded.values(slice(0, 0)) if coded else self.raw(name, slice(0, 0))
 
     def _checked(self, name: str, t: torch.Tensor) -> torch.Tensor:
         import torch
@@ -130,7 +184,8 @@ class Checkpoint:
         if t.is_floating_point() and not bool(torch.isfinite(t.sum(dtype=torch.float32))) and not bool(
             torch.isfinite(t).all()
         ):
-            raise UserError(f"{name} in {self.shard_of[name]} holds NaN or infinity",
+            coded = self.coded(name)
+            raise UserError(f"{name} in {self.shard_of[coded.parts[0] if coded else name]} holds NaN or infinity",
                             "the checkpoint is damaged or training diverged: use an earlier one")
         return t
 
@@ -151,6 +206,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise layouts.no_config(folder)
     layouts.refuse_adapter(folder)
     return read_checked(path)
+
+
+def _data_start(file: BinaryIO) -> int:
+    """The position of the first byte of data in a safetensors file."""
+    return 8 + int(struct.unpack("<Q", file.read(8))[0])
 
 
 def _places(folder: Path, headers: dict[Path, dict[str, Any]], weight_map: dict[str, str]) -> dict[str, Path]:

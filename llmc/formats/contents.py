@@ -15,6 +15,7 @@ from llmc.console import warn
 from llmc.errors import UserError
 from llmc.files import read_json
 from llmc.formats.layouts import listed
+from llmc.formats.packed import layout_of
 
 if TYPE_CHECKING:
     from llmc.formats.checkpoint import Checkpoint
@@ -28,7 +29,6 @@ _CODES = re.compile(r"(?:^|[._])(?:qweight|qzeros|g_idx|SCB|(?:nested_)?absmax|(
                     r"weight_(?:scale|scale_inv|scale_2|zero_point|packed|shape|format|global_scale))$")
 # Names that say the same if the architecture has no such parameter
 _SCALES = re.compile(r"(?:^|[._])(?:scales?|scale_inv|zeros?|zero_points?|absmax|lora_[AB](?:\..+)?)$")
-GPTQ_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 START = "start from the float model"
 
@@ -40,7 +40,7 @@ def is_buffer(name: str, shape: tuple[int, ...]) -> bool:
 
 def codes_in(ckpt: Checkpoint) -> list[str]:
     """The tensors that are codes, or that belong to codes by their name."""
-    return [n for n in ckpt.names() if not is_buffer(n, ckpt.shape(n)) and (
+    return [n for n in ckpt.names() if ckpt.coded(n) is None and not is_buffer(n, ckpt.shape(n)) and (
         bool(_CODES.search(n)) or (len(ckpt.shape(n)) > 0 and bool(CODE_TYPES.fullmatch(ckpt.dtype(n)))))]
 
 
@@ -61,10 +61,12 @@ def check(ckpt: Checkpoint) -> None:
     codes, how = codes_in(ckpt), ckpt.quantization
     if how is not None:
         method = how.get("quant_method")
-        own = {"gptq": _gptq_parts, "llmc-blocks": _blocks}.get(str(method))
-        if own is None:  # a form that llmc cannot read: quantized.linears says so
+        layout = layout_of(how)
+        if layout.codes is None:  # a form that llmc cannot read: quantized.linears says so
             return
-        codes = [n for n in codes if n not in own(ckpt)]
+        first = f".{layout.parts[0]}"
+        own = {f"{n.removesuffix(first)}.{part}" for n in ckpt.names() if n.endswith(first) for part in layout.parts}
+        codes = [n for n in codes if n not in own]
         if codes:
             raise UserError(f"config.json of {ckpt.folder} says {method}, and it holds {_described(ckpt, codes)}",
                             START)
@@ -92,21 +94,13 @@ def _described(ckpt: Checkpoint, codes: list[str]) -> str:
     return f"{len(codes)} tensors of a quantized model ({', '.join(types)}: {listed(codes)})"
 
 
-def _gptq_parts(ckpt: Checkpoint) -> set[str]:
-    return {f"{n.removesuffix('.qweight')}.{part}" for n in ckpt.names() if n.endswith(".qweight") for part in GPTQ_PARTS}
-
-
-def _blocks(ckpt: Checkpoint) -> set[str]:
-    return {n for n in ckpt.names() if n.endswith(".blocks")}
-
-
 def _declared(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
     """What a file says of quantization, and the file's name. None if none does."""
     for key in ("quantization_config", "compression_config"):
         if found := config.get(key):
             if not isinstance(found, dict):
                 raise UserError(f"{key} of {folder / 'config.json'} is {found!r}, not an object", "correct or remove it")
-            return found, "config.json"
+            return {"quant_method": "compressed-tensors", **found} if key == "compression_config" else found, "config.json"
     for name, method in FILES.items():
         if (folder / name).is_file():
             found = read_json(folder / name)
@@ -121,6 +115,12 @@ def _warn_of_leftover(folder: Path, where: str, method: str) -> None:
     """Warn once per folder: a command opens it several times."""
     warn(f"{where} of {folder} says that the model is quantized ({method}), and every tensor is a float: it is read as a "
          "float model")
+
+
+@cache
+def warn_of_decoded(folder: Path, note: str) -> None:
+    """Warn once per folder, like the others."""
+    warn(f"{folder}: {note}")
 
 
 @cache

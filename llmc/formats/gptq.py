@@ -19,27 +19,13 @@ from typing import Any
 import torch
 
 from llmc.errors import UserError
+from llmc.formats import integers
 from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.integers import Integers, pack, unpack
+from llmc.formats.packed import parts_of
 from llmc.formats.types import IntegerType, QuantizedTensor
 
-PARTS = ("qweight", "qzeros", "scales", "g_idx")
-
-
-def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """uint8 [n, m] -> int32 [n * bits / 32, m]: `32 / bits` rows into one word, first row in the lowest bits."""
-    per = 32 // bits
-    v = values.view(values.shape[0] // per, per, values.shape[1])
-    words = torch.zeros(v.shape[0], v.shape[2], dtype=torch.int32)
-    for i in range(per):
-        words |= v[:, i].to(torch.int32) << (bits * i)
-    return words
-
-
-def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """int32 [n, m] -> uint8 [n * 32 / bits, m], the inverse of `pack`."""
-    per = 32 // bits
-    parts = [((words >> (bits * i)) & ((1 << bits) - 1)).to(torch.uint8) for i in range(per)]
-    return torch.stack(parts, dim=1).reshape(words.shape[0] * per, words.shape[1])
+PARTS = parts_of("gptq")
 
 
 def encode(q: QuantizedTensor) -> dict[str, torch.Tensor]:
@@ -78,16 +64,24 @@ def config(qtype: IntegerType, damp: float, true_sequential: bool, layers_in_blo
 
 
 def quantized_linears(ckpt: Checkpoint) -> list[str]:
-    """Module names (without `.qweight`) of the quantized linears, in file order."""
+    """Module names (without `.qweight`) of the quantized linears, in file order. Raises UserError for a config that llmc
+    cannot read."""
+    _declared(ckpt)
     return [n.removesuffix(".qweight") for n in ckpt.names() if n.endswith(".qweight")]
 
 
-def type_of(ckpt: Checkpoint) -> IntegerType:
-    """The type that `quantization_config` declares. Raises UserError for a form that llmc cannot read."""
+def type_of(ckpt: Checkpoint, linear: str) -> IntegerType:
+    """The type that `quantization_config` declares; of a group that is a whole row, by the linear's shape."""
+    declared = _declared(ckpt)
+    return declared if declared.group_size > 0 else IntegerType(declared.bits, shape(ckpt, linear)[1], declared.symmetric)
+
+
+def _declared(ckpt: Checkpoint) -> IntegerType:
+    """The type in `quantization_config`; group_size -1 is a whole row. Raises UserError for a form that llmc cannot read."""
     c = ckpt.quantization or {}
-    if c.get("quant_method") != "gptq" or c.get("bits") not in (4, 8):
-        raise UserError(f"{ckpt.folder} is quantized as {c.get('quant_method')!r} with {c.get('bits')!r} bits; "
-                        "llmc reads GPTQ with 4 or 8 bits", "start from the float model")
+    if c.get("bits") not in (4, 8):
+        raise UserError(f"{ckpt.folder} is GPTQ with {c.get('bits')!r} bits; llmc reads 4 or 8 bits",
+                        "start from the float model")
     form, size = c.get("checkpoint_format") or c.get("format") or "gptq", c.get("group_size")
     if form not in ("gptq", "gptq_v2") or type(size) is not int or not (size == -1 or size > 0):
         raise UserError(f"{ckpt.folder} is GPTQ with checkpoint_format {form!r} and group_size {size!r}; llmc reads gptq and "
@@ -98,69 +92,35 @@ def type_of(ckpt: Checkpoint) -> IntegerType:
 def shape(ckpt: Checkpoint, linear: str) -> tuple[int, int]:
     """[out, in] of a quantized linear, from the header of its codes."""
     words, out = ckpt.shape(f"{linear}.qweight")
-    return out, words * 32 // type_of(ckpt).bits
+    return out, words * 32 // _declared(ckpt).bits
 
 
-def read(ckpt: Checkpoint, linear: str, qtype: IntegerType) -> QuantizedTensor:
-    """One quantized linear, codes [out, in]. Accepts versions 1 and 2. Raises UserError if the zero points
-    contradict the version label, or if its columns are in another order (act-order)."""
-    q, order = _read(ckpt, linear, qtype)
-    if order is not None:
-        raise _permuted(ckpt, linear)
-    return q
+def scales_name(linear: str) -> str:
+    """The tensor of its scales."""
+    return f"{linear}.scales"
 
 
-def dequantized(ckpt: Checkpoint, linear: str, qtype: IntegerType) -> torch.Tensor:
-    """One linear as float32 [out, in]. Each column takes scale and zero point of the group that g_idx names."""
-    q, groups = _read(ckpt, linear, qtype)
-    if groups is None:
-        return q.dequantize()
-    zeros = q.zeros.float() if q.zeros is not None else torch.full_like(q.scales, q.type.zero, dtype=torch.float32)
-    return (q.codes.float() - zeros[:, groups]) * q.scales.float()[:, groups]
-
-
-def check_order(ckpt: Checkpoint) -> None:
-    """Raise UserError if a linear's columns are in another order, which no GGUF or ONNX type can hold."""
-    qtype = type_of(ckpt)
-    for linear in quantized_linears(ckpt):
-        if _groups(ckpt, linear, qtype, shape(ckpt, linear)[1]) is not None:
-            raise _permuted(ckpt, linear)
-
-
-def _permuted(ckpt: Checkpoint, linear: str) -> UserError:
-    return UserError(f"{linear} of {ckpt.folder} has a permuted g_idx (desc_act: columns in another order), which no "
-                     "GGUF or ONNX type can hold",
-                     "quantize the float model with llmc, which keeps the columns in their order")
-
-
-def _groups(ckpt: Checkpoint, linear: str, qtype: IntegerType, width: int) -> torch.Tensor | None:
+def order(ckpt: Checkpoint, linear: str) -> torch.Tensor | None:
     """int64 [in], the group of each column. None if column i is in group i // group_size."""
     if f"{linear}.g_idx" not in ckpt:
         return None
-    group_size = qtype.group_size if qtype.group_size > 0 else width
-    found = ckpt.tensor(f"{linear}.g_idx").to(torch.int64)
-    if torch.equal(found, torch.arange(width) // group_size):
-        return None
-    if not (ckpt.quantization or {}).get("desc_act"):
+    found = integers.order(ckpt, f"{linear}.g_idx", type_of(ckpt, linear), shape(ckpt, linear)[1])
+    if found is not None and not (ckpt.quantization or {}).get("desc_act"):
         raise UserError(f"{linear} of {ckpt.folder} has a permuted g_idx, and its config says that columns are in order "
                         "(desc_act false)", "the folder is damaged or its label is wrong: make or download it again")
-    groups = ckpt.shape(f"{linear}.scales")[0]
-    if found.shape != (width,) or not bool(((found >= 0) & (found < groups)).all()):
-        raise UserError(f"{linear}.g_idx of {ckpt.folder} does not name one of {groups} groups for each of {width} columns",
-                        "the folder is damaged: make or download it again")
     return found
 
 
-def _read(ckpt: Checkpoint, linear: str, qtype: IntegerType) -> tuple[QuantizedTensor, torch.Tensor | None]:
-    """A linear, and the group of each column (`_groups`)."""
+def read(ckpt: Checkpoint, linear: str) -> Integers:
+    """One quantized linear, codes [out, in]. Accepts versions 1 and 2. Raises UserError if the zero points contradict the
+    version label."""
+    qtype = type_of(ckpt, linear)
     bits = qtype.bits
     if missing := [part for part in PARTS[:3] if f"{linear}.{part}" not in ckpt]:
         raise UserError(f"{linear}.{' and '.join(missing)} is missing from {ckpt.folder}", "make or download it again")
     codes = unpack(ckpt.tensor(f"{linear}.qweight"), bits).t().contiguous()
-    scales = ckpt.tensor(f"{linear}.scales").to(torch.float16).t().contiguous()
+    scales = ckpt.tensor(f"{linear}.scales").t().contiguous()
     stored = unpack(ckpt.tensor(f"{linear}.qzeros").t().contiguous(), bits)
-    group_size = qtype.group_size if qtype.group_size > 0 else codes.shape[1]
-    groups = _groups(ckpt, linear, qtype, codes.shape[1])
     c = ckpt.quantization or {}
     v2 = (c.get("checkpoint_format") or c.get("format") or "gptq") == "gptq_v2"
     zeros = stored if v2 else (stored + 1) & 0xFF
@@ -169,5 +129,5 @@ def _read(ckpt: Checkpoint, linear: str, qtype: IntegerType) -> tuple[QuantizedT
             raise UserError(f"{linear} of {ckpt.folder} is labelled sym, {'v2' if v2 else 'v1'}, but its zero points are "
                             f"{int(zeros.min())}…{int(zeros.max())}, not {qtype.zero}",
                             "its checkpoint_format label is wrong: correct it or quantize again")
-        return QuantizedTensor(IntegerType(bits, group_size, True), codes, scales), groups
-    return QuantizedTensor(IntegerType(bits, group_size, False), codes, scales, zeros), groups
+        return Integers(qtype, codes, scales)
+    return Integers(qtype, codes, scales, zeros)

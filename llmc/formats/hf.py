@@ -150,7 +150,7 @@ def load_torch_model(folder: Path, device: str = "cpu", dtype: torch.dtype = tor
         with quiet_transformers():
             config = load_config(folder)
             auto = auto_class(config)
-            if not quantized.is_quantized(ckpt):
+            if not quantized.is_quantized(ckpt) and not ckpt.decoded.tensors:
                 model, info = auto.from_pretrained(folder, config=config, use_safetensors=True, local_files_only=True,
                                                    trust_remote_code=False, **kwargs)
             else:
@@ -169,7 +169,7 @@ def load_torch_model(folder: Path, device: str = "cpu", dtype: torch.dtype = tor
 
 
 def _dequantized(ckpt: Checkpoint, skeleton: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The state dict of a quantized checkpoint as a float model would have it.
+    """The state dict of a checkpoint of codes as a float model would have it.
 
     transformers stores the weights of GPT-2's Conv1D modules as [in, out]; quantized weights are always [out, in].
     """

@@ -1,4 +1,4 @@
-"""A quantized model folder, with GPTQ tensors (gptq.py) or GGUF blocks (blocks.py)."""
+"""A quantized model folder: linears as integers of GPTQ, AWQ or compressed-tensors, or as GGUF blocks (blocks.py)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import Any
 import torch
 
 from llmc.errors import UserError
-from llmc.formats import blocks, gptq
+from llmc.formats import awq, blocks, compressed, gptq, integers
 from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.packed import LAYOUTS, layout_of, refused
 from llmc.formats.types import BLOCK_TYPES, BlockTensor, BlockType, IntegerType, QuantizedTensor
 
 Quantized = QuantizedTensor | BlockTensor
-METHODS = ("gptq", blocks.METHOD)  # what `quant_method` of config.json can be
+OWN = ("gptq", blocks.METHOD)  # the forms that llmc writes
+_INTEGERS = {"gptq": gptq, "awq": awq, "compressed-tensors": compressed}  # by Layout.codes
 
 
 def is_quantized(ckpt: Checkpoint) -> bool:
@@ -21,15 +23,19 @@ def is_quantized(ckpt: Checkpoint) -> bool:
     return ckpt.quantization is not None
 
 
+def form_of(ckpt: Checkpoint) -> str | None:
+    """How the codes are stored: 'gptq', 'awq', 'compressed-tensors' or 'llmc-blocks'; None if llmc cannot read them."""
+    return layout_of(ckpt.quantization).codes
+
+
 def linears(ckpt: Checkpoint) -> list[str]:
     """Module names of the quantized linears, in file order; empty for a float folder. Raises UserError for a form that
     llmc cannot read."""
-    if _is_blocks(ckpt):
-        return blocks.quantized_linears(ckpt)
-    found = gptq.quantized_linears(ckpt)
-    if found or is_quantized(ckpt):
-        gptq.type_of(ckpt)
-    return found
+    if not is_quantized(ckpt):
+        return []
+    if form_of(ckpt) is None:
+        raise refused(ckpt.folder, ckpt.quantization)
+    return blocks.quantized_linears(ckpt) if _is_blocks(ckpt) else _module(ckpt).quantized_linears(ckpt)
 
 
 def end_types(ckpt: Checkpoint) -> dict[str, str]:
@@ -44,15 +50,12 @@ def end_types(ckpt: Checkpoint) -> dict[str, str]:
 
 def parts(linear: str) -> tuple[str, ...]:
     """All possible tensor names of a quantized linear, without its bias."""
-    return tuple(f"{linear}.{part}" for part in (*gptq.PARTS, *blocks.PARTS))
+    return tuple(dict.fromkeys(f"{linear}.{part}" for layout in LAYOUTS for part in layout.parts))
 
 
 def type_of(ckpt: Checkpoint, linear: str) -> IntegerType | BlockType:
-    """The type of one linear. If a GPTQ group is a whole row, group_size is the row's length."""
-    if _is_blocks(ckpt):
-        return blocks.type_of(ckpt, linear)
-    declared = gptq.type_of(ckpt)
-    return declared if declared.group_size > 0 else IntegerType(declared.bits, shape(ckpt, linear)[1], declared.symmetric)
+    """The type of one linear. If a group of integers is a whole row, group_size is the row's length."""
+    return blocks.type_of(ckpt, linear) if _is_blocks(ckpt) else _module(ckpt).type_of(ckpt, linear)
 
 
 def type_name(ckpt: Checkpoint, linear: str) -> str:
@@ -61,24 +64,57 @@ def type_name(ckpt: Checkpoint, linear: str) -> str:
 
 
 def shape(ckpt: Checkpoint, linear: str) -> tuple[int, int]:
-    """[out, in] of one linear, from headers only."""
-    return blocks.shape(ckpt, linear) if _is_blocks(ckpt) else gptq.shape(ckpt, linear)
+    """[out, in] of one linear. Reads no codes."""
+    return blocks.shape(ckpt, linear) if _is_blocks(ckpt) else _module(ckpt).shape(ckpt, linear)
 
 
 def read(ckpt: Checkpoint, linear: str) -> Quantized:
-    """One linear, codes [out, in]."""
-    return blocks.read(ckpt, linear) if _is_blocks(ckpt) else gptq.read(ckpt, linear, gptq.type_of(ckpt))
+    """One linear, codes [out, in]. Scales are rounded to float16 (`rounded_scales` counts them). Raises UserError if its
+    columns are in another order (act-order), or if float16 cannot hold its scales."""
+    if _is_blocks(ckpt):
+        return blocks.read(ckpt, linear)
+    if _module(ckpt).order(ckpt, linear) is not None:
+        raise integers.permuted(ckpt, linear)
+    found = _module(ckpt).read(ckpt, linear)
+    _rounded(ckpt, linear, found.scales)
+    return found.tensor()
 
 
 def dequantized(ckpt: Checkpoint, linear: str) -> torch.Tensor:
-    """One linear, float32 [out, in]. Also for GPTQ's columns in another order, which `read` refuses."""
-    return blocks.read(ckpt, linear).dequantize() if _is_blocks(ckpt) else gptq.dequantized(ckpt, linear, gptq.type_of(ckpt))
+    """One linear, float32 [out, in]. Also for columns in another order, which `read` refuses."""
+    if _is_blocks(ckpt):
+        return blocks.read(ckpt, linear).dequantize()
+    return _module(ckpt).read(ckpt, linear).dequantize(_module(ckpt).order(ckpt, linear))
 
 
 def check_order(ckpt: Checkpoint) -> None:
     """Raise UserError if `read` would refuse a linear because of the order of its columns. Reads g_idx only."""
-    if not _is_blocks(ckpt) and is_quantized(ckpt):
-        gptq.check_order(ckpt)
+    if is_quantized(ckpt) and not _is_blocks(ckpt):
+        for linear in linears(ckpt):
+            if _module(ckpt).order(ckpt, linear) is not None:
+                raise integers.permuted(ckpt, linear)
+
+
+def rounded_scales(ckpt: Checkpoint) -> list[str]:
+    """The linears with scales that `read` rounds to float16, where GGUF and ONNX hold them. Reads scales only."""
+    if not is_quantized(ckpt) or _is_blocks(ckpt):
+        return []
+    names = {linear: _module(ckpt).scales_name(linear) for linear in linears(ckpt)}
+    return [linear for linear, name in names.items()
+            if name in ckpt and ckpt.dtype(name) != "F16" and _rounded(ckpt, linear, ckpt.tensor(name))]
+
+
+def notes_of_codes(ckpt: Checkpoint) -> list[str]:
+    """What an export says of codes that it copies: scales that it rounds."""
+    found = rounded_scales(ckpt)
+    return [f"the scales of {len(found)} linears (first {found[0]}) are rounded to float16"] if found else []
+
+
+def _rounded(ckpt: Checkpoint, linear: str, scales: torch.Tensor) -> bool:
+    try:
+        return integers.rounded(scales)
+    except ValueError as e:
+        raise UserError(f"{linear} of {ckpt.folder} has {e}", "`llmc eval` runs the folder itself") from e
 
 
 def encode(q: Quantized) -> dict[str, torch.Tensor]:
@@ -86,27 +122,26 @@ def encode(q: Quantized) -> dict[str, torch.Tensor]:
     return blocks.encode(q) if isinstance(q, BlockTensor) else gptq.encode(q)
 
 
+def block_type(qtype: IntegerType | BlockType) -> BlockType | None:
+    """The GGUF type that holds every value of a type, None if there is none. With 4 bits, code minus zero point is -15 … 15,
+    which is among the levels of Q5_0."""
+    if isinstance(qtype, BlockType):
+        return qtype
+    name = {(4, True): "q4_0", (8, True): "q8_0", (4, False): "q5_0"}.get((qtype.bits, qtype.symmetric))
+    return BLOCK_TYPES[name] if name is not None and qtype.group_size % 32 == 0 else None
+
+
 def as_blocks(q: Quantized) -> BlockTensor:
-    """The same weights and codes as a BlockTensor, for an integer type that a GGUF type can hold. A group's scale is
-    repeated for each of its blocks. Raises ValueError if float16 cannot hold a minimum exactly (see `minimums`)."""
+    """The same values as a BlockTensor, of a type that a GGUF type holds (`block_type`). A group's scale is repeated for each
+    of its blocks. The codes of symmetric types do not change."""
     if isinstance(q, BlockTensor):
         return q
-    repeats, m = q.type.group_size // 32, None
+    held, repeats = block_type(q.type), q.type.group_size // 32
+    assert held is not None, f"no GGUF type holds {q.type.name}"
+    codes = q.codes
     if q.zeros is not None:
-        m, wrong = minimums(q)
-        if wrong:
-            raise ValueError(f"float16 cannot hold {wrong} minimums exactly")
-        m = m.repeat_interleave(repeats, 1)
-    name = {(4, False): "q4_0", (8, False): "q8_0", (4, True): "q4_1"}[q.type.bits, q.zeros is not None]
-    return BlockTensor(BLOCK_TYPES[name], q.codes, q.scales.repeat_interleave(repeats, 1), m)
-
-
-def minimums(q: QuantizedTensor) -> tuple[torch.Tensor, int]:
-    """Q4_1's m = -scale * zero of each group, float16 [out, groups], and the number that float16 cannot hold exactly."""
-    assert q.zeros is not None
-    exact = -q.scales.to(torch.float32) * q.zeros.to(torch.float32)  # 11 + 4 bits: exact here
-    rounded = exact.to(torch.float16)
-    return rounded, int((rounded.to(torch.float32) != exact).sum())
+        codes = codes + (-held.levels[0]) - q.zeros.repeat_interleave(q.type.group_size, 1)  # of uint8, from 1 to 31
+    return BlockTensor(held, codes, q.scales.repeat_interleave(repeats, 1))
 
 
 def tensors_of(q: Quantized) -> dict[str, torch.Tensor]:
@@ -126,4 +161,9 @@ def rows_of(q: Quantized, index: torch.Tensor | slice) -> Quantized:
 
 
 def _is_blocks(ckpt: Checkpoint) -> bool:
-    return (ckpt.quantization or {}).get("quant_method") == blocks.METHOD
+    return form_of(ckpt) == blocks.METHOD
+
+
+def _module(ckpt: Checkpoint) -> Any:
+    """The module that reads the folder's integers."""
+    return _INTEGERS[str(form_of(ckpt))]

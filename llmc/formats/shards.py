@@ -7,6 +7,7 @@ tensor's type, shape and byte range, then the bytes.
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
@@ -42,6 +43,20 @@ class Piece:
                 left -= len(block)
 
 
+@dataclass(frozen=True)
+class Made(Piece):
+    """A tensor that no file holds as it is written: the values of codes (llmc.formats.decoded). file, offset: of the codes.
+    source: its name in the checkpoint."""
+
+    checkpoint: Checkpoint
+    source: str
+
+    def blocks(self) -> Iterator[bytes]:
+        import torch
+
+        yield self.checkpoint.tensor(self.source).contiguous().view(torch.uint8).numpy().tobytes()
+
+
 def pieces_of(file: Path, names: Iterable[str] | None = None) -> list[Piece]:
     """The tensors of a safetensors file (all, or those named), in the order of their bytes."""
     header = read_header(file)
@@ -57,9 +72,19 @@ def pieces_of(file: Path, names: Iterable[str] | None = None) -> list[Piece]:
 
 
 def rest_of(checkpoint: Checkpoint, replaced: Container[str]) -> list[Piece]:
-    """The tensors of a checkpoint, unchanged, without those in `replaced`."""
-    return [p for file in checkpoint.files for p in pieces_of(file)
-            if p.name not in replaced and checkpoint.shard_of[p.name] == file]
+    """The tensors of a checkpoint, unchanged, without those in `replaced`. Decoded tensors are written as their values."""
+    made = {coded.parts[0]: name for name, coded in checkpoint.decoded.tensors.items()}
+    parts, found = checkpoint.decoded.parts(), list[Piece]()
+    for p in (p for file in checkpoint.files for p in pieces_of(file) if checkpoint.shard_of[p.name] == file):
+        if name := made.get(p.name):
+            coded = checkpoint.decoded.tensors[name]
+            nbytes = math.prod(coded.shape) * _width(coded.dtype)
+            p = Made(name, coded.dtype, list(coded.shape), p.file, p.offset, nbytes, checkpoint, name)
+        elif p.name in parts:
+            continue
+        if p.name not in replaced:
+            found.append(p)
+    return found
 
 
 def write_checkpoint(folder: Path, pieces: list[Piece], max_shard: int = MAX_SHARD) -> None:

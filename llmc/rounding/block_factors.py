@@ -72,7 +72,10 @@ class BlockFactors:
 
     def where(self, rows: torch.Tensor, other: BlockFactors) -> BlockFactors:
         def pick(new: torch.Tensor | None, old: torch.Tensor | None) -> torch.Tensor | None:
-            return old if new is None or old is None else torch.where(rows, new, old)
+            if new is None or old is None:
+                return old
+            wide = rows if rows.ndim == 1 else rows.repeat_interleave(len(old) // len(rows), 0)
+            return torch.where(wide, new, old)
 
         return BlockFactors(self.type, torch.where(rows, other.d, self.d), pick(other.m, self.m),
                             pick(other.scales, self.scales), pick(other.mins, self.mins))

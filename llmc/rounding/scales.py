@@ -81,7 +81,8 @@ class Factors(Protocol):
         """Better factors for fixed codes, in the precision in which they are stored. gradient: H (q - w)^T [in, out]."""
 
     def where(self, rows: torch.Tensor, other: Self) -> Self:
-        """The factors of `other` for the rows of the weight where `rows` [out] is true, else these."""
+        """The factors of `other` for the rows of the weight where `rows` [out] is true, or for the blocks where `rows`
+        [blocks, out] is true; else these."""
 
     def descend(self, hessian: torch.Tensor, codes: torch.Tensor, values: torch.Tensor, gradient: torch.Tensor) -> Self:
         """Improve integer factors, one group after the other, all others fixed. It updates values and gradient in place."""

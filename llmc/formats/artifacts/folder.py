@@ -65,28 +65,23 @@ class FolderArtifact(Artifact):
     @staticmethod
     def _stored(ckpt: Checkpoint) -> Iterator[Tensor]:
         from llmc.families.names import classify
+        from llmc.formats.packed import layout_of
         from llmc.formats.tensors import Tensor
 
-        quantization = ckpt.quantization or {}
-        bits = quantization.get("bits", 0)
+        layout = layout_of(ckpt.quantization)
         for name in ckpt.names():
             linear, _, part = name.rpartition(".")
-            if part == "blocks" and quantization.get("quant_method") == "llmc-blocks":
-                from llmc.formats.blocks import shape, type_of
-
-                out, width = shape(ckpt, linear)
-                yield Tensor(f"{linear}.weight", classify(linear), type_of(ckpt, linear).gguf_type, out * width,
-                             ckpt.nbytes(name), axes=2)
-            elif f"{linear}.qweight" not in ckpt or not bits:
+            if layout.codes is None or f"{linear}.{layout.parts[0]}" not in ckpt or part not in layout.parts:
                 yield Tensor(name, classify(name), ckpt.dtype(name), prod(ckpt.shape(name)), ckpt.nbytes(name),
                              axes=sum(n > 1 for n in ckpt.shape(name)))
-            elif part == "bias":
-                yield Tensor(name, classify(name), ckpt.dtype(name), ckpt.shape(name)[0], ckpt.nbytes(name))
-            elif part == "qweight":
-                words, out = ckpt.shape(name)
-                packed = [f"{linear}.{p}" for p in ("qweight", "qzeros", "scales", "g_idx") if f"{linear}.{p}" in ckpt]
-                yield Tensor(f"{linear}.weight", classify(linear), f"GPTQ int{bits}", words * out * 32 // bits,
-                             sum(ckpt.nbytes(p) for p in packed), axes=2)
+            elif part == layout.parts[0]:
+                from llmc.formats.quantized import shape, type_of
+                from llmc.formats.types import BlockType
+
+                qtype, packed = type_of(ckpt, linear), [f"{linear}.{p}" for p in layout.parts]
+                kind = qtype.gguf_type if isinstance(qtype, BlockType) else f"{layout.name.partition(',')[0]} int{qtype.bits}"
+                yield Tensor(f"{linear}.weight", classify(linear), kind, prod(shape(ckpt, linear)),
+                             sum(ckpt.nbytes(p) for p in packed if p in ckpt), axes=2)
 
     def shape(self) -> dict[str, int]:
         config = self._config(self._open().config)
@@ -117,7 +112,7 @@ class FolderArtifact(Artifact):
                 "kv_heads": config.get("num_key_value_heads"),
                 "context": config.get("max_position_embeddings") or config.get("n_positions"),
             },
-            "type": None if method is None else _types(ckpt, method),
+            "type": _types(ckpt),
             "tokenizer": of_folder(self.path, config.get("vocab_size")),
             "licence": front_matter(self.path / "README.md").get("license"),
         }
@@ -157,11 +152,11 @@ class FolderArtifact(Artifact):
         return config | config.get("text_config", {})
 
 
-def _types(ckpt: Checkpoint, method: str) -> str | None:
-    """The types of the quantized linears, 'int4-sym-g32 + int8-sym-g32'; None if llmc does not know the method."""
+def _types(ckpt: Checkpoint) -> str | None:
+    """The types of the quantized linears, 'int4-sym-g32 + int8-sym-g32'; None without codes that llmc can read."""
     from llmc.formats import quantized
 
-    if method not in quantized.METHODS:
+    if ckpt.quantization is None or quantized.form_of(ckpt) is None:
         return None
     return " + ".join(sorted({quantized.type_name(ckpt, linear) for linear in quantized.linears(ckpt)})) or None
 
