@@ -32,7 +32,7 @@ ROOMS = {
     "core": "errors, console, files, locks, places, machine, cgroup, precision, options, closure, families",
 }
 CORE = ("cgroup", "closure", "console", "errors", "families", "files", "locks", "machine", "options", "overlap", "places",
-        "precision", "privacy", "small_files", "streams", "temporary")
+        "precision", "privacy", "sealed", "small_files", "streams", "temporary", "typed_dicts")
 
 
 def room_of(module: str) -> str | None:
