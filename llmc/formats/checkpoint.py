@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import struct
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc.errors import UserError
 from llmc.formats import contents, layouts
-from llmc.formats.config_json import read_checked
+from llmc.formats.chat_template import template_in
+from llmc.formats.config_json import read_checked, read_generation, read_tokenizer_config
 from llmc.formats.weight_files import INDEX, SINGLE, weight_files
+from llmc.small_files import LARGE, check_file, read_json_object
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +26,8 @@ TOKENIZER_FILES = (
     "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json",
     "chat_template.jinja", "chat_template.json",
 )
+# Those among them, and others, that are JSON objects
+OBJECTS = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json", "quantize_config.json")
 CARD_FILES = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.txt", "USE_POLICY.md")
 
 
@@ -47,7 +52,19 @@ def read_header(path: Path) -> dict[str, Any]:
     if actual < end:
         raise UserError(f"{path} is {actual:,} bytes long and should be {end:,}: the download is incomplete",
                         "download it again")
+    _check_as_safetensors(path)
     return header
+
+
+def _check_as_safetensors(path: Path) -> None:
+    """Raise UserError for a header that the package refuses: gaps, overlaps, a size that is not that of type and shape."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np"):
+            pass
+    except SafetensorError as e:
+        raise UserError(f"{path} has a damaged safetensors header: {e}", "download it again") from e
 
 
 @dataclass
@@ -69,6 +86,8 @@ class Checkpoint:
         """
         folder = Path(folder)
         config = read_config(folder)
+        if not look:
+            check_small_files(folder)
         shards, weight_map = weight_files(folder)
         headers = {s: read_header(s) for s in shards}
         ckpt = cls(folder, config, _places(folder, headers, weight_map), headers)
@@ -151,6 +170,27 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise layouts.no_config(folder)
     layouts.refuse_adapter(folder)
     return read_checked(path)
+
+
+def check_small_files(folder: Path) -> None:
+    """Read the small files beside config.json that a new folder gets too. Raises UserError for a damaged one now, not at the
+    end of the work."""
+    read_generation(folder)
+    read_tokenizer_config(folder)
+    template_in(folder)
+    for name in (*TOKENIZER_FILES, *CARD_FILES):
+        if (folder / name).is_file():
+            check_file(folder / name, LARGE, "download it again")
+    for name in OBJECTS:
+        if (path := folder / name).is_file():
+            status = path.stat()
+            _check_object(path, status.st_mtime_ns, status.st_size)
+
+
+@cache
+def _check_object(path: Path, modified: int, length: int) -> None:
+    """A command opens a folder several times, and a tokenizer.json can have 30 MB."""
+    read_json_object(path, LARGE, "download it again")
 
 
 def _places(folder: Path, headers: dict[Path, dict[str, Any]], weight_map: dict[str, str]) -> dict[str, Path]:
