@@ -200,6 +200,9 @@ def test_a_file_that_nothing_damaged_is_written_as_it_was(form: str, world: Path
     good = (world / names[form]).read_bytes() if form in names else fuzzed.SHEET.encode()
     f = getattr(damage, form)
     again = f.dump(f.load(good))
-    assert f.load(again) == f.load(good)
+    trees = [f.load(again), f.load(good)]
+    for tree in trees if form == "SAFETENSORS" else ():
+        del tree["length"]  # of the header, which may have spaces
+    assert trees[0] == trees[1]
     if form in ("SAFETENSORS", "GGUF"):
         assert again[-1000:] == good[-1000:]

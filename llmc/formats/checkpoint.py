@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -52,17 +54,17 @@ def read_header(path: Path) -> dict[str, Any]:
     if actual < end:
         raise UserError(f"{path} is {actual:,} bytes long and should be {end:,}: the download is incomplete",
                         "download it again")
-    _check_as_safetensors(path)
     return header
 
 
-def _check_as_safetensors(path: Path) -> None:
-    """Raise UserError for a header that the package refuses: gaps, overlaps, a size that is not that of type and shape."""
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A file, opened by safetensors. What that refuses in a header (gaps, overlaps, wrong sizes) is a UserError."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="np"):
-            pass
+        with safe_open(path, framework="pt") as f:
+            yield f
     except SafetensorError as e:
         raise UserError(f"{path} has a damaged safetensors header: {e}", "download it again") from e
 
@@ -121,25 +123,19 @@ class Checkpoint:
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor as stored. Raises UserError if a float tensor holds NaN or infinity."""
-        from safetensors import safe_open
-
-        with safe_open(self.shard_of[name], framework="pt") as f:
+        with _opened(self.shard_of[name]) as f:
             t: torch.Tensor = f.get_tensor(name)
         return self._checked(name, t)
 
     def part(self, name: str, index: int) -> torch.Tensor:
         """One slice along the first axis of a tensor. Errors as from `tensor`."""
-        from safetensors import safe_open
-
-        with safe_open(self.shard_of[name], framework="pt") as f:
+        with _opened(self.shard_of[name]) as f:
             t: torch.Tensor = f.get_slice(name)[index]
         return self._checked(name, t)
 
     def empty(self, name: str) -> torch.Tensor:
         """A tensor without elements, in the stored type."""
-        from safetensors import safe_open
-
-        with safe_open(self.shard_of[name], framework="pt") as f:
+        with _opened(self.shard_of[name]) as f:
             t: torch.Tensor = f.get_slice(name)[0:0]
         return t
 
@@ -216,8 +212,6 @@ def _same(name: str, headers: dict[Path, dict[str, Any]], one: Path, other: Path
     """Whether two files hold a tensor with the same type, shape and bytes."""
     if any(headers[one][name][key] != headers[other][name][key] for key in ("dtype", "shape")):
         return False
-    from safetensors import safe_open
-
-    with safe_open(one, framework="pt") as a, safe_open(other, framework="pt") as b:
+    with _opened(one) as a, _opened(other) as b:
         x, y = a.get_tensor(name), b.get_tensor(name)
         return bool((x == y).all())

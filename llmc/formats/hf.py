@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 
 from llmc.errors import UserError
@@ -166,7 +167,7 @@ def load_torch_model(folder: Path, device: str = "cpu", dtype: torch.dtype = tor
                     skeleton = auto.from_config(config)
                 weights = _dequantized(ckpt, skeleton, dtype)
                 model, info = type(skeleton).from_pretrained(None, config=config, state_dict=weights, **kwargs)
-    except (ValueError, KeyError, OSError) as e:
+    except (ValueError, KeyError, OSError, SafetensorError) as e:
         raise UserError(f"transformers cannot load {folder}: {str(e).splitlines()[0]}",
                         "llmc runs causal language models whose code is part of transformers") from e
     if lacking := sorted(info["missing_keys"]):
