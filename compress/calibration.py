@@ -11,7 +11,7 @@ Every finished layer and its output states are on the disk before the layer afte
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from llmc.compress.arguments import LayerArguments
@@ -29,13 +28,15 @@ from llmc.compress.mixture_run import MixtureRun
 from llmc.compress.passes import LayerPass, LayerWatch
 from llmc.compress.rows import Rows
 from llmc.compress.skeleton import LinearGroup, Skeleton
+from llmc.compress.state_file import load_state, save_state
 from llmc.compress.states import StateStore, batches_of
 from llmc.compress.tracing import trace_layer
-from llmc.compress.unfinished import open_unfinished
+from llmc.compress.unfinished import START_AGAIN, open_unfinished
 from llmc.console import progress, warn
 from llmc.errors import UserError
-from llmc.files import fsync, staged_file, write_json
+from llmc.files import fsync, write_sealed
 from llmc.formats.linears import get_weight
+from llmc.sealed import read_sealed
 
 # The unchanged model also runs, on an eighth of the sequences and on at least 16. It does not run on all of them, because
 # this second forward pass takes time. Error of the states after 13 layers of SmolLM2-135M (128 sequences): 1.55 % with 32
@@ -87,8 +88,11 @@ class Workspace:
         open_unfinished(folder, fingerprint, resume)
         self.folder, self.layers = folder, folder / "layers"
         found = folder / "state.json"
-        self.state: dict[str, Any] = json.loads(found.read_text(encoding="utf-8")) if found.is_file() else {"done": 0}
+        self.state: dict[str, Any] = read_sealed(found, START_AGAIN) if os.path.lexists(found) else {"done": 0}
         self.layers.mkdir(parents=True, exist_ok=True)
+        for index in range(self.done):  # a damaged one is found now
+            self.tensors(index)
+            read_sealed(self.record_file(index), START_AGAIN)
 
     @property
     def done(self) -> int:
@@ -96,21 +100,26 @@ class Workspace:
         return int(self.state["done"])
 
     def save_layer(self, index: int, tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
-        with staged_file(self.layer_file(index)) as tmp:
-            save_file({k: v.contiguous() for k, v in tensors.items()}, tmp, metadata={"format": "pt"})
-        write_json(self.layer_file(index).with_suffix(".json"), record)
+        save_state(self.layer_file(index), tensors)
+        write_sealed(self.record_file(index), record)
 
     def commit(self, done: int, side: int = 0, checksums: list[int] | None = None, **more: Any) -> None:
         self.state |= {"done": done, "side": side, "checksums": checksums or [], **more}
-        write_json(self.folder / "state.json", self.state)
+        write_sealed(self.folder / "state.json", self.state)
         fsync(self.folder)
 
     def layer_file(self, index: int) -> Path:
         return self.layers / f"{index:04d}.safetensors"
 
+    def record_file(self, index: int) -> Path:
+        return self.layer_file(index).with_suffix(".json")
+
+    def tensors(self, index: int) -> dict[str, torch.Tensor]:
+        """What `save_layer` kept of a layer. Raises UserError if it is damaged."""
+        return load_state(self.layer_file(index))[0]
+
     def records(self) -> list[dict[str, Any]]:
-        files = sorted(self.layers.glob("*.json"))
-        return [json.loads(p.read_text(encoding="utf-8")) for p in files]
+        return [read_sealed(p, START_AGAIN) for p in sorted(self.layers.glob("*.json"))]
 
 
 class Streams:
@@ -165,8 +174,7 @@ class Streams:
         found = [s.restore(state["side"], c) for s, c in zip(self.stores, state["checksums"], strict=True)]
         found += [s.carried.restore(c) for s, c in zip(self.stores, state["carried"], strict=True)]
         if not all([*found, self.given.restore(state["given"])]):
-            raise UserError(f"the hidden states in {self.work.folder} are damaged",
-                            "run without --resume to start again")
+            raise UserError(f"the hidden states in {self.work.folder} are damaged", START_AGAIN)
 
 
 def walk(skeleton: Skeleton, layers: Sequence[int], label: str, visit: Callable[[int, nn.Module], str],

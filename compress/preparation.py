@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from llmc.closure import digest
 from llmc.compress.memory import sampling
 from llmc.compress.sampling import BATCH, sample_from_model
 from llmc.compress.skeleton import Skeleton
+from llmc.compress.state_file import load_state, save_state
 from llmc.compress.text import SELF, Calibration, from_model, load_calibration
-from llmc.console import say
+from llmc.console import say, warn
 from llmc.errors import UserError
-from llmc.files import staged_file
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.hf import load_tokenizer, load_torch_model
 from llmc.formats.text_rows import described
@@ -86,8 +85,7 @@ def calibration_text(skeleton: Skeleton, files: dict[str, str], c: Settings, thr
         loaded = load_torch_model(source, str(torch_device(c.device)), torch.bfloat16)
         ids = sample_from_model(loaded, tokenizer, c.samples, c.seq_len, c.seed, BATCH)
         del loaded
-        with staged_file(kept) as tmp:
-            save_file({"ids": ids}, tmp, metadata={"key": json.dumps(key, sort_keys=True)})
+        save_state(kept, {"ids": ids}, {"key": json.dumps(key, sort_keys=True)})
     return from_model(ids, tokenizer, origin)
 
 
@@ -98,9 +96,11 @@ def sampled_file(work: Path) -> Path:
 
 def _sampled_before(kept: Path, key: dict[str, Any]) -> torch.Tensor | None:
     """The sampled sequences of an interrupted run, if they were sampled under the same key."""
-    if not kept.is_file():
+    if not os.path.lexists(kept):
         return None
-    with safe_open(kept, framework="pt") as f:
-        same = f.metadata() == {"key": json.dumps(key, sort_keys=True)}
-        ids: torch.Tensor = f.get_tensor("ids")
-    return ids if same else None
+    try:
+        tensors, metadata = load_state(kept)
+    except UserError as e:
+        warn(f"text is sampled again: {e.problem}")
+        return None
+    return tensors["ids"] if metadata == {"key": json.dumps(key, sort_keys=True)} else None

@@ -13,11 +13,13 @@ import torch
 from llmc.closure import digest
 from llmc.compress.text import Calibration
 from llmc.errors import UserError
-from llmc.files import write_json, writing
+from llmc.files import write_sealed, writing
 from llmc.precision import matmul_precision
+from llmc.sealed import read_sealed
 from llmc.temporary import remove
 
 FILE = "fingerprint.json"
+START_AGAIN = "run without --resume to start again"
 
 
 def fingerprint(module: str, numbers: dict[str, Any], threads: int, files: dict[str, str],
@@ -38,14 +40,14 @@ def open_unfinished(folder: Path, wanted: dict[str, Any], resume: bool) -> None:
     Otherwise the folder is emptied."""
     found = folder / FILE
     if resume and found.is_file():
-        old = json.loads(found.read_text(encoding="utf-8"))
+        old = read_sealed(found, START_AGAIN)
         if differing := sorted(k for k in {*wanted, *old} if wanted.get(k) != old.get(k)):
             raise UserError(f"cannot resume: the unfinished run in {folder} differs in {', '.join(differing)}",
-                            "run with the same model and options, or without --resume to start again")
+                            f"run with the same model and options, or {START_AGAIN.removeprefix('run ')}")
         return
     if folder.is_symlink():
         raise UserError(f"{folder}, where unfinished work is kept, is a link to another place", "remove the link")
     remove(folder)
     with writing(folder):
         folder.mkdir(parents=True)
-        write_json(found, wanted)
+        write_sealed(found, wanted)

@@ -32,7 +32,7 @@ ROOMS = {
     "core": "errors, console, files, locks, places, machine, memory, cgroup, precision, options, closure, families",
 }
 CORE = ("cgroup", "closure", "console", "errors", "families", "files", "locks", "machine", "memory", "options", "overlap",
-        "places", "precision", "privacy", "small_files", "streams", "temporary")
+        "places", "precision", "privacy", "sealed", "small_files", "streams", "temporary", "typed_dicts")
 
 
 def room_of(module: str) -> str | None:

@@ -18,7 +18,8 @@ from llmc import temporary
 from llmc.console import size, warn
 from llmc.errors import UserError
 from llmc.machine import WINDOWS
-from llmc.small_files import LARGE, read_json_object
+from llmc.sealed import read_sealed, sealed
+from llmc.small_files import DELETE, LARGE, read_json_object
 
 
 def sha256(path: Path) -> str:
@@ -153,24 +154,29 @@ def publish_folder(work: Path, out: Path) -> None:
             temporary.remove(old)
 
 
-def write_note(path: Path, value: Any) -> None:
-    """`write_json` for what only helps a later run: if it cannot be written, that is a warning."""
+def write_sealed(path: Path, values: dict[str, Any]) -> None:
+    """`write_json` for a state of llmc's own, which `sealed.read_sealed` reads."""
+    write_json(path, sealed(json.loads(json.dumps(values))))
+
+
+def write_note(path: Path, values: dict[str, Any]) -> None:
+    """`write_sealed` for what only helps a later run: if it cannot be written, that is a warning."""
     try:
-        write_json(path, value)
+        write_sealed(path, values)
     except (OSError, UserError) as e:
         warn(f"no note was kept: {e.problem if isinstance(e, UserError) else e}")
 
 
 def read_note(path: Path) -> dict[str, Any]:
-    """What `write_note` kept; {} if there is nothing, or, with a warning, if it is damaged: it can be made again."""
+    """What `write_sealed` or `write_note` kept; {} if there is nothing, or, with a warning, if it is damaged: it can be made
+    again."""
+    if not os.path.lexists(path):
+        return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        return read_sealed(path, DELETE)
+    except UserError as e:
+        warn(f"a note is made again: {e.problem}")
         return {}
-    except (OSError, ValueError) as e:
-        warn(f"the note {path} cannot be read and is made again: {e}")
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def existing(path: Path) -> Path:

@@ -55,8 +55,13 @@ def _exists(path: Path) -> bool:
         return False
 
 
+def real(path: Path) -> Path:
+    """The path without links. Unlike Path.resolve it accepts links that lead in a circle: they are the last part then."""
+    return Path(os.path.realpath(path))
+
+
 def _check_input(out: Path, path: Path, folder: bool | None, hint: str) -> None:
-    place, read = out.resolve(), path.resolve()
+    place, read = real(out), real(path)
     if place == read or (out.exists() and out.samefile(path)):
         named = "" if str(out) == str(path) else f"{path}, "
         raise UserError(f"the output {out} is {named}what is read, and it would be lost", hint)

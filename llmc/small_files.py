@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,22 +20,37 @@ MEGABYTE = 1 << 20
 SMALL = 8 * MEGABYTE  # config files and such
 LARGE = 256 * MEGABYTE  # tokenizer.json, indexes, reports with a value for each token
 DEEPEST = 64  # levels of nesting
+DASHES = re.compile(rf"(?:[-?] +){{{DEEPEST}}}")  # YAML's lists in lists on one line
+HALF = re.compile(r"\\u[dD][89a-fA-F]")  # JSON can write half of a character of two parts; no other text can hold it
 AGAIN = "correct it, or download it again"
 DELETE = "delete it: llmc makes it again"  # the hint for a note of llmc's own
 
 
-def read_text(path: Path, limit: int = SMALL, hint: str = AGAIN) -> str:
-    """The text of a regular file in UTF-8 of at most `limit` bytes."""
+def check_file(path: Path, limit: int = SMALL, hint: str = AGAIN) -> None:
+    """Raise UserError unless the path is a regular file of at most `limit` bytes."""
     try:
         if not path.is_file():
             what = "is a folder" if path.is_dir() else "is not a regular file" if path.exists() else None
             raise UserError(f"{path} {what}, not a file to read" if what else f"there is no file {path}", hint)
-        with path.open("rb") as f:
-            raw = f.read(limit + 1)
+        length = path.stat().st_size
+    except (OSError, ValueError) as e:  # ValueError: a name that no file can have
+        raise UserError(f"{path} cannot be read: {getattr(e, 'strerror', None) or e}", hint) from e
+    if length > limit:
+        raise UserError(f"{path} is larger than {limit // MEGABYTE:,} MB, too large for a file of this kind", hint)
+
+
+def read_bytes(path: Path, limit: int = SMALL, hint: str = AGAIN) -> bytes:
+    """The bytes of a regular file, at most `limit`."""
+    check_file(path, limit, hint)
+    try:
+        return path.read_bytes()
     except OSError as e:
         raise UserError(f"{path} cannot be read: {e.strerror}", hint) from e
-    if len(raw) > limit:
-        raise UserError(f"{path} is larger than {limit // MEGABYTE:,} MB, too large for a file of this kind", hint)
+
+
+def read_text(path: Path, limit: int = SMALL, hint: str = AGAIN) -> str:
+    """The text of a regular file in UTF-8 of at most `limit` bytes."""
+    raw = read_bytes(path, limit, hint)
     try:
         return raw.decode()
     except UnicodeDecodeError as e:
@@ -52,6 +68,8 @@ def read_json(path: Path, limit: int = SMALL, hint: str = AGAIN) -> Any:
         raise UserError(f"{path} is nested too deeply", hint) from e
     if _deeper(found, DEEPEST):
         raise UserError(f"{path} is nested more than {DEEPEST} levels deep", hint)
+    if HALF.search(text) and (half := _half(found)) is not None:
+        raise UserError(f"{path} holds half a character (a lone surrogate) in the text {half!a:.80}", hint)
     return found
 
 
@@ -68,7 +86,7 @@ def read_toml(path: Path, hint: str = AGAIN) -> dict[str, Any]:
     text = read_text(path, hint=hint)
     try:
         return tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:  # ValueError: of the format, and for a number of thousands of digits
         raise UserError(f"{path} is not TOML: {str(e) or 'it is nested too deeply'}", hint) from e
 
 
@@ -84,9 +102,17 @@ def parse_yaml(text: str, where: str, hint: str = AGAIN) -> Any:
 
 
 def refuse_aliases(text: str, where: str) -> None:
-    """Raise UserError for a YAML text with aliases. A text that is no YAML passes: its reader tells what is wrong."""
+    """Raise UserError for a YAML text with aliases, or with brackets or dashes in each other without end: reading these takes
+    time that grows with the square of their number. Another text that is no YAML passes: its reader tells what is wrong."""
     import yaml
 
+    depth = 0
+    for bracket in re.findall(r"[\[{\]}]", text):
+        depth = depth + 1 if bracket in "[{" else max(0, depth - 1)
+        if depth > DEEPEST:
+            raise UserError(f"{where} is not valid YAML: it is nested too deeply", AGAIN)
+    if DASHES.search(text):
+        raise UserError(f"{where} is not valid YAML: it is nested too deeply", AGAIN)
     try:
         found = any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, Loader=yaml.SafeLoader))
     except yaml.YAMLError:
@@ -97,19 +123,23 @@ def refuse_aliases(text: str, where: str) -> None:
 
 @dataclass(frozen=True)
 class Kind:
-    """What a value must be. types: its Python types. low, high: bounds of a number; of each number of a list too."""
+    """What a value must be. types: its Python types. low, high: bounds of a number; of each number of a list too. within: the
+    texts that are allowed; (): all."""
 
     said: str
     types: tuple[type, ...]
     low: float = -math.inf
     high: float = math.inf
     listed: bool = False  # a list of such values is allowed too
+    within: tuple[str, ...] = ()
 
     def allows(self, value: Any) -> bool:
         if self.listed and isinstance(value, list):
             return all(self.allows(v) for v in value)
         if not isinstance(value, self.types) or (isinstance(value, bool) and bool not in self.types):
             return False
+        if isinstance(value, str):
+            return not self.within or value in self.within
         return not isinstance(value, int | float) or bool(self.low <= value <= self.high)
 
 
@@ -129,6 +159,14 @@ def _named(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", int: "a whole number",
              float: "a number with a fraction", type(None): "null"}
     return names[type(value)]
+
+
+def _half(value: Any) -> str | None:
+    """The first text or key that UTF-8 cannot hold."""
+    if isinstance(value, str):
+        return value if any("\ud800" <= c <= "\udfff" for c in value) else None
+    inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
+    return next((found for v in inner if (found := _half(v)) is not None), None)
 
 
 def _deeper(value: Any, left: int) -> bool:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmc.errors import UserError
-from llmc.formats.onnx_folder import OnnxFolder, attributes
+from llmc.formats.onnx_folder import OnnxFolder
+from llmc.formats.onnx_proto import attributes
 
 HOW = "export it with `llmc export --format onnx`, or with onnxruntime-genai's model builder"
 FEEDS = ("input_ids", "attention_mask", "position_ids")

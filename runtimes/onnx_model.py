@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from llmc.errors import UserError
-from llmc.files import read_json
-from llmc.formats.onnx_folder import QDQ_LEVEL, OnnxFolder, open_onnx
+from llmc.formats.config_json import read_generation, read_tokenizer_config
+from llmc.formats.genai_config import QDQ_LEVEL
+from llmc.formats.onnx_folder import OnnxFolder, open_onnx
 from llmc.formats.tokenizer_json import open_tokenizer_json
 from llmc.runtimes import onnx_session
 from llmc.runtimes.base import TOO_LONG
@@ -170,11 +171,10 @@ class OnnxModel:
     def end_tokens(self) -> frozenset[int]:
         """Every end token in the folder's configurations and its tokenizer."""
         ids: set[int] = set()
-        for name in ("generation_config.json", "tokenizer_config.json"):
-            values = read_json(self.folder / name)
+        for values in (read_generation(self.folder), read_tokenizer_config(self.folder)):
             ids |= _ids(values.get("eos_token_id"))
-            token = values.get("eos_token")
-            ids |= _ids(self.tokenizer.token_to_id(token["content"] if isinstance(token, dict) else token or ""))
+            token = values.get("eos_token") or ""
+            ids |= _ids(self.tokenizer.token_to_id(token if isinstance(token, str) else token.get("content", "")))
         return frozenset(ids | _ids(self._source.genai.get("model", {}).get("eos_token_id"))
                          | _ids(self._source.config.get("eos_token_id")))
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from llmc.errors import UserError
-from llmc.formats.onnx_folder import AGAIN, INSTALL, QDQ_LEVEL, OnnxFolder
+from llmc.formats.genai_config import AGAIN, QDQ_LEVEL
+from llmc.formats.onnx_folder import INSTALL, OnnxFolder
 from llmc.privacy import telemetry_off
 
 CPU = "CPUExecutionProvider"

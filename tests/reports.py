@@ -15,6 +15,14 @@ from llmc.evals.report import store as report
 from llmc.families.names import CLASSES
 
 CHUNKS, SCORED = 12, 31
+FACTS = {"system": "Linux 6 x86_64", "machine": "x86_64", "cpu": "A CPU", "physical_cores": 2, "logical_cores": 4,
+         "usable_cores": 2, "cpu_features": ["avx2"], "memory": 8 * 10**9, "governor": None, "temperature_c": None,
+         "power": None}
+
+
+def ran_by(name: str) -> dict[str, Any]:
+    """A runtime, as it describes itself."""
+    return {"runtime": name, "version": "1.0", "device": "cpu", "threads": 2, "kv_type": "f16", "cpu_features": ["avx2"]}
 
 
 def tokens(seed: int, level: float) -> dict[str, np.ndarray]:
@@ -35,8 +43,8 @@ def quality(seed: int, level: float, names: tuple[str, ...] = ("wiki", "tales"))
         texts.append({"protocol": protocol,
                       **metrics.summarise(values["nll"], 1500, values["kld"], values["top1"], tokens(0, 0.0)["nll"]),
                       "per_token": {k: report.pack(v) for k, v in values.items()}})
-    return {"texts": texts, "runtime": {"runtime": "llama.cpp", "threads": 2}, "tokenizer_agrees": True, "seconds": 1.0,
-            "base": {"name": "base", "sha256": "d" * 64, "is_artifact": False, "runtime": {"runtime": "torch"}}}
+    return {"texts": texts, "runtime": ran_by("llama.cpp"), "tokenizer_agrees": True, "seconds": 1.0,
+            "base": {"name": "base", "sha256": "d" * 64, "is_artifact": False, "runtime": ran_by("torch")}}
 
 
 def speed(decode: float, target: str = "local-cpu") -> dict[str, Any]:
@@ -45,7 +53,7 @@ def speed(decode: float, target: str = "local-cpu") -> dict[str, Any]:
         return {"median": median, "iqr": median * 0.02, "values": values}
 
     return {"target": {"name": target, "address": target, "emulated": target == "emulated-arm64",
-                       "facts": {"cpu": "A CPU", "memory": 8 * 10**9}},
+                       "facts": FACTS},
             "protocol": {"prompt": 512, "depth": 512, "generate": 64, "threads": 2, "device": "cpu", "cpu": "A CPU",
                          "cores": 2},
             "warmup": 2, "repetitions": 5, "load_s": 0.5, "peak_rss": int(1e9 / decode), "prefill": spread(decode * 5),
@@ -53,13 +61,14 @@ def speed(decode: float, target: str = "local-cpu") -> dict[str, Any]:
             "prefill_curve": [{"tokens": 512, "prefill": spread(decode * 5), "first_token": spread(100 / decode)}],
             "decode_curve": [{"depth": 512, "decode": spread(decode)}],
             "read_bandwidth": decode * 1e8, "load_average": {"before": None, "after": None},
-            "runtime": {"runtime": "llama.cpp"}, "in_turns_with": []}
+            "runtime": ran_by("llama.cpp"), "in_turns_with": [], "throttled": [], "ran": {}, "thread_sweep": None,
+            "energy": None, "conditions": {"mhz": [None, None], "temperature_c": [None, None]}}
 
 
 def artifact(name: str, size: int, layers: int = 0) -> dict[str, Any]:
     classes = {k: {"bytes": size // 5, "parameters": size // 8, "types": ["Q4_0"]} for k in CLASSES}
     return {"name": name, "path": f"out/{name}", "sha256": hashlib.sha256(name.encode()).hexdigest(), "kind": "gguf",
-            "created": None, "source": {"licence": "mit", "name": name},
+            "created": None, "kv": None, "source": {"licence": "mit", "name": name},
             "size": {"file_bytes": size, "tensor_bytes": size, "parameters": size, "bits_per_weight": 8.0, "tied": True,
                      "decoder_bits_per_weight": 8.0, "token_bytes": size, "types": {"Q4_0": size}, "classes": classes},
             "passes": [{"name": "gptq", "config": {"bits": 4, "note": name}}] if layers else [],

@@ -240,7 +240,7 @@ def test_command_line(made: SimpleNamespace, files: dict[str, Path], capsys: pyt
     assert "spread between chunks" not in quality_lines(printed)
     assert run([*args, "--json"]) == 0
     assert "tasks" not in json.loads(capsys.readouterr().out)["quality"]
-    for bad, words in ((["--no-text"], "nothing to evaluate"), (["--tasks", "piqa=no.jsonl"], "no.jsonl cannot be read"),
+    for bad, words in ((["--no-text"], "nothing to evaluate"), (["--tasks", "piqa=no.jsonl"], "there is no file no.jsonl"),
                        (["--tasks", "go"], "choose from lambada"), ([*more, "--task-items", "-1"], "--task-items -1")):
         assert run([*args, *bad]) == 2
         assert words in capsys.readouterr().err

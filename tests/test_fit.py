@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from reports import speed, whole, write
+from reports import FACTS, speed, whole, write
 
 from llmc.cli import run
 from llmc.errors import UserError
@@ -79,7 +79,7 @@ def test_emulated_and_unstable_speeds_prove_nothing(tmp_path: Path) -> None:
     path = write(tmp_path, shaky)[0]
     assert judged(f.fit(FitConfig((path,), min_decode=1.0)))["fits"] == "maybe"
     report["speeds"] = {"pi5": {**speed(100.0), "target": {"name": "pi5", "address": "emulated-arm64", "emulated": True,
-                                                           "facts": {}}}}
+                                                           "facts": FACTS}}}
     path.write_text(json.dumps(report))
     assert judged(f.fit(FitConfig((path,), ("pi5",), min_decode=1.0)))["figures"]["decode"]["answer"] == "unknown"
 

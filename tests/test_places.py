@@ -204,3 +204,11 @@ def test_a_note_that_is_damaged(tmp_path: Path) -> None:
     (tmp_path / ".llmc/last.json").write_text("[")
     with pytest.raises(UserError, match=r"last\.json is not valid JSON"):
         manifest.last_artifact()
+
+
+def test_a_link_to_itself_is_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    out.symlink_to(out.name)
+    check_place(out, [tmp_path / "other"])
+    files.write_json(out, {"a": 1})
+    assert not out.is_symlink()

@@ -14,7 +14,8 @@ from llmc.cli import run as command
 from llmc.errors import UserError
 from llmc.recipes.chain import Chain, load
 from llmc.recipes.commands import COMMANDS, options
-from llmc.recipes.recipe import MAX_BYTES, shipped
+from llmc.recipes.recipe import shipped
+from llmc.small_files import MEGABYTE
 
 
 def recipe(text: str, name: str = "r.yaml") -> str:
@@ -105,8 +106,8 @@ def test_not_yaml_names_the_line() -> None:
 
 
 def test_a_huge_file_is_not_read() -> None:
-    Path("big.yaml").write_bytes(b"#" * (MAX_BYTES + 1))
-    with pytest.raises(UserError, match="is not a recipe"):
+    Path("big.yaml").write_bytes(b"#" * (MEGABYTE + 1))
+    with pytest.raises(UserError, match=r"big\.yaml is larger than 1 MB"):
         load("big.yaml")
 
 

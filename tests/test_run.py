@@ -22,6 +22,7 @@ from llmc.cli import run as command
 from llmc.console import size
 from llmc.errors import UserError
 from llmc.evals.report.show import pm
+from llmc.files import write_sealed
 from llmc.formats.manifest import versions
 from llmc.recipes.chain import load
 from llmc.recipes.jobs import jobs_of, open_folder
@@ -228,7 +229,7 @@ def test_a_published_artifact_without_a_note_is_kept(base: Path, short: dict[str
     folder = path_of(short, "quantize").parent
     note = json.loads((folder / ".done.json").read_text())
     (folder / ".done.json").unlink()
-    (folder / ".started.json").write_text(json.dumps({"key": note["key"], "versions": versions()}))
+    write_sealed(folder / ".started.json", {"key": note["key"], "versions": versions()})
     weights = folder / "quantize" / "model.safetensors"
     before = weights.stat().st_mtime_ns
     shutil.rmtree(path_of(short, "export").parent)

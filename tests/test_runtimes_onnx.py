@@ -13,7 +13,6 @@ import pytest
 import tiny
 from onnx import TensorProto, helper, numpy_helper
 from onnx_files import IDS, NOISE, convert, plain_decoder
-from typed_dicts import differences
 
 from llmc.about import inspection
 from llmc.cli import run
@@ -24,11 +23,13 @@ from llmc.evals.report.schema import Report
 from llmc.evals.report.show import speed_lines
 from llmc.evals.report.store import read_report
 from llmc.formats.artifacts.table import artifact_at
-from llmc.formats.onnx_folder import QDQ_LEVEL, open_onnx
+from llmc.formats.genai_config import QDQ_LEVEL
+from llmc.formats.onnx_folder import open_onnx
 from llmc.runtimes import onnx_model, onnx_session
 from llmc.runtimes.onnx_model import PRODUCTS, OnnxModel
 from llmc.runtimes.open import open_runtime
 from llmc.runtimes.torch_model import TorchModel
+from llmc.typed_dicts import differences
 
 # the families of tests/tiny.py that the builder knows (of gemma3_text it cannot read transformers 5's rotary parameters)
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3")

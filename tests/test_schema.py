@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import tiny
-from typed_dicts import differences
 
 import llmc
 from llmc.evals.compare import schema as compared
@@ -18,6 +17,7 @@ from llmc.evals.fit import schema as fitted
 from llmc.evals.report import schema
 from llmc.evals.report.show import speed_lines
 from llmc.evals.report.store import read_report, without_arrays
+from llmc.typed_dicts import differences
 
 ITEMS = {"arc": [{"query": f"Question: {q}\nAnswer:", "choices": ["red", "dark blue"], "gold": 1} for q in ("sky?", "sea?")],
          "lambada": [{"text": "the sky is very blue"}, {"text": "the grass is so green"}]}

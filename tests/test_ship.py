@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import yaml
 from reports import speed, whole, write
-from typed_dicts import differences
 
 from llmc.cli import run
 from llmc.errors import UserError
@@ -19,6 +18,7 @@ from llmc.evals.compare.ship import read_gates, ship
 from llmc.evals.compare.ship_show import summary
 from llmc.evals.report.store import hash_artifact
 from llmc.runtimes.targets.kernels import write_layers
+from llmc.typed_dicts import differences
 
 GOOD = {"min_decode": 25, "max_first_token": 4, "max_kld": 0.3, "min_top1": "60%", "max_ram": "1GB", "max_size": "1MB",
         "max_ppl_increase": "90%", "stable": True}

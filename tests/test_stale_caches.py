@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import os
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from llmc.compress.skeleton import Skeleton
 from llmc.compress.teaching.job import Job
 from llmc.compress.text import Calibration
 from llmc.errors import UserError
+from llmc.files import write_sealed
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.manifest import MANIFEST
 from llmc.runtimes.targets import kernels
@@ -166,11 +166,11 @@ def test_the_folder_that_waits_for_healing(tmp_path: Path, monkeypatch: pytest.M
 def test_rates_of_kernels(tmp_path: Path) -> None:
     file = tmp_path / "rates.json"
     known = {**kernels._cached(None, 2), "attention": {}, "layer_seconds": [1, 2, 3]}
-    file.write_text(json.dumps(known))
+    write_sealed(file, known)
     assert kernels._cached(file, 2) == known
     assert kernels._cached(file, 3)["attention"] is None
     for key in ("cpu", "version", "code"):
-        file.write_text(json.dumps({**known, key: "other"}))
+        write_sealed(file, {**known, key: "other"})
         assert kernels._cached(file, 2)["attention"] is None
 
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import tiny
-from typed_dicts import differences
 
 import llmc
 from llmc.cli import run as command
 from llmc.errors import UserError
 from llmc.recipes.schema import RunReport, SweepReport
 from llmc.recipes.sweep import on_front, variations
+from llmc.typed_dicts import differences
 
 RECIPE = """\
 defaults: {samples: 8, seq_len: 32, threads: 1, calibration: text.txt, context: 32, chunks: 2}

@@ -113,8 +113,8 @@ def test_bad_items_are_named_by_their_line(name: str, rows: list[Any], words: st
 
 
 @pytest.mark.parametrize(("written", "words"), [
-    ("chess=x.jsonl", "'chess' is not known"), ("piqa=nowhere.jsonl", r"nowhere\.jsonl cannot be read"),
-    ("piqa=", "names no file"), ("piqa=a,piqa=b", "names piqa twice"), ("piqa=.", "cannot be read"),
+    ("chess=x.jsonl", "'chess' is not known"), ("piqa=nowhere.jsonl", r"there is no file nowhere\.jsonl"),
+    ("piqa=", "names no file"), ("piqa=a,piqa=b", "names piqa twice"), ("piqa=.", "is a folder"),
     ("piqa", "needs the package `datasets`"),
 ])
 def test_bad_names_and_files(written: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:

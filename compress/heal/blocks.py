@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from llmc.compress.arguments import Call
@@ -59,7 +58,7 @@ class Blocks:
         layers, tensors = len(self.skeleton.layers), dict[str, torch.Tensor]()
         walk(self.skeleton, range(self.work.done, layers), "healing, layer", self._visit, self.work.done)
         for index in range(layers):
-            tensors |= load_file(self.work.layer_file(index))
+            tensors |= self.work.tensors(index)
         return tensors, self.work.records()
 
     def _visit(self, index: int, layer: nn.Module) -> str:

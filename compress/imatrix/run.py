@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from llmc.compress.calibration import Loop, Workspace, settings_for
@@ -153,7 +152,7 @@ class _Job:
         entries = {}
         for index, record in enumerate(work.records()):
             counts = np.array([record["tokens"]], dtype=np.float32)
-            for name, sums in load_file(work.layer_file(index)).items():
+            for name, sums in work.tensors(index).items():
                 entries[name] = InputSums(sums.numpy()[None], counts)
         samples, seq_len = text.sequences.shape
         return Imatrix(entries, [text.origin["name"]], samples, seq_len)

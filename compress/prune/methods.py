@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from llmc.compress.calibration import REFERENCE_LEAST, REFERENCE_SHARE, Loop, Workspace, settings_for, spread
 from llmc.compress.ends import is_tied
@@ -72,7 +71,7 @@ def by_width(skeleton: Skeleton, c: PruneConfig, work: Workspace, sequences: tor
     new, _ = width.narrowed(skeleton.config, c)
     count, checkpoint, tied = len(skeleton.layers), skeleton.checkpoint, is_tied(skeleton)
     run(skeleton, work, sequences, width.ImportanceWatch(skeleton.config))
-    kept = width.slices(skeleton, new, [load_file(work.layer_file(i)) for i in range(count)])
+    kept = width.slices(skeleton, new, [work.tensors(i) for i in range(count)])
     by_layer: dict[int, list[str]] = {}
     for name in checkpoint.names():
         place = depth.place_of(skeleton, name)

@@ -5,7 +5,6 @@ The result is a GPTQ checkpoint if all linears have one integer type, else a fol
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from functools import cached_property, partial
@@ -38,7 +37,7 @@ from llmc.compress.text import SELF, Calibration, content_of, rows_in
 from llmc.compress.transform.choose import Choice, choose
 from llmc.compress.unfinished import fingerprint
 from llmc.console import say, warn
-from llmc.files import check_disk, write_json
+from llmc.files import check_disk, read_note, write_sealed
 from llmc.formats import blocks as blocks_format
 from llmc.formats import gptq as gptq_format
 from llmc.formats import model_folder
@@ -94,12 +93,12 @@ def quantize_and_heal(job: _Job) -> dict[str, Any]:
     note = job.out.with_suffix(".json")  # the fingerprint of the finished folder, and its result
     key = fingerprint(__name__, {**c.numbers(), "imatrix": job.importance and job.importance.origin}, job.threads,
                       job.described["files"], calibration_content=content_of(c.calibration))
-    found = json.loads(note.read_text(encoding="utf-8")) if c.resume and note.is_file() and job.out.is_dir() else {}
+    found = read_note(note) if c.resume and job.out.is_dir() else {}
     if found.get("key") == key:
         say(f"{job.out} is finished: healing continues")
     else:
         found = {"key": key, "result": job.run()}
-        write_json(note, found)
+        write_sealed(note, found)
     healed = heal(job.out, settings)
     remove(note)  # first: a run that finds the note takes the folder for finished
     remove(job.out)

@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from llmc.compress.sampling import BATCH, sample_from_model
+from llmc.compress.state_file import load_state, save_state
 from llmc.compress.teaching.models import load_teacher
 from llmc.compress.teaching.teacher import Cached, Running, Teacher
 from llmc.compress.teaching.texts import Texts, TextSettings, gather, named_texts
 from llmc.compress.unfinished import fingerprint, open_unfinished
 from llmc.console import say
 from llmc.errors import UserError
-from llmc.files import staged_file
 from llmc.formats import model_folder
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.hf import load_config, load_tokenizer, load_torch_model
@@ -98,9 +98,8 @@ class Job(ABC):
                 model = load_torch_model(self.teacher_folder, str(self.device), torch.bfloat16)
                 ids = sample_from_model(model, load_tokenizer(self.folder), count, self.settings.seq_len, self.settings.seed,
                                         BATCH)
-                with staged_file(kept) as tmp:
-                    save_file({"ids": ids}, tmp)
-        return load_file(kept)["ids"]
+                save_state(kept, {"ids": ids})
+        return load_state(kept)[0]["ids"]
 
     @contextmanager
     def forward(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,10 +10,16 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from llmc.compress.states import checksum
 from llmc.compress.teaching.loss import Part, SoftTargetsOf, TopK, Whole
 from llmc.compress.teaching.models import head_of, hidden_states
+from llmc.compress.unfinished import START_AGAIN
 from llmc.console import progress
-from llmc.files import write_json
+from llmc.errors import UserError
+from llmc.files import write_sealed
+from llmc.sealed import read_sealed
+
+DONE, FILES = "teacher.json", ("logs", "ids", "rest")  # of Cached
 
 
 class Teacher(Protocol):
@@ -61,20 +68,30 @@ class Cached:
 
     def __init__(self, folder: Path, shape: tuple[int, int], k: int, device: torch.device) -> None:
         self.folder, self.shape, self.k, self.device = folder, shape, k, device
-        self.logs, self.ids, self.rest = (self._file(name) for name in ("logs", "ids", "rest"))
+        if self.complete(folder):
+            said = read_sealed(folder / DONE, START_AGAIN)
+            if said != {"top_k": k, "files": self._checksums()}:
+                raise UserError(f"what the teacher said, in {folder}, is damaged", START_AGAIN)
+        self.logs, self.ids, self.rest = (self._file(name) for name in FILES)
 
     def _file(self, name: str) -> np.ndarray:
-        path = self.folder / f"teacher.{name}.npy"
+        path = self._path(name)
         if self.complete(self.folder):
             return np.load(path, mmap_mode="r")
         last = () if name == "rest" else (self.k,)
         dtype = np.int32 if name == "ids" else np.float32
         return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(*self.shape, *last))
 
+    def _path(self, name: str) -> Path:
+        return self.folder / f"teacher.{name}.npy"
+
+    def _checksums(self) -> dict[str, int]:
+        return {n: checksum(self._path(n)) if self._path(n).is_file() else 0 for n in FILES}
+
     @staticmethod
     def complete(folder: Path) -> bool:
         """Whether all files of an interrupted run are complete."""
-        return (folder / "teacher.json").is_file()
+        return os.path.lexists(folder / DONE)
 
     def fill(self, running: Running) -> None:
         """Run the teacher over every sequence and write the files."""
@@ -89,7 +106,7 @@ class Cached:
                 p.step()
         for file in (self.logs, self.ids, self.rest):
             file.flush()  # type: ignore[attr-defined]
-        write_json(self.folder / "teacher.json", {"top_k": self.k})
+        write_sealed(self.folder / DONE, {"top_k": self.k, "files": self._checksums()})
 
     def of(self, rows: list[int]) -> SoftTargetsOf:
         logs, ids, rest = (torch.from_numpy(np.ascontiguousarray(f[rows])).to(self.device).flatten(0, 1)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
+from llmc.compress.state_file import load_state, save_state
 from llmc.console import progress, say
-from llmc.files import staged_file
 
 WARM_UP = 0.05  # share of the steps
 FLOOR = 0.05  # share of the learning rate at the end of the cosine
@@ -120,7 +119,7 @@ class Training(ABC):
                     note = self._check(step + 1, curve)
                 p.step(note)
         self.settled()
-        best = load_file(self.work / "best.safetensors")
+        best, _ = load_state(self.work / "best.safetensors")
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(best[name])
@@ -140,8 +139,7 @@ class Training(ABC):
 
     def _keep_best(self) -> None:
         if self.writes:
-            with staged_file(self.work / "best.safetensors") as tmp:
-                save_file({k: p.detach().cpu().contiguous() for k, p in self.parameters.items()}, tmp)
+            save_state(self.work / "best.safetensors", dict(self.parameters))
 
     def _save(self, curve: Curve) -> None:
         """Write one file with everything that `--resume` needs to continue bit for bit after the last check."""
@@ -152,24 +150,23 @@ class Training(ABC):
             tensors[f"{name}:value"] = p.detach()
             tensors |= {f"{name}:{key}": t for key, t in self.optimizer.state[p].items()}
         metadata = {"checks": json.dumps(curve.checks), "losses": json.dumps(curve.losses)}
-        with staged_file(self.work / "state.safetensors") as tmp:
-            save_file({k: t.cpu().contiguous() for k, t in tensors.items()}, tmp, metadata=metadata)
+        save_state(self.work / "state.safetensors", tensors, metadata)
 
     @torch.no_grad()
     def _restore(self) -> Curve:
         path = self.work / "state.safetensors"
-        if not path.is_file():
+        if not os.path.lexists(path):
             return Curve([], [], self.by)
-        with safe_open(path, framework="pt") as f:
-            curve = Curve(json.loads(f.metadata()["checks"]), json.loads(f.metadata()["losses"]), self.by)
-            stored: dict[str, dict[str, str]] = {}
-            for key in f.keys():  # noqa: SIM118 - f is not a dictionary
-                name, _, field = key.rpartition(":")
-                stored.setdefault(name, {})[field] = key
-            for name, p in self.parameters.items():
-                keys = stored[name]
-                p.copy_(f.get_tensor(keys.pop("value")))
-                self.optimizer.state[p] = {field: self._placed(field, f.get_tensor(key), p) for field, key in keys.items()}
+        tensors, metadata = load_state(path)
+        curve = Curve(json.loads(metadata["checks"]), json.loads(metadata["losses"]), self.by)
+        stored: dict[str, dict[str, torch.Tensor]] = {}
+        for key, tensor in tensors.items():
+            name, _, field = key.rpartition(":")
+            stored.setdefault(name, {})[field] = tensor
+        for name, p in self.parameters.items():
+            fields = stored[name]
+            p.copy_(fields.pop("value"))
+            self.optimizer.state[p] = {field: self._placed(field, value, p) for field, value in fields.items()}
         say(f"resuming after step {len(curve.losses)}")
         return curve
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from llmc.compress.transform.run import make
 from llmc.compress.unfinished import fingerprint
 from llmc.console import say
 from llmc.errors import UserError
-from llmc.files import write_json
+from llmc.files import read_note, write_sealed
 from llmc.formats.manifest import passes_of
 from llmc.formats.source import hash_source
 from llmc.machine import torch_device
@@ -125,7 +124,7 @@ class _Maker:
         target type."""
         path = self.work / "figures.json"
         key = fingerprint(__name__, self.config.numbers(), self.threads, hash_source(self.source), held)
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        found = read_note(path)
         measured: dict[str, dict[str, Any]] = found["measured"] if found.get("key") == key else {}
         base: measure.Run | None = None
         device, ids = str(torch_device(self.config.device)), held.sequences
@@ -136,5 +135,5 @@ class _Maker:
             mean = sum(values) / len(values)
             variance = sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1)
             measured[name] = {"kld": mean, "se": (variance / len(values)) ** 0.5 if len(values) > 1 else None}
-            write_json(path, {"key": key, "measured": measured})
+            write_sealed(path, {"key": key, "measured": measured})
         return {n: measured[n] for n in CANDIDATES}

@@ -20,7 +20,7 @@ from llmc.evals.report.sections import targets_of
 from llmc.formats import kv
 from llmc.formats.artifact import Size
 from llmc.formats.artifacts.table import artifact_at
-from llmc.places import check_place
+from llmc.places import check_place, real
 from llmc.runtimes.targets.device import Device, connect, probed
 from llmc.runtimes.targets.target import Target, find_target
 from llmc.sources.resolve import locate
@@ -43,7 +43,7 @@ def bench(config: BenchConfig) -> list[Report]:
     """
     for path in config.outputs:
         check_place(path, [config])
-    if len({path.resolve() for path in config.outputs}) < len(config.outputs):
+    if len({real(path) for path in config.outputs}) < len(config.outputs):
         raise UserError("two reports would have the same file", "give one -o for each artifact")
     targets = [find_target(name, config.targets) for name in config.target]
     artifacts = [locate(a) for a in config.artifacts]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc.errors import UserError
+from llmc.small_files import LARGE, read_bytes
 from llmc.sources.data_sets import datasets_library
 
 ALIASES = {"lambada_openai": "lambada", "openbook_qa": "openbookqa"}
@@ -226,17 +227,17 @@ def _items(name: str, source: str, rows: Iterable[tuple[str, Any]]) -> list[Item
 def _from_file(name: str, path: Path) -> tuple[str, str, list[tuple[str, Any]]]:
     """Return the name, the sha256 and the (place, row) pairs of a JSONL file, or of a JSON file that is one list."""
     try:
-        raw = path.read_bytes()
+        raw = read_bytes(path, LARGE, f"give {name}=FILE")
         text = raw.decode("utf-8-sig")
-    except OSError as e:
-        raise UserError(f"--tasks {name}: {path} cannot be read ({e.strerror})", f"give {name}=FILE") from e
     except UnicodeDecodeError as e:
         raise UserError(f"{path} is not UTF-8 text (byte {e.start})", "convert it to JSONL, one item a line") from e
+    except UserError as e:
+        raise UserError(f"--tasks {name}: {e.problem}", e.hint) from e
     digest = hashlib.sha256(raw).hexdigest()
     if text.lstrip().startswith("["):
         try:
             return path.name, digest, [(f"item {i + 1}", row) for i, row in enumerate(json.loads(text))]
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise UserError(f"{path} is not JSON: {e}", "give JSONL, one item a line") from e
     lines = ((f"line {i + 1}", line) for i, line in enumerate(text.split("\n")) if line.strip())
     return path.name, digest, [(where, _parsed(line)) for where, line in lines]
@@ -246,7 +247,7 @@ def _parsed(line: str) -> Any:
     """The value of one line. For invalid JSON, return a ValueError: `_items` reports it with the other bad items."""
     try:
         return json.loads(line)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         return ValueError(f"not JSON: {e}")
 
 

@@ -22,6 +22,7 @@ from llmc.formats.manifest import read_manifest, versions
 from llmc.locks import locked
 from llmc.places import check_place
 from llmc.small_files import LARGE, read_json
+from llmc.typed_dicts import differences
 
 SCHEMA = 2
 KIND = "llmc-report"
@@ -50,7 +51,7 @@ def describe_artifact(artifact: Path) -> Described:
 
 
 def read_report(path: Path) -> Report:
-    """Read a report. Raises UserError if it is not a complete report of this version. The sections are not checked."""
+    """Read a report. Raises UserError if it is not a complete report of this version, or if a value is of another kind."""
     if not path.exists():
         raise UserError(f"there is no report {path}", "make it with `llmc eval ARTIFACT --base BASE -o FILE`")
     report = read_json(path, LARGE, "give reports of `llmc eval` or `llmc bench`")
@@ -61,6 +62,8 @@ def read_report(path: Path) -> Report:
     if report.get("schema") != SCHEMA:
         raise UserError(f"{path} has report schema {report.get('schema')!r}; this llmc reads {SCHEMA}",
                         "make the report again with this version")
+    if wrong := differences(report, Report, "it", more=True):
+        raise UserError(f"{path} is not a complete report: {wrong[0]:.300}", "make the report again")
     return cast(Report, report)
 
 

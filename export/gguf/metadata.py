@@ -10,7 +10,7 @@ from typing import Any
 from gguf import GGUFWriter
 
 from llmc.export.gguf.tokenizer import Vocabulary
-from llmc.files import read_json
+from llmc.formats.config_json import read_generation
 from llmc.sources.resolve import HUB_ID
 
 HUB = "https://huggingface.co/"
@@ -72,7 +72,7 @@ def size_label(parameters: int) -> str:
 
 def add_sampling(writer: GGUFWriter, folder: Path) -> None:
     """Write general.sampling.* from the sampling values in generation_config.json, if it has any."""
-    values = read_json(folder / "generation_config.json")
+    values = read_generation(folder)
     for name, gguf_name in SAMPLING.items():
         value = values.get(name)
         if isinstance(value, int | float) and not isinstance(value, bool):

@@ -20,6 +20,7 @@ from llmc.errors import UserError
 from llmc.files import read_json
 from llmc.formats import pretokenizers
 from llmc.formats.chat_template import DEFAULT, Template, by_name, chat_template_of
+from llmc.formats.config_json import read_checked, read_generation
 from llmc.formats.text_ends import note_of_eos
 
 # Texts that llama.cpp recognizes as end tokens without metadata (src/llama-vocab.cpp, "eog")
@@ -96,14 +97,11 @@ def complete(v: Vocabulary, folder: Path, tokenizer: Any, chat_template: str) ->
 def tokenizer_spec(folder: Path, tokenizer: Any) -> dict[str, Any]:
     """The contents of the folder's tokenizer.json; if it has none, those that transformers builds from the other files."""
     path = folder / "tokenizer.json"
-    try:
-        text = path.read_text(encoding="utf-8") if path.is_file() else tokenizer.backend_tokenizer.to_str()
-        spec: dict[str, Any] = json.loads(text)
-    except AttributeError as e:
-        raise UserError(f"{folder} has no tokenizer.json and transformers cannot make one",
-                        "add the tokenizer.json") from e
-    except ValueError as e:
-        raise UserError(f"{path} is not valid JSON: {e}", "download it again") from e
+    if path.is_file():
+        return read_json(path)
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise UserError(f"{folder} has no tokenizer.json and transformers cannot make one", "add the tokenizer.json")
+    spec: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     return spec
 
 
@@ -200,7 +198,7 @@ def _add_affixes(v: Vocabulary, tokenizer: Any) -> None:
 
 def _add_special_ids(v: Vocabulary, folder: Path, tokenizer: Any) -> None:
     """Add the BOS, EOS, padding and unknown ids and every id that ends a generation, from all files that name one."""
-    files = [read_json(folder / name) for name in ("config.json", "generation_config.json")]
+    files = [read_checked(folder / "config.json"), read_generation(folder)]
     for name in ("bos", "eos", "unk", "pad"):
         for value in [getattr(tokenizer, f"{name}_token_id", None), *(f.get(f"{name}_token_id") for f in files)]:
             for i in value if isinstance(value, list) else [value]:

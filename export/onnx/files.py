@@ -8,11 +8,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from llmc.console import warn
 from llmc.errors import UserError
 from llmc.files import read_json
 from llmc.formats.chat_template import DEFAULT, JINJA, NAMED, PROCESSOR, Template, by_name, chat_template_of
 from llmc.formats.checkpoint import CARD_FILES
-from llmc.formats.onnx_folder import GENAI, QDQ_LEVEL
+from llmc.formats.config_json import read_checked, read_generation
+from llmc.formats.genai_config import QDQ_LEVEL
+from llmc.formats.onnx_folder import GENAI
 from llmc.formats.tokenizer_files import copy_tokenizer_files
 
 CONFIG = "tokenizer_config.json"
@@ -55,12 +58,16 @@ def _write_templates(work: Path, named: dict[str, str], in_config: bool) -> None
         path.write_text(text, encoding="utf-8", newline="")
 
 
-def end_ids(folder: Path, tokenizer: Any) -> list[int]:
-    """Every id that ends a generation, from all files that name one; that of the tokenizer comes first."""
+def end_ids(folder: Path, tokenizer: Any, rows: int) -> list[int]:
+    """Every id that ends a generation, from all files that name one; that of the tokenizer comes first. An id beyond the
+    `rows` of the embedding is left out, with a warning: onnxruntime-genai refuses it."""
     found: list[int] = []
-    for value in [tokenizer.eos_token_id, *(read_json(folder / n).get("eos_token_id")
-                                            for n in ("config.json", "generation_config.json"))]:
+    files = (read_checked(folder / "config.json"), read_generation(folder))
+    for value in [tokenizer.eos_token_id, *(values.get("eos_token_id") for values in files)]:
         found += [i for i in (value if isinstance(value, list) else [value]) if i is not None and i not in found]
+    if beyond := [i for i in found if not 0 <= i < rows]:
+        warn(f"eos_token_id {beyond[0]} of {folder} is not in its vocabulary of {rows:,} tokens and is left out")
+    found = [i for i in found if i not in beyond]
     if not found:
         raise UserError(f"{folder} names no token that ends a generation", "set eos_token_id in generation_config.json")
     return found

@@ -193,13 +193,16 @@ def in_genai(folder: Path, tokenizer: Any, template: Template | None, rows: int,
         raise UserError(f"onnxruntime-genai does not open the folder: {e}", PLEASE_REPORT) from e
     ids = token_ids("onnxruntime-genai", lambda text: genai_tokenizer.encode(text).tolist(), folder, tokenizer, template,
                     rows)
-    params = og.GeneratorParams(model)
     prompt = list(tokenizer(PROMPT)["input_ids"])
-    params.set_search_options(max_length=min(len(prompt) + GENERATED, context_length), do_sample=False)
-    generator = og.Generator(model, params)
-    generator.append_tokens(prompt)
-    while not generator.is_done():
-        generator.generate_next_token()
+    try:
+        params = og.GeneratorParams(model)
+        params.set_search_options(max_length=min(len(prompt) + GENERATED, context_length), do_sample=False)
+        generator = og.Generator(model, params)
+        generator.append_tokens(prompt)
+        while not generator.is_done():
+            generator.generate_next_token()
+    except RuntimeError as e:
+        raise UserError(f"onnxruntime-genai does not run the folder: {e}", PLEASE_REPORT) from e
     made = generator.get_sequence(0).tolist()
     return {"token_ids": ids, "generated": tokenizer.decode(made, skip_special_tokens=True),
             "generated_tokens": len(made) - len(prompt)}

@@ -22,7 +22,7 @@ def verify(artifact: str | Path) -> dict[str, Any]:
     """
     path = Path(artifact)
     restore(path)
-    if not path.exists():
+    if not (path.is_file() or path.is_dir()):
         raise UserError(f"there is no artifact {artifact}", "give a model folder or a .gguf file")
     problems: list[str] = []
     manifest = collected(problems, partial(read_manifest, path)) or {}

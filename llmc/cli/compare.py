@@ -36,12 +36,12 @@ def compare(
     from llmc.evals.pages.compare import write_page
     from llmc.evals.report.show import tables_markdown, tables_text
     from llmc.files import staged_file
-    from llmc.places import check_markdown
+    from llmc.places import check_markdown, real
 
     page = config.page
     if markdown is not None and markdown != Path("-"):
         check_markdown(markdown, (config, page), "choose another file with --markdown")
-        if markdown.resolve() == page.resolve():
+        if real(markdown) == real(page):
             raise UserError(f"--page and --markdown both name {page}", "choose another file with --markdown")
     result = compare(config)
     write_page(result, page)

@@ -12,6 +12,7 @@ from llmc.console import warn
 from llmc.errors import UserError
 from llmc.files import read_json
 from llmc.formats.template_limits import render_within_limits
+from llmc.small_files import read_text
 
 SUSPICIOUS = re.compile(r"__\w+__|\|\s*attr\b|\b(import|eval|exec|popen|subprocess)\s*\(")
 DEFAULT = "default"
@@ -28,9 +29,9 @@ def chat_template_of(folder: Path, tokenizer: Any, choice: str) -> Template | No
     template: Any = getattr(tokenizer, "chat_template", None)
     if choice != "keep":
         try:
-            template = Path(choice).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"--chat-template {choice} is not a text file that can be read: {e}",
+            template = read_text(Path(choice))
+        except UserError as e:
+            raise UserError(f"--chat-template {choice} is not a text file that can be read: {e.problem}",
                             "give keep, drop or the path of a Jinja file") from e
     template = in_one_form(template, folder)
     if found := SUSPICIOUS.search(json.dumps(template)):
@@ -74,10 +75,7 @@ def template_in(folder: Path) -> Template | None:
     files = {path.stem: path for path in sorted((folder / NAMED).glob("*.jinja"))}
     if (folder / JINJA).is_file():
         files[DEFAULT] = folder / JINJA
-    try:
-        found: Any = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
-    except UnicodeDecodeError as e:
-        raise UserError(f"a chat template of {folder} is not UTF-8 text: {e}", "download it again") from e
+    found: Any = {name: read_text(path, hint="download it again") for name, path in files.items()}
     found = found or read_json(folder / "tokenizer_config.json").get("chat_template")
     return in_one_form(found or of_processor(folder), folder)
 

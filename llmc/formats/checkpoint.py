@@ -5,17 +5,23 @@ FP8 and MXFP4 tensors are read as the values that they mean (decoded.py): a fold
 from __future__ import annotations
 
 import json
+import math
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from llmc.errors import UserError
 from llmc.formats import contents, fp8, layouts, mxfp4
-from llmc.formats.config_json import read_checked
+from llmc.formats.chat_template import template_in
+from llmc.formats.config_json import read_checked, read_generation, read_tokenizer_config
 from llmc.formats.decoded import Coded, Decoded
 from llmc.formats.packed import layout_of
 from llmc.formats.weight_files import INDEX, SINGLE, weight_files
+from llmc.small_files import LARGE, check_file, read_json_object
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +41,8 @@ TORCH_TYPES = {
     "U8": "uint8", "BOOL": "bool", "C64": "complex64",
 }
 DECODERS = {"fp8": fp8.decode, "mxfp4": mxfp4.decode}  # by Layout.floats
+# Those among them, and others, that are JSON objects
+OBJECTS = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json", "quantize_config.json")
 CARD_FILES = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.txt", "USE_POLICY.md")
 
 
@@ -62,6 +70,18 @@ def read_header(path: Path) -> dict[str, Any]:
     return header
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A file, opened by safetensors. What that refuses in a header (gaps, overlaps, wrong sizes) is a UserError."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as f:
+            yield f
+    except SafetensorError as e:
+        raise UserError(f"{path} has a damaged safetensors header: {e}", "download it again") from e
+
+
 @dataclass
 class Checkpoint:
     """A model folder: `config.json` and its tensors by name. Opening reads headers only."""
@@ -83,6 +103,8 @@ class Checkpoint:
         """
         folder = Path(folder)
         config = read_config(folder)
+        if not look:
+            check_small_files(folder)
         shards, weight_map = weight_files(folder)
         headers = {s: read_header(s) for s in shards}
         ckpt = cls(folder, config, _places(folder, headers, weight_map), headers)
@@ -149,6 +171,9 @@ class Checkpoint:
             raise UserError(f"{name} of {file} has the type {entry['dtype']}, which llmc cannot read",
                             f"types: {', '.join(TORCH_TYPES)}")
         (start, end), shape = entry["data_offsets"], list(entry["shape"])
+        if math.prod(shape) * kind.itemsize != end - start:
+            raise UserError(f"{name} of {file} has {end - start} bytes, and {entry['dtype']} {shape} has "
+                            f"{math.prod(shape) * kind.itemsize}", "the file is damaged: download it again")
         if index is not None:
             rows = range(shape[0])[index]
             first, count = (rows, 1) if isinstance(rows, int) else (rows.start, len(rows))
@@ -211,6 +236,25 @@ def read_config(folder: Path) -> dict[str, Any]:
 def _data_start(file: BinaryIO) -> int:
     """The position of the first byte of data in a safetensors file."""
     return 8 + int(struct.unpack("<Q", file.read(8))[0])
+def check_small_files(folder: Path) -> None:
+    """Read the small files beside config.json that a new folder gets too. Raises UserError for a damaged one now, not at the
+    end of the work."""
+    read_generation(folder)
+    read_tokenizer_config(folder)
+    template_in(folder)
+    for name in (*TOKENIZER_FILES, *CARD_FILES):
+        if (folder / name).is_file():
+            check_file(folder / name, LARGE, "download it again")
+    for name in OBJECTS:
+        if (path := folder / name).is_file():
+            status = path.stat()
+            _check_object(path, status.st_mtime_ns, status.st_size)
+
+
+@cache
+def _check_object(path: Path, modified: int, length: int) -> None:
+    """A command opens a folder several times, and a tokenizer.json can have 30 MB."""
+    read_json_object(path, LARGE, "download it again")
 
 
 def _places(folder: Path, headers: dict[Path, dict[str, Any]], weight_map: dict[str, str]) -> dict[str, Path]:
@@ -236,8 +280,6 @@ def _same(name: str, headers: dict[Path, dict[str, Any]], one: Path, other: Path
     """Whether two files hold a tensor with the same type, shape and bytes."""
     if any(headers[one][name][key] != headers[other][name][key] for key in ("dtype", "shape")):
         return False
-    from safetensors import safe_open
-
-    with safe_open(one, framework="pt") as a, safe_open(other, framework="pt") as b:
+    with _opened(one) as a, _opened(other) as b:
         x, y = a.get_tensor(name), b.get_tensor(name)
         return bool((x == y).all())

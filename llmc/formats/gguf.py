@@ -29,7 +29,7 @@ def _open_gguf(file: Path, modified: int, length: int) -> GGUFReader:
         raise UserError("reading a .gguf file needs the package `gguf`", "pip install 'llmc-toolkit[gguf]'") from e
     try:
         return GGUFReader(file)
-    except (ValueError, IndexError, KeyError) as e:
+    except (ValueError, LookupError, ArithmeticError, TypeError, AttributeError) as e:
         raise UserError(f"{file} is not a complete GGUF file: {e}", "download or export it again") from e
 
 

@@ -12,6 +12,7 @@ import struct
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 from llmc.errors import UserError
@@ -67,6 +68,8 @@ def read_header(file: Path) -> Header:
         raise UserError(f"there is no file {file}", "give a .gguf file") from e
     except OSError as e:
         raise UserError(f"{file} cannot be read: {e.strerror}", "give a .gguf file") from e
+    if not S_ISREG(stat.st_mode):
+        raise UserError(f"{file} is not a regular file", "give a .gguf file")
     return _read(file, stat.st_mtime_ns, stat.st_size)
 
 

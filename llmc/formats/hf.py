@@ -9,17 +9,20 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 
 from llmc.errors import UserError
 from llmc.files import read_json
 from llmc.formats import contents, quantized
-from llmc.formats.chat_template import in_one_form, of_processor, set_templates
-from llmc.formats.checkpoint import Checkpoint
-from llmc.formats.config_json import HINT, read_checked
+from llmc.formats.chat_template import in_one_form, of_processor, set_templates, template_in
+from llmc.formats.checkpoint import TOKENIZER_FILES, Checkpoint
+from llmc.formats.config_json import HINT, read_checked, read_tokenizer_config
 from llmc.formats.ends import check_tied
 from llmc.formats.mixture import is_transposed
 from llmc.formats.names import Names, missing
+from llmc.formats.tokenizer_json import HINT as TOKENIZER_HINT
+from llmc.small_files import LARGE, check_file
 
 # What transformers raises at a folder that it cannot read.
 EDGE = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RecursionError, ImportError,
@@ -28,14 +31,20 @@ EDGE = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, Ar
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a folder. No code from the folder is run."""
-    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
-        read_json(folder / name)  # checked here, because transformers reads them without limits
+    # checked here, because transformers reads them without limits
+    read_tokenizer_config(folder)
+    for name in ("special_tokens_map.json", "added_tokens.json"):
+        read_json(folder / name)
+    template_in(folder)
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            check_file(folder / name, LARGE, TOKENIZER_HINT)
     import transformers
 
     auto: Any = transformers.AutoTokenizer
     more: dict[str, Any] = {}
     if not hasattr(transformers, "TokenizersBackend"):  # transformers 4.57 does not know two values that 5 writes
-        values = read_json(folder / "tokenizer_config.json")
+        values = read_tokenizer_config(folder)
         if values.get("tokenizer_class") == "TokenizersBackend":
             auto = transformers.PreTrainedTokenizerFast
         if isinstance(extra := values.get("extra_special_tokens"), list):
@@ -49,7 +58,7 @@ def load_tokenizer(folder: Path) -> Any:
         if (folder / "config.json").is_file():
             load_config(folder)  # transformers reads it for the tokenizer too: an error in it is told as such
         raise UserError(f"{folder} has no tokenizer that transformers can read: {(str(e).splitlines() or [repr(e)])[0]}",
-                        "copy the base model's tokenizer files into it") from e
+                        TOKENIZER_HINT) from e
     if not tokenizer.chat_template and (template := in_one_form(of_processor(folder), folder)):
         set_templates(tokenizer, template)
     return tokenizer
@@ -158,7 +167,7 @@ def load_torch_model(folder: Path, device: str = "cpu", dtype: torch.dtype = tor
                     skeleton = auto.from_config(config)
                 weights = _dequantized(ckpt, skeleton, dtype)
                 model, info = type(skeleton).from_pretrained(None, config=config, state_dict=weights, **kwargs)
-    except (ValueError, KeyError, OSError) as e:
+    except (ValueError, KeyError, OSError, SafetensorError) as e:
         raise UserError(f"transformers cannot load {folder}: {str(e).splitlines()[0]}",
                         "llmc runs causal language models whose code is part of transformers") from e
     if lacking := sorted(info["missing_keys"]):

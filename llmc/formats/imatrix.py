@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from llmc.errors import UserError
+from llmc.small_files import check_file
 
 KIND = "imatrix"  # general.type
 DATASETS, CHUNK_COUNT, CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
@@ -61,10 +62,12 @@ def read_imatrix(file: Path) -> Imatrix:
     from llmc.formats.gguf import field, open_gguf
 
     try:
+        check_file(file, 1 << 50)
         with file.open("rb") as f:
             magic = f.read(4)
-    except OSError as e:
-        raise UserError(f"the importance matrix {file} cannot be read: {e.strerror}",
+    except (OSError, UserError) as e:
+        why = e.problem if isinstance(e, UserError) else e.strerror
+        raise UserError(f"the importance matrix {file} cannot be read: {why}",
                         "give a file that `llmc imatrix` or llama-imatrix made") from e
     if magic != b"GGUF":
         raise UserError(f"{file} is not a GGUF file; llmc does not read importance matrices in "
@@ -78,8 +81,13 @@ def read_imatrix(file: Path) -> Imatrix:
     entries = {name: _input_sums(file, name, values) for name in names}
     if not entries:
         raise UserError(f"{file} holds no {SUMS} of any matrix in F32", AGAIN)
-    count, size = field(reader, CHUNK_COUNT), field(reader, CHUNK_SIZE)
-    return Imatrix(entries, list(field(reader, DATASETS) or []), int(count or 0), int(size or 0))
+    datasets, count, size = field(reader, DATASETS) or [], field(reader, CHUNK_COUNT) or 0, field(reader, CHUNK_SIZE) or 0
+    if not isinstance(datasets, list) or not all(isinstance(d, str) for d in datasets):
+        raise UserError(f"{file}: {DATASETS} is {datasets!r:.100}, not a list of texts", AGAIN)
+    for key, value in ((CHUNK_COUNT, count), (CHUNK_SIZE, size)):
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 32:
+            raise UserError(f"{file}: {key} is {value!r:.100}, not a whole number", AGAIN)
+    return Imatrix(entries, datasets, count, size)
 
 
 def _input_sums(file: Path, name: str, values: dict[str, np.ndarray]) -> InputSums:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from llmc.errors import UserError
+from llmc.small_files import read_json_object
 
 ADAPTER = "adapter_config.json"
 MERGE = "`PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)` of peft"
@@ -36,10 +35,9 @@ def refuse_adapter(folder: Path) -> None:
 def _adapter(path: Path) -> str:
     """'a LORA adapter of org/base'."""
     try:
-        values: Any = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (ValueError, RecursionError):  # that it is an adapter is certain
+        values = read_json_object(path) if path.is_file() else {}
+    except UserError:  # that it is an adapter is certain
         values = {}
-    values = values if isinstance(values, dict) else {}
     base = values.get("base_model_name_or_path")
     return f"a {values.get('peft_type', 'peft')} adapter" + (f" of {base}" if base else "")
 

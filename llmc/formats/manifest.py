@@ -18,6 +18,7 @@ from llmc.errors import UserError
 from llmc.files import sha256, staged_file, write_json, write_note
 from llmc.locks import locked
 from llmc.places import ELSEWHERE, check_place
+from llmc.sealed import read_sealed
 from llmc.small_files import DELETE, LARGE, OBJECT, TEXT, Kind, expect, read_json_object
 from llmc.temporary import remove, restore
 
@@ -129,7 +130,7 @@ def last_artifact() -> Path:
     if not note.is_file():
         raise UserError("no MODEL given and no artifact was made in this folder yet",
                         "name a model folder, or run `llmc quantize MODEL` first")
-    path = Path(str(read_json_object(note, hint=DELETE).get("path")))
+    path = Path(str(read_sealed(note, DELETE).get("path")))
     restore(path)
     if not path.exists():
         raise UserError(f"the newest artifact made here, {path}, no longer exists", "name a model folder")

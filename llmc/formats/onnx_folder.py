@@ -7,7 +7,6 @@ Opening it reads the graph but no weights. It raises UserError if the graph or t
 from __future__ import annotations
 
 import copy
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,7 +15,10 @@ from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from llmc.errors import UserError
-from llmc.small_files import read_json_object
+from llmc.formats.config_json import read_checked
+from llmc.formats.genai_config import AGAIN, LEVEL, QDQ_DEFAULT, QDQ_LEVEL, read_genai
+from llmc.formats.onnx_check import check_graph
+from llmc.formats.onnx_proto import attributes, bits_of, external, packed_bits
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,10 +27,6 @@ if TYPE_CHECKING:
 GENAI = "genai_config.json"
 MODEL = "model.onnx"
 INSTALL = "pip install 'llmc-toolkit[onnx]'"
-AGAIN = "copy the whole folder again, or export it again"
-# The type to which the inputs of a quantized matrix are rounded before the product: 0 none, 4 int8 in blocks. It is an
-# attribute of MatMulNBits. For DequantizeLinear and MatMul, which ONNX Runtime fuses, it is a session option, by default 4
-LEVEL, QDQ_LEVEL, QDQ_DEFAULT = "accuracy_level", "session.qdq_matmulnbits_accuracy_level", 4
 
 
 def is_onnx_folder(path: Path) -> bool:
@@ -149,21 +147,17 @@ class OnnxFolder:
 
 def open_onnx(folder: Path) -> OnnxFolder:
     """Open `folder` and check all references to files. Raises UserError if a file is missing or outside the folder."""
-    genai, config = _json(folder / GENAI), _json(folder / "config.json")
+    genai, config = ({} if not path.is_file() else read(path)
+                     for path, read in ((folder / GENAI, read_genai), (folder / "config.json", read_checked)))
     name = genai.get("model", {}).get("decoder", {}).get("filename", MODEL)
     model = _inside(folder, str(name), GENAI)
     if not model.is_file():
         raise UserError(f"{folder} has no {name}", AGAIN)
     proto = read_graph(model)
+    check_graph(model, proto)
     files = {span.file for tensor in _tensors(proto) if (span := _span(folder, model, tensor)).file is not None}
     spans = {tensor.name: _span(folder, model, tensor) for tensor in proto.graph.initializer}
     return OnnxFolder(folder, model, proto, genai, config, spans, sorted(f for f in files if f is not None))
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    return read_json_object(path, hint=AGAIN)
 
 
 def read_graph(model: Path) -> ModelProto:
@@ -230,7 +224,10 @@ def _inside(folder: Path, location: str, source: str, roots: tuple[Path, ...] = 
 
     source: what names the file, for the message.  roots: if given, one of them must contain the resolved path.
     """
-    real = (folder / location).resolve()
+    try:
+        real = (folder / location).resolve()
+    except (OSError, RuntimeError, ValueError) as e:  # a link to itself; a name that no file can have
+        raise UserError(f"{source} in {folder} names {location!r:.100}, which cannot be a file: {e}", AGAIN) from e
     if not location or leaves_folder(location) or (roots and not any(real.is_relative_to(root) for root in roots)):
         raise UserError(f"{source} in {folder} names {location!r}, which is not a file inside that folder",
                         "get the model again, with all its files in one folder")
@@ -241,37 +238,3 @@ def leaves_folder(location: str) -> bool:
     """Whether a path is absolute or contains `..`, on any operating system."""
     windows = PureWindowsPath(location)  # splits at both kinds of slash
     return bool(windows.root or windows.drive or ".." in windows.parts)
-
-
-def external(tensor: TensorProto) -> dict[str, str]:
-    """The reference to a tensor's external data: {'location', 'offset', 'length'}; {} if its bytes are in the graph."""
-    return {e.key: e.value for e in tensor.external_data}
-
-
-def bits_of(data_type: int) -> int:
-    """Bits that one value of an onnx.TensorProto data type takes in external data."""
-    from onnx import TensorProto, helper
-
-    if match := re.fullmatch(r"U?INT([24])|FLOAT(4)E2M1", TensorProto.DataType.Name(data_type)):
-        return int(match[1] or match[2])
-    return int(helper.tensor_dtype_to_np_dtype(data_type).itemsize) * 8
-
-
-def packed_bits(tensor: TensorProto) -> int:
-    """Bits of a tensor in external data, a whole number of bytes."""
-    return -(-elements(tensor) * bits_of(tensor.data_type) // 8) * 8
-
-
-def elements(tensor: TensorProto) -> int:
-    """The number of values of a tensor."""
-    n = 1
-    for d in tensor.dims:
-        n *= d
-    return n
-
-
-def attributes(node: NodeProto) -> dict[str, Any]:
-    """A node's attributes by name."""
-    from onnx import helper
-
-    return {a.name: helper.get_attribute_value(a) for a in node.attribute}

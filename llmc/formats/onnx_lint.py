@@ -13,7 +13,9 @@ from typing import Any
 
 import onnx
 
-from llmc.formats.onnx_folder import LEVEL, attributes, external, leaves_folder, read_graph
+from llmc.formats.genai_config import LEVEL
+from llmc.formats.onnx_folder import leaves_folder, read_graph
+from llmc.formats.onnx_proto import attributes, external
 
 FLOAT16 = onnx.TensorProto.FLOAT16
 STANDARD = ("", "ai.onnx")

@@ -9,7 +9,8 @@ from typing import Any
 
 from llmc.families.names import classify
 from llmc.formats.experts import share, share_of_config, used_of
-from llmc.formats.onnx_folder import OnnxFolder, attributes, elements
+from llmc.formats.onnx_folder import OnnxFolder
+from llmc.formats.onnx_proto import attributes, elements
 from llmc.formats.tensors import Tensor
 
 ROW_READERS = ("Gather", "GatherBlockQuantized")  # operators that read rows of their first input

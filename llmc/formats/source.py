@@ -12,7 +12,7 @@ from llmc.errors import UserError
 from llmc.files import sha256
 from llmc.formats.checkpoint import model_files
 from llmc.formats.manifest import read_manifest
-from llmc.small_files import parse_yaml
+from llmc.small_files import parse_yaml, read_bytes, read_text
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -80,7 +80,11 @@ def _name_and_revision(folder: Path) -> tuple[str, str | None]:
     if path.parent.name == "snapshots" and repo.startswith("models--") and COMMIT.fullmatch(path.name):
         return repo.removeprefix("models--").replace("--", "/"), path.name
     note = path / ".cache" / "huggingface" / "download" / "config.json.metadata"
-    commit = note.read_text(encoding="utf-8").partition("\n")[0] if note.is_file() else ""
+    try:
+        commit = read_text(note).partition("\n")[0] if note.is_file() else ""
+    except UserError as e:
+        warn(f"{e.problem}: the model's revision is not known")
+        commit = ""
     return path.resolve().name, commit if COMMIT.fullmatch(commit) else None
 
 
@@ -88,9 +92,9 @@ def front_matter(card: Path) -> dict[str, Any]:
     """The YAML between the first two `---` lines of a model card; {} if there is none."""
     if not card.is_file():
         return {}
-    text = card.read_text(encoding="utf-8", errors="replace").lstrip("\ufeff")
-    match = re.match(r"---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", text, re.DOTALL)
     try:
+        text = read_bytes(card).decode(errors="replace").lstrip("\ufeff")
+        match = re.match(r"---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", text, re.DOTALL)
         values = parse_yaml(match[1], f"the front matter of {card}") if match else None
     except UserError as e:
         warn(f"{e.problem.splitlines()[0]}: it was not read")

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from llmc.errors import UserError
+from llmc.small_files import LARGE, read_text
 
 TOKENIZER = "tokenizer.json"
+HINT = "copy the base model's tokenizer files into it"
 
 
 def open_tokenizer_json(folder: Path) -> Any:
@@ -16,8 +18,14 @@ def open_tokenizer_json(folder: Path) -> Any:
 
     path = folder / TOKENIZER
     if not path.is_file():
-        raise UserError(f"{folder} has no {TOKENIZER}", "copy the base model's tokenizer files into it")
-    tokenizer = Tokenizer.from_file(str(path))
+        raise UserError(f"{folder} has no {TOKENIZER}", HINT)
+    text = read_text(path, LARGE, HINT)
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as e:
+        if type(e) is not Exception:  # the package raises Exception itself
+            raise
+        raise UserError(f"{path} is no tokenizer: {e}", HINT) from e
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer

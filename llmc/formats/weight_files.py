@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import re
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from llmc.console import warn
 from llmc.errors import UserError
 from llmc.formats import layouts
+from llmc.small_files import LARGE, read_json_object
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+AGAIN = "download the model again"
+PLAIN = re.compile(r"[^/\\\0]+\.safetensors")  # the name of a file beside the index
 
 
 def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
@@ -45,13 +47,11 @@ def _warn_of_leftovers(folder: Path, names: tuple[str, ...], read: str) -> None:
 
 def _weight_map(folder: Path) -> dict[str, str]:
     path = folder / INDEX
-    try:
-        weight_map: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        names = set(weight_map.values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise UserError(f"{path} is damaged", "download the model again") from e
-    for n in names:
-        if not isinstance(n, str) or "/" in n or "\\" in n or n in ("", "..") or not n.endswith(".safetensors"):
-            raise UserError(f"{path} points outside the folder: {n!r}",
+    weight_map = read_json_object(path, LARGE, AGAIN).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{path} has no weight_map that names the file of each tensor", AGAIN)
+    for n in weight_map.values():
+        if not isinstance(n, str) or not PLAIN.fullmatch(n):
+            raise UserError(f"{path} points outside the folder: {n!r:.100}",
                             "do not trust this model; shards must be .safetensors files beside the index")
     return weight_map

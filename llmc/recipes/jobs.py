@@ -12,15 +12,14 @@ from typing import Any
 
 from llmc.errors import UserError
 from llmc.export.formats import FORMATS
-from llmc.files import sha256
+from llmc.files import read_note, sha256
 from llmc.formats.artifacts.table import artifact_at
 from llmc.formats.manifest import manifest_path, read_manifest, versions
-from llmc.places import check_place
+from llmc.places import check_place, real
 from llmc.recipes.chain import Chain, Step
 from llmc.recipes.commands import PAGE, REPORT
 from llmc.recipes.identity import Hashes, key, model_digest
 from llmc.recipes.recipe import BASE
-from llmc.small_files import DELETE, LARGE, read_json_object
 from llmc.temporary import remove, restore
 
 SCHEMA = 1
@@ -53,10 +52,7 @@ class Job:
 
     def record(self) -> dict[str, Any] | None:
         """`.done.json`, or None while the job is not done."""
-        path = self.folder / DONE
-        if not path.is_file():
-            return None
-        found = read_json_object(path, LARGE, DELETE)
+        found = read_note(self.folder / DONE)
         return found if found.get("schema") == SCHEMA and found.get("key") == self.key else None
 
 
@@ -65,7 +61,7 @@ def open_folder(folder: Path, base: str | None = None) -> Hashes:
     if not (folder / MARK).is_file():
         if any(folder.iterdir()) if folder.is_dir() else folder.exists():
             raise UserError(f"{folder} exists and is not the folder of a recipe run", "choose another folder with -o")
-        check_place(folder.resolve(), (base,), folder=True)
+        check_place(real(folder), (base,), folder=True)
     return Hashes(folder / HASHES)
 
 
@@ -128,8 +124,7 @@ def finished_but_unrecorded(job: Job) -> bool:
 
 def may_resume(job: Job) -> bool:
     """Whether an interrupted job can continue. It needs the versions of libraries that it started with."""
-    path = job.folder / STARTED
-    return path.is_file() and read_json_object(path, LARGE, DELETE) == started(job)
+    return read_note(job.folder / STARTED) == started(job)
 
 
 def started(job: Job) -> dict[str, Any]:

@@ -22,14 +22,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from llmc import small_files
 from llmc.errors import UserError
 from llmc.recipes.commands import COMMANDS
-from llmc.small_files import parse_yaml, refuse_aliases
+from llmc.small_files import MEGABYTE, parse_yaml, refuse_aliases
 
 BASE, EACH = "base", "each"  # names that no step may have
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,47}")
 KEYS = ("about", "model", "defaults", "steps")
-MAX_BYTES = 1 << 20  # a larger file is not a recipe
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,8 @@ def read_text(recipe: str | Path) -> tuple[str, str, Path]:
     """(name, text, folder) of a recipe file or a shipped recipe."""
     path = Path(recipe).expanduser()
     if path.is_file():
-        if path.stat().st_size > MAX_BYTES:
-            raise UserError(f"{path} is not a recipe: it has {path.stat().st_size:,} bytes", "give a YAML file with `steps`")
-        try:
-            stem = re.sub(r"[^\w.-]+", "-", path.name.removesuffix(".yaml").removesuffix(".yml")).strip(".-")
-            return stem or "recipe", path.read_text(encoding="utf-8"), path.parent
-        except UnicodeDecodeError as e:
-            raise UserError(f"{path} is not UTF-8 text (byte {e.start})", "give a YAML file with `steps`") from e
+        stem = re.sub(r"[^\w.-]+", "-", path.name.removesuffix(".yaml").removesuffix(".yml")).strip(".-")
+        return stem or "recipe", small_files.read_text(path, MEGABYTE, "give a YAML file with `steps`"), path.parent
     if str(recipe) in shipped():
         file = resources.files("llmc.recipes").joinpath("shipped", f"{recipe}.yaml")
         return str(recipe), file.read_text(encoding="utf-8"), Path()

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from llmc.console import warn
+from llmc.errors import UserError
 from llmc.evals.compare.schema import Comparison
 from llmc.files import staged_file, write_json
 from llmc.formats.manifest import read_manifest, versions
@@ -19,6 +22,8 @@ from llmc.recipes.commands import PAGE, REPORT
 from llmc.recipes.jobs import Job, measuring, weight_bytes
 from llmc.recipes.recipe import BASE
 from llmc.recipes.schema import ComparisonFacts, Provenance, RecipeFacts, RunArtifact, RunReport, StepReport
+from llmc.small_files import LARGE, read_json_object
+from llmc.typed_dicts import differences
 
 SCHEMA = 1
 KIND = "llmc-recipe-report"
@@ -43,12 +48,14 @@ def write(chain: Chain, jobs: Mapping[str, Job], folder: Path, ran: list[str]) -
 
 def read(path: Path) -> RunReport | None:
     """The report of an earlier run; None if there is none or this version cannot read it."""
-    try:
-        found: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    if not os.path.lexists(path):
         return None
-    readable = isinstance(found, dict) and (found.get("kind"), found.get("schema")) == (KIND, SCHEMA)
-    return cast(RunReport, found) if readable else None
+    try:
+        found = read_json_object(path, LARGE)
+    except UserError as e:
+        warn(f"{e.problem}: it is written again")
+        return None
+    return None if differences(found, RunReport) else cast(RunReport, found)
 
 
 def described(chain: Chain, jobs: Mapping[str, Job]) -> RecipeFacts:
@@ -145,6 +152,6 @@ def _short_pass(pass_entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _comparison(job: Job) -> ComparisonFacts:
-    result: Comparison = json.loads(job.artifact.read_text(encoding="utf-8"))
+    result = cast(Comparison, read_json_object(job.artifact, LARGE))  # a job that is done: the file is as it was written
     return {"job": job.id, "page": str(job.folder / "compare.html"), "gates": result["gates"], "passed": result["passed"],
             "baseline": result["baseline"], "artifacts": [a["name"] for a in result["artifacts"]]}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from typing import Any
 from llmc import api
 from llmc.console import duration, say
 from llmc.errors import UserError
-from llmc.files import write_json, writing
+from llmc.files import write_json, write_sealed, writing
 from llmc.locks import locked
 from llmc.recipes import report
 from llmc.recipes.chain import Chain, load
@@ -86,7 +85,7 @@ def run_job(job: Job, jobs: Mapping[str, Job], chain: Chain) -> dict[str, Any]:
         if not resumed or not job.step.typed.command.resumes or (job.folder / DONE).exists():
             clear(job)
         job.folder.mkdir(parents=True, exist_ok=True)
-        write_json(job.folder / STARTED, started(job))
+        write_sealed(job.folder / STARTED, started(job))
         begun = time.monotonic()
         try:
             call_command(job, jobs, chain)
@@ -98,7 +97,7 @@ def run_job(job: Job, jobs: Mapping[str, Job], chain: Chain) -> dict[str, Any]:
     made = weight_bytes(job.artifact) if job.step.typed.command.makes_model else left
     record = {"schema": SCHEMA, "key": job.key, "job": job.id, "seconds": seconds, "resumed": resumed, "bytes": made,
               "left": left, "files": files}
-    write_json(job.folder / DONE, record)
+    write_sealed(job.folder / DONE, record)
     (job.folder / STARTED).unlink()
     return record
 
@@ -138,10 +137,12 @@ def call_command(job: Job, jobs: Mapping[str, Job], chain: Chain) -> None:
 def distinct_reports(step: Any, jobs: Mapping[str, Job], chain: Chain) -> list[Path]:
     """The report files of a compare step. If two artifacts have the same bytes (healing found nothing better), the later
     one is left out, and a message says so."""
+    from llmc.evals.report.store import read_report
+
     files: list[Path] = []
     seen: dict[str, str] = {}
     for target, paths in report.measured(step, jobs, chain).items():
-        sha = json.loads(paths[0].read_text(encoding="utf-8"))["artifact"]["sha256"]
+        sha = read_report(paths[0])["artifact"]["sha256"]
         if sha in seen:
             say(f"{target} has the same bytes as {seen[sha]}: it is not compared twice")
             continue

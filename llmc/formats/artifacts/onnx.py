@@ -7,7 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from llmc.errors import UserError
 from llmc.formats.artifact import Artifact, collected
+from llmc.formats.genai_config import AGAIN
 from llmc.formats.onnx_folder import GENAI, OnnxFolder, is_onnx_folder, open_onnx
 
 if TYPE_CHECKING:
@@ -49,16 +51,19 @@ class OnnxArtifact(Artifact):
         source = self._open()
         model = source.genai.get("model", {})
         decoder, config = model.get("decoder", {}), source.config
-        return {"layers": int(decoder.get("num_hidden_layers") or config["num_hidden_layers"]),
-                "heads": int(decoder.get("num_attention_heads") or config["num_attention_heads"]),
-                "vocabulary": int(model.get("vocab_size") or config["vocab_size"])}
+        found: dict[str, Any] = {
+            "layers": decoder.get("num_hidden_layers") or config.get("num_hidden_layers"),
+            "heads": decoder.get("num_attention_heads") or config.get("num_attention_heads"),
+            "vocabulary": model.get("vocab_size") or config.get("vocab_size")}
+        if lacking := [name for name, value in found.items() if not isinstance(value, int)]:
+            raise UserError(f"neither {GENAI} nor config.json of {self.path} gives the number of {', '.join(lacking)}", AGAIN)
+        return {name: int(value) for name, value in found.items()}
 
     def kv_shape(self) -> KvShape | None:
-        from llmc.files import read_json
         from llmc.formats.kv import shape_of_config
 
-        config = read_json(self.path / "config.json")
-        decoder = read_json(self.path / GENAI).get("model", {}).get("decoder", {})
+        source = self._open()
+        config, decoder = source.config, source.genai.get("model", {}).get("decoder", {})
         return shape_of_config(config | config.get("text_config", {})
                                | {hf_key: decoder[key] for key, hf_key in NAMES.items() if key in decoder})
 

@@ -24,7 +24,7 @@ def artifact_at(path: Path) -> Artifact:
     """The artifact at a path. Raises UserError if there is none."""
     restore(path)
     cls = format_of(path)
-    if cls is None or not path.exists():
+    if cls is None or not (path.is_file() or path.is_dir()):
         raise no_artifact(path)
     return cls(path)
 
