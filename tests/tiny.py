@@ -125,7 +125,7 @@ def tokenizer(style: str = "gpt2") -> PreTrainedTokenizerFast:
 
 
 def config(family: str, **overrides: Any) -> Any:
-    kwargs = {**COMMON, **FAMILIES[family], **overrides}
+    kwargs = {**COMMON, **FAMILIES.get(family, {}), **overrides}
     return AutoConfig.for_model(family, **kwargs)
 
 

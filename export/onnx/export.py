@@ -35,7 +35,7 @@ def run(config: OnnxExportConfig) -> dict[str, Any]:
     if missing := [d for module, d in PACKAGES.items() if importlib.util.find_spec(module) is None]:
         raise UserError(f"exporting ONNX needs {', '.join(missing)}: to build the graph, write it and check it",
                         f"pip install 'llmc-toolkit[{'optimum' if config.exporter == 'optimum' else 'onnx'}]'")
-    from llmc.export.onnx import graph, plain
+    from llmc.export.onnx import builder, plain
 
     if config.exporter == "optimum":
         plain.check_packages()
@@ -48,7 +48,7 @@ def run(config: OnnxExportConfig) -> dict[str, Any]:
     if config.exporter == "optimum":
         plain.check_model(config, ckpt)
     else:
-        graph.find_architecture(ckpt.config)
+        builder.name_of(ckpt.config)
     source = source_of(folder)
     out = config.out or Path(f"{stem(folder, source)}-onnx")
     check_output(out, "onnx", config, folder)
@@ -64,7 +64,7 @@ def run(config: OnnxExportConfig) -> dict[str, Any]:
 
 def _write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> dict[str, Any]:
     """Plan, write and verify the folder `work`; return the report."""
-    from llmc.export.onnx import emit, files, graph, levels, rope, verify, w8a8_proof, writer
+    from llmc.export.onnx import emit, files, graph, levels, rope, skeleton, verify, w8a8_proof, writer
     from llmc.export.onnx.weights import Weights, form_name
     from llmc.export.parity import check_ids
     from llmc.formats import onnx_lint
@@ -75,7 +75,7 @@ def _write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> 
     threads = config.threads or physical_cores()
     hf = load_config(ckpt.folder)
     context, ends_early = rope.context_of(hf.to_dict())
-    model, rows, ends = graph.skeleton(ckpt, hf)
+    model, rows, ends = skeleton.skeleton(ckpt, hf)
     weights = Weights(config, ckpt, ends.embedding, ends.head)
     weights.notes += [ends_early] if ends_early else []
     emitter = emit.Emitter(weights, qdq=config.int4 == "qdq")

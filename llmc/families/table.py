@@ -1,14 +1,14 @@
 """The table: one row for each model family. A new row is usually a base row with some changes.
 
 Tests run every family of tests/tiny.py against torch and so verify its row. If a command does not support a family, the field
-of the row is empty (`gguf`, `onnx`), or a property gives the reason (`unrotatable`, `unnarrowable`).
+of the row is empty (`gguf`), or a property gives the reason (`unrotatable`, `unnarrowable`).
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from llmc.families.row import GELU_TANH, Family, Gguf, Onnx
+from llmc.families.row import GELU_TANH, Family, Gguf
 
 LLAMA = Family(
     "llama", "LlamaForCausalLM",
@@ -16,31 +16,26 @@ LLAMA = Family(
              "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
              "ffn_down": "mlp.down_proj"},
     attention_norm="input_layernorm", mlp_norm="post_attention_layernorm",
-    gguf=Gguf("llama", interleaved=True, rope=("linear", "yarn", "llama3", "longrope"), seventy_from=2),
-    onnx=Onnx("LlamaModel"))
-MISTRAL = replace(LLAMA, model_type="mistral", architecture="MistralForCausalLM", onnx=Onnx("MistralModel"))
-QWEN2 = replace(LLAMA, model_type="qwen2", architecture="Qwen2ForCausalLM", gguf=Gguf("qwen2", seventy_from=1),
-                onnx=Onnx("QwenModel"))
-QWEN3 = replace(LLAMA, model_type="qwen3", architecture="Qwen3ForCausalLM", gguf=Gguf("qwen3"), onnx=Onnx("Qwen3Model"),
+    gguf=Gguf("llama", interleaved=True, rope=("linear", "yarn", "llama3", "longrope"), seventy_from=2))
+MISTRAL = replace(LLAMA, model_type="mistral", architecture="MistralForCausalLM")
+QWEN2 = replace(LLAMA, model_type="qwen2", architecture="Qwen2ForCausalLM", gguf=Gguf("qwen2", seventy_from=1))
+QWEN3 = replace(LLAMA, model_type="qwen3", architecture="Qwen3ForCausalLM", gguf=Gguf("qwen3"),
                 head_norms=("self_attn.q_norm", "self_attn.k_norm"))
 GEMMA2 = replace(
     LLAMA, model_type="gemma2", architecture="Gemma2ForCausalLM", mlp_norm="pre_feedforward_layernorm",
     post_norms=("post_attention_layernorm", "post_feedforward_layernorm"), offset=1.0, scaled_embedding=True,
     gguf=Gguf("gemma2", GELU_TANH, own_head=False, window="layers", wide_scale_layers=46,
-              softcaps={"attn_logit_softcapping": True, "final_logit_softcapping": True}),
-    onnx=Onnx("Gemma2Model"))
+              softcaps={"attn_logit_softcapping": True, "final_logit_softcapping": True}))
 GEMMA3 = replace(
     GEMMA2, model_type="gemma3_text", architecture="Gemma3ForCausalLM", head_norms=QWEN3.head_norms,
     gguf=Gguf("gemma3", GELU_TANH, window="layers", wide_scale_layers=62, softcaps={"final_logit_softcapping": False},
-              assumed={"attn_logit_softcapping": None, "use_bidirectional_attention": False}),
-    onnx=Onnx("Gemma3Model", genai_type="gemma3_text"))
+              assumed={"attn_logit_softcapping": None, "use_bidirectional_attention": False}))
 PHI3 = replace(
     LLAMA, model_type="phi3", architecture="Phi3ForCausalLM",
     linears={"attn_qkv": "self_attn.qkv_proj", "attn_output": "self_attn.o_proj", "ffn_up": "mlp.gate_up_proj",
              "ffn_down": "mlp.down_proj"},
     # without the key, older versions of llama.cpp assume Phi-3-mini's window
-    gguf=Gguf("phi3", window="key", rope=("linear", "yarn", "longrope"), partial_rotary=True),
-    onnx=Onnx("Phi3MiniModel"))
+    gguf=Gguf("phi3", window="key", rope=("linear", "yarn", "longrope"), partial_rotary=True))
 GPT2 = Family(
     "gpt2", "GPT2LMHeadModel",
     linears={"attn_qkv": "attn.c_attn", "attn_output": "attn.c_proj", "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
