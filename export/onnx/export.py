@@ -64,7 +64,7 @@ def run(config: OnnxExportConfig) -> dict[str, Any]:
 
 def _write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> dict[str, Any]:
     """Plan, write and verify the folder `work`; return the report."""
-    from llmc.export.onnx import emit, files, graph, levels, rope, skeleton, verify, w8a8_proof, writer
+    from llmc.export.onnx import emit, files, genai, graph, levels, rope, skeleton, verify, w8a8_proof, writer
     from llmc.export.onnx.weights import Weights, form_name
     from llmc.export.parity import check_ids
     from llmc.formats import onnx_lint
@@ -83,7 +83,7 @@ def _write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> 
     weights.notes += ignored("ONNX Runtime", hf, graph.windowed(made))
     tok = load_tokenizer(ckpt.folder)
     template = files.copy_tokenizer(ckpt.folder, work, tok, config.chat_template)
-    weights.notes += note_of_eos(tok)
+    weights.notes += note_of_eos(tok) + genai.note_of_special(tok)
     total = sum(e.nbytes for e in emitter.entries.values())
     check_disk(work, total + (64 << 20), f"writing {out}")
     for note in weights.notes:
@@ -104,11 +104,7 @@ def _write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> 
     notes = weights.notes + onnx_lint.as_notes(findings)
     for note in onnx_lint.as_notes(findings):
         say(f"note: {note}")
-    genai = verify.in_genai(work, tok, template, hf.get_text_config().vocab_size, context)
-    if not genai["token_ids"]["combining_marks_alike"]:
-        warn("words with combining marks (Hindi, Tamil, Thai …) are tokenized differently by onnxruntime-genai")
-    if not genai["token_ids"]["leading_space_alike"]:
-        warn("a text that begins with a space is tokenized differently by onnxruntime-genai and by transformers")
+    proved = genai.prove(work, tok, template, hf.get_text_config().vocab_size, context)
     return {
         "path": out, "source": str(ckpt.folder), "architecture": hf.architectures[0],
         "bytes": sum(p.stat().st_size for p in work.iterdir() if p.is_file()),
@@ -118,7 +114,7 @@ def _write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> 
         "accuracy_level": taken.level, "head_accuracy_level": taken.head, "accuracy_reason": reason,
         "accuracy_levels": [asdict(m) for m in measured],
         "chat_template_sha256": hash_template(template), "notes": notes, "lint": [asdict(f) for f in findings],
-        "seconds": round(time.perf_counter() - started, 1), **genai,
+        "seconds": round(time.perf_counter() - started, 1), **proved,
     }
 
 

@@ -3,7 +3,7 @@
 1. Every tensor is read back from the finished files with the onnx package. Codes, scales and zero points must equal the
    checkpoint's bit for bit, floats in their type, and the builder's own tensors must not change.
 2. ONNX Runtime opens the file and must give torch's logits. W8A8 is verified in steps (w8a8_proof.py).
-3. onnxruntime-genai must give the token ids of the model's tokenizer. It generates 16 tokens for the user to read.
+3. onnxruntime-genai must give the token ids of the model's tokenizer (genai.py). It generates 16 tokens for the user to read.
 """
 
 from __future__ import annotations
@@ -17,23 +17,17 @@ import torch
 
 from llmc.console import progress
 from llmc.errors import UserError
-from llmc.export import token_proof
 from llmc.export.onnx import layout
 from llmc.export.onnx.emit import Placed
 from llmc.export.onnx.w8a8_proof import Linears
 from llmc.export.onnx.weights import W8A8, Weights
-from llmc.export.parity import GENERATED, PLEASE_REPORT, PROMPT, compare_logits, first_difference, show
+from llmc.export.parity import PLEASE_REPORT, compare_logits
 from llmc.export.reference import reference_logits
-from llmc.files import read_json
 from llmc.formats import quantized
-from llmc.formats.chat_template import Template
-from llmc.formats.check_text import CHECK_TEXT, MARKS
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.onnx_folder import open_onnx
-from llmc.formats.tokenizer_json import TOKENIZER
 from llmc.formats.types import IntegerType, QuantizedTensor
 from llmc.runtimes.onnx_model import OnnxModel
-from llmc.runtimes.onnx_session import genai_library
 
 # Bounds of the logits at accuracy level 0, both sides in float32. Trained and untrained models have a relative error of 1e-6.
 # Gemma has up to 1e-3: the builder rounds the factor of its embedding to two decimals
@@ -151,42 +145,3 @@ def bounded(expected: np.ndarray, found: np.ndarray, what: str) -> dict[str, Any
             f"divergence {kld:.3g} (at most {MOST_KLD:g}), top-1 agreement {top1:.0%}", PLEASE_REPORT)
     return {"tokens": len(found), "relative_error": relative, "max_relative_error": MOST_RELATIVE, "mean_kld": kld,
             "max_mean_kld": MOST_KLD, "top1_agreement": top1}
-
-
-def in_genai(folder: Path, tokenizer: Any, template: Template | None, rows: int, context_length: int) -> dict[str, Any]:
-    """Open the folder in onnxruntime-genai, compare the token ids and continue PROMPT greedily; return the results.
-
-    template: the chat templates of the folder. rows: of the embedding."""
-    og = genai_library()
-    try:
-        model = og.Model(str(folder))
-        genai_tokenizer = og.Tokenizer(model)
-    except RuntimeError as e:
-        raise UserError(f"onnxruntime-genai does not open the folder: {e}", PLEASE_REPORT) from e
-    alike = {}
-    for text in (CHECK_TEXT, MARKS, " a"):
-        expected, found = list(tokenizer(text)["input_ids"]), genai_tokenizer.encode(text).tolist()
-        at = first_difference(expected, found)
-        alike[text] = at is None
-        if text is CHECK_TEXT and at is not None:
-            raise UserError("onnxruntime-genai does not tokenize as the model does: "
-                            f"{show(at[0], expected, found, tokenizer)}",
-                            "its tokenizer does not support this kind; export it as GGUF (--format gguf)")
-    side = token_proof.Side("onnxruntime-genai", lambda text: list(tokenizer(text)["input_ids"]),
-                            lambda text: genai_tokenizer.encode(text).tolist(),
-                            "export it as GGUF (--format gguf), or leave the template out (--chat-template drop)")
-    prompts = token_proof.chats(side, tokenizer, template)
-    spec = read_json(folder / TOKENIZER)
-    beside = token_proof.added(side, tokenizer, spec, [t for t in spec.get("added_tokens", []) if t["id"] < rows])
-    params = og.GeneratorParams(model)
-    prompt = list(tokenizer(PROMPT)["input_ids"])
-    params.set_search_options(max_length=min(len(prompt) + GENERATED, context_length), do_sample=False)
-    generator = og.Generator(model, params)
-    generator.append_tokens(prompt)
-    while not generator.is_done():
-        generator.generate_next_token()
-    made = generator.get_sequence(0).tolist()
-    return {"token_ids": {"text_tokens": len(tokenizer(CHECK_TEXT)["input_ids"]), "chat_tokens": prompts,
-                          "around_added_tokens": beside, "combining_marks_alike": alike[MARKS],
-                          "leading_space_alike": alike[" a"]},
-            "generated": tokenizer.decode(made, skip_special_tokens=True), "generated_tokens": len(made) - len(prompt)}
