@@ -1,7 +1,7 @@
 """The proof in onnxruntime-genai: it opens the folder, gives the token ids of the model's tokenizer, and generates.
 
-onnxruntime-genai reads tokenizer.json with a tokenizer of its own (onnxruntime-extensions). A file tokenizer_module.json beside
-it changes what that tokenizer does, and nobody else reads it.
+onnxruntime-genai reads tokenizer.json with a tokenizer of its own (onnxruntime-extensions). A file tokenizer_module.json
+beside it changes what that tokenizer does, and nobody else reads it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from llmc.formats.tokenizer_json import TOKENIZER
 from llmc.runtimes.onnx_session import genai_library
 
 MODULE = "tokenizer_module.json"
-# For all classes but Gemma's, onnxruntime-extensions cuts a SentencePiece text as Llama 3 does, between the spaces of a run too.
-# Gemma's pieces may cross nothing but the beginning of a word, which is how SentencePiece's own BPE works
+# For all classes but Gemma's, onnxruntime-extensions cuts a SentencePiece text as Llama 3 does, inside a run of spaces too.
+# For Gemma's it cuts only before words, where no piece of SentencePiece goes across
 LIKE_GEMMA = "GemmaTokenizer"
 LONG = "a" + " " * 130 + "b"
 # {key of the report: (text, what is warned of if its ids differ)}
@@ -74,8 +74,8 @@ def note_of_special(tokenizer: Any) -> list[str]:
 
 
 def _tokenizer(og: Any, model: Any, folder: Path, tokenizer: Any) -> Any:
-    """onnxruntime-genai's tokenizer of the folder, with special tokens, after its ids were compared. If it cuts pieces that hold
-    spaces, MODULE is written into the folder."""
+    """onnxruntime-genai's tokenizer of the folder, with special tokens, after its ids were compared. If it cuts pieces that
+    hold spaces, MODULE is written into the folder."""
     before, after = _special(tokenizer)
     for module in (None, {"tokenizer_class": LIKE_GEMMA, "add_bos_token": bool(before), "add_eos_token": bool(after)}):
         if module is not None:
