@@ -24,13 +24,15 @@ from torch import nn
 
 from llmc.compress.arguments import LayerArguments
 from llmc.compress.layer_run import LayerRun
+from llmc.compress.mixture_run import MixtureRun
 from llmc.compress.passes import LayerPass, LayerWatch
-from llmc.compress.skeleton import Skeleton, get_weight, trace_layer
+from llmc.compress.skeleton import LinearGroup, Skeleton, trace_layer
 from llmc.compress.states import StateStore
 from llmc.compress.unfinished import open_unfinished
-from llmc.console import progress
+from llmc.console import progress, warn
 from llmc.errors import UserError
 from llmc.files import fsync, staged_file, write_json
+from llmc.formats.linears import get_weight
 
 # The unchanged model also runs, on an eighth of the sequences and on at least 16. It does not run on all of them, because
 # this second forward pass takes time. Error of the states after 13 layers of SmolLM2-135M (128 sequences): 1.55 % with 32
@@ -206,35 +208,41 @@ class Loop:
 
     def _one(self, pass_: LayerPass | LayerWatch, index: int, layer: nn.Module) -> dict[str, Any]:
         """Run the pass over one layer and write its output states. Returns the layer's record."""
+        experts: dict[str, Any] = {}
         if self.streams.stores:
-            self._with_text(pass_, index, layer)
+            experts = self._with_text(pass_, index, layer)
         else:
             assert isinstance(pass_, LayerPass), "there is nothing to watch without text"
             groups = pass_.groups(layer)
             pass_.begin(index, layer, groups)
             for group in groups:
-                pass_.change(layer, group, None)
+                with self.skeleton.filled(layer.get_submodule(n) for n in group.names):
+                    pass_.change(layer, group, None)
         tensors, record = pass_.finish(index, layer)
+        if experts:
+            record |= {"experts": experts, "events": [*record.get("events", ()), *sparse(index, experts)]}
         self.work.save_layer(index, tensors, record)
         return record
 
-    def _with_text(self, pass_: LayerPass | LayerWatch, index: int, layer: nn.Module) -> None:
-        """Run the pass over one layer with text, and run the layer."""
+    def _with_text(self, pass_: LayerPass | LayerWatch, index: int, layer: nn.Module) -> dict[str, Any]:
+        """Run the pass over one layer with text, and run the layer. Returns what reached its experts, by their module."""
         store, arguments, settings = self.streams.stores[0], self.streams.arguments[index], self.settings
         trace = trace_layer(layer, store.read(0, 1).to(self.skeleton.device), arguments.of(1))
-        ran = {name for group in trace.groups for name in group.names}
+        run = LayerRun(layer, arguments, trace, store, self.work.folder, settings.true_sequential, settings.workers,
+                       settings.peaks)
+        groups = [*trace.groups, *(g for m in run.mixtures for n in range(m.experts.count) for g in m.groups(n))]
+        ran = {name for group in groups for name in group.names}
         prefix = self.skeleton.layer_name(index)
         if idle := sorted({f"{prefix}.{n}" for n in set(self.skeleton.linears(index)) - ran} - self.skeleton.kept):
             raise UserError(f"{idle[0]} did not run on the calibration text",
-                            "mixtures of experts are not supported yet")
-        pass_.begin(index, layer, trace.groups)
-        run = LayerRun(layer, arguments, trace, store, self.work.folder, settings.true_sequential, settings.workers,
-                       settings.peaks)
+                            f"leave it as it is with --keep {idle[0].rpartition('.')[2]}, or use --method rtn")
+        pass_.begin(index, layer, groups)
         try:
             if isinstance(pass_, LayerWatch):
                 run.watch(pass_.see)
             else:
                 self._change(pass_, layer, run)
+            return {mixture.name: mixture.coverage(store) for mixture in run.mixtures}
         finally:
             run.close()
 
@@ -242,10 +250,39 @@ class Loop:
         """Let the pass change every group, then run the changed layer."""
         for reference in self.streams.stores[1:]:
             run.keep_unchanged_inputs(reference)
-        for stage in [[g] for g in run.groups] if self.settings.true_sequential else [run.groups]:
+        for stage in stages(run, self.settings.true_sequential):
+            if isinstance(stage, MixtureRun):
+                run.change_experts(stage, lambda group, statistics: pass_.change(layer, group, statistics))
+                continue
             for group, statistics in zip(stage, run.gather(stage), strict=True):
                 pass_.change(layer, group, statistics)
         run.write_outputs()
+
+
+def sparse(index: int, experts: dict[str, Any]) -> list[str]:
+    """Sentences on the experts of a layer that few tokens reached."""
+    found = []
+    for name, seen in experts.items():
+        if seen["starved"]:
+            tokens = seen["tokens"]
+            least = min(range(len(tokens)), key=tokens.__getitem__)
+            found.append(f"{name}: {seen['starved']} of {len(tokens)} experts saw fewer tokens than they have columns "
+                         f"({seen['unseen']} none; least: expert {least} of layer {index} saw {tokens[least]} tokens, "
+                         f"{tokens[least] / seen['columns']:.1f} per column): their statistics lean on the layer's")
+            warn(f"layer {index}: {found[-1]}")
+    return found
+
+
+def stages(run: LayerRun, sequential: bool) -> list[list[LinearGroup] | MixtureRun]:
+    """What is changed one after another in a layer: groups of linears, and modules of experts. Beside experts the groups
+    are always changed one after another, because the layer cannot run through its experts for each of them."""
+    if not run.mixtures:
+        return [[g] for g in run.groups] if sequential else [run.groups]
+    found: list[list[LinearGroup] | MixtureRun] = []
+    for position in range(len(run.groups) + 1):
+        found += [m for m in run.mixtures if m.after == position]
+        found += [[g] for g in run.groups[position : position + 1]]
+    return found
 
 
 def spread(sequences: torch.Tensor, first: int) -> torch.Tensor:

@@ -15,10 +15,11 @@ from typing import Any
 
 from torch import nn
 
-from llmc.compress.skeleton import EXPERTS, Skeleton, get_weight, is_linear
+from llmc.compress.skeleton import EXPERTS, Skeleton
 from llmc.console import warn
 from llmc.errors import UserError
 from llmc.formats.layouts import listed
+from llmc.formats.linears import get_weight, is_linear
 
 MOST_UNKNOWN = 0.01  # of the layers' weights
 NARROWEST = 32  # weights of the smallest block
@@ -156,5 +157,5 @@ def _count(found: list[Parameter]) -> int:
 
 
 def _starred(name: str) -> str:
-    """The name with * for the number of its layer."""
-    return re.sub(r"\.\d+\.", ".*.", name, count=1)
+    """The name with * for the numbers of its layer and its expert."""
+    return re.sub(r"\.\d+(?=\.)", ".*", name)

@@ -15,9 +15,10 @@ from torch import nn
 
 from llmc.compress.calibration import sequences_at_once, walk
 from llmc.compress.ends import is_tied, name_of, stored_head
-from llmc.compress.skeleton import Skeleton, get_weight, set_weight
+from llmc.compress.skeleton import Skeleton
 from llmc.compress.teaching.loss import CHUNK_BYTES, divergence
 from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.linears import get_weight, set_weight
 from llmc.formats.types import AnyType
 from llmc.rounding.rtn import rtn
 

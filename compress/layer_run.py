@@ -13,9 +13,11 @@ import torch
 from torch import nn
 
 from llmc.compress.arguments import LayerArguments
-from llmc.compress.skeleton import Ending, LayerTrace, LinearGroup, StopForward, get_weight, replaced
+from llmc.compress.mixture_run import ENOUGH, STRENGTH, MixtureRun, Routed
+from llmc.compress.skeleton import Ending, LayerTrace, LinearGroup, StopForward, replaced
 from llmc.compress.states import Scratch, StateStore
 from llmc.compress.workers import share
+from llmc.formats.linears import get_weight
 from llmc.precision import fast_forward, fast_matmul, matmul_precision
 
 
@@ -64,14 +66,83 @@ class LayerRun:
         self.endings = trace.endings if sequential else {}
         self.inputs = {e.linear: Scratch(scratch / f"input-{part}", dtype) for part, e in self.endings.items()}
         self.unchanged = {g.names[0]: Scratch(scratch / f"unchanged-{i}", dtype) for i, g in enumerate(trace.groups)}
+        self.mixtures = [MixtureRun(name, layer.get_submodule(name), after, scratch)  # type: ignore[arg-type]
+                         for name, after in trace.mixtures.items()]
 
     def keep_unchanged_inputs(self, store: StateStore) -> None:
         """Run the unchanged layer over the reference states and store the input of every group."""
+        self.run_experts(store)
         self._watched(store, lambda group, x: self.unchanged[group.names[0]].put(self.current.batch, x), self.workers)
 
     def watch(self, see: Callable[[LinearGroup, torch.Tensor], None]) -> None:
         """Run the unchanged layer and call `see` with the input of every group, in the order of the batches."""
+        for mixture in self.mixtures:
+            def show(number: int, routed: Routed, mixture: MixtureRun = mixture) -> None:
+                for last, group in enumerate(mixture.groups(number)):
+                    for rows, _, _ in mixture.inputs(number, routed, bool(last)):
+                        see(group, rows[None])
+            self.route(mixture, self.store)
+            mixture.run(self.store, show)
         self._watched(self.store, see, workers=1)
+
+    def run_experts(self, store: StateStore) -> None:
+        """Run the experts as they are over a stream. Later runs of the layer over this stream take their outputs."""
+        for mixture in self.mixtures:
+            self.route(mixture, store)
+            mixture.run(store)
+
+    def route(self, mixture: MixtureRun, store: StateStore) -> None:
+        """Run the layer up to a module of experts and keep what the router sends there."""
+        self._forward(store, 1, {mixture.name: mixture.recorder(store, self._position)})
+
+    def change_experts(self, mixture: MixtureRun,
+                       change: Callable[[LinearGroup, InputStatistics], None]) -> None:
+        """Let a pass change every expert, one after another. Later runs of the layer take the changed experts' outputs."""
+        self.route(mixture, self.store)
+
+        def visit(number: int, routed: Routed) -> None:
+            for last, group in enumerate(mixture.groups(number)):
+                change(group, self._of_expert(mixture, number, routed, bool(last)))
+
+        mixture.run(self.store, visit)
+
+    def _of_expert(self, mixture: MixtureRun, number: int, routed: Routed, last: bool) -> InputStatistics:
+        """The statistics of the input of an expert's first linears, or of its last one (see mixture_run.py)."""
+        group = mixture.groups(number)[last]
+        found = InputStatistics(torch.zeros(group.in_features, group.in_features, device=self.device))
+        if self.peaks:
+            found.peak = torch.zeros(group.in_features, device=self.device)
+        tokens, weights = routed.sent_to(number)
+        for x, part, by in mixture.inputs(number, routed, last):
+            add_gram(found.hessian, self._weighted(mixture, number, x, part, by, last))
+            found.tokens += len(x)
+            if found.peak is not None:
+                found.peak = torch.maximum(found.peak, x.abs().amax(0).float())
+        if len(tokens) < ENOUGH * group.in_features:
+            typical = float(weights.square().mean().sqrt()) if len(weights) else float(routed.weights.mean())
+            prior, n = torch.zeros_like(found.hessian), 0
+            for x, part, by in mixture.inputs(number, routed, last, sample=True):
+                add_gram(prior, self._weighted(mixture, number, x, part, by * typical, last))
+                n += len(x)
+            found.hessian.add_(prior, alpha=STRENGTH * group.in_features / n)
+        mirror_upper(found.hessian)
+        return found
+
+    def _weighted(self, mixture: MixtureRun, number: int, x: torch.Tensor, tokens: torch.Tensor, by: torch.Tensor,
+                  last: bool) -> torch.Tensor:
+        """Rows x [n, in] of an expert's linear, times the weight of their tokens in the output of the layer."""
+        scale = by.to(self.device)
+        if last:
+            hidden = self.store.rows(tokens).to(self.device)
+            with fast_forward(self.device):
+                added = mixture.experts.outer(number, x).float() * scale[:, None]
+            norm = torch.maximum(torch.linalg.vector_norm(hidden, dim=-1), torch.linalg.vector_norm(hidden + added, dim=-1))
+            scale = scale / norm.mul_(hidden.shape[-1] ** -0.5).clamp_min_(1e-6)
+        return x.float() * scale[:, None]
+
+    def _position(self) -> int:
+        """The first sequence of this thread's batch."""
+        return self.current.batch * self.store.batch
 
     def write_outputs(self) -> None:
         """Run the changed layer. Its output is written to the store as the next states."""
@@ -148,8 +219,10 @@ class LayerRun:
         norm = torch.maximum(torch.linalg.vector_norm(hidden, dim=-1), torch.linalg.vector_norm(hidden + added, dim=-1))
         return norm.mul_(hidden.shape[-1] ** -0.5).clamp_min_(1e-6).reciprocal_().view(-1, 1)
 
-    def _forward(self, store: StateStore, workers: int) -> None:
-        """Run the layer over the states of `store` and write its output there, except for batches that a hook stopped."""
+    def _forward(self, store: StateStore, workers: int, instead: dict[str, Callable[..., Any]] | None = None) -> None:
+        """Run the layer over the states of `store` and write its output there, except for batches that a hook stopped.
+
+        instead: {name of a module: function that runs in its place}."""
         batches = list(enumerate(store.starts()))
 
         def job(worker: int) -> Iterator[None]:
@@ -161,12 +234,16 @@ class LayerRun:
                     store.write(first, out[0] if isinstance(out, tuple) else out)
                 yield
 
-        with fast_matmul(), replaced(self.layer, self._shortcuts()):
+        with fast_matmul(), replaced(self.layer, self._shortcuts(store) | (instead or {})):
             share(workers, job)
 
-    def _shortcuts(self) -> dict[str, Callable[..., Any]]:
-        """Forward functions for the child modules whose last linear's input is known: they run that linear alone."""
+    def _shortcuts(self, store: StateStore) -> dict[str, Callable[..., Any]]:
+        """Forward functions for the child modules whose last linear's input is known: they run that linear alone. Experts
+        that have run return their outputs."""
         forwards: dict[str, Callable[..., Any]] = {}
+        for mixture in self.mixtures:
+            if (answer := mixture.answering(store, self._position)) is not None:
+                forwards[mixture.name] = answer
         for name, ending in self.endings.items():
             if self.inputs[ending.linear].places:
                 forwards[name] = self._ending(ending)
@@ -182,6 +259,8 @@ class LayerRun:
     def close(self) -> None:
         for scratch in [*self.inputs.values(), *self.unchanged.values()]:
             scratch.close()
+        for mixture in self.mixtures:
+            mixture.close()
 
 
 class Current(threading.local):

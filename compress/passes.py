@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from llmc.compress.layer_run import InputStatistics
-from llmc.compress.skeleton import LinearGroup, get_weight, is_linear
+from llmc.compress.skeleton import LinearGroup
+from llmc.formats.linears import get_weight, is_linear
 
 
 class LayerWork(ABC):

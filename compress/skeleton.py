@@ -10,7 +10,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,9 +21,11 @@ from llmc.errors import UserError
 from llmc.formats import contents, quantized
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.ends import Ends, ends_of
-from llmc.formats.hf import load_config
-from llmc.formats.layouts import listed
-from llmc.formats.names import Names, missing
+from llmc.formats.hf import empty_model, load_config
+from llmc.formats.linears import around, find_layers, is_linear
+from llmc.formats.mixture import Experts
+from llmc.formats.names import missing
+from llmc.formats.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -41,117 +43,35 @@ class StopForward(Exception):  # noqa: N818 - not an error
     """Raised by a hook to end a forward pass when the rest is not needed."""
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is an nn.Linear, or transformers' Conv1D (GPT-2), which stores its weight transposed."""
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, nn.Linear | Conv1D)
-
-
-def get_weight(linear: nn.Module) -> torch.Tensor:
-    """The weight as [out, in] (a view)."""
-    weight = linear.weight.data
-    assert isinstance(weight, torch.Tensor)
-    return weight if isinstance(linear, nn.Linear) else weight.t()
-
-
-def set_weight(linear: nn.Module, weight: torch.Tensor) -> None:
-    """Replace the weight by `weight` [out, in]."""
-    get_weight(linear).copy_(weight)
-
-
 class Skeleton:
     """The model of a checkpoint on the meta device. The caller loads and frees its parts."""
 
     def __init__(self, checkpoint: Checkpoint, device: str) -> None:
-        from accelerate import init_empty_weights
-        from transformers import AutoModelForCausalLM
-
         self.checkpoint, self.device = checkpoint, torch.device(device)
-        folder = str(checkpoint.folder)
-        try:
-            self.config = load_config(checkpoint.folder)
-            with init_empty_weights(include_buffers=False):
-                self.model = AutoModelForCausalLM.from_config(
-                    self.config, dtype=torch.float32, trust_remote_code=False)
-        except (ValueError, KeyError, ImportError) as e:
-            kind = checkpoint.config.get("model_type", "unknown")
-            raise UserError(f"transformers cannot build the architecture {kind!r} of {folder}: {str(e).splitlines()[0]}",
-                            "llmc needs a causal language model that transformers knows without remote code") from e
-        self.model.eval()
+        self.config = load_config(checkpoint.folder)
+        self.model = empty_model(self.config)
+        self.weights = Weights(checkpoint, self.model, device)
+        self.names, self.load, self.free, self.filled = (
+            self.weights.names, self.weights.load, self.weights.free, self.weights.filled)
         self.layers_name, self.layers = find_layers(self.model)
+        self.weights.unfuse(self.layers, self.layers_name)
         self.kept: frozenset[str] = frozenset()  # linears that no pass changes (coverage.py)
-        linears = quantized.linears(checkpoint)
-        self.names = Names.of(checkpoint, self.model, linears)
         self._check_layers()
         self.ends: Ends = ends_of(checkpoint, self.model, self.names)[0]
-        self._check_unread({part for linear in linears for part in quantized.parts(linear)})
+        self._check_unread({part for linear in quantized.linears(checkpoint) for part in quantized.parts(linear)})
 
     def _check_layers(self) -> None:
-        """Raise UserError if the checkpoint lacks a parameter of a decoder layer, and say what kind of model it is."""
-        folder, names = self.checkpoint.folder, self.checkpoint.names()
+        """Raise UserError if the checkpoint lacks a parameter of a decoder layer."""
         lacking = [f"{self.layers_name}.{n}" for n, _ in self.layers.named_parameters()
                    if self.names.locate(f"{self.layers_name}.{n}") is None]
-        if not lacking:
-            return
-        if experts := [n for n in names if EXPERTS.search(n)]:
-            share = sum(self.checkpoint.nbytes(n) for n in experts) / sum(map(self.checkpoint.nbytes, names))
-            raise UserError(f"{folder} is a mixture of experts, which llmc cannot change yet: {len(experts)} tensors of "
-                            f"experts ({listed(experts)}) are {100 * share:.1f} % of its bytes",
-                            "give a dense model; `llmc eval` runs this one, and llama.cpp's tools convert and quantize it")
-        kind = (self.checkpoint.config.get("architectures") or [""])[0]
-        if str(kind).endswith("ForConditionalGeneration") or "vision_config" in self.checkpoint.config:
-            raise UserError(f"{folder} is a multimodal model ({kind}), and its language model has other names in the files "
-                            f"(there is no {lacking[0]})",
-                            "give its language model as a folder of its own (the text-only checkpoint, or save "
-                            "`model.language_model` with its head by `save_pretrained`)")
-        raise missing(folder, *lacking)
+        if lacking:
+            raise missing(self.checkpoint.folder, *lacking)
 
     def _check_unread(self, codes: set[str]) -> None:
         known = {name for name, _ in self.model.named_buffers()}
         unread = [n for n in self.checkpoint.names() if n not in codes and n != self.ends.head and n not in known
                   and self.names.find_own(n) is None]
         contents.check_unread(self.checkpoint, unread, "are left as they are")
-
-    def load(self, module: nn.Module, prefix: str) -> None:
-        """Fill a module's parameters and persistent buffers from the checkpoint, in float32.
-
-        Embeddings keep their stored dtype, because they can be gigabytes; a hook casts their output to float32. UserError if
-        a tensor is missing or has another shape than in config.json.
-        """
-        for path, sub in module.named_modules():
-            here = f"{prefix}.{path}".strip(".")
-            embedding = isinstance(sub, nn.Embedding)
-            for name, _ in [*sub.named_parameters(recurse=False), *sub.named_buffers(recurse=False)]:
-                full = f"{here}.{name}"
-                stored = self.names.find(full)
-                if stored is None:
-                    if name in sub._buffers:  # computed when the module is built
-                        sub._buffers[name] = sub._buffers[name].to(self.device)  # type: ignore[union-attr]
-                        continue
-                    raise missing(self.checkpoint.folder, full)
-                value = self.checkpoint.tensor(stored)
-                if value.is_floating_point() and not embedding:
-                    value = value.to(torch.float32)
-                value = value.to(self.device)
-                if name in sub._buffers:
-                    sub._buffers[name] = value
-                    continue
-                expected = sub._parameters[name]
-                if expected is not None and expected.shape != value.shape:
-                    raise UserError(f"{stored} has shape {list(value.shape)}, config.json says {list(expected.shape)}",
-                                    "the checkpoint and its config.json do not belong together")
-                sub._parameters[name] = nn.Parameter(value, requires_grad=False)
-            if embedding and not sub._forward_hooks:
-                sub.register_forward_hook(lambda _m, _args, out: out.float())
-
-    @staticmethod
-    def free(module: nn.Module) -> None:
-        """Move a module's parameters back to the meta device."""
-        for sub in module.modules():
-            for name, p in sub._parameters.items():
-                if p is not None and p.device.type != "meta":
-                    sub._parameters[name] = nn.Parameter(p.data.to("meta"), requires_grad=False)
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
@@ -254,14 +174,10 @@ class Skeleton:
             self.free(part)
 
     def outside(self) -> list[tuple[nn.Module, str]]:
-        """(module, name) of every module outside the decoder layers and the head that has parameters or buffers itself."""
+        """(module, name) of every module outside the decoder layers and the head that a text uses and that has parameters or
+        buffers itself."""
         head = self.model.get_output_embeddings()
-        found = []
-        for name, module in self.model.named_modules():
-            inside = name.startswith(self.layers_name + ".") or module is head
-            if not inside and (module._parameters or module._buffers):
-                found.append((module, name))
-        return found
+        return [(module, name) for name, module in around(self.model, self.layers_name) if module is not head]
 
 
 def _to(value: Any, device: torch.device) -> Any:
@@ -271,25 +187,6 @@ def _to(value: Any, device: torch.device) -> Any:
     if isinstance(value, tuple):
         return tuple(_to(v, device) for v in value)
     return value
-
-
-def find_layers(model: Any) -> tuple[str, nn.ModuleList]:
-    """Returns (name, module list) of the decoder layers: the module list with linears that has as many members as the text
-    config says. If several have (vision layers), the one in the module with the text config. UserError if there is none."""
-    text = model.config.get_text_config()
-    count = getattr(text, "num_hidden_layers", None)
-    lists = [(n, m) for n, m in model.named_modules()
-             if isinstance(m, nn.ModuleList) and len(m) == count and any(is_linear(x) for x in m[0].modules())]
-    if not lists:
-        raise UserError(f"{type(model).__name__} has no list of {count} decoder layers", "llmc needs a decoder-only model")
-
-    def of_text(name: str) -> bool:
-        """Whether the nearest module above with a config has the text config."""
-        above = [model, *(model.get_submodule(name[:i]) for i, c in enumerate(name) if c == ".")]
-        config = next(m.config for m in reversed(above) if hasattr(m, "config"))
-        return bool(config.get_text_config().model_type == text.model_type)
-
-    return next((pair for pair in lists if of_text(pair[0])), lists[0])
 
 
 @dataclass(frozen=True)
@@ -314,11 +211,13 @@ class LayerTrace:
     """groups: linears by shared input, in the order in which they run.
     writers: linears whose output is the output of a child module of the layer (in a Llama layer o_proj of self_attn and
     down_proj of mlp). It is added to the residual stream.
-    endings: {name of the child: its Ending}, for the children that return only their last linear's output."""
+    endings: {name of the child: its Ending}, for the children that return only their last linear's output.
+    mixtures: {name of a module of experts: the number of groups that run before it}. Its linears are in no group."""
 
     groups: list[LinearGroup]
     writers: set[str]
     endings: dict[str, Ending]
+    mixtures: dict[str, int] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -329,6 +228,7 @@ def trace_layer(layer: nn.Module, hidden: torch.Tensor, arguments: dict[str, Any
     outputs: dict[str, torch.Tensor] = {}
     writers: set[str] = set()
     endings: dict[str, Ending] = {}
+    mixtures: dict[str, int] = {}
 
     def linear(name: str) -> Any:
         def note(_module: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
@@ -351,7 +251,10 @@ def trace_layer(layer: nn.Module, hidden: torch.Tensor, arguments: dict[str, Any
                     endings[name] = Ending(source, None if rest is None else len(rest))
         return note
 
-    handles = [m.register_forward_hook(linear(n)) for n, m in layer.named_modules() if is_linear(m)]
+    inside = {id(x) for m in layer.modules() if isinstance(m, Experts) for x in m.modules()}
+    handles = [m.register_forward_hook(linear(n)) for n, m in layer.named_modules() if is_linear(m) and id(m) not in inside]
+    handles += [m.register_forward_pre_hook(lambda _m, _args, n=n: mixtures.update({n: len(seen)}))
+                for n, m in layer.named_modules() if isinstance(m, Experts)]
     handles += [m.register_forward_hook(part(n)) for n, m in layer.named_children()]
     try:
         leaving = layer(hidden, **arguments)
@@ -368,7 +271,7 @@ def trace_layer(layer: nn.Module, hidden: torch.Tensor, arguments: dict[str, Any
     norms = [n for n, m in layer.named_children() if n in outputs and not any(is_linear(x) for x in m.modules())]
     for name in endings:
         endings[name] = replace(endings[name], feeders=tuple(n for n in norms if idle(n, name)))
-    return LayerTrace([LinearGroup(tuple(names), tensor.shape[-1]) for tensor, names in seen], writers, endings)
+    return LayerTrace([LinearGroup(tuple(names), tensor.shape[-1]) for tensor, names in seen], writers, endings, mixtures)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ class StateStore:
     """float32 hidden states [samples, seq_len, hidden] of one stream of sequences."""
 
     def __init__(self, folder: Path, name: str, shape: tuple[int, int, int], batch: int) -> None:
-        self.files = [folder / f"{name}.{side}.f32" for side in "abc"]
+        self.name, self.files = name, [folder / f"{name}.{side}.f32" for side in "abc"]
         self.shape, self.batch, self.side = shape, batch, 0
         self.row = shape[1] * shape[2] * 4  # bytes of one sequence
 
@@ -37,6 +37,11 @@ class StateStore:
         count = (last - first) * self.row // 4
         flat = np.fromfile(self.files[self.side], dtype=np.float32, count=count, offset=first * self.row)
         return torch.from_numpy(flat).view(last - first, *self.shape[1:])
+
+    def rows(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The input states of single tokens, numbered over all sequences: float32 [n, hidden]."""
+        flat = np.memmap(self.files[self.side], np.float32, "r", shape=(self.shape[0] * self.shape[1], self.shape[2]))
+        return torch.from_numpy(np.asarray(flat[tokens.numpy()]))
 
     def replace(self, batches: Iterable[torch.Tensor]) -> None:
         """Write the layer's output, batch by batch in order, to the next file. It is durable after `settle`."""

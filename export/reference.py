@@ -1,7 +1,8 @@
 """The reference logits of an exported file: transformers runs the source model in float32, dequantized.
 
 Embedding and lm_head have the values of the file: at few bits they alone lose more than the bounds of the check allow.
-The weights of a module are read when it runs and dropped afterwards. So memory is bounded by the largest matrix.
+The weights of a decoder layer are read when it runs and dropped afterwards, those of an expert likewise. So memory is bounded
+by the largest layer. An operation on a weight that was not read is an error.
 """
 
 from __future__ import annotations
@@ -13,11 +14,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from llmc.errors import UserError
-from llmc.formats import quantized
 from llmc.formats.checkpoint import Checkpoint
-from llmc.formats.hf import load_config, load_torch_model
-from llmc.formats.names import Names
+from llmc.formats.hf import empty_model, load_config
+from llmc.formats.linears import around, find_layers
+from llmc.formats.weights import NoMeta, Weights
 
 
 @torch.no_grad()
@@ -29,28 +29,23 @@ def reference_logits(ckpt: Checkpoint, ids: np.ndarray, ends: dict[str, torch.Te
     rounded: takes the module name of a float linear in the checkpoint, returns its values in the file.
     inputs: takes that name and the linear's input, returns the input as the file rounds it before the product.
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    config = load_config(ckpt.folder)
-    with init_empty_weights(include_buffers=False):
-        # only eager attention computes every variant (sdpa ignores Gemma 2's soft cap)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager",
-                                                 trust_remote_code=False)
-    weights = _Weights(ckpt, model, ends, rounded, inputs)
-    if all(weights.names.locate(name) for name, _ in model.named_parameters()):
+    # only eager attention computes every variant (sdpa ignores Gemma 2's soft cap)
+    model = empty_model(load_config(ckpt.folder), attn_implementation="eager")
+    values = _Values(ckpt, model, ends, rounded, inputs)
+    weights = values.weights
+    prefix, layers = find_layers(model)
+    weights.unfuse(layers, prefix)
+    for index, layer in enumerate(layers):
+        layer.register_forward_pre_hook(lambda m, _args, name=f"{prefix}.{index}": weights.load(m, name))
+        layer.register_forward_hook(lambda m, _args, _out: weights.free(m))
+    if inputs is not None:
         for name, module in model.named_modules():
-            if any(True for _ in module.parameters(recurse=False)):
-                module.register_forward_pre_hook(weights.fetch(name))
-                module.register_forward_hook(weights.drop)
-    elif rounded is not None:
-        raise UserError(f"transformers renames the tensors of {ckpt.folder}", "export it as GGUF")
-    else:  # transformers renames or stacks the tensors of this architecture when it loads them, so it must load them itself
-        model = load_torch_model(ckpt.folder)
-        for module, end in ((model.get_output_embeddings(), "head"), (model.get_input_embeddings(), "embedding")):
-            module.weight.data.copy_(with_rows(ends[end], module.weight.shape[0]))
-    model.eval()
-    out = model(input_ids=torch.from_numpy(np.asarray(ids, dtype=np.int64))[None], use_cache=False).logits
+            if isinstance(module, nn.Linear):
+                module.register_forward_pre_hook(values.rounding(name))
+    for name, module in around(model, prefix):
+        weights.load(module, name, children=False)
+    with NoMeta():
+        out = model(input_ids=torch.from_numpy(np.asarray(ids, dtype=np.int64))[None], use_cache=False).logits
     return np.asarray(out[0].float().numpy())
 
 
@@ -59,54 +54,36 @@ def with_rows(matrix: torch.Tensor, rows: int) -> torch.Tensor:
     return nn.functional.pad(matrix[:rows], (0, 0, 0, max(0, rows - matrix.shape[0])))
 
 
-class _Weights:
-    """Reads the parameters of a module of `model` from a float or quantized checkpoint."""
+class _Values:
+    """What the file holds in place of the checkpoint's values."""
 
     def __init__(self, ckpt: Checkpoint, model: nn.Module, ends: dict[str, torch.Tensor],
                  rounded: Callable[[str], torch.Tensor] | None,
                  inputs: Callable[[str, torch.Tensor], torch.Tensor] | None) -> None:
-        self.ckpt, self.rounded, self.inputs = ckpt, rounded, inputs
+        self.rounded, self.inputs = rounded, inputs
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
         names = {id(m): n for n, m in model.named_modules()}
-        self.head, parameters = names[id(head)], (f"{names[id(head)]}.weight", f"{names[id(embedding)]}.weight")
-        self.ends = {parameters[1]: ends["embedding"], parameters[0]: ends["head"]}
+        self.head = names[id(head)]
+        head_weight, table = f"{self.head}.weight", f"{names[id(embedding)]}.weight"
+        self.ends = {table: with_rows(ends["embedding"], embedding.weight.shape[0]),
+                     head_weight: with_rows(ends["head"], head.weight.shape[0])}
         # a tied head has no tensor; the planner has checked that it is tied
-        self.names = Names.of(ckpt, model, quantized.linears(ckpt), dict([parameters]))
+        self.weights = Weights(ckpt, model, values=self.value, tied={head_weight: table})
 
-    def fetch(self, module_name: str) -> Any:
-        def hook(module: nn.Module, args: Any) -> Any:
-            for name, p in list(module.named_parameters(recurse=False)):
-                value = self._read(f"{module_name}.{name}", module)
-                if value.shape != p.shape:
-                    raise UserError(f"{module_name}.{name} has shape {list(value.shape)}, config.json says "
-                                    f"{list(p.shape)}", "the checkpoint and its config.json do not match")
-                setattr(module, name, nn.Parameter(value, requires_grad=False))
-            return args if self.inputs is None else self._rounded_input(module_name, module, args)
-        return hook
-
-    def _rounded_input(self, module_name: str, module: nn.Module, args: Any) -> Any:
-        rounds = isinstance(module, nn.Linear) and module_name != self.head
-        found = self.names.locate(f"{module_name}.weight") if rounds else None
-        if found is None or found.is_codes or self.inputs is None:
-            return args
-        return (self.inputs(found.name.removesuffix(".weight"), args[0]), *args[1:])
-
-    @staticmethod
-    def drop(module: nn.Module, _args: Any, _out: Any) -> None:
-        for name, p in list(module.named_parameters(recurse=False)):
-            setattr(module, name, nn.Parameter(p.data.to("meta"), requires_grad=False))
-
-    def _read(self, name: str, module: nn.Module) -> torch.Tensor:
-        from transformers.pytorch_utils import Conv1D
-
+    def value(self, name: str, module: nn.Module) -> torch.Tensor | None:
+        """The value of a parameter in the file; None for the checkpoint's."""
         if name in self.ends:
-            return with_rows(self.ends[name], module.get_parameter("weight").shape[0])
-        found = self.names.locate(name)
-        assert found is not None
-        stored, is_codes = found
-        if not is_codes and self.rounded is not None and isinstance(module, nn.Linear) and name.endswith(".weight"):
-            return self.rounded(stored.removesuffix(".weight"))
-        if not is_codes:
-            return self.ckpt.tensor(stored).to(torch.float32)
-        w = quantized.read(self.ckpt, stored).dequantize()
-        return w.t().contiguous() if isinstance(module, Conv1D) else w
+            return self.ends[name]
+        if self.rounded is None or not isinstance(module, nn.Linear) or not name.endswith(".weight"):
+            return None
+        found = self.weights.names.locate(name)
+        return None if found is None or found.is_codes else self.rounded(found.name.removesuffix(".weight"))
+
+    def rounding(self, module_name: str) -> Callable[..., Any]:
+        """A hook that rounds a linear's input."""
+        def hook(_module: nn.Module, args: Any) -> Any:
+            found = self.weights.names.locate(f"{module_name}.weight") if module_name != self.head else None
+            if found is None or found.is_codes or self.inputs is None:
+                return args
+            return (self.inputs(found.name.removesuffix(".weight"), args[0]), *args[1:])
+        return hook

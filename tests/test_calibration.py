@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 from llmc.compress.calibration import Loop, LoopSettings, Workspace
 from llmc.compress.layer_run import InputStatistics, add_gram, mirror_upper
 from llmc.compress.passes import LayerPass
-from llmc.compress.skeleton import LinearGroup, Skeleton, get_weight, set_weight, trace_layer
+from llmc.compress.skeleton import LinearGroup, Skeleton, trace_layer
 from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.linears import get_weight, set_weight
 
 SEQUENCES = torch.randint(0, 512, (5, 48), generator=torch.Generator().manual_seed(1))
 EXPECTED_GROUPS = {

@@ -13,8 +13,9 @@ from torch import nn
 from llmc.compress.calibration import Loop, LoopSettings, Workspace, settings_for
 from llmc.compress.layer_run import InputStatistics
 from llmc.compress.passes import LayerPass, LayerWatch
-from llmc.compress.skeleton import LinearGroup, Skeleton, get_weight, set_weight
+from llmc.compress.skeleton import LinearGroup, Skeleton
 from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.linears import get_weight, set_weight
 
 
 class Doubling(LayerPass):

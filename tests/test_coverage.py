@@ -16,10 +16,11 @@ from tiny import COMMON
 import llmc
 from llmc.compress.arguments import LayerArguments, Repeated, TextDependent
 from llmc.compress.coverage import KEPT, cover
-from llmc.compress.skeleton import Skeleton, find_layers
+from llmc.compress.skeleton import Skeleton
 from llmc.errors import UserError
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.hf import load_torch_model
+from llmc.formats.linears import find_layers
 
 MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 

@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from llmc.compress.prune import width
-from llmc.compress.skeleton import get_weight
 from llmc.compress.transform import roles
 from llmc.errors import UserError
 from llmc.export.gguf import architectures
@@ -25,6 +24,7 @@ from llmc.families import FAMILIES, by_architecture, by_gguf, by_model_type, nea
 from llmc.families.names import CLASSES, ROLES, classify, is_layer_matrix, role_of
 from llmc.families.row import activation_of
 from llmc.families.table import ROWS
+from llmc.formats.linears import get_weight
 
 WRITTEN = [f for f in FAMILIES if FAMILIES[f].gguf.name]
 

@@ -20,7 +20,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import llmc
 from llmc.cli import run
 from llmc.compress.imatrix.run import SquaresPass
-from llmc.compress.skeleton import get_weight, is_linear
 from llmc.compress.text import load_calibration
 from llmc.errors import UserError
 from llmc.export.gguf.architectures import find_architecture
@@ -29,6 +28,7 @@ from llmc.export.gguf.plan import Planner, Types
 from llmc.formats import quantized
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.imatrix import Imatrix, InputSums, read_imatrix, write_imatrix
+from llmc.formats.linears import get_weight, is_linear
 from llmc.formats.types import BLOCK_TYPES, IntegerType
 from llmc.rounding.rtn import rtn
 

@@ -15,12 +15,13 @@ import llmc
 from llmc import families
 from llmc.compress import forward as measure
 from llmc.compress.quantize.config import QuantizeConfig
-from llmc.compress.skeleton import Skeleton, get_weight, is_linear, set_weight
+from llmc.compress.skeleton import Skeleton
 from llmc.compress.text import Calibration
 from llmc.compress.transform import choose as chooser
 from llmc.errors import UserError
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.hf import load_torch_model
+from llmc.formats.linears import get_weight, is_linear, set_weight
 from llmc.formats.manifest import hash_folder
 from llmc.formats.types import IntegerType
 from llmc.rounding.rtn import rtn

@@ -13,9 +13,9 @@ from tiny import FAMILIES, build
 from transforming import IDS, layers_of, load, logits, same
 
 import llmc
-from llmc.compress.skeleton import get_weight
 from llmc.compress.transform import scaling
 from llmc.compress.transform.roles import map_layer
+from llmc.formats.linears import get_weight
 from llmc.formats.types import BLOCK_TYPES, IntegerType
 from llmc.rounding.rtn import rtn
 from llmc.rounding.search import objective

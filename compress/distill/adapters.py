@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from llmc.compress.skeleton import find_layers, is_linear
 from llmc.errors import UserError
+from llmc.formats.linears import find_layers, is_linear
 
 SCALE = 2  # alpha / rank
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmc.compress.skeleton import find_layers, is_linear
+from llmc.formats.linears import find_layers, is_linear
 
 
 class Masks:

@@ -9,9 +9,10 @@ import torch
 
 from llmc.compress.distill.config import DistillConfig
 from llmc.compress.ends import is_tied
-from llmc.compress.skeleton import Skeleton, find_layers, get_weight, is_linear
+from llmc.compress.skeleton import Skeleton
 from llmc.compress.teaching.loss import CHUNK_BYTES
 from llmc.compress.text import rows_in
+from llmc.formats.linears import find_layers, get_weight, is_linear
 
 RUNTIME = 600_000_000  # bytes of memory for Python, torch and transformers
 SHARE = 0.5  # of a matrix product's speed that training reaches; attention, norms and optimizer take the rest

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmc.compress.skeleton import find_layers
 from llmc.compress.teaching.loss import Objective, SoftTargetsOf, distillation_loss
 from llmc.compress.teaching.models import head_of, hidden_states
 from llmc.errors import UserError
+from llmc.formats.linears import find_layers
 
 
 class Student(nn.Module):

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmc.compress.skeleton import get_weight, is_linear
 from llmc.compress.teaching.models import cast_head, checkpoint_layers
 from llmc.formats import quantized
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.hf import load_torch_model
+from llmc.formats.linears import get_weight, is_linear
 from llmc.formats.names import Names
 from llmc.formats.quantized import Quantized
 from llmc.formats.types import BlockTensor

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from llmc.compress.skeleton import Skeleton, get_weight
+from llmc.compress.skeleton import Skeleton
 from llmc.errors import UserError
 from llmc.export.gguf.architectures import TensorNames, find_architecture
 from llmc.files import sha256
 from llmc.formats.imatrix import Imatrix, read_imatrix
+from llmc.formats.linears import get_weight
 from llmc.formats.manifest import read_manifest
 
 

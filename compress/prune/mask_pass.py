@@ -14,8 +14,9 @@ from llmc.compress.prune.config import PruneConfig
 from llmc.compress.prune.masks import magnitude_mask, wanda_mask
 from llmc.compress.prune.sparsegpt import reconstruct, sweep
 from llmc.compress.quantize.gptq import compensate, damped
-from llmc.compress.skeleton import LinearGroup, Skeleton, get_weight, set_weight
+from llmc.compress.skeleton import LinearGroup, Skeleton
 from llmc.console import warn
+from llmc.formats.linears import get_weight, set_weight
 from llmc.rounding.search import objective
 
 
@@ -96,18 +97,18 @@ class MaskPass(LayerPass):
     def finish(self, index: int, layer: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         weights = sum(t.numel() for t in self.tensors.values())
         zeros = sum(int((t == 0).sum()) for t in self.tensors.values())
-        return self.tensors, {"layer": index, "error": self.lost / self.energy if self.energy else 0.0,
+        return self.skeleton.weights.pack(self.tensors), {"layer": index, "error": self.lost / self.energy if self.energy else 0.0,
                               "sparsity": zeros / weights, "events": self.events, "linears": self.linears}
 
     def _keep(self, name: str, linear: nn.Module, weight: torch.Tensor, **record: Any) -> None:
         """Round the weight [out, in] to the stored type and set it in the layer."""
-        stored = self.skeleton.names.stored(f"{self.prefix}.{name}.weight")
+        parameter = f"{self.prefix}.{name}.weight"
         set_weight(linear, weight)
         assert isinstance(linear.weight.data, torch.Tensor)
-        tensor = linear.weight.data.to(self.skeleton.checkpoint.tensor(stored).dtype).cpu().contiguous()
+        tensor = linear.weight.data.to(self.skeleton.weights.dtype(parameter)).cpu().contiguous()
         tensor[tensor == 0] = 0  # replaces -0, whose bits are not all zero
         linear.weight.data.copy_(tensor)
-        self.tensors[stored] = tensor
+        self.tensors[parameter] = tensor
         self.linears[name] = {**record, "sparsity": float((tensor == 0).double().mean()), "sha256": digest(tensor)}
 
     def _add(self, name: str, lost: float, energy: float) -> None:

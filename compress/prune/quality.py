@@ -78,7 +78,8 @@ def zeros_of(checkpoint: Checkpoint) -> tuple[list[int], list[int]]:
     skeleton = Skeleton(checkpoint, "cpu")
     zeros, weights = [0] * len(skeleton.layers), [0] * len(skeleton.layers)
     for layer, name, _ in linears_of(skeleton):
-        tensor = checkpoint.tensor(skeleton.names.stored(f"{name}.weight"))
+        tensor = skeleton.names.read(f"{name}.weight")
+        assert tensor is not None
         zeros[layer] += int((tensor == 0).sum())
         weights[layer] += tensor.numel()
     return zeros, weights

@@ -19,7 +19,7 @@ from llmc.compress.prune.depth import prove
 from llmc.compress.prune.methods import Made, make, reference_sequences
 from llmc.compress.prune.quality import advice, judge, split, zeros_of
 from llmc.compress.prune.width import narrowed
-from llmc.compress.skeleton import Skeleton, get_weight, linears_of
+from llmc.compress.skeleton import Skeleton, linears_of
 from llmc.compress.text import SELF, Calibration, rows_in
 from llmc.compress.unfinished import fingerprint
 from llmc.console import say
@@ -27,6 +27,7 @@ from llmc.errors import UserError
 from llmc.files import check_disk
 from llmc.formats import model_folder
 from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.linears import get_weight
 from llmc.formats.manifest import check_output, note_last, passes_of
 from llmc.formats.source import describe_source, model_name, origin_of
 from llmc.machine import check_memory, physical_cores, torch_device

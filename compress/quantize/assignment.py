@@ -9,11 +9,12 @@ from typing import Any
 
 from llmc.compress.quantize import presets
 from llmc.compress.quantize.config import INTEGER, QuantizeConfig
-from llmc.compress.skeleton import Skeleton, get_weight, linears_of
+from llmc.compress.skeleton import Skeleton, linears_of
 from llmc.compress.zeros import mask_of
 from llmc.console import warn
 from llmc.errors import UserError
 from llmc.families.names import role_of
+from llmc.formats.linears import get_weight
 from llmc.formats.types import BLOCK_TYPES, FALLBACK, AnyType, IntegerType
 
 ROTATING = ("rotate", "rotate+scaling", "auto")  # transforms that mix the columns of a matrix

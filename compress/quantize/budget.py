@@ -27,7 +27,7 @@ from llmc.compress.quantize.assignment import Assignment, assign, embedding_shap
 from llmc.compress.quantize.config import QuantizeConfig
 from llmc.compress.quantize.knapsack import Frontier, Option
 from llmc.compress.sampling import sample_from_model
-from llmc.compress.skeleton import Skeleton, get_weight, linears_of
+from llmc.compress.skeleton import Skeleton, linears_of
 from llmc.compress.text import SELF, load_calibration
 from llmc.compress.zeros import mask_of
 from llmc.console import parse_size, progress, say, size
@@ -36,6 +36,7 @@ from llmc.families.names import classify
 from llmc.files import read_note, write_note
 from llmc.formats import types as block_types
 from llmc.formats.hf import load_tokenizer, load_torch_model
+from llmc.formats.linears import get_weight
 from llmc.formats.manifest import NOTES
 from llmc.formats.source import origin_of
 from llmc.machine import check_memory, torch_device

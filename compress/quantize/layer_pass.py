@@ -14,8 +14,9 @@ from llmc.compress.layer_run import InputStatistics
 from llmc.compress.passes import LayerPass
 from llmc.compress.quantize.assignment import Assignment
 from llmc.compress.quantize.gptq import compensate, gptq
-from llmc.compress.skeleton import LinearGroup, Skeleton, get_weight, set_weight
+from llmc.compress.skeleton import LinearGroup, Skeleton
 from llmc.console import warn
+from llmc.formats.linears import get_weight, set_weight
 from llmc.formats.quantized import Quantized, as_blocks, encode, rows_of, tensors_of, with_tensors
 from llmc.formats.types import AnyType
 from llmc.rounding.rtn import rtn

@@ -31,7 +31,7 @@ from llmc.compress.quantize.budget import assign_to_budget
 from llmc.compress.quantize.budget import memory_bytes as memory_to_measure
 from llmc.compress.quantize.config import QuantizeConfig, budget_lines
 from llmc.compress.quantize.layer_pass import QuantizePass, digest
-from llmc.compress.skeleton import Skeleton, get_weight, linears_of
+from llmc.compress.skeleton import Skeleton, linears_of
 from llmc.compress.text import SELF, Calibration, content_of, rows_in
 from llmc.compress.transform.choose import Choice, choose
 from llmc.compress.unfinished import fingerprint
@@ -41,6 +41,7 @@ from llmc.formats import blocks as blocks_format
 from llmc.formats import gptq as gptq_format
 from llmc.formats import model_folder
 from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.linears import get_weight
 from llmc.formats.manifest import check_output, note_last, passes_of
 from llmc.formats.quantized import read
 from llmc.formats.shards import pieces_of, rest_of
@@ -192,7 +193,7 @@ class _Job:
 
     def _bits_per_weight(self) -> float:
         """Over all matrices of the decoder layers, those that stay floats included."""
-        floats = [(p.value.numel(), self.checkpoint.nbytes(self.skeleton.names.stored(p.name)))
+        floats = [(p.value.numel(), p.value.numel() * self.skeleton.weights.dtype(p.name).itemsize)
                   for p in self.coverage.float_matrices()]
         weights = self._linear_weights() + sum(n for n, _ in floats)
         return (self._bits() + 8 * sum(nbytes for _, nbytes in floats)) / weights
@@ -201,8 +202,8 @@ class _Job:
         return sum(get_weight(m).numel() for _, _, m in linears_of(self.skeleton))
 
     def _linear_names(self) -> set[str]:
-        """The checkpoint's names of the weights that will be quantized."""
-        return {self.skeleton.names.stored(f"{n}.weight") for n in self.assignment.types}
+        """The checkpoint's names of the tensors that will be quantized."""
+        return self.skeleton.names.replaced(f"{n}.weight" for n in self.assignment.types)
 
     def run(self) -> dict[str, Any]:
         source = self.described

@@ -20,8 +20,9 @@ import torch
 from torch import nn
 
 from llmc.compress.quantize.assignment import type_called
-from llmc.compress.skeleton import get_weight, replaced, returning
+from llmc.compress.skeleton import replaced, returning
 from llmc.compress.teaching.loss import divergence
+from llmc.formats.linears import get_weight
 from llmc.formats.types import BLOCK_TYPES
 from llmc.rounding.rtn import rtn
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from llmc.compress.skeleton import find_layers, is_linear
 from llmc.formats.hf import load_torch_model
+from llmc.formats.linears import find_layers, is_linear
 
 
 def load_teacher(folder: Path, dtype: torch.dtype) -> Any:

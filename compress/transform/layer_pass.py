@@ -14,7 +14,7 @@ from torch import nn
 from llmc.compress.arguments import LayerArguments
 from llmc.compress.layer_run import InputStatistics
 from llmc.compress.passes import LayerPass
-from llmc.compress.skeleton import LinearGroup, Skeleton, get_weight
+from llmc.compress.skeleton import LinearGroup, Skeleton
 from llmc.compress.transform.roles import Place, map_layer
 from llmc.compress.transform.rotations import orthogonal, rotate_heads, rotate_stream
 from llmc.compress.transform.scaling import (
@@ -26,6 +26,7 @@ from llmc.compress.transform.scaling import (
     smoothing_factors,
     writer_size,
 )
+from llmc.formats.linears import get_weight
 from llmc.formats.types import AnyType
 
 PROOF_TOKENS = 32

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmc.compress.skeleton import get_weight
 from llmc.errors import UserError
 from llmc.families import FAMILIES, by_model_type, nearest
 from llmc.families.row import Family, activation_of
+from llmc.formats.linears import get_weight
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from llmc.compress.skeleton import get_weight
 from llmc.compress.transform.roles import Heads, LayerMap, Place
+from llmc.formats.linears import get_weight
 
 ROWS = 8192  # rows of a matrix in float64 at a time
 

@@ -28,8 +28,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from llmc.compress.skeleton import get_weight
 from llmc.compress.transform.roles import Place
+from llmc.formats.linears import get_weight
 from llmc.formats.types import AnyType
 from llmc.rounding.search import objective, search_factors
 

@@ -22,6 +22,7 @@ from llmc.formats import quantized
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.contents import is_buffer
 from llmc.formats.ends import ends_of
+from llmc.formats.hf import empty_model
 from llmc.formats.names import Names, missing
 
 
@@ -85,11 +86,7 @@ class Ends:
 
 def skeleton(ckpt: Checkpoint, hf: Any) -> tuple[nn.Module, Rows, Ends]:
     """The model with row numbers as matrices and real values else; the row numbers; the names of embedding and head."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(hf, dtype=torch.float32, trust_remote_code=False)
+    model = empty_model(hf)
     names = Names.of(ckpt, model, quantized.linears(ckpt))
     ends = _find_ends(ckpt, model, names)
     rows, numbered, used = Rows(), dict[str, nn.Parameter](), {ends.spare}
@@ -99,7 +96,7 @@ def skeleton(ckpt: Checkpoint, hf: Any) -> tuple[nn.Module, Rows, Ends]:
         found = names.locate(f"{ends.head}.weight" if is_head else name)
         if found is None:
             raise missing(ckpt.folder, name)
-        stored, is_codes = found
+        stored, is_codes = found.name, found.is_codes
         used.update(quantized.parts(stored) if is_codes else [stored])
         shape = quantized.shape(ckpt, stored) if is_codes else ckpt.shape(stored)
         if tuple(shape) != tuple(p.shape):

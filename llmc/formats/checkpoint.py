@@ -102,11 +102,31 @@ class Checkpoint:
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor as stored. Raises UserError if a float tensor holds NaN or infinity."""
-        import torch
         from safetensors import safe_open
 
         with safe_open(self.shard_of[name], framework="pt") as f:
             t: torch.Tensor = f.get_tensor(name)
+        return self._checked(name, t)
+
+    def part(self, name: str, index: int) -> torch.Tensor:
+        """One slice along the first axis of a tensor. Errors as from `tensor`."""
+        from safetensors import safe_open
+
+        with safe_open(self.shard_of[name], framework="pt") as f:
+            t: torch.Tensor = f.get_slice(name)[index]
+        return self._checked(name, t)
+
+    def empty(self, name: str) -> torch.Tensor:
+        """A tensor without elements, in the stored type."""
+        from safetensors import safe_open
+
+        with safe_open(self.shard_of[name], framework="pt") as f:
+            t: torch.Tensor = f.get_slice(name)[0:0]
+        return t
+
+    def _checked(self, name: str, t: torch.Tensor) -> torch.Tensor:
+        import torch
+
         if t.is_floating_point() and not bool(torch.isfinite(t.sum(dtype=torch.float32))) and not bool(
             torch.isfinite(t).all()
         ):

@@ -94,20 +94,62 @@ def _translate_rope(config: Any) -> None:
         config.rope_local_base_freq = local["rope_theta"]
 
 
+def auto_class(config: Any) -> Any:
+    """transformers' Auto class that builds the model of a config with a language model's head: of a text model, or of a
+    multimodal one. UserError for an encoder, for an encoder with a decoder, and for what transformers does not know."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    kind = type(config)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(f"{config.model_type} is an encoder with a decoder", ONLY_DECODERS)
+    masked = _knows(modeling_auto, "MODEL_FOR_MASKED_LM_MAPPING", kind)
+    if masked and not getattr(config, "is_decoder", False):
+        raise UserError(f"{config.model_type} is an encoder: its tokens see the tokens after them", ONLY_DECODERS)
+    for mapping, auto in AUTO_CLASSES.items():
+        if _knows(modeling_auto, mapping, kind):
+            return getattr(transformers, auto)
+    raise UserError(f"transformers has no language model of the architecture {config.model_type!r}", ONLY_DECODERS)
+
+
+ONLY_DECODERS = "llmc needs a causal language model that transformers knows without remote code"
+AUTO_CLASSES = {"MODEL_FOR_CAUSAL_LM_MAPPING": "AutoModelForCausalLM",
+                "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING": "AutoModelForImageTextToText",
+                "MODEL_FOR_MULTIMODAL_LM_MAPPING": "AutoModelForMultimodalLM"}
+
+
+def _knows(modeling_auto: Any, mapping: str, kind: type) -> bool:
+    return kind in getattr(modeling_auto, mapping, {})
+
+
+def empty_model(config: Any, **options: Any) -> Any:
+    """The model of a config without weights, on the meta device, in eval mode. Its buffers have their values.
+
+    options: of transformers' `from_config`. UserError if transformers cannot build it.
+    """
+    from accelerate import init_empty_weights
+
+    auto = auto_class(config)
+    try:
+        with init_empty_weights(include_buffers=False):
+            return auto.from_config(config, dtype=torch.float32, trust_remote_code=False, **options).eval()
+    except EDGE as e:
+        raise UserError(f"transformers cannot build the architecture {config.model_type!r}: {' '.join(str(e).split())[:300]}",
+                        ONLY_DECODERS) from e
+
+
 def load_torch_model(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
     """The causal language model (an nn.Module in eval mode) in `folder`, float or quantized.
 
     Quantized weights are dequantized exactly in float32, then cast to `dtype`. Safetensors only. No code from the folder is
     run. Raises UserError if the folder lacks a tensor of the architecture.
     """
-    from transformers import AutoModelForCausalLM
-
     ckpt = Checkpoint.open(folder)
-    auto: Any = AutoModelForCausalLM  # its annotations leave out output_loading_info
     kwargs: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
     try:
         with quiet_transformers():
             config = load_config(folder)
+            auto = auto_class(config)
             if not quantized.is_quantized(ckpt):
                 model, info = auto.from_pretrained(folder, config=config, use_safetensors=True, local_files_only=True,
                                                    trust_remote_code=False, **kwargs)
@@ -134,13 +176,21 @@ def _dequantized(ckpt: Checkpoint, skeleton: nn.Module, dtype: torch.dtype) -> d
     from transformers.pytorch_utils import Conv1D
 
     linears = quantized.linears(ckpt)
-    names = Names.of(ckpt, skeleton)
+    names = Names.of(ckpt, skeleton, linears)
+    modules = dict(skeleton.named_modules())
     packed = {name for linear in linears for name in quantized.parts(linear)}
     weights = {name: ckpt.tensor(name).to(dtype) for name in ckpt.names() if name not in packed}
+    stacks: dict[str, torch.Tensor] = {}
     for linear in linears:
         w = quantized.dequantized(ckpt, linear)
-        path = names.find_own(linear)
-        module = skeleton.get_submodule(path) if path else None
+        if (place := names.stack_of(linear)) is not None:
+            parameter, number = place
+            owner: Any = modules[parameter.rpartition(".")[0]]
+            empty = owner.get_parameter(parameter.rpartition(".")[2])
+            stack = stacks.setdefault(parameter, torch.empty(empty.shape, dtype=dtype, device="cpu"))
+            stack[number] = w.t() if owner.is_transposed else w
+            continue
+        module = modules.get(names.find_own(linear) or "")
         if isinstance(module, Conv1D):
             w = w.t().contiguous()
         expected = getattr(module, "weight", w)  # transformers may stack or rename weights while loading
@@ -148,7 +198,7 @@ def _dequantized(ckpt: Checkpoint, skeleton: nn.Module, dtype: torch.dtype) -> d
             raise UserError(f"{linear} of {ckpt.folder} has shape {list(w.shape)}, config.json says "
                             f"{list(expected.shape)}", "the checkpoint and its config.json do not belong together")
         weights[f"{linear}.weight"] = w.to(dtype)
-    return weights
+    return weights | stacks
 
 
 @contextmanager
