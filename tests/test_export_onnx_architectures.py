@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from rounding import gptq_folder
-from tiny import build, edit_config
+from tiny import COMMON, FAMILIES, build, edit_config
 
 pytest.importorskip("onnxruntime_genai")
 pytest.importorskip("onnx_ir")
+import onnx
 from onnx_files import FLOAT_NOISE, export
 
+import llmc
 from llmc.errors import UserError
 from llmc.export.onnx import builder
 from llmc.export.onnx.norms import norm_of
@@ -53,7 +55,7 @@ DENSE: dict[str, dict[str, Any]] = {
     "llama with yarn": {"rope_parameters": YARN},
     "llama with a linear scale": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0}},
 }
-HYBRID = {"lfm2": SHORT_CONV, "qwen3_5_text": DELTA_NET}
+DENSE |= {"lfm2": SHORT_CONV, "qwen3_5_text": DELTA_NET}
 
 
 @pytest.mark.parametrize("name", DENSE)
@@ -71,6 +73,77 @@ def test_every_architecture_gives_torchs_logits(name: str, tmp_path: Path) -> No
     runtime.prefill(ids[:-3])
     steps = np.stack([runtime.decode(int(i)) for i in ids[-3:]])
     assert np.abs(steps - whole[-3:]).max() < 1e-4 * np.abs(whole).max()
+
+
+MIXTURES: dict[str, dict[str, Any]] = {
+    "lfm2_moe": {**SHORT_CONV, "num_experts": 4, "num_experts_per_tok": 2, "num_dense_layers": 1,
+                 "moe_intermediate_size": 64},
+    "qwen3_5_moe_text": {**DELTA_NET, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
+                         "shared_expert_intermediate_size": 64, "style": "qwen2"},
+    "gpt_oss": {"head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 32},
+}
+
+
+@pytest.mark.parametrize(("name", "options", "operator"), [
+    *((name, {"bits": 4}, "QMoE") for name in MIXTURES), ("lfm2_moe", {"bits": 4, "sym": False}, "QMoE"),
+    ("gpt_oss", {"bits": 8}, "MoE"), ("qwen3_5_moe_text", {"bits": 4, "int4": "qdq"}, "MoE")])
+def test_experts_keep_their_codes(name: str, options: dict[str, Any], operator: str, tmp_path: Path) -> None:
+    """In one operator for all experts of a layer: QMoE for 4 bits, which computes with the codes; else MoE."""
+    folder, form = build(name, tmp_path / "m", **MIXTURES[name]), options.pop("int4", "nbits")
+    llmc.quantize(folder, method="rtn", group_size=32, out=tmp_path / "q", **options)
+    report = export(tmp_path / "q", int4=form)
+    assert report["logits"]["relative_error"] < FLOAT_NOISE
+    assert report["generated_tokens"] > 0
+    bits, experts = options["bits"], sum(MIXTURES[name].get(n, 0) for n in ("num_experts", "num_local_experts"))
+    model = onnx.load(tmp_path / "q-onnx" / "model.onnx", load_external_data=False)
+    operators = [n for n in model.graph.node if n.op_type in ("MoE", "QMoE")]
+    assert {n.op_type for n in operators} == {operator}
+    shapes = {t.name: t.dims for t in model.graph.initializer}
+    if operator == "QMoE":
+        assert shapes[operators[0].input[2]] == [experts, 2 * (128 if name == "gpt_oss" else 64), 64 * bits // 8]
+    assert report["verified"]["code_weights"] > experts * 3 * 64 * 64
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("gpt_oss", "fp16"), ("lfm2_moe", "int8"), ("lfm2_moe", "w8a8")])
+def test_float_experts(name: str, dtype: str, tmp_path: Path) -> None:
+    report = export(build(name, tmp_path / "m", **MIXTURES[name]), dtype=dtype)
+    assert report["logits"]["relative_error"] < (2e-3 if dtype == "w8a8" else FLOAT_NOISE)
+    assert "fp32" in report["forms"], "a router chooses the same experts"
+
+
+def test_experts_of_two_types_in_a_layer_are_named(tmp_path: Path) -> None:
+    folder = build("lfm2_moe", tmp_path / "m", **MIXTURES["lfm2_moe"])
+    gptq_folder(folder, tmp_path / "q", IntegerType(4, 32), lambda n: "experts.2" not in n and n.endswith("w2.weight"))
+    with pytest.raises(UserError, match=r"one type for all experts of a layer, but those of .* have fp16 and int4-sym-g32"):
+        export(tmp_path / "q")
+
+
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28,
+          "patch_size": 14}
+WHOLE = {**MROPE, "partial_rotary_factor": 1.0}
+QWEN_VISION = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64,
+               "num_position_embeddings": 16, "deepstack_visual_indexes": []}
+MULTIMODAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # {model type: (text config, rest of the config)}
+    "gemma3": (FAMILIES["gemma3_text"], {"vision_config": VISION, "mm_tokens_per_image": 4}),
+    "gemma4_unified": (GEMMA4, {}),
+    "lfm2_vl": ({**SHORT_CONV, "model_type": "lfm2"},
+                {"vision_config": {**VISION, "model_type": "siglip2_vision_model", "num_patches": 16}}),
+    "mistral3": ({**DENSE["ministral3"], "model_type": "ministral3"},
+                 {"vision_config": {**VISION, "model_type": "pixtral", "head_dim": 16}}),
+    "qwen2_5_vl": ({"rope_parameters": WHOLE}, {"vision_config": QWEN_VISION}),
+    "qwen3_vl": ({"rope_parameters": WHOLE, "head_dim": 16}, {"vision_config": QWEN_VISION}),
+    "qwen3_5": (DELTA_NET, {"vision_config": QWEN_VISION}),
+}
+
+
+@pytest.mark.parametrize("name", MULTIMODAL)
+def test_the_language_model_of_a_multimodal_folder(name: str, tmp_path: Path) -> None:
+    text, rest = MULTIMODAL[name]
+    folder = build(name, tmp_path / "m", text_config={**COMMON, **text}, style="qwen2" if "qwen" in name else None, **rest)
+    report = export(folder, dtype="fp32")
+    assert report["logits"]["relative_error"] < FLOAT_NOISE
+    assert report["generated_tokens"] > 0
+    assert any("the language model alone" in n for n in report["notes"])
 
 
 def test_the_builders_own_text_says_what_is_known() -> None:

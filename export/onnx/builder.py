@@ -25,6 +25,8 @@ from llmc.runtimes.onnx_session import genai_library
 TEXT = "ForCausalLM"
 # The text part of Mistral 3 may be Ministral 3, which transformers' config of Mistral 3 does not say: its default is Mistral
 WRAPPERS = {"ministral3": "Mistral3ForConditionalGeneration"}
+# The builder takes every Gemma 4 for a mixture of experts, but has a class for the dense ones too
+DENSE_GEMMA4 = "Gemma4UnifiedForConditionalGeneration"
 OTHERWISE = "export it as GGUF (--format gguf), or evaluate the folder itself"
 
 
@@ -44,11 +46,15 @@ def name_of(config: dict[str, Any]) -> str:
     """The builder's name for the architecture of a config.json: its own, or that of the multimodal model that has it as its
     text part. Raises UserError if the builder knows neither."""
     of_config(config)  # refuses a base class without a head
-    names, model_type = config.get("architectures") or [], str(config.get("model_type"))
+    names, text = config.get("architectures") or [], config.get("text_config") or config
+    model_type = str(text.get("model_type"))
     name = str(names[0]) if names else _causal(model_type)
-    if name in known() and name.endswith(TEXT):
-        return name
-    found = next((n for n in known() if name.endswith(TEXT) and _text_type(n) == model_type), WRAPPERS.get(model_type))
+    if name in known() and (name.endswith(TEXT) or _text_type(name)):
+        found: str | None = name
+    else:
+        found = next((n for n in known() if name.endswith(TEXT) and _text_type(n) == model_type), WRAPPERS.get(model_type))
+    if model_type == "gemma4_text" and not text.get("enable_moe_block"):
+        found = DENSE_GEMMA4
     if found not in known():
         texts = [n for n in known() if n.endswith(TEXT)]
         raise UserError(f"llmc does not write {name or f'model_type {model_type}'} as ONNX, because onnxruntime-genai's "

@@ -74,12 +74,15 @@ def _write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> 
     started = time.perf_counter()
     threads = config.threads or physical_cores()
     hf = load_config(ckpt.folder)
-    context, ends_early = rope.context_of(hf.to_dict())
-    model, rows, ends = skeleton.skeleton(ckpt, hf)
-    weights = Weights(config, ckpt, ends.embedding, ends.head)
+    context, ends_early = rope.context_of(hf.get_text_config().to_dict())
+    whole = skeleton.Skeleton(ckpt, hf)
+    ends = whole.ends
+    weights = Weights(config, ckpt, ends.embedding, ends.head, whole.sources)
     weights.notes += [ends_early] if ends_early else []
+    if hf.get_text_config() is not hf:
+        weights.notes.append("the file holds the language model alone: what reads pictures or sound is left out")
     emitter = emit.Emitter(weights, qdq=config.int4 == "qdq")
-    made = graph.build(ckpt, hf, weights, model, rows, emitter, work)
+    made = graph.build(ckpt, hf.get_text_config(), weights, whole, emitter, work)
     weights.notes += ignored("ONNX Runtime", hf, graph.windowed(made))
     tok = load_tokenizer(ckpt.folder)
     template = files.copy_tokenizer(ckpt.folder, work, tok, config.chat_template)

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -75,10 +75,12 @@ def _compare(w: Placed, stored: dict[str, Any], weights: Weights, shape: tuple[i
     if not isinstance(w.form, IntegerType) and w.form != W8A8:
         dtype = np.float32 if w.form == "fp32" else np.float16
         values = raw.view(dtype).reshape(shape[::-1]).T if w.transposed else raw.view(dtype).reshape(shape)
-        if not np.array_equal(values, weights.values(w.pieces).numpy()):
+        if not np.array_equal(values, weights.values(w.pieces).numpy()[slice(None) if w.order is None else w.order]):
             raise damaged(f"{w.weight} differs from its source")
         return
     found = decode(w, stored, shape)
+    if w.order is not None:
+        found = cast(QuantizedTensor, quantized.rows_of(found, torch.from_numpy(np.argsort(w.order))))
     at = 0
     for piece in w.pieces:
         rows = slice(at, at + piece.stop - piece.start)
