@@ -123,7 +123,7 @@ class Ends:
 class Skeleton:
     """A model with row numbers as matrices, and with real values else.
 
-    model: in eval mode.  layers: the name of its decoder layers.  rows: the row numbers.  ends: the names of embedding and head.
+    model: in eval mode.  layers: the name of its decoder layers.  rows: the row numbers.  ends: names of embedding and head.
     sources: the float matrices, by the names that Names.stored gives them."""
 
     def __init__(self, ckpt: Checkpoint, hf: Any) -> None:
