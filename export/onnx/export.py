@@ -35,17 +35,18 @@ def run(config: OnnxExportConfig) -> dict[str, Any]:
     if missing := [d for module, d in PACKAGES.items() if importlib.util.find_spec(module) is None]:
         raise UserError(f"exporting ONNX needs {', '.join(missing)}: to build the graph, write it and check it",
                         f"pip install 'llmc-toolkit[{'optimum' if config.exporter == 'optimum' else 'onnx'}]'")
-    from llmc.export.onnx import builder, plain
+    from llmc.export.onnx import builder, plain, tracers
 
-    if config.exporter == "optimum":
-        plain.check_packages()
+    traces = config.exporter != "builder"
+    if traces:
+        tracers.check_packages(config.exporter)
     check_output(config.out, "onnx", config)
     folder = model_folder(config.model)
     ckpt = Checkpoint.open(folder)
     # errors that are cheap to find come before slow work
     quantized.linears(ckpt)
     quantized.check_order(ckpt)
-    if config.exporter == "optimum":
+    if traces:
         plain.check_model(config, ckpt)
     else:
         builder.name_of(ckpt.config)
@@ -54,7 +55,7 @@ def run(config: OnnxExportConfig) -> dict[str, Any]:
     check_output(out, "onnx", config, folder)
     torch.set_num_threads(config.threads or physical_cores())
     with staged_folder(out) as work:
-        write = plain.write if config.exporter == "optimum" else _write
+        write = plain.write if traces else _write
         report = write(config, ckpt, work, str(out))
         remove_code(work, str(out))
         _record(config, ckpt, source, work, report)
