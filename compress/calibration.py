@@ -23,11 +23,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from llmc.compress.arguments import LayerArguments
+from llmc.compress.entering import enter
 from llmc.compress.layer_run import LayerRun
 from llmc.compress.mixture_run import MixtureRun
 from llmc.compress.passes import LayerPass, LayerWatch
-from llmc.compress.skeleton import LinearGroup, Skeleton, trace_layer
-from llmc.compress.states import StateStore
+from llmc.compress.rows import Rows
+from llmc.compress.skeleton import LinearGroup, Skeleton
+from llmc.compress.states import StateStore, batches_of
+from llmc.compress.tracing import trace_layer
 from llmc.compress.unfinished import open_unfinished
 from llmc.console import progress, warn
 from llmc.errors import UserError
@@ -97,8 +100,8 @@ class Workspace:
             save_file({k: v.contiguous() for k, v in tensors.items()}, tmp, metadata={"format": "pt"})
         write_json(self.layer_file(index).with_suffix(".json"), record)
 
-    def commit(self, done: int, side: int = 0, checksums: list[int] | None = None) -> None:
-        self.state |= {"done": done, "side": side, "checksums": checksums or []}
+    def commit(self, done: int, side: int = 0, checksums: list[int] | None = None, **more: Any) -> None:
+        self.state |= {"done": done, "side": side, "checksums": checksums or [], **more}
         write_json(self.folder / "state.json", self.state)
         fsync(self.folder)
 
@@ -115,23 +118,25 @@ class Streams:
 
     sequences: int64 [n, seq_len], or None if no text is run; then there are no streams.
     lengths: {name of a stream: number of its sequences}; the first stream has all sequences.
-    arguments: the keyword arguments that the model passes to each layer.
+    arguments: the keyword arguments that the model passes to each layer.  given: those of them that depend on the text.
     """
 
     def __init__(self, skeleton: Skeleton, sequences: torch.Tensor | None, work: Workspace, lengths: dict[str, int],
                  batch: int) -> None:
         self.work, self.stores, self.arguments = work, list[StateStore](), list[LayerArguments]()
+        self.given = Rows(work.folder, "given", 0 if sequences is None else len(sequences))
         if sequences is None:
             return
-        width, hidden = sequences.shape[1], skeleton.config.get_text_config().hidden_size
-        self.stores = [StateStore(work.folder, name, (n, width, hidden), batch) for name, n in lengths.items()]
+        entered = enter(skeleton, (sequences[a:b] for a, b in batches_of(len(sequences), batch)), sequences.shape[1],
+                        self.given)
+        self.arguments = entered.layers
+        self.stores = [StateStore(work.folder, name, n, entered.shape, batch, entered.axis) for name, n in lengths.items()]
         first, *others = self.stores
-        self.arguments, entering = skeleton.enter((sequences[a:b] for a, b in first.starts()), width)
         if work.done:
             skeleton.leave()
             self._restore()
             return
-        first.replace(entering)
+        first.replace(entered.states)
         first.advance()
         for store in others:  # all streams start from the same states
             store.replace(first.read(a, b) for a, b in store.starts())
@@ -150,11 +155,16 @@ class Streams:
 
     def settle(self, done: int, side: int) -> None:
         """Make the files `side` durable. From now on a resumed run starts from them, after the first `done` layers."""
-        self.work.commit(done, side, [store.settle(side) for store in self.stores])
+        self.work.commit(done, side, [store.settle(side) for store in self.stores], given=self.given.settle(done),
+                         carried=[store.carried.settle(done) for store in self.stores])
+        for rows in (self.given, *(store.carried for store in self.stores)):
+            rows.forget(done)
 
     def _restore(self) -> None:
         state = self.work.state
-        if not all(s.restore(state["side"], c) for s, c in zip(self.stores, state["checksums"], strict=True)):
+        found = [s.restore(state["side"], c) for s, c in zip(self.stores, state["checksums"], strict=True)]
+        found += [s.carried.restore(c) for s, c in zip(self.stores, state["carried"], strict=True)]
+        if not all([*found, self.given.restore(state["given"])]):
             raise UserError(f"the hidden states in {self.work.folder} are damaged",
                             "run without --resume to start again")
 
@@ -227,7 +237,7 @@ class Loop:
     def _with_text(self, pass_: LayerPass | LayerWatch, index: int, layer: nn.Module) -> dict[str, Any]:
         """Run the pass over one layer with text, and run the layer. Returns what reached its experts, by their module."""
         store, arguments, settings = self.streams.stores[0], self.streams.arguments[index], self.settings
-        trace = trace_layer(layer, store.read(0, 1).to(self.skeleton.device), arguments.of(1))
+        trace = trace_layer(layer, store.read(0, 1).to(self.skeleton.device), lambda: arguments.call(0, 1, store.carried))
         run = LayerRun(layer, arguments, trace, store, self.work.folder, settings.true_sequential, settings.workers,
                        settings.peaks)
         groups = [*trace.groups, *(g for m in run.mixtures for n in range(m.experts.count) for g in m.groups(n))]

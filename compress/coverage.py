@@ -23,6 +23,7 @@ from llmc.formats.linears import get_weight, is_linear
 
 MOST_UNKNOWN = 0.01  # of the layers' weights
 NARROWEST = 32  # weights of the smallest block
+MOST_UNFIT = 0.05  # of the layers' weights: linears that the type cannot hold. Above, the model is refused
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,12 @@ class Rule:
 # The first rule that holds counts. The rest is quantized if it is the weight of a linear, else it is not understood.
 RULES = (
     Rule("biases", lambda p: bool(re.search(r"(^|[._])bias$", p.name))),
-    Rule("norms and other vectors", lambda p: p.value.ndim < 2),
+    Rule("norms and other vectors", lambda p: p.value.ndim < 2 or p.value.numel() == max(p.value.shape)),
     Rule("kernels of convolutions", lambda p: isinstance(p.owner, nn.Conv1d) or bool(re.search(r"\bconv1d?\b", p.name))),
     Rule("state matrices (A_log, D)", lambda p: bool(re.search(r"\.(A_log|D)$", p.name))),
     Rule("routers of experts", lambda p: bool(re.search(r"\.(router|gate|shared_expert_gate)(\.|$)", p.module + "."))),
+    Rule("block-diagonal matrices", lambda p: p.value.ndim == 3 and p.value.shape[1] == p.value.shape[2]
+         and not EXPERTS.search(p.name)),
     Rule(f"linears with fewer than {NARROWEST} inputs", lambda p: p.is_linear and _width(p) < NARROWEST),
 )
 KEPT = "kept by --keep"
@@ -75,6 +78,15 @@ class Coverage:
     def share(self) -> float:
         """Of the weights of the layers that are not understood."""
         return _count(self.unknown) / max(1, self.weights)
+
+    def leave(self, why: str, linears: list[str], skeleton: Skeleton) -> None:
+        """Keep these linears as floats too, if they are few. why: the rule."""
+        if sum(get_weight(skeleton.model.get_submodule(n)).numel() for n in linears) > MOST_UNFIT * self.weights:
+            return
+        self.linears = [n for n in self.linears if n not in linears]
+        for name in linears:
+            owner = skeleton.model.get_submodule(name)
+            self.floats.setdefault(why, []).append(Parameter(f"{name}.weight", owner, owner.weight))
 
     def left_linears(self) -> frozenset[str]:
         """The linears that stay floats."""

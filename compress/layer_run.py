@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from torch import nn
 
 from llmc.compress.arguments import LayerArguments
 from llmc.compress.mixture_run import ENOUGH, STRENGTH, MixtureRun, Routed
-from llmc.compress.skeleton import Ending, LayerTrace, LinearGroup, StopForward, replaced
+from llmc.compress.skeleton import LinearGroup, StopForward
 from llmc.compress.states import Scratch, StateStore
+from llmc.compress.tracing import Ending, LayerTrace, direct_uses, replaced, states_of
 from llmc.compress.workers import share
+from llmc.console import warn
 from llmc.formats.linears import get_weight
 from llmc.precision import fast_forward, fast_matmul, matmul_precision
 
@@ -62,12 +65,26 @@ class LayerRun:
         self.groups, self.current = trace.groups, Current()
         self.device = next(layer.parameters()).device
         dtype = torch.bfloat16 if matmul_precision() == "bf16" else torch.float32
-        self.writers = trace.writers
+        self.writers, self.direct = trace.writers, trace.direct
+        self.forward = self._precision()
         self.endings = trace.endings if sequential else {}
         self.inputs = {e.linear: Scratch(scratch / f"input-{part}", dtype) for part, e in self.endings.items()}
         self.unchanged = {g.names[0]: Scratch(scratch / f"unchanged-{i}", dtype) for i, g in enumerate(trace.groups)}
-        self.mixtures = [MixtureRun(name, layer.get_submodule(name), after, scratch)  # type: ignore[arg-type]
+        self.mixtures = [MixtureRun(name, layer.get_submodule(name), after, scratch, self.forward)  # type: ignore[arg-type]
                          for name, after in trace.mixtures.items()]
+
+    def _precision(self) -> Callable[[torch.device], AbstractContextManager[None]]:
+        """The context in which the layer runs: that of bf16, if its code runs there."""
+        if matmul_precision() != "bf16":
+            return fast_forward
+        hidden = self.store.read(0, 1).to(self.device)
+        try:
+            with torch.no_grad(), fast_forward(self.device):
+                self.layer(hidden, **self.arguments.of(0, 1, self.store.carried))
+        except RuntimeError as e:  # some code mixes types in ways that autocast does not know, as index_add_
+            _say_slow(type(self.layer).__name__, str(e).splitlines()[0])
+            return lambda _device: fast_matmul()
+        return fast_forward
 
     def keep_unchanged_inputs(self, store: StateStore) -> None:
         """Run the unchanged layer over the reference states and store the input of every group."""
@@ -134,8 +151,7 @@ class LayerRun:
         scale = by.to(self.device)
         if last:
             hidden = self.store.rows(tokens).to(self.device)
-            with fast_forward(self.device):
-                added = mixture.experts.outer(number, x).float() * scale[:, None]
+            added = mixture.outer(number, x) * scale[:, None]
             norm = torch.maximum(torch.linalg.vector_norm(hidden, dim=-1), torch.linalg.vector_norm(hidden + added, dim=-1))
             scale = scale / norm.mul_(hidden.shape[-1] ** -0.5).clamp_min_(1e-6)
         return x.float() * scale[:, None]
@@ -213,10 +229,13 @@ class LayerRun:
     def _relative(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """1 / (root mean square of the residual stream) at each token, [tokens, 1] (see InputStatistics)."""
         linear: Any = self.layer.get_submodule(name)
-        hidden = self.current.hidden
-        with fast_forward(self.device):
+        hidden = self.current.hidden.movedim(self.store.axis, 0)  # [n, seq_len, hidden], or [n, streams, seq_len, hidden]
+        with self.forward(self.device):
             added = nn.functional.linear(x, get_weight(linear), linear.bias)
+        added = added.reshape(hidden.shape[0], *[1] * (hidden.ndim - 3), *hidden.shape[-2:])
         norm = torch.maximum(torch.linalg.vector_norm(hidden, dim=-1), torch.linalg.vector_norm(hidden + added, dim=-1))
+        if norm.ndim > 2:  # over the streams of a model with several
+            norm = norm.flatten(1, -2).square().mean(1).sqrt()
         return norm.mul_(hidden.shape[-1] ** -0.5).clamp_min_(1e-6).reciprocal_().view(-1, 1)
 
     def _forward(self, store: StateStore, workers: int, instead: dict[str, Callable[..., Any]] | None = None) -> None:
@@ -229,9 +248,11 @@ class LayerRun:
             for batch, (first, last) in batches[worker::workers]:
                 hidden = store.read(first, last).to(self.device)
                 self.current.worker, self.current.batch, self.current.hidden = worker, batch, hidden
-                with suppress(StopForward), fast_forward(self.device):
-                    out = self.layer(hidden, **self.arguments.of(len(hidden)))
-                    store.write(first, out[0] if isinstance(out, tuple) else out)
+                with suppress(StopForward), self.forward(self.device), direct_uses(self.layer, self.direct):
+                    call = self.arguments.call(first, last, store.carried)
+                    out = self.layer(hidden, **call.kwargs)
+                    store.write(first, states_of(out))
+                    call.carry(out)
                 yield
 
         with fast_matmul(), replaced(self.layer, self._shortcuts(store) | (instead or {})):
@@ -263,8 +284,13 @@ class LayerRun:
             mixture.close()
 
 
+@cache
+def _say_slow(kind: str, why: str) -> None:
+    warn(f"layers of the kind {kind} run in float32, because their code does not run in bf16: {why}")
+
+
 class Current(threading.local):
-    """The worker of this thread: its number, its batch, and the layer's input states [n, seq_len, hidden] in that batch."""
+    """The worker of this thread: its number, its batch, and the layer's input states in that batch."""
 
     worker: int
     batch: int

@@ -17,6 +17,7 @@ This is a conjugate prior of STRENGTH tokens a column. An expert without tokens 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,12 +86,13 @@ class Routed:
 @dataclass
 class MixtureRun:
     """The experts of one layer. name: inside the layer.  after: the number of groups of linears that run before it.
-    streams: {name of a store of hidden states: what was routed in it}."""
+    precision: a context for the products on a device.  streams: {name of a store of hidden states: what was routed in it}."""
 
     name: str
     experts: Experts
     after: int
     folder: Path
+    precision: Callable[[torch.device], AbstractContextManager[None]]
     streams: dict[str, Routed] = field(default_factory=dict)
 
     def recorder(self, store: StateStore, position: Callable[[], int]) -> Callable[..., Any]:
@@ -98,13 +100,13 @@ class MixtureRun:
         def record(hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
             if store.name not in self.streams:
                 self._begin(store, hidden, index)
-            self.streams[store.name].put(position() * store.shape[1], hidden, index, weights)
+            self.streams[store.name].put(position() * store.shape[0], hidden, index, weights)
             raise StopForward
         return record
 
     def _begin(self, store: StateStore, hidden: torch.Tensor, index: torch.Tensor) -> None:
         """Make the files of a stream. hidden, index: of any batch, for their shapes."""
-        tokens, name = store.shape[0] * store.shape[1], f"experts-{self.name.replace('.', '-')}-{store.name}"
+        tokens, name = store.count * store.shape[0], f"experts-{self.name.replace('.', '-')}-{store.name}"
         found = Routed(self.folder / f"{name}.in.f32", self.folder / f"{name}.out.f32", hidden.shape[1],
                        torch.zeros(tokens, index.shape[1], dtype=torch.int64), torch.zeros(tokens, index.shape[1]))
         for path in (found.inputs, found.outputs):
@@ -119,7 +121,7 @@ class MixtureRun:
             return None
 
         def answer(hidden: torch.Tensor, *_args: Any) -> torch.Tensor:
-            return routed.output(position() * store.shape[1], len(hidden)).to(hidden)
+            return routed.output(position() * store.shape[0], len(hidden)).to(hidden)
         return answer
 
     def run(self, store: StateStore, change: Callable[[int, Routed], None] | None = None) -> None:
@@ -127,16 +129,13 @@ class MixtureRun:
         while it has its weights, before it runs."""
         routed = self.streams[store.name]
         for number in range(self.experts.count):
-            tokens, weights = routed.sent_to(number)
-            if change is None and not len(tokens):
+            if change is None and not len(routed.sent_to(number)[0]):
                 continue
             with self.experts.ready(number):
                 if change is not None:
                     change(number, routed)
-                for part, by in self._parts(tokens, weights):
-                    x = routed.rows(part).to(self._device(number))
-                    made = self.experts.outer(number, self.experts.inner(number, x)).float()
-                    routed.add(part, made * by[:, None].to(made.device))
+                for inner, part, by in self.inputs(number, routed, last=True):
+                    routed.add(part, self.outer(number, inner) * by[:, None].to(inner.device))
         routed.done = True
 
     def groups(self, number: int) -> tuple[LinearGroup, LinearGroup]:
@@ -158,7 +157,15 @@ class MixtureRun:
             tokens, weights = routed.sent_to(number)
         for part, by in self._parts(tokens, weights):
             x = routed.rows(part).to(self._device(number))
-            yield (self.experts.inner(number, x) if last else x), part, by
+            if last:
+                with self.precision(x.device):
+                    x = self.experts.inner(number, x)
+            yield x, part, by
+
+    def outer(self, number: int, inner: torch.Tensor) -> torch.Tensor:
+        """The expert's output float32 [n, hidden] for the input of its last linear, before the routing weights."""
+        with self.precision(inner.device):
+            return self.experts.outer(number, inner).float()
 
     def coverage(self, store: StateStore) -> dict[str, Any]:
         """What reached the experts: {'tokens': [of each expert], 'columns': inputs of its widest linear, 'starved': number

@@ -7,6 +7,7 @@ that the sequences differ. The rest is sampled at temperature 1.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -29,10 +30,12 @@ def sampling_bytes(config: Any, parameters: int, seq_len: int, batch: int) -> in
 
 @torch.no_grad()
 def sample_from_model(model: nn.Module, tokenizer: Any, samples: int, seq_len: int, seed: int, batch: int) -> torch.Tensor:
-    """Sample int64 [samples, seq_len] on the CPU, `batch` sequences at a time, with a KV cache.
+    """Sample int64 [samples, seq_len] on the CPU, `batch` sequences at a time, with the model's cache if it has one.
 
     The result is reproducible for the same model, seed, batch and thread count, because the generator is local.
     """
+    from transformers import Cache
+
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     special = torch.tensor(sorted(set(tokenizer.all_special_ids)), dtype=torch.int64)
@@ -41,6 +44,9 @@ def sample_from_model(model: nn.Module, tokenizer: Any, samples: int, seq_len: i
     vocabulary = min(len(tokenizer), rows)  # a tokenizer may have added tokens that the model does not know
     ordinary = torch.ones(vocabulary)
     ordinary[special[special < vocabulary]] = 0
+    # A Cache that a model returns under the name of one of its arguments: past_key_values, in Mamba cache_params. (RWKV's state
+    # is no Cache: in transformers 5.23 it is right for one sequence, and mixes those of a batch.)
+    takes = set(inspect.signature(model.forward).parameters)
     done = []
     with progress("sampling calibration text, token", seq_len * -(-samples // batch)) as p:
         for first in range(0, samples, batch):
@@ -48,15 +54,16 @@ def sample_from_model(model: nn.Module, tokenizer: Any, samples: int, seq_len: i
             ids = torch.multinomial(ordinary, n, replacement=True, generator=generator)[:, None]
             if tokenizer.bos_token_id is not None:
                 ids = torch.cat([torch.full((n, 1), tokenizer.bos_token_id), ids], dim=1)
-            feed, cache = ids, None
+            feed, cache = ids, dict[str, Any]()
             p.step(n=ids.shape[1])
             while ids.shape[1] < seq_len:
-                out = model(feed.to(device), past_key_values=cache, use_cache=True)
-                cache = out.past_key_values
+                out = model(feed.to(device), use_cache=True, **cache)
+                cache = {name: out[name] for name in out if name in takes and isinstance(out[name], Cache)}
                 probabilities = torch.softmax(out.logits[:, -1].float().cpu(), dim=-1)
                 probabilities[:, vocabulary:] = 0  # padding rows of the head are not tokens
-                feed = torch.multinomial(probabilities, 1, generator=generator)
-                ids = torch.cat([ids, feed], dim=1)
+                chosen = torch.multinomial(probabilities, 1, generator=generator)
+                ids = torch.cat([ids, chosen], dim=1)
+                feed = chosen if cache else ids
                 p.step()
             done.append(ids[:, :seq_len])
     return torch.cat(done)

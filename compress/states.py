@@ -8,7 +8,6 @@ page cache, so with enough free memory this runs at memory speed and takes no re
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from threading import Lock
@@ -16,31 +15,35 @@ from threading import Lock
 import numpy as np
 import torch
 
+from llmc.compress.rows import Carried, checksum
 from llmc.files import fsync
 
 
 class StateStore:
-    """float32 hidden states [samples, seq_len, hidden] of one stream of sequences."""
+    """float32 hidden states of one stream of sequences. count: of its sequences.  shape: of the states of one of them,
+    [seq_len, hidden]; a model may have more axes.  axis: of the sequences in the states that a layer takes.
+    carried: what earlier layers made for the present and later ones beside the states."""
 
-    def __init__(self, folder: Path, name: str, shape: tuple[int, int, int], batch: int) -> None:
+    def __init__(self, folder: Path, name: str, count: int, shape: tuple[int, ...], batch: int, axis: int = 0) -> None:
         self.name, self.files = name, [folder / f"{name}.{side}.f32" for side in "abc"]
-        self.shape, self.batch, self.side = shape, batch, 0
-        self.row = shape[1] * shape[2] * 4  # bytes of one sequence
+        self.count, self.shape, self.batch, self.axis, self.side = count, shape, batch, axis, 0
+        self.row = math.prod(shape) * 4  # bytes of one sequence
+        self.carried = Carried(folder, f"{name}.carried", count)
 
     def starts(self) -> Iterator[tuple[int, int]]:
         """(first sequence, last sequence + 1) of each batch."""
-        for first in range(0, self.shape[0], self.batch):
-            yield first, min(first + self.batch, self.shape[0])
+        return batches_of(self.count, self.batch)
 
     def read(self, first: int, last: int) -> torch.Tensor:
         """The input states of the present layer for the sequences `first` … `last - 1`, float32 [n, seq_len, hidden]."""
         count = (last - first) * self.row // 4
         flat = np.fromfile(self.files[self.side], dtype=np.float32, count=count, offset=first * self.row)
-        return torch.from_numpy(flat).view(last - first, *self.shape[1:])
+        return torch.from_numpy(flat).view(last - first, *self.shape).movedim(0, self.axis)
 
     def rows(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The input states of single tokens, numbered over all sequences: float32 [n, hidden]."""
-        flat = np.memmap(self.files[self.side], np.float32, "r", shape=(self.shape[0] * self.shape[1], self.shape[2]))
+        """The input states [n, hidden] of single tokens, numbered over all sequences."""
+        length, hidden = self.shape
+        flat = np.memmap(self.files[self.side], np.float32, "r", shape=(self.count * length, hidden))
         return torch.from_numpy(np.asarray(flat[tokens.numpy()]))
 
     def replace(self, batches: Iterable[torch.Tensor]) -> None:
@@ -52,13 +55,13 @@ class StateStore:
     def clear(self) -> None:
         """Create the next file for `write`."""
         with self._following.open("wb") as f:
-            f.truncate(self.shape[0] * self.row)
+            f.truncate(self.count * self.row)
 
     def write(self, first: int, states: torch.Tensor) -> None:
         """Write the layer's output for the sequences from `first` on to the next file. Several threads may call it."""
         with self._following.open("r+b") as f:
             f.seek(first * self.row)
-            f.write(states.to("cpu", torch.float32).contiguous().numpy().view(np.uint8).data)
+            f.write(states.to("cpu", torch.float32).movedim(self.axis, 0).contiguous().numpy().view(np.uint8).data)
 
     def advance(self) -> None:
         """Make the written file the input of the next layer."""
@@ -73,7 +76,7 @@ class StateStore:
         """Continue from the file `side` of an interrupted run. Returns False if its size or its CRC-32 is not as expected."""
         self.side = side
         path = self.files[side]
-        if not path.is_file() or path.stat().st_size != self.shape[0] * self.row:
+        if not path.is_file() or path.stat().st_size != self.count * self.row:
             return False
         return checksum(path) == expected
 
@@ -82,13 +85,10 @@ class StateStore:
         return self.files[(self.side + 1) % len(self.files)]
 
 
-def checksum(path: Path) -> int:
-    """CRC-32 of a file."""
-    found = 0
-    with path.open("rb") as f:
-        while block := f.read(1 << 24):
-            found = zlib.crc32(block, found)
-    return found
+def batches_of(count: int, batch: int) -> Iterator[tuple[int, int]]:
+    """(first sequence, last sequence + 1) of each batch of `count` sequences."""
+    for first in range(0, count, batch):
+        yield first, min(first + batch, count)
 
 
 class Scratch:

@@ -13,9 +13,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from llmc.compress.calibration import Loop, LoopSettings, Workspace
+from llmc.compress.entering import enter
 from llmc.compress.layer_run import InputStatistics, add_gram, mirror_upper
 from llmc.compress.passes import LayerPass
-from llmc.compress.skeleton import LinearGroup, Skeleton, trace_layer
+from llmc.compress.skeleton import LinearGroup, Skeleton
+from llmc.compress.tracing import trace_layer
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.linears import get_weight, set_weight
 
@@ -179,10 +181,10 @@ def test_norms_are_idle_where_the_part_they_feed_is_replaced(tmp_path: Path) -> 
                 "gpt_neox": {"attention": ("input_layernorm",), "mlp": ("post_attention_layernorm",)}}
     for family, feeders in expected.items():
         skeleton = Skeleton(Checkpoint.open(build(family, tmp_path / family)), "cpu")
-        arguments, entering = skeleton.enter(iter([SEQUENCES[:1]]), SEQUENCES.shape[1])
-        (states,) = entering
+        entered = enter(skeleton, iter([SEQUENCES[:1]]), SEQUENCES.shape[1])
+        (states,) = entered.states
         with skeleton.layer(0) as layer:
-            trace = trace_layer(layer, states, arguments[0].of(1))
+            trace = trace_layer(layer, states, lambda found=entered: found.layers[0].call(0, 1))
         assert {name: ending.feeders for name, ending in trace.endings.items()} == feeders
 
 

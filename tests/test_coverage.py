@@ -10,11 +10,11 @@ import pytest
 import tiny
 import torch
 import transformers as T
+from architectures import build
 from safetensors.torch import load_file
 from tiny import COMMON
 
 import llmc
-from llmc.compress.arguments import LayerArguments, Repeated, TextDependent
 from llmc.compress.coverage import KEPT, cover
 from llmc.compress.skeleton import Skeleton
 from llmc.errors import UserError
@@ -40,14 +40,12 @@ def oss(tmp_path_factory: pytest.TempPathFactory) -> Path:
                                                                       num_experts_per_tok=2))
 
 
-def test_stacked_experts_are_refused_and_can_be_kept(oss: Path, tmp_path: Path) -> None:
-    for command in (lambda: llmc.quantize(oss, method="rtn"), lambda: llmc.quantize(oss, dry_run=True)):
-        with pytest.raises(UserError, match=r"a mixture of experts: .*experts\.gate_up_proj.* would not be quantized") as e:
-            command()
-        assert "--keep 'mlp.experts.gate_up_proj,mlp.experts.down_proj'" in e.value.hint
-    kept = {"method": "rtn", "keep": "mlp.experts.gate_up_proj,mlp.experts.down_proj"}
+def test_stacked_experts_are_quantized_and_can_be_kept(oss: Path, tmp_path: Path) -> None:
+    whole = llmc.quantize(oss, dry_run=True, method="rtn")
+    assert set(whole["floats"]) == {"biases", "norms and other vectors", "routers of experts"}
+    kept = {"method": "rtn", "keep": "mlp.experts"}
     plan = llmc.quantize(oss, dry_run=True, **kept)
-    experts = [f"model.layers.*.mlp.experts.{name}" for name in ("down_proj", "gate_up_proj")]
+    experts = [f"model.layers.*.mlp.experts.*.{name}.weight" for name in ("down_proj", "gate_up_proj")]
     assert plan["floats"][KEPT]["names"] == experts
     assert plan["floats"]["routers of experts"]["weights"] == 2 * 4 * 64
     result = llmc.quantize(oss, out=tmp_path / "q", **kept)
@@ -63,19 +61,23 @@ def test_stacked_experts_are_refused_and_can_be_kept(oss: Path, tmp_path: Path) 
     assert torch.equal(written[name], layers[name])
 
 
-@pytest.mark.parametrize("config", [T.Qwen3MoeConfig, T.MixtralConfig, T.GraniteMoeConfig, T.Llama4TextConfig],
-                         ids=["qwen3_moe", "mixtral", "granitemoe", "llama4"])
-def test_mixtures_of_experts_are_called_that(config: Any, tmp_path: Path, text: Path) -> None:
-    moe = save(tmp_path / "moe", config(**COMMON, **MOE, head_dim=16))
-    for command in (lambda: llmc.quantize(moe, method="rtn"), lambda: llmc.imatrix(moe, calibration=str(text)),
-                    lambda: llmc.prune(moe, method="magnitude", calibration=str(text))):
+def test_a_stacked_tensor_is_kept_whole_or_not_at_all(oss: Path) -> None:
+    with pytest.raises(UserError, match="holds 4 experts in one tensor, and 1 of them would stay") as e:
+        llmc.quantize(oss, dry_run=True, method="rtn", keep="layers.1.mlp.experts.2.down_proj")
+    assert "all of its experts" in e.value.hint
+
+
+def test_experts_in_a_form_that_is_not_known_are_refused(tmp_path: Path) -> None:
+    """JetMoe's experts are no module that transformers marks as experts."""
+    moe = save(tmp_path / "moe", T.JetMoeConfig(**COMMON, num_local_experts=4, num_experts_per_tok=2, kv_channels=16))
+    for command in (lambda: llmc.quantize(moe, method="rtn"), lambda: llmc.prune(moe, method="magnitude")):
         with pytest.raises(UserError, match="is a mixture of experts") as e:
             command()
         assert "%" in e.value.problem
 
 
 @pytest.mark.parametrize("vision", [1, 4])
-def test_a_multimodal_model_is_called_that(tmp_path: Path, vision: int) -> None:
+def test_of_a_multimodal_model_the_language_model_is_quantized(tmp_path: Path, vision: int) -> None:
     """Also where the vision tower has more layers: it is never taken for the decoder."""
     config = T.Gemma3Config(
         text_config={**COMMON, "head_dim": 16, "query_pre_attn_scalar": 16, "tie_word_embeddings": True},
@@ -83,8 +85,14 @@ def test_a_multimodal_model_is_called_that(tmp_path: Path, vision: int) -> None:
                        "image_size": 28, "patch_size": 14})
     folder = save(tmp_path / "mm", config, T.Gemma3ForConditionalGeneration)
     assert find_layers(load_torch_model(folder))[0] == "model.language_model.layers"
-    with pytest.raises(UserError, match=r"multimodal model \(Gemma3ForConditionalGeneration\)"):
-        llmc.quantize(folder, method="rtn")
+    llmc.quantize(folder, method="rtn", out=tmp_path / "q")
+    before, after = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "q"))
+    floats = {n: t for n, t in before.items() if "language_model.model.layers" not in n}
+    assert floats  # the vision tower and the rest, with the hub's names
+    assert all(torch.equal(after[n], t) for n, t in floats.items())
+    assert sum(n.endswith("qweight") for n in after) == sum(n.endswith("_proj.weight") for n in before if n not in floats)
+    assert sum(n.endswith("qweight") for n in after) == 14
+    assert 0 < tiny.divergence(tmp_path / "q", folder) < 1
 
 
 def test_of_lists_of_one_length_the_text_model_has_the_layers() -> None:
@@ -150,57 +158,18 @@ def test_rows_that_zero_points_do_not_fill_are_refused_before_work(tmp_path: Pat
     llmc.quantize(base, method="rtn", keep="down_proj", bits=8, out=tmp_path / "q")  # 132 is a multiple of 4
 
 
-# ---------------------------------------------------------------------------------------------------- arguments
+def test_few_linears_that_no_type_holds_stay_floats(tmp_path: Path) -> None:
+    """4 rows for the two small projections of Qwen 3.5's linear attention: a GPTQ checkpoint packs 8. q4_1 holds them."""
+    base = build("qwen3_5_text", tmp_path / "m")
+    plan = llmc.quantize(base, method="rtn", dry_run=True)
+    why = "linears whose number of rows is no multiple of 8 (a GPTQ checkpoint packs 8 into a word)"
+    names = [f"model.layers.*.linear_attn.in_proj_{x}.weight" for x in "ab"]
+    assert plan["floats"][why] == {"tensors": 6, "weights": 6 * 4 * 64, "names": names}
+    llmc.quantize(base, method="rtn", out=tmp_path / "q")
+    assert load_torch_model(tmp_path / "q")(torch.zeros(1, 4, dtype=torch.int64)).logits.isfinite().all()
+    assert why not in llmc.quantize(base, method="rtn", type="q4_1", dry_run=True)["floats"]
 
 
-def test_arguments_of_two_runs() -> None:
-    table, mask, alibi = torch.rand(1, 4, 2), torch.rand(1, 1, 4, 4), torch.rand(3, 1, 4)
-    one = {"rotary": (table, table), "mask": mask, "alibi": alibi, "use_cache": False, "cache": None}
-    two = {**one, "mask": torch.cat([mask, mask]), "alibi": torch.cat([alibi, alibi])}
-    found = LayerArguments.of_two_runs(one, two)
-    assert found.values["rotary"][0] is table
-    assert isinstance(found.values["mask"], Repeated)
-    for n in (1, 2, 5):
-        given = found.of(n)
-        assert torch.equal(given["mask"], torch.cat([mask] * n))
-        assert torch.equal(given["alibi"], torch.cat([alibi] * n))
-        assert given["use_cache"] is False
-    for name, value in (("mask", torch.rand(2, 1, 4, 4)), ("alibi", torch.rand(3, 1, 4)), ("cache", {})):
-        with pytest.raises(TextDependent, match=name):
-            LayerArguments.of_two_runs(one | {name: {} if name == "cache" else one[name]}, two | {name: value})
-
-
-@pytest.mark.parametrize("config", [
-    T.BloomConfig(vocab_size=512, hidden_size=64, n_layer=2, n_head=4),
-    T.XGLMConfig(vocab_size=512, d_model=64, ffn_dim=128, num_layers=2, attention_heads=4, max_position_embeddings=256),
-], ids=["bloom", "xglm"])
-def test_layers_see_what_they_see_in_the_model(config: Any, tmp_path: Path) -> None:
-    """Masks and biases that grow with the batch: the states of the layer loop are those of the whole model."""
-    folder = save(tmp_path / "m", config)
-    skeleton = Skeleton(Checkpoint.open(folder), "cpu")
-    ids = torch.arange(3 * 16).view(3, 16)
-    with torch.no_grad():
-        arguments, states = skeleton.enter(iter([ids]), 16)
-        hidden = torch.cat(list(states))
-        for i in range(2):
-            with skeleton.layer(i) as layer:
-                out = layer(hidden, **arguments[i].of(3))
-                hidden = out[0] if isinstance(out, tuple) else out
-        model = load_torch_model(folder)
-        seen: list[torch.Tensor] = []
-        layers = find_layers(model)[1]
-        layers[-1].register_forward_hook(lambda _m, _a, out: seen.append(out[0] if isinstance(out, tuple) else out))
-        model(ids, use_cache=False)
-    assert torch.allclose(hidden, seen[0], atol=1e-5)
-
-
-def test_layers_that_see_the_tokens_are_refused(tmp_path: Path, text: Path) -> None:
-    """Gemma 3n hands each layer embeddings of the tokens."""
-    config = T.Gemma3nTextConfig(
-        **{**COMMON, "num_hidden_layers": 2}, head_dim=16, vocab_size_per_layer_input=512, hidden_size_per_layer_input=16,
-        layer_types=["sliding_attention", "full_attention"], num_kv_shared_layers=0, activation_sparsity_pattern=[0.0, 0.0],
-        laurel_rank=8)
-    folder = save(tmp_path / "m", config)
-    with pytest.raises(UserError, match=r"layer by layer: its layers are given .*depends on the text") as e:
-        llmc.quantize(folder, calibration=str(text), samples=8, seq_len=64, keep="altup")
-    assert "--method rtn" in e.value.hint
+def test_gates_that_are_no_linears_are_counted(tmp_path: Path) -> None:
+    plan = llmc.quantize(build("recurrent_gemma", tmp_path / "m"), method="rtn", dry_run=True)
+    assert plan["floats"]["block-diagonal matrices"]["weights"] == 2 * 2 * 4 * 16 * 16

@@ -141,19 +141,25 @@ def build(family: str, folder: Path, seed: int = 0, dtype: torch.dtype = torch.f
     if style in ("llama", "gemma"):
         overrides = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, **overrides}
     made = config(family, **overrides)
-    model = (AutoModelForCausalLM if made.get_text_config() is made else AutoModelForImageTextToText).from_config(made).eval()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.ndim >= 2:
-                p.normal_(0.0, 0.15)
-            elif "norm" in name or "ln" in name:
-                p.add_(torch.randn_like(p) * 0.1)
-            else:
-                p.normal_(0.0, 0.1)
-    model.tie_weights()
+    auto = AutoModelForCausalLM if made.get_text_config() is made else AutoModelForImageTextToText
+    model = randomized(auto.from_config(made))
     model.to(dtype).save_pretrained(folder, max_shard_size=overrides.get("max_shard_size", "5GB"))
     tokenizer(style).save_pretrained(folder)
     return folder
+
+
+@torch.no_grad()
+def randomized(model: Any) -> Any:
+    """Draw the weights of a model."""
+    for name, p in model.eval().named_parameters():
+        if p.ndim >= 2:
+            p.normal_(0.0, 0.15)
+        elif "norm" in name or "ln" in name:
+            p.add_(torch.randn_like(p) * 0.1)
+        else:
+            p.normal_(0.0, 0.1)
+    model.tie_weights()
+    return model
 
 
 def edit_config(folder: Path, **values: Any) -> None:

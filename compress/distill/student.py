@@ -17,6 +17,7 @@ from torch import nn
 
 from llmc.compress.teaching.loss import Objective, SoftTargetsOf, distillation_loss
 from llmc.compress.teaching.models import head_of, hidden_states
+from llmc.compress.tracing import states_of
 from llmc.errors import UserError
 from llmc.formats.linears import find_layers
 
@@ -89,7 +90,7 @@ def captured(model: Any, layers: Sequence[int]) -> Iterator[list[torch.Tensor]]:
 
     def keep(index: int) -> Any:
         def hook(_module: nn.Module, _args: Any, out: Any) -> None:
-            found[index] = out[0] if isinstance(out, tuple) else out
+            found[index] = states_of(out)
             if len(found) == len(set(layers)):
                 states[:] = [found[i] for i in layers]
         return hook

@@ -10,7 +10,7 @@ a few tokens have very large states.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from llmc.compress.arguments import Call
 from llmc.compress.calibration import Streams, Workspace, sequences_at_once, walk
 from llmc.compress.heal.config import HealConfig
 from llmc.compress.heal.student import HealedLinear, moved, norm_weights, stored_tensors
@@ -26,6 +27,7 @@ from llmc.compress.skeleton import Skeleton
 from llmc.compress.states import StateStore
 from llmc.compress.teaching.texts import Texts
 from llmc.compress.teaching.training import Curve, set_rate
+from llmc.compress.tracing import states_of
 from llmc.console import say
 from llmc.errors import UserError
 from llmc.formats import quantized
@@ -70,15 +72,13 @@ class Blocks:
     def _heal(self, index: int, layer: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Heal one layer, and write the output states of the teacher's layer and of the healed one. Returns (the changed
         tensors, the layer's record)."""
-        with torch.no_grad():
-            self.teacher_states.replace(self._run(layer, index, self.teacher_states))
-            self.teacher_states.advance()
+        self._pass(layer, index, self.teacher_states)
+        self.teacher_states.advance()
         student, linears = self._quantized(index, layer)
         factors = {f"{n}.{kind}": p for n, m in linears.items() for kind, p in m.trained().items()}
         norms = norm_weights(student) if self.config.norms else {}
         curve = self._train(student, index, factors, {n: p.requires_grad_(True) for n, p in norms.items()})
-        with torch.no_grad():
-            self.student_states.replace(self._run(student, index, self.student_states))
+        self._pass(student, index, self.student_states)
         tensors = stored_tensors(self.student, linears)
         prefix = self.skeleton.layer_name(index)
         tensors |= {self.names.stored(f"{prefix}.{n}"): p.detach().cpu().float() for n, p in norms.items()}
@@ -102,16 +102,20 @@ class Blocks:
             student.set_submodule(path, linears[name])
         return student, linears
 
-    def _run(self, layer: nn.Module, index: int, store: StateStore) -> Iterator[torch.Tensor]:
-        """The output states of a layer, batch by batch."""
+    @torch.no_grad()
+    def _pass(self, layer: nn.Module, index: int, store: StateStore) -> None:
+        """Run a layer over all sequences and store what it makes."""
+        store.clear()
         for first, last in store.starts():
-            yield self._output(layer, index, store.read(first, last))
+            out, call = self._run(layer, index, store, first, last)
+            store.write(first, states_of(out))
+            call.carry(out)
 
-    def _output(self, layer: nn.Module, index: int, states: torch.Tensor) -> torch.Tensor:
+    def _run(self, layer: nn.Module, index: int, store: StateStore, first: int, last: int) -> tuple[Any, Call]:
+        """Returns (what a layer returns for some sequences of a stream, its arguments)."""
         with self.forward():
-            out = layer(states.to(self.skeleton.device), **self.streams.arguments[index].of(len(states)))
-        found: torch.Tensor = (out[0] if isinstance(out, tuple) else out).float()
-        return found
+            call = self.streams.arguments[index].call(first, last, store.carried)
+            return layer(store.read(first, last).to(self.skeleton.device), **call.kwargs), call
 
     def _train(self, layer: nn.Module, index: int, factors: dict[str, Any], norms: dict[str, Any]) -> Curve:
         """Train one layer. It ends with the parameters that are best on the held-out sequences. In the curve 'kld' is the
@@ -155,7 +159,7 @@ class Blocks:
     def _error(self, layer: nn.Module, index: int, first: int, last: int) -> torch.Tensor:
         """Mean over tokens of the squared error of the layer's output, relative to the teacher's energy."""
         target = self.teacher_states.read(first, last).to(self.skeleton.device)
-        out = self._output(layer, index, self.student_states.read(first, last))
+        out = states_of(self._run(layer, index, self.student_states, first, last)[0]).float()
         return ((out - target).square().mean(-1) / target.square().mean(-1).clamp_min(1e-12)).mean()
 
 

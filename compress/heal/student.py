@@ -119,9 +119,18 @@ class HealedLinear(nn.Module):
         return self._made
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self._product(x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """[out, in], for model code that multiplies with the weight itself (Mamba's dt_proj)."""
+        return self._product(torch.eye(self.levels.shape[1], device=self.levels.device)).t()
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
         weight, low = self._multiply_out()
         y: torch.Tensor = _Product.apply(x.to(self.dtype), weight, self.shift, self.lift, low, self.reach)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return y
 
 
 def levels_of(q: Quantized) -> torch.Tensor:

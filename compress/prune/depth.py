@@ -19,16 +19,20 @@ import torch
 from torch import nn
 
 from llmc.compress.calibration import Workspace
+from llmc.compress.entering import Outputs, enter
 from llmc.compress.forward import run
 from llmc.compress.passes import LayerWatch
-from llmc.compress.skeleton import LinearGroup, Skeleton, replaced, returning
+from llmc.compress.rows import Rows
+from llmc.compress.skeleton import LinearGroup, Skeleton
 from llmc.compress.teaching.loss import divergence
+from llmc.compress.tracing import Replay, recorded, replaced, states_of
 from llmc.console import progress
 from llmc.errors import UserError
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.shards import Piece, pieces_of
 from llmc.precision import fast_forward
 
+PROBE_TOKENS = 8
 KL_SEQUENCES = 8  # sequences for the KL divergence: with 8 x 256 scored tokens the order of the layers is stable
 STALE = ("sliding_window_pattern", "_sliding_window_pattern")  # rules on a layer's number: per-layer lists replace them
 TOLERANCE = 1e-4  # the operations and weights are the same, so measured differences are 0
@@ -43,8 +47,7 @@ class InfluenceWatch(LayerWatch):
 
     def _add(self, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         entering = args[0] if args else kwargs["hidden_states"]
-        leaving = out[0] if isinstance(out, tuple) else out
-        cosine = torch.cosine_similarity(entering.double(), leaving.double(), dim=-1)
+        cosine = torch.cosine_similarity(entering.double(), states_of(out).double(), dim=-1)
         self.total += float(cosine.sum())
         self.tokens += cosine.numel()
 
@@ -91,39 +94,42 @@ def without_each(model: nn.Module, layers: str, ids: torch.Tensor, dropped: list
     with fast_forward(device):
         for row in ids.to(device):
             whole, outputs = _run(model, layers, row, {})
-            through = _identity(isinstance(outputs[0], tuple))
+            through = _identity(Outputs.like(outputs[0].out))
             absent = {f"{layers}.{i}": through for i in dropped}
             _, outputs = _run(model, layers, row, absent)
             for i in found:
-                known = {f"{layers}.{j}": returning(outputs[j]) for j in range(i)}
+                known = {f"{layers}.{j}": outputs[j] for j in range(i)}
                 logits, _ = _run(model, layers, row, {**absent, **known, f"{layers}.{i}": through})
                 found[i] += float(divergence(logits, whole))
     return {i: total / (ids.shape[0] * (ids.shape[1] // 2)) for i, total in found.items()}
 
 
 def _run(model: nn.Module, layers: str, row: torch.Tensor,
-         forwards: dict[str, Callable[..., Any]]) -> tuple[torch.Tensor, list[Any]]:
-    """Returns (the logits [length / 2, vocab] of the second half of a sequence, every layer's output). forwards: functions
+         forwards: dict[str, Callable[..., Any]]) -> tuple[torch.Tensor, list[Replay]]:
+    """Returns (the logits [length / 2, vocab] of the second half of a sequence, every layer's run). forwards: functions
     that replace the forward of some layers, by the layer's name."""
-    outputs: list[Any] = []
-    handles = [layer.register_forward_hook(lambda _m, _args, out: outputs.append(out))
-               for layer in model.get_submodule(layers).children()]
     half = row.shape[0] // 2
-    try:
-        with replaced(model, forwards):
-            logits: torch.Tensor = model(input_ids=row[None], use_cache=False, logits_to_keep=half).logits
-    finally:
-        for handle in handles:
-            handle.remove()
+    with recorded(model.get_submodule(layers)) as outputs, replaced(model, forwards):
+        logits: torch.Tensor = model(input_ids=row[None], use_cache=False, logits_to_keep=half).logits
     return logits[0, -half:], outputs  # OPT of transformers 4.57 ignores logits_to_keep
 
 
-def _identity(tuples: bool) -> Callable[..., Any]:
-    """A forward that returns its input states. tuples: as a tuple."""
-    def through(*args: Any, **kwargs: Any) -> Any:
-        states = args[0] if args else kwargs["hidden_states"]
-        return (states,) if tuples else states
-    return through
+def _identity(outputs: Outputs) -> Callable[..., Any]:
+    """A forward that returns its input states. outputs: what a layer returns."""
+    return lambda *args, **kwargs: outputs.of(args[0] if args else kwargs["hidden_states"])
+
+
+def check_alike(skeleton: Skeleton) -> None:
+    """UserError if a layer is given more than hidden states by other layers, or values that are made for its number. Such a
+    layer does not compute the same after another one is removed."""
+    entered = enter(skeleton, iter(()), PROBE_TOKENS, Rows(skeleton.checkpoint.folder, "none", 0))
+    skeleton.leave()
+    own = {x.layer: names for x in entered.layers if (names := x.own(entered.layers))}
+    if own:
+        first = min(own)
+        raise UserError(f"no layer of {skeleton.checkpoint.folder} can be removed: its layers are given values that other "
+                        f"layers make, or that are made for their number, as {skeleton.layer_name(first)} "
+                        f"({', '.join(own[first])})", "use --method width, or a method that makes weights zero")
 
 
 # ------------------------------------------------------------------------------------------------------- the new model
@@ -161,11 +167,19 @@ def shortened(raw: dict[str, Any], config: Any, dropped: list[int]) -> dict[str,
     edited: dict[str, Any] = {
         key: [value[i] for i in kept] for key, value in known.items()
         if isinstance(value, list) and len(value) == count and not key.endswith("token_id") and key != "architectures"}
+    edited |= {key: [kept.index(i) for i in value if i in kept] for key, value in known.items()
+               if key not in edited and _layer_numbers(key, value, count)}
     edited[getattr(text, "attribute_map", {}).get("num_hidden_layers", "num_hidden_layers")] = len(kept)
     if isinstance(limit := known.get("max_window_layers"), int):
         edited["max_window_layers"] = sum(i < limit for i in kept)
     own = {k: v for k, v in {**before, **edited}.items() if k not in STALE}
     return {**raw, "text_config": own} if "text_config" in raw else own
+
+
+def _layer_numbers(key: str, value: Any, count: int) -> bool:
+    """Whether an entry of config.json is a list of layers' numbers, as Bamba's attn_layer_indices."""
+    return (bool(re.search(r"layer|attn", key)) and isinstance(value, list) and value != [] and len(set(value)) == len(value)
+            and all(type(v) is int and 0 <= v < count for v in value))
 
 
 def prove(source: Path, pruned: Path, dropped: list[int], ids: torch.Tensor, device: str) -> float:
@@ -176,10 +190,14 @@ def prove(source: Path, pruned: Path, dropped: list[int], ids: torch.Tensor, dev
     count = len(Skeleton(Checkpoint.open(source), device).layers)
     kept = [i for i in range(count) if i not in dropped]
     wanted = run(source, ids, device, None, "the source without these layers", kept).states
-    found = run(pruned, ids, device, None, "the new folder").states
+    what = f"layers {', '.join(map(str, sorted(dropped)))} of {source} cannot be removed"
+    hint = "use --method width, or a method that makes weights zero"
+    try:
+        found = run(pruned, ids, device, None, "the new folder").states
+    except UserError as e:
+        raise UserError(f"{what}: the kinds of the others depend on their number ({e.problem})", hint) from e
     difference = float((wanted - found).abs().max() / wanted.abs().max())
     if not difference < TOLERANCE:
-        raise UserError(f"layers {', '.join(map(str, sorted(dropped)))} of {source} cannot be removed: after the others are "
-                        f"renumbered, the output differs by {difference:.2g} (relative), because its layers depend on their "
-                        "number", "use --method width, or a method that makes weights zero")
+        raise UserError(f"{what}: after the others are renumbered, the output differs by {difference:.2g} (relative), because "
+                        "its layers depend on their number", hint)
     return difference

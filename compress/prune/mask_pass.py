@@ -97,8 +97,9 @@ class MaskPass(LayerPass):
     def finish(self, index: int, layer: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         weights = sum(t.numel() for t in self.tensors.values())
         zeros = sum(int((t == 0).sum()) for t in self.tensors.values())
-        return self.skeleton.weights.pack(self.tensors), {"layer": index, "error": self.lost / self.energy if self.energy else 0.0,
-                              "sparsity": zeros / weights, "events": self.events, "linears": self.linears}
+        record = {"layer": index, "error": self.lost / self.energy if self.energy else 0.0,
+                  "sparsity": zeros / weights, "events": self.events, "linears": self.linears}
+        return self.skeleton.weights.pack(self.tensors), record
 
     def _keep(self, name: str, linear: nn.Module, weight: torch.Tensor, **record: Any) -> None:
         """Round the weight [out, in] to the stored type and set it in the layer."""

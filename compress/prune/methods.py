@@ -51,6 +51,7 @@ def by_mask(skeleton: Skeleton, c: PruneConfig, work: Workspace, sequences: torc
 
 def by_depth(skeleton: Skeleton, c: PruneConfig, work: Workspace, sequences: torch.Tensor) -> Made:
     assert c.drop is not None  # PruneConfig checks it
+    depth.check_alike(skeleton)
     if c.by == "influence":
         run(skeleton, work, sequences, depth.InfluenceWatch())
         dropped = depth.lowest([r["influence"] for r in work.records()], c.drop)

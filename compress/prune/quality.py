@@ -59,7 +59,7 @@ def judge(source: Path, pruned: Path, sequences: torch.Tensor, name: str, device
 
 def _logits(ran: Run, to_logits: Any, i: int, first: int) -> np.ndarray:
     """float32 [scored, vocab]: the logits that predict the tokens after token `first` of sequence i."""
-    states = ran.states[i : i + 1, first:-1].contiguous()
+    states = ran.states[i : i + 1, ..., first:-1, :].contiguous()
     found: torch.Tensor = to_logits(states)[0]
     return found.float().cpu().numpy()
 

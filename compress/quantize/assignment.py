@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llmc.compress.coverage import NARROWEST
 from llmc.compress.quantize import presets
 from llmc.compress.quantize.config import INTEGER, QuantizeConfig
 from llmc.compress.skeleton import Skeleton, linears_of
@@ -134,6 +135,19 @@ def _check_packing(skeleton: Skeleton, types: dict[str, AnyType]) -> None:
         raise UserError(f"{len(uneven)} linears of {skeleton.checkpoint.folder} have a number of rows that is no multiple of "
                         f"{per} (first {name}: {rows}), and a GPTQ checkpoint of {qtype.bits} bits cannot hold them",
                         f"use --type q4_1, q5_0 or q6_k, or leave them as floats with --keep {name.rpartition('.')[2]}")
+
+
+def unfit(c: QuantizeConfig, skeleton: Skeleton) -> dict[str, list[str]]:
+    """{rule: linears that the type cannot hold whatever --group-size or --fallback is}."""
+    shapes = {n: get_weight(m).shape for _, n, m in linears_of(skeleton)}
+    found = {f"linears whose rows are no multiple of {NARROWEST}": [n for n, (_, width) in shapes.items() if width % NARROWEST]}
+    if c.type is None and c.preset is None and c.target is None:
+        qtype = Assignment("", {n: type_for(c, width) for n, (_, width) in shapes.items()}).portable
+        if qtype is not None:
+            per = 32 // qtype.bits
+            found[f"linears whose number of rows is no multiple of {per} (a GPTQ checkpoint packs {per} into a word)"] = [
+                n for n, (rows, width) in shapes.items() if rows % per and not width % NARROWEST]
+    return {why: linears for why, linears in found.items() if linears}
 
 
 def keeps_zeros(source: Path, c: QuantizeConfig, assignment: Assignment) -> bool:

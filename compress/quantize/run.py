@@ -26,7 +26,7 @@ from llmc.compress.calibration import (
 from llmc.compress.coverage import checked
 from llmc.compress.imatrix.importance import Importance
 from llmc.compress.preparation import calibration_text, check_weights, open_float, sampled_file, sampling_memory
-from llmc.compress.quantize.assignment import assign, keeps_zeros
+from llmc.compress.quantize.assignment import assign, keeps_zeros, unfit
 from llmc.compress.quantize.budget import assign_to_budget
 from llmc.compress.quantize.budget import memory_bytes as memory_to_measure
 from llmc.compress.quantize.config import QuantizeConfig, budget_lines
@@ -114,6 +114,9 @@ class _Job:
         self.skeleton = Skeleton(self.checkpoint, str(torch_device(config.device)))
         target = re.sub("[ :]", "-", (config.target or "").removeprefix("--"))
         self.coverage = checked(self.skeleton, "quantized", config.keep, can_keep=True)
+        self.skeleton.kept = self.coverage.left_linears()
+        for why, linears in unfit(config, self.skeleton).items():
+            self.coverage.leave(why, linears, self.skeleton)
         self.skeleton.kept = self.coverage.left_linears()
         what = config.type or config.preset or target or f"{config.bits}bit"
         self.out = config.out or Path(f"{model_name(source)}-{config.method}-{what}")

@@ -12,16 +12,12 @@ size of each 32 weights of a row. t_l^2 of a type is measured on some rows of th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import torch
 from torch import nn
 
 from llmc.compress.quantize.assignment import type_called
-from llmc.compress.skeleton import replaced, returning
 from llmc.compress.teaching.loss import divergence
+from llmc.compress.tracing import Replay, recorded, replaced
 from llmc.formats.linears import get_weight
 from llmc.formats.types import BLOCK_TYPES
 from llmc.rounding.rtn import rtn
@@ -41,10 +37,10 @@ class Probe:
     def __init__(self, model: nn.Module, layers: str, ids: torch.Tensor) -> None:
         self.model, self.layers, self.ids = model, layers, ids
         self.count = len(model.get_submodule(layers))  # type: ignore[arg-type]
-        self.outputs: list[list[Any]] = []
+        self.outputs: list[list[Replay]] = []
         self.logits: list[torch.Tensor] = []
         for row in ids:
-            with self._recording() as outputs:
+            with recorded(model.get_submodule(layers)) as outputs:
                 self.logits.append(self._run(row))
             self.outputs.append(outputs)
 
@@ -53,7 +49,7 @@ class Probe:
         differ; 0 if anything can, `count` if only the part after the layers can."""
         total = 0.0
         for row, outputs, before in zip(self.ids, self.outputs, self.logits, strict=True):
-            known = {f"{self.layers}.{i}": returning(outputs[i]) for i in range(first)}
+            known = {f"{self.layers}.{i}": outputs[i] for i in range(first)}
             with replaced(self.model, known):
                 total += float(divergence(self._run(row), before))
         return total / self.ids.numel()
@@ -77,17 +73,6 @@ class Probe:
         ids = row[None].to(next(self.model.parameters()).device)
         logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
         return logits[0]
-
-    @contextmanager
-    def _recording(self) -> Iterator[list[Any]]:
-        outputs: list[Any] = []
-        handles = [layer.register_forward_hook(lambda _m, _args, out: outputs.append(out))
-                   for layer in self.model.get_submodule(self.layers).children()]
-        try:
-            yield outputs
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def sizes(weight: torch.Tensor) -> torch.Tensor:

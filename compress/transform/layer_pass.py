@@ -15,6 +15,7 @@ from llmc.compress.arguments import LayerArguments
 from llmc.compress.layer_run import InputStatistics
 from llmc.compress.passes import LayerPass
 from llmc.compress.skeleton import LinearGroup, Skeleton
+from llmc.compress.tracing import states_of
 from llmc.compress.transform.roles import Place, map_layer
 from llmc.compress.transform.rotations import orthogonal, rotate_heads, rotate_stream
 from llmc.compress.transform.scaling import (
@@ -70,9 +71,7 @@ class Transform(LayerPass):
 
     def _run(self, layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            out = layer(states, **self.arguments[self.index].of(len(states)))
-        found: torch.Tensor = out[0] if isinstance(out, tuple) else out
-        return found
+            return states_of(layer(states, **self.arguments[self.index].of(0, len(states))))
 
     def _changed(self, layer: nn.Module) -> dict[str, torch.Tensor]:
         found = {}

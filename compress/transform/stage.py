@@ -12,6 +12,7 @@ import torch
 from llmc.compress.arguments import LayerArguments
 from llmc.compress.calibration import Loop, LoopSettings, Workspace, settings_for
 from llmc.compress.ends import is_tied, name_of, stored_head
+from llmc.compress.entering import enter
 from llmc.compress.skeleton import Skeleton
 from llmc.compress.text import Calibration
 from llmc.compress.transform.layer_pass import PROOF_TOKENS, Rotation, Scaling, Transform, as_stored
@@ -73,9 +74,9 @@ class Stage(ABC):
 
     def proof_arguments(self) -> list[LayerArguments]:
         """The keyword arguments that the model passes to each layer for PROOF_TOKENS tokens, for the check of the output."""
-        arguments, _ = self.skeleton.enter(iter(()), PROOF_TOKENS)
+        entered = enter(self.skeleton, iter(()), PROOF_TOKENS)
         self.skeleton.leave()
-        return arguments
+        return entered.layers
 
     def without_text(self, work: Workspace, transform: Transform) -> None:
         """Run a transform without text over every layer that is not finished yet."""

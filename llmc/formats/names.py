@@ -1,9 +1,9 @@
 """The mapping between the parameters of a transformers model and the tensors in the files of its checkpoint.
 
 transformers itself says which parameter a tensor is for (conversion.py). Without its table, a tensor has the parameter's
-name, or this name without or with the prefix of the base model ("layers.0…" for "model.layers.0…"). A quantized linear X has codes
-instead of a tensor "X.weight". The matrix of one expert can be a tensor of its own, or a slice of a stacked one: then its codes
-are called "STACKED.NUMBER".
+name, or this name without or with the prefix of the base model ("layers.0…" for "model.layers.0…"). A quantized linear X
+has codes instead of a tensor "X.weight". The matrix of one expert can be a tensor of its own, or a slice of a stacked one:
+then its codes are called "STACKED.NUMBER".
 """
 
 from __future__ import annotations
@@ -120,8 +120,8 @@ class Names:
         found = list(self._leaves.get(parameter, {parameter.rpartition(".")[2]: None}))
         sources = [target.converter.source_patterns for _, target in self._merged.get(parameter, ()) if target.converter]
         if sources and len(found) > 1:
-            found.sort(key=lambda leaf: next((i for i, p in enumerate(sources[0]) if f".{leaf}." in f".{p.replace(chr(92), '')}."),
-                                             len(sources[0])))
+            patterns = [f".{pattern}." for pattern in sources[0]]
+            found.sort(key=lambda leaf: next((i for i, p in enumerate(patterns) if f".{leaf}." in p), len(patterns)))
         return tuple(found)
 
     def find(self, parameter: str) -> str | None:
@@ -177,7 +177,8 @@ class Names:
             assert self.checkpoint is not None
             if len(numbers) < (count := self.checkpoint.shape(stacked)[0]):
                 raise UserError(f"{stacked} of {self.folder} holds {count} experts in one tensor, and "
-                                f"{count - len(numbers)} of them would stay as they are", "give a --keep that fits all of its experts, or none")
+                                f"{count - len(numbers)} of them would stay as they are",
+                                "give a --keep that fits all of its experts, or none")
         return found
 
     def stack_of(self, stored: str) -> tuple[str, int] | None:
