@@ -20,6 +20,7 @@ import llmc
 from llmc.errors import UserError
 from llmc.export.onnx import builder
 from llmc.export.onnx.norms import norm_of
+from llmc.formats.onnx_folder import attributes, open_onnx
 from llmc.formats.types import IntegerType
 from llmc.runtimes.onnx_model import OnnxModel
 from llmc.runtimes.torch_model import TorchModel
@@ -99,8 +100,12 @@ def test_experts_keep_their_codes(name: str, options: dict[str, Any], operator: 
     operators = [n for n in model.graph.node if n.op_type in ("MoE", "QMoE")]
     assert {n.op_type for n in operators} == {operator}
     shapes = {t.name: t.dims for t in model.graph.initializer}
+    levels = {attributes(n)["accuracy_level"] for n in operators if n.op_type == "QMoE"}
+    assert levels == ({0} if operator == "QMoE" else set())
     if operator == "QMoE":
         assert shapes[operators[0].input[2]] == [experts, 2 * (128 if name == "gpt_oss" else 64), 64 * bits // 8]
+        edited = open_onnx(tmp_path / "q-onnx").edit(level=4).proto.graph.node
+        assert {attributes(n)["accuracy_level"] for n in edited if n.op_type == "QMoE"} == {4}
     assert report["verified"]["code_weights"] > experts * 3 * 64 * 64
 
 

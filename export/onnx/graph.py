@@ -78,7 +78,7 @@ class Builder:
 
     def make_attention(self, layer_id: int, attention: Any, root_input: str, **kwargs: Any) -> None:
         if attention is None:  # Granite's hybrids; the builder takes every layer for one with attention
-            kind = self.llmc_skeleton.model.config.layer_types[layer_id]  # type: ignore[union-attr, index]
+            kind = self.layer_types[layer_id]  # type: ignore[attr-defined]
             raise NotImplementedError(f"layer {layer_id} has no attention but is a {kind} layer, for which it has no code")
         super().make_attention(layer_id, attention, root_input, **kwargs)  # type: ignore[misc]
 
