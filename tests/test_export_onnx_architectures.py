@@ -161,7 +161,7 @@ def test_the_builders_own_text_says_what_is_known() -> None:
 
 @pytest.mark.parametrize(("family", "options", "reason"), [
     ("gemma4_text", {**GEMMA4, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 512},
-     "no attribute"),
+     "no place for model.embed_tokens_per_layer"),
     ("granitemoehybrid", {**GRANITE, "num_local_experts": 0, "shared_intermediate_size": 96, "mamba_n_heads": 8,
                           "mamba_d_head": 16, "layer_types": ["mamba", "attention"]}, "layer 0 has no attention"),
 ])

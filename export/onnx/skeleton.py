@@ -106,7 +106,8 @@ class Rows:
             for first, stop in sorted(set(self.placed.get(module, []))):
                 at = stop if first == at else -1
             if at != end - start:
-                raise UserError(f"onnxruntime-genai's model builder has no place for {module} in its graph", PLEASE_REPORT)
+                raise UserError(f"onnxruntime-genai's model builder has no place for {module} in its graph",
+                                "export it as GGUF (--format gguf), or evaluate the folder itself")
 
 
 @dataclass(frozen=True)
