@@ -61,13 +61,13 @@ class LoopSettings:
 
 def sequences_at_once(skeleton: Skeleton, seq_len: int, workers: int = 1) -> int:
     """The batch size of each worker, so that the activations of all workers take about BATCH_BYTES."""
-    widest = max(max(get_weight(m).shape) for m in skeleton.linears(0).values())
+    widest = max(max(shape) for layer in skeleton.shapes for shape in layer)
     return max(1, min(16, BATCH_BYTES // (seq_len * widest * 4 * workers)))
 
 
 def workers_for(skeleton: Skeleton) -> int:
     """How many batches to run in parallel: on a CPU one per thread, as long as the workers' sums fit SUMS_BYTES; else 1."""
-    widest = max(get_weight(m).shape[1] for m in skeleton.linears(0).values())
+    widest = skeleton.widths[-1]
     return 1 if skeleton.device.type != "cpu" else max(1, min(torch.get_num_threads(), SUMS_BYTES // (12 * widest * widest)))
 
 
@@ -218,9 +218,9 @@ class Loop:
 
     def _one(self, pass_: LayerPass | LayerWatch, index: int, layer: nn.Module) -> dict[str, Any]:
         """Run the pass over one layer and write its output states. Returns the layer's record."""
-        experts: dict[str, Any] = {}
+        experts, events = dict[str, Any](), list[str]()
         if self.streams.stores:
-            experts = self._with_text(pass_, index, layer)
+            experts, events = self._with_text(pass_, index, layer)
         else:
             assert isinstance(pass_, LayerPass), "there is nothing to watch without text"
             groups = pass_.groups(layer)
@@ -230,36 +230,52 @@ class Loop:
                     pass_.change(layer, group, None)
         tensors, record = pass_.finish(index, layer)
         if experts:
-            record |= {"experts": experts, "events": [*record.get("events", ()), *sparse(index, experts)]}
+            record["experts"] = experts
+        if events := [*events, *sparse(index, experts)]:
+            record["events"] = [*record.get("events", ()), *events]
         self.work.save_layer(index, tensors, record)
         return record
 
-    def _with_text(self, pass_: LayerPass | LayerWatch, index: int, layer: nn.Module) -> dict[str, Any]:
-        """Run the pass over one layer with text, and run the layer. Returns what reached its experts, by their module."""
+    def _with_text(self, pass_: LayerPass | LayerWatch, index: int, layer: nn.Module) -> tuple[dict[str, Any], list[str]]:
+        """Run the pass over one layer with text, and run the layer. Returns (what reached its experts, by their module;
+        sentences for the record)."""
         store, arguments, settings = self.streams.stores[0], self.streams.arguments[index], self.settings
         trace = trace_layer(layer, store.read(0, 1).to(self.skeleton.device), lambda: arguments.call(0, 1, store.carried))
         run = LayerRun(layer, arguments, trace, store, self.work.folder, settings.true_sequential, settings.workers,
                        settings.peaks)
         groups = [*trace.groups, *(g for m in run.mixtures for n in range(m.experts.count) for g in m.groups(n))]
         ran = {name for group in groups for name in group.names}
-        prefix = self.skeleton.layer_name(index)
-        if idle := sorted({f"{prefix}.{n}" for n in set(self.skeleton.linears(index)) - ran} - self.skeleton.kept):
-            raise UserError(f"{idle[0]} did not run on the calibration text",
-                            f"leave it as it is with --keep {idle[0].rpartition('.')[2]}, or use --method rtn")
-        pass_.begin(index, layer, groups)
+        idle = [LinearGroup((name,), get_weight(linear).shape[1]) for name, linear in self.skeleton.linears(index).items()
+                if name not in ran and f"{self.skeleton.layer_name(index)}.{name}" not in self.skeleton.kept]
+        events = self._idle(pass_, index, [group.names[0] for group in idle])
+        pass_.begin(index, layer, [*groups, *idle])
         try:
             if isinstance(pass_, LayerWatch):
                 run.watch(pass_.see)
             else:
-                self._change(pass_, layer, run)
-            return {mixture.name: mixture.coverage(store) for mixture in run.mixtures}
+                self._change(pass_, layer, run, idle)
+            return {mixture.name: mixture.coverage(store) for mixture in run.mixtures}, events
         finally:
             run.close()
 
-    def _change(self, pass_: LayerPass, layer: nn.Module, run: LayerRun) -> None:
-        """Let the pass change every group, then run the changed layer."""
+    def _idle(self, pass_: LayerPass | LayerWatch, index: int, names: list[str]) -> list[str]:
+        """What the record says of linears whose input is not seen. UserError if the pass only reads inputs."""
+        if not names:
+            return []
+        if isinstance(pass_, LayerWatch):
+            raise UserError(f"{self.skeleton.layer_name(index)}.{names[0]} did not run on the calibration text",
+                            "`llmc quantize` rounds such a linear to nearest")
+        event = f"{', '.join(names)}: not seen on the calibration text, so changed without statistics"
+        warn(f"layer {index}: {event}")
+        return [event]
+
+    def _change(self, pass_: LayerPass, layer: nn.Module, run: LayerRun, idle: list[LinearGroup]) -> None:
+        """Let the pass change every group, then run the changed layer. idle: groups whose input is not seen."""
         for reference in self.streams.stores[1:]:
             run.keep_unchanged_inputs(reference)
+        for group in idle:
+            with self.skeleton.filled(layer.get_submodule(n) for n in group.names):
+                pass_.change(layer, group, None)
         for stage in stages(run, self.settings.true_sequential):
             if isinstance(stage, MixtureRun):
                 run.change_experts(stage, lambda group, statistics: pass_.change(layer, group, statistics))

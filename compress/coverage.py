@@ -153,6 +153,25 @@ def checked(skeleton: Skeleton, what: str, keep: str | None = None, can_keep: bo
     return found
 
 
+def left_float(skeleton: Skeleton, what: str) -> dict[str, Any]:
+    """What a pass over the quantized linears of a folder leaves as it is: {'tensors', 'weights', 'share' (of the weights of
+    the layers), 'names' (layer numbers as *)}. What stays a float by a rule is not counted. Warns of more than MOST_UNKNOWN.
+
+    what: what is not done to it, as in 'healed'.
+    """
+    count, left = 0, list[Parameter]()
+    for p in _parameters(skeleton):
+        count += p.value.numel()
+        stored = skeleton.names.locate(p.name)
+        if not any(r.holds(p) for r in RULES) and not (stored and stored.is_codes):
+            left.append(p)
+    names, share = sorted({_starred(p.name) for p in left}), _count(left) / max(1, count)
+    if share > MOST_UNKNOWN:
+        warn(f"{skeleton.checkpoint.folder}: {listed(names)} are not quantized and are not {what}, {100 * share:.1f} % of "
+             "the weights of the layers")
+    return {"tensors": len(left), "weights": _count(left), "share": share, "names": names}
+
+
 def _parameters(skeleton: Skeleton, layers: int | None = None) -> Iterator[Parameter]:
     for index, layer in enumerate(skeleton.layers[:layers]):
         for path, owner in layer.named_modules():

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from llmc.compress.arguments import LayerArguments
-from llmc.compress.mixture_run import ENOUGH, STRENGTH, MixtureRun, Routed
+from llmc.compress.mixture_run import ENOUGH, STRENGTH, MixtureRun, Sent
 from llmc.compress.skeleton import LinearGroup, StopForward
 from llmc.compress.states import Scratch, StateStore
 from llmc.compress.tracing import Ending, LayerTrace, direct_uses, replaced, states_of
@@ -94,7 +94,7 @@ class LayerRun:
     def watch(self, see: Callable[[LinearGroup, torch.Tensor], None]) -> None:
         """Run the unchanged layer and call `see` with the input of every group, in the order of the batches."""
         for mixture in self.mixtures:
-            def show(number: int, routed: Routed, mixture: MixtureRun = mixture) -> None:
+            def show(number: int, routed: Sent, mixture: MixtureRun = mixture) -> None:
                 for last, group in enumerate(mixture.groups(number)):
                     for rows, _, _ in mixture.inputs(number, routed, bool(last)):
                         see(group, rows[None])
@@ -110,20 +110,20 @@ class LayerRun:
 
     def route(self, mixture: MixtureRun, store: StateStore) -> None:
         """Run the layer up to a module of experts and keep what the router sends there."""
-        self._forward(store, 1, {mixture.name: mixture.recorder(store, self._position)})
+        self._forward(store, 1, {f"{mixture.name}.routed": mixture.recorder(store, self._position)})
 
     def change_experts(self, mixture: MixtureRun,
                        change: Callable[[LinearGroup, InputStatistics], None]) -> None:
         """Let a pass change every expert, one after another. Later runs of the layer take the changed experts' outputs."""
         self.route(mixture, self.store)
 
-        def visit(number: int, routed: Routed) -> None:
+        def visit(number: int, routed: Sent) -> None:
             for last, group in enumerate(mixture.groups(number)):
                 change(group, self._of_expert(mixture, number, routed, bool(last)))
 
         mixture.run(self.store, visit)
 
-    def _of_expert(self, mixture: MixtureRun, number: int, routed: Routed, last: bool) -> InputStatistics:
+    def _of_expert(self, mixture: MixtureRun, number: int, routed: Sent, last: bool) -> InputStatistics:
         """The statistics of the input of an expert's first linears, or of its last one (see mixture_run.py)."""
         group = mixture.groups(number)[last]
         found = InputStatistics(torch.zeros(group.in_features, group.in_features, device=self.device))
@@ -264,7 +264,7 @@ class LayerRun:
         forwards: dict[str, Callable[..., Any]] = {}
         for mixture in self.mixtures:
             if (answer := mixture.answering(store, self._position)) is not None:
-                forwards[mixture.name] = answer
+                forwards[f"{mixture.name}.routed"] = answer
         for name, ending in self.endings.items():
             if self.inputs[ending.linear].places:
                 forwards[name] = self._ending(ending)

@@ -37,7 +37,7 @@ STARVED = 1.0  # fewer tokens a column are noted
 
 
 @dataclass
-class Routed:
+class Sent:
     """What the router sent to the experts in one stream of sequences, and what they made of it.
 
     inputs, outputs: files of float32 [tokens, hidden].  index, weights: [tokens, chosen experts].
@@ -93,7 +93,7 @@ class MixtureRun:
     after: int
     folder: Path
     precision: Callable[[torch.device], AbstractContextManager[None]]
-    streams: dict[str, Routed] = field(default_factory=dict)
+    streams: dict[str, Sent] = field(default_factory=dict)
 
     def recorder(self, store: StateStore, position: Callable[[], int]) -> Callable[..., Any]:
         """A forward that keeps its arguments and ends the layer's run. position: the first sequence of the present batch."""
@@ -107,7 +107,7 @@ class MixtureRun:
     def _begin(self, store: StateStore, hidden: torch.Tensor, index: torch.Tensor) -> None:
         """Make the files of a stream. hidden, index: of any batch, for their shapes."""
         tokens, name = store.count * store.shape[0], f"experts-{self.name.replace('.', '-')}-{store.name}"
-        found = Routed(self.folder / f"{name}.in.f32", self.folder / f"{name}.out.f32", hidden.shape[1],
+        found = Sent(self.folder / f"{name}.in.f32", self.folder / f"{name}.out.f32", hidden.shape[1],
                        torch.zeros(tokens, index.shape[1], dtype=torch.int64), torch.zeros(tokens, index.shape[1]))
         for path in (found.inputs, found.outputs):
             with path.open("wb") as f:
@@ -124,7 +124,7 @@ class MixtureRun:
             return routed.output(position() * store.shape[0], len(hidden)).to(hidden)
         return answer
 
-    def run(self, store: StateStore, change: Callable[[int, Routed], None] | None = None) -> None:
+    def run(self, store: StateStore, change: Callable[[int, Sent], None] | None = None) -> None:
         """Run every expert on the tokens of a stream and keep the sum of the outputs. change: called with the expert's number
         while it has its weights, before it runs."""
         routed = self.streams[store.name]
@@ -145,7 +145,7 @@ class MixtureRun:
         return (LinearGroup(tuple(f"{self.name}.{n}" for n in first), int(widths[0])),  # type: ignore[arg-type]
                 LinearGroup((f"{self.name}.{last}",), int(widths[1])))  # type: ignore[arg-type]
 
-    def inputs(self, number: int, routed: Routed, last: bool,
+    def inputs(self, number: int, routed: Sent, last: bool,
                sample: bool = False) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """The inputs of one expert's linears in parts: (rows [n, in], tokens int64 [n], routing weights [n]). last: of the
         linear that makes the expert's output.  sample: of a sample of all tokens, with the weight 1, instead of those that

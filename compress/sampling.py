@@ -44,8 +44,8 @@ def sample_from_model(model: nn.Module, tokenizer: Any, samples: int, seq_len: i
     vocabulary = min(len(tokenizer), rows)  # a tokenizer may have added tokens that the model does not know
     ordinary = torch.ones(vocabulary)
     ordinary[special[special < vocabulary]] = 0
-    # A Cache that a model returns under the name of one of its arguments: past_key_values, in Mamba cache_params. (RWKV's state
-    # is no Cache: in transformers 5.23 it is right for one sequence, and mixes those of a batch.)
+    # A Cache that a model returns under the name of one of its arguments: past_key_values, in Mamba cache_params. (RWKV's
+    # state is no Cache: in transformers 5.23 it is right for one sequence, and mixes those of a batch.)
     takes = set(inspect.signature(model.forward).parameters)
     done = []
     with progress("sampling calibration text, token", seq_len * -(-samples // batch)) as p:

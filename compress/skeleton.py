@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from llmc.formats import contents, quantized
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.ends import Ends, ends_of
 from llmc.formats.hf import empty_model, load_config
-from llmc.formats.linears import around, find_layers, is_linear
+from llmc.formats.linears import around, find_layers, get_weight, is_linear
 from llmc.formats.names import missing
 from llmc.formats.weights import Weights
 
@@ -50,7 +51,8 @@ class Skeleton:
         self.names, self.load, self.free, self.filled = (
             self.weights.names, self.weights.load, self.weights.free, self.weights.filled)
         self.layers_name, self.layers = find_layers(self.model)
-        self.weights.unfuse(self.layers, self.layers_name)
+        # {name of a module of experts: the module}
+        self.experts = {f"{self.layers_name}.{n}": m for n, m in self.weights.unfuse(self.layers, self.layers_name).items()}
         self.kept: frozenset[str] = frozenset()  # linears that no pass changes (coverage.py)
         self._check_layers()
         self.ends: Ends = ends_of(checkpoint, self.model, self.names)[0]
@@ -62,8 +64,8 @@ class Skeleton:
                    if self.names.locate(f"{self.layers_name}.{n}") is None]
         tied = getattr(self.model, "all_tied_weights_keys", None) or {}
         if shared := [n for n in lacking if n in tied]:
-            raise UserError(f"layers of {self.checkpoint.folder} share weights ({shared[0]} is {tied[shared[0]]}), and llmc changes "
-                            "the weights of one layer at a time", "give another model; `llmc eval` runs this one")
+            raise UserError(f"layers of {self.checkpoint.folder} share weights ({shared[0]} is {tied[shared[0]]}), and llmc "
+                            "changes the weights of one layer at a time", "give another model; `llmc eval` runs this one")
         if lacking:
             raise missing(self.checkpoint.folder, *lacking)
 
@@ -85,6 +87,22 @@ class Skeleton:
 
     def layer_name(self, index: int) -> str:
         return f"{self.layers_name}.{index}"
+
+    @cached_property
+    def shapes(self) -> list[list[tuple[int, int]]]:
+        """[out, in] of the linears of each layer. The layers of a hybrid model differ."""
+        weights = [[get_weight(m) for m in self.linears(i).values()] for i in range(len(self.layers))]
+        return [[(w.shape[0], w.shape[1]) for w in layer] for layer in weights]
+
+    @property
+    def layer_weights(self) -> int:
+        """The number of weights in the linears of the largest layer."""
+        return max(sum(rows * width for rows, width in layer) for layer in self.shapes)
+
+    @property
+    def widths(self) -> list[int]:
+        """The lengths of the linears' rows, ascending."""
+        return sorted({width for layer in self.shapes for _, width in layer})
 
     def linears(self, index: int) -> dict[str, nn.Module]:
         """{name inside the layer: linear} of a decoder layer."""

@@ -107,7 +107,8 @@ class _Watch:
         return frozenset(n for _, names in self.seen for n in names)
 
     def trace(self, call: Callable[[], Call], direct: frozenset[str]) -> LayerTrace:
-        norms = [n for n, m in self.layer.named_children() if n in self.outputs and not any(is_linear(x) for x in m.modules())]
+        norms = [n for n, m in self.layer.named_children()
+                 if n in self.outputs and not any(is_linear(x) for x in m.modules())]
         endings = {name: replace(ending, feeders=tuple(n for n in norms if self._idle(call, n, name, direct)))
                    for name, ending in self.endings.items()}
         groups = [LinearGroup(tuple(names), tensor.shape[-1]) for tensor, names in self.seen]

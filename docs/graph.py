@@ -29,10 +29,10 @@ ROOMS = {
     "llmc.runtimes": "runs an artifact, here or on a device",
     "llmc.rounding": "a matrix rounded to a type",
     "llmc.formats": "what lies on a disk",
-    "core": "errors, console, files, places, machine, cgroup, precision, options, closure, families",
+    "core": "errors, console, files, locks, places, machine, cgroup, precision, options, closure, families",
 }
-CORE = ("cgroup", "closure", "console", "errors", "families", "files", "machine", "options", "overlap", "places", "precision",
-        "privacy", "small_files", "streams", "temporary")
+CORE = ("cgroup", "closure", "console", "errors", "families", "files", "locks", "machine", "options", "overlap", "places",
+        "precision", "privacy", "small_files", "streams", "temporary")
 
 
 def room_of(module: str) -> str | None:

@@ -37,7 +37,7 @@ def reserved(path: Path, end: str) -> Iterator[Path]:
     token = secrets.token_hex(8)
     _used.add(token)
     try:
-        yield path.with_name(f".{_label(path)}.{_host()}-{os.getpid()}-{token}.{end}")
+        yield path.with_name(f".{label(path)}.{_host()}-{os.getpid()}-{token}.{end}")
     finally:
         _used.discard(token)
 
@@ -71,6 +71,14 @@ def final_name(path: Path) -> str:
     return found["label"] if found else path.name
 
 
+def label(path: Path) -> str:
+    """The output's name, shortened if a temporary name would become too long for the file system."""
+    raw = os.fsencode(path.name)
+    if len(raw) <= LONGEST:
+        return path.name
+    return os.fsdecode(raw[:100].decode("utf-8", "ignore").encode()) + hashlib.sha256(raw).hexdigest()[:16]
+
+
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         for mark in MARKS:
@@ -88,8 +96,8 @@ def _left(path: Path, end: str) -> list[Path]:
         names = os.listdir(path.parent)
     except OSError:  # no such folder, or one that may not be read: nothing can be removed there
         return []
-    label = _label(path)
-    found = [(n, m) for n in names if (m := NAME.fullmatch(n)) and m["label"] == label and m["end"] == end]
+    own = label(path)
+    found = [(n, m) for n in names if (m := NAME.fullmatch(n)) and m["label"] == own and m["end"] == end]
     dead = [path.with_name(n) for n, m in found if m["host"] == _host() and not _alive(int(m["process"]), m["token"])]
     return sorted(dead, key=lambda p: p.lstat().st_mtime_ns if os.path.lexists(p) else 0, reverse=True)
 
@@ -117,11 +125,3 @@ def _alive(process: int, token: str) -> bool:
 def _host() -> str:
     """Six hex digits of this machine's name: process numbers of another machine on the same disk say nothing here."""
     return hashlib.sha256(platform.node().encode()).hexdigest()[:6]
-
-
-def _label(path: Path) -> str:
-    """The output's name, shortened if a temporary name would become too long for the file system."""
-    raw = os.fsencode(path.name)
-    if len(raw) <= LONGEST:
-        return path.name
-    return os.fsdecode(raw[:100].decode("utf-8", "ignore").encode()) + hashlib.sha256(raw).hexdigest()[:16]

@@ -1,16 +1,25 @@
-"""A process that dies before the n-th of its calls that change a file, played in this process."""
+"""A process that dies before the n-th of its calls that change a file, played in this process, and the files it left."""
 
 from __future__ import annotations
 
 import builtins
 import io
+import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+NOTES = (".hashes.json", "step-times.json")  # they depend on the clock and on how often a command ran
+# Values that depend on the clock, by their keys in JSON files.
+CLOCK = ("accuracy_levels", "accuracy_reason", "at", "created", "files", "resumed", "seconds", "speeds",
+         "bytes", "left")  # of a step's reports, which hold seconds
+
+TIME = re.compile("(–|# s|# min # s|# h # min)( \\(resumed\\))?".encode())  # of a step, on a page; digits are # there
 
 
 class Dead(BaseException):
@@ -78,3 +87,27 @@ def listing(folder: Path) -> set[str]:
     with suppress(FileNotFoundError):
         return {p.relative_to(folder).as_posix() for p in folder.rglob("*")}
     return set()
+
+
+def steady(folder: Path) -> dict[str, Any]:
+    """{path: what two equal runs leave in it} of every file and folder: all but what depends on the clock or the place."""
+    found: dict[str, Any] = {name: _steady(folder / name, folder) for name in listing(folder)}
+    return {name: value for name, value in found.items() if Path(name).name not in NOTES}
+
+
+def _steady(path: Path, folder: Path) -> Any:
+    if path.is_dir() or path.is_symlink():
+        return "a folder or a link"
+    data = path.read_bytes()
+    if path.suffix == ".json" and data:
+        return _without_clock(json.loads(data.replace(os.fsencode(folder), b"HERE")))
+    if path.suffix in (".html", ".md", ".toml"):
+        text = re.sub(rb'<svg[^>]*aria-label="seconds">.*?</svg>', b"a chart", data.replace(os.fsencode(folder), b"HERE"))
+        return TIME.sub(b"a time", re.sub(rb"[0-9][0-9.,:T+-]*", b"#", text))
+    return data
+
+
+def _without_clock(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: type(v).__name__ if k in CLOCK else _without_clock(v) for k, v in value.items()}
+    return [_without_clock(v) for v in value] if isinstance(value, list) else value

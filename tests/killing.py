@@ -66,6 +66,26 @@ class Command:
             return process.returncode, err.read().decode()
 
 
+HOLD = """
+import pathlib, sys
+from llmc.locks import locked
+with locked(pathlib.Path(sys.argv[1]), inside=len(sys.argv) > 2):
+    print(flush=True)
+    input()
+"""
+
+
+@contextmanager
+def holding(path: Path, inside: bool = False) -> Iterator[subprocess.Popen[str]]:
+    """Another process, which holds the lock of `path` until it reads a line."""
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(path), *["inside"] * inside], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "\n"
+        yield other
+        other.kill()
+
+
 @contextmanager
 def interrupted(owner: Any, name: str, layer: int | None = None) -> Iterator[None]:
     """The run in this block must end in a KeyboardInterrupt, which the first call of `owner.name` raises.

@@ -42,12 +42,14 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "gemma4_text": {**ROUTED, "head_dim": 16, "global_head_dim": 32, "enable_moe_block": True, "top_k_experts": 2,
                     "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "sliding_window": 32,
                     "layer_types": ["sliding_attention", "full_attention"]},
+    "llama4_text": {**ROUTED, "intermediate_size_mlp": 128, "intermediate_size": 64, "head_dim": 16, "moe_layers": [1],
+                    "num_experts_per_tok": 1},
     "minimax_m2": {**NARROW, "head_dim": 16, "rotary_dim": 8},
     "nemotron_h": {**ROUTED, "num_hidden_layers": 3, "layers_block_type": ["mamba", "moe", "attention"], "head_dim": 16,
                    "mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 1, "n_shared_experts": 1,
                    "moe_shared_expert_intermediate_size": 64},
 }
-STACKED = ("granitemoe", "granitemoe_swa", "granitemoehybrid", "gpt_oss", "gemma4_text")  # in the files too
+STACKED = ("granitemoe", "granitemoe_swa", "granitemoehybrid", "gpt_oss", "gemma4_text", "llama4_text")  # in the files too
 
 
 def model(kind: str) -> Any:

@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 
 import llmc
 from llmc import precision
-from llmc.compress import forward, layer_run
+from llmc.compress import forward, layer_run, tracing
 from llmc.compress.calibration import Loop, LoopSettings, Workspace
 from llmc.compress.coverage import cover
 from llmc.compress.entering import enter
@@ -88,6 +88,14 @@ def test_gptq_takes_every_matrix_and_loses_less_than_rounding(kind: str, folder:
         number, _, path = name.removeprefix(f"{skeleton.layers_name}.").partition(".")
         assert (f"{number}.{path}" in quantized) != (f"{skeleton.layers_name}.*.{path}.weight" in kept), name
     assert divergence(tmp_path / "gptq", base) < divergence(tmp_path / "rtn", base)
+
+
+def test_sizes_are_those_of_the_largest_layer(folder: Any) -> None:
+    """Layers of nemotron_h are a Mamba, an MLP or an attention."""
+    skeleton = Skeleton(Checkpoint.open(folder("nemotron_h")), "cpu")
+    sizes = [sum(get_weight(m).numel() for m in skeleton.linears(i).values()) for i in range(len(skeleton.layers))]
+    assert skeleton.layer_weights == max(sizes) > sizes[2]
+    assert skeleton.widths == [64, 128]
 
 
 def test_layers_that_share_weights_are_refused(folder: Any) -> None:
@@ -185,6 +193,18 @@ def test_statistics_of_a_weight_that_is_used_without_a_call(folder: Any, tmp_pat
     torch.testing.assert_close(seen.seen["1.mixer.dt_proj"], parts[0].t() @ parts[0], rtol=1e-4, atol=1e-3)
 
 
+def test_a_weight_whose_use_is_not_understood_is_rounded_and_named(
+    folder: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tracing, "PRODUCTS", ())
+    done = llmc.quantize(folder("mamba"), calibration=str(text), samples=16, seq_len=32, threads=2, out=tmp_path / "q")
+    assert done["fallbacks"] == done["events"] == 3  # in each layer
+    layers = json.loads((tmp_path / "q" / "llmc.json").read_text())["passes"][0]["layers"]
+    for layer in layers:
+        assert layer["linears"]["mixer.dt_proj"]["method"] == "rtn"
+        assert layer["events"] == ["mixer.dt_proj: not seen on the calibration text, so changed without statistics"]
+
+
 @pytest.mark.parametrize("kind", ["bamba", "rwkv", "mamba"])
 def test_layers_of_any_kind_can_be_removed(kind: str, folder: Any, text: Path, tmp_path: Path) -> None:
     """Bamba's config.json has a list of the numbers of its attention layers."""
@@ -196,7 +216,9 @@ def test_layers_of_any_kind_can_be_removed(kind: str, folder: Any, text: Path, t
 
 @pytest.mark.parametrize(("kind", "given"), [("gemma4_text", "0 (per_layer_input, shared_kv_states)"),
                                              ("zaya", "1 (prev_router_hidden_states)")])
-def test_layers_that_depend_on_others_cannot_be_removed(kind: str, given: str, folder: Any, text: Path, tmp_path: Path) -> None:
+def test_layers_that_depend_on_others_cannot_be_removed(
+    kind: str, given: str, folder: Any, text: Path, tmp_path: Path,
+) -> None:
     for by in ("kl", "influence"):
         with pytest.raises(UserError, match=rf"can be removed: .* model.layers.{re.escape(given)}"):
             llmc.prune(folder(kind), method="depth", drop=1, by=by, calibration=str(text), samples=12, seq_len=32,

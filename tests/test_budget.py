@@ -66,8 +66,8 @@ def test_sensitivity_predicts_what_rounding_costs(tmp_path: Path) -> None:
         linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and "layers" in n}
         kept = {n: m.weight.data.clone() for n, m in linears.items()}
         for name, m in linears.items():
-            a = probe.sensitivity(m, int(name.split(".")[2]), generator)
-            predicted += a * sensitivity.errors(m.weight.data, ["q5_0"])["q5_0"]
+            a = probe.sensitivity([m.weight.data], int(name.split(".")[2]), generator)
+            predicted += a * sensitivity.errors([m.weight.data], ["q5_0"])["q5_0"]
             assert torch.equal(m.weight.data, kept[name])
         for m in linears.values():
             m.weight.data.copy_(sensitivity.rtn(m.weight.data, sensitivity.type_called("q5_0")).dequantize())
@@ -77,7 +77,7 @@ def test_sensitivity_predicts_what_rounding_costs(tmp_path: Path) -> None:
 
 def test_errors_fall_as_bits_rise() -> None:
     w = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
-    found = sensitivity.errors(w, sensitivity.candidates(256))
+    found = sensitivity.errors([w], sensitivity.candidates(256))
     order = ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q8_0"]
     assert all(found[b] < found[a] for a, b in itertools.pairwise(order))
     assert "q4_k" not in sensitivity.candidates(64)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -184,3 +187,18 @@ def test_options_that_contradict_the_model_are_refused(exported: SimpleNamespace
         export(exported.q, dtype="int8", out=tmp_path / "x")
     with pytest.raises(UserError, match=r"--accuracy-level '2' .*--head-bits 5"):
         OnnxExportConfig(accuracy_level="2", head_bits=5)
+
+
+def test_the_bytes_depend_on_neither_the_process_nor_the_place(exported: SimpleNamespace, tmp_path: Path) -> None:
+    code = ("import llmc, sys\n"
+            "llmc.export(sys.argv[1], format='onnx', out='out', accuracy_level='4', threads=int(sys.argv[2]))")
+    found, running = [], []
+    for seed in ("1", "2"):  # of the order of sets, and the number of threads
+        (tmp_path / f"place {seed}").mkdir()
+        running.append(subprocess.Popen([sys.executable, "-P", "-c", code, exported.q, seed], cwd=tmp_path / f"place {seed}",
+                                        env=os.environ | {"PYTHONHASHSEED": seed}, stderr=subprocess.PIPE, text=True))
+    for process, seed in zip(running, ("1", "2"), strict=True):
+        said = process.communicate()[1]
+        assert process.returncode == 0, said
+        found.append(hash_folder(tmp_path / f"place {seed}" / "out"))
+    assert found[0] == found[1]

@@ -17,12 +17,13 @@ from transformers import __version__ as transformers_version
 import llmc
 from llmc.cli import run
 from llmc.errors import UserError
-from llmc.export.onnx import OnnxExportConfig
+from llmc.export.onnx import OnnxExportConfig, plain
 from llmc.formats.manifest import hash_folder, last_artifact, read_manifest
 from llmc.runtimes.torch_model import TorchModel
 
 here = find_spec("optimum") is not None and find_spec("optimum.exporters.onnx") is not None
 needs_optimum = pytest.mark.skipif(not here or int(transformers_version[0]) > 4, reason="without the extra 'optimum'")
+plain_windowed = plain.windowed
 FLOAT_NOISE = 1e-5  # relative, of logits in float32
 RNG = np.random.default_rng(0)
 
@@ -73,6 +74,34 @@ def test_it_computes_what_torch_computes(family: str, tmp_path: Path) -> None:
     assert last_artifact().resolve() == tmp_path / "out"
     with pytest.raises(UserError, match="exported folder already"):
         llmc.export(format="onnx")
+
+
+@needs_optimum
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "phi3"])
+def test_a_sliding_window_is_in_the_graph(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The note is for graphs without it: the checked text may be shorter than the window."""
+    base = tiny.build(family, tmp_path / "base", sliding_window=16)
+    assert llmc.export(base, format="onnx", exporter="optimum", out=tmp_path / "out", threads=1)["notes"] == []
+    ids = RNG.integers(0, tiny.VOCAB, (1, 61))
+    assert_close(TorchModel(base, 128, 1).logits(ids[0])[None], run_onnx(tmp_path / "out", ids)["logits"])
+    monkeypatch.setattr(plain, "windowed", lambda work, window: plain_windowed(work, window + 1))
+    (note,) = llmc.export(base, format="onnx", exporter="optimum", out=tmp_path / "out", threads=1)["notes"]
+    assert "sliding window of 16 tokens is not applied" in note
+
+
+@needs_optimum
+def test_the_token_ids_of_chats_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = tiny.build("llama", tmp_path / "base")
+    (base / "chat_template.jinja").write_text("{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}")
+    report = llmc.export(base, format="onnx", exporter="optimum", out=tmp_path / "out", threads=1)
+    assert report["token_ids"]["chat_tokens"]["default"] > 30
+    assert report["token_ids"]["around_added_tokens"]["compared"] == 2
+    # a token that transformers knows from tokenizer_config.json alone: other readers of tokenizer.json do not
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    config["added_tokens_decoder"] = {"300": {"content": "user: Hello", "special": True}}
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="the package tokenizers gives other token ids for a prompt of the chat template"):
+        llmc.export(base, format="onnx", exporter="optimum", out=tmp_path / "out", threads=1)
 
 
 @needs_optimum

@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM
 from llmc.formats.hf import load_torch_model
 from llmc.formats.types import IntegerType
 
-
 HALF = 3e-3  # gptqmodel's kernels for a CPU compute in half precision: 1e-3 is what is seen. A wrong zero point gives 1
 
 

@@ -23,6 +23,13 @@ from llmc.formats import quantized as quantized_folder
 from llmc.formats.checkpoint import Checkpoint
 
 
+@pytest.fixture
+def made_kept(rounded: tuple[Path, Path, Path], tmp_path: Path) -> Path:
+    """The base with one kind of linears that stayed floats."""
+    llmc.quantize(rounded[0], method="rtn", keep="down_proj", out=tmp_path / "kept", threads=2)
+    return tmp_path / "kept"
+
+
 def test_healing_helps_on_other_text_and_changes_no_code(rounded: tuple[Path, Path, Path], tmp_path: Path) -> None:
     base, small, text = rounded
     result = llmc.heal(small, base, calibration=text, out=tmp_path / "healed", **HEAL)
@@ -101,6 +108,18 @@ def test_a_run_that_had_stopped_early_does_not_train_on(rounded: tuple[Path, Pat
                            interrupted(model_folder, "write_checkpoint"))
     assert whole["steps"] < HEAL["steps"]
     assert again["curve"] == whole["curve"]
+
+
+def test_what_stays_float_is_said_and_recorded(made_kept: Path, rounded: tuple[Path, Path, Path], tmp_path: Path,
+                                               capsys: pytest.CaptureFixture[str]) -> None:
+    base, small, text = rounded
+    for folder, names in ((made_kept, ["model.layers.*.mlp.down_proj.weight"]), (small, [])):
+        capsys.readouterr()
+        llmc.heal(folder, base, calibration=text, out=tmp_path / "healed", **{**HEAL, "steps": 1})
+        floats = json.loads((tmp_path / "healed/llmc.json").read_text())["passes"][-1]["floats"]
+        assert floats["names"] == names
+        said = "down_proj.weight are not quantized and are not healed, " in capsys.readouterr().err
+        assert said == (floats["share"] > 0.01) == bool(names)
 
 
 def test_a_float_model_a_quantized_teacher_and_too_little_text_are_refused(

@@ -1,7 +1,7 @@
-"""Commands that die before any of their file calls: what they left is found, and the next run writes the same bytes.
+"""Commands that die before any of their file calls: what they left is found, and the next run leaves the same files.
 
-Each command dies before a sample of its calls, once as by SIGKILL and once as by Ctrl-C. With
-LLMC_ALL_KILLS=1 it is every call.
+Each line of commands.py that writes dies before one of its calls, as by SIGKILL or as by Ctrl-C. With LLMC_ALL_KILLS=1 it is
+every call, in both ways.
 """
 
 from __future__ import annotations
@@ -9,59 +9,138 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-from collections.abc import Callable
+import re
+import shutil
+import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
+import commands
 import pytest
-from crash import Calls, Dead, counted, died, listing, number_of_calls
+from commands import SMALL, TEXT, TRAIN, Line, line
+from crash import Calls, Dead, counted, died, listing, number_of_calls, steady
 from killing import contents
 
 import llmc
-from llmc import files, temporary
+from llmc import cli, files, temporary
 from llmc.formats import manifest
 
-SETTINGS: dict[str, Any] = {"samples": 8, "seq_len": 32, "threads": 2}
+# What the lines of all commands leave out.
+MORE = (
+    line(f"quantize base --transform scaling {TEXT} -o q"), line(f"quantize base --method rtn --transform auto {TEXT} -o q"),
+    line(f"quantize base --method rtn --heal 2 {TEXT} -o q"), line(f"quantize base --target-bpw 6 {TEXT} -o q"),
+    line(f"quantize base --samples 4 --seq-len 32 {SMALL} -o q"), line(f"quantize q.gguf --method rtn -o again {SMALL}"),
+    line(f"prune base --method depth --drop 1 {TEXT} -o p"), line(f"prune base --method width --ffn 0.5 {TEXT} -o p"),
+    line(f"transform base --scaling awq --rotate r2 {TEXT} -o t"), line(f"heal q {TRAIN} --scope block -o h"),
+    line(f"distill base {TRAIN} --teacher-top-k 4 -o d"),
+)
+# A bench takes seconds, and what it writes does not depend on the artifact.
+LINES = [i for i in (*commands.LINES, *MORE) if i.code == 0 and (i.words[0] != "bench" or "q.gguf" in i.words)]
+ALL = bool(os.environ.get("LLMC_ALL_KILLS"))
+
+
+class Kitchen:
+    """A folder with what lines read. It is made by other lines when it is first needed."""
+
+    def __init__(self, folder: Path, base: Path) -> None:
+        self.folder = folder
+        commands.prepare(folder, base)
+
+    def serve(self, wanted: Line, place: Path) -> None:
+        """Make the folder `place` with what a line reads, and go there."""
+        place.mkdir()
+        for name in self._read_by(wanted):
+            found = self.folder / name
+            if not os.path.lexists(found):
+                self._make(name)
+            for path in (found, manifest.manifest_path(found)) if found.is_file() else (found,):
+                if path.is_symlink():
+                    (place / path.name).symlink_to(path.readlink())
+                elif path.is_dir():
+                    shutil.copytree(path, place / path.name)
+                elif path.is_file():
+                    shutil.copy2(path, place)
+        os.chdir(place)
+        os.environ["LLMC_CACHE"] = str(place / "cache")
+
+    def _make(self, name: str) -> None:
+        made_by = self._maker(name)
+        work = self.folder / f"for {name}"
+        self.serve(made_by, work)
+        assert cli.run([*made_by.words]) == 0
+        for path in work.iterdir():
+            if path.name.startswith(name):
+                path.rename(self.folder / path.name)
+
+    def _maker(self, name: str) -> Line:
+        return next(i for i in commands.LINES if name in i.outputs)
+
+    def _read_by(self, wanted: Line) -> list[str]:
+        known = {p.name for p in self.folder.iterdir()}.union(*(i.outputs for i in commands.LINES))
+        texts = [(self.folder / w).read_text(encoding="utf-8") for w in wanted.words if w.endswith(".yaml") and w in known
+                 and (self.folder / w).is_file()]
+        words = {*wanted.words, *(word for text in texts for word in re.split(r"[\s,:\[\]]+", text))}
+        return sorted(known & words - wanted.outputs)
+
+
+@pytest.fixture(scope="module")
+def kitchen(made: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Kitchen:
+    return Kitchen(tmp_path_factory.mktemp("kitchen"), made.base)
 
 
 def sample(count: int, wanted: int, seed: object = 0) -> list[int]:
     """Numbers of calls; at least half of them among the last quarter, where an artifact takes its place."""
-    if os.environ.get("LLMC_ALL_KILLS") or count <= wanted:
+    if ALL or count <= wanted:
         return list(range(1, count + 1))
     chance, late = random.Random(f"{count} {seed}"), count - count // 4
     return sorted({*chance.sample(range(1, late), wanted // 2), *chance.sample(range(late, count + 1), wanted - wanted // 2)})
 
 
 def remains(folder: Path) -> set[str]:
-    """What lies beside an output under a temporary name."""
-    return {name for name in listing(folder) if temporary.NAME.fullmatch(Path(name).name)}
+    """What lies in a folder under a temporary name, but not what can be gone on with."""
+    names = {name for name in listing(folder) if ".unfinished" not in name.partition("/")[0]}
+    return {name for name in names if temporary.NAME.fullmatch(Path(name).name) or name.endswith(".lock")}
 
 
-def survives(make: Callable[[Path], Any], again: Callable[[Path], Any], folder: Path, wanted: int = 1,
-             name: str = "out") -> None:
-    """`make` the artifact it is given; die in it; `again` must give the same bytes and leave nothing else."""
-    def made(place: str) -> Path:
-        (folder / place).mkdir()
-        os.chdir(folder / place)
-        return folder / place / name
+def ways(wanted: Line, calls: int) -> list[tuple[int, bool]]:
+    """(the number of the call before which the line dies, whether as by SIGKILL)."""
+    if ALL:
+        return [(at, at_once) for at in range(1, calls + 1) for at_once in (True, False)]
+    chance = random.Random(str(wanted))
+    return [(sample(calls, 1, wanted)[0], chance.random() < 0.5)]
 
-    whole = made("whole")
-    calls = number_of_calls(lambda: make(whole), folder / "whole")
-    assert calls > 2
-    for at_once in (True, False):
-        for at in sample(calls, wanted, at_once):
-            place = f"{'killed' if at_once else 'interrupted'}-{at}"
-            out = made(place)
-            died(lambda out=out: make(out), folder / place, at, at_once)  # type: ignore[misc]
-            if not at_once:
-                left = {n for n in remains(out.parent) if ".unfinished" not in n.partition("/")[0]}
-                assert left == set(), f"interrupted before call {at}"
+
+@pytest.mark.parametrize("wanted", LINES, ids=str)
+def test_a_command(wanted: Line, kitchen: Kitchen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dead before a call, and run again: the files are those of a run that nothing stopped, and nothing else is there."""
+    monkeypatch.setenv("LLMC_CACHE", "")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("llmc.evals.quality.run.try_first", lambda artifact: None)  # another process, which writes nothing
+    whole = tmp_path / "whole"
+    kitchen.serve(wanted, whole)
+    with counted(Calls(whole)) as counter:
+        assert cli.run([*wanted.words]) == wanted.code
+    calls, begun = counter.count, time.monotonic()
+    assert calls or not wanted.outputs
+    resumes = any(p.name == "resume" for p in commands.every()[commands.command_of(wanted.words)].params)
+    for at, at_once in ways(wanted, calls) if calls else ():
+        place = tmp_path / f"{'killed' if at_once else 'interrupted'}-{at}"
+        kitchen.serve(wanted, place)
+        with counted(Calls(place, at, at_once)) as counter:
+            assert cli.run([*wanted.words]) != 0 or wanted.code == 1
+        assert counter.count >= at
+        if not at_once:
+            assert remains(place) == set(), place.name
+        for out in (place / name for name in wanted.outputs):
             if out.exists() and manifest.read_manifest(out):
-                assert llmc.verify(out)["problems"] == [], f"{place}: a wrong artifact"
-            again(out)
-            assert contents(out) == contents(whole), place
-            assert listing(out.parent) == listing(whole.parent), place
+                assert llmc.verify(out)["problems"] == [], f"{place.name}: a wrong artifact"
+        more = ["--resume"] if resumes and (at + at_once) % 2 else []
+        left = steady(place)
+        done = all(left.get(name) == value for name, value in steady(whole).items())  # `target rm` may find nothing to remove
+        assert cli.run([*wanted.words, *more]) in ((wanted.code, 2) if done else (wanted.code,)), place.name
+        assert steady(place) == steady(whole), place.name
+        shutil.rmtree(place)
+    print(f"{wanted}: {calls} calls, {len(ways(wanted, calls)) if calls else 0} kills, {time.monotonic() - begun:.0f} s")
 
 
 @pytest.fixture(params=["killed", "interrupted"])
@@ -143,52 +222,6 @@ def test_removing_is_idempotent(tmp_path: Path) -> None:
         assert listing(tmp_path) == set()
 
 
-def test_quantize_without_data(tmp_path: Path, made: SimpleNamespace) -> None:
-    survives(lambda out: llmc.quantize(made.base, method="rtn", out=out, threads=2),
-             lambda out: llmc.quantize(made.base, method="rtn", out=out, threads=2, resume=True), tmp_path, 4)
-
-
-def test_quantize_without_resuming(tmp_path: Path, made: SimpleNamespace) -> None:
-    make = lambda out: llmc.quantize(made.base, method="rtn", out=out, threads=2)  # noqa: E731
-    survives(make, make, tmp_path)
-
-
-@pytest.mark.parametrize(("command", "options"), [
-    ("quantize", {"method": "gptq"}), ("quantize", {"method": "gptq", "transform": "scaling"}),
-    ("prune", {"method": "wanda", "sparsity": 0.5}), ("transform", {"scaling": "awq"}), ("imatrix", {}),
-], ids=["quantize", "quantize-transform", "prune", "transform", "imatrix"])
-def test_commands_with_text(tmp_path: Path, made: SimpleNamespace, text: Path, command: str, options: dict[str, Any]) -> None:
-    run = getattr(llmc, command)
-    given = {"calibration": str(text), **SETTINGS, **options}
-    survives(lambda out: run(made.base, out=out, **given),
-             lambda out: run(made.base, out=out, resume=True, **given), tmp_path,
-             name="out.gguf" if command == "imatrix" else "out")
-
-
-@pytest.mark.parametrize("command", ["heal", "distill"])
-def test_teaching(tmp_path: Path, rounded: tuple[Path, Path, Path], command: str) -> None:
-    base, small, text = rounded
-    run, given = getattr(llmc, command), {"calibration": str(text), "steps": 4, "seq_len": 32, "threads": 2, "held_out": 4}
-    student = small if command == "heal" else base
-    survives(lambda out: run(student, base, out=out, **given),
-             lambda out: run(student, base, out=out, resume=True, **given), tmp_path)
-
-
-def test_quantize_and_heal(tmp_path: Path, made: SimpleNamespace, text: Path) -> None:
-    given = {"method": "rtn", "heal": 4, "calibration": str(text), "seq_len": 32, "threads": 2}
-    survives(lambda out: llmc.quantize(made.base, out=out, **given),
-             lambda out: llmc.quantize(made.base, out=out, resume=True, **given), tmp_path)
-
-
-@pytest.mark.parametrize("format", ["gguf", "onnx"])
-def test_export(tmp_path: Path, made: SimpleNamespace, format: str) -> None:
-    def make(out: Path) -> None:
-        fixed = {"accuracy_level": "4"} if format == "onnx" else {}  # the default is measured: it follows the clock
-        llmc.export(made.gptq, format=format, out=out, threads=2, **fixed)
-
-    survives(make, make, tmp_path, 2, "out.gguf" if format == "gguf" else "out")
-
-
 def test_an_older_artifact_is_there_whenever_its_replacement_dies(tmp_path: Path, made: SimpleNamespace) -> None:
     out = tmp_path / "small"
 
@@ -206,25 +239,3 @@ def test_an_older_artifact_is_there_whenever_its_replacement_dies(tmp_path: Path
             make(4)
         assert llmc.verify(out)["problems"] == []
         assert contents(out) in (old, new)
-
-
-def test_a_run_of_a_recipe(tmp_path: Path, made: SimpleNamespace) -> None:
-    recipe = tmp_path / "chain.yaml"
-    recipe.write_text(f"model: {made.base}\ndefaults: {{threads: 2}}\nsteps: [quantize: {{method: rtn}}, export]\n",
-                      encoding="utf-8")
-
-    def make(out: Path) -> Any:
-        return llmc.run_recipe(recipe, out=out)
-
-    def figures(out: Path) -> dict[str, Any]:
-        return {p.relative_to(out).as_posix(): contents(p) for p in out.rglob("*.gguf")}
-
-    os.chdir(tmp_path)
-    calls = number_of_calls(lambda: make(tmp_path / "whole"), tmp_path)
-    for at in sample(calls, 3):
-        out = tmp_path / f"killed-{at}"
-        died(lambda out=out: make(out), tmp_path, at, True)  # type: ignore[misc]
-        make(out)
-        assert figures(out) == figures(tmp_path / "whole")
-        assert remains(out) == set()
-        assert listing(out) == listing(tmp_path / "whole")

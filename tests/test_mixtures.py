@@ -242,3 +242,13 @@ def test_an_interrupted_run_continues_to_the_same_bytes(folder: Path, tmp_path: 
         return llmc.quantize(folder, calibration=text, samples=8, seq_len=64, out=out, resume=resume)
 
     resumed(make, tmp_path, interrupted(QuantizePass, "finish", layer=1))
+
+
+@of_kinds("qwen3_moe", "granitemoe")
+def test_the_plan_says_what_a_token_reads(folder: Path, tmp_path: Path) -> None:
+    """2 of 8 experts; the same as `inspect` says of the folder, which counts its own names."""
+    plan = llmc.quantize(folder, method="rtn", dry_run=True)
+    llmc.quantize(folder, method="rtn", out=tmp_path / "q")
+    weights = llmc.inspect(tmp_path / "q")["weights"]
+    assert plan["token_bytes"] == pytest.approx(weights["token_bytes"], rel=0.05)  # but for the order and zeros of GPTQ
+    assert plan["token_bytes"] < plan["out_bytes"] * 0.8

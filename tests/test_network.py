@@ -10,9 +10,10 @@ import types
 from pathlib import Path
 from types import SimpleNamespace
 
+import commands
 import pytest
-import tiny
 import watched
+from commands import Line
 
 from llmc.errors import UserError
 from llmc.sources.data_sets import datasets_library
@@ -39,37 +40,15 @@ class Socket(socket.socket):
 if os.environ.get("LLMC_TEST_PYTHON", "1") == "1":
     socket.getaddrinfo, socket.socket = lookup, Socket
 """
-SMALL = ["--threads", "1"]
-TEXT = ["--calibration", "text.txt", "--samples", "4", "--seq-len", "32"]
-TRAIN = ["--steps", "1", "--batch", "1", "--held-out", "2", "--sampled", "0"]
-CHUNK = ["--context", "32", "--chunks", "1", *SMALL]
-SPEED = ["--prompt", "8", "--generate", "2", "--warmup", "0", *SMALL]
-COMMANDS = [
-    ["doctor"], ["inspect", "base"], ["recipe", "ls"], ["target", "ls"], ["fit", "--profiles"],
-    ["quantize", "base", "--method", "rtn", "-o", "q", *SMALL], ["quantize", "base", *TEXT, "-o", "g", *SMALL],
-    ["prune", "base", "--method", "wanda", "--sparsity", "0.5", *TEXT, "-o", "p", *SMALL],
-    ["transform", "base", "--scaling", "none", "--rotate", "r2", "-o", "t", *SMALL],
-    ["distill", "base", "--teacher", "base", *TEXT[:2], *TEXT[4:], *TRAIN, "-o", "d", *SMALL],
-    ["heal", "q", "--teacher", "base", *TEXT[:2], *TEXT[4:], *TRAIN, "-o", "h", *SMALL],
-    ["imatrix", "base", *TEXT, "-o", "i.gguf", *SMALL],
-    ["export", "q", "--format", "gguf", "-o", "q.gguf", *SMALL], ["export", "q", "--format", "onnx", "-o", "q-onnx", *SMALL],
-    *(["eval", a, "--base", "base", *CHUNK, "-o", f"{a}.json"] for a in ("base", "q.gguf", "q-onnx")),
-    *(["generate", a, "a", "--max-tokens", "2", *SMALL] for a in ("base", "q.gguf", "q-onnx")),
-    *(["bench", a, *SPEED, "-o", f"{a}.json"] for a in ("base", "q.gguf", "q-onnx")),
-    ["inspect", "q.gguf"], ["inspect", "q-onnx"], ["verify", "q"], ["verify", "q.gguf"], ["verify", "q-onnx"],
-    ["fit", "q.gguf", "--target", "pi5", "--min-decode", "0.1"], ["compare", "base.json", "q.gguf.json", "--page", "c.html"],
-    ["target", "probe", "local-cpu"],
-    # asked for by nothing in them: names that are plainly paths
-    *([*c, "nowhere/model.gguf"] for c in (["generate", "--max-tokens", "1"], ["inspect"], ["verify"])),
-    ["quantize", "here/model", "--method", "rtn"], ["eval", "q.gguf", "--base", "./no-base", *CHUNK],
-]
+# Asked for by nothing in them: names that are plainly paths. Each is refused.
+PATHS = tuple(Line(tuple(words.split()), code=2) for words in (
+    "generate nowhere/model.gguf a --max-tokens 1", "inspect nowhere/model.gguf", "verify nowhere/model.gguf",
+    "quantize here/model --method rtn", f"eval q.gguf --base ./no-base {commands.CHUNK}"))
 DRIVER = """
 import json, sys
 from llmc.cli import run
-for command in json.loads(sys.argv[1]):
-    code = run(command if command[0] != "generate" or command[-1] != "nowhere/model.gguf" else
-               ["generate", command[-1], "a", *command[1:-1]])
-    print("CODE", code, *command, flush=True)
+for words in json.loads(sys.argv[1]):
+    print("CODE", run(words), *words, flush=True)
 """
 
 
@@ -82,8 +61,7 @@ def lookups(made: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> 
     home, work, log = folder / "home", folder / "work", folder / "log"
     home.mkdir()
     (work / "here").mkdir(parents=True)
-    (work / "base").symlink_to(made.base)
-    tiny.write_text(work / "text.txt", 20_000)
+    commands.prepare(work, made.base)
     log.touch()
     off = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "XDG_CACHE_HOME", "HF_HOME", "CI", "GITHUB_ACTIONS",
            "ORT_DISABLE_TELEMETRY")
@@ -92,22 +70,24 @@ def lookups(made: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> 
         "PYTHONPATH": os.pathsep.join([str(folder / "python"), *filter(None, [os.environ.get("PYTHONPATH")])])}
     native = watched.possible()
     enter = [] if native else [*watched.ENTER, sys.executable, watched.__file__, str(log)]
-    done = subprocess.run([*enter, sys.executable, "-c", DRIVER, json.dumps(COMMANDS)], env=env, cwd=work,
-                          capture_output=True, text=True, timeout=600)
+    words = json.dumps([i.words for i in (*commands.LINES, *PATHS)])
+    done = subprocess.run([*enter, sys.executable, "-c", DRIVER, words], env=env, cwd=work, capture_output=True, text=True,
+                          timeout=600)
     codes = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("CODE ")]
     return SimpleNamespace(log=log.read_text().split(), codes=codes, home=home, native=native, env=env,
                            enter=enter, output=done.stdout + done.stderr)
 
 
 def test_no_command_looks_anything_up(lookups: SimpleNamespace) -> None:
-    assert len(lookups.codes) == len(COMMANDS), lookups.output[-3000:]
+    assert {commands.command_of(i.words) for i in commands.LINES} == {*commands.every()}, "a command has no line"
+    assert len(lookups.codes) == len((*commands.LINES, *PATHS)), lookups.output[-3000:]
     assert lookups.log == []
 
 
 def test_the_commands_did_their_work(lookups: SimpleNamespace) -> None:
     """Otherwise the test above would say nothing."""
-    bad = [" ".join(c) for c in lookups.codes if c[0] != "0" and not {"nowhere/model.gguf", "here/model", "./no-base"} & {*c}]
-    assert bad == [], lookups.output[-6000:]
+    wanted = [[str(i.code), *i.words] for i in (*commands.LINES, *PATHS)]
+    assert lookups.codes == wanted, lookups.output[-6000:]
 
 
 def test_no_device_id_is_written(lookups: SimpleNamespace) -> None:

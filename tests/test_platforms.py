@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from llmc import cgroup, cli, files, machine, streams
+from llmc import cgroup, cli, files, locks, machine, streams
 from llmc.about import doctor
 from llmc.errors import UserError
 from llmc.evals.compare import ship
@@ -166,10 +166,31 @@ def test_a_file_is_not_read_anew_without_fadvise(tmp_path: Path, monkeypatch: py
     bench.read_anew(tmp_path / "m.gguf")
 
 
-def test_a_run_folder_without_flock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_locks_of_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It locks bytes of a file by msvcrt, and an open file cannot be removed."""
+    busy: list[tuple[int, int]] = []
+    real = os.unlink
+
+    def locking(fd: int, mode: int, count: int) -> None:
+        busy.append((os.lseek(fd, 0, os.SEEK_CUR), count))
+        if len(busy) > 1:
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+    def unlink(path: Path, *args: Any, **kwargs: Any) -> None:
+        assert not any(Path(f"/proc/self/fd/{n}").exists() and Path(f"/proc/self/fd/{n}").resolve() == Path(path).resolve()
+                       for n in range(64))
+        real(path, *args, **kwargs)
+
     without(monkeypatch, "fcntl")
-    with recipe_run.locked(tmp_path / "run"):
-        assert (tmp_path / "run").is_dir()
+    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(locking=locking, LK_NBLCK=2))
+    monkeypatch.setattr(locks, "WINDOWS", True)
+    monkeypatch.setattr(os, "unlink", unlink)
+    with recipe_run.used(tmp_path / "run"):
+        assert (tmp_path / "run" / ".run.json").stat().st_size
+        with pytest.raises(UserError, match="small is being written by another process"), locks.locked(tmp_path / "small"):
+            pass
+    assert busy == [(locks.FAR, 1)] * 2
+    assert not (tmp_path / "run" / ".lock").exists()
 
 
 def test_a_user_without_a_name(monkeypatch: pytest.MonkeyPatch) -> None:

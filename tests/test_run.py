@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import tiny
-from killing import Command
+from killing import Command, holding
 
 import llmc
 from llmc.cli import run as command
@@ -25,6 +25,7 @@ from llmc.evals.report.show import pm
 from llmc.formats.manifest import versions
 from llmc.recipes.chain import load
 from llmc.recipes.jobs import jobs_of, open_folder
+from llmc.recipes.run import used
 
 QUICK = "{calibration: text.txt, samples: 8, seq_len: 32, threads: 1, context: 32, chunks: 2}"
 RECIPE = f"""\
@@ -269,10 +270,12 @@ def test_folders_of_others_and_names_that_would_leave(base: Path) -> None:
 
 
 def test_two_runs_do_not_share_a_folder_at_once(base: Path) -> None:
-    from llmc.recipes.run import locked
-
-    with locked(Path("run")), pytest.raises(UserError, match="another run is using run"):
+    with used(Path("run")):
+        pass
+    with holding(Path("run"), inside=True) as other, pytest.raises(UserError, match="run is being written by ") as e:
         llmc.run_recipe(write(SHORT), model=base, out="run")
+    assert f" {other.pid} " in e.value.problem
+    assert llmc.run_recipe(write("steps: [quantize: {method: rtn}]"), model=base, out="run")["ran"] == ["quantize"]
 
 
 def test_json_and_markdown(base: Path, capsys: pytest.CaptureFixture[str]) -> None:

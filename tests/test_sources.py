@@ -21,6 +21,7 @@ from llmc.errors import UserError
 from llmc.formats.manifest import read_manifest
 from llmc.formats.pretokenizers import CL100K, QWEN
 from llmc.formats.source import describe_source
+from llmc.sources.dequantize import restore_templates
 from llmc.sources.resolve import resolve_model
 
 
@@ -90,6 +91,24 @@ def test_gguf_is_dequantized_once(made: SimpleNamespace, tmp_path: Path) -> None
     assert resolve_model(shutil.copy(made.gguf, tmp_path)) == first
     assert (first / "llmc.json").stat().st_mtime_ns == stamp
     assert [p.name for p in first.parent.iterdir()] == [first.name], "a work folder was left behind"
+
+
+TEMPLATES = {"default": "{{ messages[0].content }}", "tool_use": "{{ messages[0].content }} with tools"}
+
+
+def test_gguf_gives_back_every_chat_template(made: SimpleNamespace, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(made.base, tmp_path / "base"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = TEMPLATES
+    tokenizer.save_pretrained(folder)
+    llmc.export(folder, format="gguf", out=tmp_path / "base.gguf")
+    assert AutoTokenizer.from_pretrained(resolve_model(tmp_path / "base.gguf")).chat_template == TEMPLATES
+
+
+@pytest.mark.parametrize("name", ["../../x", "a/b", ".", ""])
+def test_a_chat_template_cannot_leave_the_folder(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be a file's"):
+        restore_templates(None, [{"name": "default", "template": "x"}, {"name": name, "template": "y"}], tmp_path / "m.gguf")
 
 
 WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -196,3 +198,14 @@ def test_dequantized_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     third = dequantize.dequantized_folder(file)
     assert made == [first, second, third]
     assert len({*made}) == 3
+    for folder in made:  # that nobody used for a month
+        os.utime(folder.parent, (0, time.time() - 30 * 24 * 3600))
+    assert dequantize.dequantized_folder(file) == third
+    assert all(m.exists() for m in made), "nothing was made, so nothing goes"
+    monkeypatch.setattr(dequantize.closure, "digest", lambda *a: "newer code")
+    os.utime(third.parent, (0, time.time() - 30 * 24 * 3600))
+    fourth = dequantize.dequantized_folder(file)
+    assert [m.exists() for m in (first, second, third, fourth)] == [True, True, False, True], "of this file only"
+    monkeypatch.setattr(dequantize.closure, "digest", lambda *a: "newest code")
+    dequantize.dequantized_folder(file)
+    assert fourth.exists(), "another llmc used it within a week"

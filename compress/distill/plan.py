@@ -67,9 +67,8 @@ def _activations(m: Skeleton, c: DistillConfig, dtype: torch.dtype) -> int:
     """Bytes of the activations that the backward pass needs. A layer holds about the input and output of each linear and four
     copies of the residual stream. With checkpointing there is one such layer, and one copy of the stream for every layer."""
     hidden = m.config.get_text_config().hidden_size
-    layer = sum(sum(get_weight(x).shape) for x in m.linears(0).values()) * dtype.itemsize + 16 * hidden
-    tokens = c.batch * c.seq_len
-    return tokens * (layer + 4 * hidden * len(m.layers) if c.checkpointing else layer * len(m.layers))
+    layers = [sum(map(sum, shapes)) * dtype.itemsize + 16 * hidden for shapes in m.shapes]
+    return c.batch * c.seq_len * (max(layers) + 4 * hidden * len(layers) if c.checkpointing else sum(layers))
 
 
 def product_rate(dtype: torch.dtype, seconds: float = 0.2) -> float:

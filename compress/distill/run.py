@@ -9,7 +9,7 @@ the type that the folder stores.
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from llmc.files import check_disk
 from llmc.formats.hf import load_torch_model
 from llmc.formats.manifest import check_output, note_last
 from llmc.formats.source import model_name
+from llmc.locks import locked
 from llmc.machine import physical_cores
 from llmc.precision import prepare_cpu
 from llmc.sources.resolve import resolve_model
@@ -61,7 +62,8 @@ def distill(student: str | Path, config: DistillConfig) -> dict[str, Any]:
         return {"source": str(job.folder), "out": str(job.out), **plan}
     check_output(job.out, "hf", job.folder, config)
     check_disk(job.out, plan["disk_bytes"], "distilling")
-    result = job.run()
+    with locked(job.out) if job.leads else nullcontext():
+        result = job.run()
     if not job.leads:
         return {}
     note_last(job.out, "hf")

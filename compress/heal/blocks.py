@@ -43,7 +43,7 @@ class Blocks:
                  forward: Callable[[], Any], dtype: torch.dtype) -> None:
         self.config, self.student, self.skeleton, self.texts = config, student, skeleton, texts
         self.forward, self.dtype = forward, dtype
-        self.names = Names.of(student, skeleton.model)
+        self.names = Names.of(student, skeleton.model, quantized.linears(student))
         self.linears = {self.names.own(n): n for n in quantized.linears(student)}  # module's name -> name in the checkpoint
         _check_embeddings(skeleton, student, self.names)
         n, width = texts.sequences.shape

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from llmc.compress.coverage import left_float
 from llmc.compress.heal.blocks import Blocks
 from llmc.compress.heal.config import HealConfig
 from llmc.compress.heal.student import load_student, moved, norm_weights, stored_tensors
@@ -32,6 +33,7 @@ from llmc.formats import quantized
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.manifest import check_output, note_last
 from llmc.formats.names import Names
+from llmc.locks import locked
 from llmc.machine import physical_cores, torch_device
 from llmc.precision import prepare_cpu
 from llmc.sources.resolve import resolve_model
@@ -47,7 +49,8 @@ def heal(model: str | Path, config: HealConfig) -> dict[str, Any]:
     prepare_cpu(threads)
     check_output(config.out, "gptq", model, config)
     job = _Job(resolve_model(model), resolve_model(config.teacher), config, threads)
-    result = job.run()
+    with locked(job.out):
+        result = job.run()
     note_last(job.out, job.kind)
     return {**result, "seconds": round(time.monotonic() - start, 1)}
 
@@ -69,7 +72,9 @@ class _Job(Job):
         if config.scope == "block":
             _check_layers(self.checkpoint, taught)
         self.taught = Skeleton(taught, str(self.device))
-        self.vocab = common_vocabulary(Skeleton(self.checkpoint, "cpu"), self.taught)
+        student = Skeleton(self.checkpoint, "cpu")
+        self.vocab = common_vocabulary(student, self.taught)
+        self.left = left_float(student, "healed")
         check_output(self.out, "gptq", folder, config)
         self.kind = "gptq" if (self.checkpoint.quantization or {}).get("quant_method") == "gptq" else "blocks"
         check_disk(self.out, self._disk_bytes(), "healing")
@@ -89,7 +94,7 @@ class _Job(Job):
         self.open_work()
         texts = self.texts()
         changed, result = self._blocks(texts) if self.config.scope == "block" else self._end_to_end(texts)
-        return self.publish(self.kind, changed, texts, result)
+        return self.publish(self.kind, changed, texts, {**result, "floats": self.left})
 
     def _end_to_end(self, texts: Texts) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Returns (the changed tensors by their names in the folder, the result to report)."""

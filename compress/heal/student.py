@@ -24,6 +24,7 @@ from llmc.formats import quantized
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.hf import load_torch_model
 from llmc.formats.linears import get_weight, is_linear
+from llmc.formats.mixture import unfuse
 from llmc.formats.names import Names
 from llmc.formats.quantized import Quantized
 from llmc.formats.types import BlockTensor
@@ -163,8 +164,10 @@ def load_student(folder: Path, dtype: torch.dtype, checkpointing: bool = False) 
     model = load_torch_model(folder).requires_grad_(False)
     if checkpointing:
         checkpoint_layers(model)
-    names, healed = Names.of(stored, model), {}
-    for name in quantized.linears(stored):
+    linears = quantized.linears(stored)
+    names, healed = Names.of(stored, model, linears), {}
+    unfuse(model, names.leaves)
+    for name in linears:
         path = names.own(name)
         linear = model.get_submodule(path)
         q = quantized.read(stored, name)

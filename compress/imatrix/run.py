@@ -30,6 +30,7 @@ from llmc.files import check_disk, sha256
 from llmc.formats.imatrix import Imatrix, InputSums, write_imatrix
 from llmc.formats.manifest import check_output, new_manifest, staged_artifact
 from llmc.formats.source import describe_source, model_name
+from llmc.locks import locked
 from llmc.machine import physical_cores, torch_device
 from llmc.precision import matmul_precision, prepare_cpu
 from llmc.sources.resolve import resolve_model
@@ -81,7 +82,8 @@ def imatrix(model: str | Path, config: ImatrixConfig) -> dict[str, Any]:
     prepare_cpu(threads)
     check_output(config.out, "imatrix", model, config)
     job = _Job(resolve_model(model), config, threads)
-    return {**job.run(), "seconds": round(time.monotonic() - start, 1)}
+    with locked(job.out):
+        return {**job.run(), "seconds": round(time.monotonic() - start, 1)}
 
 
 class _Job:

@@ -198,6 +198,6 @@ def prove(source: Path, pruned: Path, dropped: list[int], ids: torch.Tensor, dev
         raise UserError(f"{what}: the kinds of the others depend on their number ({e.problem})", hint) from e
     difference = float((wanted - found).abs().max() / wanted.abs().max())
     if not difference < TOLERANCE:
-        raise UserError(f"{what}: after the others are renumbered, the output differs by {difference:.2g} (relative), because "
-                        "its layers depend on their number", hint)
+        raise UserError(f"{what}: after the others are renumbered, the output differs by {difference:.2g} (relative), "
+                        "because its layers depend on their number", hint)
     return difference

@@ -30,6 +30,7 @@ from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.linears import get_weight
 from llmc.formats.manifest import check_output, note_last, passes_of
 from llmc.formats.source import describe_source, model_name, origin_of
+from llmc.locks import locked
 from llmc.machine import check_memory, physical_cores, torch_device
 from llmc.precision import matmul_precision, prepare_cpu
 from llmc.sources.resolve import resolve_model
@@ -56,7 +57,8 @@ def prune(model: str | Path, config: PruneConfig) -> dict[str, Any]:
     if config.method == "depth" and config.by == "kl":
         check_memory(plan["memory_bytes"], "measuring the model without each layer, with the whole model in memory,")
     check_weights(job.checkpoint)
-    result = job.run()
+    with locked(job.out):
+        result = job.run()
     note_last(job.out, "hf")
     return {**result, "seconds": round(time.monotonic() - start, 1)}
 
@@ -100,8 +102,8 @@ class _Job:
         """The plan: the options, the size of the model, and the disk and memory that pruning needs (bytes)."""
         c = self.config
         hidden = self.skeleton.config.get_text_config().hidden_size
-        widest = max(max(get_weight(m).shape) for m in self.skeleton.linears(0).values())
-        layer = sum(get_weight(m).numel() for m in self.skeleton.linears(0).values()) * 4
+        widest = max(max(shape) for of_layer in self.skeleton.shapes for shape in of_layer)
+        layer = 4 * self.skeleton.layer_weights
         tokens = c.sequences * c.seq_len if c.method in ("wanda", "sparsegpt") else 0
         reference = reference_sequences(c) * c.seq_len
         states = 12 * hidden * (tokens + reference) + 4 * (hidden + widest) * tokens + 4 * (3 * hidden + widest) * reference

@@ -140,7 +140,8 @@ def _check_packing(skeleton: Skeleton, types: dict[str, AnyType]) -> None:
 def unfit(c: QuantizeConfig, skeleton: Skeleton) -> dict[str, list[str]]:
     """{rule: linears that the type cannot hold whatever --group-size or --fallback is}."""
     shapes = {n: get_weight(m).shape for _, n, m in linears_of(skeleton)}
-    found = {f"linears whose rows are no multiple of {NARROWEST}": [n for n, (_, width) in shapes.items() if width % NARROWEST]}
+    narrow = [n for n, (_, width) in shapes.items() if width % NARROWEST]
+    found = {f"linears whose rows are no multiple of {NARROWEST}": narrow}
     if c.type is None and c.preset is None and c.target is None:
         qtype = Assignment("", {n: type_for(c, width) for n, (_, width) in shapes.items()}).portable
         if qtype is not None:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +38,7 @@ from llmc.formats import types as block_types
 from llmc.formats.hf import load_tokenizer, load_torch_model
 from llmc.formats.linears import get_weight
 from llmc.formats.manifest import NOTES
+from llmc.formats.mixture import unfuse
 from llmc.formats.source import origin_of
 from llmc.machine import check_memory, torch_device
 from llmc.precision import fast_matmul, matmul_precision
@@ -55,12 +56,14 @@ ENDS = ("embedding", "head")
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix that gets a type. name: in the model, or one of ENDS.  shape: [out, in].  first: its decoder layer (0 for the
-    embedding, the number of layers for the head)."""
+    """A matrix that gets a type, or the matrices of all experts of a layer, which are one tensor in a file. name: in the
+    model, with * for the experts' numbers, or one of ENDS.  shape: [out, in], out over all experts.  first: its decoder layer
+    (0 for the embedding, the number of layers for the head).  parts: names of its modules in the model."""
 
     name: str
     shape: tuple[int, int]
     first: int
+    parts: tuple[str, ...]
 
     @property
     def weights(self) -> int:
@@ -76,8 +79,9 @@ def assign_to_budget(config: QuantizeConfig, skeleton: Skeleton, source: dict[st
     matrices = matrices_of(skeleton)
     # before the measurement, because a preset can be refused
     peer = types_of(config.peer, config, skeleton) if config.peer else {}
-    stored = {n: skeleton.names.find(f"{_module_name(skeleton, n)}.weight") for n in matrices}
-    outside = _outside(skeleton, origin_of(skeleton.checkpoint.folder, source), {s for s in stored.values() if s})
+    found = [f"{part}.weight" for m in matrices.values() for part in m.parts]
+    stored = skeleton.names.replaced(n for n in found if skeleton.names.locate(n) is not None)  # a tied head has none
+    outside = _outside(skeleton, origin_of(skeleton.checkpoint.folder, source), stored)
     measured = _measured(config, skeleton, source, matrices)
     options = {name: _options(m, measured[name], config.method) for name, m in matrices.items()}
     keep = mask_of(skeleton.checkpoint.folder) is not None and not config.lose_zeros
@@ -86,7 +90,7 @@ def assign_to_budget(config: QuantizeConfig, skeleton: Skeleton, source: dict[st
     equal = {name: next(o for o in options[name] if o.name == qtype) for name, qtype in peer.items()}
     parameters = sum(m.weights for m in matrices.values()) + outside.parameters
     chosen = _solve(config, Frontier(allowed), outside, parameters, equal)
-    types = {name: type_called(o.name) for name, o in chosen.items() if name not in ENDS}
+    types = {part: type_called(o.name) for name, o in chosen.items() if name not in ENDS for part in matrices[name].parts}
     end_types = {name: o.name for name, o in chosen.items() if name in ENDS}
     plan = _describe(config, matrices, chosen, measured, outside, parameters)
     if config.peer:
@@ -98,30 +102,33 @@ def assign_to_budget(config: QuantizeConfig, skeleton: Skeleton, source: dict[st
 def types_of(preset: str, config: QuantizeConfig, skeleton: Skeleton) -> dict[str, str]:
     """{name of the matrix, as in `matrices_of`: the type that a preset gives it}."""
     mix = assign(QuantizeConfig(preset=preset, method=config.method), skeleton)
-    return {**mix.end_types, **{name: str(qtype.gguf_type).lower() for name, qtype in mix.types.items()}}
+    return {**mix.end_types, **{starred(skeleton, name): str(t.gguf_type).lower() for name, t in mix.types.items()}}
 
 
 def matrices_of(skeleton: Skeleton) -> dict[str, Matrix]:
     """Every matrix that gets a type, by name, in the order in which the model runs them. UserError if no type fits one."""
     rows, width = embedding_shape(skeleton)
-    found = [Matrix("embedding", (rows, width), 0)]
+    ends = (skeleton.model.get_input_embeddings(), skeleton.model.get_output_embeddings())
+    embedding, head = (next(n for n, m in skeleton.model.named_modules() if m is end) for end in ends)
+    found = [Matrix("embedding", (rows, width), 0, (embedding,))]
+    stacks: dict[str, Matrix] = {}
     for layer, name, module in linears_of(skeleton):
         out, width_in = get_weight(module).shape
-        found.append(Matrix(name, (out, width_in), layer))
+        before = stacks.get(key := starred(skeleton, name), Matrix(key, (0, width_in), layer, ()))
+        stacks[key] = replace(before, shape=(before.shape[0] + out, width_in), parts=(*before.parts, name))
+    found += stacks.values()
     if has_own_head(skeleton):
-        found.append(Matrix("head", (rows, width), len(skeleton.layers)))
+        found.append(Matrix("head", (rows, width), len(skeleton.layers), (head,)))
     if uneven := [m for m in found if not sensitivity.candidates(m.shape[1])]:
         raise UserError(f"rows of {uneven[0].shape[1]} weights ({uneven[0].name}) fit no GGUF type",
                         "a budget needs rows that are a multiple of 32: use --bits")
     return {m.name: m for m in found}
 
 
-def _module_name(skeleton: Skeleton, name: str) -> str:
-    """The name in the model of the module of a matrix. name: of a linear, or one of ENDS."""
-    if name not in ENDS:
-        return name
-    module = skeleton.model.get_input_embeddings() if name == "embedding" else skeleton.model.get_output_embeddings()
-    return next(n for n, m in skeleton.model.named_modules() if m is module)
+def starred(skeleton: Skeleton, linear: str) -> str:
+    """The name of a linear, with * for the number of its expert: all experts of a layer get one type."""
+    path = next((p for p in skeleton.experts if linear.startswith(f"{p}.")), None)
+    return linear if path is None else f"{path}.*.{linear.removeprefix(path).split('.', 2)[2]}"
 
 
 def _outside(skeleton: Skeleton, source: dict[str, Any], matrices: set[str]) -> Outside:
@@ -161,25 +168,25 @@ def _measured(config: QuantizeConfig, skeleton: Skeleton, source: dict[str, Any]
         return found
     check_memory(memory_bytes(skeleton), "measuring the sensitivity of every matrix, with the whole model in memory,")
     model = load_torch_model(skeleton.checkpoint.folder, str(torch_device(config.device)), torch.float32)
+    unfuse(model, skeleton.names.leaves)
     if ids is None:  # another seed than GPTQ's calibration text has
         ids = sample_from_model(model, tokenizer, SEQUENCES, length, config.seed + 1, SEQUENCES)
-    found = measure(model, skeleton.layers_name, ids, {_module_name(skeleton, n): m for n, m in matrices.items()})
+    found = measure(model, skeleton.layers_name, ids, list(matrices.values()))
     write_note(kept, found)
     return found
 
 
-def measure(model: nn.Module, layers: str, ids: torch.Tensor, matrices: dict[str, Matrix]) -> dict[str, dict[str, Any]]:
-    """Measure sensitivity and errors of all matrices. Returns them by `Matrix.name`. matrices: by name in the model."""
+def measure(model: nn.Module, layers: str, ids: torch.Tensor, matrices: list[Matrix]) -> dict[str, dict[str, Any]]:
+    """Measure sensitivity and errors of all matrices. Returns them by `Matrix.name`."""
     generator = torch.Generator().manual_seed(0)
     found = {}
     with torch.no_grad(), fast_matmul(), progress("measuring the sensitivity of matrix", len(matrices)) as p:
         probe = sensitivity.Probe(model, layers, ids)
-        for name, matrix in matrices.items():
-            module = model.get_submodule(name)
-            weight = module.weight.data if isinstance(module, nn.Embedding) else get_weight(module)
-            assert isinstance(weight, torch.Tensor)
-            found[matrix.name] = {"sensitivity": probe.sensitivity(module, matrix.first, generator),
-                                  "errors": sensitivity.errors(weight.cpu(), sensitivity.candidates(matrix.shape[1]))}
+        for matrix in matrices:
+            modules = [model.get_submodule(name) for name in matrix.parts]
+            weights = [m.weight.data if isinstance(m, nn.Embedding) else get_weight(m) for m in modules]
+            found[matrix.name] = {"sensitivity": probe.sensitivity(weights, matrix.first, generator),
+                                  "errors": sensitivity.errors(weights, sensitivity.candidates(matrix.shape[1]))}
             p.step(matrix.name)
     return found
 

@@ -24,9 +24,10 @@ from llmc.compress.calibration import (
     spread,
 )
 from llmc.compress.coverage import checked
+from llmc.compress.ends import name_of
 from llmc.compress.imatrix.importance import Importance
 from llmc.compress.preparation import calibration_text, check_weights, open_float, sampled_file, sampling_memory
-from llmc.compress.quantize.assignment import assign, keeps_zeros, unfit
+from llmc.compress.quantize.assignment import assign, has_own_head, keeps_zeros, unfit
 from llmc.compress.quantize.budget import assign_to_budget
 from llmc.compress.quantize.budget import memory_bytes as memory_to_measure
 from llmc.compress.quantize.config import QuantizeConfig, budget_lines
@@ -41,11 +42,13 @@ from llmc.formats import blocks as blocks_format
 from llmc.formats import gptq as gptq_format
 from llmc.formats import model_folder
 from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.experts import share_of_config, used_of
 from llmc.formats.linears import get_weight
 from llmc.formats.manifest import check_output, note_last, passes_of
 from llmc.formats.quantized import read
 from llmc.formats.shards import pieces_of, rest_of
 from llmc.formats.source import describe_source, model_name, origin_of
+from llmc.locks import check_unlocked, locked
 from llmc.machine import check_memory, physical_cores, torch_device
 from llmc.precision import matmul_precision, prepare_cpu
 from llmc.sources.resolve import resolve_model
@@ -73,7 +76,8 @@ def quantize(model: str | Path, config: QuantizeConfig) -> dict[str, Any]:
     check_memory(plan["memory_bytes"], "quantizing" + (" on text that the whole model writes" if sampled else ""),
                  "give a text with --calibration FILE" if sampled else "lower --seq-len")
     check_weights(job.checkpoint)
-    result = quantize_and_heal(job) if config.heal else job.run()
+    with locked(job.out):
+        result = quantize_and_heal(job) if config.heal else job.run()
     note_last(job.out, job.kind)
     return {**result, "seconds": round(time.monotonic() - start, 1)}
 
@@ -123,6 +127,7 @@ class _Job:
         self.work = self.out.with_name(f".{self.out.name}.unfinished")
         if not config.dry_run:
             check_output(self.out, "gptq", source, config)
+            check_unlocked(self.out)  # now, because measuring for a target takes long
         self.importance = Importance(config.imatrix, self.skeleton) if config.imatrix else None
         self.assignment = (assign_to_budget(config, self.skeleton, self.described) if config.target
                            else assign(config, self.skeleton))
@@ -153,8 +158,7 @@ class _Job:
         """The plan: types and options, the size of the output, and the disk and memory that quantization needs (bytes)."""
         c, weights = self.config, self._linear_weights()
         hidden = self.skeleton.config.get_text_config().hidden_size
-        widest = max(get_weight(m).shape[1] for m in self.skeleton.linears(0).values())
-        layer = sum(get_weight(m).numel() for m in self.skeleton.linears(0).values()) * 4
+        widest, layer = self.skeleton.widths[-1], 4 * self.skeleton.layer_weights
         tokens, reference = (n * c.seq_len if c.calibrated else 0 for n in (c.samples, self._reference_sequences()))
         # three files of states; the inputs of the two linears that end a child module; the unchanged inputs of four groups
         states = 12 * hidden * (tokens + reference) + 4 * (hidden + widest) * tokens + 4 * (3 * hidden + widest) * reference
@@ -167,7 +171,7 @@ class _Job:
             "source": str(self.source), "out": str(self.out), **self._what(), "method": c.method,
             "bits_per_weight": self._bits_per_weight(),
             "layers": len(self.skeleton.layers), "linear_weights": weights, "out_bytes": out_bytes,
-            "transform": c.transform, "heal": c.heal, "zeros_kept": self.masked,
+            "token_bytes": self._token_bytes(), "transform": c.transform, "heal": c.heal, "zeros_kept": self.masked,
             "disk_bytes": 2 * out_bytes + states + self._transform_bytes(),  # the layers, and the output folder
             "memory_bytes": max(memory, memory_to_measure(self.skeleton)) if c.target else memory,
             "device": c.device, "threads": self.threads, "matmul": matmul_precision(),
@@ -200,6 +204,16 @@ class _Job:
                   for p in self.coverage.float_matrices()]
         weights = self._linear_weights() + sum(n for n, _ in floats)
         return (self._bits() + 8 * sum(nbytes for _, nbytes in floats)) / weights
+
+    def _token_bytes(self) -> int:
+        """The bytes of the output that decoding a token reads: of experts only those that the router chooses."""
+        chosen = share_of_config(self.skeleton.config.get_text_config().to_dict())
+        left = set(self.checkpoint.names()) - self._linear_names()
+        if has_own_head(self.skeleton):  # of the embedding one row is read
+            left -= {self.skeleton.names.stored(name_of(self.skeleton, self.skeleton.model.get_input_embeddings()))}
+        linears = sum(get_weight(m).numel() * self.assignment.types[name].bits_per_weight / 8 * used_of(name, chosen)
+                      for _, name, m in linears_of(self.skeleton))
+        return round(linears + sum(self.checkpoint.nbytes(n) * used_of(n, chosen) for n in left))
 
     def _linear_weights(self) -> int:
         return sum(get_weight(m).numel() for _, _, m in linears_of(self.skeleton))
@@ -250,7 +264,7 @@ class _Job:
 
     def _explain(self, calibration: Calibration) -> None:
         """Print the number of calibration tokens per Hessian column, and warn if it is low."""
-        widths = sorted({get_weight(m).shape[1] for m in self.skeleton.linears(0).values()})
+        widths = sorted({get_weight(m).shape[1] for _, _, m in linears_of(self.skeleton)})
         per_column = [calibration.tokens / w for w in widths]
         say(f"calibration: {calibration.origin['name']}, {calibration.tokens:,} tokens, "
             + ", ".join(f"{p:.1f} per column of {w}" for p, w in zip(per_column, widths, strict=True)))

@@ -18,7 +18,6 @@ from torch import nn
 from llmc.compress.quantize.assignment import type_called
 from llmc.compress.teaching.loss import divergence
 from llmc.compress.tracing import Replay, recorded, replaced
-from llmc.formats.linears import get_weight
 from llmc.formats.types import BLOCK_TYPES
 from llmc.rounding.rtn import rtn
 
@@ -54,18 +53,20 @@ class Probe:
                 total += float(divergence(self._run(row), before))
         return total / self.ids.numel()
 
-    def sensitivity(self, module: nn.Module, first: int, generator: torch.Generator) -> float:
-        """a_l of the weight of `module`, a linear or an embedding. The weight is restored afterwards."""
-        weight = module.weight.data if isinstance(module, nn.Embedding) else get_weight(module)
-        before = weight.clone()
-        noise = torch.randn(weight.shape, generator=generator).to(weight.device)
-        noise *= sizes(before)
-        noise *= (NOISE * before.square().sum() / noise.square().sum()).sqrt()
+    def sensitivity(self, weights: list[torch.Tensor], first: int, generator: torch.Generator) -> float:
+        """a_l of a matrix of the model, or of several (those of all experts), which have one t_l. They are restored
+        afterwards."""
+        before = [w.clone() for w in weights]
+        noise = [torch.randn(w.shape, generator=generator).to(w.device) * sizes(w) for w in before]
+        energy, power = (sum(float(t.square().sum()) for t in some) for some in (before, noise))
+        by = (NOISE * energy / power) ** 0.5 if power else 0.0
         try:
-            weight.add_(noise)
+            for w, n in zip(weights, noise, strict=True):
+                w.add_(n, alpha=by)
             return self.divergence(first) / NOISE
         finally:
-            weight.copy_(before)
+            for w, old in zip(weights, before, strict=True):
+                w.copy_(old)
 
     @torch.no_grad()
     def _run(self, row: torch.Tensor) -> torch.Tensor:
@@ -83,10 +84,15 @@ def sizes(weight: torch.Tensor) -> torch.Tensor:
     return by_run.repeat_interleave(run, 1)
 
 
-def errors(weight: torch.Tensor, types: list[str]) -> dict[str, float]:
-    """{type: t^2 of `weight` [out, in]}, measured on rows that are evenly spaced over all."""
-    rows = max(1, min(weight.shape[0], SAMPLED // weight.shape[1]))
-    sample = weight[torch.arange(rows) * weight.shape[0] // rows].float()
+def errors(weights: list[torch.Tensor], types: list[str]) -> dict[str, float]:
+    """{type: t^2 of these matrices [out, in] together}, measured on rows that are evenly spaced over all."""
+    count, width = sum(len(w) for w in weights), weights[0].shape[1]
+    rows = max(1, min(count, SAMPLED // width))
+    wanted, parts, start = torch.arange(rows) * count // rows, [], 0
+    for w in weights:
+        parts.append(w[(wanted[(wanted >= start) & (wanted < start + len(w))] - start).to(w.device)].float().cpu())
+        start += len(w)
+    sample = torch.cat(parts)
     energy = float(sample.square().sum())
     return {name: float((rtn(sample, type_called(name)).dequantize() - sample).square().sum()) / energy if energy else 0.0
             for name in types}

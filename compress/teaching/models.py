@@ -55,12 +55,19 @@ def hidden_states(model: Any, ids: torch.Tensor) -> torch.Tensor:
 def head_of(model: Any) -> Iterator[Any]:
     """Inside, a function from hidden states [1, n, hidden] to logits [n, vocab]. It runs the model itself, with its soft caps
     and scalings, and with a body that returns the given states."""
-    from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+    from transformers.modeling_outputs import BaseModelOutput
+
+    class Given(BaseModelOutput):  # type: ignore[misc]
+        """What the body returns. Each model asks for other members (router_logits, rope_deltas): they are None."""
+
+        def __getattr__(self, name: str) -> None:
+            if name.startswith("__"):
+                raise AttributeError(name)
 
     body = getattr(model, model.base_model_prefix)
     forward = body.forward
     given: list[torch.Tensor] = []
-    body.forward = lambda *_args, **_kwargs: BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=given[-1])
+    body.forward = lambda *_args, **_kwargs: Given(last_hidden_state=given[-1])
     nothing = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
 
     def head(states: torch.Tensor) -> torch.Tensor:

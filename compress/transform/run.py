@@ -23,6 +23,7 @@ from llmc.files import check_disk
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.manifest import check_output, note_last
 from llmc.formats.source import hash_source, model_name
+from llmc.locks import locked
 from llmc.machine import physical_cores, torch_device
 from llmc.precision import prepare_cpu
 from llmc.sources.resolve import resolve_model
@@ -48,10 +49,11 @@ def transform(model: str | Path, config: TransformConfig) -> dict[str, Any]:
     check_weights(skeleton.checkpoint)
     kept = sampled_file(out.with_name(f".{out.name}.unfinished"))
     calibration = None
-    if config.calibrated:
-        calibration = calibration_text(skeleton, hash_source(source), config, threads, kept)
-    result = make(source, out, config, calibration, threads)
-    remove(kept)
+    with locked(out):
+        if config.calibrated:
+            calibration = calibration_text(skeleton, hash_source(source), config, threads, kept)
+        result = make(source, out, config, calibration, threads)
+        remove(kept)
     note_last(out, "hf")
     return {**result, "seconds": round(time.monotonic() - start, 1)}
 

@@ -45,13 +45,15 @@ class Stage(ABC):
         """Make the folder `out`, or use the one that an interrupted run has finished. Returns its manifest."""
         key = fingerprint(__name__, {**self.settings, "pass": self.name}, self.threads, hash_source(self.source),
                           self.calibration)
+        folder = self.out.with_name(f".{self.out.name.lstrip('.')}.unfinished")
         found = read_manifest(self.out)
         if self.resume and found and found.get("fingerprint") == key:
             say(f"{self.out} is finished already")
+            remove(folder)  # of a run that died when the output had its name
             return found
         self.checkpoint = Checkpoint.open(self.source)
         self.skeleton = Skeleton(self.checkpoint, self.device)
-        work = Workspace(self.out.with_name(f".{self.out.name.lstrip('.')}.unfinished"), key, self.resume)
+        work = Workspace(folder, key, self.resume)
         if work.done:
             say(f"resuming after layer {work.done} of {len(self.skeleton.layers)}")
         self.layers(work, self.proof_arguments())

@@ -19,6 +19,7 @@ from llmc.files import write_json
 from llmc.formats import kv
 from llmc.formats.artifacts.table import artifact_at
 from llmc.formats.manifest import read_manifest, versions
+from llmc.locks import locked
 from llmc.places import check_place
 from llmc.small_files import LARGE, read_json
 
@@ -107,8 +108,9 @@ def merged(before: Report | None, report: Report) -> Report:
 
 def save(path: Path, report: Report) -> None:
     """Write `report`, merged with the report that is already in the file. Raises UserError as check_output does."""
-    check_output(path, report["artifact"]["sha256"], kv_type(report))
-    write_json(path, merged(read_report(path) if path.exists() else None, report))
+    with locked(path, wait=True):  # `llmc eval` and `llmc bench` at once: each keeps what the other has written
+        check_output(path, report["artifact"]["sha256"], kv_type(report))
+        write_json(path, merged(read_report(path) if path.exists() else None, report))
 
 
 def without_arrays(report: Report) -> Report:

@@ -25,6 +25,7 @@ from llmc.formats.manifest import check_output, hash_folder, new_manifest, note_
 from llmc.formats.no_code import remove_code
 from llmc.formats.onnx_folder import MODEL
 from llmc.formats.text_ends import note_of_eos
+from llmc.locks import locked
 from llmc.machine import physical_cores
 
 PACKAGES = {"onnx": "onnx", "onnx_ir": "onnx-ir", "onnxruntime": "onnxruntime", "onnxruntime_genai": "onnxruntime-genai"}
@@ -54,7 +55,7 @@ def run(config: OnnxExportConfig) -> dict[str, Any]:
     out = config.out or Path(f"{stem(folder, source)}-onnx")
     check_output(out, "onnx", config, folder)
     torch.set_num_threads(config.threads or physical_cores())
-    with staged_folder(out) as work:
+    with locked(out), staged_folder(out) as work:
         write = plain.write if traces else _write
         report = write(config, ckpt, work, str(out))
         remove_code(work, str(out))

@@ -27,11 +27,12 @@ from llmc.export.onnx.config import OnnxExportConfig
 from llmc.export.onnx.tracers import OTHERS
 from llmc.export.parity import GENERATED, PLEASE_REPORT, PROMPT, check_ids
 from llmc.export.reference import reference_logits
+from llmc.export.windows import ignored, window_of
 from llmc.files import check_disk, write_json
 from llmc.formats import quantized
 from llmc.formats.chat_template import hash_template
 from llmc.formats.checkpoint import Checkpoint
-from llmc.formats.hf import load_tokenizer, load_torch_model
+from llmc.formats.hf import load_config, load_tokenizer, load_torch_model
 from llmc.formats.onnx_folder import MODEL
 from llmc.formats.text_ends import note_of_eos
 from llmc.machine import physical_cores
@@ -65,6 +66,7 @@ def write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> d
     check_disk(work, 3 * floats, f"writing {out}")  # traced, written, and a tied table twice
     say(f"tracing {out}: {size(floats)} of float32 weights, held in memory twice")
     architecture = type(model).__name__
+    hf = load_config(ckpt.folder)
     context = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
     ends = {"embedding": model.get_input_embeddings().weight.detach(),
               "head": model.get_output_embeddings().weight.detach()}
@@ -72,19 +74,26 @@ def write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> d
     tracers.trace(config.exporter, model, traced)
     own = writer.write(ir.load(traced / MODEL), {}, work)
     verified = read_back(work, own, model)
+    rows = len(ends["embedding"])
     del model, own
     shutil.rmtree(traced)
     operators = standard_operators(work)
+    window, layers = window_of(hf) or (0, 0)
+    notes += (late := ignored("ONNX Runtime", hf, layers if windowed(work, window) else 0))
+    for note in late:
+        warn(note)
     ids, prompt = check_ids(tok, verified["weights"], context), np.array(tok(PROMPT)["input_ids"])
     runtime = OnnxModel(work, max(len(ids), len(prompt) + GENERATED), config.threads or physical_cores())
     logits = verify_logits(runtime, ckpt, ids, ends)
+    tokens = verify.token_ids("the package tokenizers", lambda text, special: runtime.tokenize(text, special).tolist(), work,
+                              tok, template, rows)
     generated, cached = generate(runtime, tok, prompt)
     runtime.close()
     return {
         "path": out, "source": str(ckpt.folder), "architecture": architecture, "exporter": config.exporter,
         "bytes": sum(p.stat().st_size for p in work.iterdir() if p.is_file()),
         "weight_bytes": (work / writer.DATA).stat().st_size, "dequantized": dequantized, **operators,
-        "verified": verified, "logits": logits, "cached_logits": cached, "generated": generated,
+        "verified": verified, "logits": logits, "cached_logits": cached, "token_ids": tokens, "generated": generated,
         "generated_tokens": cached["tokens"], "chat_template_sha256": hash_template(template), "notes": notes,
         "seconds": round(time.perf_counter() - started, 1),
     }
@@ -118,6 +127,17 @@ def standard_operators(work: Path) -> dict[str, Any]:
         raise UserError(f"the traced graph holds operators outside of the ONNX standard: {', '.join(foreign)}", PLEASE_REPORT)
     (opset,) = (o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
     return {"opset": opset, "operators": dict(sorted(Counter(n.op_type for n in nodes).items()))}
+
+
+def windowed(work: Path, window: int) -> bool:
+    """Whether the graph holds a sliding window: it subtracts this number from the positions to make the mask.
+
+    The check text may be shorter than the window, so that the logits do not tell."""
+    graph = onnx.load(work / MODEL, load_external_data=False).graph
+    values = {t.name: t for t in graph.initializer if t.data_location == onnx.TensorProto.DEFAULT}
+    values |= {n.output[0]: n.attribute[0].t for n in all_nodes(graph) if n.op_type == "Constant"}
+    taken = [values[n.input[1]] for n in all_nodes(graph) if n.op_type == "Sub" and n.input[1] in values]
+    return any(onnx.numpy_helper.to_array(t).tolist() in (window, [window]) for t in taken)
 
 
 def all_nodes(graph: onnx.GraphProto) -> Any:

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,22 +16,31 @@ import numpy as np
 import onnx
 import torch
 
-from llmc.console import progress
+from llmc.console import progress, warn
 from llmc.errors import UserError
+from llmc.export import token_proof
 from llmc.export.onnx import layout
 from llmc.export.onnx.emit import Placed
 from llmc.export.onnx.w8a8_proof import MOST_INPUT, Linears
 from llmc.export.onnx.weights import W8A8, Weights
-from llmc.export.parity import PLEASE_REPORT, compare_logits
+from llmc.export.parity import PLEASE_REPORT, compare_logits, first_difference, show
 from llmc.export.reference import reference_logits
+from llmc.files import read_json
 from llmc.formats import quantized
+from llmc.formats.chat_template import Template
+from llmc.formats.check_text import CHECK_TEXT, MARKS
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.onnx_folder import open_onnx
+from llmc.formats.tokenizer_json import TOKENIZER
 from llmc.formats.types import IntegerType, QuantizedTensor
 from llmc.runtimes.onnx_model import OnnxModel
 
 # Bounds of the logits at accuracy level 0, both sides in float32. Trained and untrained models have a relative error of 1e-6.
 MOST_RELATIVE, MOST_KLD = 1e-4, 1e-4
+# {key of the report: (text, what is warned of if its ids differ)}
+NOTED = {"combining_marks_alike": (MARKS, "a word with combining marks (Hindi, Tamil, Thai …)"),
+         "leading_space_alike": (" a", "a text that begins with a space"),
+         "long_runs_alike": ("a" + " " * 130 + "b", "a run of more than 100 characters without a new word")}
 
 
 def stored_tensors(folder: Path) -> dict[str, tuple[onnx.TensorProto, np.ndarray]]:
@@ -146,3 +156,35 @@ def bounded(expected: np.ndarray, found: np.ndarray, what: str, most: float = MO
             f"divergence {kld:.3g} (at most {MOST_KLD:g}), top-1 agreement {top1:.0%}", PLEASE_REPORT)
     return {"tokens": len(found), "relative_error": relative, "max_relative_error": most, "mean_kld": kld,
             "max_mean_kld": MOST_KLD, "top1_agreement": top1}
+
+
+def token_ids(name: str, encode: Callable[[str, bool], list[int]], folder: Path, tokenizer: Any, template: Template | None,
+              rows: int) -> dict[str, Any]:
+    """Compare the ids of texts, of rendered chats and around added tokens. Returns the counts. Raises UserError if those of
+    the check text or of a chat differ, and warns of the others.
+
+    name: of the runtime.  encode: its ids of a text, with or without special tokens around it.  folder: the written one.
+    template: its chat templates.  rows: of the embedding."""
+    if (different := difference(encode, tokenizer, CHECK_TEXT)) is not None:
+        raise UserError(f"{name} does not tokenize as the model does: {different}",
+                        "its tokenizer does not support this kind; export it as GGUF (--format gguf)")
+    alike = {key: difference(encode, tokenizer, text) is None for key, (text, _) in NOTED.items()}
+    for key, (_, what) in NOTED.items():
+        if not alike[key]:
+            warn(f"{what} is tokenized differently by {name} and by transformers")
+    # a chat template names the special tokens
+    side = token_proof.Side(name, lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"]),
+                            lambda text: encode(text, False),
+                            "export it as GGUF (--format gguf), or leave the template out (--chat-template drop)")
+    prompts = token_proof.chats(side, tokenizer, template)
+    spec = read_json(folder / TOKENIZER)
+    beside = token_proof.added(side, tokenizer, spec, [t for t in spec.get("added_tokens", []) if t["id"] < rows])
+    return {"text_tokens": len(tokenizer(CHECK_TEXT)["input_ids"]), "chat_tokens": prompts, "around_added_tokens": beside,
+            **alike}
+
+
+def difference(encode: Callable[[str, bool], list[int]], tokenizer: Any, text: str) -> str | None:
+    """What a runtime does otherwise in a text with special tokens around it; None if nothing."""
+    expected, found = list(tokenizer(text)["input_ids"]), encode(text, True)
+    at = first_difference(expected, found)
+    return None if at is None else show(at[0], expected, found, tokenizer)

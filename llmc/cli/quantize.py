@@ -46,7 +46,7 @@ def _plan(p: dict[str, Any]) -> str:
     return (f"{p['source']} -> {p['out']}\n{budget}"
             f"  {first}{p['method']} on {'these types' if budget else _types(p)}, {text}{then}\n"
             f"  {p['layers']} layers, {p['linear_weights'] / 1e6:.1f} M weights, {p['bits_per_weight']:.3g} bits per weight "
-            f"of the layers' matrices, {size(p['out_bytes'])} when done\n{_floats(p)}"
+            f"of the layers' matrices, {size(p['out_bytes'])} when done ({size(p['token_bytes'])} read per token)\n{_floats(p)}"
             f"  at most about {size(p['memory_bytes'])} of memory and {size(p['disk_bytes'])} of disk\n"
             f"  on {p['device']}, {p['threads']} threads, activation products in {p['matmul']}")
 

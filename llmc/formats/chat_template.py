@@ -62,6 +62,12 @@ def by_name(template: Template | None) -> dict[str, str]:
     return {DEFAULT: template} if isinstance(template, str) else {t["name"]: t["template"] for t in template}
 
 
+def set_templates(tokenizer: Any, template: Template | None) -> None:
+    """Give a tokenizer of transformers these chat templates, in the form in which it saves them."""
+    named = by_name(template)
+    tokenizer.chat_template = (named if set(named) != {DEFAULT} else named[DEFAULT]) or None
+
+
 def template_in(folder: Path) -> Template | None:
     """The chat templates in the files of a folder, as transformers finds them: .jinja files come before the config.
     chat_template.json, which belongs to a processor, counts where there is nothing else."""

@@ -9,8 +9,9 @@ import re
 from typing import Any
 
 # An expert's tensor: of GGUF 'blk.0.ffn_up_exps.weight' (all experts) and, in old files, 'blk.0.ffn_up.3.weight'; of Hugging
-# Face 'mlp.experts.3.up_proj.weight' and 'mlp.experts.gate_up_proj'. Shared experts have other names: every token uses them.
-_EXPERT = re.compile(r"_(?:ch)?exps\.|\bffn_(?:gate|up|down)\.\d+\.|\bexperts[./]")
+# Face 'mlp.experts.3.up_proj.weight' and 'mlp.experts.gate_up_proj', of Granite 'block_sparse_moe.input_linear'. Shared experts
+# have other names: every token uses them.
+_EXPERT = re.compile(r"_(?:ch)?exps\.|\bffn_(?:gate|up|down)\.\d+\.|\bexperts[./]|\bblock_sparse_moe\.(?:in|out)put_linear\b")
 # Tables of which a token reads one row, also where the embedding is the head.
 _ROWS = re.compile(r"per_layer_token_embd|embed_tokens_per_layer|position_embd|embed_positions|\bwpe\b|token_types")
 

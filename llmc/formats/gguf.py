@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc.errors import UserError
+from llmc.formats.chat_template import DEFAULT, Template, in_one_form
 from llmc.formats.gguf_header import read_header
 
 if TYPE_CHECKING:
@@ -36,3 +37,11 @@ def field(reader: GGUFReader, key: str) -> Any:
     """A metadata value of a GGUF file, or None if it lacks the key."""
     found = reader.get_field(key)
     return None if found is None else found.contents()
+
+
+def templates(reader: GGUFReader, file: Path) -> Template | None:
+    """The chat templates of a file. It has other names than the model where these have odd characters."""
+    names = field(reader, "tokenizer.chat_templates") or []
+    found = {name: field(reader, f"tokenizer.chat_template.{name}") for name in names}
+    found[DEFAULT] = field(reader, "tokenizer.chat_template")
+    return in_one_form({name: text for name, text in found.items() if text is not None}, file)

@@ -14,10 +14,11 @@ from torch import nn
 from llmc.errors import UserError
 from llmc.files import read_json
 from llmc.formats import contents, quantized
-from llmc.formats.chat_template import DEFAULT, by_name, in_one_form, of_processor
+from llmc.formats.chat_template import in_one_form, of_processor, set_templates
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.config_json import HINT, read_checked
 from llmc.formats.ends import check_tied
+from llmc.formats.mixture import is_transposed
 from llmc.formats.names import Names, missing
 
 # What transformers raises at a folder that it cannot read.
@@ -50,8 +51,7 @@ def load_tokenizer(folder: Path) -> Any:
         raise UserError(f"{folder} has no tokenizer that transformers can read: {(str(e).splitlines() or [repr(e)])[0]}",
                         "copy the base model's tokenizer files into it") from e
     if not tokenizer.chat_template and (template := in_one_form(of_processor(folder), folder)):
-        named = by_name(template)
-        tokenizer.chat_template = named if set(named) != {DEFAULT} else named[DEFAULT]
+        set_templates(tokenizer, template)
     return tokenizer
 
 
@@ -188,7 +188,7 @@ def _dequantized(ckpt: Checkpoint, skeleton: nn.Module, dtype: torch.dtype) -> d
             owner: Any = modules[parameter.rpartition(".")[0]]
             empty = owner.get_parameter(parameter.rpartition(".")[2])
             stack = stacks.setdefault(parameter, torch.empty(empty.shape, dtype=dtype, device="cpu"))
-            stack[number] = w.t() if owner.is_transposed else w
+            stack[number] = w.t() if is_transposed(owner) else w
             continue
         module = modules.get(names.find_own(linear) or "")
         if isinstance(module, Conv1D):

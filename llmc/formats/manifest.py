@@ -16,6 +16,7 @@ from typing import Any
 
 from llmc.errors import UserError
 from llmc.files import sha256, staged_file, write_json, write_note
+from llmc.locks import locked
 from llmc.places import ELSEWHERE, check_place
 from llmc.small_files import DELETE, LARGE, OBJECT, TEXT, Kind, expect, read_json_object
 from llmc.temporary import remove, restore
@@ -106,14 +107,15 @@ def staged_artifact(out: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     between the two leaves a manifest whose hash does not fit the older file, or no file. It never leaves a wrong pair.
     """
     path, manifest = manifest_path(out), dict[str, Any]()
-    alone = not os.path.lexists(path) and not os.path.lexists(out)
-    try:
-        with staged_file(out) as tmp:
-            yield tmp, manifest
-            write_json(path, {**manifest, "outputs": {out.name: sha256(tmp)}})
-    finally:
-        if alone and not os.path.lexists(out):
-            remove(path)
+    with locked(out):  # two writers would make a wrong pair of file and manifest
+        alone = not os.path.lexists(path) and not os.path.lexists(out)
+        try:
+            with staged_file(out) as tmp:
+                yield tmp, manifest
+                write_json(path, {**manifest, "outputs": {out.name: sha256(tmp)}})
+        finally:
+            if alone and not os.path.lexists(out):
+                remove(path)
 
 
 def note_last(path: Path, kind: str) -> None:

@@ -7,6 +7,7 @@ matrix and computes the same. Its linears may be without weights: they are fille
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -14,14 +15,24 @@ from typing import Any
 import torch
 from torch import nn
 
+from llmc.errors import UserError
+
 DOWN = "down_proj"  # transformers' name of the second product, in every architecture
 Fill = Callable[[Iterable[nn.Module]], AbstractContextManager[None]]
 
 
 def is_fused(module: nn.Module) -> bool:
     """Whether a module holds the stacked matrices of experts, in the form that transformers marks with
-    `use_experts_implementation`."""
-    return all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "_apply_gate"))
+    `use_experts_implementation`, or in Llama 4's."""
+    marked = all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "_apply_gate"))
+    return marked or _is_scattered(module)
+
+
+def _is_scattered(module: nn.Module) -> bool:
+    """Whether a module's experts get one tensor [experts * tokens, in], in which all rows are zero that the router does not
+    send to an expert (Llama 4). The stacked matrices are [experts, in, out] then."""
+    stacked = [n for n, p in module._parameters.items() if p is not None and p.ndim == 3]
+    return stacked == ["gate_up_proj", DOWN] and len(inspect.signature(type(module).forward).parameters) == 2
 
 
 def count_of(module: nn.Module) -> int:
@@ -39,7 +50,8 @@ class Experts(nn.Module):
     def __init__(self, fused: Any, leaves: dict[str, tuple[str, ...]]) -> None:
         super().__init__()
         self.leaves = leaves
-        self.transposed = bool(fused.is_transposed)
+        self.scattered = _is_scattered(fused)
+        self.transposed = is_transposed(fused)
         self.count = self.num_experts = count_of(fused)  # the second for transformers' code around it
         self.fill: Fill = lambda _linears: nullcontext()
         self.first = next(name for name in leaves if name != DOWN)
@@ -64,6 +76,7 @@ class Experts(nn.Module):
                 self.register_parameter(name, p)
         for name, child in fused.named_children():
             self.add_module(name, child)
+        self.routed = Routed(self)
         object.__setattr__(self, "_fused", fused)  # its gate and activation; it is no child, so it has no names here
 
     def linears(self, number: int) -> dict[str, nn.Linear]:
@@ -86,8 +99,10 @@ class Experts(nn.Module):
         if bias is not None:
             up = up + bias[number]
         fused: Any = self._fused
-        found: torch.Tensor = fused._apply_gate(up) if fused.has_gate else fused.act_fn(up)
-        return found
+        if self.scattered:
+            gate, linear = up.chunk(2, dim=-1)
+            return fused.act_fn(gate) * linear  # type: ignore[no-any-return]
+        return fused._apply_gate(up) if fused.has_gate else fused.act_fn(up)  # type: ignore[no-any-return]
 
     def outer(self, number: int, inner: torch.Tensor) -> torch.Tensor:
         """The expert's output [rows, out] for the input of its last linear."""
@@ -104,14 +119,39 @@ class Experts(nn.Module):
         with self.fill(self.linears(number).values()):
             yield
 
+    def forward(self, *given: torch.Tensor) -> torch.Tensor:
+        """hidden [tokens, in], index and weights [tokens, chosen experts] -> [tokens, out]; Llama 4's form as it is."""
+        if not self.scattered:
+            return self.routed(*given)  # type: ignore[no-any-return]
+        rows = given[0].view(self.count, -1, given[0].shape[-1])
+        used = rows.abs().sum(-1) > 0  # [experts, tokens]
+        if int(used.sum(0).max()) > 1:
+            raise UserError("a token of this model is sent to several experts, each with another input",
+                            "llmc knows this form of experts with one expert a token: please report the model")
+        index = used.int().argmax(0)[:, None]
+        tokens = torch.arange(rows.shape[1], device=index.device)
+        out = torch.zeros_like(rows)
+        out[index[:, 0], tokens] = self.routed(rows[index[:, 0], tokens], index, torch.ones_like(index, dtype=torch.float32))
+        return out.view(given[0].shape)
+
+
+class Routed(nn.Module):
+    """Runs experts on the tokens that the router sends to them. It is a module of its own, so that a pass can run something
+    else in its place."""
+
+    def __init__(self, experts: Experts) -> None:
+        super().__init__()
+        object.__setattr__(self, "experts", experts)  # its parent
+
     def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """hidden [tokens, in], index and weights [tokens, chosen experts] -> [tokens, out]."""
+        experts: Any = self.experts
         out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
         for number in index.unique().tolist():
-            if number < self.count:  # transformers marks what is left out by the number after the last
+            if number < experts.count:  # transformers marks what is left out by the number after the last
                 rows, slots = torch.where(index == number)
-                with self.ready(number):
-                    y = self.outer(number, self.inner(number, hidden[rows]))
+                with experts.ready(number):
+                    y = experts.outer(number, experts.inner(number, hidden[rows]))
                 out.index_add_(0, rows, y.float() * weights[rows, slots, None].float())
         return out.to(hidden.dtype)
 
@@ -133,8 +173,20 @@ def unfuse(model: nn.Module, leaves: Callable[[str], tuple[str, ...]]) -> dict[s
 def _shape(fused: Any, name: str) -> tuple[int, int]:
     """[out, in] of one expert's matrix."""
     a, b = fused.get_parameter(name).shape[1:]
-    return (b, a) if fused.is_transposed else (a, b)
+    return (b, a) if is_transposed(fused) else (a, b)
+
+
+def is_transposed(fused: Any) -> bool:
+    """Whether the stacked matrices of a fused module are [experts, in, out]."""
+    return _is_scattered(fused) or bool(fused.is_transposed)
+
+
+class _Unset(nn.Linear):
+    """A linear whose weight is set later."""
+
+    def reset_parameters(self) -> None:
+        """Does nothing: 18,000 of them would take seconds."""
 
 
 def _empty(rows: int, width: int) -> nn.Linear:
-    return nn.Linear(width, rows, bias=False, device="meta", dtype=torch.float32)
+    return _Unset(width, rows, bias=False, device="meta", dtype=torch.float32)

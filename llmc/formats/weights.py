@@ -14,7 +14,7 @@ from llmc.errors import UserError
 from llmc.formats import quantized
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.linears import is_linear
-from llmc.formats.mixture import unfuse
+from llmc.formats.mixture import Experts, unfuse
 from llmc.formats.names import Names, missing
 
 
@@ -37,13 +37,16 @@ class Weights:
         # id of an expert's linear -> (its name, whether the model transposes it)
         self._lazy: dict[int, tuple[str, bool]] = {}
 
-    def unfuse(self, part: nn.Module, prefix: str) -> None:
-        """Replace stacked experts in a part of the model by linears, which are filled when their expert runs."""
-        for path, experts in unfuse(part, lambda name: self.names.leaves(f"{prefix}.{name}")).items():
+    def unfuse(self, part: nn.Module, prefix: str) -> dict[str, Experts]:
+        """Replace stacked experts in a part of the model by linears, which are filled when their expert runs. Returns
+        {name in the part: module}."""
+        found = unfuse(part, lambda name: self.names.leaves(f"{prefix}.{name}"))
+        for path, experts in found.items():
             for number in range(experts.count):
                 for name, linear in experts.linears(number).items():
                     self._lazy[id(linear)] = f"{prefix}.{path}.{name}", experts.transposed
             experts.fill = self.filled
+        return found
 
     def load(self, module: nn.Module, prefix: str, children: bool = True) -> None:
         """Fill a module's parameters and persistent buffers, in float32. Linears of experts are left to `filled`.

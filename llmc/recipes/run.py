@@ -13,6 +13,7 @@ from llmc import api
 from llmc.console import duration, say
 from llmc.errors import UserError
 from llmc.files import write_json, writing
+from llmc.locks import locked
 from llmc.recipes import report
 from llmc.recipes.chain import Chain, load
 from llmc.recipes.commands import PAGE, REPORT
@@ -49,7 +50,7 @@ def run_recipe(recipe: str | Path, config: RunConfig) -> RunReport | Plan:
     jobs = jobs_of(chain, folder, hashes)
     if config.dry_run:
         return {"recipe": chain.recipe.name, "folder": str(folder), "plan": plan(jobs, chain.base, states(jobs, hashes))}
-    with locked(folder):
+    with used(folder):
         state = states(jobs, hashes)  # not before: another run may just have finished some
         hashes.save()
         todo = [j for j in jobs.values() if state[j.id][0] in (RUN, RESUME)]
@@ -64,25 +65,15 @@ def run_recipe(recipe: str | Path, config: RunConfig) -> RunReport | Plan:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Lock the run folder for this process, if the system has flock. UserError if another run holds the lock."""
+def used(folder: Path) -> Iterator[None]:
+    """Mark a folder as a run folder and lock it for this process. UserError if another run uses it."""
     mark = folder / MARK
     with writing(mark):
         folder.mkdir(parents=True, exist_ok=True)
-        f = mark.open("ab")  # the file stays the same: a lock on one that is replaced would keep nobody out
-    with f:
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            pass
-        else:
-            try:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as e:
-                raise UserError(f"another run is using {folder}", "wait for it, or choose another folder with -o") from e
+        mark.touch()  # first: a folder with other files and without it is not taken for a run folder
+    with locked(folder, inside=True):
         if not mark.stat().st_size:
-            f.write((json.dumps({"kind": "llmc-run", "schema": SCHEMA}, indent=2, sort_keys=True) + "\n").encode())
-            f.flush()
+            write_json(mark, {"kind": "llmc-run", "schema": SCHEMA})
         yield
 
 

@@ -26,7 +26,7 @@ from llmc.recipes.executors import EXECUTORS
 from llmc.recipes.jobs import Job, jobs_of, open_folder
 from llmc.recipes.plan import RESUME, RUN, lines, plan, states
 from llmc.recipes.recipe import setting
-from llmc.recipes.run import locked
+from llmc.recipes.run import used
 from llmc.recipes.schema import Measured, Point, RunArtifact, SweepPlan, SweepReport, Variant
 
 MAX_VARIANTS = 256  # more is probably a mistake
@@ -51,7 +51,7 @@ def sweep(recipe: str | Path, config: SweepConfig) -> SweepReport | SweepPlan:
     if config.dry_run:
         return {"recipe": name, "folder": str(folder), "variants": list(chains),
                 "plan": plan(unique, base, states(unique, hashes))}
-    with locked(folder):
+    with used(folder):
         state = states(unique, hashes)  # not before: another run may just have finished some
         hashes.save()
         todo = {i: j for i, j in unique.items() if state[i][0] in (RUN, RESUME)}

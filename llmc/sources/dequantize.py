@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
+import re
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,14 +16,17 @@ from typing import TYPE_CHECKING, Any
 from llmc import closure
 from llmc.console import say, warn
 from llmc.errors import UserError
-from llmc.files import cache_folder, check_disk, sha256, work_folder
+from llmc.files import cache_folder, check_disk, sha256, work_folder, writing
+from llmc.formats.chat_template import Template, by_name, set_templates
 from llmc.formats.checkpoint import Checkpoint
-from llmc.formats.gguf import field, open_gguf
+from llmc.formats.gguf import field, open_gguf, templates
 from llmc.formats.gguf_check import MERGE, check_runnable, parts
 from llmc.formats.manifest import MANIFEST
 from llmc.formats.model_folder import publish
 from llmc.formats.names import Names
+from llmc.locks import locked
 from llmc.machine import check_memory
+from llmc.temporary import remove
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +35,8 @@ if TYPE_CHECKING:
 
 ANOTHER_CACHE = "name another cache with LLMC_CACHE"
 GO_BACK = "start from the Hugging Face folder it was made from"
+TEMPLATE_NAME = re.compile("[A-Za-z0-9_-]+")
+UNUSED = 7 * 24 * 3600.0  # seconds after which a folder of older code may go: no run that reads it takes longer
 
 
 def dequantized_folder(file: Path) -> Path:
@@ -42,11 +50,25 @@ def dequantized_folder(file: Path) -> Path:
     key = f"{digest[:16]}-{hashlib.sha256(made.encode()).hexdigest()[:8]}"
     out = cache_folder() / "dequantized" / key / f"{file.stem}-f16"
     if not (out / MANIFEST).is_file():
+        _make(file, digest, out)
+    with suppress(OSError):  # a cache that others keep
+        os.utime(out.parent)  # it is in use
+    warn(f"the weights are dequantized from {file.name}: they keep its rounding errors")
+    return out
+
+
+def _make(file: Path, digest: str, out: Path) -> None:
+    """Dequantize into the cache, or wait for another command that does. Folders that older code or packages made of the same
+    file, and that nobody used for a week, go."""
+    with writing(out, ANOTHER_CACHE), locked(out, wait=True):
+        if (out / MANIFEST).is_file():
+            return
         with work_folder(out, ANOTHER_CACHE) as work:
             source = {**_dequantize(file, work), "files": {file.name: digest}}
             publish(work, out, "hf", source, [{"name": "dequantize", "config": {"dtype": "float16"}}])
-    warn(f"the weights are dequantized from {file.name}: they keep its rounding errors")
-    return out
+    for other in out.parent.parent.glob(f"{digest[:16]}-*"):
+        if other != out.parent and time.time() - other.stat().st_mtime > UNUSED:
+            remove(other)
 
 
 def _dequantize(file: Path, work: Path) -> dict[str, Any]:
@@ -118,6 +140,7 @@ def load_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
     with quiet_transformers(), _reading_back(file):
         tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
     restore_bos(tokenizer, field(reader, "tokenizer.ggml.add_bos_token"))
+    restore_templates(tokenizer, templates(reader, file), file)
     return model.eval(), tokenizer
 
 
@@ -160,6 +183,13 @@ def restore_bos(tokenizer: Any, wanted: bool | None) -> None:
     """Set whether texts begin with BOS, as the file requires. transformers 4.57 always adds BOS for a Llama."""
     if wanted is not None and wanted != (tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]):
         tokenizer.add_bos_token = wanted
+
+
+def restore_templates(tokenizer: Any, found: Template | None, file: Path) -> None:
+    """Give the tokenizer every chat template of the file. transformers reads the default alone. Names become file names."""
+    if odd := sorted(name for name in by_name(found) if not TEMPLATE_NAME.fullmatch(name)):
+        raise UserError(f"{file} has a chat template with the name {odd[0]!r}, which cannot be a file's", GO_BACK)
+    set_templates(tokenizer, found)
 
 
 def check_tokenizer(tokenizer: Any, file: Path) -> None:

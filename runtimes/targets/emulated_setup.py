@@ -16,6 +16,7 @@ from pathlib import Path
 from llmc.console import say
 from llmc.errors import UserError
 from llmc.files import staged_folder
+from llmc.locks import locked
 from llmc.runtimes.targets.emulated import DEBIAN, SITE, command, environment, find_python, find_qemu, tree_of
 from llmc.runtimes.targets.target import Target
 
@@ -45,7 +46,7 @@ def install(target: Target, packages: list[str]) -> Path:
     if absent := missing(bool(llama)):
         raise UserError(f"{target.name}: this machine lacks {', '.join(absent)}", f"on Debian: {DEBIAN}")
     tree = tree_of(target)
-    with staged_folder(tree) as work:
+    with locked(tree), staged_folder(tree) as work:
         say("getting Python for ARM from Debian")
         _debian(work)
         python = find_python(work)

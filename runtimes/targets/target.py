@@ -168,13 +168,14 @@ def _edit(change: Callable[[Any], None], given: Path | None) -> Path:
     import tomlkit
 
     from llmc.files import staged_file
+    from llmc.locks import locked
 
     path = targets_file(given)
-    if path.is_file():
-        load_targets(path)  # do not overwrite a file that is not valid
-    document = tomlkit.parse(path.read_text(encoding="utf-8") if path.is_file() else "")
-    change(document.setdefault("targets", tomlkit.table(is_super_table=True)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with staged_file(path) as tmp:
-        tmp.write_text(tomlkit.dumps(document), encoding="utf-8")
+    with locked(path, wait=True):
+        if path.is_file():
+            load_targets(path)  # do not overwrite a file that is not valid
+        document = tomlkit.parse(path.read_text(encoding="utf-8") if path.is_file() else "")
+        change(document.setdefault("targets", tomlkit.table(is_super_table=True)))
+        with staged_file(path) as tmp:
+            tmp.write_text(tomlkit.dumps(document), encoding="utf-8")
     return path

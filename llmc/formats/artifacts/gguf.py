@@ -134,13 +134,9 @@ class GgufArtifact(Artifact):
         return field(self._reader(), key)
 
     def _template(self) -> Template | None:
-        """The chat templates of the file. The file has other names than the model where these have odd characters."""
-        from llmc.formats.chat_template import DEFAULT, in_one_form
+        from llmc.formats.gguf import templates
 
-        names = self._field("tokenizer.chat_templates") or []
-        found = {name: self._field(f"tokenizer.chat_template.{name}") for name in names}
-        found[DEFAULT] = self._field("tokenizer.chat_template")
-        return in_one_form({name: text for name, text in found.items() if text is not None}, self.path)
+        return templates(self._reader(), self.path)
 
     def _own(self, key: str) -> Any:
         """A metadata value whose key starts with the architecture's name."""
