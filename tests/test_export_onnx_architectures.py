@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from rounding import gptq_folder
-from tiny import COMMON, FAMILIES, build, edit_config
+from tiny import COMMON, FAMILIES, build, edit_config, edit_tensors
 
 pytest.importorskip("onnxruntime_genai")
 pytest.importorskip("onnx_ir")
@@ -149,6 +149,17 @@ def test_the_language_model_of_a_multimodal_folder(name: str, tmp_path: Path) ->
     assert report["logits"]["relative_error"] < FLOAT_NOISE
     assert report["generated_tokens"] > 0
     assert any("the language model alone" in n for n in report["notes"])
+
+
+def test_layers_that_draft_tokens_are_left_out(tmp_path: Path) -> None:
+    folder = build("qwen3_5_text", tmp_path / "m", **DELTA_NET)
+    with edit_tensors(folder) as tensors:
+        tensors["mtp.fc.weight"] = torch.zeros(64, 128)
+    assert export(folder, dtype="fp32")["logits"]["relative_error"] < FLOAT_NOISE
+    with edit_tensors(folder) as tensors:
+        tensors["model.layers.0.other.weight"] = torch.zeros(64, 128)
+    with pytest.raises(UserError, match=r"model.layers.0.other.weight of .* has no place in the model"):
+        export(folder, dtype="fp32", out=tmp_path / "x")
 
 
 def test_the_builders_own_text_says_what_is_known() -> None:

@@ -7,6 +7,7 @@ have). From the numbers in a node, llmc reads its pieces.
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import pairwise
@@ -206,9 +207,13 @@ class Skeleton:
         return value
 
     def _refuse_leftovers(self) -> None:
-        """Raise UserError for a tensor that the model does not use. Buffers and AutoGPTQ's zero biases may be left over."""
+        """Raise UserError for a tensor that the model does not use. Buffers and AutoGPTQ's zero biases may be left over, and
+        what transformers leaves out by itself (Qwen 3.5's layers that draft tokens)."""
         codes = {part for linear in self.names.linears for part in quantized.parts(linear)}
+        ignored = getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ()
         for name in self.ckpt.names():
+            if any(re.search(pattern, name) for pattern in ignored):
+                continue
             if name not in codes and name != self.ends.spare and self.names.find_own(name) is None and not is_buffer(
                     name, self.ckpt.shape(name)) and not (name.endswith(".bias") and not bool(self.ckpt.tensor(name).any())):
                 raise UserError(f"{name} of {self.ckpt.folder} has no place in the model that its config.json names",
