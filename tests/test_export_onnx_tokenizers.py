@@ -58,6 +58,22 @@ def test_pieces_of_several_spaces_are_right(family: str, style: str, parts: dict
     assert theirs.decode(theirs.encode(CODE)).strip() == CODE
 
 
+def test_digits_that_are_cut_one_by_one(tmp_path: Path) -> None:
+    folder = build("llama", tmp_path / "m")
+    path = folder / "tokenizer.json"
+    spec = json.loads(path.read_text())
+    digits = {"type": "Digits", "individual_digits": True}  # SmolLM's
+    spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, spec["pre_tokenizer"]]}
+    path.write_text(json.dumps(spec))
+    export(folder, dtype="fp32")
+    theirs, ours = genai_library().Tokenizer(genai_library().Model(str(tmp_path / "m-onnx"))), load_tokenizer(folder)
+    text = "in 1010 of 2000.10 it's 3.10"
+    assert theirs.encode(text).tolist() == ours(text)["input_ids"]
+    assert ours.tokenize("10") == ["1", "0"]
+    assert (tmp_path / "m-onnx" / "genai_tokenizer.json").is_file()
+    assert (tmp_path / "m-onnx" / "tokenizer.json").read_bytes() == path.read_bytes()
+
+
 def test_a_tokenizer_that_stays_different_is_refused(tmp_path: Path) -> None:
     folder = build("llama", tmp_path / "m", style="llama")
     path = folder / "tokenizer.json"

@@ -13,15 +13,19 @@ from typing import Any
 from llmc.errors import UserError
 from llmc.export.onnx.verify import difference, token_ids
 from llmc.export.parity import GENERATED, PLEASE_REPORT, PROMPT
-from llmc.files import write_json
+from llmc.files import read_json, write_json
 from llmc.formats.chat_template import Template
 from llmc.formats.check_text import CHECK_TEXT
+from llmc.formats.tokenizer_json import TOKENIZER
 from llmc.runtimes.onnx_session import genai_library
 
 MODULE = "tokenizer_module.json"
 # For all classes but Gemma's, onnxruntime-extensions cuts a SentencePiece text as Llama 3 does, inside a run of spaces too.
 # For Gemma's it cuts only before words, where no piece of SentencePiece goes across
 LIKE_GEMMA = "GemmaTokenizer"
+SPELLED = "genai_tokenizer.json"
+# The regular expression that the step ByteLevel of the package tokenizers stands for
+WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 def prove(folder: Path, tokenizer: Any, template: Template | None, rows: int, context_length: int) -> dict[str, Any]:
@@ -57,11 +61,18 @@ def note_of_special(tokenizer: Any) -> list[str]:
 
 
 def _tokenizer(og: Any, model: Any, folder: Path, tokenizer: Any) -> Any:
-    """onnxruntime-genai's tokenizer of the folder. If it cuts pieces that hold spaces, MODULE is written into the folder."""
+    """onnxruntime-genai's tokenizer of the folder. If it gives other ids, MODULE is written into the folder, and SPELLED."""
     before, after = _special(tokenizer)
-    for module in (None, {"tokenizer_class": LIKE_GEMMA, "add_bos_token": bool(before), "add_eos_token": bool(after)}):
-        if module is not None:
+    spelled = _spelled(read_json(folder / TOKENIZER))
+    if spelled is None:
+        module: dict[str, Any] = {"tokenizer_class": LIKE_GEMMA, "add_bos_token": bool(before), "add_eos_token": bool(after)}
+    else:
+        module = {"tiktoken_file": SPELLED}  # its name for the file with the vocabulary, whatever the kind
+    for again in (False, True):
+        if again:
             write_json(folder / MODULE, module)
+            if spelled is not None:
+                write_json(folder / SPELLED, spelled)
         try:
             theirs = og.Tokenizer(model)
         except RuntimeError as e:
@@ -71,6 +82,24 @@ def _tokenizer(og: Any, model: Any, folder: Path, tokenizer: Any) -> Any:
         if tokenizer.backend_tokenizer.model.__class__.__name__ != "BPE":
             break
     return theirs
+
+
+def _spelled(spec: dict[str, Any]) -> dict[str, Any] | None:
+    """tokenizer.json with each step that cuts text as a regular expression, because onnxruntime-extensions obeys no others.
+    None if it has steps for which there is none, or none at all."""
+    step = spec.get("pre_tokenizer") or {}
+    found = []
+    for part in step.get("pretokenizers", [step]):
+        if part.get("type") == "Digits" and part["individual_digits"]:
+            found.append(r"\p{N}")
+        elif part.get("type") == "ByteLevel" and not part["add_prefix_space"]:
+            found += [WORDS] if part["use_regex"] else []
+        elif part.get("type") == "Split" and "Regex" in part["pattern"] and part["behavior"] == "Isolated":
+            found.append(part["pattern"]["Regex"])
+        else:
+            return None
+    steps = [{"type": "Split", "pattern": {"Regex": x}, "behavior": "Isolated", "invert": False} for x in found]
+    return {**spec, "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
 
 
 def _encoder(theirs: Any) -> Callable[[str, bool], list[int]]:
