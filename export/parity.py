@@ -48,7 +48,7 @@ def first_difference(a: list[int], b: list[int]) -> tuple[int] | None:
 def show(at: int, expected: list[int], found: list[int], tokenizer: Any) -> str:
     """Describe the tokens on both sides at position `at`, with the text before it."""
     def tokens(ids: list[int]) -> list[str]:
-        return [str(t) for t in tokenizer.convert_ids_to_tokens(ids[at : at + 3])]
+        return [str(*tokenizer.convert_ids_to_tokens([i])) if i >= 0 else "no token" for i in ids[at : at + 3]]
 
     return (f"after {tokenizer.decode(expected[max(0, at - 8) : at])!r} it gives {tokens(found)} instead of "
             f"{tokens(expected)} (token {at} of {len(expected)})")

@@ -77,7 +77,9 @@ class _Values:
         if self.rounded is None or not isinstance(module, nn.Linear) or not name.endswith(".weight"):
             return None
         found = self.weights.names.locate(name)
-        return None if found is None or found.is_codes else self.rounded(found.name.removesuffix(".weight"))
+        if found is None or found.is_codes:
+            return None
+        return self.rounded(self.weights.names.stored(name).removesuffix(".weight"))  # of one expert, if it is one
 
     def rounding(self, module_name: str) -> Callable[..., Any]:
         """A hook that rounds a linear's input."""

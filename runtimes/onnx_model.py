@@ -1,4 +1,4 @@
-"""The runtime of ONNX folders: onnxruntime runs the unchanged graph with its own KV cache, through IO binding."""
+"""The runtime of ONNX folders: onnxruntime runs the unchanged graph with its own cache, through IO binding."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from llmc.runtimes.onnx_session import CPU, OPTIONS, first_line
 
 BATCH = 512  # tokens run at once
 # the operators that take most of a decoder's time
-PRODUCTS = ("MatMul", "MatMulNBits", "MatMulInteger", "Gemm", "GroupQueryAttention", "MultiHeadAttention", "Attention")
+PRODUCTS = ("MatMul", "MatMulNBits", "MatMulInteger", "Gemm", "MoE", "QMoE", "GroupQueryAttention", "MultiHeadAttention",
+            "Attention", "LinearAttention")
 NAMES = {"float32": "f32", "float16": "f16"}
 LOGITS_BYTES = 128 << 20  # largest memory for the logits of one run: a graph returns those of every token
 
@@ -50,7 +51,8 @@ class OnnxModel:
         self.vocab_size = s.vocab
         memory = onnx_session.GPUS.get(self.provider, "cpu")
         direct = memory != "cpu" or self.provider == CPU  # the buffers are in the memory of the operators' device
-        self._cache: Any = KvCache(ort, s.slots, self.context, memory, s.shareable and direct if share is None else share)
+        self._cache: Any = KvCache(ort, s.slots, s.states, self.context, memory,
+                                   s.shareable and direct if share is None else share)
         self._batch = max(1, min(BATCH, self.context, LOGITS_BYTES // (s.vocab * np.dtype(s.logits).itemsize)))
         self._rows = np.empty((self._batch, s.vocab), s.logits)
         self._binding = self._session.io_binding()
@@ -131,7 +133,10 @@ class OnnxModel:
                             "its tokenizer belongs to another model: export it again")
         values = {"input_ids": ids, "attention_mask": np.ones(past + n), "position_ids": np.arange(past, past + n)}
         for name, dtype in self.signature.feeds.items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(values[name], dtype)[None])
+            value = np.ascontiguousarray(values[name], dtype)[None]
+            if name == "position_ids" and self.signature.streams:
+                value = np.repeat(value[None], self.signature.streams, 0)
+            binding.bind_cpu_input(name, value)
         self._cache.bind(binding, past, n)
         binding.bind_output("logits", "cpu", 0, self.signature.logits, [1, n, self.vocab_size], self._rows.ctypes.data)
         for name in self._source.watched:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,15 @@ def genai_library() -> Any:
     if hasattr(onnxruntime_genai, "disable_telemetry_events"):  # from 0.18 on
         onnxruntime_genai.disable_telemetry_events()
     return onnxruntime_genai
+
+
+def moe_activations() -> list[str]:
+    """The activations that the documentation of the operator for quantized experts names."""
+    library()
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    schema = next(s for s in state.get_all_operator_schema() if s.name == "QMoE")
+    return re.findall(r"[a-z]+", schema.attributes["activation_type"].description.partition("from")[2].partition(".")[0])
 
 
 def gpu_provider() -> str:

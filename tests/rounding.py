@@ -66,7 +66,7 @@ def gptq_folder(
     stored: dict[str, QuantizedTensor] = {}
 
     def encode(name: str, t: torch.Tensor) -> dict[str, torch.Tensor] | None:
-        if not chosen(name):
+        if not chosen(name) or t.ndim != 2:
             return None
         q = stored[name.removesuffix(".weight")] = change(round_to(qtype, t))
         return gptq.encode(q)

@@ -126,7 +126,7 @@ def test_a_quantized_model_only_where_that_is_asked_for(
 
 @needs_optimum
 def test_what_a_trace_would_get_wrong_is_refused(tmp_path: Path) -> None:
-    from llmc.export.onnx import plain, writer
+    from llmc.export.onnx import plain, tracers, writer
 
     base = tiny.build("llama", tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
@@ -138,7 +138,7 @@ def test_what_a_trace_would_get_wrong_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     tiny.edit_config(base, **{**config, "rope_scaling": None})
     model = TorchModel(base, 64, 1).model
-    plain.trace(model, tmp_path / "traced")
+    tracers.trace("optimum", model, tmp_path / "traced")
     own = writer.write(plain.ir.load(tmp_path / "traced" / "model.onnx"), {}, tmp_path)
     assert plain.read_back(tmp_path, own, model)["matrices"] == 15
     with torch.no_grad():

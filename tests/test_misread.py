@@ -18,7 +18,7 @@ import llmc
 from llmc.compress.skeleton import Skeleton
 from llmc.errors import UserError
 from llmc.export.gguf.architectures import find_architecture as gguf_architecture
-from llmc.export.onnx.graph import find_architecture as onnx_architecture
+from llmc.export.onnx.builder import name_of as onnx_architecture
 from llmc.formats import contents, quantized
 from llmc.formats.checkpoint import INDEX, SINGLE, Checkpoint, model_files
 from llmc.formats.hf import load_torch_model

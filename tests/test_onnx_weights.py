@@ -19,7 +19,7 @@ from onnx_files import FLOAT_NOISE, export, onnx_logits
 import llmc
 from llmc.errors import UserError
 from llmc.export.onnx import OnnxExportConfig, layout
-from llmc.export.onnx.weights import Weights
+from llmc.export.onnx.weights import Source, Weights
 from llmc.formats import packing
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.types import BLOCK_TYPES, IntegerType, QuantizedTensor
@@ -135,7 +135,8 @@ def test_the_head_has_the_codes_of_a_gguf(head_bits: int, kind: str, tmp_path: P
     save_file({"lm_head.weight": w}, folder / "model.safetensors")
     (folder / "config.json").write_text("{}")
     config = OnnxExportConfig(model=folder, out=tmp_path / "out", head_bits=head_bits)
-    weights = Weights(config, Checkpoint.open(folder), "lm_head", "lm_head")
+    sources = {"lm_head": Source((64, 96), lambda: w)}
+    weights = Weights(config, Checkpoint.open(folder), "lm_head", "lm_head", sources)
     q = weights.source("lm_head")
     data = blocks.encode_float("output.weight", w, Kind[kind])
     assert np.array_equal(q.dequantize().numpy(), quants.dequantize(data, Kind[kind]))

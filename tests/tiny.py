@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 from llmc.formats.hf import load_torch_model
 
@@ -206,7 +206,9 @@ def build(family: str, folder: Path, seed: int = 0, dtype: torch.dtype = torch.f
     style = style or ("qwen2" if family == "qwen2" else "gpt2")
     if style in ("llama", "gemma"):
         overrides = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, **overrides}
-    model = randomized(AutoModelForCausalLM.from_config(config(family, **overrides)))
+    made = config(family, **overrides)
+    auto = AutoModelForCausalLM if made.get_text_config() is made else AutoModelForImageTextToText
+    model = randomized(auto.from_config(made))
     model.to(dtype).save_pretrained(folder, max_shard_size=overrides.get("max_shard_size", "5GB"))
     tokenizer(style).save_pretrained(folder)
     return folder

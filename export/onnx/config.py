@@ -9,7 +9,7 @@ from llmc.export.gguf.config import GgufExportConfig
 from llmc.options import Wrong, check, like, option
 
 ONNX = "ONNX"  # the options' group in --help
-EXPORTERS = ("builder", "optimum")
+EXPORTERS = ("builder", "transformers", "optimum")
 DTYPES = ("fp32", "fp16", "int8", "w8a8")
 LEVELS = ("auto", "0", "4")
 INT4_FORMS = ("nbits", "qdq")
@@ -23,10 +23,12 @@ class OnnxExportConfig:
     model: Path | str | None = like(GgufExportConfig, "model")
     out: Path | None = like(GgufExportConfig, "out")
     exporter: str = option(
-        "builder", help="Exporter. builder writes for ONNX Runtime. optimum writes float32 in ONNX's standard operators, for "
-                        "other runtimes, and needs the extra 'optimum'.", choices=EXPORTERS, group=ONNX)
+        "builder", help="Exporter. builder writes for ONNX Runtime. transformers and optimum trace the model and write "
+                        "float32 in ONNX's standard operators, for other runtimes. They need the extras 'trace' and "
+                        "'optimum'.", choices=EXPORTERS, group=ONNX)
     dequantize: bool = option(
-        False, help="Write the values of a quantized model as float32. Only with --exporter optimum.", group=ONNX)
+        False, help="Write the values of a quantized model as float32. Only with --exporter transformers or optimum.",
+        group=ONNX)
     dtype: str | None = option(
         None, help="Type of a float model's matrices. int8 is rounded in blocks of 32. w8a8 has int8 weights with a scale "
                    "for each row and int8 inputs with a scale for each token; run `llmc transform --scaling smoothquant` "
@@ -62,5 +64,6 @@ class OnnxExportConfig:
             names = {"--dtype": self.dtype not in (None, "fp32"), "--accuracy-level": self.accuracy_level != "auto",
                      "--head-accuracy-level": self.head_accuracy_level is not None, "--int4": self.int4 != "nbits",
                      "--head-bits": self.head_bits is not None}
-            given = {f"{name} with --exporter optimum, which writes float32": is_given for name, is_given in names.items()}
+            why = f"with --exporter {self.exporter}, which writes float32"
+            given = {f"{name} {why}": is_given for name, is_given in names.items()}
         return [f"{what} (leave it out)" for what, is_given in given.items() if is_given]

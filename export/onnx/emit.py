@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,11 +10,14 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from llmc.errors import UserError
 from llmc.export.onnx import layout, w8a8
-from llmc.export.onnx.weights import W8A8, Form, Piece, Weights
+from llmc.export.onnx.skeleton import Stack
+from llmc.export.onnx.weights import W8A8, Form, Piece, Weights, form_name
 from llmc.formats.types import IntegerType
 
 NBITS = "com.microsoft"
+QMOE_BITS, QMOE_BLOCKS = 4, (32, 64, 128)  # its CPU kernel for 8 bits rounds activations, at every accuracy level
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class Placed:
     """Codes stored as two's complement of code - 2**(bits-1)."""
     standard: bool = False
     """Packed for DequantizeLinear: no padding at the end of a row."""
+    order: np.ndarray | None = None
+    """The row of the joined pieces that each row is; None: the same."""
 
 
 class Emitter:
@@ -81,6 +87,47 @@ class Emitter:
             w = self._quantized(b, prefix, name, pieces, form, n, k)
             b.make_node("MatMulNBits", inputs=[root, w.weight, w.scales, *([w.zeros] if w.zeros else [])], outputs=[output],
                         name=name, domain=NBITS, K=k, N=n, bits=form.bits, block_size=form.group_size, accuracy_level=0)
+
+    def experts(self, b: Any, name: str, stacks: tuple[Stack, Stack]) -> tuple[dict[str, Any], dict[str, str]]:
+        """Add the tensors of the two products of a layer's experts, [experts, N, K] each.
+
+        Returns the attributes and the inputs of the operator that computes with them. It is QMoE where that holds the codes
+        exactly, else MoE with float values."""
+        forms = [self._one_form(name, stack) for stack in stacks]
+        first = forms[0]
+        attributes: dict[str, Any] = {"op_type": "MoE"}
+        if isinstance(first, IntegerType) and forms[0] == forms[1] and not self.qdq and (
+                first.bits == QMOE_BITS and first.group_size in QMOE_BLOCKS):
+            attributes = {"op_type": "QMoE", "expert_weight_bits": first.bits, "block_size": first.group_size}
+        inputs: dict[str, str] = {}
+        for i, (stack, form, kind) in enumerate(zip(stacks, forms, ("gate_up_proj", "down_proj"), strict=True), 1):
+            node = f"{name}/{kind}"
+            prefix = node[1:].replace("/", ".")
+            n, k = len(stack.order), self.weights.columns(stack.pieces[0].module)
+            if isinstance(form, IntegerType):
+                w = self._quantized(b, prefix, node, stack.pieces, form, n, k, stack=stack,
+                                    standard=attributes["op_type"] == "MoE")
+                inputs |= {f"weight{i}": w.weight, f"scales{i}": str(w.scales), f"zero_points{i}": w.zeros or ""}
+                if w.standard:
+                    inputs[f"weight{i}"] = f"{node}/DequantizeLinear/output_0"
+                    b.make_node("DequantizeLinear", inputs=[w.weight, w.scales, *([w.zeros] if w.zeros else [])],
+                                outputs=[inputs[f"weight{i}"]], name=f"{node}/DequantizeLinear", axis=2,
+                                block_size=form.group_size)
+                    b.make_value(inputs[f"weight{i}"], ir.DataType.FLOAT, shape=[stack.experts, n // stack.experts, k])
+            else:
+                shape = (stack.experts, n // stack.experts, k)
+                weight = self._float(b, f"{prefix}.weight", stack.pieces, form, shape, order=stack.order)
+                self.placed.append(Placed(node, stack.pieces, form, weight, order=stack.order))
+                inputs[f"weight{i}"] = self._cast(b, node, weight, form, list(shape))
+        return attributes, inputs
+
+    def _one_form(self, name: str, stack: Stack) -> Form:
+        forms = {self.weights.form(p.module) for p in stack.pieces}
+        if len(forms) > 1:
+            raise UserError(f"ONNX Runtime has one type for all experts of a layer, but those of {name} have "
+                            f"{' and '.join(sorted(map(form_name, forms)))}",
+                            "quantize them with one type, or export it as GGUF (--format gguf)")
+        return forms.pop()
 
     def lookup(self, b: Any, basename: str, pieces: list[Piece]) -> str:
         """Add nodes that look up the embedding of `input_ids`; return the name of their output, float32 [.., K]."""
@@ -140,10 +187,11 @@ class Emitter:
         return rows
 
     def _float(self, b: Any, name: str, pieces: list[Piece], form: Form, shape: tuple[int, ...],
-               transposed: bool = False) -> str:
+               transposed: bool = False, order: np.ndarray | None = None) -> str:
         def data() -> np.ndarray:
             w = self.weights.values(pieces)
-            return (w.t().contiguous() if transposed else w).numpy()
+            values = (w.t().contiguous() if transposed else w).numpy()
+            return values if order is None else values[order]
 
         dtype = ir.DataType.FLOAT if form == "fp32" else ir.DataType.FLOAT16
         return self._tensor(b, OnnxTensor(name, dtype, shape, data))
@@ -173,32 +221,42 @@ class Emitter:
         return placed
 
     def _quantized(self, b: Any, prefix: str, node: str, pieces: list[Piece], qtype: IntegerType, n: int, k: int,
-                   transposed: bool = False) -> Placed:
-        """Add the codes, the scales and, if asymmetric, the zero points of a matrix; [K, N] if `transposed`."""
+                   transposed: bool = False, stack: Stack | None = None, standard: bool | None = None) -> Placed:
+        """Add the codes, the scales and, if asymmetric, the zero points of a matrix; [K, N] if `transposed`.
+
+        stack: the matrix is that of all experts, and its tensors have an axis for them.  standard: for DequantizeLinear, by
+        default with --int4 qdq."""
         blocks, bits = k // qtype.group_size, qtype.bits
-        signed = self.qdq and qtype.symmetric
-        dtype, scale_shape = ir.DataType.UINT8, (n, blocks)
+        standard = self.qdq if standard is None else standard
+        signed = standard and qtype.symmetric
+        order = slice(None) if stack is None else stack.order
+        dtype = ir.DataType.UINT8
+        scale_shape: tuple[int, ...] = (n, blocks)
         code_shape: tuple[int, ...] = (n, blocks, qtype.group_size * bits // 8)
-        zero_shape = (n, -(-blocks * bits // 8))
-        if self.qdq:
+        zero_shape: tuple[int, ...] = (n, -(-blocks * bits // 8))
+        if standard:
             dtype = {(4, True): ir.DataType.INT4, (4, False): ir.DataType.UINT4, (8, True): ir.DataType.INT8,
                      (8, False): ir.DataType.UINT8}[bits, qtype.symmetric]
             code_shape, scale_shape = ((k, n), (blocks, n)) if transposed else ((n, k), (n, blocks))
             zero_shape = scale_shape
+        if stack is not None:
+            each = n // stack.experts
+            code_shape = (stack.experts, each, k if standard else math.prod(code_shape[1:]))
+            scale_shape, zero_shape = ((stack.experts, each, shape[1]) for shape in (scale_shape, zero_shape))
 
         def codes() -> np.ndarray:
-            c = self.weights.codes(pieces).codes.numpy()
+            c = self.weights.codes(pieces).codes.numpy()[order]
             c = layout.signed(c, bits) if signed else c
             c = np.ascontiguousarray(c.T) if transposed else c
-            return layout.pack(c.reshape(1, -1) if self.qdq else c, bits)  # qdq: no padding at the end of a row
+            return layout.pack(c.reshape(1, -1) if standard else c, bits)  # standard: no padding at the end of a row
 
         def scales() -> np.ndarray:
-            s = self.weights.codes(pieces).scales.float().numpy()
+            s = self.weights.codes(pieces).scales.float().numpy()[order]
             return np.ascontiguousarray(s.T) if transposed else s
 
         def zeros() -> np.ndarray:
-            z = self.weights.codes(pieces).zeros.numpy()  # type: ignore[union-attr]
-            if self.qdq:
+            z = self.weights.codes(pieces).zeros.numpy()[order]  # type: ignore[union-attr]
+            if standard:
                 z = np.ascontiguousarray(z.T if transposed else z).reshape(1, -1)
             return layout.pack(z, bits)
 
@@ -207,7 +265,8 @@ class Emitter:
 
         placed = Placed(node, pieces, qtype, tensor("codes", dtype, code_shape, codes),
                         tensor("scales", ir.DataType.FLOAT, scale_shape, scales),
-                        None if qtype.symmetric else tensor("zeros", dtype, zero_shape, zeros), transposed, signed, self.qdq)
+                        None if qtype.symmetric else tensor("zeros", dtype, zero_shape, zeros), transposed, signed, standard,
+                        None if stack is None else stack.order)
         self.placed.append(placed)
         return placed
 

@@ -44,10 +44,11 @@ def run(config: OnnxExportConfig) -> dict[str, Any]:
     if missing := [d for module, d in PACKAGES.items() if importlib.util.find_spec(module) is None]:
         raise UserError(f"exporting ONNX needs {', '.join(missing)}: to build the graph, write it and check it",
                         f"pip install 'llmc-toolkit[{'optimum' if config.exporter == 'optimum' else 'onnx'}]'")
-    from llmc.export.onnx import graph, plain
+    from llmc.export.onnx import builder, plain, tracers
 
-    if config.exporter == "optimum":
-        plain.check_packages()
+    traces = config.exporter != "builder"
+    if traces:
+        tracers.check_packages(config.exporter)
     if not config.dry_run:
         check_output(config.out, "onnx", config)
     folder = model_folder(config.model)
@@ -55,23 +56,23 @@ def run(config: OnnxExportConfig) -> dict[str, Any]:
     # errors that are cheap to find come before slow work
     quantized.linears(ckpt)
     quantized.check_order(ckpt)
-    if config.exporter == "optimum":
+    if traces:
         plain.check_model(config, ckpt)
     else:
-        graph.find_architecture(ckpt.config)
+        builder.name_of(ckpt.config)
     source = source_of(folder)
     out = config.out or Path(f"{stem(folder, source)}-onnx")
     torch.set_num_threads(config.threads or physical_cores())
     if config.dry_run:
         with tempfile.TemporaryDirectory() as work:
-            memory, total = _traced(ckpt) if config.exporter == "optimum" else _planned(config, ckpt, Path(work)).sizes
+            memory, total = _traced(ckpt) if traces else _planned(config, ckpt, Path(work)).sizes
         return {"source": str(folder), "out": str(out), "exporter": config.exporter, "bytes": total, "disk_bytes": total,
                 **memory.plan(), "threads": torch.get_num_threads()}
     check_output(out, "onnx", config, folder)
-    if config.exporter == "optimum":
+    if traces:
         _traced(ckpt)[0].check("exporting", MORE)
     with locked(out), staged_folder(out) as work:
-        write = plain.write if config.exporter == "optimum" else _write
+        write = plain.write if traces else _write
         report = write(config, ckpt, work, str(out))
         remove_code(work, str(out))
         _record(config, ckpt, source, work, report)
@@ -94,18 +95,21 @@ class Planned:
 
 def _planned(config: OnnxExportConfig, ckpt: Checkpoint, work: Path) -> Planned:
     """Build the graph without the data of its matrices. Small files are written to `work`."""
-    from llmc.export.onnx import emit, graph, rope
+    from llmc.export.onnx import emit, graph, rope, skeleton
     from llmc.export.onnx.weights import Weights
 
     hf = load_config(ckpt.folder)
-    context, ends_early = rope.context_of(hf.to_dict())
-    model, rows, ends = graph.skeleton(ckpt, hf)
-    weights = Weights(config, ckpt, ends.embedding, ends.head)
+    context, ends_early = rope.context_of(hf.get_text_config().to_dict())
+    whole = skeleton.Skeleton(ckpt, hf)
+    ends = whole.ends
+    weights = Weights(config, ckpt, ends.embedding, ends.head, whole.sources)
     weights.notes += [ends_early] if ends_early else []
+    if hf.get_text_config() is not hf:
+        weights.notes.append("the file holds the language model alone: what reads pictures or sound is left out")
     emitter = emit.Emitter(weights, qdq=config.int4 == "qdq")
-    made = graph.build(ckpt, hf, weights, model, rows, emitter, work)
+    made = graph.build(ckpt, hf.get_text_config(), weights, whole, emitter, work)
     weights.notes += ignored("ONNX Runtime", hf, graph.windowed(made))
-    tables: Any = model
+    tables: Any = whole.model
     modules = [tables.get_input_embeddings(), *([] if weights.tied else [tables.get_output_embeddings()])]
     total = sum(e.nbytes for e in emitter.entries.values())
     # ONNX Runtime packs every matrix; float16 ones become float32 first
@@ -124,7 +128,7 @@ def _traced(ckpt: Checkpoint) -> tuple[Memory, int]:
 
 def _write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> dict[str, Any]:
     """Plan, write and verify the folder `work`; return the report."""
-    from llmc.export.onnx import files, levels, verify, w8a8_proof, writer
+    from llmc.export.onnx import files, genai, levels, verify, w8a8_proof, writer
     from llmc.export.onnx.weights import form_name
     from llmc.export.parity import check_ids
     from llmc.formats import onnx_lint
@@ -138,7 +142,7 @@ def _write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> 
     memory, total = planned.sizes
     tok = load_tokenizer(ckpt.folder)
     template = files.copy_tokenizer(ckpt.folder, work, tok, config.chat_template)
-    weights.notes += note_of_eos(tok)
+    weights.notes += note_of_eos(tok) + genai.note_of_special(tok)
     memory.check("exporting", MORE)
     check_disk(work, total + (64 << 20), f"writing {out}")
     for note in weights.notes:
@@ -160,7 +164,7 @@ def _write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> 
     notes = weights.notes + onnx_lint.as_notes(findings)
     for note in onnx_lint.as_notes(findings):
         say(f"note: {note}")
-    genai = verify.in_genai(work, tok, template, hf.get_text_config().vocab_size, context)
+    proved = genai.prove(work, tok, template, hf.get_text_config().vocab_size, context)
     return {
         "path": out, "source": str(ckpt.folder), "architecture": hf.architectures[0],
         "bytes": sum(p.stat().st_size for p in work.iterdir() if p.is_file()),
@@ -170,7 +174,7 @@ def _write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> 
         "accuracy_level": taken.level, "head_accuracy_level": taken.head, "accuracy_reason": reason,
         "accuracy_levels": [asdict(m) for m in measured],
         "chat_template_sha256": hash_template(template), "notes": notes, "lint": [asdict(f) for f in findings],
-        "seconds": round(time.perf_counter() - started, 1), **genai,
+        "seconds": round(time.perf_counter() - started, 1), **proved,
     }
 
 

@@ -1,20 +1,13 @@
-"""The decoder's graph. onnxruntime-genai's model builder (onnxruntime_genai/models/builders, 0.18) makes it from a model
-without weights, and llmc adds its own nodes where the builder would add a matrix.
+"""The decoder's graph: onnxruntime-genai's model builder makes it from a model without weights (skeleton.py), and llmc adds
+its own nodes where the builder would add a matrix.
 
-The builder joins, cuts and transposes matrices as the architecture needs it, so names do not tell which rows a node holds.
-Therefore llmc gives the builder a model with row numbers as the values of its matrices (in float64, which real weights never
-have). From the numbers in a node, llmc reads its pieces.
+Where the builder takes a number from another place than transformers does (the epsilon of a norm, the table of a rotary
+embedding, the factor of the embedding), llmc gives it the number of the model itself.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
-import sys
-from bisect import bisect_right
-from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,105 +15,131 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from llmc.errors import UserError
-from llmc.export.onnx import emit, rope
-from llmc.export.onnx.weights import Piece, Weights
-from llmc.export.parity import PLEASE_REPORT
-from llmc.families import FAMILIES, nearest, of_config
-from llmc.families.row import Onnx
-from llmc.formats import quantized
+from llmc.export.onnx import builder, emit, rope
+from llmc.export.onnx.norms import Norm, norm_of
+from llmc.export.onnx.skeleton import Skeleton
+from llmc.export.onnx.weights import Weights
+from llmc.export.windows import window_of
 from llmc.formats.checkpoint import Checkpoint
-from llmc.formats.contents import is_buffer
-from llmc.formats.ends import ends_of
-from llmc.formats.hf import empty_model
-from llmc.formats.names import Names, missing
-from llmc.runtimes.onnx_session import genai_library
-
-
-def find_architecture(config: dict[str, Any]) -> Onnx:
-    """The builder's names for the family of a config.json; raises UserError if the builder does not support it."""
-    name = (config.get("architectures") or [f"model_type {config.get('model_type')}"])[0]
-    family = of_config(config)
-    if family is None or not family.onnx.builder:
-        known = [f.architecture for f in FAMILIES.values() if f.onnx.builder]
-        raise UserError(f"llmc does not write {name} as ONNX; it writes {', '.join(known)}{nearest(name, known)}",
-                        "export it as GGUF (--format gguf), or evaluate the folder itself")
-    return family.onnx
-
-
-class Rows:
-    """Gives numbers to the rows of all matrices, and finds the pieces that a node holds."""
-
-    def __init__(self) -> None:
-        self.modules: list[str] = []
-        self.starts = [0]  # the first row number of each matrix, and of the next one
-        self.placed: dict[str, list[tuple[int, int]]] = {}
-
-    def numbered(self, module: str, shape: torch.Size) -> nn.Parameter:
-        """A matrix float64 [N, K] whose row i has its row number in every column. It takes the memory of one column."""
-        start = self.starts[-1]
-        numbers = torch.arange(start, start + shape[0], dtype=torch.float64)
-        self.modules.append(module)
-        self.starts.append(start + shape[0])
-        return nn.Parameter(numbers[:, None].expand(*shape), requires_grad=False)
-
-    def pieces(self, w: torch.Tensor) -> list[Piece]:
-        """The pieces of a node's matrix w [N, K], in order. A piece is a range of rows of one matrix."""
-        if w.dtype != torch.float64 or not torch.equal(w[:, 0], w[:, -1]):
-            raise UserError("the model builder has changed the columns of a matrix", PLEASE_REPORT)
-        numbers = w[:, 0].long()
-        cuts = [0, *((numbers.diff() != 1).nonzero()[:, 0] + 1).tolist(), len(numbers)]
-        found: list[Piece] = []
-        for a, b in pairwise(cuts):
-            number, end = int(numbers[a]), int(numbers[b - 1]) + 1
-            while number < end:  # a range of numbers may cross from one matrix into the next
-                i = bisect_right(self.starts, number) - 1
-                stop = min(end, self.starts[i + 1])
-                found.append(Piece(self.modules[i], number - self.starts[i], stop - self.starts[i]))
-                number = stop
-        return found
-
-    def place(self, pieces: list[Piece]) -> None:
-        for p in pieces:
-            self.placed.setdefault(p.module, []).append((p.start, p.stop))
-
-    def check_complete(self) -> None:
-        """Raise UserError unless every row of every matrix is in the graph exactly once."""
-        for module, (start, end) in zip(self.modules, pairwise(self.starts), strict=True):
-            at = 0
-            for first, stop in sorted(self.placed.get(module, [])):
-                at = stop if first == at else -1
-            if at != end - start:
-                raise UserError(f"the model builder does not put every row of {module} into the graph once", PLEASE_REPORT)
+from llmc.formats.hf import quiet_transformers
+from llmc.formats.mixture import is_fused
+from llmc.runtimes.onnx_session import moe_activations
 
 
 class Builder:
-    """A mixin for the builder's classes: it overrides the methods that add a matrix."""
+    """A mixin for the builder's classes: it overrides the methods that add a matrix, and those that add a wrong number."""
 
     llmc_weights: ClassVar[Weights]
-    llmc_rows: ClassVar[Rows]
-    llmc_model: ClassVar[nn.Module]
+    llmc_skeleton: ClassVar[Skeleton]
     llmc_emit: ClassVar[emit.Emitter]
+    _in_router = False
+    moe_attrs: dict[str, Any]  # the builder's
+    _experts: tuple[dict[str, Any], dict[str, str]]
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        me: Any = self
+        if me.embed_attrs["scale"] == round(me.hidden_size**0.5, 2):  # Gemma's factor, which the builder rounds
+            me.embed_attrs["scale"] = me.hidden_size**0.5
+        if self.llmc_skeleton.rotary is None:
+            me.attention_attrs |= {"rope": False, "use_rope_in_attn": False}
 
     def make_rope_init(self, config: Any) -> None:
-        """If the rotary embedding depends on the text's length, use transformers' one for short texts."""
-        if not rope.by_length(config.to_dict()):
+        """Set what depends on the type of the rotary embedding; its table is transformers' where one table is enough."""
+        if not (isinstance(getattr(self.llmc_skeleton.rotary, "inv_freq", None), torch.Tensor) and rope.by_length(
+                config.to_dict())):
             super().make_rope_init(config)  # type: ignore[misc]
-            return
-        rotary: Any = self.llmc_model.base_model.rotary_emb  # type: ignore[union-attr]
-        attributes = self.rope_attrs  # type: ignore[attr-defined]
-        steps = torch.arange(0, 2 * len(rotary.inv_freq), 2, dtype=torch.float32) / (2 * len(rotary.inv_freq))
-        attributes["rescale_factors"] = 1 / (rotary.inv_freq * attributes["theta"] ** steps)
-        attributes["mscale"] = rotary.attention_scaling
+
+    def make_rotary_embedding_caches_from_scratch(self) -> Any:
+        """cos and sin float32 [context, rotated channels or half of them]."""
+        rotary: Any = self.llmc_skeleton.rotary
+        inverse = getattr(rotary, "inv_freq", None)
+        if not isinstance(inverse, torch.Tensor):  # one for each type of layer
+            return super().make_rotary_embedding_caches_from_scratch()  # type: ignore[misc]
+        angles = torch.outer(torch.arange(self.rope_attrs["cache_length"], dtype=torch.float32),  # type: ignore[attr-defined]
+                             inverse.float())
+        angles = torch.cat((angles, angles), -1)
+        return angles.cos() * rotary.attention_scaling, angles.sin() * rotary.attention_scaling
 
     def load_weights(self, _input_path: str) -> nn.Module:
-        return self.llmc_model
+        return self.llmc_skeleton.model
+
+    def save_model(self, _out_dir: str) -> None:
+        """llmc writes the model itself (writer.py)."""
+
+    def save_processing(self, *_args: Any) -> None:
+        """llmc copies the tokenizer itself (files.py)."""
+
+    def make_layernorm(self, layer_id: int, layernorm: Any, skip: bool, simple: bool, location: str) -> None:
+        """Add a norm of the kind that the module is, with its epsilon."""
+        kind: Norm = norm_of(layernorm, self.hidden_size)  # type: ignore[attr-defined]
+        self.layernorm_attrs["epsilon"] = kind.epsilon  # type: ignore[attr-defined]
+        super().make_layernorm(layer_id, layernorm, skip, not kind.centred, location)  # type: ignore[misc]
+
+    def make_attention(self, layer_id: int, attention: Any, root_input: str, **kwargs: Any) -> None:
+        if attention is None:  # Granite's hybrids; the builder takes every layer for one with attention
+            kind = self.layer_types[layer_id]  # type: ignore[attr-defined]
+            raise NotImplementedError(f"layer {layer_id} has no attention but is a {kind} layer, for which it has no code")
+        super().make_attention(layer_id, attention, root_input, **kwargs)  # type: ignore[misc]
+
+    def make_attention_input_proj(self, layer_id: int, attention: Any, root_input: str, **kwargs: Any) -> None:
+        """Add the products of queries, keys and values, and OLMo's limit for them, which the builder leaves out."""
+        me: Any = self
+        me.attention_attrs |= {"k_path": "", "v_path": ""}  # of an earlier layer, if all are one product here
+        super().make_attention_input_proj(layer_id, attention, root_input, **kwargs)  # type: ignore[misc]
+        limit: Any = getattr(self.llmc_skeleton.model.config, "clip_qkv", None)
+        for path in ("q_path", "k_path", "v_path") if limit is not None else ():
+            if value := me.attention_attrs[path]:
+                name = f"/model/layers.{layer_id}/attn/{path}/Clip"
+                bounds = [f"/model/constants/FLOAT/{x}" for x in (-float(limit), float(limit))]
+                me.make_clip(name, [value, *bounds], dtype=me.io_dtype, shape=me.values[value].shape)
+                me.attention_attrs[path] = f"{name}/output_0"
+
+    def make_moe_router(self, layer_id: int, moe: Any, root_input: str) -> Any:
+        self._in_router = True
+        try:
+            return super().make_moe_router(layer_id, moe, root_input)  # type: ignore[misc]
+        finally:
+            self._in_router = False
+
+    def make_moe_preprocessing(self, layer_id: int, moe: Any, root_input: Any = None) -> None:
+        kind = self.moe_attrs["activation_type"]
+        if kind not in moe_activations():  # Gemma 4's, which the CUDA provider alone has
+            raise NotImplementedError(f"ONNX Runtime's operator for experts has no activation {kind}")
+        super().make_moe_preprocessing(layer_id, moe, root_input)  # type: ignore[misc]
+
+    def make_moe_expert_initializers(self, layer_id: int, _experts: Any, gate_up_weight: torch.Tensor,
+                                     down_weight: torch.Tensor) -> None:
+        """Add the matrices of all experts of a layer, [experts, N, K] in the order of the operator's rows."""
+        stacks = self.llmc_skeleton.rows.stack(gate_up_weight), self.llmc_skeleton.rows.stack(down_weight)
+        for stack in stacks:
+            self.llmc_skeleton.rows.place(stack.pieces)
+        self._experts = self.llmc_emit.experts(self, f"/model/layers.{layer_id}/moe/experts", stacks)
+
+    def make_moe_op(self, name: str, **kwargs: Any) -> None:
+        attributes, inputs = self._experts
+        before = self.moe_attrs
+        self.moe_attrs = before | attributes
+        super().make_moe_op(name, **{**kwargs, **inputs})  # type: ignore[misc]
+        self.moe_attrs = before
+
+    def make_attention_qk_rope_and_norm(self, layer_id: int, attention: Any, **kwargs: Any) -> Any:
+        """Add the norms of heads and the rotary embedding, which SmolLM3 has in some layers only."""
+        attributes = self.attention_attrs  # type: ignore[attr-defined]
+        rope = attributes["rope"]
+        attributes["rope"] = rope and bool(getattr(attention, "use_rope", True))
+        try:
+            return super().make_attention_qk_rope_and_norm(layer_id, attention, **kwargs)  # type: ignore[misc]
+        finally:
+            attributes["rope"] = rope
 
     def make_matmul_float(self, matmul: Any, name: str, root_input: str, **kwargs: Any) -> str:
         """Add a product. name: like '/model/layers.0/mlp/up_proj/MatMul'; its output is `name`/output_0 or 'logits'."""
         output = "logits" if kwargs.get("logits") else f"{name}/output_0"
-        pieces = self.llmc_rows.pieces(matmul.weight)
-        self.llmc_rows.place(pieces)
+        pieces = self.llmc_skeleton.rows.pieces(matmul.weight)
+        if self._in_router:
+            self.llmc_weights.exact |= {p.module for p in pieces if p.module not in self.llmc_weights.linears}
+        self.llmc_skeleton.rows.place(pieces)
         self.llmc_emit.matmul(self, name, root_input, output, pieces)
         shape = self.make_hidden_state_shape(  # type: ignore[attr-defined]
             seq_dim=kwargs.get("seq_dim", "sequence_length"), last_dim=matmul.weight.shape[0])
@@ -128,104 +147,30 @@ class Builder:
         return name
 
     def make_embedding_lookup(self, embedding: torch.Tensor, basename: str, _lm_head: Any) -> str:
-        pieces = self.llmc_rows.pieces(embedding)
+        pieces = self.llmc_skeleton.rows.pieces(embedding)
         if not self.llmc_weights.tied:  # if tied, the head places the same rows
-            self.llmc_rows.place(pieces)
+            self.llmc_skeleton.rows.place(pieces)
         return self.llmc_emit.lookup(self, basename, pieces)
 
     def is_qkv_projection_packable(self, layer_id: int, attention: Any) -> bool:
         linears = (attention.q_proj, attention.k_proj, attention.v_proj)
-        forms = {str(self.llmc_weights.form_of(self.llmc_rows.pieces(m.weight))) for m in linears}
+        forms = {str(self.llmc_weights.form_of(self.llmc_skeleton.rows.pieces(m.weight))) for m in linears}
         return len(forms) == 1 and bool(super().is_qkv_projection_packable(layer_id, attention))  # type: ignore[misc]
 
 
-@dataclass(frozen=True)
-class Ends:
-    """The ends of the model: module names of embedding and head in the checkpoint, the same if they are one matrix.
+def build(ckpt: Checkpoint, hf: Any, weights: Weights, skeleton: Skeleton, emitter: emit.Emitter, work: Path) -> ir.Model:
+    """Build the graph without the data of its matrices; also write genai_config.json into `work`. hf: the text config."""
+    parts = {"llmc_weights": weights, "llmc_skeleton": skeleton, "llmc_emit": emitter}
 
-    spare: a head tensor that is a copy of the embedding."""
+    def subclass(cls: type) -> type:
+        return type(f"Llmc{cls.__name__}", (Builder, cls), parts)
 
-    embedding: str
-    head: str
-    spare: str | None = None
-
-
-def skeleton(ckpt: Checkpoint, hf: Any) -> tuple[nn.Module, Rows, Ends]:
-    """The model with row numbers as matrices and real norms and biases; the row numbers; the names of embedding and head."""
-    model = empty_model(hf)
-    names = Names.of(ckpt, model, quantized.linears(ckpt))
-    ends = _find_ends(ckpt, model, names)
-    rows, numbered, used = Rows(), dict[str, nn.Parameter](), {ends.spare}
-    for name, p in list(model.named_parameters(remove_duplicate=False)):
-        owner = model.get_submodule(name.rpartition(".")[0])
-        is_head = owner is model.get_output_embeddings() and name.endswith(".weight")
-        found = names.locate(f"{ends.head}.weight" if is_head else name)
-        if found is None:
-            raise missing(ckpt.folder, name)
-        stored, is_codes = found.name, found.is_codes
-        used.update(quantized.parts(stored) if is_codes else [stored])
-        if p.ndim == 2 and isinstance(owner, nn.Linear | nn.Embedding):
-            module = stored if is_codes else stored.removesuffix(".weight")
-            shape = quantized.shape(ckpt, stored) if is_codes else ckpt.shape(stored)
-            if tuple(shape) != tuple(p.shape):
-                raise UserError(f"{stored} has shape {list(shape)}, config.json says {list(p.shape)}",
-                                "the checkpoint and its config.json do not belong together")
-            if module not in numbered:
-                numbered[module] = rows.numbered(module, p.shape)
-            value = numbered[module]
-        elif p.ndim == 1:
-            value = nn.Parameter(ckpt.tensor(stored).to(torch.float32), requires_grad=False)
-        else:
-            raise UserError(f"{name} has {p.ndim} axes: no ONNX graph is known for such models", "export it as GGUF")
-        setattr(owner, name.rpartition(".")[2], value)
-    _refuse_leftovers(ckpt, used)
-    return model.eval(), rows, ends
-
-
-def _find_ends(ckpt: Checkpoint, model: Any, names: Names) -> Ends:
-    """Find embedding and head. The tensors decide whether they are tied; raises UserError if config.json contradicts them."""
-    found, embedding = ends_of(ckpt, model, names)
-    one = embedding.name.removesuffix(".weight")
-    if found.head is None:
-        return Ends(one, one)
-    return Ends(one, one, found.head) if found.one else Ends(one, found.head.removesuffix(".weight"))
-
-
-def _refuse_leftovers(ckpt: Checkpoint, used: set[str | None]) -> None:
-    """Raise UserError for a tensor that the model does not use. Buffers and AutoGPTQ's zero biases may be left over."""
-    for name in ckpt.names():
-        if name not in used and not is_buffer(name, ckpt.shape(name)) and not (
-                name.endswith(".bias") and not bool(ckpt.tensor(name).any())):
-            raise UserError(f"{name} of {ckpt.folder} has no place in the model that its config.json names",
-                            "the checkpoint holds tensors that its architecture does not have")
-
-
-def build(ckpt: Checkpoint, hf: Any, weights: Weights, model: nn.Module, rows: Rows,
-          emitter: emit.Emitter, work: Path) -> ir.Model:
-    """Build the graph without the data of its matrices; also write genai_config.json into `work`."""
-    builders = _builders()
-    names = find_architecture(ckpt.config)
-    base = getattr(builders, names.builder)
-    name = f"Llmc{base.__name__}"
-    cls = type(name, (Builder, base), {"llmc_weights": weights, "llmc_rows": rows, "llmc_model": model,
-                                       "llmc_emit": emitter})
-    # every layer's cache is as long as the context, so any runtime can feed it; windowed layers still attend to their window
-    options = {"hf_token": False, "hf_remote": False, "shared_embeddings": False, "windowed_kv_cache": False}
-    hf = _as_the_builder_reads(hf)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
-            made = cls(hf, ir.DataType.FLOAT, ir.DataType.FLOAT, "cpu", str(work / "cache"), options)
-            if names.genai_type:
-                made.model_type = names.genai_type
-            made.make_model(str(ckpt.folder))
-            made.make_genai_config(hf, {}, str(work))
-    except (NotImplementedError, AttributeError, KeyError, ValueError) as e:
-        raise UserError(f"the model builder cannot build {ckpt.folder}: {e!r}",
-                        "export it as GGUF (--format gguf), or please report this with the model's name") from e
-    rows.check_complete()
+    with torch.no_grad(), quiet_transformers():
+        made = builder.make(builder.name_of(ckpt.config), _as_the_builder_reads(hf, skeleton), subclass, work)
+    skeleton.rows.check_complete()
     made.model.graph.sort()
     made.stamp_build_metadata(made.model)
-    return made.model
+    return made.model  # type: ignore[no-any-return]
 
 
 def windowed(made: ir.Model) -> int:
@@ -234,30 +179,34 @@ def windowed(made: ir.Model) -> int:
     return sum(a is not None and a.as_int() > 0 for a in attributes)
 
 
-def _as_the_builder_reads(hf: Any) -> Any:
-    """A copy of transformers' config with the graph's context length.
-
-    transformers 5 has Gemma 3's rotary bases in a dict for each layer type; they move to the keys that the builder reads."""
+def _as_the_builder_reads(hf: Any, skeleton: Skeleton) -> Any:
+    """A copy of transformers' config with the graph's context length, and with what the builder reads elsewhere."""
     hf = copy.deepcopy(hf)
-    if rope.by_length(hf.to_dict()):
-        hf.max_position_embeddings = hf.original_max_position_embeddings = rope.context_of(hf.to_dict())[0]
+    _spread_layers(hf)
+    hf.max_position_embeddings = rope.context_of(hf.to_dict())[0]
+    if hasattr(hf, "original_max_position_embeddings"):  # of two rotary tables; the graph has one
+        hf.original_max_position_embeddings = hf.max_position_embeddings
     by_layer_type = getattr(hf, "rope_parameters", None) or {}
-    if "sliding_attention" in by_layer_type and "full_attention" in by_layer_type:
+    whole = by_layer_type.get("full_attention", {})
+    if whole and whole["rope_type"] != "proportional":  # Gemma 3, not 4: the builder knows it as older versions had it
         hf.rope_local_base_freq = by_layer_type["sliding_attention"]["rope_theta"]
-        hf.rope_parameters = dict(by_layer_type["full_attention"])
+        hf.rope_parameters = dict(whole)
+    if hasattr(skeleton.rotary, "mrope_section"):  # Qwen 3.5's default
+        hf.rope_parameters["mrope_section"] = list(skeleton.rotary.mrope_section)
+    for module in skeleton.model.modules():  # gpt-oss, whose config need not name it
+        if is_fused(module) and hasattr(module, "limit"):
+            hf.swiglu_limit = float(module.limit)
+    if getattr(hf, "layer_types", None) is None and window_of(hf) is not None:  # transformers windows every layer
+        hf.layer_types = ["sliding_attention"] * hf.num_hidden_layers
     return hf
 
 
-def _builders() -> Any:
-    """Import the builder's modules. They add their folder to sys.path to import each other; this restores sys.path."""
-    before = list(sys.path)
-    try:
-        genai_library()
-        from onnxruntime_genai.models import builders
+def _spread_layers(hf: Any) -> None:
+    """Give the builder the sizes of Gemma 4's heads where config.json has them, in place.
 
-        return builders
-    except ImportError as e:  # 0.18 imports classes that transformers 4.57 lacks
-        raise UserError(f"onnxruntime-genai's model builder does not load: {e}",
-                        "it needs transformers 5: use an environment without the extra 'optimum'") from e
-    finally:
-        sys.path[:] = before
+    transformers has them for each layer, and refuses to read them from the config of all layers."""
+    if not getattr(hf, "is_heterogeneous", False) or "full_attention" not in hf.layer_types:
+        return
+    whole = hf.per_layer_config[hf.layer_types.index("full_attention")]
+    hf.global_head_dim, hf.num_global_key_value_heads = whole.head_dim, whole.num_key_value_heads
+    hf.allow_global_per_layer_attribute_access = True

@@ -1,4 +1,4 @@
-"""`--exporter optimum`: a graph of ONNX's standard operators, traced by optimum-onnx, for runtimes that support no others.
+"""`--exporter transformers` and `optimum`: a traced graph of ONNX's standard operators, for runtimes that support no others.
 
 All values are float32; a quantized model is dequantized. The folder has config.json instead of genai_config.json. Tracing may
 freeze a branch on a length or a mask. So the checks run a longer text than the traced one, first at once and then token by
@@ -7,15 +7,11 @@ token with the cache.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import shutil
 import sys
 import time
-import warnings
 from collections import Counter
 from hashlib import sha256
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +22,9 @@ import torch
 
 from llmc.console import say, size, warn
 from llmc.errors import UserError
-from llmc.export.onnx import files, rope, verify, writer
+from llmc.export.onnx import files, rope, tracers, verify, writer
 from llmc.export.onnx.config import OnnxExportConfig
+from llmc.export.onnx.tracers import OTHERS
 from llmc.export.parity import GENERATED, PLEASE_REPORT, PROMPT, check_ids
 from llmc.export.reference import reference_logits
 from llmc.export.windows import ignored, window_of
@@ -35,47 +32,21 @@ from llmc.files import check_disk, write_json
 from llmc.formats import quantized
 from llmc.formats.chat_template import hash_template
 from llmc.formats.checkpoint import Checkpoint
-from llmc.formats.hf import load_config, load_tokenizer, load_torch_model, quiet_transformers
+from llmc.formats.hf import load_config, load_tokenizer, load_torch_model
 from llmc.formats.onnx_folder import MODEL
 from llmc.formats.text_ends import note_of_eos
 from llmc.machine import physical_cores
 from llmc.runtimes.onnx_model import OnnxModel
 
-TASK = "text-generation-with-past"
-OTHERS = "export it with --exporter builder or as GGUF (--format gguf)"
-
-
-def check_packages() -> None:
-    """Raise UserError unless optimum-onnx and a transformers that it supports are installed."""
-    hint = ("run pip install 'llmc-toolkit[optimum]' in a separate environment: it installs transformers 4.57, which "
-            "optimum-onnx supports")
-    version = metadata.version("transformers")
-    try:
-        found = metadata.version("optimum-onnx")
-    except metadata.PackageNotFoundError as e:
-        raise UserError("--exporter optimum needs optimum-onnx, which is not installed", hint) from e
-    if int(version.partition(".")[0]) > 4:
-        raise UserError(f"optimum-onnx {found} does not support transformers {version}", hint)
-
 
 def check_model(config: OnnxExportConfig, ckpt: Checkpoint) -> None:
     """Raise UserError for a model that this exporter cannot write, before slow work starts."""
-    import optimum.exporters.onnx.model_configs  # noqa: F401 - registers the architectures
-    from optimum.exporters.tasks import TasksManager
-
-    model_type = str(ckpt.config.get("model_type"))
-    try:
-        tasks = TasksManager.get_supported_tasks_for_model_type(model_type, "onnx", library_name="transformers")
-    except KeyError:
-        tasks = {}
-    if TASK not in tasks:
-        raise UserError(f"optimum-onnx {metadata.version('optimum-onnx')} does not support the architecture {model_type!r}",
-                        OTHERS)
+    tracers.check_model(config.exporter, ckpt)
     if kind := rope.by_length(ckpt.config):
         raise UserError(f"{ckpt.folder} has a rotary embedding that depends on the length of the text ({kind}), and a traced "
                         "graph has only that of short texts", OTHERS)
     if quantized.is_quantized(ckpt) and not config.dequantize:
-        raise UserError(f"{ckpt.folder} is quantized, and --exporter optimum writes float32",
+        raise UserError(f"{ckpt.folder} is quantized, and --exporter {config.exporter} writes float32",
                         "leave --exporter out to keep the codes (--int4 qdq stores them for the standard DequantizeLinear), "
                         "or add --dequantize to write their values")
 
@@ -100,7 +71,7 @@ def write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> d
     ends = {"embedding": model.get_input_embeddings().weight.detach(),
               "head": model.get_output_embeddings().weight.detach()}
     traced = work / "traced"
-    trace(model, traced)
+    tracers.trace(config.exporter, model, traced)
     own = writer.write(ir.load(traced / MODEL), {}, work)
     verified = read_back(work, own, model)
     rows = len(ends["embedding"])
@@ -114,12 +85,12 @@ def write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> d
     ids, prompt = check_ids(tok, verified["weights"], context), np.array(tok(PROMPT)["input_ids"])
     runtime = OnnxModel(work, max(len(ids), len(prompt) + GENERATED), config.threads or physical_cores())
     logits = verify_logits(runtime, ckpt, ids, ends)
-    tokens = verify.token_ids("the package tokenizers", lambda text: runtime.tokenize(text).tolist(), work, tok, template,
-                              rows)
+    tokens = verify.token_ids("the package tokenizers", lambda text, special: runtime.tokenize(text, special).tolist(), work,
+                              tok, template, rows)
     generated, cached = generate(runtime, tok, prompt)
     runtime.close()
     return {
-        "path": out, "source": str(ckpt.folder), "architecture": architecture, "exporter": "optimum",
+        "path": out, "source": str(ckpt.folder), "architecture": architecture, "exporter": config.exporter,
         "bytes": sum(p.stat().st_size for p in work.iterdir() if p.is_file()),
         "weight_bytes": (work / writer.DATA).stat().st_size, "dequantized": dequantized, **operators,
         "verified": verified, "logits": logits, "cached_logits": cached, "token_ids": tokens, "generated": generated,
@@ -128,24 +99,8 @@ def write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> d
     }
 
 
-def trace(model: Any, folder: Path) -> None:
-    """Write optimum's graph of the model, with its weights, as model.onnx into a new `folder`."""
-    from optimum.exporters.onnx import export
-    from optimum.exporters.tasks import TasksManager
-
-    folder.mkdir()
-    make = TasksManager.get_exporter_config_constructor("onnx", model=model, task=TASK, library_name="transformers")
-    model.set_attn_implementation("eager")  # computes every variant; sdpa ignores Gemma 2's soft cap
-    try:
-        with quiet_transformers(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")  # torch warns of every branch on a shape; the checks run other shapes
-            export(model, make(model.config, use_past_in_inputs=True), folder / MODEL)
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as e:
-        raise UserError(f"optimum-onnx cannot trace {type(model).__name__}: {e!r}", OTHERS) from e
-
-
 def read_back(work: Path, own: dict[str, np.ndarray], model: Any) -> dict[str, int]:
-    """Compare every tensor of the file with optimum's, and find every matrix of the model among them, transposed or not.
+    """Compare every tensor of the file with the tracer's, and find every matrix of the model among them, transposed or not.
 
     Returns the counts; raises UserError."""
     stored = verify.stored_tensors(work)

@@ -25,6 +25,9 @@ def context_of(config: dict[str, Any]) -> tuple[int, str | None]:
     whole, kind = int(config["max_position_embeddings"]), by_length(config)
     scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
     first = config.get("original_max_position_embeddings") or scaling.get("original_max_position_embeddings") or whole
+    if scaling.get("llama_4_scaling_beta") and int(first) < whole:  # Ministral 3
+        return int(first), (f"the model scales queries beyond {first} tokens, which the graph does not: the context of the "
+                            f"file ends there, not at the model's {whole}")
     if kind in (None, "dynamic") or int(first) >= whole:
         return whole, None
     return int(first), (f"the rotary embedding ({kind}) changes beyond {first} tokens, and a graph has only one: the context "

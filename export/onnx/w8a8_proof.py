@@ -23,7 +23,7 @@ from llmc.export.onnx.weights import Weights
 from llmc.export.parity import PLEASE_REPORT
 
 MOST_PRODUCT = 1e-5  # largest error relative to a linear's largest output; the measured error is 0
-MOST_INPUT = 2e-3  # relative RMS error of an input; as for logits (verify.py)
+MOST_INPUT = 2e-3  # relative RMS error of an input, and of the logits after it
 
 
 class Linears:

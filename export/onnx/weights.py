@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -29,6 +30,16 @@ def form_name(form: Form) -> str:
 
 
 @dataclass(frozen=True)
+class Source:
+    """A float matrix of the checkpoint. shape: [N, K].  read: returns its values in the stored type.  is_expert: it is the
+    matrix of one expert."""
+
+    shape: tuple[int, int]
+    read: Callable[[], torch.Tensor]
+    is_expert: bool = False
+
+
+@dataclass(frozen=True)
 class Piece:
     """Rows start:stop of one of the checkpoint's matrices."""
 
@@ -40,9 +51,11 @@ class Piece:
 class Weights:
     """The matrices of a model by module name. Reads one at a time."""
 
-    def __init__(self, config: OnnxExportConfig, ckpt: Checkpoint, embedding: str, head: str) -> None:
-        """embedding, head: module names in the checkpoint; one name if they are one matrix."""
-        self.ckpt, self.embedding, self.head = ckpt, embedding, head
+    def __init__(self, config: OnnxExportConfig, ckpt: Checkpoint, embedding: str, head: str,
+                 sources: Mapping[str, Source]) -> None:
+        """embedding, head: module names in the checkpoint; one name if they are one matrix.  sources: of float matrices."""
+        self.ckpt, self.embedding, self.head, self.sources = ckpt, embedding, head, sources
+        self.exact = set[str]()  # routers: their float matrices stay float32, so that the same experts are chosen
         self.linears = set(quantized.linears(ckpt))
         self.notes = quantized.notes_of_codes(ckpt)
         if self.linears and config.dtype is not None:
@@ -99,8 +112,7 @@ class Weights:
         return self.embedding == self.head
 
     def columns(self, module: str) -> int:
-        return int(quantized.shape(self.ckpt, module)[1] if module in self.linears
-                   else self.ckpt.shape(f"{module}.weight")[1])
+        return int(quantized.shape(self.ckpt, module)[1]) if module in self.linears else self.sources[module].shape[1]
 
     def form(self, module: str) -> Form:
         """The form in which the matrix of a module is stored."""
@@ -108,6 +120,8 @@ class Weights:
             qtype = layout.held_as(quantized.type_of(self.ckpt, module))
             assert qtype is not None
             return qtype
+        if module in self.exact:
+            return "fp32"
         is_end = module in (self.embedding, self.head)
         bits = self.end_bits if is_end else 8 if self.dtype == "int8" else None
         if bits in (4, 8):
@@ -116,7 +130,7 @@ class Weights:
                 raise UserError(f"{module} has rows of {columns} weights, which blocks of {layout.BLOCK} do not divide",
                                 "--head-bits 16 keeps it in float16" if is_end else "use --dtype fp16")
             return IntegerType(bits, layout.BLOCK)
-        if self.dtype == W8A8 and not is_end:
+        if self.dtype == W8A8 and not is_end and not self.sources[module].is_expert:
             return W8A8
         return "fp16" if bits == 16 or self.dtype != "fp32" else "fp32"
 
@@ -133,7 +147,7 @@ class Weights:
             q = layout.exact(quantized.read(self.ckpt, module))
             assert q is not None
             return q
-        w = self.ckpt.tensor(f"{module}.weight")
+        w = self.sources[module].read()
         if isinstance(form, IntegerType):
             try:
                 q = layout.exact(round_table(w, layout.ROUNDED[form.bits]))

@@ -23,10 +23,12 @@ PACKAGES = {
     "onnx": {"onnx": "onnx", "onnx-ir": "onnx_ir", "onnxruntime": "onnxruntime",
              "onnxruntime-genai": "onnxruntime_genai"},
     "distill": {"peft": "peft"},
+    "trace": {"onnxscript": "onnxscript"},
     "optimum": {"optimum-onnx": "optimum.exporters.onnx"},
 }
 INSTALL = {"core": "pip install --force-reinstall llmc-toolkit", "gguf": "pip install 'llmc-toolkit[gguf]'",
            "onnx": "pip install 'llmc-toolkit[onnx]'", "distill": "pip install 'llmc-toolkit[distill]' (for --lora)",
+           "trace": "pip install 'llmc-toolkit[trace]' (for --exporter transformers)",
            "optimum": "pip install 'llmc-toolkit[optimum]' in an environment of its own: it needs transformers 4.57"}
 
 

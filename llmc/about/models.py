@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc.errors import UserError
+from llmc.export.onnx.builder import known
 from llmc.families import FAMILIES
 from llmc.families.row import Family
 
@@ -48,7 +49,7 @@ def _row(family: Family, proofs: dict[str, Any], registered: frozenset[str] | No
         "prune": {"masks": cell("masks"), "depth": cell("depth"), "width": cell("width", not family.unnarrowable)},
         "gguf": {"own": cell("gguf", bool(family.gguf.name)),
                  "converter": None if registered is None else family.architecture in registered},
-        "onnx": cell("onnx", bool(family.onnx.builder)),
+        "onnx": cell("onnx", not known() or family.architecture in known()),
         "why_not": {what: why for what, why in reasons.items() if why},
         "proofs": proofs,
     }

@@ -60,15 +60,6 @@ class Gguf:
 
 
 @dataclass(frozen=True)
-class Onnx:
-    """builder: the class of onnxruntime-genai's model builder, empty if llmc cannot write the family as ONNX.
-    genai_type: the model type in genai_config.json, if the class does not set the right one."""
-
-    builder: str = ""
-    genai_type: str = ""
-
-
-@dataclass(frozen=True)
 class Family:
     """One family. Module names are names in a decoder layer, except final_norm.
 
@@ -106,7 +97,6 @@ class Family:
     scaled_embedding: bool = False
     unmapped: str = ""
     gguf: Gguf = Gguf()
-    onnx: Onnx = Onnx()
 
     def role_of(self, module: str) -> str | None:
         """The role of a module, from its full name; None if it is not a linear of a layer."""

@@ -77,14 +77,14 @@ class OnnxFolder:
         return int(self.genai.get("model", {}).get("decoder", {}).get("session_options", {}).get(QDQ_LEVEL, QDQ_DEFAULT))
 
     def edit(self, level: int | None = None, head_level: int | None = None, watched: tuple[str, ...] = ()) -> OnnxFolder:
-        """A copy with an edited graph, in memory. level: accuracy level of every quantized matrix.  head_level: that of the
-        head's MatMulNBits (None: `level`).  watched: names of float32 inner values to return."""
+        """A copy with an edited graph, in memory. level: accuracy level of every quantized matrix, experts included.
+        head_level: that of the head's MatMulNBits (None: `level`).  watched: names of float32 inner values to return."""
         from onnx import TensorProto, helper
 
         proto, genai, head = copy.deepcopy(self.proto), copy.deepcopy(self.genai), self.head()
         if level is not None:
             for node in proto.graph.node:
-                if node.op_type == "MatMulNBits":
+                if node.op_type in ("MatMulNBits", "QMoE"):
                     value = head_level if head_level is not None and node == head else level
                     for old in [a for a in node.attribute if a.name == LEVEL]:
                         node.attribute.remove(old)

@@ -82,11 +82,13 @@ class Weights:
         try:
             for linear in empty:
                 name, transposed = self._lazy[id(linear)]
-                place, value = self.names.locate(f"{name}.weight"), self._value(f"{name}.weight", linear)
-                if place is None or value is None:
+                place, value = self.names.locate(f"{name}.weight"), None
+                if self.values is None or (value := self.values(f"{name}.weight", linear)) is None:
+                    value = self._value(f"{name}.weight", linear)
+                    if value is not None and place is not None and place.expert is not None and transposed:
+                        value = value.t()
+                if value is None:
                     raise missing(self.checkpoint.folder, f"{name}.weight")
-                if place.expert is not None and transposed:
-                    value = value.t()
                 self._put(linear, "weight", f"{name}.weight", self._cast(value).contiguous())
                 self.on_fill(linear)
             yield
