@@ -16,11 +16,12 @@ from llmc.export.gguf.rope import add_rope
 from llmc.export.windows import ignored
 from llmc.families import FAMILIES, nearest, of_config
 from llmc.families.row import Family, activation_of
+from llmc.sources.llama_cpp import SETUP
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-CONVERTER = "use --converter PATH_TO_A_LLAMA.CPP_CHECKOUT: llama.cpp's converter supports many more"
+CONVERTER = f"run `{SETUP}` once: llama.cpp's converter, which supports many more, comes from the package index"
 
 
 class TensorNames:
