@@ -61,5 +61,6 @@ def _reason(lines: list[str]) -> str:
     """The last line that was printed; of an error without a message also the line of code before it."""
     if not lines:
         return "it printed nothing"
+    last = lines[-1].removeprefix("ERROR:hf-to-gguf:").rstrip(":")
     code = [line for line in lines[-4:-1] if not line.startswith(("File ", "^", "~"))]
-    return f"{lines[-1].rstrip(':')} at `{code[-1]}`" if BARE.fullmatch(lines[-1]) and code else lines[-1]
+    return f"{last} at `{code[-1]}`" if BARE.fullmatch(last) and code else last
