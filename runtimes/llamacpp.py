@@ -57,12 +57,9 @@ def build() -> dict[str, str]:
 def gpu_devices() -> list[dict[str, Any]]:
     """The GPUs that this build of llama.cpp can use here: [{name, driver, backend: 'llama.cpp NAME'}]."""
     lib = _library()
-    # llama-cpp-python does not bind these functions; their libraries are beside the one that it loads
-    folder = Path(lib._base_path)
-    files = [next(iter(sorted(folder.glob(f"*{name}.*"))), None) for name in ("ggml", "ggml-base")]
-    if None in files:
+    registry, base = _ggml(lib, "ggml"), _ggml(lib, "ggml-base")
+    if registry is None or base is None:
         return []
-    registry, base = (ctypes.CDLL(str(f)) for f in files)
     registry.ggml_backend_dev_count.restype = ctypes.c_size_t
     registry.ggml_backend_dev_get.restype, registry.ggml_backend_dev_get.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     for call in (base.ggml_backend_dev_name, base.ggml_backend_dev_description, base.ggml_backend_dev_type):
@@ -72,6 +69,12 @@ def gpu_devices() -> list[dict[str, Any]]:
     return [{"name": base.ggml_backend_dev_description(d).decode(), "driver": None,
              "backend": f"llama.cpp {base.ggml_backend_dev_name(d).decode()}"}
             for d in devices if base.ggml_backend_dev_type(d) in GPU_TYPES]
+
+
+def _ggml(lib: Any, name: str) -> Any:
+    """A library of ggml, for functions that llama-cpp-python does not bind: it is beside the one that it loads. Or None."""
+    file = next(iter(sorted(Path(lib._base_path).glob(f"*{name}.*"))), None)
+    return None if file is None else ctypes.CDLL(str(file))
 
 
 def _errors() -> str:
@@ -127,13 +130,14 @@ class LlamaCpp:
     Parity checks against torch use False and 'f32'.
     extra_buffers: let llama.cpp repack weights for this CPU. It is faster, but crashes in some builds: see
     `amx.use_extra_buffers`.
+    record: keep the tensors whose names begin with this: {name: parts of float32 in one axis} in `recorded`.
     """
 
     name = "llama.cpp"
 
     def __init__(self, path: Path, context: int, threads: int, device: str = "cpu",
                  flash_attention: bool | None = None, kv_type: str = "f16",
-                 extra_buffers: bool = False) -> None:
+                 extra_buffers: bool = False, record: str | None = None) -> None:
         if not path.is_file():
             raise UserError(f"there is no file {path}", "give a .gguf file")
         if device not in ("cpu", "gpu"):
@@ -158,6 +162,9 @@ class LlamaCpp:
         params.type_k = params.type_v = getattr(lib, f"GGML_TYPE_{kv_type.upper()}")
         if flash_attention is not None:
             params.flash_attn_type = int(flash_attention)  # LLAMA_FLASH_ATTN_TYPE_DISABLED = 0, _ENABLED = 1
+        self.recorded: dict[str, list[np.ndarray]] = {}
+        if record is not None:
+            params.cb_eval = self._on_tensor = lib.ggml_backend_sched_eval_callback(self._recorder(record.encode()))
         if device == "cpu":
             params.offload_kqv = params.op_offload = False
         self._ctx = lib.llama_init_from_model(self._model, params)
@@ -169,6 +176,25 @@ class LlamaCpp:
         self._used = 0
         self._prepare_batch()
         _log.clear()
+
+    def _recorder(self, prefix: bytes) -> Any:
+        """llama.cpp's callback for each tensor of the graph: whether it is wanted, then what is in it."""
+        base = _ggml(self._lib, "ggml-base")
+        base.ggml_get_name.restype, base.ggml_get_name.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
+        base.ggml_nbytes.restype, base.ggml_nbytes.argtypes = ctypes.c_size_t, [ctypes.c_void_p]
+        base.ggml_backend_tensor_get.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
+        base.ggml_backend_tensor_get.restype = None
+
+        def on_tensor(tensor: int, ask: bool, _: object) -> bool:
+            name = base.ggml_get_name(tensor)
+            if not ask:
+                data = np.empty(base.ggml_nbytes(tensor) // 4, np.float32)
+                base.ggml_backend_tensor_get(tensor, data.ctypes.data, 0, data.nbytes)
+                self.recorded.setdefault(name.decode(), []).append(data)
+                return True
+            return bool(name.startswith(prefix))
+
+        return on_tensor
 
     def _prepare_batch(self) -> None:
         """Make llama_decode's argument once. Making it for each token would take 1 % of a small model's time."""

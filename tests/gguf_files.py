@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
 from llmc.export.gguf import GgufExportConfig, export_gguf
 from llmc.runtimes.torch_model import TorchModel
+from llmc.sources.llama_cpp import SETUP, find_converter
+
+# with LLMC_NEED_CONVERTER such a test fails where it would be skipped
+needs_converter = pytest.mark.skipif(find_converter() is None and not os.environ.get("LLMC_NEED_CONVERTER"),
+                                     reason=f"llama.cpp's converter is not set up: `{SETUP}`")
 
 
 def export(folder: Path, **options: Any) -> dict[str, Any]:
@@ -50,17 +57,18 @@ def copy(source: Path, out: Path, change: dict[str, Any], split: int = 0, **tens
     return out
 
 
-# A stand-in for convert_hf_to_gguf.py with the same command line: a Llama in float32, the rows of Q and K permuted, and
-# Q, K and V in one tensor, which llmc's own writer never makes
+# A stand-in for convert_hf_to_gguf.py with the same command line: a Llama, the rows of Q and K permuted, and Q, K and V in
+# one tensor, which llmc's own writer never makes
 SCRIPT = """
 import json, sys
 from pathlib import Path
+import gguf
 import numpy as np
 from gguf import GGUFWriter
 from safetensors.numpy import load_file
 
-folder, flag, out, kind, f32 = sys.argv[1:]
-assert (flag, kind, f32) == ("--outfile", "--outtype", "f32")
+folder, flag, out, kind, q8_0 = sys.argv[1:]
+assert (flag, kind, q8_0) == ("--outfile", "--outtype", "q8_0")
 folder = Path(folder)
 c = json.loads((folder / "config.json").read_text())
 assert "quantization_config" not in c
@@ -82,18 +90,29 @@ w.add_token_merges([" ".join(m) for m in spec["model"]["merges"]])
 def interleave(x, heads):
     return x.reshape(heads, 2, len(x) // heads // 2, -1).swapaxes(1, 2).reshape(x.shape)
 
+def matrix(name, x):
+    kind = gguf.GGMLQuantizationType.F32 if name in FLOAT else gguf.GGMLQuantizationType.Q8_0
+    try:
+        data = gguf.quants.quantize(x, kind)
+    except gguf.QuantError:
+        kind = gguf.GGMLQuantizationType.F16
+        data = gguf.quants.quantize(x, kind)
+    w.add_tensor(name, data, raw_dtype=kind)
+
+FLOAT = []
 weights = {k: v.astype(np.float32) for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
 CHANGE
 for i in range(c["num_hidden_layers"]):
     p = f"model.layers.{i}."
     q, k, v = (weights.pop(p + f"self_attn.{x}_proj.weight") for x in "qkv")
-    w.add_tensor(f"blk.{i}.attn_qkv.weight", np.concatenate([
+    matrix(f"blk.{i}.attn_qkv.weight", np.concatenate([
         interleave(q, c["num_attention_heads"]), interleave(k, c["num_key_value_heads"]), v]))
     for theirs, ours in {"self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-                         "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
-                         "post_attention_layernorm": "ffn_norm"}.items():
+                         "mlp.down_proj": "ffn_down"}.items():
+        matrix(f"blk.{i}.{ours}.weight", weights.pop(p + theirs + ".weight"))
+    for theirs, ours in {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}.items():
         w.add_tensor(f"blk.{i}.{ours}.weight", weights.pop(p + theirs + ".weight"))
-w.add_tensor("token_embd.weight", weights.pop("model.embed_tokens.weight"))
+matrix("token_embd.weight", weights.pop("model.embed_tokens.weight"))
 w.add_tensor("output_norm.weight", weights.pop("model.norm.weight"))
 assert not weights
 w.write_header_to_file()

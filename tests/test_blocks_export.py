@@ -20,7 +20,6 @@ from tiny import edit_config, edit_tensors
 from llmc.errors import UserError
 from llmc.export.gguf import GgufExportConfig, verify
 from llmc.export.gguf import export as pipeline
-from llmc.export.gguf.converter import Row, RowIndex
 from llmc.export.gguf.plan import Types
 from llmc.formats import blocks, quantized
 from llmc.formats.checkpoint import Checkpoint
@@ -161,14 +160,14 @@ def test_linears_that_are_fused_must_share_a_type(wide_base, tmp_path):
         export(tmp_path / "q", converter=checkout(tmp_path / "llama.cpp"))
 
 
-def test_equal_rows_are_taken_from_a_linear_of_the_type():
-    """A row of zeros, which any linear may hold, does not pull its matrix into another linear's type."""
-    rng = np.random.default_rng(0)
-    a, b = (rng.standard_normal((4, 32)).astype(np.float32) for _ in range(2))
-    a[0] = b[0] = 0
-    index = RowIndex()
-    index.add(0, a, "q4_k")
-    index.add(1, b, "q6_k")
-    assert index.find("b", b) == [Row(1, i) for i in range(4)]
-    assert index.find("a", a) == [Row(0, i) for i in range(4)]
-    assert not index.left
+def test_a_row_of_zeros_does_not_decide_the_type(wide_base, tmp_path):
+    """Any linear may hold such a row: its matrix keeps the type of its other rows."""
+    shutil.copytree(wide_base("llama"), tmp_path / "m")
+    with edit_tensors(tmp_path / "m") as tensors:
+        for name, t in tensors.items():
+            if is_decoder_linear(name):
+                t[0] = 0
+    names = [n.removesuffix(".weight") for n in Checkpoint.open(tmp_path / "m").names() if is_decoder_linear(n)]
+    blocks_folder(tmp_path / "m", tmp_path / "q", *map(by_module, names))
+    report = export(tmp_path / "q", converter=checkout(tmp_path / "llama.cpp"))
+    assert report["tensor_types"] == {"Q4_K": 2, "Q6_K": 2, "IQ4_XS": 6, "Q8_0": 1, "F32": 5}

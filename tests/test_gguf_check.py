@@ -21,7 +21,7 @@ from gguf_files import checkout, copy
 
 import llmc
 from llmc.errors import UserError
-from llmc.export.gguf import GgufExportConfig, converter, export_gguf
+from llmc.export.gguf import GgufExportConfig, export_gguf, run_converter
 from llmc.formats.gguf_check import check_runnable, parts
 from llmc.formats.gguf_header import TYPES, Array, read_header
 from llmc.runtimes import trial
@@ -213,7 +213,7 @@ def test_biases_that_llama_cpp_does_not_know(tmp_path: Path) -> None:
     ("print('x' * 100_000, file=sys.stderr); sys.exit(3)", r"\(code 3\): x{1000}"),
 ])
 def test_a_converter_that_dies_or_hangs(tmp_path: Path, change: str, problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(converter, "PATIENCE", 2 if "sleep" in change else 600)
+    monkeypatch.setattr(run_converter, "PATIENCE", 2 if "sleep" in change else 600)
     with pytest.raises(UserError, match=problem):
         export_gguf(GgufExportConfig(model=tiny.build("llama", tmp_path / "m"), out=tmp_path / "m.gguf",
                                      converter=checkout(tmp_path / "llama.cpp", change), threads=1))

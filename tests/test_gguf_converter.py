@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny
+import torch
 from gguf import GGUFReader
 from gguf.quants import dequantize
-from gguf_files import checkout
+from gguf_files import checkout, needs_converter
 from rounding import gptq_folder
-from tiny import build
+from tiny import build, edit_tensors
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from llmc.errors import UserError
-from llmc.export.gguf import GgufExportConfig, export_gguf
-from llmc.export.gguf.converter import Row, RowIndex, _is_matrix
-from llmc.families import FAMILIES
+from llmc.export.gguf import GgufExportConfig, export_gguf, run_converter
+from llmc.export.gguf.matching import Index, digests, evidence
 from llmc.formats.gguf import field
 from llmc.formats.types import IntegerType
+from llmc.sources.llama_cpp import find_converter
 
 
-def export(folder: Path, converter: Path, **options: Any) -> dict[str, Any]:
+def export(folder: Path, converter: Path | None = None, **options: Any) -> dict[str, Any]:
     return export_gguf(GgufExportConfig(model=folder, out=folder.with_suffix(".gguf"), converter=converter, threads=1,
                                         **options))
 
@@ -47,17 +50,12 @@ def test_a_float_model_goes_through_too(tmp_path):
     assert not list(tmp_path.glob(".llmc-convert-*"))
 
 
-@pytest.mark.parametrize(("name", "shape", "matrix"), [
-    ("blk.0.attn_q.weight", (64, 64), True), ("blk.3.ffn_up_exps.weight", (4, 64, 64), True),
-    ("blk.0.ssm_in.weight", (64, 64), True),
-    ("blk.0.ffn_down_shexp.weight", (64, 64), True), ("blk.0.attn_kv_b.weight", (64, 64), True),
-    ("per_layer_token_embd.weight", (64, 64), True), ("blk.0.time_mix_key.weight", (64, 64), True),
-    ("blk.0.ffn_gate_inp.weight", (4, 64), False), ("blk.0.ssm_conv1d.weight", (64, 4), False),
-    ("blk.0.ssm_a", (64, 16), False),
-    ("blk.0.attn_q_norm.weight", (4, 64), False), ("blk.0.attn_norm.weight", (64,), False),
-    ("position_embd.weight", (64, 64), False), ("blk.0.time_mix_w1.weight", (64, 8), False)])
-def test_float_type_is_that_of_every_matrix_whatever_its_name(name: str, shape: tuple[int, ...], matrix: bool) -> None:
-    assert _is_matrix(name, shape) is matrix
+def test_what_llama_cpp_needs_in_float32_stays_so_and_narrow_rows_are_f16(tmp_path):
+    exact = checkout(tmp_path / "exact", 'FLOAT = ["blk.0.ffn_up.weight"]')
+    report = export(build("llama", tmp_path / "m", intermediate_size=80), exact, float_type="q8_0")
+    assert report["tensor_types"] == {"Q8_0": 8, "F16": 2, "F32": 6}  # rows of 80: ffn_down
+    gptq_folder(build("llama", tmp_path / "n"), tmp_path / "q", IntegerType(4, 32))
+    assert export(tmp_path / "q", exact)["tensor_types"] == {"Q4_0": 9, "Q8_0": 1, "F32": 6}
 
 
 def test_a_window_that_llama_cpp_ignores_is_noted(tmp_path):
@@ -78,14 +76,51 @@ def test_metadata_is_the_converters_and_what_llmc_knows_better(tmp_path):
     assert {1, 9} <= set(report["token_ids"]["end_tokens"])
 
 
-def test_values_that_the_converter_changed_are_an_error(tmp_path):
+CHANGED = {"model.layers.1.mlp.down_proj.weight": """
+weights["model.layers.1.mlp.down_proj.weight"] *= 2
+weights["model.layers.1.mlp.up_proj.weight"] /= 2
+""", "model.layers.1.self_attn.v_proj.weight": """
+weights["model.layers.1.self_attn.v_proj.weight"] *= 2
+weights["model.layers.1.self_attn.o_proj.weight"] /= 2
+"""}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_values_that_the_converter_changed_have_8_bits(name, tmp_path):
+    """The model is the same, so the file passes; what a changed linear shares a tensor with has 8 bits too."""
     gptq_folder(build("llama", tmp_path / "m"), tmp_path / "q", IntegerType(4, 32))
-    scaled = checkout(tmp_path / "scaled", 'weights["model.layers.1.mlp.down_proj.weight"] *= 2')
-    with pytest.raises(UserError, match=r"64 rows of 1 quantized linears \(first model\.layers\.1\.mlp\.down_proj\)"):
-        export(tmp_path / "q", scaled)
-    partly = checkout(tmp_path / "partly", 'weights["model.layers.1.self_attn.v_proj.weight"] *= 2')
-    with pytest.raises(UserError, match=r"32 of the 128 rows of blk\.1\.attn_qkv\.weight are in no quantized"):
-        export(tmp_path / "q", partly)
+    report = export(tmp_path / "q", checkout(tmp_path / "changed", CHANGED[name]))
+    assert report["tensor_types"] == {"Q4_0": 8, "Q8_0": 3, "F32": 5}
+    assert any("2 quantized linears (first model.layers.1.mlp.down_proj) have 8 bits" in n
+               if "mlp" in name else " quantized linears (first model.layers.1.self_attn" in n for n in report["notes"])
+
+
+def test_columns_that_the_converter_moved_by_whole_blocks(tmp_path):
+    """Blocks of 32 columns of down_proj change places, and the rows of gate_proj and up_proj with them."""
+    source = gptq_folder(build("llama", tmp_path / "m"), tmp_path / "q", IntegerType(4, 32))
+    moved = checkout(tmp_path / "moved", """
+order = np.arange(128).reshape(4, 32)[[2, 0, 3, 1]].reshape(-1)
+p = "model.layers.1.mlp."
+weights[p + "down_proj.weight"] = weights[p + "down_proj.weight"][:, order]
+for x in ("gate", "up"):
+    weights[p + x + "_proj.weight"] = weights[p + x + "_proj.weight"][order]
+""")
+    report = export(tmp_path / "q", moved)
+    assert report["verified"]["code_weights"] == sum(q.codes.numel() for q in source.values())
+    assert report["tensor_types"] == {"Q4_0": 10, "Q8_0": 1, "F32": 5}
+    found = next(t for t in GGUFReader(report["path"]).tensors if t.name == "blk.1.ffn_down.weight")
+    order = np.arange(128).reshape(4, 32)[[2, 0, 3, 1]].reshape(-1)
+    assert np.array_equal(dequantize(found.data, found.tensor_type),
+                          source["model.layers.1.mlp.down_proj"].dequantize().numpy()[:, order])
+
+
+def test_a_linear_that_the_converter_left_out(tmp_path):
+    gptq_folder(build("llama", tmp_path / "m"), tmp_path / "q", IntegerType(4, 32))
+    without = checkout(tmp_path / "out", """
+weights["model.layers.1.mlp.up_proj.weight"] = weights["model.layers.0.mlp.up_proj.weight"]
+""")
+    with pytest.raises(UserError, match=r"1 quantized linears \(first model\.layers\.1\.mlp\.up_proj\) are not in the file"):
+        export(tmp_path / "q", without)
     assert not (tmp_path / "q.gguf").exists()
 
 
@@ -97,13 +132,22 @@ def test_a_converter_that_fails_is_quoted(tmp_path):
         export(tmp_path / "m", tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------------- rows by value
+def test_the_converter_is_found_or_offered(tmp_path, monkeypatch):
+    monkeypatch.setitem(tiny.FAMILIES, "olmo2", {})
+    folder = build("olmo2", tmp_path / "m")
+    monkeypatch.setenv("LLMC_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match="does not write the architecture Olmo2ForCausalLM") as e:
+        export(folder)
+    assert "`llmc setup converter`" in e.value.hint
 
 
-def index_of(*linears: np.ndarray) -> RowIndex:
-    index = RowIndex()
-    for i, values in enumerate(linears):
-        index.add(i, values, "q4_k")
+# ------------------------------------------------------------------------------------------------------- pieces by value
+
+
+def index_of(*matrices: np.ndarray) -> Index:
+    index = Index()
+    for i, values in enumerate(matrices):
+        index.add(i, digests(values))
     return index
 
 
@@ -112,18 +156,21 @@ def test_rows_are_found_through_permuting_fusing_and_stacking():
     a, b = rng.standard_normal((6, 32)).astype(np.float32), rng.standard_normal((4, 32)).astype(np.float32)
     order = rng.permutation(10)
     index = index_of(a, b)
-    found = index.find("fused", np.concatenate([a, b])[order])
-    assert found == [Row(0, i) if i < 6 else Row(1, i - 6) for i in order]
-    assert not index.left
-    assert index_of(a, b).find("other", rng.standard_normal((6, 32)).astype(np.float32)) is None
-    assert index_of(a, b).find("narrow", a[:, :16].copy()) is None
+    assert set(index.left()) == {0, 1}
+    found = index.find(digests(np.concatenate([a, b])[order]))
+    assert found.tolist() == [[0, i] if i < 6 else [1, i - 6] for i in order]
+    index.place(found)
+    assert not index.left()
+    other = rng.standard_normal((6, 32)).astype(np.float32)
+    assert evidence(other, index.find(digests(other))[:, 0] >= 0) == "none"
 
 
-def test_a_matrix_of_which_only_some_rows_are_known_is_an_error():
+def test_a_matrix_of_which_only_some_rows_are_known():
     a = np.random.default_rng(0).standard_normal((6, 32)).astype(np.float32)
     mixed = np.concatenate([a, a[:2] * 2])
-    with pytest.raises(UserError, match="2 of the 8 rows of mixed"):
-        index_of(a).find("mixed", mixed)
+    found = index_of(a).find(digests(mixed))
+    assert found[6:].tolist() == [[-1, -1]] * 2
+    assert evidence(mixed, found[:, 0] >= 0) == "some"
 
 
 def test_equal_rows_are_each_used_once_and_zero_rows_prove_nothing():
@@ -131,33 +178,97 @@ def test_equal_rows_are_each_used_once_and_zero_rows_prove_nothing():
     a[1] = a[0]
     a[3] = 0
     index = index_of(a, a.copy())
-    assert index.find("padding", np.zeros((5, 32), np.float32)) is None  # an embedding's unused rows, say
-    found = index.find("both", np.concatenate([a[::-1], -0.0 * a[3:], a[:3]]))
-    assert len(set(found)) == 8
-    assert not index.left
+    padding = np.zeros((5, 32), np.float32)  # an embedding's unused rows, say
+    assert evidence(padding, index.find(digests(padding))[:, 0] >= 0) == "none"
+    found = index.find(digests(np.concatenate([a[::-1], -0.0 * a[3:], a[:3]])))
+    assert len({tuple(f) for f in found.tolist()}) == 8
+    index.place(found)
+    assert not index.left()
+    assert index.find(digests(a))[:, 0].min() >= 0, "a row may be in two tensors"
 
 
 # --------------------------------------------------------------------------------------------------- the real converter
 
 
-LLAMA_CPP = os.environ.get("LLMC_LLAMA_CPP")
-OTHERS = {"bloom": {"n_layer": 2, "n_head": 4}, "starcoder2": {"sliding_window": None},
-          "mixtral": {"num_local_experts": 4, "sliding_window": None}}
+MIXTURE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
+MLA: dict[str, Any] = {"kv_lora_rank": 64, "q_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16,
+                       "v_head_dim": 32, "num_key_value_heads": 4}
+DELTA: dict[str, Any] = {
+    "head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32, "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"]}
+# {family: (config, {type: tensors} of the 4-bit file)}
+OTHERS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
+    "bloom": ({"n_layer": 2, "n_head": 4}, {"Q4_0": 8, "Q8_0": 1, "F32": 20}),  # Q, K and V taken apart
+    "gpt_neox": ({"rotary_pct": 0.25}, {"Q4_0": 8, "Q8_0": 2, "F32": 18}),  # a key that transformers 5 renames
+    "mixtral": ({"num_local_experts": 4, "sliding_window": None}, {"Q4_0": 14, "Q8_0": 2, "F32": 7}),  # experts stacked
+    "qwen3_moe": ({"head_dim": 32, **MIXTURE}, {"Q4_0": 14, "Q8_0": 2, "F32": 11}),
+    "youtu": (MLA, {"Q4_0": 14, "Q8_0": 3, "F16": 2, "F32": 9}),  # kv_b_proj split, one half transposed
+}
 
 
-@pytest.mark.skipif(not LLAMA_CPP, reason="LLMC_LLAMA_CPP does not name a llama.cpp checkout")
+def is_linear(name: str) -> bool:
+    return any(x in name for x in (".layers.", ".h.")) and name.endswith(".weight") and not any(
+        x in name for x in ("norm", "gate.weight", "kv_a_proj", "conv1d"))
+
+
+@needs_converter
 @pytest.mark.parametrize("family", OTHERS)
 def test_llama_cpps_own_converter(family, tmp_path, monkeypatch):
-    """Bloom's converter takes Q, K and V apart and Mixtral's stacks experts; llmc knows only the latter by itself."""
-    assert LLAMA_CPP is not None
-    monkeypatch.setitem(tiny.FAMILIES, family, OTHERS[family])
+    config, types = OTHERS[family]
+    monkeypatch.setitem(tiny.FAMILIES, family, config)
     folder = build(family, tmp_path / "m", hidden_size=128)
-    source = gptq_folder(folder, tmp_path / "q", IntegerType(4, 32), lambda n: (
-        (".layers." in n or ".h." in n or n.startswith("h.")) and n.endswith(".weight")
-        and not any(x in n for x in ("norm", "gate.weight"))))
-    if family not in FAMILIES:
-        with pytest.raises(UserError, match="does not write the architecture"):
-            export_gguf(GgufExportConfig(model=tmp_path / "q"))
-    report = export(tmp_path / "q", Path(LLAMA_CPP))
-    assert report["verified"]["code_weights"] == sum(q.codes.numel() for q in source.values())
-    assert report["logits"]["mean_kld"] < 0.05
+    source = gptq_folder(folder, tmp_path / "q", IntegerType(4, 32), is_linear)
+    report = export(tmp_path / "q")
+    assert report["tensor_types"] == types
+    missing = sum(q.codes.numel() for q in source.values()) - report["verified"]["code_weights"]
+    assert missing == (4 * 32 * 64 * 2 if family == "youtu" else 0)
+    assert any("2 quantized linears" in n and "have 8 bits" in n for n in report["notes"]) == (family == "youtu")
+
+
+@needs_converter
+def test_the_vision_part_is_a_second_file(tmp_path):
+    """Gemma 3 with vision, under the hub's names: the text model is proved, and the rest is written beside it."""
+    vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "image_size": 56, "patch_size": 14}
+    text = {**tiny.COMMON, "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64, "num_hidden_layers": 6}
+    c = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4, boi_token_index=2,
+                             eoi_token_index=3, image_token_index=4)
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(c).save_pretrained(tmp_path / "m")
+    tiny.tokenizer().save_pretrained(tmp_path / "m")
+    (tmp_path / "m" / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}')
+    with edit_tensors(tmp_path / "m") as tensors:
+        for name in [n for n in tensors if "vision_tower." in n and "vision_model." not in n]:
+            tensors[name.replace("vision_tower.", "vision_tower.vision_model.")] = tensors.pop(name)
+    report = export(tmp_path / "m", mmproj="f16")
+    beside = Path(report["mmproj"]["path"])
+    assert beside == tmp_path / "mmproj-m-f16.gguf"
+    assert (tmp_path / "mmproj-m-f16.gguf.llmc.json").is_file()
+    reader = GGUFReader(beside)
+    assert field(reader, "general.architecture") == "clip"
+    assert {t.tensor_type.name for t in reader.tensors} == {"F16", "F32"}
+    with pytest.raises(UserError, match="converter failed on n"):
+        export(build("llama", tmp_path / "n"), mmproj="f16")
+    assert not list(tmp_path.glob("*n.gguf*"))
+
+
+PROBE = """
+import sys
+sys.path[:0] = [sys.argv[1] + "/gguf-py", sys.argv[1], sys.argv[3]]
+from pathlib import Path
+import conversion, launcher
+print(launcher.has_mtp(conversion.get_model_class("Qwen3_5ForCausalLM"), Path(sys.argv[2])))
+"""
+
+
+@needs_converter
+def test_whether_a_folder_has_layers_for_several_tokens_is_asked_of_the_converter(tmp_path, monkeypatch):
+    """transformers leaves these layers out when it saves; llama.cpp's converter stops without them or without an option."""
+    monkeypatch.setitem(tiny.FAMILIES, "qwen3_5_text", DELTA)
+    folder = build("qwen3_5_text", tmp_path / "m", hidden_size=128)
+    words = [sys.executable, "-c", PROBE, str(find_converter()), str(folder), str(run_converter.LAUNCHER.parent)]
+    assert subprocess.run(words, capture_output=True, text=True, check=True).stdout == "False\n"
+    with edit_tensors(folder) as tensors:
+        tensors["mtp.fc.weight"] = torch.zeros(128, 256)
+    assert subprocess.run(words, capture_output=True, text=True, check=True).stdout == "True\n"

@@ -75,10 +75,11 @@ def test_wrong_options_are_all_named_at_once():
     assert all(x in e.value.problem for x in ("--embedding 'q3'", "--head 'q9'", "--threads 0"))
 
 
-def test_an_unknown_architecture_names_the_table_and_the_converter(tmp_path):
+def test_an_unknown_architecture_names_the_table_and_the_converter(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMC_CACHE", str(tmp_path / "cache"))  # without the converter
     with pytest.raises(UserError, match=r"OPTForCausalLM as GGUF.*`llmc models`") as e:
         export(build("opt", tmp_path / "m"))
-    assert "--converter" in e.value.hint
+    assert "`llmc setup converter`" in e.value.hint
 
 
 @pytest.mark.parametrize(("family", "values", "message"), [

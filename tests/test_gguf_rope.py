@@ -14,6 +14,7 @@ from tiny import build
 
 from llmc.errors import UserError
 from llmc.export.gguf import GgufExportConfig, export_gguf, verify
+from llmc.export.gguf.arithmetic import Kinds
 from llmc.export.gguf.rope import add_rope, rope_parameters
 from llmc.formats.checkpoint import Checkpoint
 from llmc.runtimes.llamacpp import LlamaCpp
@@ -55,10 +56,10 @@ def test_the_check_sees_a_missing_scaling(tmp_path):
     export_gguf(GgufExportConfig(model=plain, out=tmp_path / "plain.gguf", float_type="f32", threads=1))
     runtime = LlamaCpp(tmp_path / "plain.gguf", context=128, threads=1, flash_attention=False, kv_type="f32")
     ids = np.arange(100) + 5
-    bound, held = verify.Bound(0.01, 1e-3), verify.end_matrices(tmp_path / "plain.gguf")
-    verify.logits(runtime, Checkpoint.open(plain), ids, bound, held)
+    held = verify.end_matrices(tmp_path / "plain.gguf")
+    verify.logits(runtime, Checkpoint.open(plain), ids, 1e-3, held, Kinds())
     with pytest.raises(UserError, match="logits are not torch's"):
-        verify.logits(runtime, Checkpoint.open(scaled), ids, bound, held)
+        verify.logits(runtime, Checkpoint.open(scaled), ids, 1e-3, held, Kinds())
     runtime.close()
 
 

@@ -88,8 +88,10 @@ def test_the_extra_optimum_changes_no_other_pin() -> None:
         "huggingface-hub", "optimum", "optimum-onnx", "tokenizers", "transformers"}
 
 
-# what is imported under another name than it is installed by (datasets is asked for by --calibration hf:NAME)
+# what is imported under another name than it is installed by (datasets is asked for by --calibration hf:NAME, pip by
+# `llmc setup converter` in a child; conversion is a package of llama.cpp's converter)
 IMPORTS = {"yaml": "pyyaml", "llama_cpp": "llama-cpp-python", "google": "protobuf", "datasets": "",
+           "pip": "", "conversion": "",
            "tokenizers": "transformers", "optimum": "optimum-onnx"}
 
 

@@ -16,6 +16,7 @@ from llmc.export.gguf.rope import add_rope
 from llmc.export.windows import ignored
 from llmc.families import FAMILIES, nearest, of_config
 from llmc.families.row import Family, activation_of
+from llmc.sources.llama_cpp import SETUP
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 EPSILONS = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps")
 APPROXIMATED = {"gelu": "its approximation with tanh, which differs by at most 0.0005"}
 
-CONVERTER = "use --converter PATH_TO_A_LLAMA.CPP_CHECKOUT: llama.cpp's converter supports many more"
+CONVERTER = f"run `{SETUP}` once: llama.cpp's converter, which supports many more, comes from the package index"
 
 
 class TensorNames:

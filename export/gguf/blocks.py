@@ -72,5 +72,8 @@ def _encode_rows(name: str, t: torch.Tensor, kind: Kind) -> np.ndarray:
 
 
 def encode(name: str, source: Quantized | torch.Tensor, kind: Kind) -> np.ndarray:
-    """The bytes of one tensor of the file, uint8 [rows, bytes per row]. Codes and block factors are copied without change."""
-    return encode_float(name, source, kind) if isinstance(source, torch.Tensor) else packing.pack(as_blocks(source))
+    """The bytes of one tensor of the file, uint8 [rows, bytes per row]. Codes, factors and bytes (a source of uint8) are
+    copied without change."""
+    if not isinstance(source, torch.Tensor):
+        return packing.pack(as_blocks(source))
+    return source.numpy() if source.dtype == torch.uint8 else encode_float(name, source, kind)

@@ -30,9 +30,12 @@ class GgufExportConfig:
         None, help="Type of the output matrix. A tied model has no output matrix of its own.", choices=END_TYPES,
         group=GGUF, shown="the type of a preset or budget, else --embedding")
     float_type: str = option("f16", help="Type of matrices that are not quantized.", choices=MATRIX_TYPES, group=GGUF)
+    mmproj: str | None = option(
+        None, help="Also write the vision or audio part of a multimodal model, in this type, as mmproj-….gguf beside it.",
+        choices=MATRIX_TYPES, group=GGUF, shown="not written")
     converter: Path | None = option(
-        None, help="A llama.cpp checkout, for architectures that llmc cannot write. llama.cpp's converter lays out the file. "
-                   "The Python code of the checkout is executed.", group=GGUF)
+        None, help="A llama.cpp checkout, whose converter lays out the file. Its Python code is executed.",
+        group=GGUF, shown="that of `llmc setup converter`, for architectures that llmc cannot write itself")
     pre: str | None = option(
         None, help="llama.cpp's name of the pre-tokenizer.", group=GGUF, metavar="NAME", shown="found from tokenizer.json")
     chat_template: str = option(

@@ -14,26 +14,30 @@ from gguf import GGML_QUANT_VERSION, GGUFWriter
 
 from llmc.console import say, size, warn
 from llmc.errors import UserError
-from llmc.export.gguf import metadata, tokenizer, verify, writer
+from llmc.export.gguf import blocks, metadata, tokenizer, verify, writer
 from llmc.export.gguf.architectures import add_hyperparameters, find_architecture
+from llmc.export.gguf.arithmetic import Kinds
 from llmc.export.gguf.blocks import Kind
 from llmc.export.gguf.config import GgufExportConfig
 from llmc.export.gguf.plan import Plan, Planner, Types
+from llmc.export.gguf.projector import publish
 from llmc.export.gguf.writer import GgufTensor
 from llmc.export.memory import MORE, memory_of
 from llmc.export.source import model_folder, source_of, stem
 from llmc.export.windows import ignored
+from llmc.families import of_config
 from llmc.files import check_disk
 from llmc.formats import quantized
 from llmc.formats.chat_template import hash_template
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.hf import load_config, load_tokenizer
-from llmc.formats.manifest import check_output, new_manifest, note_last, read_manifest, staged_artifact
+from llmc.formats.manifest import check_output, new_manifest, note_last, passes_of, read_manifest, staged_artifact
 from llmc.formats.pretokenizers import WITHOUT_MARKS
 from llmc.machine import physical_cores
 from llmc.memory import LLAMA_CPP, Memory
 from llmc.runtimes.amx import use_extra_buffers
 from llmc.runtimes.memory import REPACKED
+from llmc.sources.llama_cpp import SCRIPT, SETUP, find_converter
 
 
 def run(config: GgufExportConfig) -> dict[str, Any]:
@@ -46,21 +50,35 @@ def run(config: GgufExportConfig) -> dict[str, Any]:
     # errors that are cheap to find come before slow work
     quantized.linears(ckpt)
     quantized.check_order(ckpt)
-    if config.converter is None:
-        find_architecture(ckpt.config)
+    script = _converter(config, ckpt)
     threads = config.threads or physical_cores()
     types = Types.choose(config, ckpt)
     torch.set_num_threads(threads)
     tok = load_tokenizer(folder)
-    if config.converter is None:
+    if script is None:
         return _finish(config, ckpt, tok, threads, types, plan_file(config, ckpt, tok, types))
     if config.dry_run:
         raise UserError("--dry-run does not go with --converter: the converter lays out the file while it runs",
                         "leave out --dry-run")
     from llmc.export.gguf.converter import converted
 
-    with converted(config, ckpt, tok, types) as plan:
-        return _finish(config, ckpt, tok, threads, types, plan)
+    with converted(config, script, ckpt, tok, types) as plan:
+        return _finish(config, ckpt, tok, threads, types, plan, script)
+
+
+def _converter(config: GgufExportConfig, ckpt: Checkpoint) -> Path | None:
+    """The script of llama.cpp's converter, if it is asked for or needed; None for an architecture that llmc writes itself."""
+    folder = config.converter.expanduser() if config.converter else None
+    if folder is None:
+        family = of_config(ckpt.config)
+        if family and family.gguf.name and not config.mmproj:
+            return None
+        if (folder := find_converter()) is None:
+            find_architecture(ckpt.config)
+            raise UserError("--mmproj needs llama.cpp's converter", f"run `{SETUP}` once")
+    if not (folder / SCRIPT).is_file():
+        raise UserError(f"{folder} has no {SCRIPT}", "give the folder of a llama.cpp checkout, or leave --converter out")
+    return folder / SCRIPT
 
 
 def _need_packages() -> None:
@@ -94,7 +112,7 @@ def _constant(name: str, values: np.ndarray) -> GgufTensor:
 
 
 def _finish(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, threads: int, types: Types,
-            plan: Plan) -> dict[str, Any]:
+            plan: Plan, script: Path | None = None) -> dict[str, Any]:
     """Complete the metadata, write, verify and publish the file; return the report."""
     source = source_of(ckpt.folder)
     entries, w = plan.entries, plan.writer
@@ -111,6 +129,8 @@ def _finish(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, threads: int, 
                 "bytes_by_class": writer.bytes_by_role(entries), "notes": plan.notes, "disk_bytes": total, **memory.plan(),
                 "threads": threads}
     check_output(out, "gguf", config, ckpt.folder)
+    if config.mmproj:
+        check_output(beside(out, config.mmproj), "gguf", config, ckpt.folder)
     check_disk(out, total + (64 << 20), f"writing {out}")
     memory.check("exporting", MORE)
     for note in plan.notes:
@@ -120,18 +140,25 @@ def _finish(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, threads: int, 
     v = plan.vocabulary
     with staged_artifact(out) as (tmp, manifest):
         writer.write(w, tmp, entries, lambda: verify.header(tmp, ckpt, w.arch))
-        verified = verify.tensors(tmp, entries)
-        checks = verify.in_llama_cpp(tmp, ckpt, tok, plan.vocabulary, entries, plan.context_length, threads)
+        kinds = Kinds()
+        verified = verify.tensors(tmp, entries, kinds)
+        for linear in plan.moved:
+            kind = blocks.kind_of_type(quantized.type_of(ckpt, linear))
+            kinds.add(quantized.read(ckpt, linear).dequantize().numpy(), kind, exact=True)
+        checks = verify.in_llama_cpp(tmp, ckpt, tok, plan.vocabulary, entries, plan.context_length, threads, kinds,
+                                     transposed=plan.lost > 0)
         # where llama.cpp has a window, it has that of the architecture's layers
         unapplied = ignored("llama.cpp", load_config(ckpt.folder), 0 if checks["window"] == 0 else sys.maxsize)
-        late = [note for note in unapplied if note not in plan.notes]
+        late = [note for note in [*unapplied, *_coarse(checks["logits"])] if note not in plan.notes]
         report = {
             "path": str(out), "source": str(ckpt.folder), "architecture": w.arch, "file_type": type_name,
             "bytes": tmp.stat().st_size, "bytes_by_class": writer.bytes_by_role(entries), "parameters": parameters,
             "tensor_types": dict(Counter(e.kind.name for e in entries)), "verified": verified,
             "pre_tokenizer": v.pre, "chat_template_sha256": hash_template(v.template), "notes": plan.notes + late, **checks,
         }
-        manifest.update(_record(ckpt, config, source, report))
+        if plan.projector is not None:
+            report["mmproj"] = publish(plan.projector, out, str(config.mmproj), source, passes_of(ckpt.folder))
+        manifest.update(_record(ckpt, config, source, report, script is not None))
     note_last(out, "gguf")
     for note in late:
         warn(note)
@@ -151,12 +178,21 @@ def _memory(ckpt: Checkpoint, entries: list[GgufTensor]) -> Memory:
     return memory_of(ckpt.folder, sum(e.nbytes for e in entries), ends, copies, LLAMA_CPP)
 
 
-def _record(ckpt: Checkpoint, config: GgufExportConfig, source: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+def _coarse(logits: dict[str, Any]) -> list[str]:
+    """A note if the check of the logits could miss a small fault."""
+    if logits["max_relative_error"] < verify.COARSE or "layers" in logits:
+        return []
+    return [f"the layers of this model cannot be compared one by one with llama.cpp's: its logits differ by "
+            f"{logits['relative_error']:.1%}, as far as roundings can explain"]
+
+
+def _record(ckpt: Checkpoint, config: GgufExportConfig, source: dict[str, Any], report: dict[str, Any],
+            converter: bool) -> dict[str, Any]:
     """The manifest beside the file. It continues the passes of the source model."""
     before = read_manifest(ckpt.folder) or {}
     options = {"embedding": config.embedding, "head": config.head, "float_type": config.float_type,
                "pre": config.pre, "chat_template": config.chat_template,
-               "converter": config.converter is not None}
+               "converter": converter}
     measured = {k: v for k, v in report.items() if k not in ("path", "source")}
     this = {"name": "export-gguf", "config": options, **measured}
     return new_manifest("gguf", source, [*before.get("passes", []), this])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,13 +66,19 @@ class Types:
 
 @dataclass
 class Plan:
-    """A file that is planned but not written. `writer` holds its metadata."""
+    """A file that is planned but not written. `writer` holds its metadata.
+
+    moved: quantized linears whose columns the converter moved. lost: how many have no codes in the file.
+    projector: a temporary file with the vision or audio part of the model, to be published beside it."""
 
     writer: GGUFWriter
     entries: list[GgufTensor]
     vocabulary: Vocabulary
     context_length: int
     notes: list[str] = field(default_factory=list)
+    moved: list[str] = field(default_factory=list)
+    lost: int = 0
+    projector: Path | None = None
 
 
 def reorder(source: Source, rows: np.ndarray) -> Source:

@@ -19,7 +19,7 @@ from llmc.families import by_gguf
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-ADVICE = "use --converter with a llama.cpp checkout, if its converter supports the model"
+ADVICE = "llama.cpp's converter may support the model: give the folder that `llmc setup converter` prints with --converter"
 
 
 @dataclass(frozen=True)

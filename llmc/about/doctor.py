@@ -13,6 +13,7 @@ from typing import Any
 from llmc import machine
 from llmc.files import cache_folder, existing
 from llmc.privacy import telemetry_off
+from llmc.sources.llama_cpp import PACKAGE, SETUP, find_converter
 
 # {extra: {distribution: module that must import}}
 PACKAGES = {
@@ -36,12 +37,18 @@ def examine() -> dict[str, Any]:
     """Everything that `llmc doctor` reports.
 
     Returns {'ok' (the core works), 'machine', 'devices', 'disk' (bytes free), 'runtimes' (None: not installed), 'packages',
-    'missing' (each {'what', 'why', 'install'})}.
+    'converter' (folder of llama.cpp's converter, None: not set up), 'missing' (each {'what', 'why', 'install'})}.
     """
     telemetry_off()
     packages = {extra: {d: _package(d, module) for d, module in group.items()} for extra, group in PACKAGES.items()}
     problems = {extra: {d: p["problem"] for d, p in group.items() if p["problem"]} for extra, group in packages.items()}
     ok = not problems["core"]
+    converter = find_converter()
+    missing = [{"what": ", ".join(broken), "why": "; ".join(broken.values()), "install": INSTALL[extra]}
+               for extra, broken in problems.items() if broken]
+    if converter is None and _works(packages, PACKAGE):
+        missing.append({"what": "llama.cpp's converter", "install": SETUP,
+                        "why": "llama.cpp's converter, for GGUF files of architectures that llmc does not write itself"})
     runtimes = {name: look() if _works(packages, d) else None for name, (d, look) in RUNTIMES.items()}
     return {
         "ok": ok,
@@ -50,10 +57,8 @@ def examine() -> dict[str, Any]:
         "disk": {"here": shutil.disk_usage(Path.cwd()).free, "cache": _free(cache_folder())},
         "runtimes": runtimes,
         "packages": packages,
-        "missing": [
-            {"what": ", ".join(broken), "why": "; ".join(broken.values()), "install": INSTALL[extra]}
-            for extra, broken in problems.items() if broken
-        ],
+        "converter": None if converter is None else str(converter),
+        "missing": missing,
     }
 
 
@@ -131,6 +136,7 @@ def describe(report: dict[str, Any]) -> str:
         lines.append("device     cpu only: torch finds neither CUDA nor MPS")
     for name, runtime in report["runtimes"].items():
         lines.append(f"runtime    {name}: " + (_one_line(runtime) if runtime else "not installed"))
+    lines.append(f"converter  {report['converter'] or 'not set up'}")
     for extra, group in report["packages"].items():
         found = [f"{d} {p['version']}" for d, p in group.items() if not p["problem"]]
         lines.append(f"{extra:<10} {', '.join(found) or 'nothing'}")

@@ -27,6 +27,7 @@ TABLE: dict[str, tuple[str, str]] = {
     "inspect": ("inspect", "Show what is inside an artifact."),
     "verify": ("verify", "Check an artifact against its manifest."),
     "models": ("models", "Show what llmc can do with each model family."),
+    "setup": ("setup", "Get llama.cpp's converter, for `llmc export`."),
     "doctor": ("doctor", "Show what is installed and what is missing."),
     "target": ("target", "Manage the devices that artifacts are measured on."),
     "run": ("run_recipe", "Run a recipe: a chain of llmc's commands."),

@@ -16,7 +16,6 @@ ROLES = {
     "ffn_gate": r"gate_proj|w1",
     "ffn_up": r"up_proj|c_fc|dense_h_to_4h|fc1|w3",
 }
-_GGUF_MATRIX = re.compile(rf"blk\.\d+\.({'|'.join(ROLES)})(_exps)?\.weight")
 
 CLASSES = ("embedding", "head", "attention", "mlp", "other")
 # The first match counts. `other` is for norms and for names without a rule. Hugging Face names come before GGUF names.
@@ -37,8 +36,3 @@ def role_of(linear: str) -> str:
 def classify(name: str) -> str:
     """The class of a tensor, one of CLASSES, from its Hugging Face or llama.cpp name."""
     return next((kind for kind, pattern in _RULES if re.search(pattern, name)), "other")
-
-
-def is_layer_matrix(name: str) -> bool:
-    """True if the name is that of a GGUF tensor with a role in a decoder layer, experts included."""
-    return _GGUF_MATRIX.fullmatch(name) is not None
