@@ -107,7 +107,8 @@ def _rays(groups: torch.Tensor, qtype: BlockType, dtype: torch.dtype) -> tuple[t
 
 def _divisor(step: torch.Tensor, bounds: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     """d [n] and whole numbers [n, groups] within bounds, so that d times the numbers is nearest to `step` [n, groups]. The
-    largest step has the outermost number that makes the others whole; 0 where no number does."""
+    largest step has the outermost number that makes the others whole; 0 where no number does. A step whose number is one too
+    high gets its negative: its weights have the levels of the other sign."""
     low, high = bounds
     largest = step.gather(1, step.abs().argmax(1, keepdim=True))
     d, numbers = torch.zeros_like(largest), torch.zeros_like(step)
@@ -115,10 +116,11 @@ def _divisor(step: torch.Tensor, bounds: tuple[int, int]) -> tuple[torch.Tensor,
     for size in sizes:
         tried = largest / size
         whole = torch.where(tried != 0, step / tried, 0.0)
-        near = whole.round().clamp(low, high)
-        fits = ((whole - near).abs() <= NEAR).all(1, keepdim=True) & (d == 0) & (tried != 0)
+        near = whole.round()
+        near = torch.where((near > high) & (low < 0), -near, near).clamp(low, high)
+        fits = ((whole.abs() - near.abs()).abs() <= NEAR).all(1, keepdim=True) & (d == 0) & (tried != 0)
         d, numbers = torch.where(fits, tried, d), torch.where(fits, near, numbers)
-    return _fitted(step, numbers, d[:, 0]), numbers
+    return _fitted(step.abs(), numbers.abs(), d[:, 0].abs()) * d[:, 0].sign(), numbers
 
 
 def _starts(start: torch.Tensor, step: torch.Tensor, qtype: BlockType) -> tuple[torch.Tensor, torch.Tensor]:
