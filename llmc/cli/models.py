@@ -24,6 +24,7 @@ def models(
     """
     from llmc.about.models import describe
     from llmc.about.models import models as table
+    from llmc.sources.llama_cpp import find_converter
 
-    found = table(converter)
+    found = table(converter or find_converter())
     print(json.dumps(found, indent=2) if as_json else describe(found))
