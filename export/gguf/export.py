@@ -20,7 +20,7 @@ from llmc.export.gguf.arithmetic import Kinds
 from llmc.export.gguf.blocks import Kind
 from llmc.export.gguf.config import GgufExportConfig
 from llmc.export.gguf.plan import Plan, Planner, Types
-from llmc.export.gguf.projector import publish
+from llmc.export.gguf.projector import beside, publish
 from llmc.export.gguf.writer import GgufTensor
 from llmc.export.memory import MORE, memory_of
 from llmc.export.source import model_folder, source_of, stem
