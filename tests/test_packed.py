@@ -14,7 +14,9 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFReader
 from gguf.quants import dequantize
+from gguf_files import needs_converter
 from rounding import is_decoder_linear, round_to, write_folder
+from safetensors.torch import load_file
 from tiny import build, change_tensors, edit_config, edit_tensors
 
 import llmc
@@ -367,6 +369,25 @@ def test_experts_of_gpt_oss(gpt_oss: tuple[Path, dict[str, torch.Tensor]]) -> No
         assert torch.equal(model.get_parameter(name), value)
     assert llmc.inspect(folder)["weights"]["types"]["MXFP4"] == sum(v.numel() for v in values.values()) * 17 // 32
     assert list(artifact_at(folder).problems()) == []
+
+
+@needs_converter
+def test_experts_of_gpt_oss_go_into_gguf_bit_for_bit(gpt_oss: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
+    folder, values = gpt_oss
+    report = llmc.export(folder, format="gguf", out=tmp_path / "m.gguf")
+    assert report["tensor_types"]["MXFP4"] == 6  # gate, up and down of two layers
+    assert report["logits"]["mean_kld"] < 1e-3
+    stored = {t.name: t for t in GGUFReader(tmp_path / "m.gguf").tensors}
+    raw = load_file(folder / "model.safetensors")
+    for layer in range(2):
+        name = f"model.layers.{layer}.mlp.experts."
+        for role, part, rows in (("gate", "gate_up_proj", slice(0, None, 2)), ("up", "gate_up_proj", slice(1, None, 2)),
+                                 ("down", "down_proj", slice(None))):
+            blocks, scales = (raw[f"{name}{part}_{kind}"][:, rows].numpy() for kind in ("blocks", "scales"))
+            expected = np.stack([mxfp4.pack(b, s) for b, s in zip(blocks, scales, strict=True)])
+            found = stored[f"blk.{layer}.ffn_{role}_exps.weight"].data
+            assert np.array_equal(found.view(np.uint8).reshape(expected.shape), expected)
+    assert len(values) == 4
 
 
 # ------------------------------------------------------------------------------------------------------ by name

@@ -126,6 +126,6 @@ def file_type(entries: list[GgufTensor]) -> tuple[int, str]:
     if kind == Kind.F32:
         return int(LlamaFileType.ALL_F32), kind.name
     names = LlamaFileType.__members__
-    plain = f"MOSTLY_{kind.name}"
-    # when llama.cpp has to guess, it labels a file of mostly Q3_K, Q4_K or Q5_K as medium
-    return int(names[plain] if plain in names else names[f"{plain}_M"]), kind.name
+    # when llama.cpp has to guess, it labels a file of mostly Q3_K, Q4_K or Q5_K as medium; MXFP4 is for experts
+    spelled = (f"MOSTLY_{kind.name}{suffix}" for suffix in ("", "_M", "_MOE"))
+    return int(next(names[name] for name in spelled if name in names)), kind.name
