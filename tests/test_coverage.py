@@ -173,3 +173,39 @@ def test_few_linears_that_no_type_holds_stay_floats(tmp_path: Path) -> None:
 def test_gates_that_are_no_linears_are_counted(tmp_path: Path) -> None:
     plan = llmc.quantize(build("recurrent_gemma", tmp_path / "m"), method="rtn", dry_run=True)
     assert plan["floats"]["block-diagonal matrices"]["weights"] == 2 * 2 * 4 * 16 * 16
+
+
+@pytest.fixture(scope="module", params=["bert", "bart", "t5"])
+def no_decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An encoder, and two encoders with a decoder."""
+    folder = tmp_path_factory.mktemp(request.param) / "m"
+    size = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    wide = {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 128,
+            "decoder_attention_heads": 4, "decoder_ffn_dim": 128}
+    t5 = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
+    cls, config = {"bert": (T.BertForMaskedLM, T.BertConfig(vocab_size=512, **size)),
+                   "bart": (T.BartForConditionalGeneration, T.BartConfig(vocab_size=512, **wide)),
+                   "t5": (T.T5ForConditionalGeneration, T.T5Config(vocab_size=512, **t5))}[request.param]
+    torch.manual_seed(0)
+    cls(config).save_pretrained(folder)
+    tiny.tokenizer("gpt2").save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("command", [
+    lambda m, text, out: llmc.quantize(m, method="rtn", out=out),
+    lambda m, text, out: llmc.quantize(m, calibration=text, out=out),
+    lambda m, text, out: llmc.prune(m, method="magnitude", calibration=text, out=out),
+    lambda m, text, out: llmc.transform(m, scaling="equalize", out=out),
+    lambda m, text, out: llmc.heal(m, teacher=str(m), calibration=(text,), out=out),
+    lambda m, text, out: llmc.distill(m, teacher=str(m), calibration=(text,), out=out),
+    lambda m, text, out: llmc.imatrix(m, calibration=text, out=out),
+    lambda m, text, out: llmc.export(m, format="gguf", out=out), lambda m, text, out: llmc.export(m, format="onnx", out=out),
+    lambda m, text, out: llmc.evaluate(m, text=text, out=out), lambda m, text, out: llmc.bench(m, out=out),
+], ids=["rtn", "gptq", "prune", "transform", "heal", "distill", "imatrix", "gguf", "onnx", "eval", "bench"])
+def test_what_is_no_decoder_is_refused_by_every_command(no_decoder: Path, command: Any, text: Path, tmp_path: Path) -> None:
+    before = set(no_decoder.parent.iterdir())
+    with pytest.raises(UserError):
+        command(no_decoder, str(text), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert set(no_decoder.parent.iterdir()) == before

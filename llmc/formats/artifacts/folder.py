@@ -85,9 +85,15 @@ class FolderArtifact(Artifact):
 
     def shape(self) -> dict[str, int]:
         config = self._config(self._open().config)
-        return {"layers": int(config.get("num_hidden_layers") or config["n_layer"]),
-                "heads": int(config.get("num_attention_heads") or config["n_head"]),
-                "vocabulary": int(config["vocab_size"])}
+        def number(*keys: str) -> int:
+            return int(next((config[key] for key in keys if config.get(key)), 0))
+
+        found = {"layers": number("num_hidden_layers", "n_layer"), "heads": number("num_attention_heads", "n_head"),
+                 "vocabulary": number("vocab_size")}
+        if lacking := [name for name in ("layers", "vocabulary") if not found[name]]:  # Mamba has no heads
+            raise UserError(f"config.json of {self.path} (model_type {config.get('model_type')}) has no number for "
+                            f"{' and '.join(lacking)}", "llmc needs a decoder-only language model")
+        return found
 
     def kv_shape(self) -> KvShape | None:
         from llmc.formats.checkpoint import read_config
