@@ -60,7 +60,7 @@ CHUNK = f"--context 32 --chunks 1 {SMALL}"
 SPEED = f"--prompt 8 --generate 2 --warmup 0 {SMALL}"
 ARTIFACTS = ("base", "q.gguf", "q-onnx")
 LINES = (
-    line("doctor"), line("inspect base"),
+    line("doctor"), line("inspect base"), line("models"), line("setup converter --sdist text.txt", code=2),
     line("recipe ls"), line("recipe show edge-4bit"), line("recipe cp edge-4bit copy.yaml", writes=("copy.yaml",)),
     line("recipe validate copy.yaml"),
     line(f"quantize base --method rtn -o q {SMALL}"), line(f"quantize base {TEXT} -o g"),

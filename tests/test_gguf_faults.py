@@ -43,8 +43,14 @@ def rows(name: str, order: Callable[[int], np.ndarray]) -> Change:
     """A fault: the rows of a tensor in another order."""
     def change(plan: Plan) -> None:
         at, e = next((i, e) for i, e in enumerate(plan.entries) if e.name == name)
-        index = order(int(np.prod(e.shape[:-1])))
-        plan.entries[at] = replace(e, source=lambda: reorder(e.source(), index))
+        if not e.more:
+            index = order(int(np.prod(e.shape[:-1])))
+            plan.entries[at] = replace(e, source=lambda: reorder(e.source(), index))
+            return
+        experts, rows = e.shape[:2]  # a source for each expert
+        moved = order(experts * rows).reshape(experts, rows)
+        sources = [lambda s=e.sources[index[0] // rows], i=index % rows: reorder(s(), i) for index in moved]  # type: ignore
+        plan.entries[at] = replace(e, source=sources[0], more=tuple(sources[1:]))
     return change
 
 

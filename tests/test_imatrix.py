@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gguf import GGUFReader
+from gguf import GGUFReader, GGUFWriter
 from killing import interrupted, resumed
 from tiny import build, write_text
 from torch import nn
@@ -59,7 +59,8 @@ def exported(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors that `llmc export` puts into a GGUF file, by llama.cpp's names."""
     ckpt = Checkpoint.open(folder)
     types = Types.choose(GgufExportConfig(float_type="f32"), ckpt)
-    entries = Planner(ckpt, find_architecture(ckpt.config), AutoConfig.from_pretrained(folder), types).entries()
+    entries = Planner(ckpt, find_architecture(ckpt.config), AutoConfig.from_pretrained(folder), types,
+                      GGUFWriter(None, "llama")).entries()
     found = {e.name: e.source() for e in entries}
     return {name: t for name, t in found.items() if isinstance(t, torch.Tensor)}
 

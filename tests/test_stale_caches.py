@@ -100,7 +100,7 @@ def test_sampled_text(base: Path, skeleton: Skeleton, tmp_path: Path, monkeypatc
 def test_sensitivities(base: Path, skeleton: Skeleton, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     count = itertools.count(1)
-    monkeypatch.setattr(budget, "load_torch_model", lambda *a: None)
+    monkeypatch.setattr(budget, "load_torch_model", lambda *a: torch.nn.Module())
     monkeypatch.setattr(budget, "measure", lambda *a: {"number": next(count)})
     monkeypatch.setattr(budget, "sample_from_model", lambda *a: None)
     text = write_text(tmp_path / "text.txt")
@@ -154,7 +154,7 @@ def test_the_folder_that_waits_for_healing(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("llmc.compress.heal.run.heal", heal)
     config = QuantizeConfig(calibration=str(text), heal=2, out=tmp_path / "out", resume=True)
     job = SimpleNamespace(config=config, out=config.out, source=tmp_path, importance=None, threads=1,
-                          described={"files": {"a": "1"}}, run=run)
+                          described={"files": {"a": "1"}}, run=run, healing=lambda: None)
     for change, runs in (("", 1), ("", 1), ("a new text", 2), ("", 2)):
         job.out = config.out
         text.write_text(change or text.read_text())

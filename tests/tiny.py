@@ -92,13 +92,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def family_of(name: str) -> str:
-    """The model_type of an entry of FAMILIES or MODELS."""
-    return name if name in FAMILIES else MODELS[name][0]
+    """The model_type of an entry of FAMILIES or MODELS; others are one."""
+    return MODELS[name][0] if name in MODELS and name not in FAMILIES else name
 
 
 def values_of(name: str) -> dict[str, Any]:
     """What the config of an entry states."""
-    return {**COMMON, **(FAMILIES[name] if name in FAMILIES else MODELS[name][1])}
+    return {**COMMON, **(FAMILIES[name] if name in FAMILIES else MODELS[name][1] if name in MODELS else {})}
 
 
 # one entry for each family

@@ -24,6 +24,7 @@ from llmc.evals.report import store as report
 from llmc.evals.report.schema import Quality, Report, RuntimeFacts, Task, Text, Value
 from llmc.formats import kv
 from llmc.formats.artifacts.table import artifact_at
+from llmc.formats.gguf_check import check_runnable
 from llmc.formats.manifest import read_manifest
 from llmc.machine import physical_cores
 from llmc.overlap import overlap
@@ -67,6 +68,9 @@ def evaluate(config: EvalConfig) -> Report:
     base_digest = None if base is None else report.hash_artifact(base)
     # the same file on another device or with another KV cache type is not its own base: it must be measured
     is_base = base_digest == described["sha256"] and kv_type == artifact_at(artifact).kv_default and config.target is None
+    for model in (artifact, base):  # a wrong number in the header would count as memory
+        if model is not None and model.suffix == ".gguf":
+            check_runnable(model)
     if config.device == "cpu":
         memory_of(artifact, None if is_base else base, config).check("evaluating", "choose a smaller --context")
     if config.second_text is None and texts:

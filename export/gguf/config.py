@@ -31,7 +31,8 @@ class GgufExportConfig:
         group=GGUF, shown="the type of a preset or budget, else --embedding")
     float_type: str = option("f16", help="Type of matrices that are not quantized.", choices=MATRIX_TYPES, group=GGUF)
     mmproj: str | None = option(
-        None, help="Also write the vision or audio part of a multimodal model, in this type, as mmproj-….gguf beside it.",
+        None, help="Also write the vision or audio part of a multimodal model, in this type, as mmproj-NAME-f16.gguf "
+                   "beside it.",
         choices=MATRIX_TYPES, group=GGUF, shown="not written")
     converter: Path | None = option(
         None, help="A llama.cpp checkout, whose converter lays out the file. Its Python code is executed.",

@@ -79,6 +79,7 @@ def _of_node(node: NodeProto, sizes: dict[str, Any]) -> Iterator[str]:
     if node.domain != OWN:
         return
     for key, (least, most) in NUMBERS.items():
+        least = 0 if node.op_type == "RotaryEmbedding" else least  # there 0 heads means: found from the shape
         value = values.get(key, None if key in REQUIRED.get(node.op_type, ()) else least)
         if not isinstance(value, int) or not least <= value <= most:
             yield f"has {key} = {value!r:.40}, not a whole number from {least} to {most}"
