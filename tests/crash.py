@@ -17,7 +17,7 @@ import pytest
 NOTES = (".hashes.json", "step-times.json")  # they depend on the clock and on how often a command ran
 # Values that depend on the clock, by their keys in JSON files.
 CLOCK = ("accuracy_levels", "accuracy_reason", "at", "created", "files", "resumed", "seconds", "speeds",
-         "bytes", "left")  # of a step's reports, which hold seconds
+         "bytes", "left", "crc32")  # of a step's reports and records, which hold seconds
 
 TIME = re.compile("(–|# s|# min # s|# h # min)( \\(resumed\\))?".encode())  # of a step, on a page; digits are # there
 

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import architectures
+import mixtures
 import numpy as np
 import pytest
 import tiny
@@ -18,6 +20,7 @@ from rounding import gptq_folder
 from tiny import build, edit_tensors
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+import llmc
 from llmc.errors import UserError
 from llmc.export.gguf import GgufExportConfig, export_gguf, run_converter
 from llmc.export.gguf.matching import Index, digests, evidence
@@ -271,3 +274,21 @@ def test_whether_a_folder_has_layers_for_several_tokens_is_asked_of_the_converte
     with edit_tensors(folder) as tensors:
         tensors["mtp.fc.weight"] = torch.zeros(128, 256)
     assert subprocess.run(words, capture_output=True, text=True, check=True).stdout == "True\n"
+
+
+@needs_converter
+def test_kinds_of_layers_keep_the_words_of_the_hub(tmp_path):
+    """Granite 4 H says "mamba" and "attention". transformers 5 hands the converter other words, which it does not know."""
+    folder = architectures.build("granitemoehybrid", tmp_path / "m")
+    tiny.edit_config(folder, layer_types=["mamba", "attention", "mamba"])
+    assert export(folder, float_type="f32")["logits"]["mean_kld"] < 1e-8
+
+
+@needs_converter
+def test_stacked_experts_are_stacked_again_for_the_converter(tmp_path):
+    """Each expert has codes of its own in a quantized folder; the converter knows the tensor of all experts."""
+    folder = mixtures.build("granitemoe", tmp_path / "m")
+    llmc.quantize(folder, method="rtn", out=tmp_path / "q")
+    report = export(tmp_path / "q")
+    assert report["tensor_types"]["Q4_0"] == 2 * 7  # four of attention, and gate, up and down of the experts
+    assert report["logits"]["mean_kld"] < 1e-3

@@ -33,6 +33,9 @@ from llmc.files import check_disk, work_folder, write_json
 from llmc.formats import pretokenizers, quantized
 from llmc.formats.checkpoint import INDEX, Checkpoint
 from llmc.formats.gguf import field, open_gguf
+from llmc.formats.hf import empty_model, load_config
+from llmc.formats.mixture import is_transposed
+from llmc.formats.names import Names
 from llmc.formats.tokenizer_files import copy_tokenizer_files
 
 SHARD = 1_000_000_000
@@ -86,11 +89,23 @@ def _write_skeleton(ckpt: Checkpoint, linears: list[str], folder: Path) -> Path:
         weight_map.update(dict.fromkeys(shard, name))
         shard.clear()
 
+    names = Names.of(ckpt, model := empty_model(load_config(ckpt.folder)), linears)
+    stacks: dict[str, dict[int, torch.Tensor]] = {}  # experts that the files of the source have in one tensor
     with progress("dequantizing tensor", len(linears)) as p:
         for name in [n for n in ckpt.names() if n not in packed] + [f"{linear}.weight" for linear in linears]:
             linear = name.removesuffix(".weight")
             if name in ckpt:
                 shard[name] = ckpt.tensor(name)
+            elif (place := names.stack_of(linear)) is not None:
+                parameter, number = place
+                owner = model.get_submodule(parameter.rpartition(".")[0])
+                values = quantized.read(ckpt, linear).dequantize()
+                stack = stacks.setdefault(whole := names.stack_name(linear), {})
+                stack[number] = values.t() if is_transposed(owner) else values
+                if len(stack) == model.get_parameter(parameter).shape[0]:
+                    shard[whole] = torch.stack([stack[i] for i in range(len(stack))])
+                    del stacks[whole]
+                p.step(linear)
             else:
                 shard[name] = quantized.read(ckpt, linear).dequantize()
                 p.step(linear)

@@ -37,6 +37,7 @@ from llmc.machine import physical_cores
 from llmc.memory import LLAMA_CPP, Memory
 from llmc.runtimes.amx import use_extra_buffers
 from llmc.runtimes.memory import REPACKED
+from llmc.runtimes.trial import try_first
 from llmc.sources.llama_cpp import SCRIPT, SETUP, find_converter
 
 
@@ -145,6 +146,8 @@ def _finish(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, threads: int, 
         for linear in plan.moved:
             kind = blocks.kind_of_type(quantized.type_of(ckpt, linear))
             kinds.add(quantized.read(ckpt, linear).dequantize().numpy(), kind, exact=True)
+        if script is not None:  # llama.cpp aborts at some files of architectures that few have tried
+            try_first(tmp)
         checks = verify.in_llama_cpp(tmp, ckpt, tok, plan.vocabulary, entries, plan.context_length, threads, kinds,
                                      transposed=plan.lost > 0)
         # where llama.cpp has a window, it has that of the architecture's layers

@@ -97,6 +97,8 @@ def complete(read: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
     """config.json as transformers read it, with keys that transformers left out or renamed."""
     for key, value in stored.items():
         read.setdefault(key, value)
+        if isinstance(value, list) and value and all(isinstance(word, str) for word in value):
+            read[key] = value  # kinds of layers: transformers 5 reads "mamba" and hands on "linear_attention"
         if isinstance(value, dict) and isinstance(read[key], dict):
             complete(read[key], value)
     if rope := read.get("rope_parameters"):

@@ -139,7 +139,11 @@ def logits(runtime: OnnxModel, ckpt: Checkpoint, ids: np.ndarray, weights: Weigh
     """Compare the logits of torch and ONNX Runtime at accuracy level 0 for the same ids; raise UserError beyond the bounds.
 
     runtime: a session at that level that also outputs the inputs and outputs of W8A8 linears."""
-    linears.values = runtime.values(ids)
+    try:
+        linears.values = runtime.values(ids)
+    except RuntimeError as e:
+        raise UserError(f"ONNX Runtime does not run the graph: {' '.join(str(e).split())[:300]}",
+                        "its operators do not support this model; export it as GGUF (--format gguf)") from e
     found = linears.values.pop("logits")
     ends = {"embedding": weights.as_stored(weights.embedding), "head": weights.as_stored(weights.head)}
     expected = reference_logits(ckpt, ids, ends, weights.as_stored, linears.replace)[:, : found.shape[1]]

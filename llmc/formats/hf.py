@@ -166,7 +166,7 @@ def load_torch_model(folder: Path, device: str = "cpu", dtype: torch.dtype = tor
                 with torch.device("meta"):
                     skeleton = auto.from_config(config)
                 weights = _dequantized(ckpt, skeleton, dtype)
-                model, info = type(skeleton).from_pretrained(None, config=config, state_dict=weights, **kwargs)
+                model, info = type(skeleton).from_pretrained(None, config=skeleton.config, state_dict=weights, **kwargs)
     except (ValueError, KeyError, OSError, SafetensorError) as e:
         raise UserError(f"transformers cannot load {folder}: {str(e).splitlines()[0]}",
                         "llmc runs causal language models whose code is part of transformers") from e

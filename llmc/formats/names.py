@@ -50,6 +50,7 @@ class Names:
         self._own: dict[str, str] = {}  # tensor or quantized linear -> what the model calls it
         self._places: dict[str, Stored] = {}  # parameter -> its place
         self._merged: dict[str, list[tuple[str, Target]]] = {}  # parameter -> the tensors that transformers makes it of
+        self._stacks: dict[str, str] = {}  # quantized linear -> the tensor of which it is one expert
         self._leaves: dict[str, dict[str, None]] = {}  # stacked parameter -> names of its linears in one expert
 
     @classmethod
@@ -75,8 +76,11 @@ class Names:
             name = linear if linear is not None else stored
             found, number = self._target(stored), None
             if found is None and linear is not None and (split := re.fullmatch(r"(.*)\.(\d+)", linear)):
-                base, number = split.group(1), int(split.group(2))
-                found = self._target(base) or self._target(f"{base}.weight")
+                number = int(split.group(2))
+                for base in (split.group(1), f"{split.group(1)}.weight"):
+                    if (found := self._target(base)) is not None:
+                        self._stacks[linear] = base
+                        break
             if found is None:
                 continue
             if found.parameter in self.stacked:
@@ -180,6 +184,10 @@ class Names:
                                 f"{count - len(numbers)} of them would stay as they are",
                                 "give a --keep that fits all of its experts, or none")
         return found
+
+    def stack_name(self, stored: str) -> str:
+        """The name of the tensor of which a quantized linear was one expert."""
+        return self._stacks[stored]
 
     def stack_of(self, stored: str) -> tuple[str, int] | None:
         """(stacked parameter, number of the expert) of a quantized linear that is one of its experts; None for others."""

@@ -86,10 +86,12 @@ class FolderArtifact(Artifact):
     def shape(self) -> dict[str, int]:
         config = self._config(self._open().config)
         def number(*keys: str) -> int:
-            return int(next((config[key] for key in keys if config.get(key)), 0))
+            """The first that is given; of a list with an entry for each layer its length."""
+            value = next((config[key] for key in keys if config.get(key)), 0)
+            return len(value) if isinstance(value, list) else int(value)
 
-        found = {"layers": number("num_hidden_layers", "n_layer"), "heads": number("num_attention_heads", "n_head"),
-                 "vocabulary": number("vocab_size")}
+        found = {"layers": number("num_hidden_layers", "n_layer", "n_layers", "layers_block_type", "layer_types"),
+                 "heads": number("num_attention_heads", "n_head", "n_heads"), "vocabulary": number("vocab_size")}
         if lacking := [name for name in ("layers", "vocabulary") if not found[name]]:  # Mamba has no heads
             raise UserError(f"config.json of {self.path} (model_type {config.get('model_type')}) has no number for "
                             f"{' and '.join(lacking)}", "llmc needs a decoder-only language model")
