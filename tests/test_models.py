@@ -215,10 +215,19 @@ def test_width(name: str, tmp_path: Path, text: Path) -> None:
         figures["kld"] = done["quality"]["kld"]["value"]
 
 
+NO_ONNX = {"granite_bias": "RoPE style is not currently supported"}  # llama3's, of Granite
+
+
 @pytest.mark.parametrize("name", those(lambda f: f.architecture in known()))
 def test_onnx(name: str, tmp_path: Path) -> None:
+    # ONNX Runtime rotates at least 16 dimensions of a head: with 4 heads and partial rotation a small width has too few
+    wide = build(name, tmp_path / "m", hidden_size=256)
+    gptq_folder(wide, tmp_path / "q", IntegerType(4, 32))
+    if name in NO_ONNX:
+        with pytest.raises(UserError, match=NO_ONNX[name]):
+            onnx_files.export(tmp_path / "q")
+        return
     with proving(name, "onnx") as figures:
-        gptq_folder(build(name, tmp_path / "m"), tmp_path / "q", IntegerType(4, 32))
         report = onnx_files.export(tmp_path / "q")
         figures["relative_error"] = report["logits"]["relative_error"]
         assert figures["relative_error"] < onnx_files.FLOAT_NOISE
