@@ -215,13 +215,16 @@ def test_width(name: str, tmp_path: Path, text: Path) -> None:
         figures["kld"] = done["quality"]["kld"]["value"]
 
 
-NO_ONNX = {"granite_bias": "RoPE style is not currently supported"}  # llama3's, of Granite
+# llama3's rotation for Granite; and Nemotron rotates too few dimensions here: test_export_onnx_architectures.py has larger
+# heads
+NO_ONNX = {"granite_bias": "RoPE style is not currently supported",
+           **dict.fromkeys(("nemotron", "nemotron_bias"), "does not run the graph")}
 
 
 @pytest.mark.parametrize("name", those(lambda f: f.architecture in known()))
 def test_onnx(name: str, tmp_path: Path) -> None:
-    # ONNX Runtime rotates at least 16 dimensions of a head: with 4 heads and partial rotation a small width has too few
-    wide = build(name, tmp_path / "m", hidden_size=256)
+    # ONNX Runtime rotates at least 16 dimensions of a head: with 4 heads and partial rotation a width of 64 has too few
+    wide = build(name, tmp_path / "m", hidden_size=128)
     gptq_folder(wide, tmp_path / "q", IntegerType(4, 32))
     if name in NO_ONNX:
         with pytest.raises(UserError, match=NO_ONNX[name]):
