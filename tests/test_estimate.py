@@ -130,8 +130,8 @@ def test_kernels_are_measured_and_kept(tmp_path: Path, monkeypatch: pytest.Monke
     assert set(first["attention"]) == {"1", "4"}
     for seconds in first["attention"].values():
         assert [n for n, _ in seconds["decode"]] == [32, 64]
-        assert seconds["decode"][-1][1][2] > 0
-        assert 0 <= seconds["prefill"][0] <= seconds["prefill"][2]
+        for low, mid, high in (*(s for _, s in seconds["decode"]), seconds["prefill"]):
+            assert 0 <= low <= mid <= high < 1  # differences of times: 0 where noise hides them
     assert kernels.kernel_rates({"Q4_0"}, 1, cache) == first
     more = kernels.kernel_rates({"Q4_0", "Q6_K"}, 1, cache)
     assert more["types"]["Q4_0"] == first["types"]["Q4_0"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from datetime import timedelta
 from typing import Any
@@ -35,4 +36,12 @@ def join_team(device: str) -> tuple[Any, torch.device]:
         raise UserError(f"--device {device}: accelerate assigned {own} to this process", "use --device gpu")
     if not accelerator.is_main_process:
         set_quiet(True)
+    atexit.unregister(_leave)
+    atexit.register(_leave)
     return accelerator, own
+
+
+def _leave() -> None:
+    """End the group while Python still runs: its threads end a process by SIGABRT if they are alive when C++ is torn down."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
