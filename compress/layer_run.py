@@ -15,6 +15,7 @@ from torch import nn
 
 from llmc.compress.arguments import LayerArguments
 from llmc.compress.mixture_run import ENOUGH, STRENGTH, MixtureRun, Sent
+from llmc.compress.shrinkage import Variation
 from llmc.compress.skeleton import LinearGroup, StopForward
 from llmc.compress.states import Scratch, StateStore
 from llmc.compress.tracing import Ending, LayerTrace, direct_uses, replaced, states_of
@@ -35,6 +36,7 @@ class InputStatistics:
     over the same tokens, because with the Hessian of other tokens the correction is too large or too small where a few tokens
     dominate.
     peak: float32 [in], the largest |x| of each column, before the division below; None if it was not requested.
+    variation: how much the sequences' parts of the Hessian differ; None for experts, whose tokens come from all sequences.
 
     A linear that ends a child module of the layer writes to the residual stream. Its inputs are divided by the root mean
     square of the stream at their token. The next module normalizes the stream, so an error counts relative to it. Without the
@@ -47,6 +49,7 @@ class InputStatistics:
     drift: torch.Tensor | None = None
     drift_hessian: torch.Tensor | None = None
     peak: torch.Tensor | None = None
+    variation: Variation | None = None
 
 
 class LayerRun:
@@ -202,7 +205,7 @@ class LayerRun:
 
     def _empty(self, group: LinearGroup) -> InputStatistics:
         n = group.in_features
-        found = InputStatistics(torch.zeros(n, n, device=self.device))
+        found = InputStatistics(torch.zeros(n, n, device=self.device), variation=Variation())
         if self.unchanged[group.names[0]].places:
             found.drift = torch.zeros(n, n, device=self.device)
         if self.peaks:
@@ -216,6 +219,8 @@ class LayerRun:
         rows = relative(x, weight)
         add_gram(statistics.hessian, rows)
         statistics.tokens += rows.shape[0]
+        if statistics.variation is not None:
+            statistics.variation.add(rows.unflatten(0, (self.current.sequences, -1)))
         if statistics.peak is not None:
             statistics.peak = torch.maximum(statistics.peak, x.reshape(rows.shape).abs().amax(0).float())
         if statistics.drift is not None and batch in unchanged.places:
@@ -248,6 +253,7 @@ class LayerRun:
             for batch, (first, last) in batches[worker::workers]:
                 hidden = store.read(first, last).to(self.device)
                 self.current.worker, self.current.batch, self.current.hidden = worker, batch, hidden
+                self.current.sequences = last - first
                 with suppress(StopForward), self.forward(self.device), direct_uses(self.layer, self.direct):
                     call = self.arguments.call(first, last, store.carried)
                     out = self.layer(hidden, **call.kwargs)
@@ -290,10 +296,12 @@ def _say_slow(kind: str, why: str) -> None:
 
 
 class Current(threading.local):
-    """The worker of this thread: its number, its batch, and the layer's input states in that batch."""
+    """The worker of this thread: its number, its batch, the batch's number of sequences, and the layer's input states in
+    it."""
 
     worker: int
     batch: int
+    sequences: int
     hidden: torch.Tensor
 
 
@@ -314,6 +322,8 @@ def total(parts: list[InputStatistics]) -> InputStatistics:
         first.tokens += other.tokens
         if first.drift is not None and other.drift is not None:
             first.drift += other.drift
+        if first.variation is not None and other.variation is not None:
+            first.variation.total(other.variation)
         if first.peak is not None and other.peak is not None:
             first.peak = torch.maximum(first.peak, other.peak)
         if other.drift_hessian is not None:

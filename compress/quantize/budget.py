@@ -224,8 +224,8 @@ def _solve(config: QuantizeConfig, frontier: Frontier, outside: Outside, paramet
             raise UserError(f"{config.target} cannot be reached: the lowest predicted KL divergence is {least:g}, at "
                             f"{size(best + whole)}", f"use --target-kld {least:g} or more")
         return chosen
-    if config.target_size is not None:
-        allowed = _nbytes(equal) if equal else (parse_size(config.target_size) or 0) - whole
+    if config.target_size is not None or config.peer:
+        allowed = _nbytes(equal) if equal else (parse_size(config.target_size or "") or 0) - whole
         smallest, shown = f"--target-size {frontier.least + whole}B", size(frontier.least + whole)
     else:
         allowed = int(float(config.target_bpw or 0) * parameters / 8) - outside.tensors

@@ -16,6 +16,7 @@ from llmc.options import ADVANCED, CALIBRATION, check, option
 INTEGER = {"q4_0": 4, "q8_0": 8}  # bits of the block types that are also integer types; GPTQ checkpoints can hold them
 
 METHODS = ("gptq", "rtn")
+GOALS = {"gguf": "q4_k_m"}  # --for: the preset of llama.cpp whose size is the budget
 TRANSFORMS = ("none", "scaling", "rotate", "rotate+scaling", "auto")
 BITS = (4, 8)
 DEFAULT_BITS = 4
@@ -28,6 +29,10 @@ class QuantizeConfig:
     """The options of `llmc quantize` and `llmc.quantize`."""
 
     bits: int | None = option(None, help="Number of bits of a weight's code.", choices=BITS, shown="4")
+    goal: str | None = option(
+        None, help="What the model is made for, instead of --bits. gguf is llama.cpp alone: llmc measures how sensitive each "
+                   "tensor is and chooses its type, in a file no larger than llama.cpp's Q4_K_M. It is the same as "
+                   "--target-size as:q4_k_m. --bits 4 can also be exported to ONNX.", choices=tuple(GOALS), flags=("--for",))
     type: str | None = option(None, help="GGUF weight type of all linears, instead of --bits.", choices=tuple(BLOCK_TYPES))
     fallback: str | None = option(
         None, help="Weight type of rows that --type cannot hold, because 256 does not divide them. It has blocks of 32: "
@@ -94,13 +99,14 @@ class QuantizeConfig:
             problems.append("--imatrix goes with --method rtn: GPTQ gathers better statistics itself")
         if self.type and self.preset:
             problems.append("--type and --preset both choose the types of linears: give one of them")
-        targets = {"--target-size": self.target_size, "--target-bpw": self.target_bpw, "--target-kld": self.target_kld}
+        targets = {f"--for {self.goal}": self.goal, "--target-size": self.target_size, "--target-bpw": self.target_bpw,
+                   "--target-kld": self.target_kld}
         given = [name for name, value in targets.items() if value is not None]
         if len(given) > 1:
             problems.append(f"{' and '.join(given)}: give one target")
         if given and (self.type or self.preset):
             problems.append(f"{given[0]} chooses the types itself: leave out --type and --preset")
-        if self.peer is not None and self.peer not in PRESETS:
+        if self.goal is None and self.peer is not None and self.peer not in PRESETS:
             problems.append(f"--target-size {self.target_size}: the preset after as: must be one of {', '.join(PRESETS)}")
         if self.target_size is not None and self.peer is None and parse_size(self.target_size) is None:
             problems.append(f"--target-size {self.target_size}: give bytes with a unit, as in 90MB, 1.2GB or 85MiB, or "
@@ -149,6 +155,8 @@ class QuantizeConfig:
     @property
     def target(self) -> str | None:
         """The budget option as given: '--target-size 90MB'; None without a budget."""
+        if self.goal is not None:
+            return f"--for {self.goal}"
         for name in ("target_size", "target_bpw", "target_kld"):
             if (value := getattr(self, name)) is not None:
                 return f"--{name.replace('_', '-')} {value}"
@@ -156,7 +164,9 @@ class QuantizeConfig:
 
     @property
     def peer(self) -> str | None:
-        """The preset of --target-size as:PRESET, whose file size is the budget; else None."""
+        """The preset of --target-size as:PRESET or of --for, whose file size is the budget; else None."""
+        if self.goal is not None:
+            return GOALS[self.goal]
         prefix, _, preset = (self.target_size or "").partition(":")
         return preset if prefix == "as" else None
 
@@ -166,7 +176,7 @@ class QuantizeConfig:
         deciding = {**asdict(self), "bits": self.code_bits, "imatrix": self.imatrix and self.imatrix.name}
         for name in ("out", "resume", "dry_run", "heal"):  # healing has its own manifest entry
             del deciding[name]
-        for name in ("keep", "type_of"):
+        for name in ("goal", "keep", "type_of"):
             if deciding[name] is None:
                 del deciding[name]
         if self.method == "rtn":

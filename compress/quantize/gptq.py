@@ -16,6 +16,7 @@ Differences from the GPTQ paper
 * A dead column (H_jj = 0) is rounded to nearest, not set to zero: the deployed model may use an input that the calibration
   text never used.
 * The upper Cholesky factor of H^-1 comes from one reversed Cholesky and one triangular inverse.
+* The entries of H outside of its diagonal are shrunk by as much as the text leaves them uncertain (compress/shrinkage.py).
 * After the sweep, scales (least squares with fixed codes) and codes (coordinate descent with fixed scales) are improved in
   turns. New scales are taken, row by row, where they lower the error. A step of descent cannot raise the error.
 
@@ -29,6 +30,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from llmc.compress.shrinkage import restore, shrink
 from llmc.formats.types import AnyType, BlockTensor, QuantizedTensor
 from llmc.rounding.lattice import Found, Held
 from llmc.rounding.scales import Columns, Factors
@@ -46,8 +48,8 @@ REFINEMENTS = 2  # turns of least squares and coordinate descent after the sweep
 class GPTQResult:
     """weight: codes and scales; None if no damping made the Hessian invertible.
     error: (q - w) H (q - w)^T of each row.  energy: w H w^T of each row. Both are float32 [out], under the Hessian as it was
-    given, without damping.  damp: the damping that was used.  dead: number of columns that the calibration text never used.
-    events: sentences."""
+    given, without shrinking and damping.  damp: the damping that was used.  dead: number of columns that the calibration text
+    never used.  events: sentences."""
 
     weight: QuantizedTensor | BlockTensor | None
     error: torch.Tensor
@@ -132,21 +134,25 @@ def damped(hessian: torch.Tensor, damp: float, by_use: bool = True) -> Damped:
 
 
 def gptq(weight: torch.Tensor, hessian: torch.Tensor, qtype: AnyType, damp: float = 0.01,
-         refinements: int = REFINEMENTS, keep: torch.Tensor | None = None, found: Found | None = None) -> GPTQResult:
-    """Quantize `weight` float32 [out, in] under `hessian` float32 [in, in], which is damped in place and restored at the end.
+         refinements: int = REFINEMENTS, keep: torch.Tensor | None = None, found: Found | None = None,
+         share: float = 0.0) -> GPTQResult:
+    """Quantize `weight` float32 [out, in] under `hessian` float32 [in, in], which is shrunk and damped in place and restored
+    at the end.
 
-    damp: see `damped`.  keep: bool [out, in], for types with a code for zero. Weights outside `keep` get this code, the other
-    weights compensate the error, and the scales are searched for the weights that stay.
+    share: see shrinkage.py.  damp: see `damped`.
+    keep: bool [out, in], for types with a code for zero. Weights outside `keep` get this code, the other weights compensate
+    the error, and the scales are searched for the weights that stay.
     found: blocks that lie on the type already. They keep their codes and factors; errors of others do not move them.
     """
     w = weight.t().contiguous()
     stay = None if keep is None else keep.t().contiguous()
     held = None if found is None else Held(found)
     energy, squares = objective(w, hessian), hessian.diagonal().clone()
+    shrink(hessian, share)
     ready = damped(hessian, damp)
     factor, order = ready.factor, ready.order
     if factor is None or order is None:
-        hessian.diagonal().copy_(squares)
+        restore(hessian, share, squares)
         return GPTQResult(None, energy.clone(), energy, ready.damp, ready.dead, ready.events)
     back = torch.argsort(order)
     factors = search_factors(w if stay is None else w * stay, hessian, factor[:, back], qtype)
@@ -155,8 +161,9 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, qtype: AnyType, damp: floa
     codes = sweep(w[order], factor, only(factors.columns(order), stay, order, held))[back]
     del factor, ready.factor
     codes, factors, moved, gradient = refine(w, hessian, codes, factors, refinements, stay, held)
-    gradient.addcmul_(hessian.diagonal().sub(squares)[:, None], moved, value=-1)  # what the damping added
-    hessian.diagonal().copy_(squares)
+    # the gradient under the given Hessian: take out the damped diagonal, undo the shrinking, put in the given diagonal
+    gradient.addcmul_(hessian.diagonal()[:, None], moved, value=-1).div_(1 - share).addcmul_(squares[:, None], moved)
+    restore(hessian, share, squares)
     error = (gradient * moved).sum(0).clamp_(min=0)
     return GPTQResult(factors.tensor(codes), error, energy, ready.damp, ready.dead, ready.events)
 

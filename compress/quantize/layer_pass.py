@@ -36,7 +36,7 @@ class QuantizePass(LayerPass):
 
     A layer's record: {'layer', 'error' (lost share of the output energy of all linears), 'events' [sentences],
     'linears': {name: {'type', 'error', 'method' ('gptq' | 'rtn' | 'carried'), 'damp', 'dead_columns', 'tokens_per_column',
-    'sha256', 'carried' {'blocks', 'carried'} if blocks lie on the type}}}.
+    'shrunk' (share, see shrinkage.py), 'sha256', 'carried' {'blocks', 'carried'} if blocks lie on the type}}}.
     """
 
     def __init__(self, skeleton: Skeleton, assignment: Assignment, damp: float, importance: Importance | None = None,
@@ -67,6 +67,7 @@ class QuantizePass(LayerPass):
             return
         weights = {n: get_weight(layer.get_submodule(n)) for n in group.names}
         target = torch.cat(list(weights.values()))
+        share = statistics.variation.share(statistics.hessian) if statistics.variation else 0.0
         if statistics.drift is not None and statistics.drift_hessian is not None:
             moved = compensate(target, statistics.drift_hessian, statistics.drift)
             statistics.drift = statistics.drift_hessian = None  # large, and no longer needed
@@ -79,17 +80,18 @@ class QuantizePass(LayerPass):
         for name in group.names:
             by_type.setdefault(self._type(name), []).append(name)
         for qtype, names in by_type.items():
-            self._stacked(layer, qtype, {n: targets[n] for n in names}, statistics.hessian,
+            self._stacked(layer, qtype, {n: targets[n] for n in names}, statistics.hessian, share,
                           statistics.tokens / group.in_features)
 
     def _stacked(self, layer: nn.Module, qtype: AnyType, targets: dict[str, torch.Tensor], hessian: torch.Tensor,
-                 tokens_per_column: float) -> None:
-        """Run GPTQ on linears with the same input and type. targets: the weights to quantize, [out, in]."""
+                 share: float, tokens_per_column: float) -> None:
+        """Run GPTQ on linears with the same input and type. targets: the weights to quantize, [out, in].  share: by which
+        the Hessian is shrunk."""
         keep = torch.cat([get_weight(layer.get_submodule(n)) != 0 for n in targets]) if self.masked else None
         some = [self.found[n] or Found.none_of(t.shape, qtype, t.device) for n, t in targets.items()
                 if any(self.found[n] for n in targets)]
         result = gptq(torch.cat(list(targets.values())), hessian, qtype, self.damp, keep=keep,
-                      found=lattice.stacked(some) if some else None)
+                      found=lattice.stacked(some) if some else None, share=share)
         for event in result.events:
             self._note(f"{next(iter(targets))}: {event}")
         if result.weight is None:
@@ -105,7 +107,7 @@ class QuantizePass(LayerPass):
                 q, method, error = rows_of(result.weight, rows), "gptq", result.error[rows]
             lost, energy = float(error.double().sum()), float(result.energy[rows].double().sum())
             self._keep(name, linear, q, lost, energy, method=method, damp=result.damp, dead_columns=result.dead,
-                       tokens_per_column=round(tokens_per_column, 2))
+                       tokens_per_column=round(tokens_per_column, 2), shrunk=round(share, 4))
 
     def _round(self, name: str, linear: nn.Module) -> None:
         """Round one linear to nearest. Its error is the squared error relative to the squared weights, both weighted by the
