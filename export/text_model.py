@@ -60,7 +60,8 @@ def _names(ckpt: Checkpoint, model: Any, base: str) -> dict[str, str]:
     known = Names.of(ckpt, model, linears)
     part = find_layers(model)[0].rpartition(".")[0] + "."
     head = _name_of(model, model.get_output_embeddings())
-    stored = {name: (name,) for name in ckpt.names()}  # of a tensor or quantized linear: what the files hold of it
+    # what the files hold of a tensor or a part of a quantized linear
+    stored: dict[str, tuple[str, ...]] = {name: (name,) for name in ckpt.names()}
     stored |= {name: coded.parts for name, coded in ckpt.decoded.tensors.items()}
     codes = {p: linear for linear in linears for p in quantized.parts(linear)}
     prefixes: Counter[str] = Counter()

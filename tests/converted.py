@@ -114,9 +114,6 @@ TEXTS: dict[str, tuple[str, dict[str, Any]]] = {
         "d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 256,
         "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 8, "moe_top_k": 2, "ffn_act_fn": {"name": "silu"}},
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}}),
-    "hunyuan_v1_moe": ("hunyuan_v1_moe", {**ROUTED, "moe_topk": [2, 2], "head_dim": 16, "num_shared_expert": [1, 1]}),
-    "afmoe": ("afmoe", {**ROUTED, "num_hidden_layers": 4, "head_dim": 16, "num_dense_layers": 1, "num_shared_experts": 1,
-                        "sliding_window": 32, "mup_enabled": True}),
     "hy_v3": ("hy_v3", {**SHARED, "head_dim": 16}),
     "cohere2_moe": ("cohere2_moe", {**NARROW, "num_hidden_layers": 4, "sliding_window": 32, "first_k_dense_replace": 1}),
     "mellum": ("mellum", {**ROUTED, "num_hidden_layers": 4, "sliding_window": 32, "head_dim": 16}),
@@ -155,7 +152,7 @@ WRAPPERS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] 
                                                          "projector_output_dim": 64}, {}),
 }
 MODELS = {**TEXTS, **WRAPPERS}
-SENTENCEPIECE = ("gemma",)  # families with such a tokenizer
+STYLES = {"gemma": "gemma", "qwen3_5_moe": "qwen2"}  # of the tokenizer, by the beginning of a name; the others: 'gpt2'
 
 
 def config(name: str) -> Any:
@@ -184,7 +181,7 @@ def build(name: str, folder: Path) -> Path:
             for name in [n for n in tensors if ".layers.0.self_attn." in n and re.search(r"\.(k|v)_", n)]:
                 tensors |= {name.replace(".0.", f".{i}.", 1): tensors[name].clone()
                             for i in range(shared, made.num_hidden_layers)}
-    tokenizer("gemma" if name.startswith(SENTENCEPIECE) else "gpt2").save_pretrained(folder)
+    tokenizer(next((style for start, style in STYLES.items() if name.startswith(start)), "gpt2")).save_pretrained(folder)
     return folder
 
 

@@ -39,7 +39,7 @@ from llmc.machine import physical_cores
 from llmc.memory import LLAMA_CPP, Memory
 from llmc.runtimes.amx import use_extra_buffers
 from llmc.runtimes.memory import REPACKED
-from llmc.runtimes.trial import try_first
+from llmc.runtimes.trial import try_unfinished
 from llmc.sources.llama_cpp import SCRIPT, SETUP, converter_architectures, find_converter
 
 
@@ -164,14 +164,19 @@ def _finish(config: GgufExportConfig, ckpt: Checkpoint, written: Checkpoint, tok
         f"{types.embedding.name} ({types.reason})")
     v = plan.vocabulary
     with staged_artifact(out) as (tmp, manifest):
-        writer.write(w, tmp, entries, lambda: verify.header(tmp, ckpt, w.arch))
+        def check() -> None:
+            if script is not None:  # llama.cpp aborts at metadata of architectures that few have tried
+                try_unfinished(tmp, run=False)
+            verify.header(tmp, ckpt, w.arch)
+
+        writer.write(w, tmp, entries, check)
         kinds = Kinds()
         verified = verify.tensors(tmp, entries, kinds)
         for linear in plan.moved:
             kind = blocks.kind_of_type(quantized.type_of(written, linear))
             kinds.add(quantized.read(written, linear).dequantize().numpy(), kind, exact=True)
-        if script is not None:  # llama.cpp aborts at some files of architectures that few have tried
-            try_first(tmp)
+        if script is not None:  # and at some graphs
+            try_unfinished(tmp, run=True)
         checks = verify.in_llama_cpp(tmp, ckpt, tok, plan.vocabulary, entries, plan.context_length, threads, kinds,
                                      transposed=plan.lost > 0)
         # where llama.cpp has a window, it has that of the architecture's layers

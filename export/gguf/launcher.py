@@ -111,8 +111,8 @@ def _prepare(folder: Path, spec: dict[str, Any], found: dict[str, Any]) -> list[
 
     model.__init__ = make_with
     share = (hparams.get("rope_parameters") or {}).get("partial_rotary_factor")
-    for owner in model.__mro__ if share is not None else ():
-        if "permute" in vars(owner):
+    for owner in model.__mro__:
+        if share is not None and "permute" in vars(owner):
             owner.permute = staticmethod(_permuting(share))
     return ["--no-mtp"] if model.supports_mtp_export and not has_mtp(model, folder) else []
 
@@ -158,7 +158,7 @@ def complete(read: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
             read[key] = value  # kinds of layers: transformers 5 reads "mamba" and hands on "linear_attention"
         if isinstance(value, dict) and isinstance(read[key], dict):
             complete(read[key], value)
-    if any(key.startswith("mamba_") for key in read):
+    if any(str(key).startswith("mamba_") for key in read):
         _name_layers(read)
     if rope := read.get("rope_parameters"):
         for key, (name, default) in RENAMED.items():
@@ -179,7 +179,7 @@ def _name_layers(read: dict[str, Any]) -> None:
     if all(kind in LETTERS for kind in kinds):
         read.setdefault("hybrid_override_pattern", "".join(LETTERS[kind] for kind in kinds))
         if "moe" not in kinds:
-            for key in ("num_experts_per_tok", "n_routed_experts"):  # which tell the converter that there are experts
+            for key in ("num_experts_per_tok", "n_routed_experts", "n_group", "topk_group"):  # of experts that it lacks
                 read.pop(key, None)
 
 

@@ -106,8 +106,8 @@ def add_rope(writer: GGUFWriter, config: dict[str, Any], head_dim: int, context:
 
 
 def check_yarn(config: dict[str, Any]) -> None:
-    """Raise UserError for a YaRN ramp that llama.cpp computes in another way: it rounds the ends of the ramp to whole dimensions,
-    and config.json may say `truncate: false`. config: as for rope_parameters."""
+    """Raise UserError for a YaRN ramp that llama.cpp computes in another way: it rounds the ends of the ramp to whole
+    dimensions, and config.json may say `truncate: false`. config: as for rope_parameters."""
     found = config.get("rope_parameters") or config.get("rope_scaling") or {}
     for v in [found, *(v for v in found.values() if isinstance(v, dict))]:
         theta = float(v.get("rope_theta") or config.get("rope_theta") or 10000.0)

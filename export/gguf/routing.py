@@ -33,10 +33,10 @@ def scoring(config: Any) -> str:
         return ""
     name, experts = found
     states = torch.empty((1, TOKENS, config.get_text_config().hidden_size), device="meta")
-    with torch.no_grad(), _Scores(count_of(experts)) as scores:
-        # experts are chosen by values, which there are none of; some layers take more arguments
-        with suppress(RuntimeError, NotImplementedError, TypeError):
-            model.get_submodule(name.rpartition(".")[0])(states)
+    scores = _Scores(count_of(experts))
+    # experts are chosen by values, which there are none of; some layers take more arguments
+    with torch.no_grad(), suppress(RuntimeError, NotImplementedError, TypeError), scores:
+        model.get_submodule(name.rpartition(".")[0])(states)
     return scores.found.pop() if len(scores.found) == 1 else ""
 
 

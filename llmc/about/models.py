@@ -26,8 +26,8 @@ def models(converter: Path | None = None) -> dict[str, Any]:
 
     Returns {'packages' (of the proofs), 'families': [{'family', 'architecture', 'quantize', 'transform', 'rotation', 'prune',
     'gguf', 'onnx', 'why_not', 'proofs'}], 'converted': {model_type of another family: largest figures of its GGUF files}}. A
-    cell is 'proved', 'untested' or 'no'; 'gguf' is {'own', 'converter' (None: not known)}; 'why_not' has the reasons; 'proofs'
-    are the largest figures of the tests.
+    cell is 'proved', 'untested' or 'no'; 'gguf' is {'own', 'converter' (None: not known)}; 'why_not' has the reasons;
+    'proofs' are the largest figures of the tests.
     """
     proved = json.loads(PROOFS.read_text(encoding="utf-8"))
     registered = None if converter is None else converter_architectures(converter)
