@@ -151,8 +151,11 @@ WRAPPERS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] 
     "llama4_vision": ("llama4", {**TEXTS["llama4"][1]}, {**VISION, "vision_output_dim": 64, "projector_input_dim": 64,
                                                          "projector_output_dim": 64}, {}),
 }
-MODELS = {**TEXTS, **WRAPPERS}
-STYLES = {"gemma": "gemma", "qwen3_5_moe": "qwen2"}  # of the tokenizer, by the beginning of a name; the others: 'gpt2'
+# Refused so far, or not run yet with their figures below the bounds: they are no part of what is proved
+UNPROVED = ("bitnet", "gemma3n", "granitemoeshared", "gpt_oss", "llama4", "minimax_m2", "qwen3_next", "dbrx", "cohere2_moe",
+            "mellum", "qwen3_vl_moe", "qwen3_5_vision", "gemma4_vision", "llama4_vision")
+MODELS = {name: entry for name, entry in {**TEXTS, **WRAPPERS}.items() if name not in UNPROVED}
+STYLES = {"gemma": "gemma", "qwen3_5_moe": "qwen2", "qwen3_5_vision": "qwen2"}  # of the tokenizer, by the beginning of a name; the others: 'gpt2'
 
 
 def config(name: str) -> Any:

@@ -82,7 +82,7 @@ class Conversion:
 
 
 class _AsBuilt:
-    """A model for transformers' operations, which ask it for the shapes of parameters: also of those that `unfuse` replaces."""
+    """A model for transformers' operations, which ask for shapes of parameters: also of those that `unfuse` replaces."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
