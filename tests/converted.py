@@ -155,7 +155,8 @@ WRAPPERS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] 
 UNPROVED = ("bitnet", "gemma3n", "granitemoeshared", "gpt_oss", "llama4", "minimax_m2", "qwen3_next", "dbrx", "cohere2_moe",
             "mellum", "qwen3_vl_moe", "qwen3_5_vision", "gemma4_vision", "llama4_vision")
 MODELS = {name: entry for name, entry in {**TEXTS, **WRAPPERS}.items() if name not in UNPROVED}
-STYLES = {"gemma": "gemma", "qwen3_5_moe": "qwen2", "qwen3_5_vision": "qwen2"}  # of the tokenizer, by the beginning of a name; the others: 'gpt2'
+# The style of the tokenizer by the beginning of a name; that of the others is 'gpt2'
+STYLES = {"gemma": "gemma", "qwen3_5_moe": "qwen2", "qwen3_5_vision": "qwen2"}
 
 
 def config(name: str) -> Any:
