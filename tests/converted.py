@@ -10,6 +10,7 @@ import subprocess
 import sys
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -192,7 +193,8 @@ def build(name: str, folder: Path) -> Path:
 @pytest.fixture
 def quick_converter(monkeypatch: pytest.MonkeyPatch) -> None:
     """The converter runs in a fork of this process, which has imported torch and transformers already."""
-    monkeypatch.setattr(run_converter.subprocess, "run", forked)
+    monkeypatch.setattr(run_converter, "subprocess", SimpleNamespace(
+        run=forked, DEVNULL=subprocess.DEVNULL, TimeoutExpired=subprocess.TimeoutExpired))
 
 
 def forked(words: list[str], stderr: Any, timeout: float, **_more: Any) -> Any:
