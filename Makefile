@@ -22,7 +22,7 @@ test: $(VENV)/.dev lint  ## Lint, type-check, check the docs, run the tests
 	LLMC_NEED_CONVERTER=1 $(BIN)/python -m pytest
 
 test-models: $(VENV)/.dev  ## Every family of `llmc models` through every command; writes what was proved
-	LLMC_PROVED=1 $(BIN)/python -m pytest -m models tests/test_models.py
+	LLMC_PROVED=1 $(BIN)/python -m pytest -m models tests/test_models.py tests/test_converted.py
 
 fuzz: $(VENV)/.dev  ## Damage every file that llmc reads, 2,000 times, and see that commands refuse it well (20 minutes)
 	LLMC_FUZZ=2000 $(BIN)/python -m pytest tests/test_fuzz.py

@@ -32,6 +32,7 @@ from llmc.compress.rows import Rows
 from llmc.compress.skeleton import Skeleton, StopForward
 from llmc.errors import UserError
 from llmc.files import check_disk
+from llmc.formats.linears import drop_parts
 
 PLAIN = (bool, int, float, str, torch.dtype, torch.device)  # what may be passed on as it is, besides tensors and None
 
@@ -163,6 +164,7 @@ def enter(skeleton: Skeleton, batches: Iterator[torch.Tensor], width: int, given
     """
     for part, prefix in skeleton.outside():
         skeleton.load(part, prefix)
+    drop_parts(skeleton.model, skeleton.layers_name)
     recorder = Recorder(skeleton)
     try:
         zeros, texts = torch.zeros(1, width, dtype=torch.int64), _two_texts(skeleton, width)

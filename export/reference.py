@@ -16,7 +16,7 @@ from torch import nn
 
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.hf import empty_model, load_config
-from llmc.formats.linears import around, find_layers
+from llmc.formats.linears import around, drop_parts, find_layers
 from llmc.formats.weights import NoMeta, Weights
 
 
@@ -44,6 +44,7 @@ def reference_logits(ckpt: Checkpoint, ids: np.ndarray, ends: dict[str, torch.Te
                 module.register_forward_pre_hook(values.rounding(name))
     for name, module in around(model, prefix):
         weights.load(module, name, children=False)
+    drop_parts(model, prefix)
     with NoMeta():
         out = model(input_ids=torch.from_numpy(np.asarray(ids, dtype=np.int64))[None], use_cache=False).logits
     return np.asarray(out[0].float().numpy())

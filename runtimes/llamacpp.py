@@ -130,14 +130,15 @@ class LlamaCpp:
     Parity checks against torch use False and 'f32'.
     extra_buffers: let llama.cpp repack weights for this CPU. It is faster, but crashes in some builds: see
     `amx.use_extra_buffers`.
-    record: keep the tensors whose names begin with this: {name: parts of float32 in one axis} in `recorded`.
+    record: keep the tensors whose names begin with one of these: {name: parts in one axis} in `recorded`. They must have 4
+    bytes a number; they are float32 for the reader, who knows which are int32.
     """
 
     name = "llama.cpp"
 
     def __init__(self, path: Path, context: int, threads: int, device: str = "cpu",
                  flash_attention: bool | None = None, kv_type: str = "f16",
-                 extra_buffers: bool = False, record: str | None = None) -> None:
+                 extra_buffers: bool = False, record: tuple[str, ...] = ()) -> None:
         if not path.is_file():
             raise UserError(f"there is no file {path}", "give a .gguf file")
         if device not in ("cpu", "gpu"):
@@ -163,8 +164,9 @@ class LlamaCpp:
         if flash_attention is not None:
             params.flash_attn_type = int(flash_attention)  # LLAMA_FLASH_ATTN_TYPE_DISABLED = 0, _ENABLED = 1
         self.recorded: dict[str, list[np.ndarray]] = {}
-        if record is not None:
-            params.cb_eval = self._on_tensor = lib.ggml_backend_sched_eval_callback(self._recorder(record.encode()))
+        if record:
+            prefixes = tuple(prefix.encode() for prefix in record)
+            params.cb_eval = self._on_tensor = lib.ggml_backend_sched_eval_callback(self._recorder(prefixes))
         if device == "cpu":
             params.offload_kqv = params.op_offload = False
         self._ctx = lib.llama_init_from_model(self._model, params)
@@ -177,7 +179,7 @@ class LlamaCpp:
         self._prepare_batch()
         _log.clear()
 
-    def _recorder(self, prefix: bytes) -> Any:
+    def _recorder(self, prefixes: tuple[bytes, ...]) -> Any:
         """llama.cpp's callback for each tensor of the graph: whether it is wanted, then what is in it."""
         base = _ggml(self._lib, "ggml-base")
         base.ggml_get_name.restype, base.ggml_get_name.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
@@ -192,7 +194,7 @@ class LlamaCpp:
                 base.ggml_backend_tensor_get(tensor, data.ctypes.data, 0, data.nbytes)
                 self.recorded.setdefault(name.decode(), []).append(data)
                 return True
-            return bool(name.startswith(prefix))
+            return bool(name.startswith(prefixes))
 
         return on_tensor
 

@@ -18,11 +18,14 @@ from llmc.errors import UserError
 from llmc.files import sha256
 from llmc.formats.artifacts.table import artifact_at, format_of
 from llmc.formats.manifest import read_manifest
+from llmc.runtimes.llamacpp import LlamaCpp, check_loads
 from llmc.runtimes.open import open_runtime
+from llmc.temporary import final_name
 
 CONTEXT = 8
 SLOWEST = 20_000_000  # bytes per second of a slow disk
 PATIENCE = 60  # seconds, beside the time to read the file
+LOAD, RUN = "load", "run"  # what is done with a file without its name
 HASHED = 1 << 30  # a larger file is tried without a look at its hash
 
 
@@ -31,10 +34,19 @@ def try_first(artifact: Path) -> None:
     kind = format_of(artifact)
     if kind is None or not kind.packages or not artifact.exists() or _ours(artifact):
         return
-    size = sum(p.stat().st_size for p in artifact_at(artifact).weight_files())
+    _try(artifact, artifact, sum(p.stat().st_size for p in artifact_at(artifact).weight_files()))
+
+
+def try_unfinished(path: Path, run: bool) -> None:
+    """Raise UserError if llama.cpp dies of a .gguf file that has a temporary name. run: also run it, with its weights."""
+    _try(final_name(path), path, path.stat().st_size, RUN if run else LOAD)
+
+
+def _try(artifact: Path | str, opened: Path, size: int, *words: str) -> None:
+    """Run this module on the file `opened` of `size` bytes. artifact: its name in errors. words: further arguments."""
     try:
         # -P: do not import a folder called llmc in the working folder
-        child = subprocess.run([sys.executable, "-P", "-m", __name__, str(artifact)], stdin=subprocess.DEVNULL,
+        child = subprocess.run([sys.executable, "-P", "-m", __name__, str(opened), *words], stdin=subprocess.DEVNULL,
                                capture_output=True, timeout=PATIENCE + size / SLOWEST, check=False)
     except subprocess.TimeoutExpired as e:
         raise UserError(f"the runtime of {artifact} did not answer in {e.timeout:.0f} seconds",
@@ -68,7 +80,11 @@ def _name(code: int) -> str:
 def main() -> None:
     """Open the artifact, tokenize and run one token. An error that Python can tell is told by the parent: exit code 0."""
     try:
-        runtime = open_runtime(Path(sys.argv[1]), CONTEXT, 1)
+        path, unfinished = Path(sys.argv[1]), sys.argv[2:]
+        if unfinished == [LOAD]:
+            check_loads(path)
+            return
+        runtime = LlamaCpp(path, CONTEXT, 1) if unfinished else open_runtime(path, CONTEXT, 1)
         runtime.prefill(np.zeros(1, np.int32))
         sorted(runtime.end_tokens)
         runtime.detokenize(runtime.tokenize("a b").tolist())

@@ -135,6 +135,14 @@ def test_a_converter_that_fails_is_quoted(tmp_path):
         export(tmp_path / "m", tmp_path)
 
 
+def test_a_file_at_which_llama_cpp_aborts_is_one_error(tmp_path):
+    """Groups of experts in a model without experts fail an assertion when the file is opened."""
+    odd = checkout(tmp_path / "odd", "w.add_expert_group_count(2)")
+    with pytest.raises(UserError, match=r"died of m\.gguf: signal 6 \(SIGABRT\)"):
+        export(build("llama", tmp_path / "m"), odd)
+    assert not list(tmp_path.glob("*.gguf"))
+
+
 def test_the_converter_is_found_or_offered(tmp_path, monkeypatch):
     folder = build("bloom", tmp_path / "m", n_layer=2, n_head=4)
     monkeypatch.setenv("LLMC_CACHE", str(tmp_path / "cache"))

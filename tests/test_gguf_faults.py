@@ -174,15 +174,15 @@ def test_layer_by_layer_a_fault_stays_where_it_is(folders: Callable[[str], Path]
     with edit_tensors(tmp_path / "other") as tensors:
         tensors["model.layers.1.self_attn.v_proj.bias"] *= 4
     ids = np.arange(100) + 5
-    runtime = LlamaCpp(tmp_path / "m.gguf", context=128, threads=1, flash_attention=False, kv_type="f32", record=PREFIX)
+    runtime = LlamaCpp(tmp_path / "m.gguf", context=128, threads=1, flash_attention=False, kv_type="f32", record=(PREFIX,))
     found, ends = runtime.logits(ids), verify.end_matrices(tmp_path / "m.gguf")
     runtime.close()
     for folder, wrong in ((q, []), (tmp_path / "other", [1])):
-        with Layers(runtime.recorded, mixture=False) as layers:
+        with Layers(runtime.recorded) as layers:
             logits = reference_logits(Checkpoint.open(folder), ids, ends)[:, : found.shape[1]]
         assert layers.comparable
         assert [i for i, e in enumerate(layers.errors) if e > 0.1] == wrong, layers.errors
         assert compare_logits(logits, found)[0] < 0.02
-    with Layers({f"{PREFIX}0": [np.zeros(128, np.float32)]}, mixture=False) as layers:
+    with Layers({f"{PREFIX}0": [np.zeros(128, np.float32)]}) as layers:
         reference_logits(Checkpoint.open(q), ids, ends)
     assert not layers.comparable

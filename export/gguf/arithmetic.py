@@ -75,14 +75,21 @@ def _gelu(x: torch.Tensor) -> torch.Tensor:
 
 
 class LikeLlamaCpp(TorchFunctionMode):
-    """Within this context, products with matrices of a file are computed with llama.cpp's roundings.
+    """Within this context, products with matrices of a file are computed with llama.cpp's roundings, and tokens go to the
+    experts that llama.cpp chose, where torch's scores of these are the same but for roundings.
 
-    rounded: counts the products. The matrix of a product may be transposed, and may be a part of a larger tensor."""
+    rounded: counts the products. The matrix of a product may be transposed, and may be a part of a larger tensor.
+    rerouted: counts the tokens that torch alone would have sent to other experts."""
 
-    def __init__(self, kinds: Kinds, in_file: Callable[[torch.Tensor, Kind], torch.Tensor]) -> None:
-        """in_file: the values of float rows in a type of the file."""
+    def __init__(self, kinds: Kinds, in_file: Callable[[torch.Tensor, Kind], torch.Tensor],
+                 orders: Iterable[np.ndarray] = ()) -> None:
+        """in_file: the values of float rows in a type of the file.
+
+        orders: of each layer with experts, in their order, the experts by llama.cpp's score, int32 [tokens, experts]."""
         super().__init__()
-        self.kinds, self.in_file, self.rounded = kinds, in_file, 0
+        self.kinds, self.in_file, self.rounded, self.rerouted = kinds, in_file, 0, 0
+        self.orders = iter(orders)
+        self.order = next(self.orders, None)
 
     def __torch_function__(self, func: Any, types: Iterable[Any], args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -90,7 +97,25 @@ class LikeLlamaCpp(TorchFunctionMode):
             return _gelu(args[0])
         if func in PRODUCTS and not kwargs.keys() & {"input", "weight", "mat1", "mat2"}:
             args = self._rounded(args, *PRODUCTS[func])
+        if func in TOP and self._is_choice(args[0]):
+            return self._rerouted(args[0], func(*args, **kwargs))
         return func(*args, **kwargs)
+
+    def _is_choice(self, scores: torch.Tensor) -> bool:
+        """Whether these are scores of every expert for every token."""
+        return self.order is not None and tuple(scores.shape[-2:]) == self.order.shape and scores.numel() == self.order.size
+
+    def _rerouted(self, scores: torch.Tensor, ours: Any) -> Any:
+        """torch.topk's result with llama.cpp's experts, for the tokens where torch's scores of these are as good."""
+        assert self.order is not None
+        theirs = torch.from_numpy(self.order[:, : ours.indices.shape[-1]].astype(np.int64)).view(ours.indices.shape)
+        self.order = next(self.orders, None)
+        finite = scores.masked_fill(~scores.isfinite(), torch.nan)
+        spread = finite.nan_to_num(-torch.inf).amax(-1) - finite.nan_to_num(torch.inf).amin(-1)
+        values = scores.gather(-1, theirs)
+        near = (ours.values.amin(-1) - values.amin(-1) <= NEAR * spread)[..., None]
+        self.rerouted += int((near[..., 0] & (theirs.sort(-1).values != ours.indices.sort(-1).values).any(-1)).sum())
+        return torch.return_types.topk((torch.where(near, values, ours.values), torch.where(near, theirs, ours.indices)))
 
     def _rounded(self, args: Any, x: int, w: int, transposed: bool) -> Any:
         matrix, inputs = args[w], args[x]
@@ -109,6 +134,8 @@ class LikeLlamaCpp(TorchFunctionMode):
         return tuple(changed)
 
 
+TOP = (torch.topk, torch.Tensor.topk)
+NEAR = 0.02  # of the spread of a token's scores: as far as roundings may move them
 # {function: (place of the inputs, place of the matrix, whether the matrix is [in, out])}
 PRODUCTS: dict[Any, tuple[int, int, bool]] = {
     torch.nn.functional.linear: (0, 1, False), torch.addmm: (1, 2, True),

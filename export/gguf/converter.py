@@ -27,13 +27,15 @@ from llmc.export.gguf.carry import Carried
 from llmc.export.gguf.config import GgufExportConfig
 from llmc.export.gguf.plan import Plan, Types
 from llmc.export.gguf.projector import convert
-from llmc.export.gguf.run_converter import run
+from llmc.export.gguf.routing import scoring
+from llmc.export.gguf.run_converter import Conversion, run
 from llmc.export.gguf.writer import GgufTensor, Source
+from llmc.export.text_model import config_of
 from llmc.files import check_disk, work_folder, write_json
 from llmc.formats import pretokenizers, quantized
 from llmc.formats.checkpoint import INDEX, Checkpoint
 from llmc.formats.gguf import field, open_gguf
-from llmc.formats.hf import empty_model, load_config
+from llmc.formats.hf import empty_model
 from llmc.formats.mixture import is_transposed
 from llmc.formats.names import Names
 from llmc.formats.tokenizer_files import copy_tokenizer_files
@@ -47,10 +49,11 @@ OURS = ("general.architecture", "general.type", "general.name", "general.size_la
 
 
 @contextmanager
-def converted(config: GgufExportConfig, script: Path, ckpt: Checkpoint, tok: Any, types: Types) -> Iterator[Plan]:
+def converted(config: GgufExportConfig, script: Path, whole: Checkpoint, ckpt: Checkpoint, tok: Any,
+              types: Types) -> Iterator[Plan]:
     """Yield the plan of a file with the layout of llama.cpp's converter. What the converter wrote is deleted at the end.
 
-    script: the converter's."""
+    script: the converter's. ckpt: what is written, the whole checkpoint or the text model in it."""
     parent = (config.out or Path("x")).absolute().parent
     while not parent.exists():
         parent = parent.parent
@@ -58,22 +61,28 @@ def converted(config: GgufExportConfig, script: Path, ckpt: Checkpoint, tok: Any
     packed = {name for linear in linears for name in quantized.parts(linear)}
     shapes = [ckpt.shape(name) for name in ckpt.names() if name not in packed]
     weights = sum(int(np.prod(shape)) for shape in [*shapes, *(quantized.shape(ckpt, linear) for linear in linears)])
-    copies = 2 if linears else 1
+    copies = 2 if linears or ckpt is not whole else 1
     check_disk(parent, 4 * weights * copies, "the float copies that llama.cpp's converter reads and writes")
     with work_folder(parent / f"{ckpt.folder.resolve().name}-converted") as work:
-        folder = _write_skeleton(ckpt, linears, work / ckpt.folder.resolve().name) if linears else ckpt.folder
-        file = work / "float.gguf"
-        projector = convert(script, folder, work / "mmproj.gguf", config.mmproj) if config.mmproj else None
+        name = ckpt.folder.resolve().name
+        folder = _write_skeleton(ckpt, work / name) if copies > 1 else ckpt.folder
+        file, projector = work / "float.gguf", None
+        if config.mmproj:
+            (work / "whole").mkdir()
+            both = folder if ckpt is whole else _write_skeleton(whole, work / "whole" / name) if linears else whole.folder
+            projector = convert(script, both, work / "mmproj.gguf", config.mmproj)
         # with q8_0 the converter says of each matrix whether llama.cpp allows blocks in it
-        kinds = run(script, folder, file, "--outtype", "q8_0", pre=_pre(config, ckpt.folder, tok))
-        plan = _plan(config, ckpt, tok, types, open_gguf(file), kinds)
+        made = run(script, folder, file, "--outtype", "q8_0", pre=_pre(config, ckpt.folder, tok),
+                   scoring=scoring(config_of(ckpt)))
+        plan = _plan(config, ckpt, tok, types, open_gguf(file), made)
         plan.projector = projector
         yield plan
 
 
-def _write_skeleton(ckpt: Checkpoint, linears: list[str], folder: Path) -> Path:
+def _write_skeleton(ckpt: Checkpoint, folder: Path) -> Path:
     """Write the float model as a Hugging Face folder, one shard of about a gigabyte at a time; return the folder."""
     folder.mkdir()
+    linears = quantized.linears(ckpt)
     copy_tokenizer_files(ckpt.folder, folder)
     for file in BESIDE:
         if (ckpt.folder / file).is_file():
@@ -89,18 +98,18 @@ def _write_skeleton(ckpt: Checkpoint, linears: list[str], folder: Path) -> Path:
         weight_map.update(dict.fromkeys(shard, name))
         shard.clear()
 
-    names = Names.of(ckpt, model := empty_model(load_config(ckpt.folder)), linears)
+    names = Names.of(ckpt, model := empty_model(config_of(ckpt)), linears)
     stacks: dict[str, dict[int, torch.Tensor]] = {}  # experts that the files of the source have in one tensor
     with progress("dequantizing tensor", len(linears)) as p:
         for name in [n for n in ckpt.names() if n not in packed] + [f"{linear}.weight" for linear in linears]:
             linear = name.removesuffix(".weight")
             if name in ckpt:
                 shard[name] = ckpt.tensor(name)
-            elif (place := names.stack_of(linear)) is not None:
+            elif (whole := names.stack_name(linear)) is not None and (place := names.stack_of(linear)) is not None:
                 parameter, number = place
                 owner = model.get_submodule(parameter.rpartition(".")[0])
                 values = quantized.read(ckpt, linear).dequantize()
-                stack = stacks.setdefault(whole := names.stack_name(linear), {})
+                stack = stacks.setdefault(whole, {})
                 stack[number] = values.t() if is_transposed(owner) else values
                 if len(stack) == model.get_parameter(parameter).shape[0]:
                     shard[whole] = torch.stack([stack[i] for i in range(len(stack))])
@@ -125,10 +134,11 @@ def _pre(config: GgufExportConfig, folder: Path, tok: Any) -> str:
 
 
 def _plan(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, types: Types, reader: GGUFReader,
-          kinds: dict[str, str]) -> Plan:
+          made: Conversion) -> Plan:
     """The plan of the converter's file, with codes in place of the float values of quantized linears.
 
-    kinds: the type that the converter would give a float tensor in a file of Q8_0."""
+    made: what the converter said when it was asked for a file of Q8_0."""
+    kinds = made.kinds
     exact = {name for name, kind in kinds.items() if kind == "F32"}
     carried = carry.carry(ckpt, reader, exact)
     entries = []
@@ -141,7 +151,7 @@ def _plan(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, types: Types, re
             entries.append(GgufTensor(t.name, shape, kind, partial(_values, t)))
     arch = str(field(reader, "general.architecture"))
     writer = GGUFWriter(None, arch)
-    vocabulary = _copy_metadata(config, ckpt.folder, tok, reader, writer)
+    vocabulary = _copy_metadata(config, ckpt.folder, tok, reader, writer, made.vocabulary)
     return Plan(writer, entries, vocabulary, int(field(reader, f"{arch}.context_length") or 512),
                 [*_notes(carried, len(entries)), *vocabulary.notes], carried.by_blocks, len(carried.lost))
 
@@ -197,11 +207,19 @@ def _code_entry(name: str, shape: tuple[int, ...], ckpt: Checkpoint, carried: Ca
 
 
 def _copy_metadata(config: GgufExportConfig, folder: Path, tok: Any, reader: GGUFReader,
-                   writer: GGUFWriter) -> tokenizer.Vocabulary:
-    """Copy every key that llmc does not write itself; return the vocabulary that the converter wrote."""
+                   writer: GGUFWriter, unread: str) -> tokenizer.Vocabulary:
+    """Copy every key that llmc does not write itself; return the vocabulary that the converter wrote.
+
+    unread: why it wrote none, '' if it did. Then llmc writes one; the proof of the tokens finds whether it is right."""
     for key, f in reader.fields.items():
         if not key.startswith(OURS) and not (f.types[0] == GGUFValueType.ARRAY and len(f.types) == 1):
             writer.add_key_value(key, f.contents(), f.types[0], f.types[-1] if len(f.types) > 1 else None)
+    if unread:
+        rows = next(int(t.shape[1]) for t in reader.tensors if t.name == EMBEDDINGS[0])
+        v = tokenizer.read_vocabulary(folder, tok, rows, config.pre, config.chat_template)
+        tokenizer.add_vocabulary(writer, v)
+        v.notes.append(f"llama.cpp's converter does not read this tokenizer ({unread}): llmc wrote the vocabulary")
+        return v
     v = tokenizer.Vocabulary(
         str(field(reader, "tokenizer.ggml.model")), str(field(reader, "tokenizer.ggml.pre") or "default"),
         list(field(reader, "tokenizer.ggml.tokens") or []), list(field(reader, "tokenizer.ggml.token_type") or []))

@@ -21,9 +21,11 @@ from llmc.export.gguf.blocks import Kind
 from llmc.export.gguf.config import GgufExportConfig
 from llmc.export.gguf.plan import Plan, Planner, Types
 from llmc.export.gguf.projector import beside, publish
+from llmc.export.gguf.rope import check_yarn
 from llmc.export.gguf.writer import GgufTensor
 from llmc.export.memory import MORE, memory_of
 from llmc.export.source import model_folder, source_of, stem
+from llmc.export.text_model import config_of, text_model
 from llmc.export.windows import ignored
 from llmc.families import of_config
 from llmc.files import check_disk
@@ -37,8 +39,8 @@ from llmc.machine import physical_cores
 from llmc.memory import LLAMA_CPP, Memory
 from llmc.runtimes.amx import use_extra_buffers
 from llmc.runtimes.memory import REPACKED
-from llmc.runtimes.trial import try_first
-from llmc.sources.llama_cpp import SCRIPT, SETUP, find_converter
+from llmc.runtimes.trial import try_unfinished
+from llmc.sources.llama_cpp import SCRIPT, SETUP, converter_architectures, find_converter
 
 
 def run(config: GgufExportConfig) -> dict[str, Any]:
@@ -51,35 +53,55 @@ def run(config: GgufExportConfig) -> dict[str, Any]:
     # errors that are cheap to find come before slow work
     quantized.linears(ckpt)
     quantized.check_order(ckpt)
-    script = _converter(config, ckpt)
+    written, script = _way(config, ckpt)
     threads = config.threads or physical_cores()
     types = Types.choose(config, ckpt)
     torch.set_num_threads(threads)
     tok = load_tokenizer(folder)
     if script is None:
-        return _finish(config, ckpt, tok, threads, types, plan_file(config, ckpt, tok, types))
+        return _finish(config, ckpt, written, tok, threads, types, plan_file(config, written, tok, types))
     if config.dry_run:
         raise UserError("--dry-run does not go with --converter: the converter lays out the file while it runs",
                         "leave out --dry-run")
     from llmc.export.gguf.converter import converted
 
-    with converted(config, script, ckpt, tok, types) as plan:
-        return _finish(config, ckpt, tok, threads, types, plan, script)
+    with converted(config, script, ckpt, written, tok, types) as plan:
+        return _finish(config, ckpt, written, tok, threads, types, plan, script)
 
 
-def _converter(config: GgufExportConfig, ckpt: Checkpoint) -> Path | None:
-    """The script of llama.cpp's converter, if it is asked for or needed; None for an architecture that llmc writes itself."""
+def _way(config: GgufExportConfig, ckpt: Checkpoint) -> tuple[Checkpoint, Path | None]:
+    """What is written, the checkpoint or the text model in it; and the script of llama.cpp's converter, if it is asked for or
+    needed; None for an architecture that llmc writes itself."""
     folder = config.converter.expanduser() if config.converter else None
+    text: Checkpoint | None = None
     if folder is None:
         family = of_config(ckpt.config)
+        if not family and (text := text_model(ckpt)):
+            family = of_config(text.config)
         if family and family.gguf.name and not config.mmproj:
-            return None
+            return text or ckpt, None
         if (folder := find_converter()) is None:
-            find_architecture(ckpt.config)
+            find_architecture((text or ckpt).config)
             raise UserError("--mmproj needs llama.cpp's converter", f"run `{SETUP}` once")
     if not (folder / SCRIPT).is_file():
         raise UserError(f"{folder} has no {SCRIPT}", "give the folder of a llama.cpp checkout, or leave --converter out")
-    return folder / SCRIPT
+    check_yarn(config_of(ckpt).get_text_config().to_dict())
+    if not (folder / "conversion").is_dir() or _is_known(ckpt.config, folder):
+        return ckpt, folder / SCRIPT
+    text = text or text_model(ckpt)
+    if text and _is_known(text.config, folder):
+        return text, folder / SCRIPT
+    what = ", ".join(ckpt.config.get("architectures") or []) or ckpt.config.get("model_type") or "unnamed"
+    within = f", nor that of its text model, {', '.join(text.config['architectures'])}" if text else ""
+    raise UserError(f"llama.cpp does not have the architecture {what}{within}: its converter lacks it, and llmc too",
+                    "`llmc eval` and `llmc generate` run the folder itself; a newer llama-cpp-python may have it")
+
+
+def _is_known(config: dict[str, Any], folder: Path) -> bool:
+    """Whether the converter in a folder of llama.cpp has the architecture of a config.json."""
+    known = {name.lower() for name in converter_architectures(folder)}
+    named = [*(config.get("architectures") or []), *((config.get("text_config") or {}).get("architectures") or [])]
+    return any(str(name).lower() in known for name in named) or not named
 
 
 def _need_packages() -> None:
@@ -92,7 +114,7 @@ def _need_packages() -> None:
 def plan_file(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, types: Types) -> Plan:
     """The plan of the whole file, for an architecture that llmc knows."""
     family = find_architecture(ckpt.config)
-    hf = load_config(ckpt.folder)
+    hf = config_of(ckpt)
     w = GGUFWriter(None, family.gguf.name)
     rope_tensors, notes = add_hyperparameters(w, family, hf)
     planner = Planner(ckpt, family, hf, types, w)
@@ -112,9 +134,11 @@ def _constant(name: str, values: np.ndarray) -> GgufTensor:
     return GgufTensor(name, values.shape, Kind.F32, lambda: tensor)
 
 
-def _finish(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, threads: int, types: Types,
+def _finish(config: GgufExportConfig, ckpt: Checkpoint, written: Checkpoint, tok: Any, threads: int, types: Types,
             plan: Plan, script: Path | None = None) -> dict[str, Any]:
-    """Complete the metadata, write, verify and publish the file; return the report."""
+    """Complete the metadata, write, verify and publish the file; return the report. The file is proved with the whole model.
+
+    written: the checkpoint or the text model in it."""
     source = source_of(ckpt.folder)
     entries, w = plan.entries, plan.writer
     number, type_name = writer.file_type(entries)
@@ -140,14 +164,19 @@ def _finish(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, threads: int, 
         f"{types.embedding.name} ({types.reason})")
     v = plan.vocabulary
     with staged_artifact(out) as (tmp, manifest):
-        writer.write(w, tmp, entries, lambda: verify.header(tmp, ckpt, w.arch))
+        def check() -> None:
+            if script is not None:  # llama.cpp aborts at metadata of architectures that few have tried
+                try_unfinished(tmp, run=False)
+            verify.header(tmp, ckpt, w.arch)
+
+        writer.write(w, tmp, entries, check)
         kinds = Kinds()
         verified = verify.tensors(tmp, entries, kinds)
         for linear in plan.moved:
-            kind = blocks.kind_of_type(quantized.type_of(ckpt, linear))
-            kinds.add(quantized.read(ckpt, linear).dequantize().numpy(), kind, exact=True)
-        if script is not None:  # llama.cpp aborts at some files of architectures that few have tried
-            try_first(tmp)
+            kind = blocks.kind_of_type(quantized.type_of(written, linear))
+            kinds.add(quantized.read(written, linear).dequantize().numpy(), kind, exact=True)
+        if script is not None:  # and at some graphs
+            try_unfinished(tmp, run=True)
         checks = verify.in_llama_cpp(tmp, ckpt, tok, plan.vocabulary, entries, plan.context_length, threads, kinds,
                                      transposed=plan.lost > 0)
         # where llama.cpp has a window, it has that of the architecture's layers

@@ -14,20 +14,26 @@ import torch
 from torch.nn.modules.module import register_module_forward_hook
 
 PREFIX = "l_out-"  # llama.cpp's name of a layer's output, before the layer's number
+EXPERTS = "ffn_moe_argsort-"  # of the experts by their scores, int32 [tokens, experts]
+
+
+def in_order(states: dict[str, list[np.ndarray]], prefix: str) -> list[np.ndarray]:
+    """What llama.cpp gave under the names prefix + number, in the order of the numbers; each in one axis."""
+    names = [name for name in states if name.removeprefix(prefix).isdigit()]
+    return [np.concatenate(states[name]) for name in sorted(names, key=lambda n: int(n.removeprefix(prefix)))]
 
 
 class Layers:
     """Within this context, the output of each decoder layer of torch is compared with llama.cpp's, and replaced by it.
 
     errors: of each layer, the RMS of the difference / the RMS of what the layer adds to its input.
-    mixture: leave out the tenth of the tokens that differ most, since near ties send a token to other experts.
     states: {PREFIX + number: parts of float32 [tokens, hidden], in one axis}, as llama.cpp gave them.
     """
 
-    def __init__(self, states: dict[str, list[np.ndarray]], mixture: bool) -> None:
-        self.states = [np.concatenate(states[name]) for name in sorted(states, key=lambda n: int(n.removeprefix(PREFIX)))]
+    def __init__(self, states: dict[str, list[np.ndarray]]) -> None:
+        self.states = in_order(states, PREFIX)
         self.errors: list[float] = []
-        self.strange, self.mixture = False, mixture
+        self.strange = False
 
     @property
     def comparable(self) -> bool:
@@ -54,7 +60,5 @@ class Layers:
             self.strange = True
             return None
         theirs = torch.from_numpy(self.states[at]).view(after.shape)
-        wrong = (after - theirs).square().sum(-1).flatten()
-        kept = wrong.argsort()[: len(wrong) - self.mixture * len(wrong) // 10]
-        self.errors.append(float((wrong[kept].sum() / (after - before).square().sum(-1).flatten()[kept].sum()).sqrt()))
+        self.errors.append(float(((after - theirs).square().sum() / (after - before).square().sum()).sqrt()))
         return (theirs, *output[1:]) if isinstance(output, tuple) else theirs

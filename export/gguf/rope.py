@@ -105,6 +105,27 @@ def add_rope(writer: GGUFWriter, config: dict[str, Any], head_dim: int, context:
     return _add_longrope(writer, rope.values, dims, context)
 
 
+def check_yarn(config: dict[str, Any]) -> None:
+    """Raise UserError for a YaRN ramp that llama.cpp computes in another way: it rounds the ends of the ramp to whole
+    dimensions, and config.json may say `truncate: false`. config: as for rope_parameters."""
+    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    for v in [found, *(v for v in found.values() if isinstance(v, dict))]:
+        theta = float(v.get("rope_theta") or config.get("rope_theta") or 10000.0)
+        if _kind(v) != "yarn" or v.get("truncate", True) or theta <= 1:
+            continue
+        heads, width = config.get("num_attention_heads") or 1, config.get("hidden_size") or 0
+        dims = int((config.get("head_dim") or width // heads) * float(v.get("partial_rotary_factor") or 1.0))
+        original = int(v.get("original_max_position_embeddings") or config.get("max_position_embeddings") or 0)
+        ends = [dims * math.log(original / (float(v.get(key) or turns) * 2 * math.pi)) / (2 * math.log(theta))
+                for key, turns in (("beta_fast", 32), ("beta_slow", 1))]
+        if not all(math.isclose(end, round(end), abs_tol=1e-6) for end in ends):
+            raise UserError(
+                f"config.json has truncate = false: YaRN's ramp goes from dimension {ends[0]:.2f} to {ends[1]:.2f} of "
+                f"{dims // 2}, and llama.cpp computes {math.floor(ends[0])} to {math.ceil(ends[1])}",
+                'to have the model as llama.cpp computes it, write "truncate": true in a copy of the folder; `llmc eval` '
+                "measures what that changes")
+
+
 def _add_yarn(writer: GGUFWriter, v: dict[str, Any], context: int) -> None:
     from gguf import RopeScalingType
 

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from llmc.console import say
@@ -21,16 +22,28 @@ TAIL = 65536  # bytes of its messages that are read
 BARE = re.compile(r"\w+(Error|Exception)?:?\s*")  # an error without a message
 
 
-def run(script: Path, folder: Path, out: Path, *options: str, pre: str = "", raw: bool = False) -> dict[str, str]:
-    """Convert `folder` to the file `out`; return the type that the converter chose for each float tensor.
+@dataclass(frozen=True)
+class Conversion:
+    """What the converter said. kinds: the type that it chose for each float tensor. vocabulary: why it could not read the
+    tokenizer, and wrote none; '' if it wrote one."""
+
+    kinds: dict[str, str]
+    vocabulary: str
+
+
+def run(script: Path, folder: Path, out: Path, *options: str, pre: str = "", raw: bool = False,
+        scoring: str = "") -> Conversion:
+    """Convert `folder` to the file `out`.
 
     pre: the name of the pre-tokenizer; '': the converter finds it. raw: write the tensors in these types, not in float32.
+    scoring: what makes scores of a router's outputs, where config.json does not say it; '': the converter's own choice.
     Raises UserError unless the converter wrote a whole file."""
     say(f"running {script}")
     limit = PATIENCE + sum(p.stat().st_size for p in folder.glob("*.safetensors")) / SLOWEST
-    spec, kinds = out.with_suffix(".spec.json"), out.with_suffix(".kinds.json")
+    spec, found = out.with_suffix(".spec.json"), out.with_suffix(".found.json")
     arguments = [str(folder.resolve()), "--outfile", str(out), *options]
-    spec.write_text(json.dumps({"arguments": arguments, "pre": pre, "raw": raw, "kinds": str(kinds)}), encoding="utf-8")
+    spec.write_text(json.dumps({"arguments": arguments, "pre": pre, "raw": raw, "scoring": scoring, "found": str(found)}),
+                    encoding="utf-8")
     with tempfile.TemporaryFile() as printed:
         try:
             # -P: do not import what lies beside the launcher
@@ -53,8 +66,7 @@ def run(script: Path, folder: Path, out: Path, *options: str, pre: str = "", raw
     except UserError as e:
         raise UserError(f"llama.cpp's converter wrote a damaged file: {e.problem.rpartition(f'{out} ')[2]}",
                         f"`python {script} {folder.name}` shows its full output") from e
-    chosen: dict[str, str] = json.loads(kinds.read_text(encoding="utf-8"))
-    return chosen
+    return Conversion(**json.loads(found.read_text(encoding="utf-8")))
 
 
 def _reason(lines: list[str]) -> str:

@@ -21,7 +21,7 @@ from llmc.export import token_proof
 from llmc.export.gguf import blocks
 from llmc.export.gguf.arithmetic import Kinds, LikeLlamaCpp
 from llmc.export.gguf.blocks import Kind
-from llmc.export.gguf.layers import PREFIX, Layers
+from llmc.export.gguf.layers import EXPERTS, PREFIX, Layers, in_order
 from llmc.export.gguf.tokenizer import Vocabulary, tokenizer_spec
 from llmc.export.gguf.writer import GgufTensor, Source
 from llmc.export.parity import GENERATED, PLEASE_REPORT, PROMPT, check_ids, compare_logits, first_difference, show
@@ -162,7 +162,7 @@ def _differing(data: np.ndarray, source: Quantized) -> str:
 # Torch rounds inputs of products as llama.cpp does (arithmetic.py), so these hold for files of every type. What is left comes
 # from roundings that fall the other way because of float32's last bits, and from llama.cpp's float16 tables of activations.
 BOUNDS: dict[str, float] = {"F32": 1e-3, "F16": 5e-3, "quantized": 0.03}
-TRANSPOSED = 0.1  # where the file has quantized matrices transposed: llama.cpp multiplies them in another order than torch
+TRANSPOSED = 0.05  # where the file has quantized matrices transposed: llama.cpp multiplies them in another order than torch
 COARSE = 0.3  # where a model cannot be compared layer by layer
 
 
@@ -175,13 +175,14 @@ def bound_of(entries: list[GgufTensor], transposed: bool) -> float:
 
 
 def logits(runtime: LlamaCpp, ckpt: Checkpoint, ids: np.ndarray, bound: float, ends: dict[str, torch.Tensor],
-           kinds: Kinds, mixture: bool = False) -> dict[str, Any]:
+           kinds: Kinds) -> dict[str, Any]:
     """Compare the logits of torch and llama.cpp for the same ids; return the figures, raise UserError beyond the bound.
 
     Where roundings add up over many layers of a file that is not F32, each layer must keep the bound by itself. That needs a
-    runtime that records PREFIX. mixture: the model has experts."""
+    runtime that records PREFIX. With one that records EXPERTS, near ties of experts fall as llama.cpp's do."""
     found = runtime.logits(ids)
-    with LikeLlamaCpp(kinds, _in_file):
+    orders = [order.view(np.int32).reshape(len(ids), -1) for order in in_order(runtime.recorded, EXPERTS)]
+    with LikeLlamaCpp(kinds, _in_file, orders):
         expected = reference_logits(ckpt, ids, ends)[:, : found.shape[1]]
     relative, kld, top1 = compare_logits(expected, found)
     report = {"tokens": len(ids), "relative_error": relative, "max_relative_error": bound, "mean_kld": kld,
@@ -190,7 +191,7 @@ def logits(runtime: LlamaCpp, ckpt: Checkpoint, ids: np.ndarray, bound: float, e
         return report
     where = ""
     if relative <= COARSE and bound > BOUNDS["F32"]:  # NaN is not
-        with LikeLlamaCpp(kinds, _in_file), Layers(runtime.recorded, mixture) as layers:
+        with LikeLlamaCpp(kinds, _in_file, orders), Layers(runtime.recorded) as layers:
             last = compare_logits(reference_logits(ckpt, ids, ends)[:, : found.shape[1]], found)[0]
         if not layers.comparable:
             return {**report, "max_relative_error": COARSE}
@@ -271,14 +272,13 @@ def in_llama_cpp(path: Path, ckpt: Checkpoint, tokenizer: Any, v: Vocabulary, en
     head = next((e.kind for e in entries if e.name == "output.weight"), None)
     kinds.add(ends["head"].numpy(), head or next(e.kind for e in entries if e.name == "token_embd.weight"), exact=True)
     runtime = LlamaCpp(path, context=max(len(ids), 64), threads=threads, flash_attention=False, kv_type="f32",
-                       extra_buffers=use_extra_buffers(), record=PREFIX)
+                       extra_buffers=use_extra_buffers(), record=(PREFIX, EXPERTS))
     if window and runtime.window == 0:  # llama.cpp has none for this architecture: the exporter notes it
         ids = check_ids(tokenizer, weights, min(context_length, window))
     try:
         return {
             "token_ids": tokens(runtime, tokenizer, ckpt.folder, v),
-            "logits": logits(runtime, ckpt, ids, bound_of(entries, transposed), ends, kinds,
-                             mixture=any(len(e.shape) > 2 for e in entries)),
+            "logits": logits(runtime, ckpt, ids, bound_of(entries, transposed), ends, kinds),
             "generated": generate(runtime),
             "window": runtime.window,
         }

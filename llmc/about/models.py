@@ -5,17 +5,16 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from llmc.errors import UserError
 from llmc.export.onnx.builder import known
 from llmc.families import FAMILIES
 from llmc.families.row import Family
+from llmc.sources.llama_cpp import converter_architectures
 
 PROOFS = Path(__file__).parents[1] / "families" / "proved.json"
 PROVED, UNTESTED, NO = "proved", "untested", "no"
@@ -26,13 +25,15 @@ def models(converter: Path | None = None) -> dict[str, Any]:
     """The table. converter: the folder of llama.cpp's converter, None if it is not known.
 
     Returns {'packages' (of the proofs), 'families': [{'family', 'architecture', 'quantize', 'transform', 'rotation', 'prune',
-    'gguf', 'onnx', 'why_not', 'proofs'}]}. A cell is 'proved', 'untested' or 'no'; 'gguf' is {'own', 'converter' (None: not
-    known)}; 'why_not' has the reasons; 'proofs' are the largest figures of the tests.
+    'gguf', 'onnx', 'why_not', 'proofs'}], 'converted': {model_type of another family: largest figures of its GGUF files}}. A
+    cell is 'proved', 'untested' or 'no'; 'gguf' is {'own', 'converter' (None: not known)}; 'why_not' has the reasons;
+    'proofs' are the largest figures of the tests.
     """
     proved = json.loads(PROOFS.read_text(encoding="utf-8"))
     registered = None if converter is None else converter_architectures(converter)
     return {"packages": proved["packages"],
-            "families": [_row(f, proved["families"].get(f.model_type, {}), registered) for f in FAMILIES.values()]}
+            "families": [_row(f, proved["families"].get(f.model_type, {}), registered) for f in FAMILIES.values()],
+            "converted": proved.get("converted", {})}
 
 
 def _row(family: Family, proofs: dict[str, Any], registered: frozenset[str] | None) -> dict[str, Any]:
@@ -55,21 +56,7 @@ def _row(family: Family, proofs: dict[str, Any], registered: frozenset[str] | No
     }
 
 
-def converter_architectures(folder: Path) -> frozenset[str]:
-    """The text architectures that the converter of a llama.cpp checkout knows. Its code is read and not executed."""
-    path = folder / "conversion" / "__init__.py"
-    try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (OSError, SyntaxError) as e:
-        raise UserError(f"{folder} has no readable conversion/__init__.py: {e}",
-                        "give the folder of a llama.cpp checkout of 2026 or later") from e
-    tables = [node.value for node in tree.body if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Dict)
-              and isinstance(node.target, ast.Name) and node.target.id == "TEXT_MODEL_MAP"]
-    if not tables:
-        raise UserError(f"{path} has no TEXT_MODEL_MAP", "give the folder of a llama.cpp checkout of 2026 or later")
-    return frozenset(ast.literal_eval(tables[0]))
-
-
+CONVERTED = "GGUF is proved for these families too, through llama.cpp's converter or as the text model of a multimodal one:"
 WORDS = {PROVED: "yes", UNTESTED: "untested", NO: "-"}
 HEADINGS = ("family", "quantize", "transform", "prune", "GGUF", "ONNX")
 
@@ -89,7 +76,8 @@ def describe(table: dict[str, Any]) -> str:
     rows = [HEADINGS, *(cells(row) for row in table["families"])]
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEADINGS))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, "", *legend(table)])
+    others = textwrap.fill(f"{CONVERTED} {', '.join(table['converted'])}.", 128, break_on_hyphens=False)
+    return "\n".join([*lines, "", *([others, ""] if table["converted"] else []), *legend(table)])
 
 
 def legend(table: dict[str, Any]) -> list[str]:
@@ -107,7 +95,11 @@ def markdown(table: dict[str, Any]) -> str:
         return f"| {' | '.join(values)} |"
 
     rows = [line(HEADINGS), line("---" for _ in HEADINGS), *(line(cells(row)) for row in table["families"])]
-    return "\n".join([*rows, "", *(f"* {text}" for text in legend(table))])
+    figures = ("kld", "kld_4_bits")
+    others = [line(("family", "as floats", "at 4 bits")), line(["---"] * 3),
+              *(line((name, *(f"{v[key]:.0e}" for key in figures))) for name, v in table["converted"].items())]
+    return "\n".join([*rows, "", *(f"* {text}" for text in legend(table)), "", f"{CONVERTED[:-1]}. Mean KL divergence of "
+                      "the files' logits from torch's on tiny models, in nats:", "", *others])
 
 
 def summary(table: dict[str, Any]) -> str:

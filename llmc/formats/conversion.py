@@ -42,7 +42,7 @@ class Conversion:
     def __init__(self, model: Any) -> None:
         self.known = own_names(model)
         self.prefix = getattr(model, "base_model_prefix", "") or ""
-        self.model, self.renamings, self.converters = model, [], []  # type: ignore[var-annotated]
+        self.model, self.renamings, self.converters = _AsBuilt(model), [], []  # type: ignore[var-annotated]
         try:
             from transformers.conversion_mapping import get_model_conversion_mapping
             from transformers.core_model_loading import WeightConverter, rename_source_key
@@ -79,6 +79,20 @@ class Conversion:
         tensor = value[0] if isinstance(value, list) else value
         assert isinstance(tensor, torch.Tensor)
         return tensor
+
+
+class _AsBuilt:
+    """A model for transformers' operations, which ask for shapes of parameters: also of those that `unfuse` replaces."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._shapes = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
+
+    def get_parameter(self, name: str) -> torch.Tensor:
+        return torch.empty(self._shapes[name], device="meta")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
 
 
 def own_names(model: nn.Module) -> dict[str, bool]:

@@ -62,3 +62,14 @@ def around(model: Any, layers: str) -> Iterator[tuple[str, nn.Module]]:
         if (module._parameters or module._buffers) and not name.startswith(layers + ".") and (
                 module is head or name.startswith(part)):
             yield name, module
+
+
+def drop_parts(model: Any, layers: str) -> None:
+    """Take the parameters of the parts of a multimodal model that a text does not use out of it.
+
+    They have no values, and code that asks where the first parameter lies would send a text there.
+    layers: the name of the list of decoder layers."""
+    used = {id(m) for _, m in around(model, layers)} | {id(m) for m in model.get_submodule(layers).modules()}
+    for module in model.modules():
+        if id(module) not in used:
+            module._parameters.clear()

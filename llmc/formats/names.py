@@ -185,9 +185,9 @@ class Names:
                                 "give a --keep that fits all of its experts, or none")
         return found
 
-    def stack_name(self, stored: str) -> str:
-        """The name of the tensor of which a quantized linear was one expert."""
-        return self._stacks[stored]
+    def stack_name(self, stored: str) -> str | None:
+        """The name of the tensor of which a quantized linear was one expert. None if each expert has tensors of its own."""
+        return self._stacks.get(stored)
 
     def stack_of(self, stored: str) -> tuple[str, int] | None:
         """(stacked parameter, number of the expert) of a quantized linear that is one of its experts; None for others."""

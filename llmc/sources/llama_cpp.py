@@ -6,6 +6,7 @@ converter` unpacks the converter into llmc's cache. This is the only network use
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import subprocess
@@ -133,3 +134,18 @@ def _version(archive: tarfile.TarFile, member: tarfile.TarInfo) -> str | None:
     source = archive.extractfile(member)
     match = source and re.search(rb"^Version: (\S+)", source.read(1 << 20), re.MULTILINE)
     return match[1].decode(errors="replace") if match else None
+
+
+def converter_architectures(folder: Path) -> frozenset[str]:
+    """The text architectures that the converter of a llama.cpp checkout knows. Its code is read and not executed."""
+    path = folder / "conversion" / "__init__.py"
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError) as e:
+        raise UserError(f"{folder} has no readable conversion/__init__.py: {e}",
+                        "give the folder of a llama.cpp checkout of 2026 or later") from e
+    tables = [node.value for node in tree.body if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Dict)
+              and isinstance(node.target, ast.Name) and node.target.id == "TEXT_MODEL_MAP"]
+    if not tables:
+        raise UserError(f"{path} has no TEXT_MODEL_MAP", "give the folder of a llama.cpp checkout of 2026 or later")
+    return frozenset(ast.literal_eval(tables[0]))
