@@ -14,11 +14,12 @@ from llmc.formats.linears import get_weight
 
 
 def expected(skeleton: Skeleton, tokens: int) -> dict[str, Any] | None:
-    """{'tokens', 'experts' (of a layer), 'chosen' (experts of a token), 'columns' (inputs of an expert's widest linear),
-    'tokens_per_expert', 'tokens_per_column' (means), 'tokens_for_one' (tokens that would give 1 a column)}; None for a
-    pass without text, and for a model without experts or with experts that stay as they are. If layers have different counts, those of the layer with the most experts.
+    """What the experts will see on average. None for a pass without text, and for a model without experts or with experts
+    that stay as they are. If layers have different counts, those of the layer with the most experts.
 
-    tokens: of the calibration text.  UserError if config.json does not say how many experts a token takes.
+    tokens: of the calibration text.  Returns {'tokens', 'experts' (of a layer), 'chosen' (experts of a token), 'columns'
+    (inputs of an expert's widest linear), 'tokens_per_expert', 'tokens_per_column' (means), 'tokens_for_one' (tokens that
+    would give 1 a column)}.  UserError if config.json does not say how many experts a token takes.
     """
     changed = [m for path, m in skeleton.experts.items() if any(f"{path}.{n}" not in skeleton.kept for n in m.linears(0))]
     if not tokens or not changed:
@@ -41,5 +42,6 @@ def say_expected(skeleton: Skeleton, tokens: int, seq_len: int) -> None:
         return
     say(described(seen))
     if seen["tokens_per_column"] < 1:
+        samples = -(-seen["tokens_for_one"] // seq_len)
         warn(f"an expert sees {seen['tokens_per_column']:.2g} tokens per column on average, so its statistics lean on its "
-             f"layer's; 1 per column takes {seen['tokens_for_one']:,} tokens: --samples {-(-seen['tokens_for_one'] // seq_len)}")
+             f"layer's; 1 per column takes {seen['tokens_for_one']:,} tokens: --samples {samples}")

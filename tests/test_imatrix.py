@@ -342,5 +342,5 @@ def test_each_expert_is_rounded_by_its_own_importance(tmp_path: Path, text: Path
 
     few = replace(matrix, entries={**entries, name: InputSums(sums[:4], counts[:4])})
     write_imatrix(tmp_path / "few.gguf", few)
-    with pytest.raises(UserError, match="has 4 experts of width 64, .* has 64 input columns and is one of 8 experts"):
+    with pytest.raises(UserError, match=r"has 4 experts of width 64, .* has 64 input columns and is one of 8 experts"):
         llmc.quantize(folder, method="rtn", imatrix=tmp_path / "few.gguf", out=tmp_path / "no")

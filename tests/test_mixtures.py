@@ -291,6 +291,7 @@ def test_plan_and_run_say_what_experts_see_on_average(folder: Path, tmp_path: Pa
     assert "1 per column takes 256 tokens: --samples 8" in told
     counted = json.loads((tmp_path / "q" / "llmc.json").read_text())["passes"][0]["layers"][0]["experts"]["mlp.experts"]
     assert sum(counted["tokens"]) / 8 == seen["tokens_per_expert"]
-    assert run_command(["quantize", str(folder), "--calibration", text, "--samples", "8", "--seq-len", "32", "--dry-run"]) == 0
+    options = ["--calibration", text, "--samples", "8", "--seq-len", "32", "--dry-run"]
+    assert run_command(["quantize", str(folder), *options]) == 0
     printed = capsys.readouterr().out
     assert "256 tokens reach 2 of 8 experts each: on average 64 tokens an expert, 1 per column of 64\n" in printed

@@ -28,7 +28,7 @@ class Matrix:
 
 
 def matrix_names(skeleton: Skeleton) -> dict[str, Matrix]:
-    """llama.cpp's tensor of every decoder linear, by the linear's name in the model. All experts of a layer are one tensor."""
+    """llama.cpp's tensor of every decoder linear, by the linear's name in the model. A layer's experts are one tensor."""
     layers = range(len(skeleton.layers))
     family = find_architecture(skeleton.checkpoint.config, "llama-imatrix makes the matrix of any GGUF file; `llmc quantize "
                              "--method gptq` gathers its own statistics")
@@ -81,7 +81,8 @@ def _check(file: Path, matrix: Imatrix, names: dict[str, Matrix], skeleton: Skel
     if missing := sorted(wanted - set(matrix.entries)):
         raise UserError(f"{file} has no entry for {len(missing)} of {len(wanted)} linears (first {missing[0]})", hint)
     for linear, of in names.items():
-        (experts, width), needed = matrix.entries[of.name].sums.shape, get_weight(skeleton.model.get_submodule(linear)).shape[1]
+        experts, width = matrix.entries[of.name].sums.shape
+        needed = get_weight(skeleton.model.get_submodule(linear)).shape[1]
         if (experts, width) != (of.experts, needed):
             found = f"{experts} experts of width {width}" if experts > 1 else f"width {width}"
             asked = f"{needed} input columns" + (f" and is one of {of.experts} experts" if of.experts > 1 else "")

@@ -120,8 +120,8 @@ class _Job:
         """The plan: the options, and the disk and memory that it needs (bytes)."""
         c = self.config
         return {"source": str(self.source), "out": str(self.out), "layers": len(self.skeleton.layers),
-                "matrices": len({m.name for m in self.names.values()}), "tokens": c.samples * c.seq_len, "calibration": c.calibration,
-                "experts": expected(self.skeleton, c.samples * c.seq_len),
+                "matrices": len({m.name for m in self.names.values()}), "tokens": c.samples * c.seq_len,
+                "calibration": c.calibration, "experts": expected(self.skeleton, c.samples * c.seq_len),
                 "calibration_rows": rows_in(c.calibration), "disk_bytes": self.disk, **self.memory.plan(), "device": c.device,
                 "threads": self.threads, "matmul": matmul_precision()}
 

@@ -125,7 +125,8 @@ class Ends:
 class Skeleton:
     """A model with row numbers as matrices, and with real values else.
 
-    model: in eval mode.  layers, decoder_layers: the name of the list of its decoder layers, and the list.  rows: the row numbers.  ends: names of embedding and head.
+    model: in eval mode.  layers, decoder_layers: the name of the list of its decoder layers, and the list.
+    rows: the row numbers.  ends: names of embedding and head.
     sources: the float matrices, by the names that Names.stored gives them."""
 
     def __init__(self, ckpt: Checkpoint, hf: Any) -> None:

@@ -47,7 +47,8 @@ def _imatrix(file: Path, tensors: bool) -> dict[str, Any] | None:
     """The contents of an importance matrix. None for any other .gguf file.
 
     Returns {'artifact', 'format', 'datasets', 'chunks', 'chunk_size', 'tokens' (maximum over the matrices), 'matrices',
-    'layers', 'unseen' (matrices and experts that no token reached), 'provenance'}, and with `tensors` also 'tensors', one object each.
+    'layers', 'unseen' (matrices and experts that no token reached), 'provenance'}, and with `tensors` also
+    'tensors', one object each.
     """
     from llmc.formats.gguf import field, open_gguf
     from llmc.formats.imatrix import is_imatrix, read_imatrix

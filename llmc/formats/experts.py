@@ -53,9 +53,10 @@ def used_of(name: str, experts_share: float) -> float:
 
 
 def described(seen: dict[str, Any] | None) -> str:
-    """The sentence on what the text gives to experts (`expected` of compress/expected.py), for plans; '' for a dense model."""
+    """The sentence on what the text gives to experts (`expected` of compress/expected.py); '' for a dense model."""
     if seen is None:
         return ""
     text = (f"{seen['tokens']:,} tokens reach {seen['chosen']} of {seen['experts']} experts each: on average "
-            f"{seen['tokens_per_expert']:,.0f} tokens an expert, {seen['tokens_per_column']:.2g} per column of {seen['columns']}")
+            f"{seen['tokens_per_expert']:,.0f} tokens an expert, {seen['tokens_per_column']:.2g} per column of "
+            f"{seen['columns']}")
     return text if seen["tokens_per_column"] >= 1 else f"{text} (1 per column takes {seen['tokens_for_one']:,} tokens)"
