@@ -4,11 +4,11 @@
     python benchmarks/experts.py shrink --work FOLDER --steps 600
 
 memory: writes a folder of the shape of Qwen3-30B-A3B (48 layers of 128 experts) as a sparse file, with noise in two layers
-and zeros in the others, runs `llmc quantize` on it for two layers and prints the peak of its memory, that of its plan, and the
+and zeros in the others, quantizes two layers of it and prints the peak of its memory, that of its plan, and the
 seconds of a layer. Expected: at most 4 GB.
-Seen so far, on 2 cores that others used too, with 16 x 512 tokens: 3.1 GB with 48 layers and 2.9 GB with 2 (planned: 2.4 GB),
-both before layer 0 began to change its experts. No layer was finished. GPTQ of one expert takes 4.4 CPU seconds (3.6 of [1536, 2048] and 0.8
-of [2048, 768]), which would be 9 to 10 CPU minutes for the 128 experts of a layer.
+Seen so far, on 2 cores that others used too, with 16 x 512 tokens: 3.1 GB with 48 layers and 2.9 GB with 2 (planned:
+2.4 GB), both before layer 0 began to change its experts. No layer was finished. GPTQ of one expert takes 4.4 CPU seconds
+(3.6 of [1536, 2048] and 0.8 of [2048, 768]), which would be 9 to 10 CPU minutes for the 128 experts of a layer.
 shrink: trains a small mixture of experts on CPython's help text and quantizes it to q4_0 with little text: rounded to
 nearest, and by GPTQ with experts' statistics that lean on the layer's with different strength (compress/mixture_run.py). It
 prints the KL divergence on text that neither training nor calibration saw. Expected: GPTQ below rounding to nearest at any
