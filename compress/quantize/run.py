@@ -318,11 +318,12 @@ class _Job:
                  **({"transform": choice.record} if choice else {})}
         passes = [*passes_of(self.source), *(choice.passes if choice else []), entry]
         manifest = model_folder.publish(folder, self.out, self.kind, origin_of(self.source, source), passes)
+        bits = self._bits_per_weight()  # asks the transformed folder for the types of what stays float
         remove(work.folder)
         remove(sampled_file(self.work))
         remove(self._transformed())
         total = sum(p.stat().st_size for p in self.out.glob("*.safetensors"))
-        return {"out": str(self.out), **self._what(), "bits_per_weight": self._bits_per_weight(),
+        return {"out": str(self.out), **self._what(), "bits_per_weight": bits,
                 "bytes": total, "transform": choice.record if choice else None,
                 "weights_sha256": model_folder.weight_hashes(manifest),
                 **{k: v for k, v in summary.items() if k != "layers"}}
