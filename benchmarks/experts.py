@@ -4,8 +4,11 @@
     python benchmarks/experts.py shrink --work FOLDER --steps 600
 
 memory: writes a folder of the shape of Qwen3-30B-A3B (48 layers of 128 experts) as a sparse file, with noise in two layers
-and zeros in the others, runs `llmc quantize` on it for two layers and prints the peak of its memory and the seconds of a
-layer. Expected: at most 4 GB.
+and zeros in the others, quantizes two layers of it and prints the peak of its memory, that of its plan, and the
+seconds of a layer. Expected: at most 4 GB.
+Seen so far, on 2 cores that others used too, with 16 x 512 tokens: 3.1 GB with 48 layers and 2.9 GB with 2 (planned:
+2.4 GB), both before layer 0 began to change its experts. No layer was finished. GPTQ of one expert takes 4.4 CPU seconds
+(3.6 of [1536, 2048] and 0.8 of [2048, 768]), which would be 9 to 10 CPU minutes for the 128 experts of a layer.
 shrink: trains a small mixture of experts on CPython's help text and quantizes it to q4_0 with little text: rounded to
 nearest, and by GPTQ with experts' statistics that lean on the layer's with different strength (compress/mixture_run.py). It
 prints the KL divergence on text that neither training nor calibration saw. Expected: GPTQ below rounding to nearest at any
@@ -85,9 +88,9 @@ def sparse_folder(folder: Path, config: dict[str, Any], full: tuple[int, ...]) -
 
 
 def memory(args: argparse.Namespace) -> dict[str, Any]:
-    folder, out = args.work / "a3b", args.work / "a3b-q4"
+    folder, out = args.work / f"a3b-{args.depth}", args.work / f"a3b-{args.depth}-q4"
     if not folder.is_dir():
-        sparse_folder(folder, A3B, FULL)
+        sparse_folder(folder, {**A3B, "num_hidden_layers": args.depth}, FULL)
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(args.tokenizer / name, folder)
     text = args.work / "text.txt"
@@ -95,6 +98,7 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
     shutil.rmtree(work := out.with_name(f".{out.name}.unfinished"), ignore_errors=True)
     command = [sys.executable, "-m", "llmc", "quantize", folder, "--type", "q4_0", "--calibration", text, "-o", out,
                "--samples", args.samples, "--seq-len", args.seq_len]
+    planned = json.loads(subprocess.run([*map(str, command), "--dry-run", "--json"], check=True, capture_output=True).stdout)
     start = time.monotonic()
     process = subprocess.Popen([*map(str, command)])
     ends: list[float] = []
@@ -108,7 +112,8 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
     if not ended:
         process.send_signal(signal.SIGINT)
         _, _, usage = os.wait4(process.pid, 0)
-    return {"peak_gb": usage.ru_maxrss * 1024 / 1e9, "seconds_to_layer": [round(e) for e in ends],
+    return {"peak_gb": usage.ru_maxrss * 1024 / 1e9, "planned_gb": planned["memory_bytes"] / 1e9,
+            "cpu_seconds": round(usage.ru_utime + usage.ru_stime), "seconds_to_layer": [round(e) for e in ends],
             "tokens": args.samples * args.seq_len, "threads": torch.get_num_threads()}
 
 
@@ -181,6 +186,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--layers", type=int, default=len(FULL), help="layers to run, for `memory`")
+    parser.add_argument("--depth", type=int, default=A3B["num_hidden_layers"],
+                        help="layers of the model, for `memory`: reading and hashing 48 takes longer than a layer")
     parser.add_argument("--steps", type=int, default=600)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)

@@ -114,6 +114,11 @@ class Skeleton:
         path = next((p for p in self.experts if linear.startswith(f"{p}.")), None)
         return linear if path is None else f"{path}.*.{linear.removeprefix(path).split('.', 2)[2]}"
 
+    def expert_of(self, linear: str) -> tuple[int, int] | None:
+        """(number, count) of the expert that a linear belongs to, by the linear's name in the model; None if to none."""
+        path = next((p for p in self.experts if linear.startswith(f"{p}.")), None)
+        return None if path is None else (int(linear.removeprefix(f"{path}.").split(".")[0]), self.experts[path].count)
+
     def is_another_expert(self, index: int, linear: str) -> bool:
         """Whether a linear of a layer belongs to an expert, and not to the first one."""
         name = f"{self.layer_name(index)}.{linear}"

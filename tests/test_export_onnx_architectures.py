@@ -216,3 +216,17 @@ def test_the_kind_of_a_norm_is_measured() -> None:
                                      (OlmoLayerNorm(64), True, 1e-5)):  # which does not tell its epsilon
         kind = norm_of(module, 64)
         assert (kind.centred, kind.epsilon) == (centred, pytest.approx(epsilon))
+
+
+@pytest.mark.parametrize(("family", "sizes"), [
+    ("phi3", {"hidden_size": 256, "intermediate_size": 128}),  # [q; k; v] has as many rows as the head
+    ("llama", {"intermediate_size": 512}), ("gemma3_text", {"intermediate_size": 512})])
+def test_a_linear_with_as_many_rows_as_the_vocabulary_is_not_the_head(family: str, sizes: dict[str, Any],
+                                                                      tmp_path: Path) -> None:
+    """The builder takes it for the head: it gave its rows to lm_head."""
+    folder = build(family, tmp_path / "m", **sizes)
+    report = llmc.export(folder, format="onnx", dtype="fp32", out=tmp_path / "o")
+    assert report["logits"]["relative_error"] < 1e-5
+    llmc.quantize(folder, method="rtn", out=tmp_path / "q")
+    report = llmc.export(tmp_path / "q", format="onnx", out=tmp_path / "oq")
+    assert report["logits"]["relative_error"] < 1e-5

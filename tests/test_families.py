@@ -29,7 +29,7 @@ from llmc.formats.linears import get_weight
 WRITTEN = [f for f in FAMILIES if FAMILIES[f].gguf.name]
 
 
-MAPPED = [f for f in FAMILIES if not FAMILIES[f].unmapped]
+MAPPED = [f for f in FAMILIES if not (FAMILIES[f].unmapped or FAMILIES[f].experts)]  # every linear of a layer has a role
 
 
 def model_and_layer(family: str) -> tuple[Any, nn.Module]:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import mixtures
 import numpy as np
 import pytest
 import torch
@@ -27,6 +28,7 @@ from llmc.export.gguf.config import GgufExportConfig
 from llmc.export.gguf.plan import Planner, Types
 from llmc.formats import quantized
 from llmc.formats.checkpoint import Checkpoint
+from llmc.formats.hf import load_torch_model
 from llmc.formats.imatrix import Imatrix, InputSums, read_imatrix, write_imatrix
 from llmc.formats.linears import get_weight, is_linear
 from llmc.formats.types import BLOCK_TYPES, IntegerType
@@ -259,3 +261,86 @@ def test_inspect_says_what_is_inside(matrix: tuple[Path, Path], capsys: pytest.C
     assert run(["inspect", str(matrix[1]), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["datasets"] == ["some text.txt"]
     assert report["provenance"]["passes"][0]["name"] == "imatrix"
+
+
+# ------------------------------------------------------------------------------------------------------------- experts
+
+WITH_TABLE = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe")  # llmc knows llama.cpp's names of their tensors
+
+
+@torch.no_grad()
+def sums_of_experts(folder: Path, text: Path) -> dict[tuple[str, int], tuple[torch.Tensor, int]]:
+    """{(llama.cpp's name, expert): (sums of squared inputs [in], tokens)} of one whole model in memory."""
+    model = load_torch_model(folder)
+    ids = load_calibration(str(text), AutoTokenizer.from_pretrained(folder), *TEXT.values()).sequences
+    found: dict[tuple[str, int], tuple[torch.Tensor, int]] = {}
+
+    def see(layer: int, experts: Any, x: torch.Tensor, index: torch.Tensor) -> None:
+        for expert in range(8):
+            rows = x[torch.where(index == expert)[0]]
+            gate, up = nn.functional.linear(rows, experts.gate_up_proj[expert]).chunk(2, -1)
+            inner = experts.act_fn(gate) * up
+            for name, value in (("gate", rows), ("up", rows), ("down", inner)):
+                found[f"blk.{layer}.ffn_{name}_exps.weight", expert] = value.double().square().sum(0), len(rows)
+
+    for layer, module in enumerate(model.model.layers):
+        module.mlp.experts.register_forward_pre_hook(lambda m, args, layer=layer: see(layer, m, args[0], args[1]))
+    model(ids)
+    return found
+
+
+@pytest.mark.parametrize("kind", WITH_TABLE)
+def test_experts_are_one_matrix_with_a_row_and_a_count_for_each(kind: str, tmp_path: Path, text: Path) -> None:
+    """In llama.cpp's layout, under the names and in the order of the exported file; every token counts alike."""
+    folder = mixtures.build(kind, tmp_path / kind)
+    result = llmc.imatrix(folder, calibration=str(text), **TEXT, threads=1, out=tmp_path / "i.gguf")
+    found = {t.name: t for t in GGUFReader(tmp_path / "i.gguf").tensors}
+    stacks = {n: w for n, w in exported_shapes(folder).items() if "_exps" in n}
+    assert len(stacks) == 6
+    assert result["matrices"] * 2 == len(found)
+    expected = sums_of_experts(folder, text)
+    for name, (experts, _, width) in stacks.items():
+        sums, counts = found[f"{name}.in_sum2"], found[f"{name}.counts"]
+        assert (list(sums.shape), list(counts.shape)) == ([width, experts], [1, experts])  # ggml's order
+        for expert in range(experts):
+            wanted, tokens = expected[name, expert]
+            torch.testing.assert_close(torch.tensor(sums.data[expert]).double(), wanted, rtol=1e-3, atol=1e-6)
+            assert counts.data[expert].tolist() == [tokens]
+        assert counts.data.sum() == 6 * 48 * 2  # two experts a token
+
+
+def exported_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of what `llmc export` puts into a GGUF file, by llama.cpp's names."""
+    ckpt = Checkpoint.open(folder)
+    types = Types.choose(GgufExportConfig(float_type="f32"), ckpt)
+    return {e.name: e.shape for e in Planner(ckpt, find_architecture(ckpt.config), AutoConfig.from_pretrained(folder), types,
+                                             GGUFWriter(None, "llama")).entries()}
+
+
+def test_each_expert_is_rounded_by_its_own_importance(tmp_path: Path, text: Path) -> None:
+    """Against rounding in memory; an expert without tokens is rounded as without a matrix, and the record says so."""
+    folder = mixtures.build("qwen3_moe", tmp_path / "m")
+    llmc.imatrix(folder, calibration=str(text), **TEXT, threads=1, out=tmp_path / "i.gguf")
+    matrix = read_imatrix(tmp_path / "i.gguf")
+    name = "blk.1.ffn_down_exps.weight"
+    generator = np.random.default_rng(0)
+    sums = np.exp(2 * generator.standard_normal(matrix.entries[name].sums.shape)).astype(np.float32)
+    counts = np.full(8, 5.0, np.float32)
+    sums[3], counts[3] = 0, 0
+    entries = {**matrix.entries, name: InputSums(sums, counts)}
+    write_imatrix(tmp_path / "odd.gguf", replace(matrix, entries=entries))
+    assert llmc.inspect(tmp_path / "odd.gguf")["unseen"] == [f"expert 3 of {name}"]
+    llmc.quantize(folder, method="rtn", type="iq4_nl", imatrix=tmp_path / "odd.gguf", threads=1, out=tmp_path / "q")
+    made, ckpt = Checkpoint.open(tmp_path / "q"), Checkpoint.open(folder)
+    for expert in range(8):
+        linear = f"model.layers.1.mlp.experts.{expert}.down_proj"
+        by = None if expert == 3 else torch.from_numpy(sums[expert] / float(sums[expert].mean(dtype="float64")))
+        wanted = rtn(ckpt.tensor(f"{linear}.weight").float(), BLOCK_TYPES["iq4_nl"], by)
+        assert torch.equal(quantized.read(made, linear).dequantize(), wanted.dequantize())
+    record = json.loads((tmp_path / "q" / "llmc.json").read_text())["passes"][0]["layers"][1]
+    assert [e for e in record["events"] if "mlp.experts.3.down_proj" in e and "no input but zero" in e]
+
+    few = replace(matrix, entries={**entries, name: InputSums(sums[:4], counts[:4])})
+    write_imatrix(tmp_path / "few.gguf", few)
+    with pytest.raises(UserError, match=r"has 4 experts of width 64, .* has 64 input columns and is one of 8 experts"):
+        llmc.quantize(folder, method="rtn", imatrix=tmp_path / "few.gguf", out=tmp_path / "no")

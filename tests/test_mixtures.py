@@ -16,8 +16,10 @@ from tiny import divergence, write_text
 from torch import nn
 
 import llmc
+from llmc.cli import run as run_command
 from llmc.compress.calibration import Loop, LoopSettings, Workspace
 from llmc.compress.coverage import cover
+from llmc.compress.expected import expected
 from llmc.compress.layer_run import InputStatistics
 from llmc.compress.mixture_run import SAMPLE, STRENGTH
 from llmc.compress.passes import LayerPass
@@ -252,3 +254,44 @@ def test_the_plan_says_what_a_token_reads(folder: Path, tmp_path: Path) -> None:
     weights = llmc.inspect(tmp_path / "q")["weights"]
     assert plan["token_bytes"] == pytest.approx(weights["token_bytes"], rel=0.05)  # but for the order and zeros of GPTQ
     assert plan["token_bytes"] < plan["out_bytes"] * 0.8
+
+
+# ------------------------------------------------------------------------------------------------- what text gives to experts
+
+
+@of_kinds()
+def test_config_says_how_many_experts_a_token_takes(folder: Path) -> None:
+    """The plan's mean needs this number: it is that of the model's own code."""
+    skeleton, taken = Skeleton(Checkpoint.open(folder), "cpu"), set[int]()
+    model = load_torch_model(folder)
+    for module in model.modules():
+        if is_fused(module):
+            module.register_forward_pre_hook(lambda _m, args: taken.add(args[1].shape[1] if len(args) > 1 else 1))
+    model(IDS[:1])
+    found = expected(skeleton, 1000)
+    assert found is not None
+    assert taken == {found["chosen"]}
+    assert found["experts"] == 8
+
+
+@of_kinds("qwen3_moe")
+def test_plan_and_run_say_what_experts_see_on_average(folder: Path, tmp_path: Path, text: str,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    few: dict[str, Any] = {"calibration": text, "samples": 4, "seq_len": 32}
+    seen = {"tokens": 128, "experts": 8, "chosen": 2, "columns": 64, "tokens_per_expert": 32, "tokens_per_column": 0.5,
+            "tokens_for_one": 256}
+    assert llmc.quantize(folder, **few, dry_run=True)["experts"] == seen
+    assert llmc.imatrix(folder, **few, dry_run=True)["experts"] == seen
+    assert llmc.prune(folder, method="wanda", sparsity=0.5, **{**few, "samples": 5}, dry_run=True)["experts"] == seen
+    assert llmc.quantize(folder, method="rtn", dry_run=True)["experts"] is None
+    assert llmc.quantize(folder, **few, keep="experts", dry_run=True)["experts"] is None
+    llmc.quantize(folder, **few, out=tmp_path / "q")
+    told = " ".join(capsys.readouterr().err.split())
+    assert "128 tokens reach 2 of 8 experts each: on average 32 tokens an expert, 0.5 per column of 64" in told
+    assert "1 per column takes 256 tokens: --samples 8" in told
+    counted = json.loads((tmp_path / "q" / "llmc.json").read_text())["passes"][0]["layers"][0]["experts"]["mlp.experts"]
+    assert sum(counted["tokens"]) / 8 == seen["tokens_per_expert"]
+    options = ["--calibration", text, "--samples", "8", "--seq-len", "32", "--dry-run"]
+    assert run_command(["quantize", str(folder), *options]) == 0
+    printed = capsys.readouterr().out
+    assert "256 tokens reach 2 of 8 experts each: on average 64 tokens an expert, 1 per column of 64\n" in printed

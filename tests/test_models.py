@@ -47,7 +47,7 @@ def those(keep: Callable[[Family], object], most_layers: int = MOST_LAYERS) -> l
 
 
 def is_mixture(name: str) -> bool:
-    return "experts" in FAMILIES[family_of(name)].unmapped
+    return bool(FAMILIES[family_of(name)].experts)
 
 
 FLOATS = ("mlp.gate.weight", "block_sparse_moe.gate.weight", "shared_expert_gate.weight", "conv.conv.weight")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import mixtures
 import numpy as np
 import pytest
 import torch
 from killing import Command, resumed
-from tiny import FAMILIES, build, poison
+from tiny import COMMON, FAMILIES, build, edit_config, poison, randomized, tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 from transforming import IDS, LEFT_ALONE, load, logits, same
 
 import llmc
@@ -118,3 +120,64 @@ def test_a_damaged_tensor_is_found_before_any_layer_is_made(tmp_path: Path) -> N
 def test_a_migration_out_of_range(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--alpha 1\.5: must be 0 to 1"):
         llmc.transform(tmp_path, scaling="smoothquant", alpha=1.5)
+
+
+# ------------------------------------------------------------------------------------------------------------- experts
+
+WITH_EXPERTS = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe")
+BESIDE = {"qwen2_moe": 1}  # shared experts in a layer
+
+
+def kld(folder: Path, base: Path) -> float:
+    p, q = (torch.log_softmax(logits(f).double(), -1) for f in (base, folder))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize(("scaling", "rotate"), [("awq", "none"), ("equalize", "none"), ("smoothquant", "none"),
+                                                 ("none", "r1r2"), ("awq", "r1r2")])
+@pytest.mark.parametrize("kind", WITH_EXPERTS)
+def test_a_mixture_of_experts_computes_the_same(kind: str, scaling: str, rotate: str, tmp_path: Path, text: Path) -> None:
+    """The norm before the experts feeds the router, all experts and what runs beside them; every matrix of them changes."""
+    folder = mixtures.build(kind, tmp_path / "m")
+    result = llmc.transform(folder, scaling=scaling, rotate=rotate, untie=rotate == "r1r2", calibration=text, samples=8,
+                            seq_len=64, out=tmp_path / "t", threads=1)
+    assert abs(kld(tmp_path / "t", folder)) < 1e-9
+    before, after = Checkpoint.open(folder), Checkpoint.open(tmp_path / "t")
+    assert sorted(before.names()) == sorted(set(after.names()) - ({"lm_head.weight"} - set(before.names())))
+    inside = [n for n in before.names() if ".mlp." in n or "block_sparse_moe" in n]
+    assert len(inside) == 2 * (1 + 8 * 3 + 4 * BESIDE.get(kind, 0))
+    if rotate != "none":
+        assert not [n for n in inside if torch.allclose(before.tensor(n).float(), after.tensor(n).float(), rtol=0.1)]
+    if scaling != "none":
+        for layer in result["passes"][-1]["layers"]:
+            places = layer["places"]
+            assert len(places) == 2 + 1 + 8 + BESIDE.get(kind, 0)
+            assert all(p["after"] <= p["before"] for p in places.values()) or scaling == "smoothquant"
+    assert result["left"] == []
+    assert llmc.verify(tmp_path / "t")["problems"] == []
+
+
+@pytest.mark.parametrize("scaling", ["awq", "equalize"])
+def test_a_layer_without_experts_among_those_with_them(scaling: str, tmp_path: Path, text: Path) -> None:
+    config = AutoConfig.for_model("qwen3_moe", **{**COMMON, **mixtures.MIXTURES["qwen3_moe"], "mlp_only_layers": [0]})
+    torch.manual_seed(0)
+    randomized(AutoModelForCausalLM.from_config(config)).save_pretrained(tmp_path / "m")
+    tokenizer().save_pretrained(tmp_path / "m")
+    llmc.transform(tmp_path / "m", scaling=scaling, rotate="r1r2", untie=True, calibration=text, samples=8, seq_len=64,
+                   out=tmp_path / "t", threads=1)
+    assert abs(kld(tmp_path / "t", tmp_path / "m")) < 1e-9
+
+
+def test_a_limit_of_values_is_refused(tmp_path: Path) -> None:
+    folder = mixtures.build("olmoe", tmp_path / "m")
+    edit_config(folder, clip_qkv=8.0)
+    with pytest.raises(UserError, match="limits its values to 8 \\(clip_qkv\\)"):
+        llmc.transform(folder, scaling="equalize", out=tmp_path / "t")
+
+
+def test_a_mixture_is_quantized_after_a_transform(tmp_path: Path, text: Path) -> None:
+    folder = mixtures.build("qwen3_moe", tmp_path / "m")
+    result = llmc.quantize(folder, transform="scaling", calibration=text, samples=16, seq_len=64, out=tmp_path / "q",
+                           threads=1)
+    assert result["transform"]["taken"] == "scaling"
+    assert 0 < kld(tmp_path / "q", folder) < 0.2

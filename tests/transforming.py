@@ -14,7 +14,9 @@ LEFT_ALONE = {"gpt2": "gelu_new", "gpt_neox": "gelu"}  # MLPs whose activation d
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float64) -> Any:
-    return load_torch_model(folder, dtype=dtype)
+    model = load_torch_model(folder, dtype=dtype)
+    model.config._experts_implementation = "eager"  # the fast form of experts has no float64
+    return model
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,18 @@ from llmc.formats.linears import get_weight
 from llmc.formats.manifest import read_manifest
 
 
-def matrix_names(skeleton: Skeleton) -> dict[str, str]:
-    """llama.cpp's name of the weight of every decoder linear, by the linear's name in the model."""
+@dataclass(frozen=True)
+class Matrix:
+    """llama.cpp's tensor for the weight of a linear. expert: its number in the tensor, 0 for a tensor that holds one matrix.
+    experts: how many matrices the tensor holds."""
+
+    name: str
+    expert: int = 0
+    experts: int = 1
+
+
+def matrix_names(skeleton: Skeleton) -> dict[str, Matrix]:
+    """llama.cpp's tensor of every decoder linear, by the linear's name in the model. A layer's experts are one tensor."""
     layers = range(len(skeleton.layers))
     family = find_architecture(skeleton.checkpoint.config, "llama-imatrix makes the matrix of any GGUF file; `llmc quantize "
                              "--method gptq` gathers its own statistics")
@@ -28,11 +39,12 @@ def matrix_names(skeleton: Skeleton) -> dict[str, str]:
     names = {}
     for linear in (f"{skeleton.layer_name(i)}.{name}" for i in layers for name in skeleton.linears(i)):
         stored = skeleton.names.find(f"{linear}.weight") or f"{linear}.weight"
-        found = tensor_names.find(stored)
-        if found is None:
+        expert = skeleton.expert_of(linear)
+        found, number = tensor_names.place(stored)
+        if found is None or (number is None) != (expert is None):
             raise UserError(f"llama.cpp's {family.gguf.name} architecture has no tensor for {stored}",
                             "the checkpoint has tensors that the architecture in its config.json does not have")
-        names[linear] = found
+        names[linear] = Matrix(found) if expert is None else Matrix(found, *expert)
     return names
 
 
@@ -54,19 +66,24 @@ class Importance:
 
     def of(self, linear: str) -> torch.Tensor | None:
         """float32 [in], scaled to a mean of 1, for the linear of this name in the model; None if no token was seen or every
-        input was zero."""
-        entry = self.matrix.entries[self.names[linear]]
-        mean = float(entry.sums.mean(dtype="float64"))
-        return None if entry.unseen or mean == 0 else torch.from_numpy(entry.sums[0] / mean)
+        input was zero. Of experts each has its own."""
+        found = self.names[linear]
+        entry = self.matrix.entries[found.name]
+        sums, count = entry.sums[found.expert], entry.counts[found.expert]
+        mean = float(sums.mean(dtype="float64"))
+        return None if not count or mean == 0 else torch.from_numpy(sums / mean)
 
 
-def _check(file: Path, matrix: Imatrix, names: dict[str, str], skeleton: Skeleton) -> None:
+def _check(file: Path, matrix: Imatrix, names: dict[str, Matrix], skeleton: Skeleton) -> None:
     """UserError if a linear has no entry, or one of another width."""
     hint = "the matrix was made from another model: make one for this model with `llmc imatrix`"
-    if missing := sorted(set(names.values()) - set(matrix.entries)):
-        raise UserError(f"{file} has no entry for {len(missing)} of {len(names)} linears (first {missing[0]})", hint)
-    for linear, name in names.items():
-        (experts, width), needed = matrix.entries[name].sums.shape, get_weight(skeleton.model.get_submodule(linear)).shape[1]
-        if (experts, width) != (1, needed):
+    wanted = {found.name for found in names.values()}
+    if missing := sorted(wanted - set(matrix.entries)):
+        raise UserError(f"{file} has no entry for {len(missing)} of {len(wanted)} linears (first {missing[0]})", hint)
+    for linear, of in names.items():
+        experts, width = matrix.entries[of.name].sums.shape
+        needed = get_weight(skeleton.model.get_submodule(linear)).shape[1]
+        if (experts, width) != (of.experts, needed):
             found = f"{experts} experts of width {width}" if experts > 1 else f"width {width}"
-            raise UserError(f"{name} in {file} has {found}, and {linear} has {needed} input columns", hint)
+            asked = f"{needed} input columns" + (f" and is one of {of.experts} experts" if of.experts > 1 else "")
+            raise UserError(f"{of.name} in {file} has {found}, and {linear} has {asked}", hint)

@@ -16,8 +16,9 @@ from torch import nn
 
 from llmc.compress.calibration import Loop, Workspace, settings_for
 from llmc.compress.coverage import checked
+from llmc.compress.expected import expected, say_expected
 from llmc.compress.imatrix.config import ImatrixConfig
-from llmc.compress.imatrix.importance import matrix_names
+from llmc.compress.imatrix.importance import Matrix, matrix_names
 from llmc.compress.memory import FLOAT, Running, Sizes, entering, reading, sampling
 from llmc.compress.passes import LayerWatch
 from llmc.compress.preparation import calibration_text, check_weights, open_float, sampled_file
@@ -39,13 +40,15 @@ from llmc.temporary import remove
 
 
 class SquaresPass(LayerWatch):
-    """Sums x_j^2 over tokens for every linear, and counts the tokens.
+    """Sums x_j^2 over tokens for every linear, and counts the tokens. An expert sees those that the router sends to it, each
+    as often as any other, whatever its routing weight is: so does llama-imatrix.
 
-    names: {the linear's name in the model: llama.cpp's name}.  A layer's tensors: {llama.cpp's name: float32 [in]}; its
-    record: {'layer', 'tokens'}.
+    names: {the linear's name in the model: llama.cpp's tensor}.  A layer's tensors: {llama.cpp's name: float32
+    [experts, in]}; its record: {'layer', 'counts' {llama.cpp's name: [tokens of each expert]}}. A matrix that is none of
+    several has one row and one count.
     """
 
-    def __init__(self, skeleton: Skeleton, names: dict[str, str]) -> None:
+    def __init__(self, skeleton: Skeleton, names: dict[str, Matrix]) -> None:
         self.skeleton, self.names = skeleton, names
 
     def begin(self, index: int, layer: nn.Module, groups: list[LinearGroup]) -> None:
@@ -60,16 +63,19 @@ class SquaresPass(LayerWatch):
         self.tokens[group] += rows.shape[0]
 
     def finish(self, index: int, layer: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        prefix, tensors = self.skeleton.layer_name(index), {}
+        prefix, tensors, counts = self.skeleton.layer_name(index), dict[str, torch.Tensor](), dict[str, list[int]]()
         for group, sums in self.sums.items():
             if not bool(torch.isfinite(sums).all()):
                 raise UserError(f"the input of {prefix}.{group.names[0]} has NaN or infinity on the calibration text",
                                 "the checkpoint is damaged or its training diverged: use an earlier checkpoint")
             for name in group.names:
-                tensors[self.names[f"{prefix}.{name}"]] = sums.float()
-        tokens = set(self.tokens.values())
-        assert len(tokens) == 1, "every linear of a layer sees every token"
-        return tensors, {"layer": index, "tokens": tokens.pop()}
+                matrix = self.names[f"{prefix}.{name}"]
+                if matrix.name not in tensors:
+                    tensors[matrix.name] = torch.zeros(matrix.experts, group.in_features)
+                    counts[matrix.name] = [0] * matrix.experts
+                tensors[matrix.name][matrix.expert] = sums.float()
+                counts[matrix.name][matrix.expert] = self.tokens[group]
+        return tensors, {"layer": index, "counts": counts}
 
 
 def imatrix(model: str | Path, config: ImatrixConfig) -> dict[str, Any]:
@@ -114,7 +120,8 @@ class _Job:
         """The plan: the options, and the disk and memory that it needs (bytes)."""
         c = self.config
         return {"source": str(self.source), "out": str(self.out), "layers": len(self.skeleton.layers),
-                "matrices": len(self.names), "tokens": c.samples * c.seq_len, "calibration": c.calibration,
+                "matrices": len({m.name for m in self.names.values()}), "tokens": c.samples * c.seq_len,
+                "calibration": c.calibration, "experts": expected(self.skeleton, c.samples * c.seq_len),
                 "calibration_rows": rows_in(c.calibration), "disk_bytes": self.disk, **self.memory.plan(), "device": c.device,
                 "threads": self.threads, "matmul": matmul_precision()}
 
@@ -129,6 +136,7 @@ class _Job:
         source = describe_source(self.source)
         text = calibration_text(self.skeleton, source["files"], self.config, self.threads, sampled_file(self.work))
         say(f"calibration: {text.origin['name']}, {text.tokens:,} tokens")
+        say_expected(self.skeleton, text.tokens, self.config.seq_len)
         key = fingerprint(__name__, self.config.numbers(), self.threads, source["files"], text)
         work = Workspace(self.work, key, self.config.resume)
         if work.done:
@@ -151,8 +159,7 @@ class _Job:
         """The importance matrix of all finished layers. llama.cpp calls a sequence of the text a chunk."""
         entries = {}
         for index, record in enumerate(work.records()):
-            counts = np.array([record["tokens"]], dtype=np.float32)
             for name, sums in work.tensors(index).items():
-                entries[name] = InputSums(sums.numpy()[None], counts)
+                entries[name] = InputSums(sums.numpy(), np.array(record["counts"][name], dtype=np.float32))
         samples, seq_len = text.sequences.shape
         return Imatrix(entries, [text.origin["name"]], samples, seq_len)

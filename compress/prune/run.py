@@ -13,6 +13,7 @@ import torch
 
 from llmc.compress.calibration import Workspace
 from llmc.compress.coverage import checked
+from llmc.compress.expected import expected, say_expected
 from llmc.compress.preparation import calibration_text, check_weights, open_float, sampled_file
 from llmc.compress.prune.config import MASKS, PATTERNS, PruneConfig
 from llmc.compress.prune.depth import prove
@@ -116,6 +117,7 @@ class _Job:
             **memory_of(self.skeleton, c).plan(), "whole_model_in_memory": c.method == "depth" and c.by == "kl",
             "device": c.device, "threads": self.threads, "matmul": matmul_precision(), "calibration": c.calibration,
             "calibration_rows": rows_in(c.calibration),
+            "experts": expected(self.skeleton, (c.sequences - c.held_out) * c.seq_len if tokens else 0),
             "tokens": (c.sequences - c.held_out) * c.seq_len, "held_out_tokens": c.held_out * c.seq_len,
         }
 
@@ -132,6 +134,8 @@ class _Job:
         else:
             seen, held = split(text.sequences, self.config.held_out)
             say(f"calibration: {text.origin['name']}, {seen.numel():,} tokens, and {held.numel():,} held-out tokens")
+        if self.config.method in ("wanda", "sparsegpt"):
+            say_expected(self.skeleton, seen.numel(), self.config.seq_len)
         for note in self.notes:
             say(note)
         made = make(self.skeleton, self.config, work, seen)

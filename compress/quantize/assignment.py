@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class Assignment:
     end_types: dict[str, str] = field(default_factory=dict)
     plan: dict[str, Any] | None = None
 
-    @property
+    @cached_property  # it is asked for each linear, and a mixture has thousands of them
     def portable(self) -> IntegerType | None:
         """The integer type of all linears if it is one type, which a GPTQ checkpoint can hold; else None, and the folder
         holds GGUF blocks."""

@@ -22,6 +22,7 @@ from llmc.compress.calibration import (
 )
 from llmc.compress.coverage import checked
 from llmc.compress.ends import name_of
+from llmc.compress.expected import expected, say_expected
 from llmc.compress.heal.config import HealConfig
 from llmc.compress.heal.memory import after_quantizing
 from llmc.compress.imatrix.importance import Importance
@@ -176,6 +177,7 @@ class _Job:
             "device": c.device, "threads": self.threads, "matmul": matmul_precision(),
             "calibration": c.calibration if c.calibrated else None,
             "calibration_rows": rows_in(c.calibration) if c.calibrated else {}, "tokens": c.samples * c.seq_len,
+            "experts": expected(self.skeleton, tokens if c.method == "gptq" else 0),
             "imatrix": self.importance and self.importance.origin, "on_types": self.on, "notes": list(self.notes),
             **({"plan": self.assignment.plan} if c.target else {}),
         }
@@ -288,14 +290,16 @@ class _Job:
         return self.work.with_suffix(".transformed")
 
     def _explain(self, calibration: Calibration) -> None:
-        """Print the number of calibration tokens per Hessian column, and warn if it is low."""
-        widths = sorted({get_weight(m).shape[1] for _, _, m in linears_of(self.skeleton)})
+        """Print the number of calibration tokens per Hessian column, and warn if it is low. Experts see a part of them."""
+        widths = sorted({get_weight(m).shape[1] for _, name, m in linears_of(self.skeleton)
+                         if self.skeleton.starred(name) == name})
         per_column = [calibration.tokens / w for w in widths]
         say(f"calibration: {calibration.origin['name']}, {calibration.tokens:,} tokens, "
             + ", ".join(f"{p:.1f} per column of {w}" for p, w in zip(per_column, widths, strict=True)))
-        if min(per_column) < 2:
+        if per_column and min(per_column) < 2:
             warn(f"fewer than 2 calibration tokens per Hessian column ({min(per_column):.1f}): "
                  "GPTQ can be worse than RTN; raise --samples")
+        say_expected(self.skeleton, calibration.tokens, self.config.seq_len)
 
     def _publish(self, work: Workspace, source: dict[str, Any], calibration: Calibration | None,
                  choice: Choice | None) -> dict[str, Any]:
@@ -314,11 +318,12 @@ class _Job:
                  **({"transform": choice.record} if choice else {})}
         passes = [*passes_of(self.source), *(choice.passes if choice else []), entry]
         manifest = model_folder.publish(folder, self.out, self.kind, origin_of(self.source, source), passes)
+        bits = self._bits_per_weight()  # asks the transformed folder for the types of what stays float
         remove(work.folder)
         remove(sampled_file(self.work))
         remove(self._transformed())
         total = sum(p.stat().st_size for p in self.out.glob("*.safetensors"))
-        return {"out": str(self.out), **self._what(), "bits_per_weight": self._bits_per_weight(),
+        return {"out": str(self.out), **self._what(), "bits_per_weight": bits,
                 "bytes": total, "transform": choice.record if choice else None,
                 "weights_sha256": model_folder.weight_hashes(manifest),
                 **{k: v for k, v in summary.items() if k != "layers"}}

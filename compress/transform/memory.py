@@ -18,7 +18,14 @@ def scaling(run: Running, calibrated: bool) -> list[Step]:
     hessians = sum(g.square for g in groups) if calibrated else max(g.square for g in groups)
     work = max(max(2 * g.square + 2 * g.weights, 4 * g.largest) for g in groups)
     gathering = [run.tracing(), run.gathering(1, groups_at_once=True)] if calibrated else []
-    return [*gathering, Step("scaling a layer", {**run.held, "Hessians": hessians, "matrices of scaling": work})]
+    return [*gathering, Step("scaling a layer", {**run.held, **_kept(run.sizes), "Hessians": hessians,
+                                                 "matrices of scaling": work})]
+
+
+def _kept(s: Sizes) -> dict[str, int]:
+    """`Transform.changing`: the changed experts of a layer, as float32."""
+    experts = s.layer - s.resident
+    return {"changed experts": FLOAT * experts} if experts else {}
 
 
 def memory_of(skeleton: Skeleton, c: TransformConfig) -> Memory:
@@ -31,7 +38,7 @@ def memory_of(skeleton: Skeleton, c: TransformConfig) -> Memory:
         steps += scaling(run, c.calibrated)
     if c.rotate != "none":
         work = 4 * max(g.largest for g in s.groups)  # `rotate_rows`: a linear and its product in float64
-        steps.append(Step("rotating a layer", {**run.held, "matrices of rotation": work}))
+        steps.append(Step("rotating a layer", {**run.held, **_kept(s), "matrices of rotation": work}))
     if c.rotate == "r1r2":
         # `RotateStage.outside`: embedding and head in float32; a third one while one is copied or stored
         steps.append(Step("rotating embedding and head", {PROCESS: TORCH, "embedding and head": 3 * FLOAT * s.head},

@@ -14,8 +14,10 @@ from torch import nn
 
 from llmc.errors import UserError
 from llmc.families import FAMILIES, by_model_type, nearest
+from llmc.families.names import role_of
 from llmc.families.row import Family, activation_of
 from llmc.formats.linears import get_weight
+from llmc.formats.mixture import Experts
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Place:
 
     @property
     def name(self) -> str:
-        return f"{self.writer} -> {', '.join(r.rpartition('.')[2] for r in self.readers)}"
+        ends = dict.fromkeys(r.rpartition(".")[2] for r in self.readers)  # those of experts are alike
+        return f"{self.writer} -> {', '.join(ends)}"
 
 
 @dataclass(frozen=True)
@@ -49,19 +52,25 @@ class Heads:
 
 @dataclass(frozen=True)
 class LayerMap:
-    """norms, value, up: the places of a layer. A place that cannot be transformed is missing or None, and `left` has the
-    reason."""
+    """norms, value, ups: the places of a layer; of a mixture each expert has one of `ups`. A place that cannot be transformed
+    is missing, and `left` has the reason.  writers: the linears whose output is added to the residual stream."""
 
     family: Family
     heads: Heads
     norms: tuple[Place, ...]
     value: Place
-    up: Place | None
+    ups: tuple[Place, ...]
+    writers: tuple[str, ...]
     left: tuple[str, ...]
 
     @property
+    def up(self) -> Place | None:
+        """The place of a dense MLP; None if it cannot be transformed."""
+        return next(iter(self.ups), None)
+
+    @property
     def places(self) -> tuple[Place, ...]:
-        return (*self.norms, self.value, *([self.up] if self.up else []))
+        return (*self.norms, self.value, *self.ups)
 
 
 def family_of(config: Any) -> Family:
@@ -79,12 +88,13 @@ def family_of(config: Any) -> Family:
 def map_layer(config: Any, layer: nn.Module) -> LayerMap:
     """The places of a decoder layer. Its weights are not read, so it may be on the meta device."""
     family, c = family_of(config), config.get_text_config()
-    used = (family.value, family.out, family.up, family.down)
-    shape = {n: tuple(get_weight(layer.get_submodule(n)).shape) for n in used}
+    shape = {n: tuple(get_weight(layer.get_submodule(n)).shape) for n in (family.value, family.out)}
+    mlp = _mixture(family, layer) if family.experts else _dense(family, c, layer)
     query = c.num_attention_heads
     heads = Heads(query, family.key_heads(c), shape[family.out][1] // query)
-    left, norms = [], []
-    for name, readers in family.norms_of(dict(layer.named_modules())).items():
+    left, norms = list(mlp.left), []
+    for name, linears in family.norms_of(dict(layer.named_modules())).items():
+        readers = (*linears, *mlp.readers) if name == family.mlp_norm else linears
         width = get_weight(layer.get_submodule(readers[0])).shape[1]
         place = Place(name, readers, width, torch.arange(width))
         if reason := _norm_is_fixed(c, layer.get_submodule(name)):
@@ -95,13 +105,60 @@ def map_layer(config: Any, layer: nn.Module) -> LayerMap:
     head = torch.arange(query)[:, None] // (query // heads.kv)
     value = Place(family.value, (family.out,), channels, (head * heads.width + torch.arange(heads.width)).flatten(),
                   _last_of_each_group(heads) if family.qkv_by_head else _last(shape[family.value][0], channels))
-    inner = shape[family.down][1]
-    up: Place | None = Place(family.up, (family.down,), inner, torch.arange(inner), _last(shape[family.up][0], inner))
-    between = None if family.gated else activation_of(c)  # in a gated MLP only the gate passes the activation
-    if up and between not in (None, "relu"):  # relu(s x) = s relu(x) for s > 0
-        left.append(f"{up.name}: {between} lies between and does not commute with a scaling")
-        up = None
-    return LayerMap(family, heads, tuple(norms), value, up, tuple(left))
+    return LayerMap(family, heads, tuple(norms), value, mlp.ups, (family.out, *mlp.writers), tuple(left))
+
+
+@dataclass(frozen=True)
+class _Mlp:
+    """What comes after mlp_norm. readers: its linears that read the norm and that the family's row does not name.  writers:
+    those that make its output.  ups, left: as in LayerMap."""
+
+    readers: tuple[str, ...]
+    writers: tuple[str, ...]
+    ups: tuple[Place, ...]
+    left: tuple[str, ...] = ()
+
+
+def _dense(family: Family, config: Any, layer: nn.Module) -> _Mlp:
+    up = _up(layer, family.up, family.down)
+    between = None if family.gated else activation_of(config)  # in a gated MLP only the gate passes the activation
+    if between not in (None, "relu"):  # relu(s x) = s relu(x) for s > 0
+        why = f"{up.name}: {between} lies between and does not commute with a scaling"
+        return _Mlp((), (family.down,), (), (why,))
+    return _Mlp((), (family.down,), (up,))
+
+
+def _mixture(family: Family, layer: nn.Module) -> _Mlp:
+    """Experts, their router, and what runs beside them, by the modules that are there; or a gated MLP in their place."""
+    block, inside = layer.get_submodule(family.experts), set[str]()
+    readers, writers, ups, left = list[str](), list[str](), list[Place](), list[str]()
+    for path, module in block.named_modules():
+        name = ".".join(part for part in (family.experts, path) if part)
+        if isinstance(module, Experts):
+            inside.update(f"{name}.{n}" for n, _ in module.named_modules())
+            scales = module.scales()
+            for number in range(module.count):
+                into, out = [f"{name}.{n}" for n in module.into(number)], f"{name}.{module.out(number)}"
+                readers += into
+                writers.append(out)
+                if scales:
+                    ups.append(_up(layer, into[-1], out))
+            if not scales:
+                left.append(f"{name}: what lies between the matrices of an expert does not commute with a scaling")
+        elif name in inside or not isinstance(module._parameters.get("weight"), torch.Tensor):
+            continue
+        elif role_of(name) == "ffn_down":
+            writers.append(name)
+            ups.append(_up(layer, f"{name.rpartition('.')[0]}.up_proj", name))
+        else:  # gate and up, the router, and the gate of a shared expert
+            readers.append(name)
+    return _Mlp(tuple(readers), tuple(writers), tuple(ups), tuple(left))
+
+
+def _up(layer: nn.Module, up: str, down: str) -> Place:
+    """The channels between the two products of an MLP or of an expert."""
+    rows, inner = (get_weight(layer.get_submodule(n)).shape[i] for i, n in enumerate((up, down)))
+    return Place(up, (down,), inner, torch.arange(inner), _last(rows, inner))
 
 
 def _last(rows: int, channels: int) -> torch.Tensor:

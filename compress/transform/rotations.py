@@ -16,8 +16,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from llmc.compress.transform.opening import Opening, loaded
 from llmc.compress.transform.roles import Heads, LayerMap, Place
 from llmc.formats.linears import get_weight
+from llmc.formats.mixture import Experts
 
 ROWS = 8192  # rows of a matrix in float64 at a time
 
@@ -69,28 +71,45 @@ def rotate_heads(layer: nn.Module, value: Place, heads: Heads, r: torch.Tensor) 
         rotate_columns(columns, r)
 
 
+def scale_columns(weight: torch.Tensor, by: torch.Tensor) -> None:
+    """Multiply the columns of weight [out, in] by float64 [in], in place."""
+    for rows in weight.split(ROWS):
+        rows.copy_(rows.double() * by)
+
+
 def fold(norm: torch.Tensor, readers: list[torch.Tensor], offset: float) -> None:
     """Move an RMSNorm's weight [in] into the weights [out, in] of all linears that read it, in place. offset: the norm
     multiplies by its weight + offset."""
     weight = norm.double() + offset
     for columns in readers:
-        for rows in columns.split(ROWS):
-            rows.copy_(rows.double() * weight)
+        scale_columns(columns, weight)
     norm.fill_(1 - offset)
 
 
-def rotate_stream(layer: nn.Module, places: LayerMap, r: torch.Tensor) -> None:
-    """Apply R1 to one layer in place. r: [hidden, hidden]."""
+def rotate_stream(layer: nn.Module, places: LayerMap, r: torch.Tensor, opened: Opening = loaded) -> None:
+    """Apply R1 to one layer in place. r: [hidden, hidden].  opened: gives each linear its weights and keeps the changed
+    ones."""
+    offset = places.family.offset
     for place in places.norms:
-        readers = [get_weight(layer.get_submodule(n)) for n in place.readers]
         norm = layer.get_submodule(place.writer).weight
         assert isinstance(norm, torch.Tensor)
-        fold(norm.data, readers, places.family.offset)
-        for weight in readers:
-            rotate_columns(weight, r)
-    for name in (places.family.out, places.family.down):
-        linear = layer.get_submodule(name)
-        rotate_rows(get_weight(linear), _bias(linear), r)
+        for name in place.readers:
+            with opened(layer, name) as reader:
+                scale_columns(get_weight(reader), norm.data.double() + offset)
+                rotate_columns(get_weight(reader), r)
+        norm.data.fill_(1 - offset)
+    for name in places.writers:
+        with opened(layer, name) as writer:
+            rotate_rows(get_weight(writer), bias_of(layer, name), r)
+
+
+def bias_of(layer: nn.Module, name: str) -> torch.Tensor | None:
+    """The bias of a linear, a view; of an expert's last linear its row of the experts' biases."""
+    experts = layer.get_submodule(".".join(name.split(".")[:-2]))
+    if isinstance(experts, Experts):
+        number = int(name.split(".")[-2])
+        return experts.bias_out(number) if name.endswith(f".{experts.out(number)}") else None
+    return _bias(layer.get_submodule(name))
 
 
 def _bias(linear: nn.Module) -> torch.Tensor | None:

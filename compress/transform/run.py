@@ -79,6 +79,9 @@ def check(source: Path, config: TransformConfig) -> Skeleton:
     skeleton = Skeleton(checkpoint, str(torch_device(config.device)))
     family = family_of(skeleton.config)
     checked(skeleton, "transformed")
+    if (limit := getattr(skeleton.config.get_text_config(), "clip_qkv", None)) is not None:
+        raise UserError(f"{source} limits its values to {limit:g} (clip_qkv): a transform would move them beyond the limit",
+                        "quantize without a transform")
     if config.rotate == "r1r2":
         if family.unrotatable:
             raise UserError(f"--rotate r1r2 cannot rotate the residual stream of {source}: {family.unrotatable}",

@@ -28,6 +28,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from llmc.compress.transform.opening import Opening, loaded
 from llmc.compress.transform.roles import Place
 from llmc.formats.linears import get_weight
 from llmc.formats.types import AnyType
@@ -48,46 +49,64 @@ def activation_factors(second_moments: torch.Tensor, place: Place) -> torch.Tens
     return normalized((summed / torch.bincount(place.columns, minlength=place.channels)).sqrt())
 
 
-def smoothing_factors(peak: torch.Tensor, layer: nn.Module, place: Place, alpha: float) -> torch.Tensor:
+def smoothing_factors(peak: torch.Tensor, layer: nn.Module, place: Place, alpha: float,
+                      opened: Opening = loaded) -> torch.Tensor:
     """SmoothQuant's s, eq. 4, from the largest |x| of the readers' columns [in] -> float64 [channels], geometric mean 1. (A
     common factor has no effect, because the scales of tokens and rows absorb it.)"""
     largest = torch.zeros(place.channels, dtype=torch.float64)
     largest.scatter_reduce_(0, place.columns, peak.double().cpu(), "amax")
-    return normalized(normalized(largest) ** alpha / normalized(_readers_range(layer, place)) ** (1 - alpha))
+    return normalized(normalized(largest) ** alpha / normalized(_readers_range(layer, place, opened)) ** (1 - alpha))
 
 
-def int8_noise(peak: torch.Tensor, layer: nn.Module, place: Place, s: torch.Tensor) -> float:
+def int8_noise(peak: torch.Tensor, layer: nn.Module, place: Place, s: torch.Tensor, opened: Opening = loaded) -> float:
     """A bound of the readers' mean squared output error if inputs x / s are rounded to 8 bits with one scale per token, up to
     a
     constant factor: (max |x / s|)^2 |W s|^2."""
     columns = s[place.columns]
-    squares = sum(get_weight(layer.get_submodule(n)).double().cpu().square().sum(0) for n in place.readers)
+    squares = torch.zeros(len(place.columns), dtype=torch.float64)
+    for name in place.readers:
+        with opened(layer, name) as reader:
+            squares += get_weight(reader).double().cpu().square().sum(0)
     return float((peak.double().cpu() / columns).amax().square() * (squares * columns.square()).sum())
 
 
-def _readers_range(layer: nn.Module, place: Place) -> torch.Tensor:
+def some_rows(layer: nn.Module, place: Place, opened: Opening = loaded) -> torch.Tensor:
+    """Evenly spaced rows of the readers, stacked, float32 [at least ROWS if there are as many, in]."""
+    step = max(1, sum(len(get_weight(layer.get_submodule(n))) for n in place.readers) // ROWS)
+    rows, first = [], 0
+    for name in place.readers:
+        with opened(layer, name) as reader:
+            weight = get_weight(reader)
+            rows.append(weight[first::step].clone())
+        first = (first - len(weight)) % step  # the spacing goes on over the edges
+    return torch.cat(rows)
+
+
+def _readers_range(layer: nn.Module, place: Place, opened: Opening = loaded) -> torch.Tensor:
     """float64 [channels]: the largest |w| of the readers' columns."""
     ranges = torch.zeros(place.channels, dtype=torch.float64)
     for name in place.readers:
-        columns = get_weight(layer.get_submodule(name)).abs().amax(0).double().cpu()
+        with opened(layer, name) as reader:
+            columns = get_weight(reader).abs().amax(0).double().cpu()
         ranges = ranges.scatter_reduce(0, place.columns, columns, "amax")
     return ranges
 
 
-def equalizing_factors(layer: nn.Module, place: Place, offset: float) -> torch.Tensor:
+def equalizing_factors(layer: nn.Module, place: Place, offset: float, opened: Opening = loaded) -> torch.Tensor:
     """Nagel's s, eq. 11 -> float64 [channels], geometric mean 1. offset: a norm multiplies by its weight + offset."""
-    ranges = _readers_range(layer, place).clamp_min(1e-30)
-    return normalized((writer_size(layer, place, offset, "range") / ranges).sqrt())
+    ranges = _readers_range(layer, place, opened).clamp_min(1e-30)
+    return normalized((writer_size(layer, place, offset, "range", opened) / ranges).sqrt())
 
 
-def writer_size(layer: nn.Module, place: Place, offset: float, of: str) -> torch.Tensor:
+def writer_size(layer: nn.Module, place: Place, offset: float, of: str, opened: Opening = loaded) -> torch.Tensor:
     """float64 [channels]: the largest magnitude (of='range') or root mean square (of='rms') of the writer's weights for each
     channel."""
     writer = layer.get_submodule(place.writer)
     if place.rows is None:
         assert isinstance(writer.weight, torch.Tensor)
         return (writer.weight.data.double().cpu() + offset).abs()
-    rows = get_weight(writer).double().cpu()[place.rows]
+    with opened(layer, place.writer):
+        rows = get_weight(writer).double().cpu()[place.rows]
     return rows.abs().amax(1) if of == "range" else rows.square().mean(1).sqrt()
 
 
@@ -124,8 +143,9 @@ def search_alpha(weight: torch.Tensor, hessian: torch.Tensor, s: torch.Tensor,
     return best, errors
 
 
-def apply_scaling(layer: nn.Module, place: Place, s: torch.Tensor, offset: float) -> None:
-    """Divide the writer's channels by s, and multiply the readers' columns by s. s: positive float64 [channels].
+def apply_scaling(layer: nn.Module, place: Place, s: torch.Tensor, offset: float, opened: Opening = loaded) -> None:
+    """Divide the writer's channels by s, and multiply the readers' columns by s. s: positive float64 [channels].  opened:
+    gives each linear its weights and keeps the changed ones.
 
     It changes the modules' float32 weights in place, with float64 arithmetic. offset: a norm multiplies by its weight +
     offset.
@@ -139,11 +159,13 @@ def apply_scaling(layer: nn.Module, place: Place, s: torch.Tensor, offset: float
         if bias is not None:
             bias.data.copy_(bias.data.double() / scale)
     else:
-        weight, rows = get_weight(writer), place.rows.to(get_weight(writer).device)
-        scale = s.to(weight.device)
-        weight[rows] = (weight[rows].double() / scale[:, None]).to(weight.dtype)
+        with opened(layer, place.writer):
+            weight, rows = get_weight(writer), place.rows.to(get_weight(writer).device)
+            scale = s.to(weight.device)
+            weight[rows] = (weight[rows].double() / scale[:, None]).to(weight.dtype)
         if bias is not None:
             bias.data[rows] = (bias.data[rows].double() / scale).to(bias.dtype)
     for name in place.readers:
-        weight = get_weight(layer.get_submodule(name))
-        weight.copy_(weight.double() * s[place.columns].to(weight.device))
+        with opened(layer, name) as reader:
+            weight = get_weight(reader)
+            weight.copy_(weight.double() * s[place.columns].to(weight.device))

@@ -118,7 +118,7 @@ class ScalingStage(Stage):
 
     def layers(self, work: Workspace, arguments: list[LayerArguments]) -> None:
         smooth = self.settings.get("alpha")
-        transform = Scaling(self.skeleton, arguments, self.type_of, smooth)
+        transform = Scaling(self.skeleton, arguments, self.type_of, smooth, self.calibration is None)
         if self.calibration is None:
             self.without_text(work, transform)
             return

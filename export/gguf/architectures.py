@@ -7,6 +7,7 @@ texts differ, the report gets a note.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 EPSILONS = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps")
+STACKED = re.compile(r"(.*\.\d+\..*?)(?:\.norms)?\.(\d+)(\..*)")  # experts, and StableLM's norms: one of each in a layer
 APPROXIMATED = {"gelu": "its approximation with tanh, which differs by at most 0.0005"}
 
 CONVERTER = f"run `{SETUP}` once: llama.cpp's converter, which supports many more, comes from the package index"
@@ -40,6 +42,13 @@ class TensorNames:
         name is also tried with it."""
         found = (self.table.get_name(n, try_suffixes=(".weight", ".bias")) for n in (name, f"transformer.{name}"))
         return next(filter(None, found), None)
+
+    def place(self, name: str) -> tuple[str | None, int | None]:
+        """(llama.cpp's name of a tensor, its number in a stack; None if it has none)."""
+        if mapped := self.find(name):
+            return mapped, None
+        part = STACKED.fullmatch(name)
+        return (self.find(part[1] + part[3]), int(part[2])) if part else (None, None)
 
 
 def find_architecture(config: dict[str, Any], hint: str = CONVERTER) -> Family:

@@ -26,7 +26,6 @@ from llmc.formats.layouts import listed
 
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"  # llama.cpp's names
 FLOAT32 = re.compile(r"norm\.weight$|^position_embd\.|\.ffn_gate_inp(_shexp)?\.|\.shortconv\.conv\.")
-STACKED = re.compile(r"(.*\.\d+\..*?)(?:\.norms)?\.(\d+)(\..*)")  # experts, and StableLM's norms: one of each in a layer
 
 
 @dataclass(frozen=True)
@@ -145,12 +144,9 @@ class Planner:
 
     def _place(self, name: str) -> tuple[str | None, int | None]:
         """(llama.cpp's name of a tensor, its number in a stack; None if it has none)."""
-        if mapped := self.names.find(name):
-            return mapped, None
-        if self.family.gguf.head == "tied" and name.endswith("lm_head.weight"):
+        if self.family.gguf.head == "tied" and name.endswith("lm_head.weight") and not self.names.find(name):
             return OUTPUT, None  # `_tie` leaves it out, or refuses it
-        part = STACKED.fullmatch(name)
-        return (self.names.find(part[1] + part[3]), int(part[2])) if part else (None, None)
+        return self.names.place(name)
 
     def _gguf_name(self, name: str) -> str:
         if mapped := self._place(name)[0]:

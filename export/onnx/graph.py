@@ -64,6 +64,19 @@ class Builder:
     def load_weights(self, _input_path: str) -> nn.Module:
         return self.llmc_skeleton.model
 
+    def is_layer(self, module: nn.Module) -> bool:
+        """Whether a module is a decoder layer. The builder goes by the name of its class."""
+        return any(module is layer for layer in self.llmc_skeleton.decoder_layers)
+
+    def has_lm_head(self, module: nn.Module) -> bool:
+        """Whether a module is the head. The builder takes every linear with as many rows as the vocabulary for it."""
+        return module is self.llmc_skeleton.model.get_output_embeddings()
+
+    def make_embedding(self, embedding: torch.Tensor) -> None:
+        """Add the embedding of tokens. The builder takes every table with as many rows as the vocabulary for it."""
+        if embedding is self.llmc_skeleton.model.get_input_embeddings().weight:
+            super().make_embedding(embedding)  # type: ignore[misc]
+
     def save_model(self, _out_dir: str) -> None:
         """llmc writes the model itself (writer.py)."""
 

@@ -125,7 +125,8 @@ class Ends:
 class Skeleton:
     """A model with row numbers as matrices, and with real values else.
 
-    model: in eval mode.  layers: the name of its decoder layers.  rows: the row numbers.  ends: names of embedding and head.
+    model: in eval mode.  layers, decoder_layers: the name of the list of its decoder layers, and the list.
+    rows: the row numbers.  ends: names of embedding and head.
     sources: the float matrices, by the names that Names.stored gives them."""
 
     def __init__(self, ckpt: Checkpoint, hf: Any) -> None:
@@ -135,7 +136,7 @@ class Skeleton:
         self.rows, self.sources = Rows(), dict[str, Source]()
         self._numbered: dict[str, nn.Parameter] = {}
         prefix, layers = find_layers(self.model)
-        self.layers = prefix
+        self.layers, self.decoder_layers = prefix, layers
         for name, module in (*around(self.model, prefix), *((f"{prefix}.{n}", m) for n, m in layers.named_modules())):
             self._fill(name, module)
         if hf.get_text_config() is hf:

@@ -145,10 +145,12 @@ def logits(runtime: OnnxModel, ckpt: Checkpoint, ids: np.ndarray, weights: Weigh
         raise UserError(f"ONNX Runtime does not run the graph: {' '.join(str(e).split())[:300]}",
                         "its operators do not support this model; export it as GGUF (--format gguf)") from e
     found = linears.values.pop("logits")
+    products = linears.products() if linears.watched else {}  # first: a wrong product makes all later inputs wrong
     ends = {"embedding": weights.as_stored(weights.embedding), "head": weights.as_stored(weights.head)}
     expected = reference_logits(ckpt, ids, ends, weights.as_stored, linears.replace)[:, : found.shape[1]]
     report = bounded(expected, found, "torch's", MOST_INPUT if linears.watched else MOST_RELATIVE)
-    return report | {"products": linears.products()} if linears.watched else report
+    inputs = {"input_error": linears.worst_input, "max_input_error": MOST_INPUT}
+    return report | {"products": products | inputs} if products else report
 
 
 def bounded(expected: np.ndarray, found: np.ndarray, what: str, most: float = MOST_RELATIVE) -> dict[str, Any]:

@@ -47,7 +47,8 @@ def _imatrix(file: Path, tensors: bool) -> dict[str, Any] | None:
     """The contents of an importance matrix. None for any other .gguf file.
 
     Returns {'artifact', 'format', 'datasets', 'chunks', 'chunk_size', 'tokens' (maximum over the matrices), 'matrices',
-    'layers', 'unseen' (matrices that no token reached), 'provenance'}, and with `tensors` also 'tensors', one object each.
+    'layers', 'unseen' (matrices and experts that no token reached), 'provenance'}, and with `tensors` also
+    'tensors', one object each.
     """
     from llmc.formats.gguf import field, open_gguf
     from llmc.formats.imatrix import is_imatrix, read_imatrix
@@ -66,7 +67,8 @@ def _imatrix(file: Path, tensors: bool) -> dict[str, Any] | None:
         "datasets": matrix.datasets, "chunks": matrix.chunk_count, "chunk_size": matrix.chunk_size,
         "tokens": max(m["tokens"] for m in listed), "matrices": len(listed),
         "layers": len({m["name"].split(".")[1] for m in listed if m["name"].startswith("blk.")}),
-        "unseen": [name for name, e in matrix.entries.items() if e.unseen],
+        "unseen": [name if e.unseen else f"expert {i} of {name}" for name, e in matrix.entries.items()
+                   for i in ([0] if e.unseen else (e.counts == 0).nonzero()[0].tolist())],
         "provenance": manifest and {k: v for k, v in manifest.items() if k != "outputs"},
     }
     return {**report, "tensors": listed} if tensors else report
@@ -123,7 +125,7 @@ def _describe_imatrix(report: dict[str, Any]) -> Iterator[str]:
     yield f"text          {', '.join(report['datasets']) or 'not named'}"
     yield f"tokens        {report['tokens']:,}, in {report['chunks']} chunks of {report['chunk_size']}"
     if unseen := report["unseen"]:
-        yield f"unseen        {len(unseen)} matrices that no token reached, first {unseen[0]}"
+        yield f"unseen        {len(unseen)} matrices or experts that no token reached, first {unseen[0]}"
     yield from _describe_provenance(report["provenance"])
     for m in report.get("tensors", []):
         experts = f"{m['experts']} experts, " if m["experts"] > 1 else ""

@@ -11,6 +11,7 @@ from llmc import memory
 from llmc.cli.options import Json, add
 from llmc.compress.imatrix.config import ImatrixConfig
 from llmc.console import command, duration, set_quiet, size
+from llmc.formats import experts
 from llmc.formats.text_rows import described
 
 
@@ -36,9 +37,10 @@ def imatrix(
 
 
 def _plan(p: dict[str, Any]) -> str:
+    seen = f"  {experts.described(p['experts'])}\n" if p["experts"] else ""
     return (f"{p['source']} -> {p['out']}\n"
             f"  {p['matrices']} matrices of {p['layers']} layers, {p['tokens']:,} tokens of {p['calibration']}"
-            f"{described(p['calibration_rows'])}\n"
+            f"{described(p['calibration_rows'])}\n{seen}"
             f"  {memory.described(p)} and {size(p['disk_bytes'])} of disk\n"
             f"  on {p['device']}, {p['threads']} threads, activation products in {p['matmul']}")
 

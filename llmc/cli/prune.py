@@ -11,6 +11,7 @@ from llmc import memory
 from llmc.cli.options import Json, add
 from llmc.compress.prune.config import PruneConfig
 from llmc.console import duration, set_quiet, size
+from llmc.formats import experts
 from llmc.formats.text_rows import described
 
 
@@ -37,10 +38,11 @@ def prune(
 
 def _plan(p: dict[str, Any]) -> str:
     scored = f"scored on {p['tokens']:,} tokens of {p['calibration']}, " if p["tokens"] else "no data; "
+    seen = f"  {experts.described(p['experts'])}\n" if p["experts"] else ""
     notes = "".join(f"  {note}\n" for note in p["notes"])
     return (f"{p['source']} -> {p['out']}\n  {p['what']} of {p['layers']} layers, {size(p['bytes_before'])}\n{notes}"
             f"  {scored}evaluated on {p['held_out_tokens']:,} tokens of {p['calibration']}"
-            f"{described(p['calibration_rows'])}\n"
+            f"{described(p['calibration_rows'])}\n{seen}"
             f"  {memory.described(p)} and {size(p['disk_bytes'])} of disk\n"
             f"  on {p['device']}, {p['threads']} threads, activation products in {p['matmul']}")
 

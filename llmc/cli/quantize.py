@@ -12,6 +12,7 @@ from llmc.cli.heal import outcome
 from llmc.cli.options import Json, add
 from llmc.compress.quantize.config import QuantizeConfig, budget_lines, carried_lines
 from llmc.console import command, duration, set_quiet, size
+from llmc.formats import experts
 from llmc.formats.text_rows import described
 
 
@@ -42,6 +43,7 @@ def _plan(p: dict[str, Any]) -> str:
             if p["calibration"] else "no data")
     if m := p["imatrix"]:
         text = f"weighted by {m['name']} ({m['chunk_count']} chunks of {', '.join(m['datasets']) or 'unnamed text'})"
+    seen = f"  {experts.described(p['experts'])}\n" if p["experts"] else ""
     budget = budget_lines(p["plan"], p["types"], p["end_types"]) + "\n" if "plan" in p else ""
     notes = "".join(f"  {note}\n" for note in p["notes"])
     then = f", then healed for {p['heal']} steps" if p["heal"] else ""
@@ -49,7 +51,7 @@ def _plan(p: dict[str, Any]) -> str:
             f"  {first}{p['method']} on {'these types' if budget else _types(p)}, {text}{then}\n"
             f"  {p['layers']} layers, {p['linear_weights'] / 1e6:.1f} M weights, {p['bits_per_weight']:.3g} bits per weight "
             f"of the layers' matrices, {size(p['out_bytes'])} when done ({size(p['token_bytes'])} read per token)\n"
-            f"{_floats(p)}{notes}  {memory.described(p)} and {size(p['disk_bytes'])} of disk\n"
+            f"{seen}{_floats(p)}{notes}  {memory.described(p)} and {size(p['disk_bytes'])} of disk\n"
             f"  on {p['device']}, {p['threads']} threads, activation products in {p['matmul']}")
 
 

@@ -76,6 +76,8 @@ class Family:
     grouped: query heads share num_key_value_heads key and value heads. rotary: positions are rotary embeddings.
     transposed: float weights of linears are stored as [in, out] (Conv1D).
     scaled_embedding: the embedding is multiplied by the square root of the number of channels.
+    experts: the module of a layer that holds router, experts and what runs beside them; mlp_norm is read there alone. Some
+    layers may have a gated MLP in its place. Empty for a dense family.
     unmapped: what layers have that the other fields do not describe; empty if nothing. Then layers cannot be changed.
     """
 
@@ -95,6 +97,7 @@ class Family:
     rotary: bool = True
     transposed: bool = False
     scaled_embedding: bool = False
+    experts: str = ""
     unmapped: str = ""
     gguf: Gguf = Gguf()
 
@@ -158,6 +161,8 @@ class Family:
         """The reason why layers cannot be made narrower; '' if they can."""
         if self.unmapped:
             return self.unmapped
+        if self.experts:
+            return "its experts are matrices of their own"
         if self.centred:
             return "its LayerNorm subtracts the mean of all channels"
         return "" if self.gated else "its MLP has no gate"

@@ -130,7 +130,7 @@ EXPERTS = {"num_experts": "expert_count", "num_experts_per_tok": "expert_used_co
 EXPERT_WIDTH = {"moe_intermediate_size": "expert_feed_forward_length"}
 ATTENTION = {role: linear for role, linear in LLAMA.linears.items() if role.startswith("attn")}
 MIXTRAL = replace(LLAMA, model_type="mixtral", architecture="MixtralForCausalLM", linears=ATTENTION,
-                  unmapped="its experts are matrices of their own")
+                  experts="mlp")
 QWEN2_MOE = replace(
     MIXTRAL, model_type="qwen2_moe", architecture="Qwen2MoeForCausalLM",
     gguf=Gguf("qwen2moe", head="own", assumed={"norm_topk_prob": False}, values={

@@ -35,9 +35,28 @@ def share_of_config(config: dict[str, Any]) -> float:
     return share(experts, used)
 
 
+def chosen_of(config: dict[str, Any]) -> int | None:
+    """The number of experts that a token takes, by a Hugging Face config; the smallest if layers differ, None if it has no
+    such number."""
+    found = next((config[k] for k in USED if config.get(k)), None)
+    if isinstance(found, list):
+        found = min((n for n in found if n), default=None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
 def used_of(name: str, experts_share: float) -> float:
     """The share of a tensor that decoding a token reads, 0 to 1. A table of which one row is read counts as 0, except the
     token embedding, which may also be the head."""
     if _ROWS.search(name):
         return 0.0
     return experts_share if _EXPERT.search(name) else 1.0
+
+
+def described(seen: dict[str, Any] | None) -> str:
+    """The sentence on what the text gives to experts (`expected` of compress/expected.py); '' for a dense model."""
+    if seen is None:
+        return ""
+    text = (f"{seen['tokens']:,} tokens reach {seen['chosen']} of {seen['experts']} experts each: on average "
+            f"{seen['tokens_per_expert']:,.0f} tokens an expert, {seen['tokens_per_column']:.2g} per column of "
+            f"{seen['columns']}")
+    return text if seen["tokens_per_column"] >= 1 else f"{text} (1 per column takes {seen['tokens_for_one']:,} tokens)"

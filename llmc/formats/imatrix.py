@@ -1,7 +1,8 @@
 """llama.cpp's importance matrix as a GGUF file: statistics of the inputs of each weight matrix, by column.
 
 For a matrix `blk.0.attn_q.weight` the file holds `blk.0.attn_q.weight.in_sum2`, float32 [in], the sum of x_j^2 over all
-tokens, and `….counts`, float32 [1], the number of tokens. An expert matrix has one row and one count per expert.
+tokens, and `….counts`, float32 [1], the number of tokens. An expert matrix has one row and one count per expert:
+float32 [experts, in] and [experts, 1].
 Source: tools/imatrix/imatrix.cpp (save_imatrix) and common/imatrix-loader.cpp of llama.cpp.
 
 The names are llama.cpp's tensor names. llama.cpp permutes rows of a matrix (Q and K), never columns. A fused matrix (GPT-2,
@@ -114,8 +115,9 @@ def write_imatrix(file: Path, matrix: Imatrix) -> None:
     writer.add_uint32(CHUNK_COUNT, matrix.chunk_count)
     writer.add_uint32(CHUNK_SIZE, matrix.chunk_size)
     for name, entry in sorted(matrix.entries.items()):
-        writer.add_tensor(name + SUMS, entry.sums.reshape(-1))
-        writer.add_tensor(name + COUNTS, entry.counts)
+        many = len(entry.counts) > 1
+        writer.add_tensor(name + SUMS, entry.sums if many else entry.sums.reshape(-1))
+        writer.add_tensor(name + COUNTS, entry.counts[:, None] if many else entry.counts)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -19,10 +19,10 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def get_weight(linear: nn.Module) -> torch.Tensor:
-    """The weight as [out, in] (a view)."""
+    """The weight as [out, in] (a view). linear: a linear, or a router, whose weight has this form too."""
     weight = linear.weight.data
     assert isinstance(weight, torch.Tensor)
-    return weight if isinstance(linear, nn.Linear) else weight.t()
+    return weight if isinstance(linear, nn.Linear) or not is_linear(linear) else weight.t()
 
 
 def set_weight(linear: nn.Module, weight: torch.Tensor) -> None:

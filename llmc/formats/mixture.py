@@ -113,6 +113,24 @@ class Experts(nn.Module):
         norm = getattr(self, "post_expert_norm", None)
         return y if norm is None else norm(y)
 
+    def bias_out(self, number: int) -> torch.Tensor | None:
+        """The bias of the expert's output [out], a view; None if it has none."""
+        bias = getattr(self, f"{DOWN}_bias", None)
+        return None if bias is None else bias.data[number]
+
+    def scales(self) -> bool:
+        """Whether the last half of what `into` makes only multiplies: twice that half is twice the input of the last linear.
+        The module's own code says it, on random numbers."""
+        fused: Any = self._fused
+        if self.scattered:
+            return True
+        if not fused.has_gate or hasattr(self, f"{self.first}_bias"):
+            return False
+        up = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
+        twice = torch.cat([up[:, :8], 2 * up[:, 8:]], -1)
+        with torch.no_grad():
+            return torch.allclose(fused._apply_gate(twice), 2 * fused._apply_gate(up))
+
     @contextmanager
     def ready(self, number: int) -> Iterator[None]:
         """Inside, one expert has its weights."""
