@@ -23,14 +23,16 @@ from llmc.formats.weights import NoMeta, Weights
 @torch.no_grad()
 def reference_logits(ckpt: Checkpoint, ids: np.ndarray, ends: dict[str, torch.Tensor],
                      rounded: Callable[[str], torch.Tensor] | None = None,
-                     inputs: Callable[[str, torch.Tensor], torch.Tensor] | None = None) -> np.ndarray:
+                     inputs: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
+                     config: Any = None) -> np.ndarray:
     """ids int [n] -> float32 [n, vocab]. ends: 'embedding' and 'head' (one tensor if they are tied), float32.
 
+    config: the transformers config to run the weights with; None: that of the checkpoint.
     rounded: takes the module name of a float linear in the checkpoint, returns its values in the file.
     inputs: takes that name and the linear's input, returns the input as the file rounds it before the product.
     """
     # only eager attention computes every variant (sdpa ignores Gemma 2's soft cap)
-    model = empty_model(load_config(ckpt.folder), attn_implementation="eager")
+    model = empty_model(config or load_config(ckpt.folder), attn_implementation="eager")
     values = _Values(ckpt, model, ends, rounded, inputs)
     weights = values.weights
     prefix, layers = find_layers(model)

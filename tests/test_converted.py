@@ -18,7 +18,7 @@ from gguf_files import needs_converter
 
 import llmc
 from llmc.errors import UserError
-from llmc.export.gguf import launcher
+from llmc.export.gguf import launcher, verify
 from llmc.export.gguf.arithmetic import Kinds, LikeLlamaCpp
 from llmc.export.gguf.routing import scoring
 from llmc.export.text_model import text_model
@@ -52,10 +52,24 @@ def test_gguf(name: str, tmp_path: Path) -> None:
 
 # {what llama.cpp computes in another way, or lacks: (entry, values, what the error says)}
 OTHERWISE = {
-    "YaRN with ends that are no whole dimensions": ("gpt_oss", {"rope_parameters": {**tiny.YARN, "truncate": False}},
-                                                    "truncate = false: YaRN's ramp goes from dimension"),
     "sigmoid taken for softmax": ("dots1", {"scoring_func": "softmax"}, "logits are not torch's"),
 }
+
+
+@needs_converter
+@pytest.mark.usefixtures("quick_converter")
+def test_a_ramp_that_llama_cpp_rounds_is_named_and_compared_as_llama_cpp_computes_it(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.edit_config(converted.build("gpt_oss", tmp_path / "m"), rope_parameters={**tiny.YARN, "truncate": False})
+    llmc.quantize(tmp_path / "m", method="rtn", out=tmp_path / "q", threads=1)
+    for folder in ("m", "q"):
+        report = gguf_files.export(tmp_path / folder)
+        assert any("truncate = false: YaRN's ramp goes from dimension" in note for note in report["notes"])
+        assert report["logits"]["mean_kld"] < 1e-4
+    monkeypatch.setattr(verify, "as_computed", lambda config: config)
+    (tmp_path / "again").mkdir()
+    with pytest.raises(UserError, match="logits are not torch's"):
+        gguf_files.export(tmp_path / "m", out=tmp_path / "again" / "m.gguf")
 
 
 @needs_converter

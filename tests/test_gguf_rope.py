@@ -113,7 +113,6 @@ def test_longrope_metadata(tmp_path):
     ("llama", {"rope_parameters": {"rope_type": "spiral"}}, "rope type 'spiral'"),
     ("qwen2", {"rope_parameters": LLAMA3}, "does not support the rope type 'llama3'"),
     ("llama", {"rope_parameters": {**YARN, "beta_fast": 16}}, "beta_fast = 16"),
-    ("llama", {"rope_parameters": {**YARN, "truncate": False}}, "truncate = False"),
     ("llama", {"rope_parameters": {"rope_type": "default"}, "partial_rotary_factor": 0.5}, "only 8 of 16"),
     ("llama", {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}}, "mrope"),
     ("phi3", {"rope_parameters": {**LONG, "long_factor": [1.0]}}, "1 values for 8 frequencies"),

@@ -21,7 +21,7 @@ from llmc.export.gguf.blocks import Kind
 from llmc.export.gguf.config import GgufExportConfig
 from llmc.export.gguf.plan import Plan, Planner, Types
 from llmc.export.gguf.projector import beside, publish
-from llmc.export.gguf.rope import check_yarn
+from llmc.export.gguf.rope import yarn_note
 from llmc.export.gguf.writer import GgufTensor
 from llmc.export.memory import MORE, memory_of
 from llmc.export.source import model_folder, source_of, stem
@@ -85,7 +85,6 @@ def _way(config: GgufExportConfig, ckpt: Checkpoint) -> tuple[Checkpoint, Path |
             raise UserError("--mmproj needs llama.cpp's converter", f"run `{SETUP}` once")
     if not (folder / SCRIPT).is_file():
         raise UserError(f"{folder} has no {SCRIPT}", "give the folder of a llama.cpp checkout, or leave --converter out")
-    check_yarn(config_of(ckpt).get_text_config().to_dict())
     if not (folder / "conversion").is_dir() or _is_known(ckpt.config, folder):
         return ckpt, folder / SCRIPT
     text = text or text_model(ckpt)
@@ -140,6 +139,8 @@ def _finish(config: GgufExportConfig, ckpt: Checkpoint, written: Checkpoint, tok
 
     written: the checkpoint or the text model in it."""
     source = source_of(ckpt.folder)
+    if note := yarn_note(config_of(ckpt).get_text_config().to_dict()):
+        plan.notes.append(note)
     entries, w = plan.entries, plan.writer
     number, type_name = writer.file_type(entries)
     parameters = sum(int(np.prod(e.shape)) for e in entries)

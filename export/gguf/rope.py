@@ -7,6 +7,7 @@ llama.cpp. A variant that llama.cpp does not support is an error: if it were ign
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -105,11 +106,10 @@ def add_rope(writer: GGUFWriter, config: dict[str, Any], head_dim: int, context:
     return _add_longrope(writer, rope.values, dims, context)
 
 
-def check_yarn(config: dict[str, Any]) -> None:
-    """Raise UserError for a YaRN ramp that llama.cpp computes in another way: it rounds the ends of the ramp to whole
-    dimensions, and config.json may say `truncate: false`. config: as for rope_parameters."""
-    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    for v in [found, *(v for v in found.values() if isinstance(v, dict))]:
+def yarn_note(config: dict[str, Any]) -> str | None:
+    """What llama.cpp computes in another way if config.json says `truncate: false`: it rounds the ends of YaRN's ramp to whole
+    dimensions. None if that changes nothing. config: as for rope_parameters."""
+    for v in _parameters(config):
         theta = float(v.get("rope_theta") or config.get("rope_theta") or 10000.0)
         if _kind(v) != "yarn" or v.get("truncate", True) or theta <= 1:
             continue
@@ -119,17 +119,33 @@ def check_yarn(config: dict[str, Any]) -> None:
         ends = [dims * math.log(original / (float(v.get(key) or turns) * 2 * math.pi)) / (2 * math.log(theta))
                 for key, turns in (("beta_fast", 32), ("beta_slow", 1))]
         if not all(math.isclose(end, round(end), abs_tol=1e-6) for end in ends):
-            raise UserError(
-                f"config.json has truncate = false: YaRN's ramp goes from dimension {ends[0]:.2f} to {ends[1]:.2f} of "
-                f"{dims // 2}, and llama.cpp computes {math.floor(ends[0])} to {math.ceil(ends[1])}",
-                'to have the model as llama.cpp computes it, write "truncate": true in a copy of the folder; `llmc eval` '
-                "measures what that changes")
+            return (f"config.json has truncate = false: YaRN's ramp goes from dimension {ends[0]:.2f} to {ends[1]:.2f} of "
+                    f"{dims // 2}, and llama.cpp computes {math.floor(ends[0])} to {math.ceil(ends[1])}. The file is "
+                    "compared with the model as llama.cpp computes it; `llmc eval` measures the difference too")
+    return None
+
+
+def as_computed(config: Any) -> Any:
+    """The transformers config of the model that llama.cpp computes: the ends of YaRN's ramp are whole dimensions."""
+    changed = copy.deepcopy(config)
+    for part in {id(c): c for c in (changed, changed.get_text_config())}.values():
+        for name in ("rope_parameters", "rope_scaling"):
+            for v in _parameters({name: getattr(part, name, None)}):
+                if _kind(v) == "yarn" and "truncate" in v:
+                    v["truncate"] = True
+    return changed
+
+
+def _parameters(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rope parameters of a config: one set, and those of each kind of layer."""
+    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return [found, *(v for v in found.values() if isinstance(v, dict))]
 
 
 def _add_yarn(writer: GGUFWriter, v: dict[str, Any], context: int) -> None:
     from gguf import RopeScalingType
 
-    for key, only in (("beta_fast", 32), ("beta_slow", 1), ("truncate", True)):
+    for key, only in (("beta_fast", 32), ("beta_slow", 1)):
         if v.get(key, only) != only:
             raise UserError(f"yarn with {key} = {v[key]}: llama.cpp's {writer.arch} architecture supports only {only}",
                             ADVICE)

@@ -22,6 +22,7 @@ from llmc.export.gguf import blocks
 from llmc.export.gguf.arithmetic import Kinds, LikeLlamaCpp
 from llmc.export.gguf.blocks import Kind
 from llmc.export.gguf.layers import EXPERTS, PREFIX, Layers, in_order
+from llmc.export.gguf.rope import as_computed
 from llmc.export.gguf.tokenizer import Vocabulary, tokenizer_spec
 from llmc.export.gguf.writer import GgufTensor, Source
 from llmc.export.parity import GENERATED, PLEASE_REPORT, PROMPT, check_ids, compare_logits, first_difference, show
@@ -182,8 +183,9 @@ def logits(runtime: LlamaCpp, ckpt: Checkpoint, ids: np.ndarray, bound: float, e
     runtime that records PREFIX. With one that records EXPERTS, near ties of experts fall as llama.cpp's do."""
     found = runtime.logits(ids)
     orders = [order.view(np.int32).reshape(len(ids), -1) for order in in_order(runtime.recorded, EXPERTS)]
+    config = as_computed(load_config(ckpt.folder))
     with LikeLlamaCpp(kinds, _in_file, orders):
-        expected = reference_logits(ckpt, ids, ends)[:, : found.shape[1]]
+        expected = reference_logits(ckpt, ids, ends, config=config)[:, : found.shape[1]]
     relative, kld, top1 = compare_logits(expected, found)
     report = {"tokens": len(ids), "relative_error": relative, "max_relative_error": bound, "mean_kld": kld,
               "top1_agreement": top1}
@@ -192,7 +194,7 @@ def logits(runtime: LlamaCpp, ckpt: Checkpoint, ids: np.ndarray, bound: float, e
     where = ""
     if relative <= COARSE and bound > BOUNDS["F32"]:  # NaN is not
         with LikeLlamaCpp(kinds, _in_file, orders), Layers(runtime.recorded) as layers:
-            last = compare_logits(reference_logits(ckpt, ids, ends)[:, : found.shape[1]], found)[0]
+            last = compare_logits(reference_logits(ckpt, ids, ends, config=config)[:, : found.shape[1]], found)[0]
         if not layers.comparable:
             return {**report, "max_relative_error": COARSE}
         errors = [*layers.errors, last]
