@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,3 +46,27 @@ def test_an_error_of_one_is_raised_and_stops_the_other(failing: int) -> None:
     with pytest.raises(KeyError, match="of one"):
         share(2, job)
     assert steps > 0
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only there are freed blocks kept like this")
+def test_what_threads_freed_is_given_back_to_the_system() -> None:
+    """Small blocks that stay between large ones keep glibc from it."""
+    import resource  # Windows has none
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    kept: list[torch.Tensor] = []
+
+    def job(worker: int) -> Iterator[None]:
+        large = [torch.ones(1 << 20)]
+        large.clear()  # from now on glibc keeps blocks of this size
+        for _ in range(50):
+            large.append(torch.ones(1 << 18))
+            kept.append(torch.ones(500))
+        yield
+
+    before = resident()
+    share(2, job)
+    assert len(kept) == 100
+    assert resident() - before < 40 << 20  # of 100 MB
