@@ -91,7 +91,7 @@ def _waited(process: int) -> float:
 
 def _import(found: Path) -> None:
     """Import what a command imported, so that the next ones need not. Commands import half of what they use when they use it,
-    and that took a third of their time."""
+    and that took a quarter of their time."""
     if not found.exists():
         return
     for name in found.read_text(encoding="utf-8").split():
