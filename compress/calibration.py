@@ -36,6 +36,7 @@ from llmc.console import progress, warn
 from llmc.errors import UserError
 from llmc.files import fsync, write_sealed
 from llmc.formats.linears import get_weight
+from llmc.machine import give_back
 from llmc.sealed import read_sealed
 
 # The unchanged model also runs, on an eighth of the sequences and on at least 16. It does not run on all of them, because
@@ -188,6 +189,7 @@ def walk(skeleton: Skeleton, layers: Sequence[int], label: str, visit: Callable[
         for index in layers:
             with skeleton.layer(index) as layer:
                 note = visit(index, layer)
+            give_back()
             p.step(note)
 
 

@@ -146,8 +146,14 @@ def entering(s: Sizes, seq_len: int) -> Step:
 
 
 def whole_model(s: Sizes) -> dict[str, int]:
-    """`load_torch_model` in float32."""
+    """What `load_torch_model` made in float32."""
     return {"the whole model in float32": FLOAT * s.weights}
+
+
+def loading(s: Sizes, whose: str = "the model") -> Step:
+    """`load_torch_model` in float32: its files are mapped until it is loaded, and no longer."""
+    return Step(f"loading {whose}", {PROCESS: TORCH, f"weights of {whose}": FLOAT * s.weights},
+                s.stored if s.element < FLOAT else 0)
 
 
 @dataclass(frozen=True)
@@ -254,9 +260,9 @@ def rows_of_logits(vocabulary: int) -> int:
 
 
 def removing(s: Sizes, seq_len: int) -> Step:
-    """`drop_by_kl`: the whole model; the outputs of all layers, twice; logits of half a sequence, and what `divergence` makes
-    of them: two log-softmaxes, their difference, exponential and product."""
+    """`drop_by_kl`, after `loading`: the whole model; the outputs of all layers, twice; logits of half a sequence, and what
+    `divergence` makes of them: two log-softmaxes, their difference, exponential and product."""
     logits = FLOAT * s.vocabulary * (seq_len // 2)
     return Step("measuring the model without each layer", {
         PROCESS: TORCH, **whole_model(s), "outputs of layers": 3 * FLOAT * s.hidden * s.layers * seq_len,
-        "activations": seq_len * s.per_token, "logits": 7 * logits}, s.stored if s.element < FLOAT else 0)
+        "activations": seq_len * s.per_token, "logits": 7 * logits})

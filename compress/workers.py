@@ -13,6 +13,8 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
 import torch
 
+from llmc.machine import give_back
+
 
 def share(workers: int, job: Callable[[int], Iterator[None]]) -> None:
     """Run job(0) … job(workers - 1) in parallel to their ends, without gradients. If one raises, or on Ctrl-C, the others
@@ -40,4 +42,5 @@ def share(workers: int, job: Callable[[int], Iterator[None]]) -> None:
         for part in parts:
             part.result()
     finally:
+        give_back()  # each job has threads of its own, and what they freed stays with them
         torch.set_num_threads(threads)  # later threads would inherit the workers' setting

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,24 @@ FEATURES = {
     "amx_tile", "amx_int8", "amx_bf16",
     "asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2", "sme",
 }
+
+
+@cache
+def _trim() -> Any:
+    """glibc's `malloc_trim`; None with another C library."""
+    import ctypes
+
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return None
+
+
+def give_back() -> None:
+    """Give freed memory back to the system. glibc keeps freed blocks below 32 MB for later, in each thread and in pieces,
+    and more so with each layer. It takes milliseconds."""
+    if trim := _trim():
+        trim(0)
 
 
 def physical_cores() -> int:

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import commands
 import pytest
 from commands import SMALL, TEXT, TRAIN, Line, line
-from crash import Calls, Dead, counted, died, listing, number_of_calls, steady
+from crash import Calls, Dead, States, counted, died, listing, number_of_calls, state_of, steady
 from killing import contents
 
 import llmc
@@ -112,35 +112,54 @@ def ways(wanted: Line, calls: int) -> list[tuple[int, bool]]:
 
 @pytest.mark.parametrize("wanted", LINES, ids=str)
 def test_a_command(wanted: Line, kitchen: Kitchen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dead before a call, and run again: the files are those of a run that nothing stopped, and nothing else is there."""
+    """Dead before a call, and run again: the files are those of a run that nothing stopped, and nothing else is there.
+
+    What a kill leaves is what lies there before the call. So one run gives the states of all kills. An interrupt is caught
+    and cleaned up after, so that each needs a run. A state that was there already is not gone on with a second time."""
     monkeypatch.setenv("LLMC_CACHE", "")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr("llmc.evals.quality.run.try_first", lambda artifact: None)  # another process, which writes nothing
-    whole = tmp_path / "whole"
-    kitchen.serve(wanted, whole)
-    with counted(Calls(whole)) as counter:
+    here, begun = tmp_path / "here", time.monotonic()
+    states = States(here, tmp_path / "states")
+    kitchen.serve(wanted, here)
+    with counted(Calls(here, look=states.look)) as counter:
         assert cli.run([*wanted.words]) == wanted.code
-    calls, begun = counter.count, time.monotonic()
+    calls, whole = counter.count, steady(here)
     assert calls or not wanted.outputs
     resumes = any(p.name == "resume" for p in commands.every()[commands.command_of(wanted.words)].params)
+    done: set[str] = set()
     for at, at_once in ways(wanted, calls) if calls else ():
-        place = tmp_path / f"{'killed' if at_once else 'interrupted'}-{at}"
-        kitchen.serve(wanted, place)
-        with counted(Calls(place, at, at_once)) as counter:
-            assert cli.run([*wanted.words]) != 0 or wanted.code == 1
-        assert counter.count >= at
-        if not at_once:
-            assert remains(place) == set(), place.name
-        for out in (place / name for name in wanted.outputs):
-            if out.exists() and manifest.read_manifest(out):
-                assert llmc.verify(out)["problems"] == [], f"{place.name}: a wrong artifact"
-        more = ["--resume"] if resumes and (at + at_once) % 2 else []
-        left = steady(place)
-        done = all(left.get(name) == value for name, value in steady(whole).items())  # `target rm` may find nothing to remove
-        assert cli.run([*wanted.words, *more]) in ((wanted.code, 2) if done else (wanted.code,)), place.name
-        assert steady(place) == steady(whole), place.name
-        shutil.rmtree(place)
-    print(f"{wanted}: {calls} calls, {len(ways(wanted, calls)) if calls else 0} kills, {time.monotonic() - begun:.0f} s")
+        said = f"{'killed' if at_once else 'interrupted'} before call {at} of {calls}"
+        os.chdir(tmp_path)
+        shutil.rmtree(here)
+        if at_once:
+            shutil.copytree(states.kept / str(states.at[at]), here, symlinks=True)
+            os.chdir(here)
+        else:
+            kitchen.serve(wanted, here)
+            with counted(Calls(here, at, at_once=False)) as counter:
+                assert cli.run([*wanted.words]) != 0 or wanted.code == 1, said
+            assert counter.count >= at
+            assert remains(here) == set(), said
+        state = state_of(here)
+        if state in done:
+            continue
+        more = ["--resume"] if resumes and len(done) % 2 else []
+        done.add(state)
+        go_on(wanted, here, whole, more, said)
+    print(f"{wanted}: {calls} calls, {len(ways(wanted, calls)) if calls else 0} kills, {len(done)} states, "
+          f"{time.monotonic() - begun:.0f} s")
+
+
+def go_on(wanted: Line, here: Path, whole: dict[str, object], more: list[str], said: str) -> None:
+    """Run the line after a run of it died. whole: what a run that nothing stopped leaves."""
+    for out in (here / name for name in wanted.outputs):
+        if out.exists() and manifest.read_manifest(out):
+            assert llmc.verify(out)["problems"] == [], f"{said}: a wrong artifact"
+    left = steady(here)
+    done = all(left.get(name) == value for name, value in whole.items())  # `target rm` may find nothing to remove
+    assert cli.run([*wanted.words, *more]) in ((wanted.code, 2) if done else (wanted.code,)), said
+    assert steady(here) == whole, said
 
 
 @pytest.fixture(params=["killed", "interrupted"])

@@ -20,7 +20,7 @@ from llmc.compress.heal.memory import _codes
 from llmc.compress.memory import Group, Running, Sizes
 from llmc.compress.prune.mask_pass import damped, reconstruct, sweep
 from llmc.compress.quantize.gptq import compensate, gptq
-from llmc.compress.quantize.memory import _factors
+from llmc.compress.quantize.memory import _factors, measuring
 from llmc.compress.skeleton import Skeleton
 from llmc.compress.teaching import memory as teaching
 from llmc.errors import UserError
@@ -82,7 +82,7 @@ def test_no_step_needs_less_if_a_size_grows(field: str) -> None:
         model = teaching.Model(s, 4000, tied=True)
         c: Any = tiny_settings()
         return [plans.reading(s), plans.entering(s, 64), run.tracing(), run.gathering(3), plans.removing(s, 64),
-                *plans.judging(s, 128, 64, run), teaching.loading(model),
+                plans.loading(s), *plans.judging(s, 128, 64, run),
                 teaching.distilling(model, model, c, torch.float32, s.weights, 0),
                 teaching.healing(model, model, c, torch.float32, 100, 1000),
                 teaching.healing_block(model, c, torch.float32, 100, 1000, 64)]
@@ -265,3 +265,15 @@ def test_pages_that_are_read_once_do_not_decide(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("llmc.machine.free_memory", lambda: 1099)
     with pytest.raises(UserError, match=r"it \(running\) needs about"):
         memory.check("it")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="it reads /proc")
+def test_files_are_mapped_while_a_model_is_loaded_and_not_afterwards(made: Any) -> None:
+    """So they are a term of `loading` alone: not of what runs the whole model later."""
+    model = load_torch_model(made.base)
+    assert str(made.base) not in Path("/proc/self/maps").read_text()
+    skeleton = Skeleton(Checkpoint.open(made.base), "cpu")
+    s = Sizes.of(skeleton)
+    assert plans.loading(s).once == s.stored > 0
+    assert [plans.removing(s, 64).once, measuring(skeleton, 4, 64).once] == [0, 0]
+    assert sum(p.numel() for p in model.parameters()) == s.weights

@@ -186,6 +186,20 @@ def path_of(report: dict[str, Any], name: str) -> Path:
     return Path(next(a["path"] for a in report["artifacts"] if a["name"] == name))
 
 
+def test_a_file_of_another_length_is_not_read(base: Path, short: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has another hash: 3 GB of zeros in place of a report cost a minute on a slow machine."""
+    from llmc.recipes import identity
+    from llmc.recipes.jobs import is_done
+
+    job = jobs_of(load("r.yaml", model=str(base)), Path("run"), open_folder(Path("run")))["compare"]
+    long = job.artifact
+    assert is_done(job, open_folder(Path("run"))) == (True, "")
+    with long.open("r+b") as f:
+        f.truncate(1 << 33)
+    monkeypatch.setattr(identity, "sha256", lambda path: pytest.fail(f"{path} was read"))
+    assert is_done(job, open_folder(Path("run"))) == (False, f"{long.name} was changed since it was made")
+
+
 def test_a_dry_run_leaves_nothing_and_knows_earlier_times(base: Path, finished: Path) -> None:
     write(SHORT)
     before = set(Path().iterdir())

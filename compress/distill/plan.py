@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from llmc.compress.distill.config import DistillConfig
-from llmc.compress.memory import FLOAT, reading, sampling, weights_of
+from llmc.compress.memory import FLOAT, loading, reading, sampling, weights_of
 from llmc.compress.skeleton import Skeleton
-from llmc.compress.teaching.memory import distilling, loading, model_of, opening, sampled
+from llmc.compress.teaching.memory import distilling, model_of, opening, sampled
 from llmc.compress.text import rows_in
 from llmc.formats.linears import find_layers, get_weight, is_linear
 from llmc.memory import Memory
@@ -47,8 +47,8 @@ def memory_of(student: Skeleton, teacher: Skeleton, c: DistillConfig, dtype: tor
     one, other = model_of(student), model_of(teacher)
     adapters = 0 if c.lora is None else _adapter(student, c.lora)
     mapped = one.sizes.stored if one.sizes.element < FLOAT else 0
-    steps = [reading(one.sizes), reading(other.sizes), loading(other), opening(one, other, c, dtype, mapped),
-             distilling(one, other, c, dtype, adapters or one.sizes.weights, adapters)]
+    steps = [reading(one.sizes), reading(other.sizes), loading(other.sizes, "the teacher"),
+             opening(one, other, c, dtype, mapped), distilling(one, other, c, dtype, adapters or one.sizes.weights, adapters)]
     if samples := sampled(c):
         steps.append(sampling(teacher, c.seq_len, samples))
     return Memory(steps)

@@ -9,9 +9,9 @@ import torch
 
 from llmc.compress.calibration import sequences_at_once
 from llmc.compress.heal.config import HealConfig
-from llmc.compress.memory import FLOAT, entering, reading, sampling
+from llmc.compress.memory import FLOAT, entering, loading, reading, sampling
 from llmc.compress.skeleton import Skeleton, linears_of
-from llmc.compress.teaching.memory import healing, healing_block, loading, model_of, opening, sampled
+from llmc.compress.teaching.memory import healing, healing_block, model_of, opening, sampled
 from llmc.formats import quantized
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.linears import get_weight
@@ -58,7 +58,7 @@ def after_quantizing(model: Skeleton, types: dict[str, AnyType], c: HealConfig) 
     one, dtype = model_of(model), training_dtype(c.precision, model.device)
     shapes = {name: tuple(get_weight(m).shape) for _, name, m in linears_of(model)}
     codes = Codes.of_all([((shapes[n][0], shapes[n][1]), qtype) for n, qtype in types.items()])
-    return [loading(one), healing(one, one, c, dtype, codes.trained, codes.held)]
+    return [loading(one.sizes, "the teacher"), healing(one, one, c, dtype, codes.trained, codes.held)]
 
 
 def memory_of(student: Skeleton, teacher: Skeleton, c: HealConfig, dtype: torch.dtype) -> Memory:
@@ -71,5 +71,5 @@ def memory_of(student: Skeleton, teacher: Skeleton, c: HealConfig, dtype: torch.
         judged, layers = c.seq_len * sequences_at_once(teacher, c.seq_len), one.sizes.layers
         return Memory([*steps, entering(other.sizes, c.seq_len),
                        healing_block(one, c, dtype, codes.trained // layers, codes.held // layers, judged)])
-    return Memory([*steps, loading(other), opening(one, other, c, dtype, 0),
+    return Memory([*steps, loading(other.sizes, "the teacher"), opening(one, other, c, dtype, 0),
                    healing(one, other, c, dtype, codes.trained, codes.held)])

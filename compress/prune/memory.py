@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from llmc.compress.memory import FLOAT, Running, Sizes, entering, judging, reading, removing, sampling, sparsegpt_work
+from llmc.compress.memory import (
+    FLOAT,
+    Running,
+    Sizes,
+    entering,
+    judging,
+    loading,
+    reading,
+    removing,
+    sampling,
+    sparsegpt_work,
+)
 from llmc.compress.prune.config import PruneConfig
 from llmc.compress.skeleton import Skeleton
 from llmc.compress.text import SELF
@@ -23,7 +34,7 @@ def memory_of(skeleton: Skeleton, c: PruneConfig) -> Memory:
                   Step("pruning a layer", {**run.held, "pruned weights": sizes.element * sizes.layer,
                                            "matrices of pruning": work})]
     elif c.method == "depth" and c.by == "kl":
-        steps.append(removing(sizes, c.seq_len))
+        steps += [loading(sizes), removing(sizes, c.seq_len)]
     elif c.method == "magnitude":
         steps.append(Step("pruning a layer", {**run.held, "weights, their sizes and ranks": 5 * FLOAT * sizes.layer}))
     else:

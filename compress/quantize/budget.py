@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from llmc import closure
+from llmc.compress.memory import Sizes, loading
 from llmc.compress.quantize import sensitivity
 from llmc.compress.quantize.assignment import (
     Assignment,
@@ -175,7 +176,8 @@ def _measured(config: QuantizeConfig, skeleton: Skeleton, source: dict[str, Any]
         say(f"using the sensitivities of an earlier run: {kept}")
         return found
     if config.device == "cpu":
-        Memory((measuring(skeleton, SEQUENCES, length),)).check("quantizing to a budget", "choose the types with --preset")
+        steps = (loading(Sizes.of(skeleton)), measuring(skeleton, SEQUENCES, length))
+        Memory(steps).check("quantizing to a budget", "choose the types with --preset")
     model = load_torch_model(skeleton.checkpoint.folder, str(torch_device(config.device)), torch.float32)
     unfuse(model, skeleton.names.leaves)
     if ids is None:  # another seed than GPTQ's calibration text has

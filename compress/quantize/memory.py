@@ -60,8 +60,9 @@ def _factors(qtype: AnyType, width: int) -> tuple[int, int, int]:
 
 
 def measuring(skeleton: Skeleton, sequences: int, length: int) -> Step:
-    """`budget.measure`: the whole model, the outputs of its layers and the logits for every sequence; then for one matrix its
-    copy and its noise while a sequence runs (`Probe.sensitivity`), with what `divergence` makes of logits."""
+    """`budget.measure`, after `loading`: the whole model, the outputs of its layers and the logits for every sequence; then
+    for one matrix its copy and its noise while a sequence runs (`Probe.sensitivity`), with what `divergence` makes of
+    logits."""
     s = Sizes.of(skeleton)
     matrix = max(s.head, *(g.largest // FLOAT for g in s.groups))
     logits = FLOAT * s.vocabulary * length
@@ -69,4 +70,4 @@ def measuring(skeleton: Skeleton, sequences: int, length: int) -> Step:
         PROCESS: TORCH, **whole_model(s), "outputs of layers": FLOAT * s.hidden * s.layers * sequences * length,
         "a matrix and its noise": 2 * FLOAT * matrix, "activations": length * s.per_token,
         # of the unchanged model; new ones, and two log-softmaxes, their difference, exponential and product
-        "logits": (sequences + 6) * logits}, s.stored if s.element < FLOAT else 0)
+        "logits": (sequences + 6) * logits})

@@ -26,6 +26,7 @@ from llmc.compress.expected import expected, say_expected
 from llmc.compress.heal.config import HealConfig
 from llmc.compress.heal.memory import after_quantizing
 from llmc.compress.imatrix.importance import Importance
+from llmc.compress.memory import Sizes, loading
 from llmc.compress.preparation import calibration_text, check_weights, open_float, sampled_file
 from llmc.compress.quantize import carried
 from llmc.compress.quantize.assignment import assign, has_own_head, keeps_zeros, unfit
@@ -187,7 +188,7 @@ class _Job:
         c = self.config
         steps = memory_of(self.skeleton, c, self.assignment.types.values(), reference=self._reference_sequences() > 0)
         if c.target:
-            steps.append(measuring(self.skeleton, SEQUENCES, LENGTH))
+            steps += [loading(Sizes.of(self.skeleton)), measuring(self.skeleton, SEQUENCES, LENGTH)]
         if c.heal:
             steps += after_quantizing(self.skeleton, self.assignment.types, self.healing())
         return Memory(steps)

@@ -103,13 +103,6 @@ def healing_block(student: Model, c: Settings, dtype: torch.dtype, factors: int,
         "activations": max(activations(one, c, dtype), judged * s.per_token)})
 
 
-def loading(teacher: Model) -> Step:
-    """`load_teacher`: in float32 first; its files are mapped until it is loaded."""
-    s = teacher.sizes
-    return Step("loading the teacher", {PROCESS: TORCH, "weights of the teacher": FLOAT * s.weights},
-                s.stored if s.element < FLOAT else 0)
-
-
 def opening(student: Model, teacher: Model, c: Settings, dtype: torch.dtype, mapped: int) -> Step:
     """`load_student`, and `load_torch_model` of a float student: the weights in float32. mapped: bytes of files that are
     mapped meanwhile."""
