@@ -16,7 +16,7 @@ pytest.importorskip("onnx_ir")
 import onnx
 import onnx_ir as ir
 import onnxruntime
-from onnx_files import FLOAT_NOISE, export, onnx_logits
+from onnx_files import FLOAT_NOISE, exact_int8, export, onnx_logits, saturates
 
 import llmc
 from llmc.compress.transform import scaling
@@ -75,6 +75,7 @@ def xw() -> tuple[np.ndarray, np.ndarray]:
     return x, w
 
 
+@exact_int8
 def test_a_linear_is_what_the_definition_says(xw: tuple[np.ndarray, np.ndarray]) -> None:
     x, w = xw
     expected = np.zeros((7, 40))
@@ -111,6 +112,7 @@ def test_rows_are_rounded_to_nearest() -> None:
     assert torch.equal(q.codes.amax(1).maximum(256 - q.codes.amin(1).int())[w.abs().amax(1) > 0], torch.tensor([255] * 49))
 
 
+@exact_int8
 @pytest.mark.parametrize("family", ["qwen2", "gemma3_text", "phi3"])
 def test_whole_models(family: str, tmp_path: Path) -> None:
     """Biases, joined and cut matrices: every product is torch's, and the logits are near those of the float model."""
@@ -142,6 +144,7 @@ def outliers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return work / "m"
 
 
+@exact_int8
 def test_smoothing_first_loses_less_and_is_asked_for(outliers: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 200)
@@ -157,6 +160,7 @@ def test_smoothing_first_loses_less_and_is_asked_for(outliers: Path, tmp_path: P
     assert not hints["s"]
 
 
+@exact_int8
 def test_the_folder(outliers: Path, tmp_path: Path) -> None:
     """Standard operators for the linears, an input rounded once for all that read it, sizes, and the notes."""
     report = export(outliers, dtype="w8a8", out=tmp_path / "x", head_bits=16)
@@ -186,5 +190,13 @@ def test_other_products_are_not_kept(outliers: Path, tmp_path: Path, monkeypatch
     monkeypatch.setattr(w8a8, "linear", off)
     with pytest.raises(UserError, match=r"other products than torch at /model/layers\.0") as e:
         export(outliers, dtype="w8a8", out=tmp_path / "x")
+    assert "VNNI" in e.value.hint
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.skipif(not saturates(), reason="int8 products are exact on this CPU")
+def test_a_cpu_that_saturates_refuses_and_says_what_it_lacks(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="other products than torch at") as e:
+        export(build("qwen2", tmp_path / "m"), dtype="w8a8", out=tmp_path / "x")
     assert "VNNI" in e.value.hint
     assert not (tmp_path / "x").exists()

@@ -107,8 +107,8 @@ def add_rope(writer: GGUFWriter, config: dict[str, Any], head_dim: int, context:
 
 
 def yarn_note(config: dict[str, Any]) -> str | None:
-    """What llama.cpp computes in another way if config.json says `truncate: false`: it rounds the ends of YaRN's ramp to whole
-    dimensions. None if that changes nothing. config: as for rope_parameters."""
+    """What llama.cpp computes in another way if config.json says `truncate: false`: it rounds the ends of YaRN's ramp to
+    whole dimensions. None if that changes nothing. config: as for rope_parameters."""
     for v in _parameters(config):
         theta = float(v.get("rope_theta") or config.get("rope_theta") or 10000.0)
         if _kind(v) != "yarn" or v.get("truncate", True) or theta <= 1:
