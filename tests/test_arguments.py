@@ -65,7 +65,7 @@ class Toy:
     def __init__(self, between: Any) -> None:
         torch.manual_seed(0)
         self.model = Model(between)
-        self.layers, self.device = self.model.layers, torch.device("cpu")
+        self.layers, self.layers_name, self.device = self.model.layers, "layers", torch.device("cpu")
         self.config, self.checkpoint = SimpleNamespace(model_type="toy"), SimpleNamespace(folder="FOLDER")
 
     def outside(self) -> list[Any]:
