@@ -41,6 +41,7 @@ class Model(nn.Module):
         super().__init__()
         self.embedding, self.head, self.between = nn.Embedding(50, 4), nn.Linear(4, 50), between
         self.layers, self.order = nn.ModuleList(Layer(i) for i in range(3)), [0, 1, 2]
+        self.config = SimpleNamespace(model_type="toy", get_text_config=lambda: self.config)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embedding
@@ -66,7 +67,7 @@ class Toy:
         torch.manual_seed(0)
         self.model = Model(between)
         self.layers, self.layers_name, self.device = self.model.layers, "layers", torch.device("cpu")
-        self.config, self.checkpoint = SimpleNamespace(model_type="toy"), SimpleNamespace(folder="FOLDER")
+        self.config, self.checkpoint = self.model.config, SimpleNamespace(folder="FOLDER")
 
     def outside(self) -> list[Any]:
         return []
