@@ -97,6 +97,7 @@ def test_an_architecture_that_llama_cpp_lacks_is_named_before_any_work(tmp_path:
 def test_the_vocabulary_is_written_where_the_converter_does_not_read_it(tmp_path: Path) -> None:
     report = gguf_files.export(converted.build("glm4_moe", tmp_path / "m"))
     assert any("does not read this tokenizer (KeyError" in note for note in report["notes"])
+    assert report["token_ids"]["text_tokens"] > 100
 
 
 def test_how_scores_are_made_is_found_in_transformers_code() -> None:

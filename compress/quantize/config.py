@@ -16,7 +16,7 @@ from llmc.options import ADVANCED, CALIBRATION, check, option
 INTEGER = {"q4_0": 4, "q8_0": 8}  # bits of the block types that are also integer types; GPTQ checkpoints can hold them
 
 METHODS = ("gptq", "rtn")
-GOALS = {"gguf": "q4_k_m"}  # --for: the preset of llama.cpp whose size is the budget
+GOALS = {"gguf": "q4_k_m"}  # --goal: the preset of llama.cpp whose size is the budget
 TRANSFORMS = ("none", "scaling", "rotate", "rotate+scaling", "auto")
 BITS = (4, 8)
 DEFAULT_BITS = 4
@@ -32,7 +32,7 @@ class QuantizeConfig:
     goal: str | None = option(
         None, help="What the model is made for, instead of --bits. gguf is llama.cpp alone: llmc measures how sensitive each "
                    "tensor is and chooses its type, in a file no larger than llama.cpp's Q4_K_M. It is the same as "
-                   "--target-size as:q4_k_m. --bits 4 can also be exported to ONNX.", choices=tuple(GOALS), flags=("--for",))
+                   "--target-size as:q4_k_m. --bits 4 can also be exported to ONNX.", choices=tuple(GOALS))
     type: str | None = option(None, help="GGUF weight type of all linears, instead of --bits.", choices=tuple(BLOCK_TYPES))
     fallback: str | None = option(
         None, help="Weight type of rows that --type cannot hold, because 256 does not divide them. It has blocks of 32: "
@@ -99,7 +99,7 @@ class QuantizeConfig:
             problems.append("--imatrix goes with --method rtn: GPTQ gathers better statistics itself")
         if self.type and self.preset:
             problems.append("--type and --preset both choose the types of linears: give one of them")
-        targets = {f"--for {self.goal}": self.goal, "--target-size": self.target_size, "--target-bpw": self.target_bpw,
+        targets = {f"--goal {self.goal}": self.goal, "--target-size": self.target_size, "--target-bpw": self.target_bpw,
                    "--target-kld": self.target_kld}
         given = [name for name, value in targets.items() if value is not None]
         if len(given) > 1:
@@ -156,7 +156,7 @@ class QuantizeConfig:
     def target(self) -> str | None:
         """The budget option as given: '--target-size 90MB'; None without a budget."""
         if self.goal is not None:
-            return f"--for {self.goal}"
+            return f"--goal {self.goal}"
         for name in ("target_size", "target_bpw", "target_kld"):
             if (value := getattr(self, name)) is not None:
                 return f"--{name.replace('_', '-')} {value}"
@@ -164,7 +164,7 @@ class QuantizeConfig:
 
     @property
     def peer(self) -> str | None:
-        """The preset of --target-size as:PRESET or of --for, whose file size is the budget; else None."""
+        """The preset of --target-size as:PRESET or of --goal, whose file size is the budget; else None."""
         if self.goal is not None:
             return GOALS[self.goal]
         prefix, _, preset = (self.target_size or "").partition(":")

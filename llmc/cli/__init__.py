@@ -61,7 +61,7 @@ def _options(
     """Make an LLM fit a device: quantize it, export it, and measure the file that ships.
 
     \b
-      llmc quantize MODEL --bits 4          (or --for gguf: llama.cpp alone)
+      llmc quantize MODEL --bits 4          (or --goal gguf: llama.cpp alone)
       llmc export --format gguf -o small.gguf
       llmc eval small.gguf --base MODEL
       llmc bench small.gguf
