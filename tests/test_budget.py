@@ -157,6 +157,15 @@ def test_no_larger_than_a_presets_file_and_predicted_no_worse(preset: str, tied:
     assert ours["type"] == f"target-size as:{preset}"
 
 
+def test_a_goal_is_the_budget_of_llama_cpps_mix(tmp_path: Path, text: Path) -> None:
+    base = build("llama", tmp_path / "base", hidden_size=256, intermediate_size=256)
+    plans = [quantize(base, settings(text, tmp_path / "q", method="rtn", dry_run=True, **options))
+             for options in ({"goal": "gguf"}, {"target_size": "as:q4_k_m"})]
+    assert plans[0]["plan"]["peer"]["preset"] == "q4_k_m"
+    assert plans[0]["plan"]["tensors"] == plans[1]["plan"]["tensors"]
+    assert plans[0]["plan"]["target"] == "--goal gguf"
+
+
 def test_predicted_against_measured_is_on_page_and_report(tmp_path: Path, text: Path,
                                                           capsys: pytest.CaptureFixture[str]) -> None:
     base = build("llama", tmp_path / "base")
@@ -241,6 +250,9 @@ def test_what_is_named_as_possible_is_possible(value: float) -> None:
 
 @pytest.mark.parametrize(("options", "words"), [
     ({"target_size": "90MB", "target_bpw": 4.0}, "give one target"),
+    ({"goal": "gguf", "target_bpw": 4.0}, "--goal gguf and --target-bpw: give one target"),
+    ({"goal": "gguf", "bits": 8}, "leave out --bits"),
+    ({"goal": "onnx"}, "must be gguf"),
     ({"target_size": "90MB", "preset": "q4_k_m"}, "leave out --type and --preset"),
     ({"target_bpw": 4.0, "bits": 8}, "leave out --bits"),
     ({"target_size": "90"}, "give bytes with a unit"),
