@@ -236,7 +236,7 @@ def groups(command: str, capsys: pytest.CaptureFixture[str]) -> dict[str, list[s
 def test_quantize_shows_the_main_options_first(capsys: pytest.CaptureFixture[str]) -> None:
     found = groups("quantize", capsys)
     assert list(found) == ["Arguments", MAIN, CALIBRATION, ADVANCED, RUN]
-    assert found[MAIN] == ["--bits", "--type", "--preset", "--target-size", "--calibration", "--out"]
+    assert found[MAIN] == ["--bits", "--goal", "--type", "--preset", "--target-size", "--calibration", "--out"]
     assert found[RUN] == ["--device", "--threads", "--resume", "--dry-run", "--json", "--help"]
 
 
