@@ -53,7 +53,9 @@ class StateStore:
             self.write(first, states)
 
     def clear(self) -> None:
-        """Create the next file for `write`."""
+        """Create the next file for `write`. A link or a pipe in its place is removed: a run never writes through one."""
+        if self._following.is_symlink() or self._following.is_fifo():
+            self._following.unlink()
         with self._following.open("wb") as f:
             f.truncate(self.count * self.row)
 
