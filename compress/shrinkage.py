@@ -56,9 +56,9 @@ class Variation:
         self.squares += other.squares
         self.sequences += other.sequences
 
-    def share(self, hessian: torch.Tensor, sequences: int | None = None) -> float:
-        """The share for the sum `hessian` [in, in] over these sequences, at most MOST. sequences: for a sum over so many of
-        them; None: over all. Of a single sequence it is MOST: it says nothing of others."""
+    def share(self, hessian: torch.Tensor) -> float:
+        """The share for the sum `hessian` [in, in] over these sequences, at most MOST. For one sequence it is MOST, because
+        one sequence says nothing about others."""
         if self.sequences < 2:
             return MOST
         rows = picked(len(hessian)).to(hessian.device)
@@ -68,7 +68,7 @@ class Variation:
             return 0.0  # there is nothing to shrink
         m = self.sequences
         variance = m / (m - 1) * max(0.0, self.squares / whole - 1 / m)
-        return min(MOST, math.sqrt(variance * m / (sequences or m)))
+        return min(MOST, math.sqrt(variance))
 
 
 def picked(n: int) -> torch.Tensor:
