@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from quantizing import settings
+from tiny import build
 
 from llmc.compress import shrinkage
 from llmc.compress.quantize.gptq import gptq
+from llmc.compress.quantize.run import quantize
 from llmc.compress.shrinkage import MOST, Variation, restore, shrink
 from llmc.formats.types import IntegerType
 from llmc.rounding.search import objective
@@ -107,3 +111,13 @@ def test_other_text_loses_less_than_without_shrinking_and_than_with_the_diagonal
     for sequences in (4, 20, 200):
         assert lost(sequences, None) < 0.9 * lost(sequences, MOST)
     assert lost(200, None) < 1.05 * lost(200, 0.0)
+
+
+def test_one_sequence_is_said_and_each_linears_share_is_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, text = build("llama", tmp_path / "m"), tmp_path / "t.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 200)
+    for samples in (1, 4):
+        out = tmp_path / f"q{samples}"
+        quantize(base, settings(text, out, samples=samples, threads=1))
+        assert ("one calibration sequence says nothing about others" in capsys.readouterr().err) == (samples == 1)
+        assert ('"shrunk": 0.99' in (out / "llmc.json").read_text()) == (samples == 1)

@@ -300,6 +300,9 @@ class _Job:
         if per_column and min(per_column) < 2:
             warn(f"fewer than 2 calibration tokens per Hessian column ({min(per_column):.1f}): "
                  "GPTQ can be worse than RTN; raise --samples")
+        if len(calibration.sequences) < 2:
+            warn("one calibration sequence says nothing about others, so almost only the importance of columns is used: "
+                 "raise --samples")
         say_expected(self.skeleton, calibration.tokens, self.config.seq_len)
 
     def _publish(self, work: Workspace, source: dict[str, Any], calibration: Calibration | None,
