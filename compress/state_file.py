@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from llmc.compress.unfinished import START_AGAIN
 from llmc.errors import UserError
 from llmc.files import staged_file
+from llmc.formats.checkpoint import read_header
 from llmc.small_files import check_file
 
 SEAL = "crc32"
@@ -30,6 +31,10 @@ def save_state(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str,
 def load_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """(the tensors, the texts) of a file that `save_state` wrote. Raises UserError if it is damaged or missing."""
     check_file(path, 1 << 50, START_AGAIN)
+    try:
+        read_header(path)  # safetensors maps the whole file first, and what is none may be larger than the memory
+    except UserError as e:
+        raise UserError(f"{path} is damaged: it {e.problem.removeprefix(f'{path} ')}", START_AGAIN) from e
     try:
         with safe_open(path, framework="pt") as f:
             metadata: dict[str, str] = dict(f.metadata() or {})

@@ -336,7 +336,7 @@ def changed_trees(draw: Any, form: Form, good: bytes) -> Damage:
         name = ".".join(map(str, spot))[:100]
         parent, how = _at(tree, tuple(way)), draw(st.sampled_from(("replaced", "replaced", "changed", "left out", "renamed")))
         if how == "replaced":
-            parent[last] = draw(st.sampled_from(ODD))
+            parent[last] = copy.deepcopy(draw(st.sampled_from(ODD)))  # the next damage may be inside it
             said.append(f"{name} is {str(parent[last])[:40]!r}")
         elif how == "changed":
             what, change = draw(st.sampled_from(CHANGES))

@@ -44,6 +44,14 @@ def test_every_flipped_byte_is_seen(tmp_path: Path) -> None:
         load_state(tmp_path / "s")
 
 
+def test_a_large_file_that_is_none_is_not_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (tmp_path / "s").open("wb") as f:
+        f.truncate(3 << 30)
+    monkeypatch.setattr("llmc.compress.state_file.safe_open", None)
+    with pytest.raises(UserError, match="s is damaged: it is not a complete safetensors file"):
+        load_state(tmp_path / "s")
+
+
 @pytest.mark.parametrize("name", ["fingerprint.json", "state.json", "layers/0000.json", "layers/0000.safetensors"])
 @pytest.mark.parametrize("how", ["gone", "empty", "edited"])
 def test_a_run_goes_on_from_nothing_that_is_damaged(tmp_path: Path, name: str, how: str) -> None:
