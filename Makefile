@@ -10,7 +10,7 @@ PIP := -m pip --disable-pip-version-check install --quiet -c
 LINKS := build/links
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz test-models test-optimum lint typecheck links docs graph wheel clean
+.PHONY: help demo test fuzz test-models test-optimum bench-floor lint typecheck links docs graph wheel clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -26,6 +26,9 @@ test-models: $(VENV)/.dev  ## Every family of `llmc models` through every comman
 
 fuzz: $(VENV)/.dev  ## Damage every file that llmc reads, 2,000 times, and see that commands refuse it well (20 minutes)
 	LLMC_FUZZ=2000 $(BIN)/python -m pytest tests/test_fuzz.py
+
+bench-floor: $(VENV)/.dev  ## llmc's default against llama.cpp's own files: make bench-floor ARGS="--bin … --base … …"
+	$(BIN)/python benchmarks/floor.py $(ARGS)
 
 # what reads models with transformers in each way that llmc has, and every family; a few minutes
 OPTIMUM_TESTS := $(addprefix tests/test_,$(addsuffix .py,export_onnx_optimum runtimes_torch calibration sources gguf_export gguf_plan gguf_verify gguf_metadata))

@@ -13,7 +13,8 @@ from tiny import build, edit_config, edit_tensors
 
 from llmc.errors import UserError
 from llmc.export.gguf import GgufExportConfig
-from llmc.formats.types import IntegerType
+from llmc.formats import quantized
+from llmc.formats.types import BLOCK_TYPES, IntegerType
 
 
 def test_a_tied_model_has_one_matrix_for_both(tmp_path):
@@ -22,8 +23,32 @@ def test_a_tied_model_has_one_matrix_for_both(tmp_path):
     report = export(tmp_path / "q")
     assert "output.weight" not in stored(report["path"])
     assert report["bytes_by_class"]["head"] == 0
-    with pytest.raises(UserError, match="one matrix: it cannot be both F16 and Q8_0"):
+    with pytest.raises(UserError, match="one matrix: it cannot be both F16 and IQ4_NL"):
         export(tmp_path / "q", head="f16")
+
+
+@pytest.mark.parametrize(("bits", "width", "ends"), [
+    (4, 64, ("IQ4_NL", "Q8_0")), (4, 256, ("Q4_K", "Q6_K")), (8, 256, ("Q8_0", "Q8_0"))])
+@pytest.mark.parametrize("tied", [True, False])
+def test_embedding_and_head_go_with_the_decoder(bits, width, ends, tied, tmp_path):
+    folder = build("llama", tmp_path / "m", num_hidden_layers=1, hidden_size=width, tie_word_embeddings=tied)
+    gptq_folder(folder, tmp_path / "q", IntegerType(bits, 32))
+    types = {n: t.tensor_type.name for n, t in stored(export(tmp_path / "q")["path"]).items()}
+    if tied:
+        assert types["token_embd.weight"] == ends[1]
+        assert "output.weight" not in types
+    else:
+        assert (types["token_embd.weight"], types["output.weight"]) == ends
+
+
+@pytest.mark.parametrize("bits", [2.6, 4.125, 4.5, 4.6, 5.5, 6.0, 6.5625, 8.5])
+def test_an_end_has_no_fewer_bits_than_the_decoder_if_a_type_has_as_many(bits):
+    for width in (64, 768):
+        head, embedding = (BLOCK_TYPES[t] for t in quantized.ends_beside(bits, width))
+        assert width % head.block == 0 == width % embedding.block
+        assert min(head.bits_per_weight, embedding.bits_per_weight) >= bits
+        assert head.bits_per_weight >= 6.5
+        assert embedding.bits_per_weight - max(bits, 4.5) <= (1 if width == 768 else 2.5)
 
 
 def with_head(folder: Path, head: torch.Tensor) -> Path:

@@ -103,6 +103,17 @@ def test_tables(tied: bool, head_bits: int, tmp_path: Path) -> None:
     assert tables == (1 if tied else 2) + (8 if head_bits == 4 else 0) + (2 if head_bits == 4 else 0)
 
 
+@pytest.mark.parametrize(("tied", "bits", "forms"), [
+    (True, 4, {"int4-sym-g32": 10, "int8-sym-g32": 1}), (False, 4, {"int4-sym-g32": 11, "int8-sym-g32": 1}),
+    (False, 8, {"int8-sym-g32": 12})])
+def test_the_ends_go_with_the_decoder(tied: bool, bits: int, forms: dict[str, int], tmp_path: Path) -> None:
+    folder = build("llama", tmp_path / "m", tie_word_embeddings=tied)
+    gptq_folder(folder, tmp_path / "q", IntegerType(bits, 32))
+    report = export(tmp_path / "q")
+    assert report["forms"] == forms
+    assert report["logits"]["relative_error"] < FLOAT_NOISE
+
+
 @pytest.mark.parametrize("says_tied", [True, False])
 def test_a_head_that_repeats_the_embedding_is_stored_once(says_tied: bool, tmp_path: Path) -> None:
     folder = build("llama", tmp_path / "m", tie_word_embeddings=False)

@@ -25,10 +25,10 @@ class GgufExportConfig:
         "File (gguf) or folder (onnx) to write.", "MODEL-TYPE.gguf or MODEL-onnx, in the working folder")
     embedding: str | None = option(
         None, help="Type of the token embedding.", choices=END_TYPES, group=GGUF,
-        shown="the type of a preset or budget, else q8_0 for a quantized model, else --float-type")
+        shown="the type of a preset or budget; else chosen beside a quantized decoder; else --float-type")
     head: str | None = option(
         None, help="Type of the output matrix. A tied model has no output matrix of its own.", choices=END_TYPES,
-        group=GGUF, shown="the type of a preset or budget, else --embedding")
+        group=GGUF, shown="the type of a preset or budget; else chosen beside a quantized decoder; else --embedding")
     float_type: str = option("f16", help="Type of matrices that are not quantized.", choices=MATRIX_TYPES, group=GGUF)
     mmproj: str | None = option(
         None, help="Also write the vision or audio part of a multimodal model, in this type, as mmproj-NAME-f16.gguf "

@@ -25,7 +25,7 @@ from llmc.export.gguf import blocks, carry, tokenizer
 from llmc.export.gguf.blocks import BLOCK, Kind
 from llmc.export.gguf.carry import Carried
 from llmc.export.gguf.config import GgufExportConfig
-from llmc.export.gguf.plan import Plan, Types
+from llmc.export.gguf.plan import EMBEDDING, OUTPUT, Plan, Types
 from llmc.export.gguf.projector import convert
 from llmc.export.gguf.routing import scoring
 from llmc.export.gguf.run_converter import Conversion, run
@@ -42,7 +42,7 @@ from llmc.formats.tokenizer_files import copy_tokenizer_files
 
 SHARD = 1_000_000_000
 BESIDE = ("generation_config.json", "preprocessor_config.json", "processor_config.json")  # what the converter may read
-EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")  # tables of rows, of one type as in llama-quant.cpp
+EMBEDDINGS = (EMBEDDING, "per_layer_token_embd.weight")  # tables of rows, of one type as in llama-quant.cpp
 OURS = ("general.architecture", "general.type", "general.name", "general.size_label", "general.license",
         "general.quantized_by", "general.base_model.", "general.file_type", "general.quantization_version",
         "tokenizer.chat_template", "tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_eos_token", "GGUF.")
@@ -141,13 +141,14 @@ def _plan(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, types: Types, re
     kinds = made.kinds
     exact = {name for name, kind in kinds.items() if kind == "F32"}
     carried = carry.carry(ckpt, reader, exact)
+    is_head = all(t.name != OUTPUT for t in reader.tensors)
     entries = []
     for t in reader.tensors:
         shape = tuple(int(n) for n in reversed(t.shape))
         if t.name in carried.found:
             entries.append(_code_entry(t.name, shape, ckpt, carried))
         else:
-            kind = _kind(t, shape, types, kinds, t.name in carried.rounded)
+            kind = _kind(t, shape, types, kinds, t.name in carried.rounded, is_head)
             entries.append(GgufTensor(t.name, shape, kind, partial(_values, t)))
     arch = str(field(reader, "general.architecture"))
     writer = GGUFWriter(None, arch)
@@ -166,15 +167,17 @@ def _notes(c: Carried, tensors: int) -> list[str]:
     return notes
 
 
-def _kind(t: ReaderTensor, shape: tuple[int, ...], types: Types, kinds: dict[str, str], rounded: bool) -> Kind:
-    """The type of a tensor without codes. rounded: it holds linears whose codes were not found."""
+def _kind(t: ReaderTensor, shape: tuple[int, ...], types: Types, kinds: dict[str, str], rounded: bool,
+          is_head: bool) -> Kind:
+    """The type of a tensor without codes. rounded: it holds linears whose codes were not found.  is_head: the embedding is
+    the head too."""
     if t.tensor_type != Kind.F32:
         return t.tensor_type  # what the converter wrote in its own type: numbers of experts, blocks of MXFP4
     chosen = Kind[kinds.get(t.name, "F32")]
     if t.name in EMBEDDINGS:
-        kind = types.embedding
-    elif t.name == "output.weight":
-        kind = types.head
+        kind = types.of_both(shape) if is_head and t.name == EMBEDDING else types.of(EMBEDDING, shape)
+    elif t.name == OUTPUT:
+        kind = types.of(OUTPUT, shape)
     elif chosen == Kind.F32 or len(shape) == 1:
         return Kind.F32
     elif chosen != Kind.Q8_0 and shape[-1] % BLOCK == 0:

@@ -19,7 +19,7 @@ from llmc.export.gguf.architectures import add_hyperparameters, find_architectur
 from llmc.export.gguf.arithmetic import Kinds
 from llmc.export.gguf.blocks import Kind
 from llmc.export.gguf.config import GgufExportConfig
-from llmc.export.gguf.plan import Plan, Planner, Types
+from llmc.export.gguf.plan import EMBEDDING, OUTPUT, Plan, Planner, Types
 from llmc.export.gguf.projector import beside, publish
 from llmc.export.gguf.rope import yarn_note
 from llmc.export.gguf.writer import GgufTensor
@@ -119,7 +119,7 @@ def plan_file(config: GgufExportConfig, ckpt: Checkpoint, tok: Any, types: Types
     planner = Planner(ckpt, family, hf, types, w)
     entries = planner.entries()
     planner.add_values(entries)
-    rows = next(e.shape[0] for e in entries if e.name == "token_embd.weight")
+    rows = next(e.shape[0] for e in entries if e.name == EMBEDDING)
     w.add_vocab_size(rows)
     vocabulary = tokenizer.read_vocabulary(ckpt.folder, tok, rows, config.pre, config.chat_template)
     tokenizer.add_vocabulary(w, vocabulary)
@@ -161,8 +161,9 @@ def _finish(config: GgufExportConfig, ckpt: Checkpoint, written: Checkpoint, tok
     memory.check("exporting", MORE)
     for note in plan.notes:
         warn(note)
-    say(f"writing {out}: {size(total)} of tensors, mostly {type_name}; embedding "
-        f"{types.embedding.name} ({types.reason})")
+    ends = ", ".join(f"{what} {e.kind.name}" for what, name in (("embedding", EMBEDDING), ("head", OUTPUT))
+                     for e in entries if e.name == name)
+    say(f"writing {out}: {size(total)} of tensors, mostly {type_name}; {ends} ({types.reason})")
     v = plan.vocabulary
     with staged_artifact(out) as (tmp, manifest):
         def check() -> None:
@@ -206,7 +207,7 @@ def _finish(config: GgufExportConfig, ckpt: Checkpoint, written: Checkpoint, tok
 
 def _memory(ckpt: Checkpoint, entries: list[GgufTensor]) -> Memory:
     """The memory of writing and verifying the file."""
-    ends = [int(np.prod(e.shape)) for e in entries if e.name in ("token_embd.weight", "output.weight")]
+    ends = [int(np.prod(e.shape)) for e in entries if e.name in (EMBEDDING, OUTPUT)]
     copies = sum(e.nbytes for e in entries if e.kind.name in REPACKED) if use_extra_buffers() else 0
     return memory_of(ckpt.folder, sum(e.nbytes for e in entries), ends, copies, LLAMA_CPP)
 

@@ -30,37 +30,46 @@ FLOAT32 = re.compile(r"norm\.weight$|^position_embd\.|\.ffn_gate_inp(_shexp)?\.|
 
 @dataclass(frozen=True)
 class Types:
-    """The types of the float matrices, and the reason for the embedding's."""
+    """The types of the float matrices, and the reason for those of embedding and head.
+
+    embedding, head: None if llmc chooses them by the rows and `bits`, the bits per weight of the decoder.  head_given: the
+    user gave the head's type."""
 
     matrix: Kind
-    embedding: Kind
-    head: Kind
+    embedding: Kind | None
+    head: Kind | None
     head_given: bool
     reason: str
+    bits: float = 0.0
 
     @classmethod
     def choose(cls, config: GgufExportConfig, ckpt: Checkpoint) -> Types:
-        """The types in `config`; else those recorded in the folder (`quantized.end_types`); else q8_0 for the embedding of a
-        quantized model and --float-type for that of a float model."""
-        wanted = quantized.end_types(ckpt)
-        has_codes = quantized.is_quantized(ckpt)
+        """The types in `config`; else those recorded in the folder (`quantized.end_types`); else those that go with the
+        decoder (`quantized.ends_beside`), and --float-type for a float model."""
+        wanted, bits = quantized.end_types(ckpt), 0.0
         embedding, reason = config.embedding, "as asked"
         if embedding is None and "embedding" in wanted:
             embedding, reason = wanted["embedding"], "as the folder was made for"
+        elif embedding is None and quantized.is_quantized(ckpt):
+            bits = quantized.bits_per_weight(ckpt)
+            reason = f"chosen beside a decoder of {bits:.1f} bits"
         elif embedding is None:
-            embedding = "q8_0" if has_codes else config.float_type
-            reason = "8 bits beside a quantized decoder" if has_codes else "the same as --float-type"
+            embedding, reason = config.float_type, "the same as --float-type"
         head = config.head or wanted.get("head", embedding)
-        return cls(Kind[config.float_type.upper()], Kind[embedding.upper()], Kind[head.upper()], config.head is not None,
-                   reason)
+        return cls(Kind[config.float_type.upper()], embedding and Kind[embedding.upper()], head and Kind[head.upper()],
+                   config.head is not None, reason, bits)
 
     def of(self, name: str, shape: tuple[int, ...]) -> Kind:
         """The type of a tensor. Vectors and what FLOAT32 matches stay F32, as llama.cpp wants them."""
-        if name == EMBEDDING:
-            return self.embedding
-        if name == OUTPUT:
-            return self.head
+        if name in (EMBEDDING, OUTPUT):
+            head, embedding = quantized.ends_beside(self.bits, shape[-1])
+            given, chosen = (self.embedding, embedding) if name == EMBEDDING else (self.head, head)
+            return given if given is not None else Kind[chosen.upper()]
         return Kind.F32 if len(shape) == 1 or FLOAT32.search(name) else self.matrix
+
+    def of_both(self, shape: tuple[int, ...]) -> Kind:
+        """The type of an embedding that is the head too: the head's, unless the embedding's was given."""
+        return self.of(OUTPUT if self.embedding is None else EMBEDDING, shape)
 
 
 @dataclass
@@ -255,16 +264,21 @@ class Planner:
             raise UserError(f"the head differs from the embedding, and llama.cpp's {self.family.gguf.name} has one matrix",
                             "llama.cpp cannot run this model as it is")
         if equal and rule == "own":  # llama.cpp reads a second copy
-            blocks.check_rows(OUTPUT, embedding.shape, self.types.head)
-            return [e for e in found if e is not head] + [replace(embedding, name=OUTPUT, kind=self.types.head)]
-        if equal and self.types.head != self.types.embedding:
-            raise UserError(f"head and embedding of {self.ckpt.folder} are one matrix: it cannot be both "
-                            f"{self.types.head.name} and {self.types.embedding.name}",
-                            "leave --head out; --embedding sets the type of both")
+            kind = self.types.of(OUTPUT, embedding.shape)
+            blocks.check_rows(OUTPUT, embedding.shape, kind)
+            return [e for e in found if e is not head] + [replace(embedding, name=OUTPUT, kind=kind)]
+        if equal:
+            kinds = [self.types.of(name, embedding.shape) for name in (OUTPUT, EMBEDDING)]
+            if self.types.head is not None and kinds[0] != kinds[1]:
+                raise UserError(f"head and embedding of {self.ckpt.folder} are one matrix: it cannot be both "
+                                f"{kinds[0].name} and {kinds[1].name}",
+                                "leave --head out; --embedding sets the type of both")
+            both = replace(embedding, kind=self.types.of_both(embedding.shape))
+            return [both if e is embedding else e for e in found if e is not head]
         if head is not None and head.codes and self.types.head_given:
             raise UserError(f"the head of {self.ckpt.folder} is quantized: its codes are copied as {head.kind.name}",
                             "leave --head out")
-        return [e for e in found if not (equal and e is head)]
+        return found
 
 
 def _same(a: Source, b: Source) -> bool:

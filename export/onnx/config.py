@@ -46,7 +46,8 @@ class OnnxExportConfig:
                       "DequantizeLinear and MatMul.", choices=INT4_FORMS, group=ONNX)
     head_bits: int | None = option(
         None, help="Number of bits of embedding and output matrix.", choices=HEAD_BITS, group=ONNX,
-        shown="the type of a preset if ONNX has it, else 8 for a quantized model, else --dtype")
+        shown="the type of a preset if ONNX has it; else 8 for a quantized model, and 4 for an embedding apart from the "
+              "head beside 4 bits; else --dtype")
     chat_template: str = like(GgufExportConfig, "chat_template")
     threads: int | None = like(GgufExportConfig, "threads")
     dry_run: bool = like(GgufExportConfig, "dry_run")

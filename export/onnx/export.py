@@ -147,8 +147,8 @@ def _write(config: OnnxExportConfig, ckpt: Checkpoint, work: Path, out: str) -> 
     check_disk(work, total + (64 << 20), f"writing {out}")
     for note in weights.notes:
         warn(note)
-    say(f"writing {out}: {size(total)} of matrices; embedding and head "
-        f"{form_name(weights.form(weights.embedding))} ({weights.reason})")
+    forms = dict.fromkeys(form_name(weights.form(end)) for end in (weights.embedding, weights.head))
+    say(f"writing {out}: {size(total)} of matrices; embedding and head {' and '.join(forms)} ({weights.reason})")
     own = writer.write(planned.made, emitter.entries, work)
     verified = verify.tensors(work, own, weights, emitter.placed)
     ids = check_ids(tok, verified["weights"], context)

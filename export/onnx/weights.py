@@ -16,7 +16,7 @@ from llmc.export.onnx.config import OnnxExportConfig
 from llmc.formats import quantized
 from llmc.formats.checkpoint import Checkpoint
 from llmc.formats.manifest import read_manifest
-from llmc.formats.types import BlockType, IntegerType, QuantizedTensor
+from llmc.formats.types import BLOCK_TYPES, BlockType, IntegerType, QuantizedTensor
 from llmc.rounding.tables import round_table
 
 Form = IntegerType | str  # the type of the codes, or 'fp32', 'fp16' or W8A8
@@ -71,20 +71,29 @@ class Weights:
         self._refuse_types()
         self.read = lru_cache(maxsize=4)(self._read)
 
-    def _end_bits(self, config: OnnxExportConfig) -> tuple[int | None, str]:
-        """The bits of embedding and head, None for the type in --dtype; and the reason."""
+    def _end_bits(self, config: OnnxExportConfig) -> tuple[dict[str, int | None], str]:
+        """The bits of the modules of embedding and head, None for the type in --dtype; and the reason."""
+        def both(bits: int | None) -> dict[str, int | None]:
+            return dict.fromkeys((self.embedding, self.head), bits)
+
         if config.head_bits is not None:
-            return config.head_bits, "as asked"
+            return both(config.head_bits), "as asked"
         wanted = quantized.end_types(self.ckpt)
         types = sorted(set(wanted.values()))
         if len(types) == 1 and types[0] in END_BITS:
-            return END_BITS[types[0]], "as the folder was made for"
-        if types:
-            self.notes.append(f"the folder was made for embedding and lm_head in {' and '.join(types)}, which ONNX Runtime "
-                              "does not have: 8 bits in blocks of 32 are used instead; --head-bits 4 is smaller")
-        if self.linears or self.dtype in ("int8", W8A8):
-            return 8, "8 bits beside a quantized decoder"
-        return None, "as --dtype"
+            return both(END_BITS[types[0]]), "as the folder was made for"
+        if self.linears:
+            bits = quantized.bits_per_weight(self.ckpt)
+            table = quantized.ends_beside(bits, layout.BLOCK)[1]
+            near = {self.embedding: 4 if BLOCK_TYPES[table].bits_per_weight < 5 else 8, self.head: 8}
+            if types:
+                used = " and ".join(f"{n} bits for {end}" for end, n in near.items())
+                self.notes.append(f"the folder was made for embedding and lm_head in {' and '.join(types)}, which ONNX "
+                                  f"Runtime does not have: {used} in blocks of 32 are used instead; --head-bits sets both")
+            return dict(near), f"chosen beside a decoder of {bits:.1f} bits"
+        if self.dtype in ("int8", W8A8):
+            return both(8), "8 bits beside a quantized decoder"
+        return both(None), "as --dtype"
 
     def _refuse_types(self) -> None:
         """Raise one UserError for all linears with a type that no ONNX type holds."""
@@ -123,7 +132,7 @@ class Weights:
         if module in self.exact:
             return "fp32"
         is_end = module in (self.embedding, self.head)
-        bits = self.end_bits if is_end else 8 if self.dtype == "int8" else None
+        bits = self.end_bits[module] if is_end else 8 if self.dtype == "int8" else None
         if bits in (4, 8):
             columns = self.columns(module)
             if columns % layout.BLOCK:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields, replace
 from typing import Any
 
@@ -46,6 +47,25 @@ def end_types(ckpt: Checkpoint) -> dict[str, str]:
         raise UserError(f"quantization_config of {ckpt.folder} has the end_types {found!r}; this llmc knows the types "
                         f"{', '.join(BLOCK_TYPES)}", "set the types with --embedding and --head, or use a newer llmc")
     return found
+
+
+def bits_per_weight(ckpt: Checkpoint) -> float:
+    """Bits per weight of the quantized linears of a folder, their factors included."""
+    sizes = [(math.prod(shape(ckpt, linear)), type_of(ckpt, linear).bits_per_weight) for linear in linears(ckpt)]
+    return sum(n * bits for n, bits in sizes) / sum(n for n, _ in sizes)
+
+
+def ends_beside(bits: float, width: int) -> tuple[str, str]:
+    """The block types of (the head, an embedding that is a matrix of its own), with rows of `width` weights, beside a decoder
+    of so many bits per weight. An embedding that is the head too has the head's type.
+
+    Rounding a head costs five to ten times as much as rounding an embedding (benchmarks/ends.py). So the head has 6 bits, and
+    the embedding about as many as the decoder."""
+    def first(names: tuple[str, ...]) -> str:
+        types = [BLOCK_TYPES[n] for n in names]
+        return next((t.name for t in types if width % t.block == 0 and t.bits_per_weight >= bits), "q8_0")
+
+    return first(("q6_k",)), first(("q4_k", "iq4_nl", "q5_k", "q5_0", "q6_k"))
 
 
 def parts(linear: str) -> tuple[str, ...]:
