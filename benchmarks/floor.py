@@ -3,8 +3,8 @@
 For each base and each number of calibration tokens, llmc makes `--bits 4` (and, with --goal, `--goal gguf`), and llama.cpp
 makes Q4_0, IQ4_NL and Q4_K_M with an importance matrix of exactly the tokens that llmc took. All files run in llama.cpp, as
 in `llmc eval`; the result is the KL divergence to the float base on every text. Exit code 1 if `--bits 4` has more than 0.9
-of Q4_0's divergence, or `--goal gguf` more than 0.8 of Q4_K_M's, or one of them more bytes. Files that are already in the folder
-`--work` are not made again.
+of the divergence of Q4_0, or `--goal gguf` more than 0.8 of that of Q4_K_M, or one of them more bytes. Files that are in the
+folder `--work` are not made again.
 
     python benchmarks/floor.py --bin llama.cpp/build/bin --base MODEL_FOLDER --base OTHER_MODEL --calibration mixed.txt \
         --text wiki.test.raw --text tinystories.txt --work FOLDER [--tokens 3072 --tokens 16384 --tokens 65536] [--goal]
