@@ -59,9 +59,9 @@ def check_weights(checkpoint: Checkpoint) -> None:
 
 
 def calibration_text(skeleton: Skeleton, files: dict[str, str], c: Settings, threads: int,
-                     kept: Path) -> Calibration:
+                     kept: Path, fewer: bool = False) -> Calibration:
     """The calibration sequences of the options. files: sha256 of each file of the model.  kept: the file for sampled
-    sequences; the caller removes it."""
+    sequences; the caller removes it.  fewer: a text with fewer than c.samples is taken whole."""
     source = skeleton.checkpoint.folder
     tokenizer = load_tokenizer(source)
     limit = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None) or c.seq_len
@@ -69,7 +69,7 @@ def calibration_text(skeleton: Skeleton, files: dict[str, str], c: Settings, thr
         raise UserError(f"--seq-len {c.seq_len}: {source} has positions for {limit} tokens", f"use --seq-len {limit} or less")
     if c.calibration != SELF:
         rows = skeleton.model.get_input_embeddings().weight.shape[0]
-        text = load_calibration(c.calibration, tokenizer, c.samples, c.seq_len, rows)
+        text = load_calibration(c.calibration, tokenizer, c.samples, c.seq_len, rows, fewer)
         if "rows" in text.origin:
             say(f"calibration text {text.origin['name']}{described(text.origin['rows'])}")
         return text

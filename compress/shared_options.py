@@ -6,6 +6,7 @@ from typing import Any
 
 from llmc.options import ADVANCED, CALIBRATION, RUN, option
 
+SAMPLES = 128
 PRECISIONS = ("auto", "bf16", "fp32")  # of matrix products in training
 
 
@@ -16,7 +17,7 @@ def calibration(help: str = "Calibration text: a file, hf:NAME, or self. self is
 
 
 def samples(help: str = "Number of calibration sequences.", low: int = 1) -> Any:
-    return option(128, help=help, low=low, group=CALIBRATION)
+    return option(SAMPLES, help=help, low=low, group=CALIBRATION)
 
 
 def seq_len() -> Any:

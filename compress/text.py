@@ -57,12 +57,13 @@ def held_out(n: int, count: int) -> list[int]:
     return sorted({i * n // count + n // (2 * count) for i in range(count)})
 
 
-def load_calibration(spec: str, tokenizer: Any, samples: int | None, seq_len: int, rows: int | None = None) -> Calibration:
+def load_calibration(spec: str, tokenizer: Any, samples: int | None, seq_len: int, rows: int | None = None,
+                     fewer: bool = False) -> Calibration:
     """Sequences from a file (llmc/formats/text_files.py) or `hf:NAME`.
 
     The documents are joined, tokenized and cut into sequences of `seq_len` that begin as the tokenizer begins a text. If
     there are more than `samples`, they are taken evenly spaced over the whole text. So every kind of text is sampled.
-    samples None takes them all (of a data set on the hub, HUB_SAMPLES).
+    samples None takes them all (of a data set on the hub, HUB_SAMPLES).  fewer: a text with fewer is taken whole.
     rows: of the model's embedding; None: the ids are not compared with it.
     """
     if spec.startswith(HUB):
@@ -76,7 +77,7 @@ def load_calibration(spec: str, tokenizer: Any, samples: int | None, seq_len: in
     check_ids(ids, rows, tokenizer, spec)
     packed = torch.from_numpy(sequences(np.array(ids, dtype=np.int64), seq_len, bos))
     available = len(packed)
-    samples = samples or max(1, available)
+    samples = max(1, available) if samples is None or (fewer and available < samples) else samples
     if available < samples:
         raise UserError(
             f"the calibration text {spec} has {len(ids):,} tokens, and {samples} sequences of {seq_len} need "

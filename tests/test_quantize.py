@@ -256,3 +256,24 @@ def test_ctrl_c_leaves_no_artifact_and_can_be_resumed(tmp_path: Path, text: Path
     assert not Path("q").exists()
     command(Path("q"), resume=True)
     assert Path("q/model.safetensors").exists()
+
+
+def test_the_number_of_sequences_follows_the_widest_matrix(tmp_path: Path, text: Path) -> None:
+    base = build("llama", tmp_path / "base", num_hidden_layers=1, intermediate_size=2048)
+    plan = quantize(base, QuantizeConfig(calibration=str(text), seq_len=64, dry_run=True))
+    assert plan["tokens"] == 8 * 2048
+    assert plan["tokens_per_column"] == {64: 256.0, 2048: 8.0}
+    plan = quantize(base, QuantizeConfig(calibration=str(text), seq_len=512, dry_run=True))
+    assert plan["tokens"] == 128 * 512, "never fewer than 128 sequences"
+    assert quantize(base, settings(text, tmp_path / "q", dry_run=True))["tokens"] == settings(text, "x").samples * 64
+
+
+def test_a_short_text_is_taken_whole_unless_a_number_is_asked_for(tmp_path: Path, text: Path) -> None:
+    base = build("llama", tmp_path / "base", num_hidden_layers=1)
+    short = tmp_path / "short.txt"
+    short.write_text(text.read_text(encoding="utf-8")[:2000], encoding="utf-8")
+    quantize(base, replace(settings(short, tmp_path / "q"), samples=0))
+    entry = json.loads((tmp_path / "q/llmc.json").read_text())["passes"][-1]
+    assert 1 < entry["config"]["samples"] == entry["calibration"]["samples"] < 128
+    with pytest.raises(UserError, match=f"use --samples {entry['config']['samples']}, "):
+        quantize(base, replace(settings(short, tmp_path / "r"), samples=128))

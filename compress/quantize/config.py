@@ -20,6 +20,7 @@ GOALS = {"gguf": "q4_k_m"}  # --goal: the preset of llama.cpp whose size is the 
 TRANSFORMS = ("none", "scaling", "rotate", "rotate+scaling", "auto")
 BITS = (4, 8)
 DEFAULT_BITS = 4
+TOKENS_PER_COLUMN = 8  # of the widest matrix, that the default number of sequences gives
 GROUP_SIZES = (32, 64, 128)
 FALLBACKS = tuple(name for name, qtype in BLOCK_TYPES.items() if qtype.block == 32)
 
@@ -71,7 +72,10 @@ class QuantizeConfig:
                    "dequantized files (--carry), or round them like others (--no-carry). Without --bits, --type, --preset "
                    "or a target, a model of such weights keeps its types.", flags=("--carry/--no-carry",), group=ADVANCED)
     calibration: str = shared.calibration()
-    samples: int = shared.samples()
+    samples: int = option(
+        0, help="Number of calibration sequences. 0 means that llmc chooses.", low=0, group=CALIBRATION,
+        shown=f"{shared.SAMPLES}, more for {TOKENS_PER_COLUMN} tokens per column of the widest matrix, fewer if the text is "
+              "shorter")
     seq_len: int = shared.seq_len()
     seed: int = shared.seed()
     damp: float = shared.damp("GPTQ")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import time
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,10 @@ from llmc.compress.preparation import calibration_text, check_weights, open_floa
 from llmc.compress.quantize import carried
 from llmc.compress.quantize.assignment import assign, has_own_head, keeps_zeros, unfit
 from llmc.compress.quantize.budget import LENGTH, SEQUENCES, assign_to_budget
-from llmc.compress.quantize.config import QuantizeConfig, budget_lines
+from llmc.compress.quantize.config import TOKENS_PER_COLUMN, QuantizeConfig, budget_lines
 from llmc.compress.quantize.layer_pass import QuantizePass, digest
 from llmc.compress.quantize.memory import measuring, memory_of
+from llmc.compress.shared_options import SAMPLES
 from llmc.compress.skeleton import Skeleton, linears_of
 from llmc.compress.text import SELF, Calibration, content_of, rows_in
 from llmc.compress.transform.choose import Choice, choose
@@ -121,6 +123,9 @@ class _Job:
         for why, linears in unfit(config, self.skeleton).items():
             self.coverage.leave(why, linears, self.skeleton)
         self.skeleton.kept = self.coverage.left_linears()
+        self.chosen = config.samples == 0  # the number of sequences; a text with fewer is taken whole
+        if self.chosen:
+            self.config = config = replace(config, samples=enough(self.widths(), config.seq_len))
         what = config.type or config.preset or target or f"{config.code_bits}bit"
         self.out = config.out or Path(f"{model_name(source)}-{config.method}-{what}")
         self.work = self.out.with_name(f".{self.out.name}.unfinished")
@@ -178,6 +183,7 @@ class _Job:
             "device": c.device, "threads": self.threads, "matmul": matmul_precision(),
             "calibration": c.calibration if c.calibrated else None,
             "calibration_rows": rows_in(c.calibration) if c.calibrated else {}, "tokens": c.samples * c.seq_len,
+            "tokens_per_column": {w: round(tokens / w, 2) for w in self.widths()} if tokens else {},
             "experts": expected(self.skeleton, tokens if c.method == "gptq" else 0),
             "imatrix": self.importance and self.importance.origin, "on_types": self.on, "notes": list(self.notes),
             **({"plan": self.assignment.plan} if c.target else {}),
@@ -249,7 +255,10 @@ class _Job:
             say("every block lies on its type: all codes are carried over, and no text is needed")
         elif self.config.calibrated:
             kept = sampled_file(self.work)
-            text = calibration_text(self.skeleton, source["files"], self.config, self.threads, kept)
+            text = calibration_text(self.skeleton, source["files"], self.config, self.threads, kept, self.chosen)
+            if len(text.sequences) < self.config.samples:
+                say(f"the text has {len(text.sequences)} sequences of {self.config.seq_len} tokens, and all are taken")
+                self.config = replace(self.config, samples=len(text.sequences))
         if text is not None and self.config.transform != "none":
             choice = choose(self.source, self.skeleton, self.config, text, self.threads, self._transformed())
             self.checkpoint = Checkpoint.open(choice.folder)  # from now on all weights are those of the transformed model
@@ -290,10 +299,14 @@ class _Job:
         """The folder of the transformed float models. It lies beside the workspace, which is made later."""
         return self.work.with_suffix(".transformed")
 
+    def widths(self) -> list[int]:
+        """The numbers of columns of the linears, without experts, which see a part of the text."""
+        return sorted({get_weight(m).shape[1] for _, name, m in linears_of(self.skeleton)
+                       if self.skeleton.starred(name) == name})
+
     def _explain(self, calibration: Calibration) -> None:
         """Print the number of calibration tokens per Hessian column, and warn if it is low. Experts see a part of them."""
-        widths = sorted({get_weight(m).shape[1] for _, name, m in linears_of(self.skeleton)
-                         if self.skeleton.starred(name) == name})
+        widths = self.widths()
         per_column = [calibration.tokens / w for w in widths]
         say(f"calibration: {calibration.origin['name']}, {calibration.tokens:,} tokens, "
             + ", ".join(f"{p:.1f} per column of {w}" for p, w in zip(per_column, widths, strict=True)))
@@ -364,6 +377,11 @@ class _Job:
                 stored = self.skeleton.names.stored(f"{self.skeleton.layer_name(index)}.{name}.weight")
                 if digest(read(written, stored.removesuffix(".weight"))) != linear["sha256"]:
                     raise RuntimeError(f"{stored} was not written as it was computed")
+
+
+def enough(widths: list[int], seq_len: int) -> int:
+    """The default number of sequences: TOKENS_PER_COLUMN for each column of the widest matrix, and at least SAMPLES."""
+    return max(SAMPLES, -(-TOKENS_PER_COLUMN * max(widths, default=0) // seq_len))
 
 
 def _summary(records: list[dict[str, Any]], method: str) -> dict[str, Any]:

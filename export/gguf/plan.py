@@ -56,8 +56,8 @@ class Types:
         elif embedding is None:
             embedding, reason = config.float_type, "the same as --float-type"
         head = config.head or wanted.get("head", embedding)
-        return cls(Kind[config.float_type.upper()], embedding and Kind[embedding.upper()], head and Kind[head.upper()],
-                   config.head is not None, reason, bits)
+        embedding_kind, head_kind = (None if name is None else Kind[name.upper()] for name in (embedding, head))
+        return cls(Kind[config.float_type.upper()], embedding_kind, head_kind, config.head is not None, reason, bits)
 
     def of(self, name: str, shape: tuple[int, ...]) -> Kind:
         """The type of a tensor. Vectors and what FLOAT32 matches stay F32, as llama.cpp wants them."""

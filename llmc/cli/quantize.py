@@ -41,6 +41,9 @@ def _plan(p: dict[str, Any]) -> str:
     first = "" if p["transform"] == "none" else f"transform {p['transform']}, then "
     text = (f"calibrated on {p['tokens']:,} tokens of {p['calibration']}{described(p['calibration_rows'])}"
             if p["calibration"] else "no data")
+    if p["tokens_per_column"]:
+        width, share = max(p["tokens_per_column"].items())
+        text += f" ({share:.1f} per column of the widest matrix, {width})"
     if m := p["imatrix"]:
         text = f"weighted by {m['name']} ({m['chunk_count']} chunks of {', '.join(m['datasets']) or 'unnamed text'})"
     seen = f"  {experts.described(p['experts'])}\n" if p["experts"] else ""

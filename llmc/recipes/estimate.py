@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 from llmc import api
+from llmc.compress.shared_options import SAMPLES
 from llmc.errors import UserError
 from llmc.files import read_note, write_note
 from llmc.formats.manifest import NOTES
@@ -38,7 +39,7 @@ def work(job: Job, base_bytes: int) -> float:
         one = sum(c.prompt) + sum(c.depth) + len(c.depth) * c.generate
         tokens = (c.repetitions + c.warmup) * one * len(job.inputs)
     else:
-        tokens = c.samples * c.seq_len if getattr(c, "calibrated", hasattr(c, "samples")) else 1
+        tokens = (c.samples or SAMPLES) * c.seq_len if getattr(c, "calibrated", hasattr(c, "samples")) else 1
     return float(base_bytes) * tokens
 
 
