@@ -52,7 +52,7 @@ def _by_ram(model: Model, limits: Limits, context: int) -> float | None:
 def _types(model: Model, file_bytes: float, what: str) -> Iterator[str]:
     """Suggest the largest quantization type of the decoder that fits into `file_bytes`."""
     why = {"decode": "to meet the decode limit", "ram": "to meet the memory limit", "size": "to meet the size limit"}[what]
-    # embedding and lm_head get 8 bits, or keep their types if these are smaller
+    # embedding and lm_head get at most 8 bits, or keep their types if these are smaller
     eight = 34 / 32 * model.vocabulary * model.heads * (model.cache["head_dim"] if model.cache else 128)
     rest = min(model.file_bytes - model.decoder_bytes, eight)
     bits = 8 * (file_bytes - rest) / max(1, model.decoder_weights or model.prefill_weights)

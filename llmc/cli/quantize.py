@@ -48,7 +48,7 @@ def _plan(p: dict[str, Any]) -> str:
         text = f"weighted by {m['name']} ({m['chunk_count']} chunks of {', '.join(m['datasets']) or 'unnamed text'})"
     seen = f"  {experts.described(p['experts'])}\n" if p["experts"] else ""
     budget = budget_lines(p["plan"], p["types"], p["end_types"]) + "\n" if "plan" in p else ""
-    notes = "".join(f"  {note}\n" for note in p["notes"])
+    notes = "".join(f"  {note}\n" for note in (*p["notes"], *filter(None, [_better(p).strip()])))
     then = f", then healed for {p['heal']} steps" if p["heal"] else ""
     return (f"{p['source']} -> {p['out']}\n{budget}"
             f"  {first}{p['method']} on {'these types' if budget else _types(p)}, {text}{then}\n"
@@ -79,4 +79,10 @@ def _summary(r: dict[str, Any]) -> str:
     return (f"{taken}{healed}{carried_lines(r['carried'])}"
             f"{r['out']}: {_types(r)}, {r['bits_per_weight']:.3g} bits per weight, {size(r['bytes'])}, "
             f"mean layer error {100 * r['error']:.2f} %{fallbacks}, {duration(r['seconds'])}\n{_floats(r)}"
-            f"next: {command('llmc', 'export', '--format', 'gguf', r['out'])}")
+            f"{_better(r)}next: {command('llmc', 'export', '--format', 'gguf', r['out'])}")
+
+
+def _better(r: dict[str, Any]) -> str:
+    """What loses less in as many bytes of a GGUF file, for a model that need not fit other formats."""
+    return ("for llama.cpp alone, --type iq4_nl loses less in as many bytes; --goal gguf chooses the types of a file of "
+            "Q4_K_M's size\n" if str(r["type"]).startswith("int4-sym") else "")
