@@ -101,6 +101,31 @@ def test_paired_ratio() -> None:
     assert ratio["se"] < alone / 3  # that is what pairing is for
 
 
+def test_tails_are_the_quantiles_of_all_tokens() -> None:
+    kld = np.random.default_rng(3).gamma(0.5, 1, (7, 333)).astype(np.float32)
+    found = metrics.tails(kld)
+    for name, share in (("p90", 0.9), ("p99", 0.99), ("p999", 0.999)):
+        assert found[name]["value"] == pytest.approx(np.quantile(kld.astype(np.float64), share), rel=1e-9)
+    assert metrics.tails(kld) == found, "its draws are fixed"
+    assert metrics.tails(kld[:1])["p99"]["se"] is None
+
+
+def test_errors_of_tails_are_those_of_a_bootstrap_over_chunks() -> None:
+    rng = np.random.default_rng(5)
+    kld = rng.gamma(2, 1, (50, 40)) * rng.gamma(3, 1, (50, 1))
+    boot = [np.quantile(kld[rng.integers(0, 50, 50)], 0.9) for _ in range(2000)]
+    assert metrics.tails(kld)["p90"]["se"] == pytest.approx(np.std(boot), rel=0.2)
+    alike = np.tile(rng.gamma(2, 1, (1, 40)), (8, 1))
+    assert metrics.tails(alike)["p99"]["se"] == pytest.approx(0, abs=1e-12), "chunks that are alike"
+
+
+def test_the_error_of_a_tail_is_that_of_many_texts() -> None:
+    """Independent exponential tokens: the standard error of their 90 % quantile is known."""
+    rng = np.random.default_rng(9)
+    found = [metrics.tails(rng.exponential(1, (100, 50)))["p90"]["se"] for _ in range(10)]
+    assert np.mean(found) == pytest.approx(math.sqrt(0.9 * 0.1 / 5000) / 0.1, rel=0.2)
+
+
 def test_summary() -> None:
     rng = np.random.default_rng(1)
     nll, base, kld = (rng.gamma(2, 1, (4, 25)).astype(np.float32) for _ in range(3))
@@ -112,6 +137,7 @@ def test_summary() -> None:
     assert s["kld"]["max"] == ranked[-1]
     assert s["kld"]["median"] == pytest.approx((ranked[49] + ranked[50]) / 2)
     assert s["kld"]["p99"] == pytest.approx(ranked[98] + 0.01 * (ranked[99] - ranked[98]), rel=1e-5)
+    assert s["kld"]["tails"]["p99"]["value"] == s["kld"]["p99"] <= s["kld"]["tails"]["p999"]["value"] <= s["kld"]["max"]
     assert s["perplexity_ratio"]["value"] == pytest.approx(s["perplexity"]["value"] / s["base_perplexity"]["value"])
     alone = metrics.summarise(nll, 321, None, None, None)
     assert (alone["kld"], alone["top1"], alone["perplexity_ratio"]) == (None, None, None)

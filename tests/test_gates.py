@@ -25,7 +25,7 @@ from llmc.runtimes.targets.kernels import write_layers
 
 @pytest.mark.parametrize(("gate", "passes", "fails"), [
     ("max_ppl_increase", "30%", "10%"), ("max_kld", "0.2", "0.1"), ("min_top1", "70%", "95%"),
-    ("min_decode_speedup", "2.9x", "3.5x"),
+    ("max_kld_p99", "9", "0.1"), ("max_kld_p999", "9", "0.1"), ("min_decode_speedup", "2.9x", "3.5x"),
 ])
 def test_gates(gate: str, passes: str, fails: str, two_reports: list[Path]) -> None:
     assert compare(config(two_reports, **{gate: passes}))["passed"]
@@ -56,6 +56,18 @@ def test_gates_are_read_strictly(gate: str, written: str, two_reports: list[Path
     with pytest.raises(UserError, match="is not a number") as e:
         compare(config(two_reports, **{gate: written}))
     assert e.value.exit_code == 2
+
+
+@pytest.mark.parametrize("gate", ["max_kld_p99", "max_kld_p999"])
+def test_a_report_of_an_earlier_version_has_no_tails(gate: str, two_reports: list[Path]) -> None:
+    r = json.loads(two_reports[1].read_text())
+    for text in r["quality"]["texts"]:
+        del text["kld"]["tails"]
+    two_reports[1].write_text(json.dumps(r))
+    assert compare(config(two_reports, max_kld="9"))["passed"]
+    with pytest.raises(UserError, match=f"--{gate.replace('_', '-')}: the reports hold no such figure") as e:
+        compare(config(two_reports, **{gate: "9"}))
+    assert "measure it first" in e.value.hint
 
 
 def test_a_missing_speed_is_no_pass(two_reports: list[Path]) -> None:

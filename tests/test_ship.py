@@ -20,7 +20,8 @@ from llmc.evals.report.store import hash_artifact
 from llmc.runtimes.targets.kernels import write_layers
 from llmc.typed_dicts import differences
 
-GOOD = {"min_decode": 25, "max_first_token": 4, "max_kld": 0.3, "min_top1": "60%", "max_ram": "1GB", "max_size": "1MB",
+GOOD = {"min_decode": 25, "max_first_token": 4, "max_kld": 0.3, "max_kld_p99": 9, "max_kld_p999": 9,
+        "min_top1": "60%", "max_ram": "1GB", "max_size": "1MB",
         "max_ppl_increase": "90%", "stable": True}
 
 
@@ -54,7 +55,8 @@ def test_every_gate_kept(folder: Path) -> None:
     assert {"by", "host", "at", "versions"} == set(result["signed"])
 
 
-@pytest.mark.parametrize("tighter", [{"min_decode": 31}, {"max_first_token": 3}, {"max_kld": 0.1}, {"min_top1": "99%"},
+@pytest.mark.parametrize("tighter", [{"min_decode": 31}, {"max_first_token": 3}, {"max_kld": 0.1},
+                                     {"max_kld_p99": 0.1}, {"max_kld_p999": 0.1}, {"min_top1": "99%"},
                                      {"max_ram": "1MB"}, {"max_size": "1kB"}, {"max_ppl_increase": "1%"}])
 def test_each_gate_can_be_missed(folder: Path, tighter: dict[str, Any]) -> None:
     found = results(gates(folder, {"local-cpu": GOOD | tighter}))

@@ -19,6 +19,10 @@ class CompareConfig:
     max_ppl_increase: str | None = option(
         None, help="Gate: largest increase of perplexity over the baseline.", metavar="5%")
     max_kld: str | None = option(None, help="Gate: largest mean KL divergence to the base, in nats.", metavar="0.1")
+    max_kld_p99: str | None = option(
+        None, help="Gate: largest KL divergence that 99 % of the tokens may reach, in nats.", metavar="1")
+    max_kld_p999: str | None = option(
+        None, help="Gate: largest KL divergence that 99.9 % of the tokens may reach, in nats.", metavar="3")
     min_top1: str | None = option(None, help="Gate: smallest top-1 agreement with the base.", metavar="80%")
     min_decode_speedup: str | None = option(
         None, help="Gate: smallest decode speed, relative to the baseline.", metavar="2x")

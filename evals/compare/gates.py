@@ -6,13 +6,13 @@ The whole interval of the figure must meet the limit, as in `llmc ship` (see llm
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import cast
 
 from llmc.errors import GateFailedError, UserError
 from llmc.evals.compare.config import CompareConfig
 from llmc.evals.compare.schema import Compared, GateResult
 from llmc.evals.interval import Interval, around, meets
-from llmc.evals.report.sections import speeds_of, texts_of
+from llmc.evals.report.sections import QualityName, quality_stat, speeds_of, texts_of
 from llmc.evals.shared_options import parse_number
 
 
@@ -36,10 +36,13 @@ class Gate:
 GATES = (
     Gate("--max-ppl-increase", "max_ppl_increase", "%", 0.01, True, "`llmc eval` the first report's artifact too"),
     Gate("--max-kld", "max_kld", "", 1.0, True, "`llmc eval … --base BASE`"),
+    Gate("--max-kld-p99", "max_kld_p99", "", 1.0, True, "`llmc eval … --base BASE`"),
+    Gate("--max-kld-p999", "max_kld_p999", "", 1.0, True, "`llmc eval … --base BASE`"),
     Gate("--min-top1", "min_top1", "%", 0.01, False, "`llmc eval … --base BASE`"),
     Gate("--min-decode-speedup", "min_decode_speedup", "x", 1.0, False, "`llmc bench` both artifacts"),
 )
-EXAMPLES = {"--max-ppl-increase": "5%", "--max-kld": "0.1", "--min-top1": "80%", "--min-decode-speedup": "2x"}
+EXAMPLES = {"--max-ppl-increase": "5%", "--max-kld": "0.1", "--max-kld-p99": "1", "--max-kld-p999": "3",
+            "--min-top1": "80%", "--min-decode-speedup": "2x"}
 
 
 def parse(config: CompareConfig) -> list[tuple[Gate, float]]:
@@ -79,8 +82,8 @@ def _values(gate: Gate, candidate: Compared) -> list[tuple[str | None, Interval,
         return [(t, around(found["decode_speedup"]), not after[t]["unstable"]) for t, found in speeds.items()]
     if gate.attribute == "max_ppl_increase":
         return [(t["text"], around(t["perplexity_ratio"], less=1.0), True) for t in (changes and changes["texts"]) or []]
-    key: Literal["kld", "top1"] = "kld" if gate.attribute == "max_kld" else "top1"
-    return [(t["protocol"]["text"], around(stat, least=0.0), True) for t in texts if (stat := t[key]) is not None]
+    metric = cast(QualityName, gate.attribute.partition("_")[2])
+    return [(t["protocol"]["text"], around(stat, least=0.0), True) for t in texts if (stat := quality_stat(t, metric))]
 
 
 def describe(result: GateResult) -> str:

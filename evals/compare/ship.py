@@ -46,9 +46,10 @@ from llmc.formats.manifest import versions
 from llmc.places import check_place
 from llmc.small_files import parse_yaml, read_text
 
-LIMITS = ("min_decode", "max_first_token", "max_ram", "max_size", "max_kld", "min_top1")
+LIMITS = ("min_decode", "max_first_token", "max_ram", "max_size", "max_kld", "max_kld_p99", "max_kld_p999", "min_top1")
 EVAL = ("text", "second_text", "context", "chunks", "threads")
-NUMBERS = ("min_decode", "max_first_token", "max_kld")
+QUALITY = {"max_kld", "max_kld_p99", "max_kld_p999", "min_top1"}
+NUMBERS = ("min_decode", "max_first_token", "max_kld", "max_kld_p99", "max_kld_p999")
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ def measure_missing(gates: Gates, path: Path, digest: str, report: Report | None
     current = report
     if earlier and earlier["artifact"]["sha256"] == digest:
         current = merged(earlier, report) if report else earlier
-    if wanted & {"max_kld", "min_top1"} and not quality_of(current):
+    if wanted & QUALITY and not quality_of(current):
         if gates.base is None:
             raise UserError(f"{path.name} was not evaluated and {gates.file} has no base", "add `base: MODEL`, or a report")
         current = merged(current, evaluate(EvalConfig(str(path), base=gates.base, **gates.eval)))

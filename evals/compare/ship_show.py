@@ -10,7 +10,8 @@ from llmc.evals.fit.schema import Name
 from llmc.evals.fit.show import describe
 from llmc.evals.report.show import Table, table, tables_markdown
 
-NAMES = {"decode": "decode tok/s", "first_token": "first token s", "kld": "KLD", "top1": "top-1", "ram": "memory",
+NAMES = {"decode": "decode tok/s", "first_token": "first token s", "kld": "KLD", "kld_p99": "KLD, 99 %",
+         "kld_p999": "KLD, 99.9 %", "top1": "top-1", "ram": "memory",
          "size": "file", "ppl_increase": "perplexity over the first report's", "stable": "stable"}
 
 

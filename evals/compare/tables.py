@@ -6,7 +6,7 @@ from llmc.console import size
 from llmc.evals.compare.gates import describe, verdict
 from llmc.evals.compare.matrix import held
 from llmc.evals.compare.schema import Cell, Compared, Comparison, GateResult
-from llmc.evals.report.schema import BudgetText
+from llmc.evals.report.schema import BudgetText, Kld
 from llmc.evals.report.sections import budget_of, quality_of, speeds_of, targets_of, tasks_of, texts_of
 from llmc.evals.report.show import Table, change, filled, matrices, median_iqr, pm
 
@@ -47,8 +47,8 @@ def _quality(artifacts: list[Compared], index: int) -> Table:
     first = texts_of(artifacts[0]["report"])[index]
     p, baseline = first["protocol"], first["kld"]
     lossy = baseline is not None and baseline["value"] > 0
-    rows = [["artifact", "perplexity", "to baseline", "bits/byte", "KLD, nats", *(["Δ KLD"] if lossy else []), "p99 KLD",
-             "top-1 %", *(["Δ top-1"] if lossy else [])]]
+    rows = [["artifact", "perplexity", "to baseline", "bits/byte", "KLD, nats", *(["Δ KLD"] if lossy else []), "KLD, 99 %",
+             "99.9 %", "top-1 %", *(["Δ top-1"] if lossy else [])]]
     for a in artifacts:
         t, d = texts_of(a["report"])[index], a["differences"]
         paired = d["texts"][index] if d and d["texts"] else None
@@ -56,11 +56,19 @@ def _quality(artifacts: list[Compared], index: int) -> Table:
             a["name"], pm(t["perplexity"], 2), change(paired["perplexity_ratio"]) if paired else "–",
             pm(t["bits_per_byte"], 3), pm(t["kld"], 4),
             *([pm(paired["kld"] if paired else None, 4, sign=True)] if lossy else []),
-            f"{t['kld']['p99']:.3f}" if t["kld"] else "–", pm(t["top1"], 1, 100),
+            *_tails(t["kld"]), pm(t["top1"], 1, 100),
             *([pm(paired["top1"] if paired else None, 1, 100, sign=True)] if lossy else []),
         ])
     return (f"Quality on {p['text']}", f"{p['chunks']} chunks of {p['context']} tokens; ± is one standard error, "
-            "differences from the baseline are paired by token", rows)
+            "differences from the baseline are paired by token; KLD, 99 %: so many tokens have no more", rows)
+
+
+def _tails(kld: Kld | None) -> tuple[str, str]:
+    """The KL divergence that 99 and 99.9 % of the tokens do not exceed."""
+    if kld is None:
+        return "–", "–"
+    tails = kld.get("tails")
+    return (pm(tails["p99"], 3), pm(tails["p999"], 3)) if tails else (f"{kld['p99']:.3f}", "–")
 
 
 def _budgets(artifacts: list[Compared]) -> Table:

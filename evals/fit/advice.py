@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 from llmc.console import size
 from llmc.evals.fit.config import FitConfig
 from llmc.evals.fit.estimate import OTHER, Model, Rates, estimate, memory
 from llmc.evals.fit.schema import Judged, Limits, Name
+from llmc.evals.report.sections import QualityName
 from llmc.formats.types import BLOCK_TYPES
 
 LEAST_CONTEXT = 128  # a shorter context, in tokens, is not suggested
@@ -70,7 +71,8 @@ def _types(model: Model, file_bytes: float, what: str) -> Iterator[str]:
 
 def quality(judged: list[Judged], limits: Limits) -> Iterator[str]:
     """Suggest how to meet the quality limits: evaluate candidates without results, else use more bits and heal."""
-    names: dict[Name, str] = {"kld": "KL divergence", "top1": "top-1 agreement"}
+    names: dict[Name, str] = {"kld": "KL divergence", "kld_p99": "KL divergence of 99 % of the tokens",
+                              "kld_p999": "KL divergence of 99.9 % of the tokens", "top1": "top-1 agreement"}
     for name, what in names.items():
         answers = {c["name"]: c["figures"][name]["answer"] for c in judged if name in limits}
         if unknown := [n for n, a in answers.items() if a == "unknown"]:
@@ -90,7 +92,7 @@ def devices(candidates: list[Any], judged: list[Judged], target: str, limits: Li
     from llmc.runtimes.targets.profile import profile_ids, read_profile
 
     good = {c["name"] for c in judged
-            if all(f.get("answer", "yes") == "yes" for k, f in c["figures"].items() if k in ("kld", "top1", "size"))}
+            if all(f.get("answer", "yes") == "yes" for k, f in c["figures"].items() if k in (*get_args(QualityName), "size"))}
     models = [c.model for c in candidates if c.model and c.name in good]
     rates = [rates_of_profile(read_profile(id)) for id in profile_ids() if id != target]
     for r in sorted(rates, key=lambda r: r.read[OTHER][1]):

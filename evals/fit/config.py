@@ -26,6 +26,10 @@ class FitConfig:
         None, help="Longest time to the first token after --prompt tokens, in seconds.", metavar="S")
     max_kld: float | None = option(
         None, help="Largest mean KL divergence to the base, on the worst text, in nats.", metavar="NATS")
+    max_kld_p99: float | None = option(
+        None, help="Largest KL divergence that 99 % of the tokens may reach, on the worst text, in nats.", metavar="NATS")
+    max_kld_p999: float | None = option(
+        None, help="Largest KL divergence that 99.9 % of the tokens may reach, on the worst text, in nats.", metavar="NATS")
     min_top1: str | None = option(None, help="Smallest top-1 agreement with the base.", metavar="80%")
     max_ram: str | None = option(None, help="Largest amount of memory at --context.", metavar="2GB")
     max_size: str | None = option(None, help="Largest size of the file.", metavar="90MB")

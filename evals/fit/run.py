@@ -18,7 +18,7 @@ from llmc.evals.fit.estimate import Model, Rates, estimate, is_exported, memory,
 from llmc.evals.fit.schema import Answer, Fit, FitTarget, Judged, JudgedFigure, Limits, Name
 from llmc.evals.interval import Interval, around, meets
 from llmc.evals.report.schema import Facts, Report, Speed, Spread
-from llmc.evals.report.sections import speed_on, texts_of, tokens_held
+from llmc.evals.report.sections import QualityName, quality_stat, speed_on, texts_of, tokens_held
 from llmc.evals.shared_options import parse_bytes, parse_number
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ def limits_of(config: FitConfig) -> Limits:
     share = parse_number("--min-top1", config.min_top1, "%", "--min-top1 80%") if config.min_top1 else None
     limits: dict[Name, tuple[float | None, bool]] = {
         "decode": (config.min_decode, False), "first_token": (config.max_first_token, True), "kld": (config.max_kld, True),
+        "kld_p99": (config.max_kld_p99, True), "kld_p999": (config.max_kld_p999, True),
         "top1": (None if share is None else share / 100, False),
         "ram": (parse_bytes("--max-ram", config.max_ram) if config.max_ram else None, True),
         "size": (parse_bytes("--max-size", config.max_size) if config.max_size else None, True),
@@ -165,14 +166,14 @@ def _ram(c: Candidate, target: str, rates: LazyRates | None, config: FitConfig) 
     return Figure(memory(c.model, config.context), "estimate")
 
 
-def _quality(key: Literal["kld", "top1"], c: Candidate, target: str, rates: LazyRates | None,
+def _quality(key: QualityName, c: Candidate, target: str, rates: LazyRates | None,
              config: FitConfig) -> Figure | None:
     """The value of the worst text, plus and minus two standard errors."""
     found = [(stat["value"], around(stat, least=0.0), t["protocol"]["text"])
-             for t in texts_of(c.report) if (stat := t[key]) is not None]
+             for t in texts_of(c.report) if (stat := quality_stat(t, key))]
     if not found:
         return None
-    _, interval, text = (max if key == "kld" else min)(found, key=lambda f: f[0])
+    _, interval, text = (min if key == "top1" else max)(found, key=lambda f: f[0])
     return Figure(interval, "measured", text)
 
 
@@ -188,7 +189,8 @@ def _size(c: Candidate, target: str, rates: LazyRates | None, config: FitConfig)
 
 _FIGURES: dict[Name, Callable[[Candidate, str, LazyRates | None, FitConfig], Figure | None]] = {
     "decode": _decode, "first_token": _first_token, "ram": _ram, "size": _size,
-    "kld": partial(_quality, "kld"), "top1": partial(_quality, "top1"),
+    "kld": partial(_quality, "kld"), "kld_p99": partial(_quality, "kld_p99"), "kld_p999": partial(_quality, "kld_p999"),
+    "top1": partial(_quality, "top1"),
 }
 
 # ------------------------------------------------------------------------------------------------- candidates and targets

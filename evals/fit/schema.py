@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Literal, TypedDict
 
-Name = Literal["decode", "first_token", "kld", "top1", "ram", "size"]
-"""A metric that may have a limit. The units are, in this order: tokens/s, s, nats, share, bytes, bytes."""
+from llmc.evals.report.sections import QualityName
+
+Name = Literal["decode", "first_token", "ram", "size"] | QualityName
+"""A metric that may have a limit. The units are, in this order: tokens/s, s, bytes, bytes, three times nats, share."""
 Limits = dict[Name, tuple[float, bool]]
 """The limit of each metric, in its unit, and whether it is an upper limit (otherwise it is a lower one)."""
 Answer = Literal["no", "unknown", "maybe", "yes"]

@@ -11,7 +11,8 @@ from llmc.evals.report.show import table
 MARKS = {"yes": "yes", "no": "NO", "maybe": "maybe", "unknown": "not measured"}
 _UNITS: dict[Name, tuple[str, Callable[[float], str]]] = {
     "decode": ("decode tok/s", lambda v: f"{v:.3g}"), "first_token": ("first token s", lambda v: f"{v:.3g}"),
-    "kld": ("KLD", lambda v: f"{v:z.4f}"), "top1": ("top-1", lambda v: f"{v:.1%}"),
+    "kld": ("KLD", lambda v: f"{v:z.4f}"), "kld_p99": ("KLD, 99 %", lambda v: f"{v:z.3f}"),
+    "kld_p999": ("KLD, 99.9 %", lambda v: f"{v:z.3f}"), "top1": ("top-1", lambda v: f"{v:.1%}"),
     "ram": ("memory", size), "size": ("file", size),
 }
 

@@ -35,12 +35,22 @@ class TokenStat(Stat):
     se_token: float | None  # standard error that assumes independent tokens; None: there is only one token
 
 
+class Tails(TypedDict):
+    """Quantiles over tokens, in the unit of their metric: so many tokens in a hundred have no more. `se` by a bootstrap over
+    chunks."""
+
+    p90: Stat
+    p99: Stat
+    p999: Stat  # 99.9 of a hundred
+
+
 class Kld(TokenStat):
     """KL divergence from the base per token, in nats: the mean and the distribution over tokens."""
 
     median: float  # nats
     p99: float  # nats, 99th percentile
-    max: float  # nats
+    max: float  # nats, of the tokens that were measured; more text can only raise it, so it has no error
+    tails: NotRequired[Tails]  # nats; missing: the report is of an earlier version
 
 
 class Packed(TypedDict):

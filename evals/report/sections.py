@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
-from llmc.evals.report.schema import Base, Budget, BudgetText, Quality, Report, Speed, Task, Text
+from llmc.evals.report.schema import Base, Budget, BudgetText, Quality, Report, Speed, Stat, Task, Text
+
+QualityName = Literal["kld", "kld_p99", "kld_p999", "top1"]
+"""A metric of a text: the mean KL divergence, the one that 99 or 99.9 % of the tokens do not exceed, and top-1 agreement."""
 
 
 def quality_of(report: Report | None) -> Quality | None:
@@ -22,6 +26,14 @@ def texts_of(report: Report | None) -> list[Text]:
     """The evaluated texts, in order; empty if there are none."""
     quality = quality_of(report)
     return quality["texts"] if quality else []
+
+
+def quality_stat(text: Text, name: QualityName) -> Stat | None:
+    """A metric of a text. None if there was no base, or if the report is of a version without it."""
+    if name in ("kld", "top1"):
+        return text[name]
+    tails = text["kld"].get("tails") if text["kld"] else None
+    return tails and tails["p99" if name == "kld_p99" else "p999"]
 
 
 def tasks_of(report: Report | None) -> dict[str, Task]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-from llmc.evals.report.schema import Accuracy, Ran, Report, RuntimeFacts, Speed, Spread, Stat, Task
+from llmc.evals.report.schema import Accuracy, Kld, Ran, Report, RuntimeFacts, Speed, Spread, Stat, Task
 from llmc.evals.report.sections import budget_of, quality_of, speeds_of
 from llmc.formats.artifact import Size
 
@@ -78,8 +78,8 @@ def quality_lines(report: Report) -> str:
         lines.append(f"  bits per byte    {pm(t['bits_per_byte'], 4)}")
         if t["kld"]:
             k = t["kld"]
-            lines.append(f"  KL divergence    {pm(k, 4)} nats  (median {k['median']:.4f}, p99 {k['p99']:.3f}, "
-                         f"max {k['max']:.3f})")
+            lines.append(f"  KL divergence    {pm(k, 4)} nats  (median {k['median']:.4f}, max {k['max']:.3f})")
+            lines.append(f"  its tails        {tails_text(k)}")
             if budget := budget_of(report):
                 lines.append(f"  predicted        {budget['predicted_kld']:.4f} nats, on calibration text, when the types "
                              f"were chosen{' and before healing' if budget['healed'] else ''}")
@@ -91,6 +91,14 @@ def quality_lines(report: Report) -> str:
                      + table(_task_rows(quality["tasks"])))
         lines.append("\n± is one standard error, from the spread between items; Δ is to the base, paired by item")
     return "\n".join(lines)
+
+
+def tails_text(k: Kld) -> str:
+    """The quantiles of a KL divergence, as in '90 % of tokens up to 0.12 ± 0.01, 99 % up to …'."""
+    if "tails" not in k:
+        return f"99 % of tokens up to {k['p99']:.3f}"
+    t = k["tails"]
+    return f"90 % of tokens up to {pm(t['p90'], 3)}, 99 % up to {pm(t['p99'], 3)}, 99.9 % up to {pm(t['p999'], 3)} nats"
 
 
 def matrices(weight: Size) -> str:

@@ -246,8 +246,8 @@ class _Linker:
                 self._problem(t, "of", f"{name} was not measured: put an eval or bench step before it")
         if not names and not any(k is None for k in self.kinds.values()):
             self._problem(t, "of", "there is nothing to compare: put an eval or bench step before it")
-        for gate, needs in (("max_ppl_increase", "eval"), ("max_kld", "eval"), ("min_top1", "eval"),
-                            ("min_decode_speedup", "bench")):
+        of_eval = ("max_ppl_increase", "max_kld", "max_kld_p99", "max_kld_p999", "min_top1")
+        for gate, needs in (*((name, "eval") for name in of_eval), ("min_decode_speedup", "bench")):
             lacking = [n for n, steps in zip(names, reports, strict=True)
                        if not any(self.made[s].command == needs for s in steps)]
             if getattr(t.config, gate) is not None and lacking and None not in self.kinds.values():
