@@ -24,7 +24,7 @@ PRESETS = {
     "iq1_s": "iq1_s", "tq2_0": "tq2_0", "tq1_0": "tq1_0",
 }
 # the presets with a rule for each role that differs from those of the others
-SMALLEST = ("iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s")
+SMALL = ("iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s")
 # what they give a tensor that gets more than their plain type
 MORE = {"iq2_m": "iq3_s", "iq2_s": "iq3_s", "iq2_xs": "q2_k", "iq2_xxs": "q2_k", "iq1_m": "q2_k", "iq1_s": "q2_k"}
 # the embedding's type, if it is not the plain one
@@ -77,7 +77,7 @@ def end_type(preset: str, head: bool, width: int) -> str:
     plain = PRESETS[preset]
     if not head:
         return fitting(EMBEDDING.get(preset, plain), width)
-    larger = "q5_k" if preset in SMALLEST or preset == "iq3_xxs" else "q6_k"
+    larger = "q5_k" if preset in SMALL or preset == "iq3_xxs" else "q6_k"
     return "q8_0" if plain == "q8_0" or width % BLOCK_TYPES[plain].block else fitting(larger, width)
 
 
@@ -91,7 +91,7 @@ def fitting(qtype: str, width: int) -> str:
 
 def _values(preset: str, layer: int, facts: Facts) -> str | None:
     shared = facts.gqa >= 4
-    if preset in SMALLEST:
+    if preset in SMALL:
         return "q4_k" if shared or facts.experts >= 4 else MORE[preset]
     if facts.experts == 8:
         return "q8_0"
@@ -119,14 +119,14 @@ def _queries(preset: str, layer: int, facts: Facts) -> str | None:
 
 def _keys(preset: str, layer: int, facts: Facts) -> str | None:
     if facts.experts == 8:
-        return "q4_k" if preset in SMALLEST else "q8_0"
+        return "q4_k" if preset in SMALL else "q8_0"
     return _queries(preset, layer, facts)
 
 
 def _output(preset: str, layer: int, facts: Facts) -> str | None:
     if facts.experts == 8:
         raised = ("q2_k", "q3_k_s", "q3_k_m", "q4_k_s", "q4_k_m", "iq4_nl", "iq4_xs", "iq3_m", "iq3_s", "iq3_xs", "iq3_xxs",
-                  *SMALLEST)
+                  *SMALL)
         return "q5_k" if preset in raised else None
     return {"q2_k": "q3_k", "q3_k_m": "q4_k", "q3_k_l": "q5_k", "iq3_m": "q4_k", "iq3_xxs": "iq3_s", "iq2_m": "iq3_s",
             "iq2_s": "iq3_s", "iq1_m": "iq2_xxs", "iq1_s": "iq2_xxs"}.get(preset)
@@ -134,7 +134,7 @@ def _output(preset: str, layer: int, facts: Facts) -> str | None:
 
 def _down(preset: str, layer: int, facts: Facts) -> str | None:
     early = layer < facts.layers // 8
-    if preset in SMALLEST:
+    if preset in SMALL:
         return MORE[preset] if early else None
     return {
         "q2_k": "q3_k",
