@@ -355,7 +355,11 @@ class _BookSearch(_Search):
         super().__init__(w, blocks, qtype)
         self.book = entries(qtype, w.device)
         self.weights = blocks.diagonal(dim1=1, dim2=2).flatten()
-        self.steps = qtype.group // STEP
+        self.steps, self.roughly = qtype.group // STEP, True
+
+    def _neighbours(self, f: BlockFactors) -> BlockFactors:
+        self.roughly = False  # from here on
+        return super()._neighbours(f)
 
     def run(self) -> BlockFactors:
         found = self._integers(*self._real())
@@ -367,7 +371,8 @@ class _BookSearch(_Search):
     def _cost(self, scale: torch.Tensor, low: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         by_step = self.w.view(-1, STEP, self.w.shape[2])
         by_columns = self.weights.view(-1, STEP)
-        levels = self.book.nearest(by_step, scale.repeat_interleave(self.steps, 0), by_columns).view(self.w.shape)
+        levels = self.book.nearest(by_step, scale.repeat_interleave(self.steps, 0), by_columns, None, self.roughly)
+        levels = levels.reshape(self.w.shape)
         delta = levels * scale[:, None] - self.w
         return torch.bmm(self.metric, delta).mul_(delta).sum(1), levels
 

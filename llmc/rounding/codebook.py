@@ -12,7 +12,8 @@ the target and q one of the runs of levels that the codebook has. Two searches:
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -22,6 +23,7 @@ from llmc.formats.types import BlockType
 STEP = 8  # columns of one choice
 CHUNK = 1 << 20  # scores of entries at once: bounds memory, and stays in the cache
 TURNS = 2  # of signs and entries
+Find = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x [steps, rows, STEP], weights) -> entries in the shape of x
 
 
 class Entries:
@@ -33,9 +35,8 @@ class Entries:
         levels = torch.tensor(qtype.levels, dtype=torch.float32)
         positive = levels[len(levels) // 2 :] if c.signs else torch.tensor([-8.0, 0.0, 8.0])
         self.values = positive[digits].to(device)
-        self.first, second = torch.triu_indices(self.size, self.size, 1, device=device)
-        self.second = second
-        products = 2 * self.values[:, self.first] * self.values[:, second]
+        self.first, self.second = torch.triu_indices(self.size, self.size, 1, device=device)
+        products = 2 * self.values[:, self.first] * self.values[:, self.second]
         self.squares, self.linear = self.values.t().square().contiguous(), -2 * self.values.t().contiguous()
         self.table = torch.cat([products.t(), self.linear]).contiguous()  # [pairs + size, entries]
         self.pairs = torch.triu_indices(STEP, STEP, 1, device=device)
@@ -43,6 +44,10 @@ class Entries:
         self._codes[(levels - levels[0]).long()] = torch.arange(len(levels), dtype=torch.float32, device=device)
         self._lowest = int(levels[0])
         self._any = self.values[0].repeat(STEP // self.size) + (0 if c.signs else 1)  # entry 0, for blocks of zeros
+
+    @cached_property
+    def cells(self) -> Cells:
+        return Cells(self)
 
     def codes(self, levels: torch.Tensor) -> torch.Tensor:
         """The codes (as floats) of levels."""
@@ -58,17 +63,19 @@ class Entries:
         return levels - 8 * (levels / 8).round()
 
     def nearest(self, w: torch.Tensor, scale: torch.Tensor, weights: torch.Tensor,
-                shift: torch.Tensor | None = None) -> torch.Tensor:
+                shift: torch.Tensor | None = None, roughly: bool = False) -> torch.Tensor:
         """The levels nearest to w [steps, STEP, rows], in its shape.
 
-        scale: [steps, rows].  weights: of the columns' errors [steps, STEP].  shift: [steps, rows], where it is given."""
+        scale: [steps, rows].  weights: of the columns' errors [steps, STEP].  shift: [steps, rows], where it is given.
+        roughly: by a table of cells, without the weights (`Cells`)."""
+        find = self._entries_of if not roughly else self.cells.entries_of
         inverse = torch.where(scale == 0, 0.0, 1 / scale)
         x = (w * inverse[:, None]).transpose(1, 2)  # [steps, rows, STEP]
         if self.signs:
-            return self._nearest_signed(x, weights).transpose(1, 2)
+            return self._nearest_signed(x, weights, find).transpose(1, 2)
         if shift is not None:
-            return self._nearest_shifted(x, weights, shift[..., None])[0].transpose(1, 2)
-        down, up = (self._nearest_shifted(x, weights, torch.tensor(by, device=w.device)) for by in (-1.0, 1.0))
+            return self._nearest_shifted(x, weights, shift[..., None], find)[0].transpose(1, 2)
+        down, up = (self._nearest_shifted(x, weights, torch.tensor(by, device=w.device), find) for by in (-1.0, 1.0))
         # columns that are shifted alike are whole steps that follow each other
         lower = down[1] < up[1] if self.shared == STEP else self._together(down[1]) < self._together(up[1])
         return torch.where(lower[..., None], down[0], up[0]).transpose(1, 2)
@@ -78,17 +85,18 @@ class Entries:
         alike = self.shared // STEP
         return cost.view(-1, alike, cost.shape[1]).sum(1).repeat_interleave(alike, 0)
 
-    def _nearest_signed(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def _nearest_signed(self, x: torch.Tensor, weights: torch.Tensor, find: Find) -> torch.Tensor:
         sign = torch.where(x < 0, -1.0, 1.0)
         if self.signs == 7:
             odd = sign.prod(-1, keepdim=True) < 0
             cheapest = (x.abs() * weights[:, None]).argmin(-1, keepdim=True)
             sign = torch.where(odd, sign.scatter(-1, cheapest, -sign.gather(-1, cheapest)), sign)
-        return self._entries_of(x * sign, weights) * sign
+        return find(x * sign, weights).mul_(sign)
 
-    def _nearest_shifted(self, x: torch.Tensor, weights: torch.Tensor, by: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _nearest_shifted(self, x: torch.Tensor, weights: torch.Tensor, by: torch.Tensor,
+                         find: Find) -> tuple[torch.Tensor, torch.Tensor]:
         """(levels, their cost [steps, rows]) with a given shift."""
-        found = self._entries_of(x - by, weights) + by
+        found = find(x - by, weights).add_(by)
         return found, ((found - x).square() * weights[:, None]).sum(-1)
 
     def _entries_of(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -118,6 +126,8 @@ class Entries:
             parts = [None if t is None else t.split(rows) for t in (x, present, shift)]
             return torch.cat([self.choose(xs, metric, None if parts[1] is None else parts[1][i],
                                           None if parts[2] is None else parts[2][i]) for i, xs in enumerate(x.split(rows))])
+        if present is not None and self.size < STEP:  # a second start gains nothing here, and 8 % with entries of 8 columns
+            return self._improved(x, metric, present)
         found = self._signed(x, metric) if self.signs else self._shifted(x, metric, shift)
         if present is None:
             return found
@@ -181,6 +191,36 @@ class Entries:
         turn = torch.zeros_like(q).scatter_(1, torch.where(odd, at, first[pair])[:, None], (odd | lower).to(q.dtype)[:, None])
         both = torch.zeros_like(q).scatter_(1, second[pair][:, None], (~odd & lower).to(q.dtype)[:, None])
         return torch.where(turn + both > 0, -q, q)
+
+
+class Cells:
+    """The entry nearest to the middle of each cell of a grid: a fast and rough choice, for the search of scales.
+
+    Each column has 5 or 16 cells of one width, the outer ones open. A cell is at most half as wide as the levels are apart."""
+
+    def __init__(self, book: Entries) -> None:
+        levels = book.values.unique()
+        apart = float(levels[1] - levels[0])
+        if book.signs:
+            self.count, self.width, self.low = 2 * len(levels) if book.size < STEP else 5, apart / 2, 0.0
+        else:
+            self.count, self.width, self.low = 5, apart * 2 / 3, -apart * 5 / 3
+        middles = self.low + (torch.arange(self.count, device=levels.device) + 0.5) * self.width
+        middles[-1] = max(float(middles[-1]), float(levels[-1]))
+        self.size, self.values = book.size, book.values
+        self.places = float(self.count) ** torch.arange(book.size, device=levels.device)
+        keys = torch.arange(self.count**book.size, device=levels.device)
+        self.nearest = torch.empty_like(keys)
+        squares = book.values.square().sum(1)
+        for some in keys.split(max(1, CHUNK // len(book.values))):
+            digits = some[:, None] // self.places.long() % self.count
+            self.nearest[some] = torch.addmm(squares, middles[digits], book.linear).argmin(1)
+
+    def entries_of(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """As `Entries._entries_of`; the weights are not used."""
+        found = ((x - self.low) / self.width).clamp_(0, self.count - 0.5).floor_()
+        keys = found.reshape(-1, self.size) @ self.places
+        return self.values[self.nearest[keys.long()]].view(x.shape)
 
 
 def cost(delta: torch.Tensor, metric: torch.Tensor) -> torch.Tensor:
