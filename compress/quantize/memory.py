@@ -25,7 +25,6 @@ from llmc.formats.types import AnyType, BlockType, IntegerType
 from llmc.memory import PROCESS, TORCH, Step
 from llmc.rounding.codebook import CHUNK
 
-
 BOOK = 3 * FLOAT * CHUNK  # with a codebook: scores of its entries and what they are made of, and the tables of cells
 
 

@@ -148,7 +148,7 @@ def _down(preset: str, layer: int, facts: Facts) -> str | None:
         "q5_k_m": "q6_k" if facts.more_bits(layer) else None,
         "iq4_nl": "q5_k" if early and not facts.imatrix else None,
         "iq4_xs": "q5_k" if early and not facts.imatrix else None,
-        "iq3_m": "q4_k" if early or facts.experts == 8 and facts.more_bits(layer) else None,
+        "iq3_m": "q4_k" if early or (facts.experts == 8 and facts.more_bits(layer)) else None,
         "iq3_xxs": None if facts.imatrix else "q4_k" if early else "q3_k",
     }.get(preset)
 

@@ -224,7 +224,7 @@ def _candidates(qtype: BlockType, dtype: torch.dtype) -> torch.Tensor:
     reach = 0 if qtype.exponent else REACH[dtype]
     steps = sorted(range(-reach, reach + 1), key=abs)
     sizes = sorted({abs(x) for x in qtype.levels} - {0}, reverse=True)
-    signs = (1,) if qtype.has_min or qtype.exponent else (1, -1)  # of two ways to write a block the one with d > 0, as quantizers do
+    signs = (1,) if qtype.has_min or qtype.exponent else (1, -1)  # of two ways to write a block the one with d > 0
     found = [(sign * size, step, low_step) for size in sizes for sign in signs
              for low_step in (steps if qtype.has_min else (0,)) for step in steps]
     return torch.tensor(found)
