@@ -25,6 +25,7 @@ import numpy as np
 from gguf import GGUFReader, GGUFWriter
 
 from llmc.compress.quantize.presets import PRESETS, Facts, end_type, linear_type
+from llmc.formats.types import BLOCK_TYPES
 
 LLAMA = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 MODELS: dict[str, dict[str, Any]] = {
@@ -99,7 +100,7 @@ def types_by_llama_cpp(binary: Path, model: Path, preset: str, imatrix: Path | N
 
 
 def types_it_plans(binary: Path, model: Path, preset: str, imatrix: Path | None) -> dict[str, str]:
-    """Like types_by_llama_cpp, but read from `llama-quantize --dry-run`, for a model too large to quantize often."""
+    """Like types_by_llama_cpp, but read from `llama-quantize --dry-run`."""
     listed = run(binary, "--dry-run", *(["--imatrix", imatrix] if imatrix else []), model, preset.upper(), 1)
     return {name: kind.lower() for name, kind in re.findall(r"^\[ *\d+/ *\d+\] (\S+) .*-> .*\((\w+)\)$", listed, re.M)}
 
@@ -172,7 +173,9 @@ def main() -> None:
             for preset, imatrix in itertools.product(PRESETS, (False, True)):
                 if preset == "q2_k_s" and not imatrix:
                     continue  # llama-quantize refuses it
-                read = types_by_llama_cpp if spec else types_it_plans
+                # with codebooks it takes a second for its tables, and refuses to write some files without a matrix
+                planned = not spec or BLOCK_TYPES[PRESETS[preset]].codebook is not None
+                read = types_it_plans if planned else types_by_llama_cpp
                 theirs = read(args.llama_quantize, model, preset, matrix if imatrix else None)
                 ours = (types_by_llmc(preset, imatrix, **spec) if spec
                         else types_of_folder(args.base, preset, "gptq" if imatrix else "rtn"))

@@ -43,6 +43,8 @@ def ggml_quantize(x: np.ndarray, qtype: BlockType, importance: np.ndarray | None
     """float32 [rows, n] -> uint8 [rows, bytes of a row] by llama.cpp's quantizer."""
     assert x.shape[1] % qtype.block == 0  # llama.cpp would write past the end
     out = np.zeros((x.shape[0], x.shape[1] // qtype.block * qtype.block_bytes), np.uint8)
+    if importance is None and qtype.name in ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs"):  # llama.cpp aborts without one
+        importance = np.ones(x.shape[1], np.float32)
     weights = None if importance is None else importance.ctypes.data
     ggml().ggml_quantize_init(int(kind(qtype)))
     assert ggml().ggml_quantize_chunk(int(kind(qtype)), x.ctypes.data, out.ctypes.data, 0, *x.shape, weights) == out.size

@@ -19,6 +19,9 @@ from llmc.rounding.rtn import rtn
 ALL = pytest.mark.parametrize("qtype", BLOCK_TYPES.values(), ids=lambda g: g.name)
 
 
+PLAIN = pytest.mark.parametrize("qtype", [t for t in BLOCK_TYPES.values() if t.codebook is None], ids=lambda g: g.name)
+
+
 def found(qtype: BlockType, n: int = 512, out: int = 12) -> tuple[torch.Tensor, torch.Tensor, BlockFactors]:
     w, h = problem(out, n, tokens=900)
     wt = w.t().contiguous()
@@ -67,7 +70,7 @@ def test_columns_on_a_border_take_the_lower_level(name: str) -> None:
     assert torch.equal(value, levels[expected] * scale[0])
 
 
-@ALL
+@PLAIN
 def test_columns_round_to_the_nearest_value(qtype: BlockType) -> None:
     w, _, factors = found(qtype)
     columns, codes = factors.columns(), torch.empty_like(w)

@@ -131,7 +131,7 @@ def test_the_planned_size_is_the_files_to_the_byte(family: str, tmp_path: Path, 
 
 
 def test_embedding_and_head_are_chosen_too_among_the_types_that_fit(tmp_path: Path, text: Path) -> None:
-    assert set(sensitivity.candidates(576)) == {"q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl"}
+    assert set(sensitivity.candidates(576)) == {"q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "mxfp4"}
     base = build("llama", tmp_path / "base", tie_word_embeddings=False)  # rows of 64 and 128
     ends: dict[str, set[str]] = {"embedding": set(), "head": set()}
     for bpw in (4.6, 5.0, 5.5, 6.0, 7.0, 9.0):

@@ -66,7 +66,7 @@ def test_codes_of_llama_cpp_are_found_again(name: str, dtype: torch.dtype) -> No
         assert pack(t).tobytes() == pack(q).tobytes()
     qtype = lattice.type_of(stored.float())
     assert qtype is not None
-    assert qtype.name == name
+    assert qtype.name == ("tq1_0" if name == "tq2_0" else name)  # the smaller one of two with the same values
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -61,6 +61,16 @@ def test_roles_by_name(name: str, role: str) -> None:
     assert role_of(name) == role
 
 
+def test_a_mix_of_codebooks_ships_with_its_types(tmp_path: Path, text: Path) -> None:
+    base = build("llama", tmp_path / "base", hidden_size=256, intermediate_size=256, num_hidden_layers=1,
+                 tie_word_embeddings=False)
+    quantize(base, settings(text, tmp_path / "q", preset="iq2_m", method="rtn"))
+    assert llmc.export(tmp_path / "q", format="gguf", out=tmp_path / "q.gguf")["verified"]
+    found = types_in(tmp_path / "q.gguf")
+    assert (found["token_embd.weight"], found["output.weight"], found["blk.0.attn_q.weight"]) == ("iq3_s", "q5_k", "iq2_s")
+    assert (found["blk.0.attn_output.weight"], found["blk.0.ffn_up.weight"]) == ("iq3_s", "iq2_s")
+
+
 def types_in(file: Path) -> dict[str, str]:
     return {t.name: t.tensor_type.name.lower() for t in GGUFReader(file).tensors if len(t.shape) > 1}
 

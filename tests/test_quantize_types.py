@@ -34,7 +34,8 @@ def test_the_types_of_a_large_mixture_are_counted_in_a_moment() -> None:
 
 @pytest.mark.parametrize("name", BLOCK_TYPES)
 def test_every_type_gptq_beats_rtn_and_ships_bit_for_bit(name: str, tmp_path: Path, text: Path) -> None:
-    base = build("llama", tmp_path / "base", **WIDE)
+    slow = {} if BLOCK_TYPES[name].codebook is None else {"num_hidden_layers": 1}
+    base = build("llama", tmp_path / "base", **WIDE, **slow)
     for method in ("gptq", "rtn"):
         result = quantize(base, settings(text, tmp_path / method, method=method, type=name, samples=160))
         assert result["type"] == name
@@ -69,6 +70,17 @@ def test_rows_that_a_type_cannot_hold_take_another_and_that_is_said(
     assert entry["fallback_types"]["model.layers.0.mlp.up_proj"] == "q5_0"
     quantize(base, settings(text, tmp_path / "r", type="q4_k", fallback="q8_0", method="rtn"))
     assert llmc.export(tmp_path / "r", format="gguf", out=tmp_path / "r.gguf")["verified"]
+
+
+def test_codebooks_fall_back_and_are_refused_where_a_format_cannot_hold_them(tmp_path: Path, text: Path) -> None:
+    base = build("llama", tmp_path / "base", hidden_size=64, intermediate_size=256, num_hidden_layers=1)
+    quantize(base, settings(text, tmp_path / "q", type="iq3_xxs", method="rtn"))
+    types = json.loads((tmp_path / "q/config.json").read_text())["quantization_config"]["types"]
+    assert {n.rpartition(".")[2]: t for n, t in types.items()}["down_proj"] == "iq3_xxs"
+    assert sorted(set(types.values())) == ["iq3_xxs", "iq4_nl"]
+    assert llmc.export(tmp_path / "q", format="gguf", out=tmp_path / "q.gguf")["verified"]
+    with pytest.raises(UserError, match="iq3_xxs"):
+        llmc.export(tmp_path / "q", format="onnx", out=tmp_path / "onnx")
 
 
 def test_a_type_goes_on_after_an_interruption(tmp_path: Path, text: Path) -> None:

@@ -27,7 +27,8 @@ from llmc.formats.linears import get_weight, is_linear
 from llmc.formats.mixture import unfuse
 from llmc.formats.names import Names
 from llmc.formats.quantized import Quantized
-from llmc.formats.types import BlockTensor
+from llmc.formats.types import BlockTensor, BlockType
+from llmc.rounding.block_factors import stored
 
 
 class _Product(torch.autograd.Function):
@@ -82,13 +83,14 @@ class HealedLinear(nn.Module):
 
     def __init__(self, q: Quantized, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
         super().__init__()
-        levels = levels_of(q)
+        levels, self.qtype = levels_of(q), q.type
         self.register_buffer("levels", levels.to(torch.int8) if int(levels.abs().max()) < 128 else levels)
         blocks = isinstance(q, BlockTensor)
         self.names = ("d", "m") if blocks else ("scales", "zeros")  # the names of the factors in q
         self.register_buffer("d", (q.d if isinstance(q, BlockTensor) else q.scales).float())
         self.register_buffer("m", q.m.float() if isinstance(q, BlockTensor) and q.m is not None else None)
-        self.register_buffer("scales", q.scales.float() if blocks and q.scales is not None else None)
+        self.register_buffer("scales", q.scales.float() * q.type.unit if isinstance(q, BlockTensor) and q.scales is not None
+                             else None)
         self.register_buffer("mins", -q.mins.float() if isinstance(q, BlockTensor) and q.mins is not None else None)
         self.shift = nn.Parameter(torch.zeros_like(self.d))
         self.lift = None if self.m is None else nn.Parameter(torch.zeros_like(self.m))
@@ -99,8 +101,9 @@ class HealedLinear(nn.Module):
 
     @torch.no_grad()
     def factors(self) -> dict[str, torch.Tensor]:
-        """The factors by their names in the quantized tensor: float32 [out, blocks], rounded to fp16."""
-        found = {self.names[0]: _stored(self.d * self.shift.exp())}
+        """The factors by their names in the quantized tensor: float32 [out, blocks], rounded to what the file holds."""
+        d = self.d * self.shift.exp()
+        found = {self.names[0]: stored(d, self.qtype) if isinstance(self.qtype, BlockType) else _stored(d)}
         if self.m is not None and self.lift is not None:
             found[self.names[1]] = _stored(self.m * (self.shift + self.reach * self.lift).exp())
         return found
@@ -182,8 +185,10 @@ def stored_tensors(folder: Checkpoint, linears: dict[str, HealedLinear]) -> dict
     """The tensors of healed linears, by their names in the checkpoint of the quantized model."""
     found: dict[str, torch.Tensor] = {}
     for name, linear in linears.items():
-        factors = {field: f.to("cpu", torch.float16) for field, f in linear.factors().items()}
-        healed = quantized.encode(quantized.with_tensors(quantized.read(folder, name), factors))
+        q = quantized.read(folder, name)
+        factors = {field: f.to("cpu", getattr(q, field).dtype) for field, f in linear.factors().items()
+                   if getattr(q, field) is not None}
+        healed = quantized.encode(quantized.with_tensors(q, factors))
         found |= {f"{name}.{part}": tensor.contiguous() for part, tensor in healed.items()}
     return found
 

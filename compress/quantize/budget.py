@@ -97,7 +97,9 @@ def assign_to_budget(config: QuantizeConfig, skeleton: Skeleton, source: dict[st
     keep = mask_of(skeleton.checkpoint.folder) is not None and not config.lose_zeros
     named = {skeleton.starred(n): qtype for n, qtype in types_by_name(config, skeleton).items()}
     allowed = {name: [o for o in found if o.name == named.get(name, o.name) and (
-                   name in ENDS or block_types.BLOCK_TYPES[o.name].holds_zero or not keep)]
+                   name in ENDS or block_types.BLOCK_TYPES[o.name].holds_zero or not keep)
+                   # what GPTQ gains on types with codebooks was not measured, and they are slow on many devices
+                   and (block_types.BLOCK_TYPES[o.name].codebook is None or o.name in {*peer.values(), named.get(name)})]
                for name, found in options.items()}
     if lost := [name for name, some in allowed.items() if not some]:
         raise UserError(f"--type-of: {lost[0]} cannot have the type {named.get(lost[0])}",

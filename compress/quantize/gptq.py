@@ -19,6 +19,7 @@ Differences from the GPTQ paper
 * The entries of H outside of its diagonal are shrunk by as much as the text leaves them uncertain (compress/shrinkage.py).
 * After the sweep, scales (least squares with fixed codes) and codes (coordinate descent with fixed scales) are improved in
   turns. New scales are taken, row by row, where they lower the error. A step of descent cannot raise the error.
+* Types with a codebook choose the codes of 8 columns together (steps.py).
 
 Matrices are [in, out] here, the transpose of a linear's weight. The sweep works on one input column at a time, and this
 column is then one contiguous row (several times as fast on a CPU).
@@ -30,8 +31,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from llmc.compress.quantize import steps
 from llmc.compress.shrinkage import restore, shrink
-from llmc.formats.types import AnyType, BlockTensor, QuantizedTensor
+from llmc.formats.types import AnyType, BlockTensor, BlockType, QuantizedTensor
+from llmc.rounding.block_factors import BlockFactors
+from llmc.rounding.codebook import STEP
 from llmc.rounding.lattice import Found, Held
 from llmc.rounding.scales import Columns, Factors
 from llmc.rounding.search import objective, search_factors
@@ -111,17 +115,21 @@ class Damped:
     events: list[str]
 
 
-def damped(hessian: torch.Tensor, damp: float, by_use: bool = True) -> Damped:
+def damped(hessian: torch.Tensor, damp: float, by_use: bool = True, step: int = 1) -> Damped:
     """Damp `hessian` [in, in] in place and factor it.
 
     damp: share of the diagonal's mean that is added to the diagonal. It is raised tenfold until the Hessian can be factored;
-    each raise is an event.  by_use: sort the columns by falling H_jj; else in natural order.
+    each raise is an event.  by_use: sort the columns by falling H_jj; else in natural order.  step: columns that stay
+    together, sorted by the sum of their H_jj.
     """
     diagonal = hessian.diagonal()
     dead = diagonal == 0
     diagonal[dead] = diagonal.mean() if not bool(dead.all()) else 1.0
     mean, raised = float(diagonal.mean()), 0.0
-    order = torch.argsort(diagonal, descending=True, stable=True) if by_use else None
+    order = None
+    if by_use:
+        first = torch.argsort(diagonal.view(-1, step).sum(1), descending=True, stable=True) * step
+        order = (first[:, None] + torch.arange(step, device=first.device)).flatten()
     factor, events = None, []
     while factor is None and damp <= MAX_DAMP:
         diagonal += mean * (damp - raised)
@@ -144,12 +152,15 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, qtype: AnyType, damp: floa
     the error, and the scales are searched for the weights that stay.
     found: blocks that lie on the type already. They keep their codes and factors; errors of others do not move them.
     """
+    by_entries = isinstance(qtype, BlockType) and qtype.codebook is not None
+    if by_entries and (keep is not None or found is not None):
+        raise ValueError(f"{qtype.name} has no code for zero and no blocks that are found again")
     w = weight.t().contiguous()
     stay = None if keep is None else keep.t().contiguous()
     held = None if found is None else Held(found)
     energy, squares = objective(w, hessian), hessian.diagonal().clone()
     shrink(hessian, share)
-    ready = damped(hessian, damp)
+    ready = damped(hessian, damp, step=STEP if by_entries else 1)
     factor, order = ready.factor, ready.order
     if factor is None or order is None:
         restore(hessian, share, squares)
@@ -158,7 +169,10 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, qtype: AnyType, damp: floa
     factors = search_factors(w if stay is None else w * stay, hessian, factor[:, back], qtype)
     if held is not None:
         factors = held.over(factors)
-    codes = sweep(w[order], factor, only(factors.columns(order), stay, order, held))[back]
+    if isinstance(factors, BlockFactors) and by_entries:
+        codes = steps.sweep(w[order], factor, factors, order)[back]
+    else:
+        codes = sweep(w[order], factor, only(factors.columns(order), stay, order, held))[back]
     del factor, ready.factor
     codes, factors, moved, gradient = refine(w, hessian, codes, factors, refinements, stay, held)
     # the gradient under the given Hessian: take out the damped diagonal, undo the shrinking, put in the given diagonal
@@ -261,6 +275,9 @@ def refine(w: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor, factors:
         values, gradient = torch.where(better, new_values, values), torch.where(better, new_gradient, gradient)
         if held is None:
             factors = factors.descend(hessian, codes, values, gradient)
-        descend(hessian, codes, values, gradient, only(factors.columns(), keep, None, held))
+        if isinstance(factors, BlockFactors) and factors.type.codebook is not None:
+            steps.descend(hessian, codes, values, gradient, factors)
+        else:
+            descend(hessian, codes, values, gradient, only(factors.columns(), keep, None, held))
         error = (gradient * (values - w)).sum(0)
     return codes, factors, values - w, gradient

@@ -21,8 +21,11 @@ from llmc.compress.skeleton import Skeleton
 from llmc.compress.text import SELF
 from llmc.compress.transform.choose import HELD_MOST
 from llmc.compress.transform.memory import scaling
-from llmc.formats.types import AnyType, IntegerType
+from llmc.formats.types import AnyType, BlockType, IntegerType
 from llmc.memory import PROCESS, TORCH, Step
+from llmc.rounding.codebook import CHUNK
+
+BOOK = 3 * FLOAT * CHUNK  # with a codebook: scores of its entries and what they are made of, and the tables of cells
 
 
 def memory_of(skeleton: Skeleton, c: QuantizeConfig, types: Iterable[AnyType], reference: bool) -> list[Step]:
@@ -48,6 +51,8 @@ def _rounding(held: dict[str, int], what: str, s: Sizes, types: set[AnyType]) ->
     """The layer's codes stay too: a byte for each weight."""
     work = max(gptq_work(g, *_factors(t, g.width)) if what == "GPTQ" else rtn_work(g, _factors(t, g.width)[1])
                for g in s.groups for t in types)
+    if any(isinstance(t, BlockType) and t.codebook is not None for t in types):
+        work += BOOK
     return Step(what, {**held, "codes": s.layer, f"matrices of {what}": work})
 
 

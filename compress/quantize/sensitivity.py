@@ -99,5 +99,6 @@ def errors(weights: list[torch.Tensor], types: list[str]) -> dict[str, float]:
 
 
 def candidates(width: int) -> list[str]:
-    """The types that rows of `width` weights can have."""
-    return [name for name, qtype in BLOCK_TYPES.items() if width % qtype.block == 0]
+    """The types that rows of `width` weights can have: those of two bits or more. With less, errors are no longer small, and
+    the sum above is not what they lose."""
+    return [name for name, qtype in BLOCK_TYPES.items() if width % qtype.block == 0 and qtype.bits_per_weight >= 2]

@@ -57,7 +57,8 @@ def _types(model: Model, file_bytes: float, what: str) -> Iterator[str]:
     eight = 34 / 32 * model.vocabulary * model.heads * (model.cache["head_dim"] if model.cache else 128)
     rest = min(model.file_bytes - model.decoder_bytes, eight)
     bits = 8 * (file_bytes - rest) / max(1, model.decoder_weights or model.prefill_weights)
-    fitting = [t for t in BLOCK_TYPES.values() if t.bits_per_weight <= bits]
+    # mxfp4 and the ternary types are for models trained on them: other types of their size lose less
+    fitting = [t for t in BLOCK_TYPES.values() if t.bits_per_weight <= bits and not t.exponent and len(t.levels) > 3]
     if not fitting:
         yield (f"{why}, the file may have at most {size(max(0.0, file_bytes))}. This leaves {max(0.0, bits):.2f} bits per "
                "weight, less than any type has. Prune or distill the model first (`llmc prune`, `llmc distill`), or use a "

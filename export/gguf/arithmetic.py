@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from llmc.export.gguf.blocks import Kind
 from llmc.export.gguf.matching import Index, digests
+from llmc.formats.types import BLOCK_TYPES
 
 Rounding = Callable[[torch.Tensor], torch.Tensor]
 
@@ -42,8 +43,7 @@ def q8_k(x: torch.Tensor) -> torch.Tensor:
 ROUNDINGS: dict[Kind, Rounding] = {
     Kind.F16: lambda x: x.to(torch.float16).to(torch.float32),
     Kind.BF16: lambda x: x.to(torch.bfloat16).to(torch.float32),
-    **dict.fromkeys((Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0, Kind.IQ4_NL, Kind.MXFP4), q8_0),
-    **dict.fromkeys((Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K, Kind.IQ4_XS), q8_k),
+    **{Kind[t.gguf_type]: q8_0 if t.block == 32 else q8_k for t in BLOCK_TYPES.values()},
 }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGUFReader
+from gguf import GGML_QUANT_SIZES, GGUFReader
 from gguf.quants import dequantize
 
 from llmc.console import progress
@@ -42,7 +42,13 @@ from llmc.runtimes.llamacpp import LlamaCpp, check_loads
 from llmc.temporary import final_name
 
 FLOATS = {Kind.F32, Kind.F16, Kind.BF16}
-MOST_LOST = 0.25  # relative squared error of a matrix rounded at export; Q2_K, the coarsest type, has about 0.07
+# Relative squared error of a matrix rounded at export: Q2_K has about 0.07; of types below 2 bits TQ1_0 and IQ1_S about 0.24
+MOST_LOST, MOST_LOST_BELOW_2_BITS = 0.25, 0.4
+
+
+def _most_lost(kind: Kind) -> float:
+    block, size = GGML_QUANT_SIZES[kind]
+    return MOST_LOST_BELOW_2_BITS if 8 * size / block < 2 else MOST_LOST
 
 
 def tensors(path: Path, entries: list[GgufTensor], kinds: Kinds | None = None) -> dict[str, int]:
@@ -100,7 +106,7 @@ def _compare_part(path: Path, e: GgufTensor, source: Source, data: np.ndarray, k
     if isinstance(source, torch.Tensor):
         if not np.array_equal(data, blocks.encode_float(e.name, source, e.kind)):
             raise _damaged(path, f"{e.name} differs from its source in {e.kind.name}")
-        if e.kind not in FLOATS and (lost := _lost(e, data, source)) > MOST_LOST:
+        if e.kind not in FLOATS and (lost := _lost(e, data, source)) > _most_lost(e.kind):
             raise UserError(f"{e.name} has a relative squared error of {lost:.0%} as {e.kind.name}", PLEASE_REPORT)
         if kinds is not None:
             kinds.add(source.reshape(-1, e.shape[-1]).to(torch.float32).numpy(), e.kind, exact=e.kind == Kind.F32)

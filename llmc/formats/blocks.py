@@ -70,11 +70,15 @@ def shape(ckpt: Checkpoint, linear: str) -> tuple[int, int]:
 
 
 def read(ckpt: Checkpoint, linear: str) -> BlockTensor:
-    """One quantized linear. Raises UserError if a factor is NaN or infinite."""
+    """One quantized linear. Raises UserError if a factor is NaN or infinite, or if a code is none of the type's."""
     shape(ckpt, linear)
-    t = packing.unpack(ckpt.tensor(f"{linear}.blocks").numpy(), type_of(ckpt, linear))
+    try:
+        t = packing.unpack(ckpt.tensor(f"{linear}.blocks").numpy(), type_of(ckpt, linear))
+    except ValueError as e:
+        raise UserError(f"{linear}.blocks of {ckpt.folder} holds {e}", AGAIN) from e
+    largest = max(map(abs, t.type.levels)) if t.type.exponent else 1  # float32 holds all values of a float16 factor
     for factors in (t.d, t.m):
-        if factors is not None and not bool(torch.isfinite(factors).all()):
+        if factors is not None and not bool(torch.isfinite(factors * largest).all()):
             raise UserError(f"{linear}.blocks of {ckpt.folder} holds factors that are NaN or infinite", AGAIN)
     return t
 

@@ -19,28 +19,39 @@ from dataclasses import dataclass, replace
 import torch
 
 from llmc.formats.types import BlockTensor, BlockType
+from llmc.rounding.codebook import STEP, entries
 from llmc.rounding.levels import levels_of
-from llmc.rounding.scales import ROWS, Columns, column_groups, least_squares, metric, stored
+from llmc.rounding.scales import ROWS, Columns, column_groups, least_squares, metric
+from llmc.rounding.scales import stored as as_float16
 
 SHRINKS = 14  # number of candidates: the full range times SMALLEST to 1.1
 SMALLEST = {2: 0.5, 3: 0.55, 4: 0.7, 5: 0.8, 6: 0.88, 8: 0.96}  # by bits: fewer levels clip more
+TERNARY = 0.2  # SMALLEST for three levels: a block of 256 weights has a largest one that is far from the others
 POLISH = 2  # least-squares steps from the best candidate
+# for codebooks: candidates of the scale, relative to the one that reaches the largest weight
+BOOK_SHRINKS = (0.5, 0.6, 0.7, 0.78, 0.86, 0.93, 1.0, 1.08, 1.18)
 BLOCK_STEPS = (0.90, 0.94, 0.97, 1.03, 1.06)  # candidates of d and dmin, relative to the one that uses the full range
 
 
 @dataclass
 class BlockFactors:
-    """d, m: float32 [blocks, out], fp16 values. scales, mins: float32 [groups, out], integers. None: see BlockTensor."""
+    """d, m: float32 [blocks, out], values that the file holds. scales, mins: float32 [groups, out], integers. None: see
+    BlockTensor.
+
+    For types with a codebook: weights: float32 [in], by which `nearest` weighs the error of each column.  shift: float32
+    [groups, out], 1 or -1, where all columns of a group are shifted alike."""
 
     type: BlockType
     d: torch.Tensor
     m: torch.Tensor | None
     scales: torch.Tensor | None
     mins: torch.Tensor | None
+    weights: torch.Tensor | None = None
+    shift: torch.Tensor | None = None
 
     def group_scales(self) -> torch.Tensor:
         """The factors of the levels, [groups, out]."""
-        return self.d if self.scales is None else self._wide(self.d) * self.scales
+        return self.d if self.scales is None else self._wide(self.d) * self.scales * self.type.unit
 
     def group_lows(self) -> torch.Tensor:
         """The numbers that are added after scaling, [groups, out]."""
@@ -49,6 +60,7 @@ class BlockFactors:
         return self.m if self.mins is None else -(self._wide(self.m) * self.mins)
 
     def columns(self, order: torch.Tensor | None = None) -> Columns:
+        assert self.type.codebook is None, "a codebook's columns are not rounded one by one"
         scale, low = self.group_scales(), self.group_lows()
         group_of = column_groups(scale.shape[0], self.type.group, order, scale.device)
         start = codes_of(torch.zeros_like(scale), scale, low, self.type, rounded=False)
@@ -57,8 +69,21 @@ class BlockFactors:
         return Columns(scale, low + scale * first, start, group_of, len(self.type.levels) - 1, levels)
 
     def nearest(self, w: torch.Tensor) -> torch.Tensor:
+        if self.type.codebook is not None:
+            return self._entries(w)
         grouped = w.view(-1, self.type.group, w.shape[1])
         return codes_of(grouped, self.group_scales()[:, None], self.group_lows()[:, None], self.type).view(w.shape)
+
+    def _entries(self, w: torch.Tensor) -> torch.Tensor:
+        book, steps = entries(self.type, w.device), w.shape[0] // STEP
+        weights = torch.ones_like(w[:, 0]) if self.weights is None else self.weights
+        found = book.nearest(w.view(steps, STEP, -1), self.of_steps(self.group_scales()), weights.view(steps, STEP),
+                             None if self.shift is None else self.of_steps(self.shift))
+        return book.codes(found).view(w.shape)
+
+    def of_steps(self, factors: torch.Tensor) -> torch.Tensor:
+        """[groups, out] -> [in / STEP, out]."""
+        return factors.repeat_interleave(self.type.group // STEP, 0)
 
     def values(self, codes: torch.Tensor) -> torch.Tensor:
         grouped = self._levels(codes)[codes.long()].view(-1, self.type.group, codes.shape[1])
@@ -67,8 +92,8 @@ class BlockFactors:
     def refit(self, hessian: torch.Tensor, codes: torch.Tensor, gradient: torch.Tensor) -> BlockFactors:
         """Fit d and m of every block by least squares, with fixed integers."""
         steps = least_squares(hessian, self._units(codes), gradient, self.type.block)
-        m = None if self.m is None else stored(self.m + steps[1])
-        return replace(self, d=stored(self.d + steps[0]), m=m)
+        m = None if self.m is None else as_float16(self.m + steps[1])
+        return replace(self, d=stored(self.d + steps[0], self.type), m=m)
 
     def where(self, rows: torch.Tensor, other: BlockFactors) -> BlockFactors:
         def pick(new: torch.Tensor | None, old: torch.Tensor | None) -> torch.Tensor | None:
@@ -77,8 +102,8 @@ class BlockFactors:
             wide = rows if rows.ndim == 1 else rows.repeat_interleave(len(old) // len(rows), 0)
             return torch.where(wide, new, old)
 
-        return BlockFactors(self.type, torch.where(rows, other.d, self.d), pick(other.m, self.m),
-                            pick(other.scales, self.scales), pick(other.mins, self.mins))
+        return replace(self, d=torch.where(rows, other.d, self.d), m=pick(other.m, self.m),
+                       scales=pick(other.scales, self.scales), mins=pick(other.mins, self.mins))
 
     def descend(self, hessian: torch.Tensor, codes: torch.Tensor, values: torch.Tensor,
                 gradient: torch.Tensor) -> BlockFactors:
@@ -88,18 +113,19 @@ class BlockFactors:
         if self.scales is None or self.type.scale_range is None:
             return self
         size, levels = self.type.group, self._levels(codes)[codes.long()]
-        parts = [(self.scales.clone(), self._wide(self.d), self.type.scale_range, levels)]
+        step = self.type.scale_step
+        parts = [(self.scales.clone(), self._wide(self.d) * self.type.unit, self.type.scale_range, step, levels)]
         if self.mins is not None and self.m is not None and self.type.min_range is not None:
-            parts.append((self.mins.clone(), -self._wide(self.m), self.type.min_range, torch.ones_like(levels)))
+            parts.append((self.mins.clone(), -self._wide(self.m), self.type.min_range, 1, torch.ones_like(levels)))
         for group in range(self.scales.shape[0]):
             columns = slice(group * size, (group + 1) * size)
             moved = torch.zeros_like(values[columns])
-            for integers, factor, (low, high), unit in parts:
+            for integers, factor, allowed, step, unit in parts:
                 u = unit[columns] * factor[group]
                 inside = hessian[columns, columns]
                 slope = (u * (gradient[columns] + inside @ moved)).sum(0)
                 curve = (u * (inside @ u)).sum(0)
-                best = torch.where(curve > 0, integers[group] - slope / curve, integers[group]).round_().clamp_(low, high)
+                best = on_grid(torch.where(curve > 0, integers[group] - slope / curve, integers[group]), allowed, step)
                 moved += u * (best - integers[group])
                 integers[group] = best
             values[columns] += moved
@@ -113,7 +139,7 @@ class BlockFactors:
         def integers(x: torch.Tensor | None) -> torch.Tensor | None:
             return None if x is None else x.t().to(torch.int16).contiguous()
 
-        d = half(self.d)
+        d = self.d.t().contiguous() if self.type.exponent else half(self.d)
         assert d is not None
         return BlockTensor(self.type, codes.t().to(torch.uint8).contiguous(), d, half(self.m), integers(self.scales),
                            integers(self.mins))
@@ -121,7 +147,7 @@ class BlockFactors:
     def _units(self, codes: torch.Tensor) -> list[torch.Tensor]:
         """The change of the weights for one step of d, and of m if there is one: [in, out] each."""
         grouped = self._levels(codes)[codes.long()].view(-1, self.type.group, codes.shape[1])
-        units = [grouped if self.scales is None else grouped * self.scales[:, None]]
+        units = [grouped if self.scales is None else grouped * (self.scales[:, None] * self.type.unit)]
         if self.m is not None:
             units.append(torch.ones_like(grouped) if self.mins is None else -self.mins[:, None].expand_as(grouped))
         return [u.reshape(codes.shape) for u in units]
@@ -132,6 +158,21 @@ class BlockFactors:
     def _wide(self, factor: torch.Tensor) -> torch.Tensor:
         """[blocks, out] -> [groups, out]."""
         return factor.repeat_interleave(self.type.groups, 0)
+
+
+def stored(d: torch.Tensor, qtype: BlockType) -> torch.Tensor:
+    """d in the precision in which the type stores it: float16, or the nearest power of two (a factor of 0 is the least)."""
+    if not qtype.exponent:
+        return as_float16(d)
+    mantissa, exponent = torch.frexp(d.abs())  # 0.5 <= mantissa < 1: the middle between two powers is 0.75
+    return torch.ldexp(torch.ones_like(d), (exponent - (mantissa < 0.75).int()).clamp(-126, 120))
+
+
+def on_grid(x: torch.Tensor, allowed: tuple[int, int], step: int) -> torch.Tensor:
+    """The nearest allowed integers: lowest, lowest + step, …"""
+    if step == 1:
+        return x.round().clamp_(*allowed)
+    return ((x - allowed[0]) / step).round_().mul_(step).add_(allowed[0]).clamp_(*allowed)
 
 
 def codes_of(w: torch.Tensor, scale: torch.Tensor, low: torch.Tensor, qtype: BlockType,
@@ -150,7 +191,8 @@ def codes_of(w: torch.Tensor, scale: torch.Tensor, low: torch.Tensor, qtype: Blo
 def search_blocks(w: torch.Tensor, hessian: torch.Tensor, factor: torch.Tensor | None, qtype: BlockType) -> BlockFactors:
     """The best factors of every block of w [in, out]. hessian and factor: see scales.search."""
     blocks = metric(w, hessian, factor, qtype.group)
-    parts = [_Search(rows.contiguous(), blocks, qtype).run() for rows in w.split(ROWS // 2, dim=1)]
+    kind = _Search if qtype.codebook is None else _BookSearch
+    parts = [kind(rows.contiguous(), blocks, qtype).run() for rows in w.split(ROWS // 2, dim=1)]
 
     def join(name: str) -> torch.Tensor | None:
         found = [getattr(p, name) for p in parts]
@@ -158,7 +200,7 @@ def search_blocks(w: torch.Tensor, hessian: torch.Tensor, factor: torch.Tensor |
 
     d = join("d")
     assert d is not None
-    return BlockFactors(qtype, d, join("m"), join("scales"), join("mins"))
+    return BlockFactors(qtype, d, join("m"), join("scales"), join("mins"), parts[0].weights, join("shift"))
 
 
 class _Search:
@@ -172,7 +214,8 @@ class _Search:
     def run(self) -> BlockFactors:
         scale, low = self._real()
         if self.type.scale_range is None:
-            return BlockFactors(self.type, stored(scale), stored(low) if self.type.has_min else None, None, None)
+            m = as_float16(low) if self.type.has_min else None
+            return BlockFactors(self.type, stored(scale, self.type), m, None, None)
         return self._integers(scale, low)
 
     def _cost(self, scale: torch.Tensor, low: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -193,11 +236,18 @@ class _Search:
                 best = torch.where(better, error, best)
                 best_scale, best_low = torch.where(better, scale, best_scale), torch.where(better, low, best_low)
                 scale, low = self._fit(levels, scale)
+                if self.type.exponent:
+                    scale = stored(scale, self.type)
         return best_scale, best_low
 
     def _candidates(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         bits = (len(self.levels) - 1).bit_length()
-        shrinks = torch.linspace(SMALLEST[bits], 1.1, SHRINKS).tolist()
+        shrinks = torch.linspace(TERNARY if len(self.levels) == 3 else SMALLEST[bits], 1.1, SHRINKS).tolist()
+        if self.type.exponent:  # the largest weight becomes the largest level, or less
+            largest = self.w.abs().amax(1) / float(self.levels[-1])
+            for power in (0.5, 1.0, 2.0):
+                yield stored(largest * power, self.type), torch.zeros_like(largest)
+            return
         if self.type.has_min:
             low, high = self.w.amin(1), self.w.amax(1)
             if self.type.min_range is not None:
@@ -235,15 +285,15 @@ class _Search:
         by_block = scale.view(-1, qtype.groups, rows)
         # a signed range has one more integer below zero: the largest scale gets that one
         end = qtype.scale_range[0] if qtype.scale_range[0] < 0 else qtype.scale_range[1]
-        full = by_block.gather(1, by_block.abs().argmax(1, keepdim=True))[:, 0] / end
+        full = by_block.gather(1, by_block.abs().argmax(1, keepdim=True))[:, 0] / (end * qtype.unit)
         full_low = (-low).view(-1, qtype.groups, rows).amax(1) / qtype.min_range[1] if qtype.min_range else None
-        found = self._rounded(stored(full), None if full_low is None else stored(full_low), scale, low)
+        found = self._rounded(as_float16(full), None if full_low is None else as_float16(full_low), scale, low)
         error = self._of_blocks(found)
         for part in ("d", "m")[: 1 + qtype.has_min]:
             middle_d, middle_m = found.d, found.m
             for step in BLOCK_STEPS:
-                d = stored(middle_d * step) if part == "d" else middle_d
-                m = stored(middle_m * step) if part == "m" and middle_m is not None else middle_m
+                d = as_float16(middle_d * step) if part == "d" else middle_d
+                m = as_float16(middle_m * step) if part == "m" and middle_m is not None else middle_m
                 tried = self._rounded(d, m, scale, low)
                 new = self._of_blocks(tried)
                 better = new < error
@@ -253,13 +303,14 @@ class _Search:
 
     def _rounded(self, d: torch.Tensor, m: torch.Tensor | None, scale: torch.Tensor, low: torch.Tensor) -> BlockFactors:
         """The integers nearest to scale and low for given d and m."""
-        def nearest(value: torch.Tensor, factor: torch.Tensor, bounds: tuple[int, int]) -> torch.Tensor:
+        def nearest(value: torch.Tensor, factor: torch.Tensor, bounds: tuple[int, int], step: int = 1) -> torch.Tensor:
             wide = factor.repeat_interleave(self.type.groups, 0)
-            return torch.where(wide == 0, 0.0, value / wide).round_().clamp_(*bounds)
+            return on_grid(torch.where(wide == 0, 0.0, value / wide), bounds, step)
 
         assert self.type.scale_range is not None
         mins = None if m is None or self.type.min_range is None else nearest(-low, m, self.type.min_range)
-        return BlockFactors(self.type, d, m, nearest(scale, d, self.type.scale_range), mins)
+        return BlockFactors(self.type, d, m, nearest(scale / self.type.unit, d, self.type.scale_range, self.type.scale_step),
+                            mins)
 
     def _of_groups(self, f: BlockFactors) -> torch.Tensor:
         return self._cost(f.group_scales(), f.group_lows())[0]
@@ -286,7 +337,7 @@ class _Search:
         best_scales, best_mins, error = f.scales, f.mins, self._of_groups(f)
         for up in (-1, 0, 1):
             for down in (-1, 0, 1) if f.mins is not None else (0,):
-                scales = (f.scales + up).clamp(*self.type.scale_range)
+                scales = (f.scales + up * self.type.scale_step).clamp(*self.type.scale_range)
                 mins = None if f.mins is None or self.type.min_range is None else (f.mins + down).clamp(*self.type.min_range)
                 tried = replace(f, scales=scales, mins=mins)
                 new = self._of_groups(tried)
@@ -295,3 +346,51 @@ class _Search:
                 best_scales = torch.where(better, scales, best_scales)
                 best_mins = None if mins is None or best_mins is None else torch.where(better, mins, best_mins)
         return replace(f, scales=best_scales, mins=best_mins)
+
+
+class _BookSearch(_Search):
+    """`_Search` for a type with a codebook: the levels of 8 columns are chosen together. Its scales are positive."""
+
+    def __init__(self, w: torch.Tensor, blocks: torch.Tensor, qtype: BlockType) -> None:
+        super().__init__(w, blocks, qtype)
+        self.book = entries(qtype, w.device)
+        self.weights = blocks.diagonal(dim1=1, dim2=2).flatten()
+        self.steps, self.roughly = qtype.group // STEP, True
+
+    def _neighbours(self, f: BlockFactors) -> BlockFactors:
+        self.roughly = False  # from here on
+        return super()._neighbours(f)
+
+    def run(self) -> BlockFactors:
+        found = self._integers(*self._real())
+        if self.type.codebook is not None and self.type.codebook.shared == self.type.group:
+            levels = self._cost(found.group_scales(), found.group_lows())[1]
+            found = replace(found, shift=self.book.shift(levels[:, 0]))
+        return replace(found, weights=self.weights)
+
+    def _cost(self, scale: torch.Tensor, low: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        by_step = self.w.view(-1, STEP, self.w.shape[2])
+        by_columns = self.weights.view(-1, STEP)
+        levels = self.book.nearest(by_step, scale.repeat_interleave(self.steps, 0), by_columns, None, self.roughly)
+        levels = levels.reshape(self.w.shape)
+        delta = levels * scale[:, None] - self.w
+        return torch.bmm(self.metric, delta).mul_(delta).sum(1), levels
+
+    def _real(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The best scale of every group: of some candidates, then by least squares from the best of these."""
+        largest = self.w.abs().amax(1) / float(self.levels[-1])
+        best_scale, best = torch.zeros_like(largest), torch.full_like(largest, torch.inf)
+        best_levels = torch.zeros_like(self.w)
+
+        def consider(scale: torch.Tensor) -> None:
+            nonlocal best_scale, best, best_levels
+            error, levels = self._cost(scale, scale)
+            better = error < best
+            best, best_scale = torch.where(better, error, best), torch.where(better, scale, best_scale)
+            best_levels = torch.where(better[:, None], levels, best_levels)
+
+        for shrink in BOOK_SHRINKS:
+            consider(largest * shrink)
+        for _ in range(POLISH):
+            consider(self._fit(best_levels, best_scale)[0].clamp(min=0))
+        return best_scale, torch.zeros_like(best_scale)

@@ -21,12 +21,13 @@ import torch
 from llmc.formats.quantized import tensors_of, with_tensors
 from llmc.formats.types import BLOCK_TYPES, AnyType, BlockTensor, BlockType, IntegerType, QuantizedTensor
 from llmc.rounding import lattice_k
-from llmc.rounding.block_factors import BlockFactors, codes_of
+from llmc.rounding.block_factors import BlockFactors, codes_of, stored
 from llmc.rounding.scales import Factors, Scales
 
 # The most float16 numbers between weight / level and d, by the type of the stored values. A stored value is wrong by at most
 # 2^-8, 2^-11 or 2^-24 of itself. Neighbours in float16 are at least 2^-11 of themselves apart. One more for the division.
 REACH = {torch.bfloat16: 9, torch.float16: 2, torch.float32: 1}
+LEAST_POWER = 2.0**-126  # the factor of blocks of zeros, where it must be a power of two
 CHUNK = 1 << 21  # weights times candidates at once, to bound memory
 ROWS, SAMPLE = 64, 8  # rows of a matrix, and blocks of them, that are looked at before it is searched
 LIKELY = 0.5  # share of these blocks from which on it is searched
@@ -153,7 +154,8 @@ def _nothing(qtype: BlockType, n: int, device: torch.device) -> BlockTensor:
         return torch.zeros(n, columns, dtype=dtype, device=device)
 
     code = min(range(len(qtype.levels)), key=lambda i: abs(qtype.levels[i]))
-    return BlockTensor(qtype, torch.full((n, qtype.block), code, dtype=torch.uint8, device=device), zeros(1, torch.float16),
+    d = torch.full((n, 1), LEAST_POWER, device=device) if qtype.exponent else zeros(1, torch.float16)
+    return BlockTensor(qtype, torch.full((n, qtype.block), code, dtype=torch.uint8, device=device), d,
                        zeros(1, torch.float16) if qtype.has_min else None,
                        zeros(qtype.groups, torch.int16) if qtype.scale_range else None,
                        zeros(qtype.groups, torch.int16) if qtype.min_range else None)
@@ -200,14 +202,15 @@ def _blocks(v: torch.Tensor, qtype: BlockType, dtype: torch.dtype) -> tuple[Bloc
         low = _moved(x.amin(1), low_step) if qtype.has_min else torch.zeros_like(x[None, :, 0])
         # with a minimum the largest weight has the highest code of its block, else the weight farthest from zero an outer one
         end = x.amax(1) if qtype.has_min else x.gather(1, x.abs().argmax(1, keepdim=True))[:, 0]
-        scale = _moved((end - low) / (level * (end - low).sign()), step)
+        exact = (end - low) / (level * (end - low).sign())
+        scale = stored(exact, qtype) if qtype.exponent else _moved(exact, step)
         found = codes_of(x, scale[..., None], low[..., None], qtype)  # [candidates, n, block]
         again = (levels[found.long()] * scale[..., None] + low[..., None]).to(dtype).to(torch.float32)
         hits = (again == x).all(2)
         at, first = hits.any(0).nonzero()[:, 0], hits.to(torch.uint8).argmax(0)
         first = first[at]
         made.codes[left[at]] = found[first, at].to(torch.uint8)
-        made.d[left[at], 0], lies[left[at]] = scale[first, at].to(torch.float16), True
+        made.d[left[at], 0], lies[left[at]] = scale[first, at].to(made.d.dtype), True
         if made.m is not None:
             made.m[left[at], 0] = low.expand(scale.shape)[first, at].to(torch.float16)
         left = left[~hits.any(0)]
@@ -218,9 +221,10 @@ def _blocks(v: torch.Tensor, qtype: BlockType, dtype: torch.dtype) -> tuple[Bloc
 def _candidates(qtype: BlockType, dtype: torch.dtype) -> torch.Tensor:
     """int64 [candidates, 3], the likeliest first: the level of the outermost weight, times the sign of d; the float16 numbers
     from its quotient to d, and from the smallest weight to m."""
-    steps = sorted(range(-REACH[dtype], REACH[dtype] + 1), key=abs)
+    reach = 0 if qtype.exponent else REACH[dtype]
+    steps = sorted(range(-reach, reach + 1), key=abs)
     sizes = sorted({abs(x) for x in qtype.levels} - {0}, reverse=True)
-    signs = (1,) if qtype.has_min else (1, -1)  # of two ways to write a block the one with d > 0, as quantizers do
+    signs = (1,) if qtype.has_min or qtype.exponent else (1, -1)  # of two ways to write a block the one with d > 0
     found = [(sign * size, step, low_step) for size in sizes for sign in signs
              for low_step in (steps if qtype.has_min else (0,)) for step in steps]
     return torch.tensor(found)

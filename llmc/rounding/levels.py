@@ -20,6 +20,7 @@ class Levels:
         borders = values[1:] + values[:-1]  # twice the borders
         self.lowest, self.highest = min(0, int(borders[0])), max(0, int(borders[-1]) + 1)
         codes = torch.bucketize(torch.arange(self.lowest, self.highest + 1, dtype=dtype, device=device), borders)
+        codes = torch.bucketize(values[codes], values, right=True) - 1  # of two codes for one level (mxfp4's zeros) the upper
         codes = codes.roll(self.lowest)  # entry 0 comes first; a negative k counts from the end
         self.codes, self.values = codes.to(dtype), values[codes]
 

@@ -139,7 +139,7 @@ def metric(w: torch.Tensor, hessian: torch.Tensor, factor: torch.Tensor | None, 
     if factor is None:
         return torch.stack([hessian[i : i + g, i : i + g] for i in range(0, w.shape[0], g)])
     blocks = torch.stack([f.t() @ f for f in factor.split(g, dim=1)])
-    return torch.linalg.inv(blocks.double()).to(w.dtype)
+    return torch.cholesky_inverse(torch.linalg.cholesky(blocks.double())).to(w.dtype)
 
 
 def search(w: torch.Tensor, hessian: torch.Tensor, factor: torch.Tensor | None, qtype: IntegerType) -> Scales:

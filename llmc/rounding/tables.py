@@ -23,7 +23,7 @@ def round_rows(w: torch.Tensor, type_name: str) -> BlockTensor:
     """
     x, qtype = w.to(torch.float32).contiguous(), BLOCK_TYPES[type_name]
     # with a minimum, which is stored as it is, the levels reach no further than the minimum does
-    levels = 1 if qtype.has_min else min(127, max(map(abs, qtype.levels)))
+    levels = 1 if qtype.has_min else min(127, max(map(abs, qtype.levels))) * qtype.unit
     if not bool((x.abs() <= LARGEST * levels * max(map(abs, qtype.scale_range or (1,)))).all()):  # false for NaN
         raise ValueError(f"weights that are not finite, or too large for the scales of {type_name}")
     if type_name == "q8_0":

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc.console import progress, say
+from llmc.formats.types import BLOCK_TYPES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,7 +26,7 @@ TOKENS, PROMPT = 24, 256
 HEAD = 64  # dimensions of a head
 SHARED = (1, 4)  # query heads for each key head: if several share one, its keys are unpacked once
 DEPTHS = (128, 256, 512, 1024, 2048)  # tokens in the cache for the timing of attention: it is not linear at the start
-TYPES = ("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
+TYPES = ("F16", "BF16", *(t.gguf_type for t in BLOCK_TYPES.values()))
 
 
 def kernel_rates(types: set[str], threads: int, cache: Path | None = None) -> dict[str, Any]:
