@@ -27,6 +27,7 @@ from llmc.compress.quantize.run import quantize as on_all_threads
 from llmc.console import size
 from llmc.errors import UserError
 from llmc.formats.hf import load_torch_model
+from llmc.formats.types import BLOCK_TYPES
 
 
 @pytest.fixture(autouse=True)
@@ -128,6 +129,16 @@ def test_the_planned_size_is_the_files_to_the_byte(family: str, tmp_path: Path, 
     weights = llmc.inspect(tmp_path / "q.gguf")["weights"]
     assert weights["bits_per_weight"] == pytest.approx(result["plan"]["bits_per_weight"], rel=1e-9)
     assert weights["bits_per_weight"] <= bpw
+
+
+def test_types_with_codebooks_are_chosen_only_where_they_are_named(tmp_path: Path, text: Path) -> None:
+    base = build("llama", tmp_path / "base", hidden_size=256, intermediate_size=256)
+    floor = plan(base, text, target_kld=1e9)
+    assert not any(BLOCK_TYPES[t].codebook for t in {tensor["type"] for tensor in floor["tensors"]})
+    named = plan(base, text, target_size="as:iq3_m")
+    assert named["file_bytes"] <= named["peer"]["file_bytes"]
+    asked = plan(base, text, target_kld=1e9, type_of="down_proj=iq3_s")
+    assert {t["type"] for t in asked["tensors"] if "down_proj" in t["name"]} == {"iq3_s"}
 
 
 def test_embedding_and_head_are_chosen_too_among_the_types_that_fit(tmp_path: Path, text: Path) -> None:

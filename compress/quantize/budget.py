@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -92,14 +93,12 @@ def assign_to_budget(config: QuantizeConfig, skeleton: Skeleton, source: dict[st
     found = [f"{part}.weight" for m in matrices.values() for part in m.parts]
     stored = skeleton.names.replaced(n for n in found if skeleton.names.locate(n) is not None)  # a tied head has none
     outside = _outside(skeleton, origin_of(skeleton.checkpoint.folder, source), stored)
-    measured = _measured(config, skeleton, source, matrices)
+    named = {skeleton.starred(n): qtype for n, qtype in types_by_name(config, skeleton).items()}
+    measured = _measured(config, skeleton, source, matrices, {*peer.values(), *named.values()})
     options = {name: _options(m, measured[name], config.method) for name, m in matrices.items()}
     keep = mask_of(skeleton.checkpoint.folder) is not None and not config.lose_zeros
-    named = {skeleton.starred(n): qtype for n, qtype in types_by_name(config, skeleton).items()}
     allowed = {name: [o for o in found if o.name == named.get(name, o.name) and (
-                   name in ENDS or block_types.BLOCK_TYPES[o.name].holds_zero or not keep)
-                   # what GPTQ gains on types with codebooks was not measured, and they are slow on many devices
-                   and (block_types.BLOCK_TYPES[o.name].codebook is None or o.name in {*peer.values(), named.get(name)})]
+                   name in ENDS or block_types.BLOCK_TYPES[o.name].holds_zero or not keep)]
                for name, found in options.items()}
     if lost := [name for name, some in allowed.items() if not some]:
         raise UserError(f"--type-of: {lost[0]} cannot have the type {named.get(lost[0])}",
@@ -156,14 +155,16 @@ def _outside(skeleton: Skeleton, source: dict[str, Any], matrices: set[str]) -> 
 
 
 def _measured(config: QuantizeConfig, skeleton: Skeleton, source: dict[str, Any],
-              matrices: dict[str, Matrix]) -> dict[str, dict[str, Any]]:
+              matrices: dict[str, Matrix], named: set[str]) -> dict[str, dict[str, Any]]:
     """{name: {'sensitivity': a, 'errors': {qtype: t²}}} of every matrix, measured now or read from the file of an earlier
-    run."""
+    run. named: types that the options name."""
     length = min(LENGTH, config.seq_len)
     tokenizer = load_tokenizer(skeleton.checkpoint.folder)
     key: dict[str, Any] = {"source": source["files"], "sequences": SEQUENCES, "length": length, "noise": sensitivity.NOISE,
                            "code": closure.digest(__name__), "device": config.device, "torch": torch.__version__,
                            "transformers": version("transformers"), "matmul": matmul_precision()}
+    if books := sorted(name for name in named if block_types.BLOCK_TYPES[name].codebook):
+        key["codebooks"] = books
     ids = None
     if config.calibration == SELF:
         key |= {"calibration": SELF, "seed": config.seed, "threads": torch.get_num_threads()}
@@ -184,13 +185,15 @@ def _measured(config: QuantizeConfig, skeleton: Skeleton, source: dict[str, Any]
     unfuse(model, skeleton.names.leaves)
     if ids is None:  # another seed than GPTQ's calibration text has
         ids = sample_from_model(model, tokenizer, SEQUENCES, length, config.seed + 1, SEQUENCES)
-    found = measure(model, skeleton.layers_name, ids, list(matrices.values()))
+    found = measure(model, skeleton.layers_name, ids, list(matrices.values()), books)
     write_note(kept, found)
     return found
 
 
-def measure(model: nn.Module, layers: str, ids: torch.Tensor, matrices: list[Matrix]) -> dict[str, dict[str, Any]]:
-    """Measure sensitivity and errors of all matrices. Returns them by `Matrix.name`."""
+def measure(model: nn.Module, layers: str, ids: torch.Tensor, matrices: list[Matrix],
+            named: Collection[str] = ()) -> dict[str, dict[str, Any]]:
+    """Measure sensitivity and errors of all matrices. Returns them by `Matrix.name`.  named: types with codebooks that are
+    measured too."""
     generator = torch.Generator().manual_seed(0)
     found = {}
     with torch.no_grad(), fast_matmul(), progress("measuring the sensitivity of matrix", len(matrices)) as p:
@@ -199,7 +202,7 @@ def measure(model: nn.Module, layers: str, ids: torch.Tensor, matrices: list[Mat
             modules = [model.get_submodule(name) for name in matrix.parts]
             weights = [m.weight.data if isinstance(m, nn.Embedding) else get_weight(m) for m in modules]
             found[matrix.name] = {"sensitivity": probe.sensitivity(weights, matrix.first, generator),
-                                  "errors": sensitivity.errors(weights, sensitivity.candidates(matrix.shape[1]))}
+                                  "errors": sensitivity.errors(weights, sensitivity.candidates(matrix.shape[1], named))}
             p.step(matrix.name)
     return found
 

@@ -12,6 +12,8 @@ size of each 32 weights of a row. t_l^2 of a type is measured on some rows of th
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import nn
 
@@ -98,7 +100,9 @@ def errors(weights: list[torch.Tensor], types: list[str]) -> dict[str, float]:
             for name in types}
 
 
-def candidates(width: int) -> list[str]:
+def candidates(width: int, named: Collection[str] = ()) -> list[str]:
     """The types that rows of `width` weights can have: those of two bits or more. With less, errors are no longer small, and
-    the sum above is not what they lose."""
-    return [name for name, qtype in BLOCK_TYPES.items() if width % qtype.block == 0 and qtype.bits_per_weight >= 2]
+    the sum above is not what they lose. Types with codebooks only if they are named: what GPTQ gains on them was not
+    measured, they take long to round, and they are slow on many devices."""
+    return [name for name, qtype in BLOCK_TYPES.items() if width % qtype.block == 0 and qtype.bits_per_weight >= 2
+            and (qtype.codebook is None or name in named)]
