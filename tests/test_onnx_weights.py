@@ -114,6 +114,15 @@ def test_the_ends_go_with_the_decoder(tied: bool, bits: int, forms: dict[str, in
     assert report["logits"]["relative_error"] < FLOAT_NOISE
 
 
+def test_qdq_has_no_lookup_of_4_bits(tmp_path: Path) -> None:
+    folder = build("llama", tmp_path / "m", tie_word_embeddings=False)
+    gptq_folder(folder, tmp_path / "q", IntegerType(4, 32))
+    report = export(tmp_path / "q", int4="qdq")
+    assert report["forms"]["int8-sym-g32"] == 2
+    with pytest.raises(UserError, match="--head-bits 4 with --int4 qdq"):
+        export(tmp_path / "q", int4="qdq", head_bits=4)
+
+
 @pytest.mark.parametrize("says_tied", [True, False])
 def test_a_head_that_repeats_the_embedding_is_stored_once(says_tied: bool, tmp_path: Path) -> None:
     folder = build("llama", tmp_path / "m", tie_word_embeddings=False)

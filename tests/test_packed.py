@@ -327,7 +327,7 @@ def test_mxfp4_numbers() -> None:
     assert np.array_equal(again[1][:, 0], scales.numpy())
     found = lattice.type_of(values.float()[3:])
     assert found is not None
-    assert found.name == "q5_0"  # -12 … 12 steps of 2^(scale - 128)
+    assert found.name == "mxfp4"
 
 
 @pytest.fixture(scope="module")

@@ -60,7 +60,9 @@ class OnnxExportConfig:
         if self.exporter == "builder":
             given = {"--dequantize with --exporter builder, which keeps the codes": self.dequantize,
                      "--head-accuracy-level with --int4 qdq, which has one level for all matrices":
-                         self.int4 == "qdq" and self.head_accuracy_level is not None}
+                         self.int4 == "qdq" and self.head_accuracy_level is not None,
+                     "--head-bits 4 with --int4 qdq, whose operator Gather takes no 4-bit numbers":
+                         self.int4 == "qdq" and self.head_bits == 4}
         else:
             names = {"--dtype": self.dtype not in (None, "fp32"), "--accuracy-level": self.accuracy_level != "auto",
                      "--head-accuracy-level": self.head_accuracy_level is not None, "--int4": self.int4 != "nbits",

@@ -85,7 +85,8 @@ class Weights:
         if self.linears:
             bits = quantized.bits_per_weight(self.ckpt)
             table = quantized.ends_beside(bits, layout.BLOCK)[1]
-            near = {self.embedding: 4 if BLOCK_TYPES[table].bits_per_weight < 5 else 8, self.head: 8}
+            small = BLOCK_TYPES[table].bits_per_weight < 5 and config.int4 != "qdq"  # Gather takes no int4
+            near = {self.embedding: 4 if small else 8, self.head: 8}
             if types:
                 used = " and ".join(f"{n} bits for {end}" for end, n in near.items())
                 self.notes.append(f"the folder was made for embedding and lm_head in {' and '.join(types)}, which ONNX "
