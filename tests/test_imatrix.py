@@ -138,7 +138,8 @@ def test_rounding_by_importance_loses_less_of_what_matters(qtype: Any) -> None:
     weight = torch.randn(48, 512, generator=generator)
     importance = torch.randn(512, generator=generator).mul(2).exp()
     weighted, plain = rtn(weight, qtype, importance), rtn(weight, qtype)
-    assert lost(weight, weighted, importance) < 0.97 * lost(weight, plain, importance)
+    least = 0.98 if getattr(qtype, "exponent", False) else 0.97  # few scales are powers of two
+    assert lost(weight, weighted, importance) < least * lost(weight, plain, importance)
     assert lost(weight, plain, torch.ones(512)) < lost(weight, weighted, torch.ones(512))
     same, equal = rtn(weight, qtype, torch.ones(512)), quantized.encode(plain)
     assert all(torch.equal(t, equal[part]) for part, t in quantized.encode(same).items())

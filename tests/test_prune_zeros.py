@@ -112,7 +112,8 @@ KEEPING = [IntegerType(4, 32), IntegerType(8, 64), IntegerType(4, 32, False), In
 
 
 def test_which_types_have_a_code_for_zero() -> None:
-    assert [name for name, qtype in BLOCK_TYPES.items() if qtype.holds_zero] == ["q4_0", "q5_0", "q8_0", "q3_k", "q6_k"]
+    assert {name for name, qtype in BLOCK_TYPES.items() if qtype.holds_zero} == {
+        "q4_0", "q5_0", "q8_0", "q3_k", "q6_k", "mxfp4", "tq1_0", "tq2_0"}
     for qtype in KEEPING:
         zero = rtn(torch.zeros(1, 256).index_fill_(1, torch.tensor([3, 40, 100, 200]), 1.7), qtype).dequantize()
         assert int((zero == 0).sum()) == 252

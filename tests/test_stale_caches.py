@@ -105,9 +105,9 @@ def test_sensitivities(base: Path, skeleton: Skeleton, tmp_path: Path, monkeypat
     monkeypatch.setattr(budget, "sample_from_model", lambda *a: None)
     text = write_text(tmp_path / "text.txt")
 
-    def measured(files: dict[str, str], **change: Any) -> Any:
+    def measured(files: dict[str, str], named: Any = frozenset(), **change: Any) -> Any:
         config = QuantizeConfig(target_bpw=4.5, calibration=change.pop("calibration", str(text)), **change)
-        return budget._measured(config, skeleton, {"files": files}, {})["number"]
+        return budget._measured(config, skeleton, {"files": files}, {}, named)["number"]
 
     assert measured({"a": "1"}) == measured({"a": "1"}) == 1
     assert measured({"a": "2"}) == 2
@@ -119,6 +119,8 @@ def test_sensitivities(base: Path, skeleton: Skeleton, tmp_path: Path, monkeypat
     assert measured({"a": "1"}) == 6
     monkeypatch.setattr(budget.closure, "digest", lambda *a: "other code")
     assert measured({"a": "1"}) == 7
+    assert measured({"a": "1"}, {"q4_0"}) == 7, "it is measured always"
+    assert measured({"a": "1"}, {"q4_0", "iq3_s"}) == 8
 
 
 def test_fingerprints_of_folders_and_of_a_part_of_a_text(monkeypatch: pytest.MonkeyPatch) -> None:

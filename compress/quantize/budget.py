@@ -155,7 +155,7 @@ def _outside(skeleton: Skeleton, source: dict[str, Any], matrices: set[str]) -> 
 
 
 def _measured(config: QuantizeConfig, skeleton: Skeleton, source: dict[str, Any],
-              matrices: dict[str, Matrix], named: set[str]) -> dict[str, dict[str, Any]]:
+              matrices: dict[str, Matrix], named: Collection[str]) -> dict[str, dict[str, Any]]:
     """{name: {'sensitivity': a, 'errors': {qtype: t²}}} of every matrix, measured now or read from the file of an earlier
     run. named: types that the options name."""
     length = min(LENGTH, config.seq_len)
