@@ -175,7 +175,10 @@ def _kind(t: ReaderTensor, shape: tuple[int, ...], types: Types, kinds: dict[str
         return t.tensor_type  # what the converter wrote in its own type: numbers of experts, blocks of MXFP4
     chosen = Kind[kinds.get(t.name, "F32")]
     if t.name in EMBEDDINGS:
-        kind = types.of_both(shape) if is_head and t.name == EMBEDDING else types.of(EMBEDDING, shape)
+        if is_head and t.name == EMBEDDING:
+            kind = types.of_both(shape)
+        else:  # a coarser table than 8 bits decides which experts are near ties, and tables of layers are not compared
+            kind = Kind.Q8_0 if types.embedding is None else types.embedding
     elif t.name == OUTPUT:
         kind = types.of(OUTPUT, shape)
     elif chosen == Kind.F32 or len(shape) == 1:
