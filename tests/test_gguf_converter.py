@@ -210,9 +210,9 @@ DELTA: dict[str, Any] = {
 # {family: (config, {type: tensors} of the 4-bit file)}
 OTHERS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "bloom": ({"n_layer": 2, "n_head": 4}, {"Q4_0": 8, "Q8_0": 1, "F32": 20}),  # Q, K and V taken apart
-    "gpt_neox": ({"rotary_pct": 0.25}, {"Q4_0": 8, "Q8_0": 2, "F32": 18}),  # a key that transformers 5 renames
-    "mixtral": ({"num_local_experts": 4, "sliding_window": None}, {"Q4_0": 14, "Q8_0": 2, "F32": 7}),
-    "qwen3_moe": ({"head_dim": 32, **MIXTURE}, {"Q4_0": 14, "Q8_0": 2, "F32": 11}),
+    "gpt_neox": ({"rotary_pct": 0.25}, {"Q4_0": 8, "IQ4_NL": 1, "Q8_0": 1, "F32": 18}),  # a key that transformers 5 renames
+    "mixtral": ({"num_local_experts": 4, "sliding_window": None}, {"Q4_0": 14, "IQ4_NL": 1, "Q8_0": 1, "F32": 7}),
+    "qwen3_moe": ({"head_dim": 32, **MIXTURE}, {"Q4_0": 14, "IQ4_NL": 1, "Q8_0": 1, "F32": 11}),
     "youtu": (MLA, {"Q4_0": 14, "Q8_0": 3, "F16": 2, "F32": 9}),  # kv_b_proj split, one half transposed
 }
 
