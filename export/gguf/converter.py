@@ -177,7 +177,7 @@ def _kind(t: ReaderTensor, shape: tuple[int, ...], types: Types, kinds: dict[str
     if t.name in EMBEDDINGS:
         if is_head and t.name == EMBEDDING:
             kind = types.of_both(shape)
-        else:  # a coarser table than 8 bits decides which experts are near ties, and tables of layers are not compared
+        else:  # 8 bits: with 4 the logits of DeepSeek V3 and Gemma 4 (a second table) differ from torch's
             kind = Kind.Q8_0 if types.embedding is None else types.embedding
     elif t.name == OUTPUT:
         kind = types.of(OUTPUT, shape)
